@@ -1,0 +1,280 @@
+"""The bundle: the one thing that passes from training to serving. An immutable directory, named by its content.
+
+    manifest.json        everything below, and the sha256 and size of every other file
+    vision.onnx, .data   pixels -> `models.ledger.Decomposition` (names and shapes: `VISION_OUTPUTS`)
+    text.onnx, .data     `tokens` [N, context] -> `text_embedding` [N, D], unit
+    tokenizer.json       Hugging Face `tokenizers`
+    directions.npy       [L, F, d]: what one unit of a feature adds to the [CLS] residual, memory-mapped; the vision
+                         graph reads the very same bytes as its external data, so the table is stored once
+    fold.npy             [d + 1, D]: ln_post and projection as a matrix M [d, D] and a bias beta [D]
+    MODEL_CARD.md        written from the manifest
+
+(The first design had directions in embedding space, [L, F, D]. Residual space is what the exact effect of removing
+a row needs, and with `fold.npy` it gives the contribution to any label just the same.)
+
+No torch here: the service reads bundles with numpy and pydantic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+REQUIRED = (
+    "vision.onnx",
+    "vision.onnx.data",
+    "text.onnx",
+    "text.onnx.data",
+    "tokenizer.json",
+    "directions.npy",
+    "fold.npy",
+    "MODEL_CARD.md",
+)
+# Outputs of vision.onnx for `pixels` [B, 3, H, W]; R = 2L + 3 rows, see `models.ledger`.
+VISION_OUTPUTS = (
+    "embedding",  # [B, D]
+    "rows",  # [B, R, D]
+    "sigma",  # [B]
+    "sigma_without",  # [B, R]
+    "norm",  # [B]
+    "feature_indices",  # [B, L, k] int64
+    "feature_values",  # [B, L, k]
+    "projection",  # [B, L]
+    "fidelity",  # [B, 2]: r2, cosine
+)
+
+
+class BundleError(ValueError):
+    """A directory is no bundle that this version can serve; the message says which file and why."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClipIdentity(_Part):
+    name: str
+    weights: str
+    sha256: str
+
+
+class Preprocessing(_Part):
+    """open_clip's evaluation transform: resize, centre crop, RGB in [0, 1], (x - mean) / std."""
+
+    size: tuple[PositiveInt, PositiveInt]  # height, width
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bicubic", "bilinear"]
+    resize_mode: Literal["shortest", "squash"]
+
+
+class Shape(_Part):
+    layers: PositiveInt  # L
+    width: PositiveInt  # d
+    embedding: PositiveInt  # D
+    features: PositiveInt  # F a layer
+    k: PositiveInt  # active features a layer
+    tokens: PositiveInt  # [CLS] and patches
+
+
+class Text(_Part):
+    """How a label becomes an embedding."""
+
+    context: PositiveInt
+    pad: int  # token id that fills a text up to `context`
+    labels: tuple[str, ...]  # default label set
+    templates: tuple[str, ...]  # default templates, each with {}
+
+
+class Data(_Part):
+    name: str
+    licence: str
+    train_images: int
+    val_images: int
+
+
+class Metrics(_Part):
+    """Measured on the val split; None: not measured. R^2 is the mean over layers."""
+
+    r2: float | None = None
+    cosine: float | None = None
+    r2_cls: float | None = None
+    dead_share: float | None = None
+    zero_shot_top1: float | None = None
+    replacement_all_top1: float | None = None
+    replacement_cls_top1: float | None = None
+    keep_top4_top1: float | None = None
+    drop_top1_top1: float | None = None
+
+
+class FileEntry(_Part):
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: int
+
+
+class Manifest(_Part):
+    format_version: int = FORMAT
+    name: str
+    description: str
+    clip: ClipIdentity
+    preprocessing: Preprocessing
+    shape: Shape
+    sparsifier: Literal["relu_topk"]
+    logit_scale: float
+    text: Text
+    precisions: tuple[Literal["fp32"], ...] = ("fp32",)
+    tables: Literal["float32", "float16"]  # precision of directions and of the CLT's weights in the graph
+    data: Data
+    recipe: str  # the recipe's text, as it was used
+    metrics: Metrics
+    licence: str
+    files: dict[str, FileEntry] = {}
+
+    @field_validator("files")
+    @classmethod
+    def _plain_names(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name:
+                raise ValueError(f"file name {name!r} leaves the bundle")
+        return files
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. `open_bundle` makes one; nothing is read before it is asked for."""
+
+    path: Path
+    manifest: Manifest
+    digest: str  # sha256:..., of manifest.json and so of everything
+
+    @cached_property
+    def directions(self) -> NDArray[np.floating]:
+        """[L, F, d], memory-mapped."""
+        return np.load(self.path / "directions.npy", mmap_mode="r", allow_pickle=False)
+
+    @cached_property
+    def _folded(self) -> NDArray[np.float32]:
+        return np.load(self.path / "fold.npy", allow_pickle=False)
+
+    @property
+    def fold(self) -> NDArray[np.float32]:
+        """M [d, D]."""
+        return self._folded[:-1]
+
+    @property
+    def beta(self) -> NDArray[np.float32]:
+        """ln_post's bias in embedding space [D]."""
+        return self._folded[-1]
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Read and check a bundle: manifest, version, and every file's presence, size and sha256.
+
+    Raises `BundleError` naming the first thing that is wrong.
+    """
+    raw = _read_manifest(path)
+    try:
+        manifest = Manifest.model_validate_json(raw)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise BundleError(f"{path / MANIFEST}: {problems}") from error
+    if missing := [name for name in REQUIRED if name not in manifest.files]:
+        raise BundleError(f"{path / MANIFEST} does not list {', '.join(missing)}")
+    for name, entry in manifest.files.items():
+        file = path / name
+        if not file.is_file():
+            raise BundleError(f"{file} is missing")
+        if (size := file.stat().st_size) != entry.bytes:
+            raise BundleError(f"{file} has {size:,} bytes, the manifest says {entry.bytes:,}")
+        if _sha256(file) != entry.sha256:
+            raise BundleError(f"{file} does not have the manifest's sha256: it was changed or damaged")
+    return Bundle(path, manifest, "sha256:" + hashlib.sha256(raw).hexdigest())
+
+
+def seal(path: Path, manifest: Manifest) -> Bundle:
+    """Write the model card and, last, the manifest over the files that lie in `path`; returns the opened bundle."""
+    (path / "MODEL_CARD.md").write_text(model_card(manifest))
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    files = {
+        name: FileEntry(sha256=_sha256(path / name), bytes=(path / name).stat().st_size)
+        for name in names
+        if name != MANIFEST
+    }
+    sealed = manifest.model_copy(update={"files": files})
+    (path / MANIFEST).write_text(sealed.model_dump_json(indent=2) + "\n")
+    return open_bundle(path)
+
+
+def _read_manifest(path: Path) -> bytes:
+    """manifest.json's bytes, after a look at the format version alone (other versions have other fields)."""
+    if not path.is_dir():
+        raise BundleError(f"{path} is no directory")
+    try:
+        raw = (path / MANIFEST).read_bytes()
+    except FileNotFoundError as error:
+        raise BundleError(f"{path / MANIFEST} is missing: {path} is no bundle") from error
+    try:
+        version = _Version.model_validate_json(raw).format_version
+    except ValidationError as error:
+        raise BundleError(f"{path / MANIFEST} is not a JSON object with a format_version") from error
+    if version != FORMAT:
+        raise BundleError(f"{path} has bundle format {version}; this version of Vitrine reads format {FORMAT}")
+    return raw
+
+
+class _Version(BaseModel):
+    format_version: int
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def model_card(manifest: Manifest) -> str:
+    """MODEL_CARD.md, for people: what this is, what it was trained on, how good it is, what it must not be used for."""
+    shape, data, clip = manifest.shape, manifest.data, manifest.clip
+    rows = "\n".join(
+        f"| {name} | {value:.4f} |" for name, value in manifest.metrics.model_dump().items() if value is not None
+    )
+    return f"""# {manifest.name}
+
+{manifest.description}
+
+- **CLIP**: {clip.name}, weights {clip.weights} (sha256 of all weights {clip.sha256})
+- **CLT**: {shape.layers} layers x {shape.features:,} features, {shape.k} active a layer and token ({manifest.sparsifier}),
+  width {shape.width}, embedding {shape.embedding}, tables in {manifest.tables}
+- **Trained on**: {data.name}, {data.train_images:,} images; licence of the data: {data.licence}
+- **Measured on**: {data.name}, {data.val_images:,} held-out images
+- **Default labels**: {", ".join(manifest.text.labels)}
+- **Licence of this bundle**: {manifest.licence}
+
+| metric (val) | value |
+|---|---|
+{rows}
+
+r2, cosine: CLT against true MLP outputs, all tokens, mean over layers; r2_cls: [CLS] alone. dead_share: features that
+never fired on val. zero_shot_top1: the CLIP's own, with the default templates.
+
+A ledger accounts for what *this CLIP* computed. It does not say that the prediction is right, and its features stand
+in for the MLPs only as well as `fidelity` in every answer says.
+
+## Recipe
+
+```toml
+{manifest.recipe.strip()}
+```
+"""

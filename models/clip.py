@@ -1,0 +1,223 @@
+"""An open_clip model whose vision tower can be read from inside.
+
+The vision tower is a residual stream: `ln_pre(embeddings)`, to which every block adds its attention output and its
+MLP output. `Tower` runs open_clip's own modules in open_clip's own order and hands out those pieces (*taps*), so
+that their sum is the final residual, exactly:
+
+    residual_out = residual_in + sum_l (attn_out[l] + mlp_out[l])        (LayerScale, where present, included)
+
+L blocks (layers), B images, T tokens ([CLS] first, then patches row by row), d width, D embedding size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+
+
+class UnsupportedTower(ValueError):
+    """The CLIP's vision tower is not one whose residual stream Vitrine can account for; the message names the reason."""
+
+
+class Taps(NamedTuple):
+    """One pass through the tower, seen from inside."""
+
+    residual_in: Tensor  # [B, T, d] what enters block 0 (after ln_pre)
+    mlp_in: Tensor  # [L, B, T, d] ln_2 outputs: what the MLPs read, and the CLT's encoders
+    attn_out: Tensor  # [L, B, T, d] what attention adds to the stream
+    mlp_out: Tensor  # [L, B, T, d] what the MLPs add to the stream: the CLT's targets
+    residual_out: Tensor  # [B, T, d] what enters ln_post
+
+
+class Tower(nn.Module):
+    """The vision tower of a CLIP, with taps.
+
+    Accepts open_clip's `VisionTransformer` with a class token read at the end: any size, GELU or QuickGELU, with or
+    without `ln_pre` and LayerScale. Raises `UnsupportedTower` for every other tower.
+    """
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        _refuse_unsupported(visual)
+        self.visual = visual
+        self.blocks = visual.transformer.resblocks
+        self.layers = len(self.blocks)
+        self.width, self.embedding = visual.proj.shape
+        self.image_size = tuple(visual.image_size)
+        self.tokens = visual.positional_embedding.shape[0]
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, H, W] to the residual stream before block 0 [B, T, d]."""
+        return self.visual._embeds(pixels)
+
+    def attention(self, layer: int, stream: Tensor, cls_only: bool = False) -> Tensor:
+        """What block `layer`'s attention adds to the stream [B, T, d]; [B, 1, d] for [CLS] alone."""
+        block = self.blocks[layer]
+        normed = block.ln_1(stream)
+        queries = normed[:, :1] if cls_only else normed
+        return block.ls_1(block.attention(queries, k_x=normed, v_x=normed))
+
+    def mlp(self, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """(ln_2 output, what the MLP adds to the stream) of block `layer`, both shaped like `stream`."""
+        block = self.blocks[layer]
+        mlp_in = block.ln_2(stream)
+        return mlp_in, block.ls_2(block.mlp(mlp_in))
+
+    def head(self, residual: Tensor) -> Tensor:
+        """[CLS] residual [..., d] to the CLIP embedding [..., D], not normalised."""
+        return self.visual.ln_post(residual) @ self.visual.proj
+
+    def forward(self, pixels: Tensor) -> Taps:
+        """Every tap of every token, for normalised pixels [B, 3, H, W]."""
+        stream = residual_in = self.embed(pixels)
+        mlp_ins, attn_outs, mlp_outs = [], [], []
+        for layer in range(self.layers):
+            attn_out = self.attention(layer, stream)
+            stream = stream + attn_out
+            mlp_in, mlp_out = self.mlp(layer, stream)
+            stream = stream + mlp_out
+            mlp_ins.append(mlp_in)
+            attn_outs.append(attn_out)
+            mlp_outs.append(mlp_out)
+        return Taps(residual_in, torch.stack(mlp_ins), torch.stack(attn_outs), torch.stack(mlp_outs), stream)
+
+    def prior(self) -> Tensor:
+        """[CLS] before block 0 [d]: class token and its position through ln_pre, the same for every image."""
+        visual = self.visual
+        return visual.ln_pre(visual.class_embedding + visual.positional_embedding[0])
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """ln_post and the projection as an affine map, up to one number per image.
+
+        Returns (M [d, D], beta [D]) such that `head(r) = r @ M / sigma(r) + beta`, where `sigma(r)` is ln_post's
+        standard deviation of that image's residual. M centres its argument, so that a component without any
+        variation contributes nothing. Float64 inside, so that folding costs no precision.
+        """
+        ln, proj = self.visual.ln_post, self.visual.proj.detach().double()
+        scaled = ln.weight.detach().double()[:, None] * proj
+        return (scaled - scaled.mean(dim=0)).float(), (ln.bias.detach().double() @ proj).float()
+
+
+def _refuse_unsupported(visual: nn.Module) -> None:
+    """Raise `UnsupportedTower`, naming the part of `visual` that has no exact account."""
+    if not isinstance(visual, VisionTransformer):
+        raise UnsupportedTower(
+            f"vision tower {type(visual).__module__}.{type(visual).__name__} is not supported: "
+            "Vitrine needs open_clip's VisionTransformer (ViT-B-32, ViT-B-16, ViT-L-14, ...)"
+        )
+    block_types = {type(block).__name__ for block in visual.transformer.resblocks}
+    custom_blocks = sorted(block_types - {ResidualAttentionBlock.__name__})
+    reasons = {
+        "attentional pooling (attn_pool)": visual.attn_pool is not None,
+        f"pool_type '{visual.pool_type}' (only 'tok', the class token)": visual.pool_type != "tok",
+        f"blocks of type {', '.join(custom_blocks)}": bool(custom_blocks),
+        "a tower without projection": visual.proj is None,
+    }
+    if named := [reason for reason, present in reasons.items() if present]:
+        raise UnsupportedTower(f"VisionTransformer with {'; '.join(named)} is not supported")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A loaded CLIP in evaluation mode, float32, with what is needed to name it and to feed it."""
+
+    model: nn.Module
+    tower: Tower
+    tokenizer: Any  # open_clip's; texts -> tokens [N, context]
+    name: str  # open_clip's model name
+    weights: str  # open_clip's tag, or the file's name
+    sha256: str  # of every weight, so that a CLT is never put on another CLIP than its own
+    preprocess: dict[str, Any]  # open_clip's PreprocessCfg as a dict: size, mean, std, interpolation, resize_mode
+
+    @property
+    def logit_scale(self) -> float:
+        """s in logit = s * <image, text>."""
+        return float(self.model.logit_scale.detach().exp())
+
+    @property
+    def context(self) -> int:
+        """Tokens per text."""
+        return int(self.tokenizer.context_length)
+
+    def transform(self) -> Any:
+        """open_clip's own evaluation transform: PIL image -> normalised pixels [3, H, W]."""
+        keys = ("mean", "std", "interpolation", "resize_mode")
+        return open_clip.image_transform(
+            self.preprocess["size"], is_train=False, **{key: self.preprocess[key] for key in keys}
+        )
+
+    @torch.no_grad()
+    def encode_labels(self, labels: list[str], templates: list[str]) -> Tensor:
+        """Unit label embeddings [labels, D]: templates encoded, averaged and renormalised as CLIP does."""
+        rows = []
+        for label in labels:
+            tokens = self.tokenizer([template.replace("{}", label) for template in templates])
+            mean = self.model.encode_text(tokens, normalize=True).mean(dim=0)
+            rows.append(mean / mean.norm())
+        return torch.stack(rows)
+
+
+def load_clip(name: str | None, weights: str, config: Path | None = None) -> Clip:
+    """Load a CLIP with open_clip.
+
+    Args:
+        name: open_clip's model name ("ViT-B-32"), or None with `config`.
+        weights: one of open_clip's tags for that name ("openai", "laion2b_s34b_b79k"), or a checkpoint file.
+        config: a model configuration in open_clip's JSON format, for a CLIP that open_clip does not know by name.
+
+    Raises:
+        ValueError: an unknown name, tag or file, with what is known.
+        UnsupportedTower: the tower has no exact account.
+    """
+    if config is not None:
+        if not config.is_file():
+            raise ValueError(f"CLIP configuration {config} does not exist")
+        try:
+            keys = set(json.loads(config.read_text()))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"CLIP configuration {config} is not JSON: {error}") from error
+        if missing := {"embed_dim", "vision_cfg", "text_cfg"} - keys:
+            raise ValueError(f"CLIP configuration {config} lacks {', '.join(sorted(missing))}")
+        open_clip.add_model_config(config)
+        name = config.stem
+    if name is None:
+        raise ValueError("name a CLIP: an open_clip model name, or a configuration file")
+    if name not in open_clip.list_models():
+        raise ValueError(f"open_clip knows no model {name!r}; `open_clip.list_models()` lists {len(open_clip.list_models())}")
+    is_file = Path(weights).is_file()
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not is_file and weights not in tags:
+        known = f"tags for {name}: {', '.join(tags)}" if tags else f"{name} has no published weights"
+        raise ValueError(f"weights {weights!r} are neither a file nor a tag of open_clip's; {known}")
+    # OpenAI's weights (and some others) were trained with QuickGELU, which plain model names do not say.
+    quick_gelu = not is_file and bool((open_clip.get_pretrained_cfg(name, weights) or {}).get("quick_gelu"))
+    model = open_clip.create_model(name, pretrained=weights, force_quick_gelu=quick_gelu, precision="fp32")
+    model.eval().requires_grad_(False)
+    if getattr(model, "logit_bias", None) is not None:
+        raise UnsupportedTower(f"{name} has a logit bias (a sigmoid loss, as SigLIP): its logits are no zero-shot softmax")
+    return Clip(
+        model=model,
+        tower=Tower(model.visual),
+        tokenizer=open_clip.get_tokenizer(name),
+        name=name,
+        weights=Path(weights).name if is_file else weights,
+        sha256=state_sha256(model),
+        preprocess=open_clip.get_model_preprocess_cfg(model),
+    )
+
+
+def state_sha256(module: nn.Module) -> str:
+    """sha256 over names and bytes of every weight, in the order of their names."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(module.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,294 @@
+"""A CLIP and its CLT as a bundle: ONNX graphs, tables, tokenizer, manifest, and a parity check that can fail.
+
+A bundle is written beside its destination and moved there whole, so a failed export leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx.external_data_helper import set_external_data
+from torch import Tensor, nn
+
+from models.bundle import (
+    VISION_OUTPUTS,
+    Bundle,
+    ClipIdentity,
+    Data,
+    Manifest,
+    Metrics,
+    Preprocessing,
+    Shape,
+    Text,
+    open_bundle,
+    seal,
+)
+from models.clip import Clip
+from models.clt import CrossLayerTranscoder
+from models.graph import AttributionGraph
+from models.tokens import check_tokenizer, convert_tokenizer
+
+OPSET = 20
+EXTERNAL_FROM = 1024  # bytes; smaller tensors stay inside the .onnx file
+TOLERANCE = 1e-4  # relative to the largest value of an output, torch against ONNX Runtime
+ADDITIVITY = 1e-5  # rows against embedding, unit norm
+
+
+class ExportError(RuntimeError):
+    """The exported graphs do not do what the torch modules do; nothing was written. The message says what differs."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a manifest says that neither the CLIP nor the CLT knows."""
+
+    name: str
+    description: str
+    labels: Sequence[str]
+    templates: Sequence[str]
+    data: Data
+    recipe: str
+    metrics: Metrics
+    licence: str
+
+
+def export_bundle(
+    clip: Clip,
+    clt: CrossLayerTranscoder,
+    cls_mean: Tensor,
+    provenance: Provenance,
+    out: Path,
+    tables: Literal["float32", "float16"] = "float32",
+) -> Bundle:
+    """Write the bundle `out`, after checking it against torch at batches of 1 and 5.
+
+    Args:
+        clt: on raw activations; cls_mean: mean [CLS] MLP output [L, d], see `AttributionGraph`.
+        tables: precision of the CLT's weights in the bundle.
+
+    Raises:
+        FileExistsError: `out` exists (bundles are immutable).
+        ExportError: the parity check failed.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists; a bundle is never changed, choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        partial = Path(scratch) / out.name
+        partial.mkdir()
+        graph = AttributionGraph(clip.tower, clt, cls_mean, getattr(torch, tables)).eval()
+        texts = [template.replace("{}", label) for label in provenance.labels for template in provenance.templates]
+        tokenizer, pad = convert_tokenizer(clip.tokenizer)
+        check_tokenizer(clip.tokenizer, tokenizer, texts)
+        tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
+
+        np.save(partial / "directions.npy", graph.directions.reshape(clt.layers, clt.features, clt.width).numpy())
+        np.save(partial / "fold.npy", torch.cat([graph.fold, graph.beta[None]]).numpy())
+        height, width = clip.tower.image_size
+        _write_onnx(graph, torch.zeros(2, 3, height, width), "pixels", VISION_OUTPUTS, partial / "vision.onnx")
+        text = _TextGraph(clip.model).eval()
+        _write_onnx(text, torch.zeros(2, clip.context, dtype=torch.long), "tokens", ("text_embedding",), partial / "text.onnx")
+
+        check_vision(clip, graph, partial / "vision.onnx")
+        check_text(text, clip.tokenizer(texts), partial / "text.onnx")
+        seal(partial, _manifest(clip, clt, provenance, tables, pad))
+        shutil.move(partial, out)
+    return open_bundle(out)
+
+
+def check_vision(clip: Clip, graph: AttributionGraph, path: Path) -> None:
+    """Raise `ExportError` unless the ONNX file gives what torch gives, for batches of 1 and 5.
+
+    Embedding against open_clip's own `encode_image`; rows against the embedding they must add up to; every output
+    against the torch module. A feature may differ only where its activation ties with the k-th.
+    """
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    for batch in (1, 5):
+        pixels = torch.randn(batch, 3, *clip.tower.image_size, generator=generator)
+        with torch.no_grad():
+            torch_outputs = dict(zip(VISION_OUTPUTS, (o.numpy() for o in graph(pixels)), strict=True))
+            plain = clip.model.encode_image(pixels, normalize=True).numpy()
+        found = dict(zip(VISION_OUTPUTS, session.run(VISION_OUTPUTS, {"pixels": pixels.numpy()}), strict=True))
+        _check_close("embedding against open_clip's encode_image", found["embedding"], plain, TOLERANCE)
+        _check_close("sum of rows against the embedding", found["rows"].sum(1), found["embedding"], ADDITIVITY)
+        _check_code(found, torch_outputs)
+        for name in set(VISION_OUTPUTS) - {"feature_indices", "feature_values"}:
+            _check_close(f"{name} at batch {batch}", found[name], torch_outputs[name], TOLERANCE)
+
+
+def check_text(text: nn.Module, tokens: Tensor, path: Path) -> None:
+    """Raise `ExportError` unless text.onnx gives torch's embeddings."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (tokens[:1], tokens[:5]):
+        with torch.no_grad():
+            expected = text(batch).numpy()
+        _check_close("text embedding", session.run(["text_embedding"], {"tokens": batch.numpy()})[0], expected, TOLERANCE)
+
+
+class _TextGraph(nn.Module):
+    """Tokens [N, context] -> unit text embeddings [N, D]."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model.encode_text(tokens, normalize=True)
+
+
+def _check_close(what: str, found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    worst = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-12))
+    if not worst <= tolerance:
+        raise ExportError(f"{what}: relative difference {worst:.2e}, allowed {tolerance:.0e}")
+
+
+def _check_code(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Same features, same activations; a feature at the edge of the top k may change places with its equal."""
+    scale = np.abs(expected["feature_values"]).max()
+    codes = []
+    for outputs in (found, expected):
+        code = [{} for _ in range(outputs["feature_indices"][..., 0].size)]
+        for place, (features, values) in enumerate(
+            zip(
+                outputs["feature_indices"].reshape(len(code), -1),
+                outputs["feature_values"].reshape(len(code), -1),
+                strict=True,
+            )
+        ):
+            code[place] = dict(zip(features.tolist(), values.tolist(), strict=True))
+        codes.append(code)
+    for ours, theirs in zip(*codes, strict=True):
+        edge = min(theirs.values())
+        for feature in ours.keys() | theirs.keys():
+            off = abs(ours.get(feature, edge) - theirs.get(feature, edge))
+            if not off <= TOLERANCE * scale:
+                raise ExportError(f"feature {feature}: activation differs by {off:.2e}, allowed {TOLERANCE * scale:.0e}")
+
+
+def _write_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: Sequence[str], path: Path) -> None:
+    """Export with a dynamic batch; large tensors go to `path`.data, the directions stay in directions.npy."""
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[input_name],
+            output_names=list(outputs),
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
+    model = program.model_proto
+    _strip(model)
+    _store_halves_losslessly(model)
+    for tensor in model.graph.initializer:
+        if tensor.name == "directions":
+            _point_at_npy(tensor, path.parent / "directions.npy")
+    onnx.save_model(
+        model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=EXTERNAL_FROM
+    )
+    path.with_name(f"{path.name}.data").chmod(0o644)  # onnx makes it the owner's alone; services run as others
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Drop what the exporter notes for its own debugging: stack traces with the paths of the exporting machine."""
+    graph = model.graph
+    del graph.value_info[:]
+    for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        del part.metadata_props[:]
+        part.ClearField("doc_string")
+
+
+def _store_halves_losslessly(model: onnx.ModelProto) -> None:
+    """Keep float32 tensors whose every value is a float16 as such, with a Cast (folded when a session is made).
+
+    Many published CLIP weights are float16; their bundles need half the space, bit for bit the same.
+    """
+    graph = model.graph
+    casts = []
+    for tensor in graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT:
+            continue
+        values = onnx.numpy_helper.to_array(tensor)
+        with np.errstate(over="ignore"):
+            halves = values.astype(np.float16)
+        if values.nbytes < EXTERNAL_FROM or not np.array_equal(halves.astype(np.float32), values):
+            continue
+        name = tensor.name
+        tensor.CopyFrom(onnx.numpy_helper.from_array(halves, f"{name}.half"))
+        casts.append(onnx.helper.make_node("Cast", [f"{name}.half"], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _point_at_npy(tensor: onnx.TensorProto, file: Path) -> None:
+    """Let an ONNX tensor read its bytes from a .npy file that holds the same values."""
+    mapped = np.load(file, mmap_mode="r")
+    if mapped.nbytes != len(tensor.raw_data) or mapped.tobytes() != tensor.raw_data:
+        raise ExportError(f"{tensor.name} and {file.name} hold different values")
+    set_external_data(tensor, file.name, offset=mapped.offset, length=mapped.nbytes)
+    tensor.ClearField("raw_data")
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter's warnings are about its own internals; the parity check is what we go by."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _manifest(clip: Clip, clt: CrossLayerTranscoder, provenance: Provenance, tables: str, pad: int) -> Manifest:
+    preprocess = clip.preprocess
+    size = preprocess["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return Manifest(
+        name=provenance.name,
+        description=provenance.description,
+        clip=ClipIdentity(name=clip.name, weights=clip.weights, sha256=clip.sha256),
+        preprocessing=Preprocessing(
+            size=(height, width),
+            mean=tuple(preprocess["mean"]),
+            std=tuple(preprocess["std"]),
+            interpolation=preprocess["interpolation"],
+            resize_mode=preprocess["resize_mode"],
+        ),
+        shape=Shape(
+            layers=clt.layers,
+            width=clt.width,
+            embedding=clip.tower.embedding,
+            features=clt.features,
+            k=clt.k,
+            tokens=clip.tower.tokens,
+        ),
+        sparsifier="relu_topk",
+        logit_scale=clip.logit_scale,
+        text=Text(context=clip.context, pad=pad, labels=tuple(provenance.labels), templates=tuple(provenance.templates)),
+        tables=tables,  # type: ignore[arg-type]
+        data=provenance.data,
+        recipe=provenance.recipe,
+        metrics=provenance.metrics,
+        licence=provenance.licence,
+    )

@@ -1,0 +1,127 @@
+"""The fused vision graph: CLIP's prediction and its account in one pass, for export to ONNX.
+
+Only [CLS] is explained at serving time, so of every layer the encoders read one token; decoders of a source layer
+are summed over their targets once (`CrossLayerTranscoder.directions`), so decoding reads k rows a layer. Nothing
+here depends on labels. Outputs: `models.bundle.VISION_OUTPUTS`; mathematics: `models.ledger`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.clip import Tower
+from models.clt import CrossLayerTranscoder
+
+
+class AttributionGraph(nn.Module):
+    """A tower and its CLT as one module: pixels [B, 3, H, W] -> the tensors of `VISION_OUTPUTS`.
+
+    Args:
+        tower: the CLIP's vision tower.
+        clt: the CLT on raw activations.
+        cls_mean: mean MLP output of [CLS] over the training images [L, d], the centre of the fidelity's R^2.
+        tables: precision of the CLT's weights; float16 halves the bundle, and every row is still exact, since
+            the error row takes up whatever the CLT does not write.
+    """
+
+    def __init__(self, tower: Tower, clt: CrossLayerTranscoder, cls_mean: Tensor, tables: torch.dtype) -> None:
+        super().__init__()
+        if (clt.layers, clt.width) != (tower.layers, tower.width):
+            raise ValueError(
+                f"the CLT has {clt.layers} layers of width {clt.width}, the tower {tower.layers} of {tower.width}"
+            )
+        self.tower, self.layers, self.features, self.k = tower, clt.layers, clt.features, clt.k
+        fold, beta = tower.fold()
+        self.register_buffer("fold", fold)
+        self.register_buffer("beta", beta)
+        self.register_buffer("prior", tower.prior().detach())
+        # Rounded to `tables` and kept in float32 where a product reads all of it; kept in `tables` where rows are looked up.
+        self.register_buffer("w_enc", clt.w_enc.detach().to(tables).float().transpose(1, 2).contiguous())  # [L, d, F]
+        self.register_buffer("b_enc", clt.b_enc.detach().to(tables).float())
+        self.register_buffer("directions", clt.directions().to(tables).flatten(0, 1))  # [L * F, d]
+        self.register_buffer("last_decoders", clt.w_dec[-1].detach().to(tables).flatten(0, 1))  # [L * F, d]
+        self.register_buffer("bias", clt.b_dec.detach().sum(0))
+        self.register_buffer("cls_mean", cls_mean.sum(0) @ fold)
+        self.register_buffer("offsets", torch.arange(clt.layers)[:, None] * clt.features)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        tower = self.tower
+        stream = tower.embed(pixels)
+        mlp_ins, attn_outs, mlp_outs = [], [], []
+        for layer in range(self.layers):
+            last = layer == self.layers - 1  # after the last attention nothing but [CLS] is read
+            attn_out = tower.attention(layer, stream, cls_only=last)
+            stream = (stream[:, :1] if last else stream) + attn_out
+            mlp_in, mlp_out = tower.mlp(layer, stream)
+            stream = stream + mlp_out
+            mlp_ins.append(mlp_in[:, 0])
+            attn_outs.append(attn_out[:, 0])
+            mlp_outs.append(mlp_out[:, 0])
+        residual = stream[:, 0]
+
+        indices, values = self._encode(torch.stack(mlp_ins))
+        written = self._decode(self.directions, indices, values)  # [B, L, d]
+        onto_last = self._decode(self.last_decoders, indices, values)  # [B, L, d]
+
+        error = torch.stack(mlp_outs).sum(0) - written.sum(1) - self.bias
+        batch = pixels.shape[0]
+        components = torch.cat(
+            [
+                self.prior.expand(batch, 1, -1),
+                torch.stack(attn_outs, dim=1),
+                written,
+                self.bias.expand(batch, 1, -1),
+                error[:, None],
+            ],
+            dim=1,
+        )  # [B, R, d]
+
+        z = tower.head(residual)
+        norm = z.norm(dim=-1)
+        sigma = self._sigma(residual)
+        folded = components @ self.fold  # [B, R, D]
+        rows = folded / sigma[:, None, None]
+        rows = torch.cat([rows[:, :-2], rows[:, -2:-1] + self.beta, rows[:, -1:]], dim=1) / norm[:, None, None]
+        return (
+            z / norm[:, None],
+            rows,
+            sigma,
+            self._sigma(residual[:, None] - components),
+            norm,
+            indices,
+            values,
+            _projection(onto_last),
+            self._fidelity(folded),
+        )
+
+    def _encode(self, mlp_in: Tensor) -> tuple[Tensor, Tensor]:
+        """[CLS] of every layer [L, B, d] to its code, [B, L, k] each."""
+        preactivations = torch.matmul(mlp_in, self.w_enc) + self.b_enc[:, None]
+        values, indices = preactivations.topk(self.k, dim=-1)
+        return indices.transpose(0, 1), values.relu().transpose(0, 1)
+
+    def _decode(self, table: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+        """sum_k z * table[feature], per source layer: [B, L, d]."""
+        places = (indices + self.offsets).flatten()
+        rows = table.index_select(0, places).float().view(*indices.shape, -1)  # [B, L, k, d]
+        return torch.matmul(values[:, :, None], rows)[:, :, 0]
+
+    def _sigma(self, residual: Tensor) -> Tensor:
+        """ln_post's standard deviation of [..., d]."""
+        return (residual.var(dim=-1, unbiased=False) + self.tower.visual.ln_post.eps).sqrt()
+
+    def _fidelity(self, folded: Tensor) -> Tensor:
+        """(R^2, cosine) [B, 2] of what the CLT adds to the embedding, against what the MLPs add."""
+        clt = folded[:, 1 + self.layers : 2 + 2 * self.layers].sum(1)  # features and decoder biases
+        error = folded[:, -1]
+        mlp = clt + error
+        r2 = 1 - error.square().sum(-1) / (mlp - self.cls_mean).square().sum(-1)
+        return torch.stack([r2, F.cosine_similarity(mlp, clt, dim=-1)], dim=-1)
+
+
+def _projection(onto_last: Tensor) -> Tensor:
+    """The paper's C_{i -> L-1} of [CLS] (arXiv 2604.13304): <c_i, y> / |y|^2 for y = sum_i c_i; [B, L, d] -> [B, L]."""
+    total = onto_last.sum(1, keepdim=True)
+    return (onto_last * total).sum(-1) / total.square().sum(-1).clamp_min(1e-12)

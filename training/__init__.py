@@ -1,0 +1,1 @@
+"""Offline: recipes -> activations -> Cross-Layer Transcoder checkpoints -> metrics. Serving never imports this."""

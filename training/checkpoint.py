@@ -1,0 +1,104 @@
+"""Checkpoints: weights as safetensors beside one JSON, written whole or not at all.
+
+    <out>/step-00001500/clt.safetensors     the CLT on raw activations: what evaluation and export read
+                        state.safetensors   normalised weights, Adam's moments, normalisation: what resuming reads
+                        checkpoint.json     recipe, step, CLIP, metrics
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.clt import CrossLayerTranscoder
+from training.recipes import Recipe
+
+FORMAT = 1
+KEPT = 2  # older checkpoints of a run are removed
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or does not belong to this run; the message says why."""
+
+
+class CheckpointMeta(BaseModel):
+    """checkpoint.json."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = FORMAT
+    step: int
+    steps: int
+    recipe: Recipe
+    clip_sha256: str
+    layers: int
+    width: int
+    metrics: dict[str, Any] = {}
+
+
+def save_checkpoint(
+    out: Path, meta: CheckpointMeta, clt: CrossLayerTranscoder, extras: dict[str, Tensor], state: dict[str, Tensor]
+) -> Path:
+    """Write `out/step-N` (first under another name, so that a kill leaves no half checkpoint) and drop old ones."""
+    target = out / f"step-{meta.step:08d}"
+    partial = out / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({**{k: v.contiguous() for k, v in clt.state_dict().items()}, **extras}, partial / "clt.safetensors")
+    save_file({k: v.contiguous() for k, v in state.items()}, partial / "state.safetensors")
+    (partial / "checkpoint.json").write_text(meta.model_dump_json(indent=2))
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    for old in checkpoints(out)[:-KEPT]:
+        shutil.rmtree(old)
+    return target
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    return sorted(path for path in out.glob("step-*") if (path / "checkpoint.json").is_file())
+
+
+def latest(path: Path) -> Path:
+    """`path` itself if it is a checkpoint, else the newest under it. Raises `CheckpointError` if there is none."""
+    if (path / "checkpoint.json").is_file():
+        return path
+    if found := checkpoints(path):
+        return found[-1]
+    raise CheckpointError(f"no checkpoint in {path}: expected step-*/checkpoint.json")
+
+
+def read_meta(checkpoint: Path) -> CheckpointMeta:
+    """checkpoint.json, checked."""
+    try:
+        meta = CheckpointMeta.model_validate_json((checkpoint / "checkpoint.json").read_text())
+    except ValidationError as error:
+        raise CheckpointError(f"{checkpoint}/checkpoint.json is not one of Vitrine's: {error}") from error
+    if meta.format != FORMAT:
+        raise CheckpointError(f"{checkpoint} has format {meta.format}; this version reads {FORMAT}")
+    return meta
+
+
+def load_clt(checkpoint: Path) -> tuple[CrossLayerTranscoder, Tensor, CheckpointMeta]:
+    """(CLT on raw activations, mean [CLS] output [L, d], what is known of them)."""
+    meta = read_meta(checkpoint)
+    tensors = load_tensors(checkpoint / "clt.safetensors")
+    out_mean_cls = tensors.pop("out_mean_cls")
+    clt = CrossLayerTranscoder(meta.layers, meta.width, meta.recipe.clt.features, meta.recipe.clt.k)
+    clt.load_state_dict(tensors)
+    return clt.eval().requires_grad_(False), out_mean_cls, meta
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file, or `CheckpointError`."""
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
