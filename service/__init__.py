@@ -1,0 +1,1 @@
+"""Online: a bundle behind HTTP. Runs without torch: numpy, ONNX Runtime, Pillow, FastAPI, BentoML."""

@@ -1,0 +1,139 @@
+"""One request from image bytes to answer: decode, queue and infer, account. Knows nothing of HTTP.
+
+Images are decoded and accounts written in a small thread pool, inference runs in the batcher's thread; the event
+loop only waits. Used by the HTTP routes and by the command line alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.bundle import Bundle
+from service import metrics
+from service.batcher import Batcher, Inference
+from service.engine import Engine
+from service.errors import ServiceError
+from service.explain import account, check_explain, predict
+from service.images import ImageLimits, decode, to_pixels
+from service.labels import LabelEncoder, LabelSet
+from service.schemas import AttributeRequest, AttributeResponse, ClassifyRequest, ClassifyResponse, Model
+from service.settings import Settings
+
+
+@dataclass(frozen=True)
+class _Inferred:
+    inference: Inference
+    labels: LabelSet
+    timings_ms: dict[str, float]
+
+
+class Attributor:
+    """A bundle, ready to answer. Use as an async context manager; entering it loads, warms up and may raise
+    `BundleError` (before) or `EngineError`."""
+
+    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+        self.bundle, self.settings = bundle, settings
+        self.model = Model(name=bundle.manifest.name, digest=bundle.digest)
+        self.limits = ImageLimits(settings.max_image_pixels, settings.max_image_side)
+
+    async def __aenter__(self) -> Attributor:
+        settings = self.settings
+        self.engine = await asyncio.to_thread(Engine, self.bundle, settings)
+        self.labels = LabelEncoder(self.engine, settings.label_cache)
+        self._pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+        self.batcher = await Batcher(self.engine.explain, settings.batch_size, settings.queue_size).__aenter__()
+        await self.batcher.run(self.engine.warm_up, settings.batch_size)
+        await self.labels.resolve(self.labels.default_labels, self.labels.default_templates, self.batcher.run)
+        metrics.BUNDLE.labels(self.model.name, self.model.digest, self.engine.provider).set(1)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.batcher.__aexit__()
+        self._pool.shutdown()
+
+    async def classify(self, image: bytes, request: ClassifyRequest, request_id: str) -> ClassifyResponse:
+        """Predictions alone. Raises `ServiceError`."""
+        inferred = await self._infer(image, request)
+        start = perf_counter()
+        predictions = await self._run(
+            predict, inferred.inference.parts, inferred.labels, self.bundle.manifest.logit_scale, request.top_k
+        )
+        timings = self._timed(inferred.timings_ms, predict=start)
+        return ClassifyResponse(request_id=request_id, model=self.model, predictions=predictions, timings_ms=timings)
+
+    async def attribute(self, image: bytes, request: AttributeRequest, request_id: str) -> AttributeResponse:
+        """Predictions and their account. Raises `ServiceError`."""
+        check_explain(request.explain, self._texts(request)[0], self.settings.max_targets)
+        inferred = await self._infer(image, request)
+        start = perf_counter()
+        response = await self._run(self._write, inferred, request, request_id)
+        response.timings_ms = self._timed(inferred.timings_ms, ledger=start)
+        metrics.FIDELITY_R2.observe(response.fidelity.r2)
+        metrics.ERROR_SHARE.observe(response.fidelity.error_share)
+        return response
+
+    def _write(self, inferred: _Inferred, request: AttributeRequest, request_id: str) -> AttributeResponse:
+        parts, labels = inferred.inference.parts, inferred.labels
+        explanations, fidelity = account(parts, labels, self.bundle, request.explain)
+        return AttributeResponse(
+            request_id=request_id,
+            model=self.model,
+            predictions=predict(parts, labels, self.bundle.manifest.logit_scale, request.top_k),
+            explanations=explanations,
+            fidelity=fidelity,
+            timings_ms={},
+        )
+
+    async def _infer(self, image: bytes, request: ClassifyRequest) -> _Inferred:
+        labels, templates = self._texts(request)
+        start = perf_counter()
+        pixels = await self._run(self._decode, image)
+        timings = self._timed({}, decode=start)
+        start = perf_counter()
+        label_set = await self.labels.resolve(labels, templates, self.batcher.run)
+        timings = self._timed(timings, labels=start)
+        inference = await self.batcher.submit(pixels)
+        timings |= {"queue": inference.queue_ms, "inference": inference.inference_ms}
+        for stage in ("queue", "inference"):
+            metrics.STAGE.labels(stage).observe(timings[stage] / 1e3)
+        return _Inferred(inference, label_set, timings)
+
+    def _decode(self, image: bytes) -> NDArray[np.float32]:
+        return to_pixels(decode(image, self.limits), self.bundle.manifest.preprocessing, self.limits)
+
+    def _texts(self, request: ClassifyRequest) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(labels, templates) of a request, defaults filled in, within the limits."""
+        settings = self.settings
+        if request.labels is not None and request.label_set is not None:
+            raise ServiceError("invalid_request", "give `labels` or `label_set`, not both")
+        if request.label_set not in (None, "default"):
+            raise ServiceError("unknown_label_set", f"no label set {request.label_set!r}; there is: default")
+        labels = tuple(request.labels or self.labels.default_labels)
+        templates = tuple(request.templates or self.labels.default_templates)
+        if len(labels) > settings.max_labels:
+            raise ServiceError("invalid_request", f"{len(labels):,} labels; at most {settings.max_labels:,} are taken")
+        if len(templates) > settings.max_templates:
+            raise ServiceError("invalid_request", f"{len(templates)} templates; at most {settings.max_templates} are taken")
+        if too_long := [text for text in (*labels, *templates) if len(text) > settings.max_label_chars]:
+            raise ServiceError(
+                "invalid_request",
+                f"a label or template has {len(too_long[0]):,} characters; at most {settings.max_label_chars} are taken",
+            )
+        return labels, templates
+
+    async def _run(self, function, *args):
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+    @staticmethod
+    def _timed(timings: dict[str, float], **stage_start: float) -> dict[str, float]:
+        """`timings` with one more stage, which began at the given time and ends now."""
+        ((stage, start),) = stage_start.items()
+        seconds = perf_counter() - start
+        metrics.STAGE.labels(stage).observe(seconds)
+        return {**timings, stage: seconds * 1e3}

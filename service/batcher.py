@@ -1,0 +1,100 @@
+"""One thread for the engine, a bounded queue before it, batches of whatever waits.
+
+Images that arrive while an inference runs form the next batch, so batches grow with the load and nobody waits for
+company. Since the graph does not depend on labels, requests with different labels and options share a batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.ledger import Decomposition
+from service.errors import ServiceError
+
+
+class Inference(NamedTuple):
+    parts: Decomposition
+    queue_ms: float
+    inference_ms: float  # of the whole batch, as the request waited for all of it
+
+
+@dataclass(eq=False)
+class _Waiting:
+    pixels: NDArray[np.float32]
+    answer: asyncio.Future[Inference]
+    since: float = field(default_factory=perf_counter)
+
+
+class Batcher:
+    """Feeds `explain` ([B, 3, H, W] -> B decompositions) from its own thread. Use as an async context manager."""
+
+    def __init__(
+        self, explain: Callable[[NDArray[np.float32]], list[Decomposition]], batch_size: int, queue_size: int
+    ) -> None:
+        self._explain, self._batch_size = explain, batch_size
+        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(queue_size)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+
+    async def __aenter__(self) -> Batcher:
+        self._task = asyncio.create_task(self._serve())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        while not self._queue.empty():
+            self._queue.get_nowait().answer.cancel()
+        self._thread.shutdown()
+
+    @property
+    def waiting(self) -> int:
+        """Images in the queue."""
+        return self._queue.qsize()
+
+    async def submit(self, pixels: NDArray[np.float32]) -> Inference:
+        """Normalised pixels [3, H, W] to their decomposition. Raises `ServiceError` queue_full at once when it is.
+
+        A caller that is cancelled (deadline, disconnect) leaves its place unless its inference already runs.
+        """
+        answer: asyncio.Future[Inference] = asyncio.get_running_loop().create_future()
+        try:
+            self._queue.put_nowait(_Waiting(pixels, answer))
+        except asyncio.QueueFull:
+            raise ServiceError(
+                "queue_full", "too many images are waiting; try again in a second", headers={"Retry-After": "1"}
+            ) from None
+        return await answer
+
+    async def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Something else on the engine's thread (label encoding), in turn with the batches."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    async def _serve(self) -> None:
+        while True:
+            batch = [await self._queue.get()]
+            while len(batch) < self._batch_size and not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            batch = [waiting for waiting in batch if not waiting.answer.done()]
+            if batch:
+                await self._answer(batch)
+
+    async def _answer(self, batch: list[_Waiting]) -> None:
+        start = perf_counter()
+        try:
+            found = await self.run(self._explain, np.stack([waiting.pixels for waiting in batch]))
+        except Exception as error:  # the engine's failure belongs to those who wait for it, not to this loop
+            for waiting in batch:
+                if not waiting.answer.done():
+                    waiting.answer.set_exception(error)
+            return
+        inference_ms = (perf_counter() - start) * 1e3
+        for waiting, parts in zip(batch, found, strict=True):
+            if not waiting.answer.done():
+                waiting.answer.set_result(Inference(parts, (start - waiting.since) * 1e3, inference_ms))

@@ -1,0 +1,97 @@
+"""The bundle's ONNX graphs in ONNX Runtime. Knows nothing of labels or HTTP."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from models.bundle import VISION_OUTPUTS, Bundle
+from models.ledger import Decomposition
+from service.settings import Settings
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class EngineError(RuntimeError):
+    """The graphs cannot run as set; the message says what is missing."""
+
+
+class Engine:
+    """Runs a bundle's two graphs. Thread-safe, but one thread at a time makes the best use of the processors.
+
+    Raises `EngineError` when the set provider is not what ONNX Runtime would use: never a silent fall-back.
+    """
+
+    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+        self.bundle = bundle
+        self.vision = _session(bundle.path / "vision.onnx", settings)
+        self.text = _session(bundle.path / "text.onnx", settings)
+
+    @property
+    def provider(self) -> str:
+        """ONNX Runtime's name of the provider in use."""
+        return self.vision.get_providers()[0]
+
+    def explain(self, pixels: NDArray[np.float32]) -> list[Decomposition]:
+        """Normalised pixels [B, 3, H, W] to what `models.ledger` accounts with, one an image."""
+        outputs = dict(zip(VISION_OUTPUTS, self.vision.run(VISION_OUTPUTS, {"pixels": pixels}), strict=True))
+        return [
+            Decomposition(
+                embedding=outputs["embedding"][i],
+                rows=outputs["rows"][i],
+                sigma=float(outputs["sigma"][i]),
+                sigma_without=outputs["sigma_without"][i],
+                norm=float(outputs["norm"][i]),
+                feature_indices=outputs["feature_indices"][i],
+                feature_values=outputs["feature_values"][i],
+                projection=outputs["projection"][i],
+                r2=float(outputs["fidelity"][i, 0]),
+                cosine=float(outputs["fidelity"][i, 1]),
+            )
+            for i in range(len(pixels))
+        ]
+
+    def encode_text(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Tokens [N, context] to unit text embeddings [N, D]."""
+        return self.text.run(["text_embedding"], {"tokens": tokens})[0]
+
+    def warm_up(self, batch_size: int) -> None:
+        """Run both graphs once at a batch of one and once at the largest, so that no request pays for it."""
+        manifest = self.bundle.manifest
+        for batch in {1, batch_size}:
+            self.explain(np.zeros((batch, 3, *manifest.preprocessing.size), np.float32))
+            self.encode_text(np.zeros((batch, manifest.text.context), np.int64))
+
+
+def available_processors() -> int:
+    """Processors that this process may use: its affinity, or the container's quota if that is less.
+
+    ONNX Runtime looks at the machine's processors alone, and runs slower for it in a container with a quota.
+    """
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            processors = min(processors, max(1, int(limit) // int(period)))
+    return processors
+
+
+def _session(path: Path, settings: Settings) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = settings.threads or available_processors()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    wanted = PROVIDERS[settings.provider]
+    if wanted not in onnxruntime.get_available_providers():
+        raise EngineError(
+            f"provider '{settings.provider}' is set, but this onnxruntime has only "
+            f"{', '.join(onnxruntime.get_available_providers())}; install vitrine[gpu] or set VITRINE_PROVIDER=cpu"
+        )
+    session = onnxruntime.InferenceSession(path, options, providers=[wanted])
+    if session.get_providers()[0] != wanted:
+        raise EngineError(f"{wanted} could not be used for {path.name}; ONNX Runtime would use {session.get_providers()[0]}")
+    return session

@@ -1,0 +1,50 @@
+"""Everything that can go wrong in a request, as one type with one body: {"error": {code, message, details, request_id}}."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+STATUS = {
+    "invalid_request": 400,
+    "invalid_image": 400,
+    "missing_image": 400,
+    "unknown_label_set": 400,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "body_too_large": 413,
+    "image_too_large": 413,
+    "unsupported_media_type": 415,
+    "unsupported_image": 415,
+    "queue_full": 429,
+    "internal": 500,
+    "not_ready": 503,
+    "deadline_exceeded": 504,
+}
+
+
+class ServiceError(Exception):
+    """A request that cannot be answered. `code` is one of `STATUS`; `message` says what was wrong and what to do."""
+
+    def __init__(
+        self, code: str, message: str, details: list[dict[str, Any]] | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code, self.message, self.details, self.headers = code, message, details or [], headers or {}
+
+    @property
+    def status(self) -> int:
+        return STATUS[self.code]
+
+
+def error_response(request: Request, error: ServiceError) -> Response:
+    """The envelope, with the status that belongs to the code."""
+    body = {
+        "code": error.code,
+        "message": error.message,
+        "details": error.details,
+        "request_id": request.scope.get("request_id", ""),
+    }
+    return JSONResponse({"error": body}, status_code=error.status, headers=error.headers)

@@ -1,0 +1,103 @@
+"""From one image's decomposition and a label set to the answer: predictions, ledgers, layers, features, fidelity."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models import ledger
+from models.bundle import Bundle
+from models.ledger import Decomposition
+from service.errors import ServiceError
+from service.labels import LabelSet
+from service.schemas import Explain, Explanation, Feature, Fidelity, LayerAccount, LedgerAccount, Prediction
+
+
+def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int) -> None:
+    """Raise `ServiceError` invalid_request if `explain` names what is not among the labels, or too much."""
+    if explain.targets and len(explain.targets) > max_targets:
+        raise ServiceError("invalid_request", f"{len(explain.targets)} targets; at most {max_targets} are explained at once")
+    known = set(labels)
+    if unknown := [label for label in (*(explain.targets or ()), explain.contrast) if label and label not in known]:
+        raise ServiceError("invalid_request", f"not among the labels: {', '.join(map(repr, unknown[:5]))}")
+
+
+def predict(parts: Decomposition, labels: LabelSet, logit_scale: float, top_k: int) -> list[Prediction]:
+    """The `top_k` labels of largest logit; probabilities are over all labels."""
+    values = ledger.logits(parts.embedding, labels.embeddings, logit_scale)
+    share = ledger.probabilities(values)
+    order = np.argsort(-values, kind="stable")[:top_k]
+    return [Prediction(label=labels.labels[i], probability=float(share[i]), logit=float(values[i])) for i in order]
+
+
+def account(
+    parts: Decomposition, labels: LabelSet, bundle: Bundle, explain: Explain
+) -> tuple[list[Explanation], Fidelity]:
+    """One explanation per target, and how far to trust them."""
+    scale = bundle.manifest.logit_scale
+    values = ledger.logits(parts.embedding, labels.embeddings, scale)
+    top1 = int(values.argmax())
+    targets = [labels.labels.index(target) for target in explain.targets or [labels.labels[top1]]]
+    explanations = [_explanation(parts, labels, bundle, explain, target) for target in targets]
+    return explanations, _fidelity(parts, labels, bundle, top1)
+
+
+def _explanation(
+    parts: Decomposition, labels: LabelSet, bundle: Bundle, explain: Explain, target: int
+) -> Explanation:
+    scale = bundle.manifest.logit_scale
+    direction = labels.embeddings[target]
+    if explain.contrast is not None:
+        direction = direction - labels.embeddings[labels.labels.index(explain.contrast)]
+    book = ledger.ledger(parts, direction, scale)
+    contributions = ledger.feature_contributions(parts, bundle.directions, bundle.fold, direction, scale)
+    effects = ledger.drop_effects(parts, labels.embeddings, target, bundle.beta, scale)
+    layers = [
+        LayerAccount(
+            layer=layer,
+            contribution=float(book.clt[layer]),
+            share=float(abs(book.clt[layer]) / book.gross) if book.gross else 0.0,
+            projection=float(parts.projection[layer]),
+            drop_effect=float(effects[layer]),
+            features=_features(
+                parts.feature_indices[layer], parts.feature_values[layer], contributions[layer], explain.features
+            ),
+        )
+        for layer in range(parts.layers)
+    ]
+    return Explanation(
+        target=labels.labels[target],
+        contrast=explain.contrast,
+        logit=book.logit,
+        ledger=LedgerAccount(
+            prior=book.prior,
+            attention=book.attention.tolist(),
+            clt=book.clt.tolist(),
+            bias=book.bias,
+            error=book.error,
+            remainder=book.remainder,
+        ),
+        layers=layers,
+    )
+
+
+def _features(
+    indices: NDArray[np.integer], activations: NDArray[np.floating], contributions: NDArray[np.floating], count: int
+) -> list[Feature]:
+    """The `count` active features of largest |contribution|."""
+    order = [i for i in np.argsort(-np.abs(contributions), kind="stable") if activations[i] > 0]
+    return [
+        Feature(index=int(indices[i]), activation=float(activations[i]), contribution=float(contributions[i]))
+        for i in order[:count]
+    ]
+
+
+def _fidelity(parts: Decomposition, labels: LabelSet, bundle: Bundle, top1: int) -> Fidelity:
+    book = ledger.ledger(parts, labels.embeddings[top1], bundle.manifest.logit_scale)
+    reconstructed = parts.without(np.array([parts.error_row]), bundle.beta)[0]
+    return Fidelity(
+        r2=parts.r2,
+        cosine=parts.cosine,
+        error_share=abs(book.error) / book.gross if book.gross else 0.0,
+        reconstructed_top1_agrees=int((labels.embeddings @ reconstructed).argmax()) == top1,
+    )

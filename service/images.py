@@ -1,0 +1,102 @@
+"""From the bytes of a request to the pixels of the graph, refusing what is no image before any work is done on it.
+
+The pixels equal open_clip's evaluation transform, number by number, for RGB and grey images. Palettes, alpha, CMYK
+and 16 bits become RGB *before* resizing (open_clip resizes first, which blends palette indices).
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from models.bundle import Preprocessing
+from service.errors import ServiceError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+# What Pillow's decoders raise on damaged files.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError, TypeError, OverflowError)
+
+# Our own limits, from settings, are checked on the header; Pillow's would raise while the header is being read.
+Image.MAX_IMAGE_PIXELS = None
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    pixels: int
+    side: int
+
+
+def decode(data: bytes, limits: ImageLimits) -> Image.Image:
+    """The first frame of an image file as upright RGB.
+
+    Raises `ServiceError`: unsupported_image (no JPEG, PNG, WebP, GIF or BMP), image_too_large (by its header, before
+    decoding), invalid_image (empty, damaged).
+    """
+    if not data:
+        raise ServiceError("invalid_image", "the image is empty (0 bytes)")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ServiceError(
+            "unsupported_image", f"the {len(data):,} bytes are no image in a supported format ({', '.join(FORMATS)})"
+        ) from error
+    except _DAMAGED as error:
+        raise ServiceError("invalid_image", "the image's header is damaged") from error
+    with image:
+        _check_size(image.size, limits)
+        try:
+            return _to_rgb(image)
+        except _DAMAGED as error:
+            raise ServiceError("invalid_image", f"the {image.format} image is damaged or incomplete") from error
+
+
+def to_pixels(image: Image.Image, preprocessing: Preprocessing, limits: ImageLimits) -> NDArray[np.float32]:
+    """RGB image to normalised pixels [3, H, W], as open_clip does.
+
+    Raises `ServiceError` image_too_large for an image so elongated that resizing it would exceed the pixel limit.
+    """
+    height, width = preprocessing.size
+    if preprocessing.resize_mode == "squash":
+        target = (width, height)
+    else:
+        short, long = sorted(image.size)
+        resized_long = int(height * long / short)
+        if resized_long * height > limits.pixels:
+            raise ServiceError(
+                "image_too_large", f"an image of {image.width} x {image.height} is too elongated; crop it first"
+            )
+        target = (height, resized_long) if image.width <= image.height else (resized_long, height)
+    if image.size != target:
+        image = image.resize(target, FILTERS[preprocessing.interpolation])
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    image = image.crop((left, top, left + width, top + height))
+    unit = np.asarray(image, dtype=np.float32) / np.float32(255)
+    normalised = (unit - np.float32(preprocessing.mean)) / np.float32(preprocessing.std)
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+
+
+def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ServiceError("invalid_image", f"the image has {width} x {height} pixels")
+    if max(width, height) > limits.side or width * height > limits.pixels:
+        raise ServiceError(
+            "image_too_large",
+            f"the image has {width:,} x {height:,} pixels; allowed are {limits.side:,} a side and {limits.pixels:,} in all",
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16 bits a channel: keep the upper 8
+        levels = np.asarray(upright).astype(np.int64) >> 8
+        upright = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+    return upright.convert("RGB")

@@ -1,0 +1,69 @@
+"""From label texts to unit embeddings: templates filled in, encoded, averaged and renormalised as CLIP does; cached."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from cachetools import LRUCache
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from service.engine import Engine
+
+Run = Callable[..., Awaitable[Any]]  # await run(function, *arguments): the function, in some other thread
+
+PROMPTS_A_CALL = 64  # texts encoded at once: small enough that images get their turn in between
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """Labels and their unit embeddings [N, D], in the same order."""
+
+    labels: tuple[str, ...]
+    embeddings: NDArray[np.float32]
+
+
+class LabelEncoder:
+    """Label embeddings by content: the same label under the same templates is encoded once, whoever asks.
+
+    Lives on the event loop; only `encode` runs elsewhere, through the `run` that `resolve` is given.
+    """
+
+    def __init__(self, engine: Engine, capacity: int) -> None:
+        text = engine.bundle.manifest.text
+        self.engine = engine
+        self.tokenizer = Tokenizer.from_file(str(engine.bundle.path / "tokenizer.json"))
+        self.default_labels, self.default_templates = text.labels, text.templates
+        self._labels: LRUCache[tuple[str, tuple[str, ...]], NDArray[np.float32]] = LRUCache(capacity)
+        self._sets: LRUCache[tuple[tuple[str, ...], tuple[str, ...]], LabelSet] = LRUCache(
+            capacity, getsizeof=lambda stored: len(stored.labels)
+        )
+        self._encoding = asyncio.Lock()  # requests for the same new labels wait for one encoding
+
+    async def resolve(self, labels: tuple[str, ...], templates: tuple[str, ...], run: Run) -> LabelSet:
+        """The label set, encoding what is not cached a few labels at a time by `await run(encode, labels, templates)`."""
+        if found := self._sets.get((labels, templates)):
+            return found
+        async with self._encoding:
+            rows = {label: row for label in labels if (row := self._labels.get((label, templates))) is not None}
+            unknown = [label for label in dict.fromkeys(labels) if label not in rows]
+            size = max(1, PROMPTS_A_CALL // len(templates))
+            for start in range(0, len(unknown), size):
+                group = unknown[start : start + size]
+                for label, row in zip(group, await run(self.encode, group, templates), strict=True):
+                    rows[label] = self._labels[label, templates] = row
+        made = LabelSet(labels, np.stack([rows[label] for label in labels]))
+        if len(labels) <= self._sets.maxsize:
+            self._sets[labels, templates] = made
+        return made
+
+    def encode(self, labels: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
+        """Unit embeddings [N, D], by the text graph."""
+        prompts = [template.replace("{}", label) for label in labels for template in templates]
+        tokens = np.array([encoding.ids for encoding in self.tokenizer.encode_batch(prompts)], dtype=np.int64)
+        embeddings = self.engine.encode_text(tokens).reshape(len(labels), len(templates), -1).mean(axis=1)
+        return embeddings / np.linalg.norm(embeddings, axis=-1, keepdims=True)

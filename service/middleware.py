@@ -1,0 +1,71 @@
+"""What every request passes through: a request id, a limit on its body, a count. Plain ASGI."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from time import perf_counter
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import metrics
+from service.errors import ServiceError, error_response
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class Gate:
+    """Takes over or makes `X-Request-ID` (echoed on every answer), refuses bodies over the limit, counts requests.
+
+    The limit holds for the announced length at once and for the bytes that really come.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self.app, self.max_body_bytes = app, max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        sent = headers.get("x-request-id", "")
+        request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        scope["request_id"] = request_id
+        start, seen, status = perf_counter(), 0, 500
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.max_body_bytes:
+                raise self._too_large()
+            return message
+
+        async def tagged(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            announced = headers.get("content-length", "0")
+            if announced.isdecimal() and int(announced) > self.max_body_bytes:
+                await error_response(Request(scope), self._too_large())(scope, receive, tagged)
+            else:
+                await self.app(scope, counted, tagged)
+        finally:
+            endpoint = _endpoint(scope)
+            metrics.REQUESTS.labels(endpoint, status).inc()
+            metrics.LATENCY.labels(endpoint).observe(perf_counter() - start)
+
+    def _too_large(self) -> ServiceError:
+        return ServiceError("body_too_large", f"the body is larger than {self.max_body_bytes:,} bytes")
+
+
+def _endpoint(scope: dict[str, Any]) -> str:
+    """The route's pattern, never the raw path, so that junk requests make no new time series."""
+    return getattr(scope.get("route"), "path", "other")

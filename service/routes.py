@@ -1,0 +1,251 @@
+"""HTTP: requests to `Attributor` calls, everything that goes wrong to the envelope."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.routing import Match
+
+from models.bundle import open_bundle
+from service.attributor import Attributor
+from service.errors import ServiceError, error_response
+from service.middleware import Gate
+from service.schemas import (
+    AttributeJson,
+    AttributeRequest,
+    AttributeResponse,
+    ClassifyJson,
+    ClassifyRequest,
+    ClassifyResponse,
+    ErrorResponse,
+    ModelResponse,
+)
+from service.settings import Settings
+
+logger = logging.getLogger("vitrine")
+
+Asked = TypeVar("Asked", bound=ClassifyRequest)
+Answer = TypeVar("Answer")
+
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse} for status in (400, 413, 415, 429, 500, 503, 504)
+}
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The whole HTTP surface as one ASGI app; the bundle is opened and warmed up in its lifespan."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        bundle = await asyncio.to_thread(open_bundle, settings.bundle)
+        async with Attributor(bundle, settings) as attributor:
+            app.state.attributor = attributor
+            logger.info("serving bundle %s %s on %s", attributor.model.name, bundle.digest, attributor.engine.provider)
+            yield
+            app.state.attributor = None
+
+    app = FastAPI(title="Vitrine", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.attributor, app.state.settings = None, settings
+    app.add_middleware(Gate, max_body_bytes=settings.max_body_bytes)
+    app.add_exception_handler(ServiceError, _on_service_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(Exception, _on_crash)
+    app.post(
+        "/v1/attribute",
+        response_model=AttributeResponse,
+        responses=_ERRORS,
+        openapi_extra=_body(AttributeRequest, AttributeJson),
+    )(attribute)
+    app.post(
+        "/v1/classify",
+        response_model=ClassifyResponse,
+        responses=_ERRORS,
+        openapi_extra=_body(ClassifyRequest, ClassifyJson),
+    )(classify)
+    app.get("/v1/model", response_model=ModelResponse, responses={503: {"model": ErrorResponse}})(model)
+    app.add_route("/{path:path}", _elsewhere, methods=_METHODS, include_in_schema=False)
+    return app
+
+
+async def attribute(request: Request) -> Response:
+    """Zero-shot prediction of one image, and the account of it."""
+    attributor = _ready(request)
+    image, asked = await _read(request, AttributeRequest, AttributeJson)
+    return _json(await _in_time(request, attributor.attribute(image, asked, request.scope["request_id"])))
+
+
+async def classify(request: Request) -> Response:
+    """Zero-shot prediction of one image."""
+    attributor = _ready(request)
+    image, asked = await _read(request, ClassifyRequest, ClassifyJson)
+    return _json(await _in_time(request, attributor.classify(image, asked, request.scope["request_id"])))
+
+
+async def model(request: Request) -> Response:
+    """The bundle that is being served, with its manifest."""
+    attributor = _ready(request)
+    return _json(
+        ModelResponse(
+            **attributor.model.model_dump(),
+            provider=attributor.engine.provider,
+            manifest=attributor.bundle.manifest.model_dump(mode="json"),
+        )
+    )
+
+
+def _ready(request: Request) -> Attributor:
+    if request.app.state.attributor is None:
+        raise ServiceError("not_ready", "the bundle is still being loaded; see /readyz")
+    return request.app.state.attributor
+
+
+async def _in_time(request: Request, work: Awaitable[Answer]) -> Answer:
+    seconds = request.app.state.settings.deadline_seconds
+    try:
+        async with asyncio.timeout(seconds):
+            return await work
+    except TimeoutError:
+        raise ServiceError("deadline_exceeded", f"no answer within {seconds:g} s") from None
+
+
+async def _read(request: Request, shape: type[Asked], json_shape: type[BaseModel]) -> tuple[bytes, Asked]:
+    """(image bytes, what is asked) of a multipart or JSON request. Raises `ServiceError`."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return await _read_multipart(request, shape)
+    if kind == "application/json":
+        fields = _load_json(await request.body(), "the body")
+        asked = _validated(json_shape, fields)
+        try:
+            image = base64.b64decode(asked.image_base64, validate=True)  # type: ignore[attr-defined]
+        except (binascii.Error, ValueError) as error:
+            raise ServiceError("invalid_image", f"image_base64 is not base64: {error}") from error
+        return image, asked  # type: ignore[return-value]
+    raise ServiceError(
+        "unsupported_media_type",
+        f"content type {kind or '(none)'!r}: send multipart/form-data with a file part `image`, "
+        "or application/json with `image_base64`",
+    )
+
+
+async def _read_multipart(request: Request, shape: type[Asked]) -> tuple[bytes, Asked]:
+    async with request.form(max_files=2, max_fields=2, max_part_size=request.app.state.settings.max_body_bytes) as form:
+        if unknown := sorted(set(form) - {"image", "request"}):
+            raise ServiceError("invalid_request", f"unknown part {unknown[0]!r}; parts are `image` and `request`")
+        if repeated := [name for name in form if len(form.getlist(name)) > 1]:
+            raise ServiceError("invalid_request", f"part {repeated[0]!r} is there more than once")
+        image, asked = form.get("image"), form.get("request")
+        if image is None:
+            raise ServiceError("missing_image", "the file part `image` is missing")
+        if not isinstance(image, UploadFile):
+            raise ServiceError("missing_image", "`image` must be a file part (curl: -F image=@photo.jpg)")
+        text = await asked.read() if isinstance(asked, UploadFile) else (asked or "{}")
+        return await image.read(), _validated(shape, _load_json(text, "part `request`"))
+
+
+def _load_json(text: str | bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ServiceError("invalid_request", f"{where} is not JSON: {error}") from error
+
+
+def _validated(shape: type[Asked] | type[BaseModel], fields: Any) -> Any:
+    try:
+        return shape.model_validate(fields)
+    except ValidationError as error:
+        raise _invalid(error.errors(include_url=False, include_context=False, include_input=False)) from error
+
+
+def _invalid(errors: Any) -> ServiceError:
+    details = [{"field": ".".join(map(str, e["loc"])), "problem": e["msg"]} for e in errors]
+    if details and details[0]["field"] == "image_base64" and details[0]["problem"] == "Field required":
+        return ServiceError("missing_image", "`image_base64` is missing", details)
+    first = f"{details[0]['field'] or 'the request'}: {details[0]['problem']}" if details else "the request is not valid"
+    return ServiceError("invalid_request", first, details)
+
+
+def _json(answer: BaseModel) -> Response:
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def _body(shape: type[BaseModel], json_shape: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI document's account of a body that FastAPI does not parse for us."""
+    part, whole = _inlined(shape.model_json_schema()), _inlined(json_shape.model_json_schema())
+    multipart = {
+        "type": "object",
+        "properties": {"image": {"type": "string", "format": "binary"}, "request": part},
+        "required": ["image"],
+    }
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"multipart/form-data": {"schema": multipart}, "application/json": {"schema": whole}},
+        }
+    }
+
+
+def _inlined(schema: dict[str, Any]) -> Any:
+    """A JSON schema with its $defs put where they are referred to, as it stands inside another document."""
+    definitions = schema.pop("$defs", {})
+
+    def put(node: Any) -> Any:
+        if isinstance(node, dict):
+            if "$ref" in node:
+                return put(definitions[node["$ref"].rpartition("/")[2]] | {k: v for k, v in node.items() if k != "$ref"})
+            return {key: put(value) for key, value in node.items()}
+        return [put(value) for value in node] if isinstance(node, list) else node
+
+    return put(schema)
+
+
+async def _elsewhere(request: Request) -> Response:
+    """Every path and method that has no route: BentoML's outer app would answer these in plain text."""
+    routes = request.app.routes[:-1]
+    methods = {m for r in routes if r.matches(request.scope)[0] is Match.PARTIAL for m in getattr(r, "methods", ())}
+    if methods:
+        message = f"{request.method} is not possible at {request.url.path}"
+        raise ServiceError("method_not_allowed", message, headers={"Allow": ", ".join(sorted(methods))})
+    raise ServiceError("not_found", f"there is nothing at {request.url.path}")
+
+
+async def _on_service_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
+    return error_response(request, error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals: malformed multipart bodies."""
+    assert isinstance(error, HTTPException)
+    return error_response(request, ServiceError("invalid_request", error.detail))
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return error_response(request, _invalid(error.errors()))
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    return error_response(request, ServiceError("invalid_request", "the client went away before the body was whole"))
+
+
+async def _on_crash(request: Request, error: Exception) -> Response:
+    """Anything unforeseen: the client learns the request id, the log has the rest (Starlette logs the traceback)."""
+    return error_response(request, ServiceError("internal", "something went wrong here; the request id is in our log"))

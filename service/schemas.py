@@ -1,0 +1,147 @@
+"""The contract's shapes: what a request may ask and what an answer holds. Also the OpenAPI document's source."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+
+Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Template = Annotated[str, StringConstraints(pattern=r"\{\}")]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Explain(_Request):
+    """What to explain, and how far."""
+
+    targets: list[Label] | None = Field(default=None, min_length=1, description="labels to explain; default: the top-1")
+    contrast: Label | None = Field(default=None, description="explain each target's logit minus this label's")
+    features: int = Field(default=5, ge=0, description="features listed per layer, largest contribution first")
+
+
+class ClassifyRequest(_Request):
+    """Labels and templates; without either, the bundle's own."""
+
+    labels: list[Label] | None = Field(default=None, min_length=1, examples=[["cat", "dog", "truck"]])
+    label_set: str | None = Field(default=None, description="a named label set; `default` is the bundle's")
+    templates: list[Template] | None = Field(default=None, min_length=1, examples=[["a photo of a {}"]])
+    top_k: int = Field(default=5, ge=1, description="predictions listed, largest logit first")
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: list[str] | None) -> list[str] | None:
+        if labels and len(set(labels)) < len(labels):
+            raise ValueError("labels must differ from one another")
+        return labels
+
+
+class AttributeRequest(ClassifyRequest):
+    explain: Explain = Explain()
+
+
+class _WithImage(BaseModel):
+    image_base64: str = Field(min_length=1, description="the image file, base64")
+
+
+class ClassifyJson(ClassifyRequest, _WithImage):
+    pass
+
+
+class AttributeJson(AttributeRequest, _WithImage):
+    pass
+
+
+class Model(BaseModel):
+    name: str
+    digest: str = Field(description="sha256 of the bundle's manifest, and so of everything in it")
+
+
+class Prediction(BaseModel):
+    label: str
+    probability: float
+    logit: float
+
+
+class LedgerAccount(BaseModel):
+    """In logits. prior + sum(attention) + sum(clt) + bias + error + remainder = logit."""
+
+    prior: float
+    attention: list[float] = Field(description="one per layer")
+    clt: list[float] = Field(description="one per source layer")
+    bias: float
+    error: float = Field(description="what the MLPs did and the CLT does not say")
+    remainder: float = Field(description="rounding")
+
+
+class Feature(BaseModel):
+    index: int
+    activation: float
+    contribution: float = Field(description="in logits; all active features of a layer sum to its clt row")
+    label: str | None = None
+    label_score: float | None = None
+
+
+class LayerAccount(BaseModel):
+    layer: int
+    contribution: float = Field(description="the layer's clt row, in logits")
+    share: float = Field(description="|contribution| as a part of the sum of all |rows|")
+    projection: float = Field(description="C_{i->L-1} on [CLS] (arXiv 2604.13304); the layers sum to 1")
+    drop_effect: float = Field(description="change of the target's probability when this row is taken out")
+    features: list[Feature]
+
+
+class Explanation(BaseModel):
+    target: str
+    contrast: str | None
+    logit: float = Field(description="the target's logit; with a contrast, minus the contrast's")
+    ledger: LedgerAccount
+    layers: list[LayerAccount]
+    heatmap: None = None
+
+
+class Fidelity(BaseModel):
+    """How far the CLT's features stand for what the MLPs did, on this image."""
+
+    r2: float = Field(description="of what the MLPs add to the embedding, about its mean over the training images")
+    cosine: float
+    error_share: float = Field(description="|error row| as a part of the sum of all |rows|, for the top-1 label")
+    reconstructed_top1_agrees: bool = Field(description="the top-1 stays when the error row is taken out")
+
+
+class ClassifyResponse(BaseModel):
+    request_id: str
+    model: Model
+    predictions: list[Prediction]
+    timings_ms: dict[str, float]
+
+
+class AttributeResponse(BaseModel):
+    request_id: str
+    model: Model
+    predictions: list[Prediction]
+    explanations: list[Explanation]
+    fidelity: Fidelity
+    timings_ms: dict[str, float]
+
+
+class ModelResponse(BaseModel):
+    """The bundle that is being served."""
+
+    name: str
+    digest: str
+    provider: str
+    manifest: dict[str, Any]
+
+
+class ErrorBody(BaseModel):
+    code: str
+    message: str
+    details: list[dict[str, Any]]
+    request_id: str
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorBody

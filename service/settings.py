@@ -1,0 +1,35 @@
+"""Every setting of the service, read from the environment (`VITRINE_<NAME>`). service/README.md lists them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+DEMO_BUNDLE = Path(__file__).resolve().parent.parent / "models" / "demo"
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="VITRINE_", extra="ignore")
+
+    bundle: Path = Field(default=DEMO_BUNDLE, description="directory of the bundle to serve")
+    provider: Literal["cpu", "cuda"] = Field(
+        default="cpu", description="where the graphs run; a provider that is not there stops the start"
+    )
+    threads: NonNegativeInt = Field(
+        default=0, description="threads of one inference; 0: the processors that this container may use"
+    )
+    decode_threads: PositiveInt = Field(default=2, description="threads that decode images and write accounts")
+    batch_size: PositiveInt = Field(default=8, description="images in one inference, at most")
+    queue_size: PositiveInt = Field(default=256, description="images waiting for inference; more are answered 429")
+    deadline_seconds: PositiveFloat = Field(default=30.0, description="a request that takes longer is answered 504")
+    max_body_bytes: PositiveInt = Field(default=16 * 2**20, description="larger request bodies are answered 413")
+    max_image_pixels: PositiveInt = Field(default=40_000_000, description="larger images are answered 413, undecoded")
+    max_image_side: PositiveInt = Field(default=16_384, description="pixels a side, likewise")
+    max_labels: PositiveInt = Field(default=2_048, description="labels in one request")
+    max_label_chars: PositiveInt = Field(default=256, description="characters in one label, and in one template")
+    max_templates: PositiveInt = Field(default=128, description="templates in one request")
+    max_targets: PositiveInt = Field(default=32, description="labels explained in one request")
+    label_cache: PositiveInt = Field(default=65_536, description="label embeddings kept in memory")
