@@ -27,6 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
+from models.errors import VitrineError
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 REQUIRED = (
@@ -53,7 +55,7 @@ VISION_OUTPUTS = (
 )
 
 
-class BundleError(ValueError):
+class BundleError(VitrineError, ValueError):
     """A directory is no bundle that this version can serve; the message says which file and why."""
 
 

@@ -22,8 +22,14 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
+from models.errors import VitrineError
 
-class UnsupportedTower(ValueError):
+
+class ClipError(VitrineError, ValueError):
+    """A CLIP cannot be loaded; the message says what is known instead."""
+
+
+class UnsupportedTower(VitrineError, ValueError):
     """The CLIP's vision tower is not one whose residual stream Vitrine can account for; the message names the reason."""
 
 
@@ -174,29 +180,29 @@ def load_clip(name: str | None, weights: str, config: Path | None = None) -> Cli
         config: a model configuration in open_clip's JSON format, for a CLIP that open_clip does not know by name.
 
     Raises:
-        ValueError: an unknown name, tag or file, with what is known.
+        ClipError: an unknown name, tag or file, with what is known.
         UnsupportedTower: the tower has no exact account.
     """
     if config is not None:
         if not config.is_file():
-            raise ValueError(f"CLIP configuration {config} does not exist")
+            raise ClipError(f"CLIP configuration {config} does not exist")
         try:
             keys = set(json.loads(config.read_text()))
         except json.JSONDecodeError as error:
-            raise ValueError(f"CLIP configuration {config} is not JSON: {error}") from error
+            raise ClipError(f"CLIP configuration {config} is not JSON: {error}") from error
         if missing := {"embed_dim", "vision_cfg", "text_cfg"} - keys:
-            raise ValueError(f"CLIP configuration {config} lacks {', '.join(sorted(missing))}")
+            raise ClipError(f"CLIP configuration {config} lacks {', '.join(sorted(missing))}")
         open_clip.add_model_config(config)
         name = config.stem
     if name is None:
-        raise ValueError("name a CLIP: an open_clip model name, or a configuration file")
+        raise ClipError("name a CLIP: an open_clip model name, or a configuration file")
     if name not in open_clip.list_models():
-        raise ValueError(f"open_clip knows no model {name!r}; `open_clip.list_models()` lists {len(open_clip.list_models())}")
+        raise ClipError(f"open_clip knows no model {name!r}; `open_clip.list_models()` lists {len(open_clip.list_models())}")
     is_file = Path(weights).is_file()
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not is_file and weights not in tags:
         known = f"tags for {name}: {', '.join(tags)}" if tags else f"{name} has no published weights"
-        raise ValueError(f"weights {weights!r} are neither a file nor a tag of open_clip's; {known}")
+        raise ClipError(f"weights {weights!r} are neither a file nor a tag of open_clip's; {known}")
     # OpenAI's weights (and some others) were trained with QuickGELU, which plain model names do not say.
     quick_gelu = not is_file and bool((open_clip.get_pretrained_cfg(name, weights) or {}).get("quick_gelu"))
     model = open_clip.create_model(name, pretrained=weights, force_quick_gelu=quick_gelu, precision="fp32")

@@ -37,6 +37,7 @@ from models.bundle import (
 )
 from models.clip import Clip
 from models.clt import CrossLayerTranscoder
+from models.errors import VitrineError
 from models.graph import AttributionGraph
 from models.tokens import check_tokenizer, convert_tokenizer
 
@@ -46,7 +47,7 @@ TOLERANCE = 1e-4  # relative to the largest value of an output, torch against ON
 ADDITIVITY = 1e-5  # rows against embedding, unit norm
 
 
-class ExportError(RuntimeError):
+class ExportError(VitrineError):
     """The exported graphs do not do what the torch modules do; nothing was written. The message says what differs."""
 
 
@@ -79,11 +80,10 @@ def export_bundle(
         tables: precision of the CLT's weights in the bundle.
 
     Raises:
-        FileExistsError: `out` exists (bundles are immutable).
-        ExportError: the parity check failed.
+        ExportError: `out` exists (bundles are immutable), or the parity check failed.
     """
     if out.exists():
-        raise FileExistsError(f"{out} exists; a bundle is never changed, choose another --out")
+        raise ExportError(f"{out} exists; a bundle is never changed, choose another place")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         partial = Path(scratch) / out.name

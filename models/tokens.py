@@ -7,6 +7,8 @@ from typing import Any
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from models.errors import VitrineError
+
 # open_clip cleans texts with ftfy and HTML unescaping before it splits them; ordinary labels are untouched by both.
 CHECKED_TEXTS = (
     "a photo of a cat",
@@ -21,7 +23,7 @@ CHECKED_TEXTS = (
 )
 
 
-class TokenizerMismatch(ValueError):
+class TokenizerMismatch(VitrineError):
     """The converted tokenizer and open_clip's give different tokens for a text; the message shows it."""
 
 

@@ -10,13 +10,14 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from models.bundle import VISION_OUTPUTS, Bundle
+from models.errors import VitrineError
 from models.ledger import Decomposition
 from service.settings import Settings
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-class EngineError(RuntimeError):
+class EngineError(VitrineError):
     """The graphs cannot run as set; the message says what is missing."""
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from models.errors import VitrineError
+
 STATUS = {
     "invalid_request": 400,
     "invalid_image": 400,
@@ -25,7 +27,7 @@ STATUS = {
 }
 
 
-class ServiceError(Exception):
+class ServiceError(VitrineError):
     """A request that cannot be answered. `code` is one of `STATUS`; `message` says what was wrong and what to do."""
 
     def __init__(

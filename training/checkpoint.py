@@ -10,21 +10,22 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from models.bundle import Metrics
 from models.clt import CrossLayerTranscoder
+from models.errors import VitrineError
 from training.recipes import Recipe
 
 FORMAT = 1
 KEPT = 2  # older checkpoints of a run are removed
 
 
-class CheckpointError(ValueError):
+class CheckpointError(VitrineError, ValueError):
     """A checkpoint cannot be read or does not belong to this run; the message says why."""
 
 
@@ -40,7 +41,9 @@ class CheckpointMeta(BaseModel):
     clip_sha256: str
     layers: int
     width: int
-    metrics: dict[str, Any] = {}
+    train_images: int = 0
+    val_images: int = 0
+    metrics: Metrics = Metrics()  # on val, once the run is done
 
 
 def save_checkpoint(

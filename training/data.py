@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
+from models.errors import VitrineError
 
-class DataError(ValueError):
+
+class DataError(VitrineError, ValueError):
     """The images cannot be used; the message names the folder or the file."""
 
 

@@ -12,10 +12,12 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from models.errors import VitrineError
+
 Template = Annotated[str, Field(pattern=r"\{\}")]
 
 
-class RecipeError(ValueError):
+class RecipeError(VitrineError, ValueError):
     """The recipe cannot be used; the message says which key and why."""
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from models.clip import Clip
 from models.clt import CrossLayerTranscoder
+from models.errors import VitrineError
 from training.activations import Activations, Normalisation, stream
 from training.checkpoint import (
     CheckpointError,
@@ -32,10 +33,11 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.data import batches, image_folder, steps_per_epoch
+from training.evaluate import evaluate
 from training.recipes import Recipe, TrainingSection
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(VitrineError):
     """The loss is no longer a number; the last checkpoint is still good."""
 
 
@@ -115,14 +117,21 @@ class Trainer:
 def train(recipe: Recipe, clip: Clip, data_root: Path, out: Path, console: Console, max_steps: int | None = None) -> Path:
     """Train `recipe`'s CLT on `clip`, or take up the run that `out` holds. Returns the last checkpoint.
 
-    `max_steps` ends this call early, with a checkpoint; the schedule stays the whole run's.
+    A run that reaches its end is measured on the val split. `max_steps` ends this call early, with a checkpoint; the
+    schedule stays the whole run's.
     Raises `CheckpointError` if `out` holds another run.
     """
     settings = recipe.training
     folder = image_folder(data_root / recipe.data.train, clip.transform())
     steps = steps_per_epoch(folder, settings.images_per_step) * settings.epochs
     meta = CheckpointMeta(
-        step=0, steps=steps, recipe=recipe, clip_sha256=clip.sha256, layers=clip.tower.layers, width=clip.tower.width
+        step=0,
+        steps=steps,
+        recipe=recipe,
+        clip_sha256=clip.sha256,
+        layers=clip.tower.layers,
+        width=clip.tower.width,
+        train_images=len(folder),
     )
     clt = CrossLayerTranscoder(clip.tower.layers, clip.tower.width, recipe.clt.features, recipe.clt.k)
     if earlier := checkpoints(out):
@@ -160,6 +169,10 @@ def train(recipe: Recipe, clip: Clip, data_root: Path, out: Path, console: Conso
                 save()
                 if not console.is_terminal:
                     console.print(f"step {trainer.step:,}/{steps:,}  {shown}")
+    if trainer.step == steps:
+        folded = trainer.normalisation.fold_into(trainer.clt)
+        val = data_root / recipe.data.val
+        meta.metrics, meta.val_images = evaluate(clip, folded, val, recipe.data.labels, recipe.data.templates, console)
     return save()
 
 

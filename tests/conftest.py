@@ -1,0 +1,225 @@
+"""A CLIP of three layers, a CLT for it, a bundle and some drawn images: all made here in seconds, from seeds alone.
+
+open_clip starts LayerNorms at gamma 1 and beta 0 and biases at 0, where many mistakes cannot be seen; so every
+parameter is moved away from its initial value.
+"""
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+
+from models.bundle import Data, Metrics
+from models.clip import load_clip
+from models.clt import CrossLayerTranscoder
+from models.export import Provenance, export_bundle
+from models.graph import AttributionGraph
+from training.recipes import load_recipe
+
+LABELS = ("red circle", "green square", "blue triangle")
+TEMPLATES = ("a photo of a {}", "a drawing of one {}")
+TINY_CLIP = {
+    "embed_dim": 24,  # less than the width, as in every published CLIP
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 3, "width": 32, "head_width": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+RECIPE = """
+name = "tiny"
+
+[clip]
+config = "clip/tiny.json"
+weights = "clip/tiny.safetensors"
+
+[data]
+name = "drawn shapes"
+licence = "CC0-1.0"
+train = "train"
+val = "val"
+labels = ["red circle", "green square", "blue triangle"]
+templates = ["a photo of a {}", "a drawing of one {}"]
+
+[clt]
+features = 64
+k = 8
+
+[training]
+epochs = 4
+images_per_step = 8
+learning_rate = 1e-2
+warmup_steps = 2
+decay_share = 0.5
+normalisation_images = 32
+checkpoint_every = 3
+workers = 0
+"""
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory):
+    """A data root as recipes know it: `train/<class>/*.png`, `val/<class>/*.png`, and the CLIPs under `clip/`."""
+    root = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 16), ("val", 4)):
+        for label in LABELS:
+            folder = root / split / label.replace(" ", "_")
+            folder.mkdir(parents=True)
+            for index in range(count):
+                _draw(label, generator).save(folder / f"{index:02}.png")
+    return root
+
+
+def _draw(label, generator):
+    """A 40 x 36 picture of the shape that `label` names, somewhere on a noisy ground."""
+    colour, shape = label.split()
+    noise = torch.randint(0, 120, (36, 40, 3), generator=generator, dtype=torch.uint8)
+    image = Image.fromarray(noise.numpy())
+    x, y, size = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((0, 20), (0, 16), (10, 20)))
+    draw, box = ImageDraw.Draw(image), (x, y, x + size, y + size)
+    if shape == "circle":
+        draw.ellipse(box, fill=colour)
+    elif shape == "square":
+        draw.rectangle(box, fill=colour)
+    else:
+        draw.polygon([(x, y + size), (x + size, y + size), (x + size // 2, y)], fill=colour)
+    return image
+
+
+@pytest.fixture(scope="session")
+def write_clip(data_root):
+    """write_clip(**overrides) -> (configuration file, weights file) of the tiny CLIP, changed by `overrides`."""
+
+    def write(**overrides):
+        config = TINY_CLIP | {
+            key: TINY_CLIP[key] | value if isinstance(value, dict) else value for key, value in overrides.items()
+        }
+        folder = data_root / "clip"
+        folder.mkdir(exist_ok=True)
+        name = f"tiny-{len(list(folder.glob('*.json')))}" if overrides else "tiny"
+        path, weights = folder / f"{name}.json", folder / f"{name}.safetensors"
+        path.write_text(json.dumps(config))
+        save_file(_random_weights(config), weights)
+        return path, weights
+
+    return write
+
+
+def _random_weights(config):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = open_clip.CLIP(**config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name != "logit_scale":
+                    parameter.mul_(1 + 0.3 * torch.randn_like(parameter)).add_(0.1 * torch.randn_like(parameter))
+    return {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+
+
+@pytest.fixture(scope="session")
+def make_clip(write_clip):
+    """make_clip(**overrides) -> the tiny CLIP with `overrides` in its configuration, loaded as any CLIP is.
+
+    make_clip(vision_cfg={"no_ln_pre": True}) changes that one key of vision_cfg. Each variant is made once: do not
+    change what you get.
+    """
+    made = {}
+
+    def make(**overrides):
+        key = json.dumps(overrides, sort_keys=True)
+        if key not in made:
+            config, weights = write_clip(**overrides)
+            made[key] = load_clip(None, str(weights), config)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def clip(make_clip):
+    """The tiny CLIP: 3 layers, width 32, 17 tokens, embedding 24."""
+    return make_clip()
+
+
+@pytest.fixture(scope="session")
+def make_clt():
+    """make_clt(clip, seed=0) -> a random CLT for it, 64 features a layer, 8 active; every bias non-zero."""
+
+    def make(clip, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        clt = CrossLayerTranscoder(clip.tower.layers, clip.tower.width, features=64, k=8)
+        clt.initialise(generator)
+        with torch.no_grad():
+            for bias in (clt.b_enc, clt.b_dec):
+                bias.normal_(std=0.2, generator=generator)
+        return clt.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def clt(make_clt, clip):
+    return make_clt(clip)
+
+
+@pytest.fixture(scope="session")
+def make_pixels():
+    """make_pixels(count, size=(32, 32), seed=0) -> random normalised pixels [count, 3, *size]."""
+
+    def make(count, size=(32, 32), seed=0):
+        return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cls_mean(clip, make_pixels):
+    """Mean [CLS] output of every MLP [L, d]."""
+    return clip.tower(make_pixels(16, seed=99)).mlp_out[:, :, 0].mean(1)
+
+
+@pytest.fixture(scope="session")
+def graph(clip, clt, cls_mean):
+    """The fused vision graph, in torch."""
+    return AttributionGraph(clip.tower, clt, cls_mean, torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def provenance():
+    return Provenance(
+        name="tiny",
+        description="A CLIP with random weights, for tests.",
+        labels=LABELS,
+        templates=TEMPLATES,
+        data=Data(name="drawn shapes", licence="CC0-1.0", train_images=48, val_images=12),
+        recipe=RECIPE,
+        metrics=Metrics(r2=0.75, cosine=0.875),
+        licence="Apache-2.0",
+    )
+
+
+@pytest.fixture(scope="session")
+def bundle(clip, clt, cls_mean, provenance, tmp_path_factory):
+    """The exported and opened bundle of `clip` and `clt`."""
+    return export_bundle(clip, clt, cls_mean, provenance, tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def bundle_path(bundle):
+    """Where `bundle` lies; copy it before you change anything in it."""
+    return Path(bundle.path)
+
+
+@pytest.fixture(scope="session")
+def recipe_path(clip, data_root):
+    """A recipe for `clip` and the drawn shapes, relative to `data_root`: 6 steps an epoch, 24 in all."""
+    path = data_root / "tiny.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def recipe(recipe_path):
+    return load_recipe(recipe_path)

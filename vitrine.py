@@ -1,0 +1,235 @@
+"""The `vitrine` command. Every sub-command imports what it needs when it runs: serving never loads torch."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from models.errors import VitrineError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from models.bundle import Bundle
+    from service.schemas import AttributeRequest, AttributeResponse
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="CLIP predictions with an exact account of what made them: train, export, verify, serve, attribute.",
+)
+
+DataRoot = Annotated[
+    Path, typer.Option("--data-root", envvar="VITRINE_DATA", help="Folder that the recipe's paths are relative to.")
+]
+BundlePath = Annotated[
+    Path | None, typer.Option("--bundle", help="Bundle directory; default: VITRINE_BUNDLE, or the embedded demo.")
+]
+
+
+def _mendable(command: Callable[..., None]) -> Callable[..., None]:
+    """Print Vitrine's own errors as one message, without a traceback, and exit with 1."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except VitrineError as error:
+            typer.secho(f"error: {error}", fg="red", err=True)
+            raise typer.Exit(1) from error
+
+    return run
+
+
+@app.command(epilog="Example: vitrine train --recipe training/recipes/demo.toml --data-root data --out runs/demo")
+@_mendable
+def train(
+    recipe: Annotated[Path, typer.Option(help="Recipe (TOML), see training/recipes/.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; a run found there is taken up.")],
+    data_root: DataRoot = Path("data"),
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps, with a checkpoint.")] = None,
+) -> None:
+    """Train a CLT on a CLIP's activations; resumes by itself."""
+    from training.recipes import load_recipe
+    from training.trainer import train as run
+
+    loaded, console = load_recipe(recipe), _console()
+    clip = _load_clip(loaded, data_root)
+    checkpoint = run(loaded, clip, data_root, out, console, max_steps)
+    console.print(f"checkpoint: {checkpoint}")
+
+
+@app.command(epilog="Example: vitrine export --checkpoint runs/demo --data-root data --out bundles/demo")
+@_mendable
+def export(
+    checkpoint: Annotated[Path, typer.Option(help="A run's folder (its newest checkpoint) or one checkpoint.")],
+    out: Annotated[Path, typer.Option(help="The bundle to write; must not exist.")],
+    data_root: DataRoot = Path("data"),
+    tables: Annotated[str, typer.Option(help="Precision of the CLT in the bundle: float32 or float16.")] = "float32",
+    description: Annotated[str, typer.Option(help="One sentence for the model card.")] = "A CLIP and its CLT.",
+    licence: Annotated[str, typer.Option(help="Licence of the bundle.")] = "unstated",
+) -> None:
+    """Write CLIP and CLT as a bundle, checked against torch."""
+    import tomli_w
+
+    from models.bundle import Data
+    from models.export import Provenance, export_bundle
+    from training.checkpoint import CheckpointError, latest, load_clt
+
+    if tables not in ("float32", "float16"):
+        raise typer.BadParameter(f"{tables!r} is neither float32 nor float16", param_hint="--tables")
+    found = latest(checkpoint)
+    clt, cls_mean, meta = load_clt(found)
+    recipe, console = meta.recipe, _console()
+    clip = _load_clip(recipe, data_root)
+    if clip.sha256 != meta.clip_sha256:
+        raise CheckpointError(f"{found} was trained on a CLIP with other weights than {clip.name} {clip.weights}")
+    if meta.metrics.r2 is None:
+        console.print(f"[yellow]{found} is unfinished (step {meta.step} of {meta.steps}): the bundle has no metrics")
+    data = Data(
+        name=recipe.data.name,
+        licence=recipe.data.licence,
+        train_images=meta.train_images,
+        val_images=meta.val_images,
+    )
+    provenance = Provenance(
+        name=recipe.name,
+        description=description,
+        labels=recipe.data.labels,
+        templates=recipe.data.templates,
+        data=data,
+        recipe=tomli_w.dumps(recipe.model_dump(exclude_none=True)),
+        metrics=meta.metrics,
+        licence=licence,
+    )
+    with console.status("exporting and checking against torch"):
+        bundle = export_bundle(clip, clt, cls_mean, provenance, out, tables)  # type: ignore[arg-type]
+    _print_bundle(bundle, console)
+
+
+@app.command(epilog="Example: vitrine verify models/demo")
+@_mendable
+def verify(bundle: Annotated[Path, typer.Argument(help="Bundle directory.")]) -> None:
+    """Check a bundle: every file's sha256, that its graphs run, and that the account adds up."""
+    import numpy as np
+
+    from models.bundle import BundleError, open_bundle
+    from service.engine import Engine
+    from service.settings import Settings
+
+    opened, console = open_bundle(bundle), _console()
+    pixels = np.random.default_rng(0).standard_normal((2, 3, *opened.manifest.preprocessing.size), np.float32)
+    for parts in Engine(opened, Settings()).explain(pixels):
+        off = float(np.abs(parts.rows.sum(0) - parts.embedding).max())
+        if not off <= 1e-4:
+            raise BundleError(f"{bundle}: the rows of vision.onnx miss its embedding by {off:.1e}")
+    _print_bundle(opened, console)
+    console.print("[green]all files as the manifest says; the graphs run and their rows add up")
+
+
+@app.command(epilog="Example: vitrine serve --bundle models/demo --port 3000")
+@_mendable
+def serve(
+    bundle: BundlePath = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 3000,
+) -> None:
+    """Serve a bundle over HTTP with BentoML (settings: service/README.md)."""
+    opened = _open(bundle)
+    _print_bundle(opened, _console())
+    environment = {**os.environ, "VITRINE_BUNDLE": str(opened.path.resolve())}
+    environment.setdefault("BENTOML_DO_NOT_TRACK", "True")
+    command = [sys.executable, "-m", "bentoml", "serve", "service.app:Vitrine", "--host", host, "--port", str(port)]
+    sys.stdout.flush()
+    os.execve(sys.executable, command, environment)
+
+
+@app.command(epilog="Example: vitrine attribute photo.jpg --labels cat,dog,truck --contrast dog")
+@_mendable
+def attribute(
+    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JPEG, PNG, WebP, GIF or BMP.")],
+    labels: Annotated[str | None, typer.Option(help="Comma-separated; default: the bundle's labels.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Label to explain (repeatable); default: top-1.")] = None,
+    contrast: Annotated[str | None, typer.Option(help="Explain each target rather than this label.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Predictions listed.")] = 5,
+    features: Annotated[int, typer.Option(min=0, help="Features listed per layer.")] = 3,
+    bundle: BundlePath = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The service's JSON instead of tables.")] = False,
+) -> None:
+    """Predict one image's label and print the account of it, without a server."""
+    from pydantic import ValidationError
+
+    from service.errors import ServiceError
+    from service.render import print_answer
+    from service.schemas import AttributeRequest
+
+    fields: dict[str, Any] = {"top_k": top_k, "explain": {"contrast": contrast, "features": features}}
+    if labels is not None:
+        fields["labels"] = labels.split(",")
+    if target:
+        fields["explain"]["targets"] = target
+    try:
+        request = AttributeRequest.model_validate(fields)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ServiceError("invalid_request", f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+    answer = asyncio.run(_attribute(_open(bundle), image.read_bytes(), request))
+    if as_json:
+        typer.echo(answer.model_dump_json(indent=2))
+    else:
+        print_answer(answer, _console())
+
+
+async def _attribute(bundle: Bundle, image: bytes, request: AttributeRequest) -> AttributeResponse:
+    from service.attributor import Attributor
+    from service.settings import Settings
+
+    async with Attributor(bundle, Settings()) as attributor:
+        return await attributor.attribute(image, request, request_id="command-line")
+
+
+def _open(bundle: Path | None) -> Bundle:
+    from models.bundle import open_bundle
+    from service.settings import Settings
+
+    return open_bundle(bundle or Settings().bundle)
+
+
+def _load_clip(recipe: Any, data_root: Path) -> Any:
+    """The recipe's CLIP; its weights are a file under the data root if there is one of that name, else a tag."""
+    from models.clip import load_clip
+
+    clip = recipe.clip
+    file = data_root / clip.weights
+    config = data_root / clip.config if clip.config else None
+    return load_clip(clip.name, str(file) if file.is_file() else clip.weights, config)
+
+
+def _print_bundle(bundle: Bundle, console: Console) -> None:
+    manifest, shape = bundle.manifest, bundle.manifest.shape
+    console.print(f"[bold]{manifest.name}[/bold] {bundle.digest[:19]}…  {bundle.path}", soft_wrap=True, highlight=False)
+    console.print(
+        f"  CLIP {manifest.clip.name} ({manifest.clip.weights}), {shape.layers} layers; "
+        f"CLT {shape.features:,} features a layer, k = {shape.k}; trained on {manifest.data.name}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+if __name__ == "__main__":
+    app()
