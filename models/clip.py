@@ -30,7 +30,7 @@ class ClipError(VitrineError, ValueError):
 
 
 class UnsupportedTower(VitrineError, ValueError):
-    """The CLIP's vision tower is not one whose residual stream Vitrine can account for; the message names the reason."""
+    """The CLIP's vision tower is not one whose residual stream Vitrine can account for; the message says why."""
 
 
 class Taps(NamedTuple):
@@ -52,13 +52,15 @@ class Tower(nn.Module):
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
+        self.visual: Any
+        self.blocks: Any
         _refuse_unsupported(visual)
         self.visual = visual
-        self.blocks = visual.transformer.resblocks
+        self.blocks = self.visual.transformer.resblocks
         self.layers = len(self.blocks)
-        self.width, self.embedding = visual.proj.shape
-        self.image_size = tuple(visual.image_size)
-        self.tokens = visual.positional_embedding.shape[0]
+        self.width, self.embedding = (int(size) for size in self.visual.proj.shape)
+        self.image_size: tuple[int, int] = tuple(self.visual.image_size)
+        self.tokens = int(self.visual.positional_embedding.shape[0])
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] to the residual stream before block 0 [B, T, d]."""
@@ -135,7 +137,7 @@ def _refuse_unsupported(visual: nn.Module) -> None:
 class Clip:
     """A loaded CLIP in evaluation mode, float32, with what is needed to name it and to feed it."""
 
-    model: nn.Module
+    model: Any  # open_clip's CLIP, a torch module
     tower: Tower
     tokenizer: Any  # open_clip's; texts -> tokens [N, context]
     name: str  # open_clip's model name
@@ -197,7 +199,7 @@ def load_clip(name: str | None, weights: str, config: Path | None = None) -> Cli
     if name is None:
         raise ClipError("name a CLIP: an open_clip model name, or a configuration file")
     if name not in open_clip.list_models():
-        raise ClipError(f"open_clip knows no model {name!r}; `open_clip.list_models()` lists {len(open_clip.list_models())}")
+        raise ClipError(f"open_clip knows no model {name!r}; see `open_clip.list_models()`")
     is_file = Path(weights).is_file()
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not is_file and weights not in tags:
@@ -208,7 +210,7 @@ def load_clip(name: str | None, weights: str, config: Path | None = None) -> Cli
     model = open_clip.create_model(name, pretrained=weights, force_quick_gelu=quick_gelu, precision="fp32")
     model.eval().requires_grad_(False)
     if getattr(model, "logit_bias", None) is not None:
-        raise UnsupportedTower(f"{name} has a logit bias (a sigmoid loss, as SigLIP): its logits are no zero-shot softmax")
+        raise UnsupportedTower(f"{name} has a logit bias (sigmoid loss, as SigLIP): no zero-shot softmax")
     return Clip(
         model=model,
         tower=Tower(model.visual),

@@ -11,6 +11,8 @@ L layers, F features a layer, d width, k active features a layer and token, N to
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,12 +37,12 @@ class CrossLayerTranscoder(nn.Module):
     def initialise(self, generator: torch.Generator) -> None:
         """Random unit rows for the encoders; for the decoders too, shared out over the sources of a target."""
         self.w_enc.normal_(generator=generator)
-        self.w_enc /= self.w_enc.norm(dim=-1, keepdim=True)
+        self.w_enc.div_(self.w_enc.norm(dim=-1, keepdim=True))
         self.b_enc.zero_()
         self.b_dec.zero_()
         for target, w_dec in enumerate(self.w_dec):
             w_dec.normal_(generator=generator)
-            w_dec /= w_dec.norm(dim=-1, keepdim=True) * (target + 1) * self.k**0.5
+            w_dec.div_(w_dec.norm(dim=-1, keepdim=True) * (target + 1) * self.k**0.5)
 
     def preactivations(self, mlp_in: Tensor) -> Tensor:
         """[L, N, d] -> [L, N, F]."""
@@ -84,15 +86,13 @@ class _SparseDecode(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, indices: Tensor, values: Tensor, *w_dec: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, indices: Tensor, values: Tensor, *w_dec: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(indices, values, *w_dec)
         rows, weights = _rows_by_token(indices, values, w_dec[0].shape[1])
-        return tuple(
-            _bag(rows[:, : j + 1], w.flatten(0, 1), weights[:, : j + 1]) for j, w in enumerate(w_dec)
-        )
+        return tuple(_bag(rows[:, : j + 1], w.flatten(0, 1), weights[:, : j + 1]) for j, w in enumerate(w_dec))
 
     @staticmethod
-    def backward(ctx, *d_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *d_out: Tensor) -> tuple[Tensor | None, ...]:
         indices, values, *w_dec = ctx.saved_tensors
         layers, _, k = indices.shape
         features = w_dec[0].shape[1]
@@ -101,7 +101,9 @@ class _SparseDecode(torch.autograd.Function):
         # dz = <dy, W[f]>: embedding_bag's own gradient of its weights, summed over the targets by autograd.
         with torch.enable_grad():
             weights = weights.detach().requires_grad_()
-            outputs = [_bag(rows[:, : j + 1], w.detach().flatten(0, 1), weights[:, : j + 1]) for j, w in enumerate(w_dec)]
+            outputs = [
+                _bag(rows[:, : j + 1], w.detach().flatten(0, 1), weights[:, : j + 1]) for j, w in enumerate(w_dec)
+            ]
             (d_weights,) = torch.autograd.grad(outputs, weights, d_out)
 
         # dW: the code sorted by feature, each feature a bag of tokens.

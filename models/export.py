@@ -99,7 +99,9 @@ def export_bundle(
         height, width = clip.tower.image_size
         _write_onnx(graph, torch.zeros(2, 3, height, width), "pixels", VISION_OUTPUTS, partial / "vision.onnx")
         text = _TextGraph(clip.model).eval()
-        _write_onnx(text, torch.zeros(2, clip.context, dtype=torch.long), "tokens", ("text_embedding",), partial / "text.onnx")
+        _write_onnx(
+            text, torch.zeros(2, clip.context, dtype=torch.long), "tokens", ("text_embedding",), partial / "text.onnx"
+        )
 
         check_vision(clip, graph, partial / "vision.onnx")
         check_text(text, clip.tokenizer(texts), partial / "text.onnx")
@@ -135,7 +137,9 @@ def check_text(text: nn.Module, tokens: Tensor, path: Path) -> None:
     for batch in (tokens[:1], tokens[:5]):
         with torch.no_grad():
             expected = text(batch).numpy()
-        _check_close("text embedding", session.run(["text_embedding"], {"tokens": batch.numpy()})[0], expected, TOLERANCE)
+        _check_close(
+            "text embedding", session.run(["text_embedding"], {"tokens": batch.numpy()})[0], expected, TOLERANCE
+        )
 
 
 class _TextGraph(nn.Module):
@@ -157,25 +161,20 @@ def _check_close(what: str, found: np.ndarray, expected: np.ndarray, tolerance: 
 
 def _check_code(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     """Same features, same activations; a feature at the edge of the top k may change places with its equal."""
-    scale = np.abs(expected["feature_values"]).max()
-    codes = []
-    for outputs in (found, expected):
-        code = [{} for _ in range(outputs["feature_indices"][..., 0].size)]
-        for place, (features, values) in enumerate(
-            zip(
-                outputs["feature_indices"].reshape(len(code), -1),
-                outputs["feature_values"].reshape(len(code), -1),
-                strict=True,
-            )
-        ):
-            code[place] = dict(zip(features.tolist(), values.tolist(), strict=True))
-        codes.append(code)
-    for ours, theirs in zip(*codes, strict=True):
+    allowed = TOLERANCE * float(np.abs(expected["feature_values"]).max())
+    for ours, theirs in zip(_codes(found), _codes(expected), strict=True):
         edge = min(theirs.values())
         for feature in ours.keys() | theirs.keys():
             off = abs(ours.get(feature, edge) - theirs.get(feature, edge))
-            if not off <= TOLERANCE * scale:
-                raise ExportError(f"feature {feature}: activation differs by {off:.2e}, allowed {TOLERANCE * scale:.0e}")
+            if not off <= allowed:
+                raise ExportError(f"feature {feature}: activation differs by {off:.2e}, allowed {allowed:.0e}")
+
+
+def _codes(outputs: dict[str, np.ndarray]) -> list[dict[int, float]]:
+    """Feature -> activation, one mapping per image and layer."""
+    indices, values = outputs["feature_indices"], outputs["feature_values"]
+    rows = zip(indices.reshape(-1, indices.shape[-1]), values.reshape(-1, values.shape[-1]), strict=True)
+    return [dict(zip(features.tolist(), activations.tolist(), strict=True)) for features, activations in rows]
 
 
 def _write_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: Sequence[str], path: Path) -> None:
@@ -191,15 +190,14 @@ def _write_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: Se
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )
+    assert program is not None
     model = program.model_proto
     _strip(model)
     _store_halves_losslessly(model)
     for tensor in model.graph.initializer:
         if tensor.name == "directions":
             _point_at_npy(tensor, path.parent / "directions.npy")
-    onnx.save_model(
-        model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=EXTERNAL_FROM
-    )
+    onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=EXTERNAL_FROM)
     path.with_name(f"{path.name}.data").chmod(0o644)  # onnx makes it the owner's alone; services run as others
 
 
@@ -285,7 +283,9 @@ def _manifest(clip: Clip, clt: CrossLayerTranscoder, provenance: Provenance, tab
         ),
         sparsifier="relu_topk",
         logit_scale=clip.logit_scale,
-        text=Text(context=clip.context, pad=pad, labels=tuple(provenance.labels), templates=tuple(provenance.templates)),
+        text=Text(
+            context=clip.context, pad=pad, labels=tuple(provenance.labels), templates=tuple(provenance.templates)
+        ),
         tables=tables,  # type: ignore[arg-type]
         data=provenance.data,
         recipe=provenance.recipe,

@@ -26,6 +26,17 @@ class AttributionGraph(nn.Module):
             the error row takes up whatever the CLT does not write.
     """
 
+    fold: Tensor
+    beta: Tensor
+    prior: Tensor
+    w_enc: Tensor
+    b_enc: Tensor
+    directions: Tensor
+    last_decoders: Tensor
+    bias: Tensor
+    cls_mean: Tensor
+    offsets: Tensor
+
     def __init__(self, tower: Tower, clt: CrossLayerTranscoder, cls_mean: Tensor, tables: torch.dtype) -> None:
         super().__init__()
         if (clt.layers, clt.width) != (tower.layers, tower.width):
@@ -37,7 +48,7 @@ class AttributionGraph(nn.Module):
         self.register_buffer("fold", fold)
         self.register_buffer("beta", beta)
         self.register_buffer("prior", tower.prior().detach())
-        # Rounded to `tables` and kept in float32 where a product reads all of it; kept in `tables` where rows are looked up.
+        # Rounded to `tables`: kept so where rows are looked up, in float32 where a product reads all of it.
         self.register_buffer("w_enc", clt.w_enc.detach().to(tables).float().transpose(1, 2).contiguous())  # [L, d, F]
         self.register_buffer("b_enc", clt.b_enc.detach().to(tables).float())
         self.register_buffer("directions", clt.directions().to(tables).flatten(0, 1))  # [L * F, d]

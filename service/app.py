@@ -1,6 +1,6 @@
 """The BentoML service: process, workers, probes and /metrics are BentoML's, everything under /v1 is `service.routes`.
 
-    bentoml serve service.app:Vitrine        (or `vitrine serve`)
+bentoml serve service.app:Vitrine        (or `vitrine serve`)
 """
 
 from __future__ import annotations

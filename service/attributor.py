@@ -7,9 +7,11 @@ loop only waits. Used by the HTTP routes and by the command line alike.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,8 @@ from service.images import ImageLimits, decode, to_pixels
 from service.labels import LabelEncoder, LabelSet
 from service.schemas import AttributeRequest, AttributeResponse, ClassifyRequest, ClassifyResponse, Model
 from service.settings import Settings
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -119,15 +123,18 @@ class Attributor:
         if len(labels) > settings.max_labels:
             raise ServiceError("invalid_request", f"{len(labels):,} labels; at most {settings.max_labels:,} are taken")
         if len(templates) > settings.max_templates:
-            raise ServiceError("invalid_request", f"{len(templates)} templates; at most {settings.max_templates} are taken")
+            raise ServiceError(
+                "invalid_request", f"{len(templates)} templates; at most {settings.max_templates} are taken"
+            )
         if too_long := [text for text in (*labels, *templates) if len(text) > settings.max_label_chars]:
             raise ServiceError(
                 "invalid_request",
-                f"a label or template has {len(too_long[0]):,} characters; at most {settings.max_label_chars} are taken",
+                f"a label or template has {len(too_long[0]):,} characters; "
+                f"at most {settings.max_label_chars} are taken",
             )
         return labels, templates
 
-    async def _run(self, function, *args):
+    async def _run(self, function: Callable[..., Result], *args: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
     @staticmethod

@@ -89,7 +89,7 @@ class Batcher:
         start = perf_counter()
         try:
             found = await self.run(self._explain, np.stack([waiting.pixels for waiting in batch]))
-        except Exception as error:  # the engine's failure belongs to those who wait for it, not to this loop
+        except Exception as error:  # noqa: BLE001  (handed to those who wait for it: this loop must go on)
             for waiting in batch:
                 if not waiting.answer.done():
                     waiting.answer.set_exception(error)

@@ -94,5 +94,7 @@ def _session(path: Path, settings: Settings) -> onnxruntime.InferenceSession:
         )
     session = onnxruntime.InferenceSession(path, options, providers=[wanted])
     if session.get_providers()[0] != wanted:
-        raise EngineError(f"{wanted} could not be used for {path.name}; ONNX Runtime would use {session.get_providers()[0]}")
+        raise EngineError(
+            f"{wanted} could not be used for {path.name}; ONNX Runtime would use {session.get_providers()[0]}"
+        )
     return session

@@ -1,4 +1,4 @@
-"""Everything that can go wrong in a request, as one type with one body: {"error": {code, message, details, request_id}}."""
+"""Everything that can go wrong in a request: one type, one body {"error": {code, message, details, request_id}}."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ class ServiceError(VitrineError):
     """A request that cannot be answered. `code` is one of `STATUS`; `message` says what was wrong and what to do."""
 
     def __init__(
-        self, code: str, message: str, details: list[dict[str, Any]] | None = None, headers: dict[str, str] | None = None
+        self,
+        code: str,
+        message: str,
+        details: list[dict[str, Any]] | None = None,
+        headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.code, self.message, self.details, self.headers = code, message, details or [], headers or {}

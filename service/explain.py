@@ -16,7 +16,9 @@ from service.schemas import Explain, Explanation, Feature, Fidelity, LayerAccoun
 def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int) -> None:
     """Raise `ServiceError` invalid_request if `explain` names what is not among the labels, or too much."""
     if explain.targets and len(explain.targets) > max_targets:
-        raise ServiceError("invalid_request", f"{len(explain.targets)} targets; at most {max_targets} are explained at once")
+        raise ServiceError(
+            "invalid_request", f"{len(explain.targets)} targets; at most {max_targets} are explained at once"
+        )
     known = set(labels)
     if unknown := [label for label in (*(explain.targets or ()), explain.contrast) if label and label not in known]:
         raise ServiceError("invalid_request", f"not among the labels: {', '.join(map(repr, unknown[:5]))}")
@@ -42,9 +44,7 @@ def account(
     return explanations, _fidelity(parts, labels, bundle, top1)
 
 
-def _explanation(
-    parts: Decomposition, labels: LabelSet, bundle: Bundle, explain: Explain, target: int
-) -> Explanation:
+def _explanation(parts: Decomposition, labels: LabelSet, bundle: Bundle, explain: Explain, target: int) -> Explanation:
     scale = bundle.manifest.logit_scale
     direction = labels.embeddings[target]
     if explain.contrast is not None:

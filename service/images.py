@@ -21,7 +21,18 @@ from service.errors import ServiceError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # What Pillow's decoders raise on damaged files.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError, TypeError, OverflowError)
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+)
 
 # Our own limits, from settings, are checked on the header; Pillow's would raise while the header is being read.
 Image.MAX_IMAGE_PIXELS = None
@@ -77,8 +88,8 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing, limits: ImageLim
         image = image.resize(target, FILTERS[preprocessing.interpolation])
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     image = image.crop((left, top, left + width, top + height))
-    unit = np.asarray(image, dtype=np.float32) / np.float32(255)
-    normalised = (unit - np.float32(preprocessing.mean)) / np.float32(preprocessing.std)
+    mean, std = np.array(preprocessing.mean, np.float32), np.array(preprocessing.std, np.float32)
+    normalised = (np.asarray(image, dtype=np.float32) / np.float32(255) - mean) / std
     return np.ascontiguousarray(normalised.transpose(2, 0, 1))
 
 
@@ -89,7 +100,8 @@ def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
     if max(width, height) > limits.side or width * height > limits.pixels:
         raise ServiceError(
             "image_too_large",
-            f"the image has {width:,} x {height:,} pixels; allowed are {limits.side:,} a side and {limits.pixels:,} in all",
+            f"the image has {width:,} x {height:,} pixels; "
+            f"allowed are {limits.side:,} a side and {limits.pixels:,} in all",
         )
 
 

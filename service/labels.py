@@ -45,7 +45,7 @@ class LabelEncoder:
         self._encoding = asyncio.Lock()  # requests for the same new labels wait for one encoding
 
     async def resolve(self, labels: tuple[str, ...], templates: tuple[str, ...], run: Run) -> LabelSet:
-        """The label set, encoding what is not cached a few labels at a time by `await run(encode, labels, templates)`."""
+        """The label set; what is not cached is encoded a few labels at a time, by `await run(encode, ...)`."""
         if found := self._sets.get((labels, templates)):
             return found
         async with self._encoding:

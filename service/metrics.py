@@ -11,7 +11,9 @@ REQUESTS = Counter("vitrine_requests_total", "Requests answered", ["endpoint", "
 LATENCY = Histogram("vitrine_request_seconds", "From first byte to answer", ["endpoint"], buckets=_SECONDS)
 STAGE = Histogram("vitrine_stage_seconds", "Stages of a request", ["stage"], buckets=_SECONDS)
 FIDELITY_R2 = Histogram(
-    "vitrine_fidelity_r2", "R2 of the account, an image", buckets=(0, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.98, 0.99, 1)
+    "vitrine_fidelity_r2",
+    "R2 of the account, an image",
+    buckets=(0, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.98, 0.99, 1),
 )
 ERROR_SHARE = Histogram("vitrine_error_share", "Share of the error row, an image", buckets=_SHARE)
 BUNDLE = Gauge(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import uuid
 from time import perf_counter
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -66,6 +65,6 @@ class Gate:
         return ServiceError("body_too_large", f"the body is larger than {self.max_body_bytes:,} bytes")
 
 
-def _endpoint(scope: dict[str, Any]) -> str:
+def _endpoint(scope: Scope) -> str:
     """The route's pattern, never the raw path, so that junk requests make no new time series."""
     return getattr(scope.get("route"), "path", "other")

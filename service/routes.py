@@ -134,10 +134,10 @@ async def _read(request: Request, shape: type[Asked], json_shape: type[BaseModel
         fields = _load_json(await request.body(), "the body")
         asked = _validated(json_shape, fields)
         try:
-            image = base64.b64decode(asked.image_base64, validate=True)  # type: ignore[attr-defined]
+            image = base64.b64decode(asked.image_base64, validate=True)
         except (binascii.Error, ValueError) as error:
             raise ServiceError("invalid_image", f"image_base64 is not base64: {error}") from error
-        return image, asked  # type: ignore[return-value]
+        return image, asked
     raise ServiceError(
         "unsupported_media_type",
         f"content type {kind or '(none)'!r}: send multipart/form-data with a file part `image`, "
@@ -178,7 +178,9 @@ def _invalid(errors: Any) -> ServiceError:
     details = [{"field": ".".join(map(str, e["loc"])), "problem": e["msg"]} for e in errors]
     if details and details[0]["field"] == "image_base64" and details[0]["problem"] == "Field required":
         return ServiceError("missing_image", "`image_base64` is missing", details)
-    first = f"{details[0]['field'] or 'the request'}: {details[0]['problem']}" if details else "the request is not valid"
+    first = (
+        f"{details[0]['field'] or 'the request'}: {details[0]['problem']}" if details else "the request is not valid"
+    )
     return ServiceError("invalid_request", first, details)
 
 
@@ -209,7 +211,9 @@ def _inlined(schema: dict[str, Any]) -> Any:
     def put(node: Any) -> Any:
         if isinstance(node, dict):
             if "$ref" in node:
-                return put(definitions[node["$ref"].rpartition("/")[2]] | {k: v for k, v in node.items() if k != "$ref"})
+                return put(
+                    definitions[node["$ref"].rpartition("/")[2]] | {k: v for k, v in node.items() if k != "$ref"}
+                )
             return {key: put(value) for key, value in node.items()}
         return [put(value) for value in node] if isinstance(node, list) else node
 

@@ -1,8 +1,8 @@
 """Checkpoints: weights as safetensors beside one JSON, written whole or not at all.
 
-    <out>/step-00001500/clt.safetensors     the CLT on raw activations: what evaluation and export read
-                        state.safetensors   normalised weights, Adam's moments, normalisation: what resuming reads
-                        checkpoint.json     recipe, step, CLIP, metrics
+<out>/step-00001500/clt.safetensors     the CLT on raw activations: what evaluation and export read
+                    state.safetensors   normalised weights, Adam's moments, normalisation: what resuming reads
+                    checkpoint.json     recipe, step, CLIP, metrics
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ R2Score); a CLT's is the mean over layers. [CLS] alone is measured about its own
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -40,7 +41,7 @@ def evaluate(
     label_embeddings = clip.encode_labels(list(labels), list(templates))
 
     r2, r2_cls = _r2_per_layer(clt), _r2_per_layer(clt)
-    cosine, top1 = MeanMetric().set_dtype(torch.float64), MeanMetric().set_dtype(torch.float64)
+    cosine, top1 = _float64(MeanMetric()), _float64(MeanMetric())
     fired = torch.zeros(clt.layers, clt.features, dtype=torch.bool)
     loader = DataLoader(folder, batch_size=batch_size, num_workers=1)
     for pixels, classes in track(loader, "evaluate", console=console):
@@ -66,7 +67,12 @@ def evaluate(
 
 
 def _r2_per_layer(clt: CrossLayerTranscoder) -> list[R2Score]:
-    return [R2Score(multioutput="variance_weighted").set_dtype(torch.float64) for _ in range(clt.layers)]
+    return [_float64(R2Score(multioutput="variance_weighted")) for _ in range(clt.layers)]
+
+
+def _float64(metric: Any) -> Any:
+    """A torchmetrics metric that accumulates in float64: sums over millions of tokens."""
+    return metric.set_dtype(torch.float64)
 
 
 def _mean(scores: list[R2Score]) -> float:

@@ -67,10 +67,14 @@ class TrainingSection(_Section):
     images_per_step: PositiveInt = 32
     learning_rate: PositiveFloat = 1e-3
     warmup_steps: int = Field(default=100, ge=0)
-    decay_share: float = Field(default=1.0, gt=0, le=1, description="last share of the run in which the rate falls to 0")
+    decay_share: float = Field(
+        default=1.0, gt=0, le=1, description="last share of the run in which the rate falls to 0"
+    )
     gradient_clip: PositiveFloat = 1.0
     cls_weight: PositiveFloat = Field(default=1.0, description="weight of [CLS] in the loss; a patch weighs 1")
-    normalisation_images: PositiveInt = Field(default=1024, description="images over which the activations' scale is estimated")
+    normalisation_images: PositiveInt = Field(
+        default=1024, description="images over which the activations' scale is estimated"
+    )
     checkpoint_every: PositiveInt = Field(default=500, description="steps")
     workers: int = Field(default=1, ge=0, description="processes that decode images")
 
@@ -104,4 +108,6 @@ def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
     for part in location[:-1]:
         section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
     near = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1, cutoff=0.5)
-    return f"{where}: no such key" + (f"; did you mean `{near[0]}`?" if near else f" (keys: {', '.join(section.model_fields)})")
+    return f"{where}: no such key" + (
+        f"; did you mean `{near[0]}`?" if near else f" (keys: {', '.join(section.model_fields)})"
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+from torchvision.datasets import ImageFolder
 
 from models.clip import Clip
 from models.clt import CrossLayerTranscoder
@@ -114,7 +114,9 @@ class Trainer:
         self.step = step
 
 
-def train(recipe: Recipe, clip: Clip, data_root: Path, out: Path, console: Console, max_steps: int | None = None) -> Path:
+def train(
+    recipe: Recipe, clip: Clip, data_root: Path, out: Path, console: Console, max_steps: int | None = None
+) -> Path:
     """Train `recipe`'s CLT on `clip`, or take up the run that `out` holds. Returns the last checkpoint.
 
     A run that reaches its end is measured on the val split. `max_steps` ends this call early, with a checkpoint; the
@@ -192,7 +194,9 @@ def _resume(checkpoint: Path, meta: CheckpointMeta, clt: CrossLayerTranscoder, s
     return trainer
 
 
-def _estimate_normalisation(clip: Clip, folder, settings: TrainingSection, console: Console) -> Normalisation:
+def _estimate_normalisation(
+    clip: Clip, folder: ImageFolder, settings: TrainingSection, console: Console
+) -> Normalisation:
     size = min(settings.images_per_step, len(folder))
     data = batches(folder, size, settings.workers, seed=settings.seed + 1, epochs=1)
     wanted = max(1, min(settings.normalisation_images, len(folder)) // size)

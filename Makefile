@@ -1,0 +1,54 @@
+# Two commands: `make serve` and `make test`. Each builds the environment that it needs.
+PYTHON ?= python3
+# cpu, or gpu on a machine with CUDA: `make serve RUNTIME=gpu`
+RUNTIME ?= cpu
+PORT ?= 3000
+
+PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PHOTO = build/cat.png
+
+.PHONY: help serve test lint clean
+
+help:
+	@echo "make serve   the service on the embedded bundle, http://127.0.0.1:$(PORT)  (light environment, no torch)"
+	@echo "make test    ruff, mypy, pytest  (full environment: torch and open_clip, about 6 GB)"
+	@echo "make clean   remove both environments and build/"
+
+serve: .venv/installed $(PHOTO)
+	@echo
+	@echo "In another terminal, with this photo or one of yours:"
+	@echo
+	@echo "  curl --retry 9 --retry-connrefused -F image=@$(PHOTO) http://127.0.0.1:$(PORT)/v1/attribute"
+	@echo
+	@.venv/bin/vitrine serve --port $(PORT)
+
+test: .venv/installed .venv-dev/installed
+	.venv-dev/bin/ruff check .
+	.venv-dev/bin/ruff format --check .
+	.venv-dev/bin/mypy
+	VITRINE_LIGHT_PYTHON=$(CURDIR)/.venv/bin/python .venv-dev/bin/pytest
+
+# The service's environment: no torch.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP) --editable '.[$(RUNTIME)]'
+	@touch $@
+
+# Training, export and tests: everything.
+.venv-dev/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-dev
+	.venv-dev/bin/python $(PIP) --editable '.[cpu,training,dev]'
+	@touch $@
+
+# "Chelsea", a photo of a cat by Stefan van der Walt, CC0, as scikit-image ships it in its wheel.
+$(PHOTO): .venv/installed
+	@mkdir -p build
+	.venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+	  --constraint constraints.txt --dest build scikit-image
+	.venv/bin/python -c "import glob, zipfile; \
+	  wheel = zipfile.ZipFile(glob.glob('build/scikit_image-*.whl')[0]); \
+	  open('$@', 'wb').write(wheel.read('skimage/data/chelsea.png'))"
+	@rm -f build/scikit_image-*.whl
+
+clean:
+	rm -rf .venv .venv-dev build
