@@ -124,11 +124,11 @@ def verify(bundle: Annotated[Path, typer.Argument(help="Bundle directory.")]) ->
 
     from models.bundle import BundleError, open_bundle
     from service.engine import Engine
-    from service.settings import Settings
+    from service.settings import load_settings
 
     opened, console = open_bundle(bundle), _console()
     pixels = np.random.default_rng(0).standard_normal((2, 3, *opened.manifest.preprocessing.size), np.float32)
-    for parts in Engine(opened, Settings()).explain(pixels):
+    for parts in Engine(opened, load_settings()).explain(pixels):
         off = float(np.abs(parts.rows.sum(0) - parts.embedding).max())
         if not off <= 1e-4:
             raise BundleError(f"{bundle}: the rows of vision.onnx miss its embedding by {off:.1e}")
@@ -144,6 +144,10 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 3000,
 ) -> None:
     """Serve a bundle over HTTP with BentoML (settings: service/README.md)."""
+    from service.engine import wanted_provider
+    from service.settings import load_settings
+
+    wanted_provider(load_settings())  # here, and not in a worker that the server would start again and again
     opened = _open(bundle)
     _print_bundle(opened, _console())
     environment = {**os.environ, "VITRINE_BUNDLE": str(opened.path.resolve())}
@@ -191,17 +195,17 @@ def attribute(
 
 async def _attribute(bundle: Bundle, image: bytes, request: AttributeRequest) -> AttributeResponse:
     from service.attributor import Attributor
-    from service.settings import Settings
+    from service.settings import load_settings
 
-    async with Attributor(bundle, Settings()) as attributor:
+    async with Attributor(bundle, load_settings()) as attributor:
         return await attributor.attribute(image, request, request_id="command-line")
 
 
 def _open(bundle: Path | None) -> Bundle:
     from models.bundle import open_bundle
-    from service.settings import Settings
+    from service.settings import load_settings
 
-    return open_bundle(bundle or Settings().bundle)
+    return open_bundle(bundle or load_settings().bundle)
 
 
 def _load_clip(recipe: Any, data_root: Path) -> Any:

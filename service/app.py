@@ -8,9 +8,9 @@ from __future__ import annotations
 import bentoml
 
 from service.routes import create_app
-from service.settings import Settings
+from service.settings import load_settings
 
-settings = Settings()
+settings = load_settings()
 app = create_app(settings)
 
 

@@ -68,6 +68,17 @@ class Engine:
             self.encode_text(np.zeros((batch, manifest.text.context), np.int64))
 
 
+def wanted_provider(settings: Settings) -> str:
+    """ONNX Runtime's name of the set provider. Raises `EngineError` if the installed onnxruntime lacks it."""
+    wanted, present = PROVIDERS[settings.provider], onnxruntime.get_available_providers()
+    if wanted not in present:
+        raise EngineError(
+            f"VITRINE_PROVIDER={settings.provider}, but the installed onnxruntime has only {', '.join(present)}; "
+            "install vitrine[gpu] in place of vitrine[cpu], or set VITRINE_PROVIDER=cpu"
+        )
+    return wanted
+
+
 def available_processors() -> int:
     """Processors that this process may use: its affinity, or the container's quota if that is less.
 
@@ -86,12 +97,7 @@ def _session(path: Path, settings: Settings) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = settings.threads or available_processors()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    wanted = PROVIDERS[settings.provider]
-    if wanted not in onnxruntime.get_available_providers():
-        raise EngineError(
-            f"provider '{settings.provider}' is set, but this onnxruntime has only "
-            f"{', '.join(onnxruntime.get_available_providers())}; install vitrine[gpu] or set VITRINE_PROVIDER=cpu"
-        )
+    wanted = wanted_provider(settings)
     session = onnxruntime.InferenceSession(path, options, providers=[wanted])
     if session.get_providers()[0] != wanted:
         raise EngineError(

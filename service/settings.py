@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from models.errors import VitrineError
+
 DEMO_BUNDLE = Path(__file__).resolve().parent.parent / "models" / "demo"
+
+
+class SettingsError(VitrineError):
+    """A setting has a wrong value; the message names the variable."""
 
 
 class Settings(BaseSettings):
@@ -33,3 +39,12 @@ class Settings(BaseSettings):
     max_templates: PositiveInt = Field(default=128, description="templates in one request")
     max_targets: PositiveInt = Field(default=32, description="labels explained in one request")
     label_cache: PositiveInt = Field(default=65_536, description="label embeddings kept in memory")
+
+
+def load_settings() -> Settings:
+    """Settings from the environment. Raises `SettingsError` naming every wrong variable."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = [f"VITRINE_{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors()]
+        raise SettingsError("; ".join(problems)) from error
