@@ -74,9 +74,6 @@ def export(
     checkpoint: Annotated[Path, typer.Option(help="A run's folder (its newest checkpoint) or one checkpoint.")],
     out: Annotated[Path, typer.Option(help="The bundle to write; must not exist.")],
     data_root: DataRoot = Path("data"),
-    tables: Annotated[str, typer.Option(help="Precision of the CLT in the bundle: float32 or float16.")] = "float32",
-    description: Annotated[str, typer.Option(help="One sentence for the model card.")] = "A CLIP and its CLT.",
-    licence: Annotated[str, typer.Option(help="Licence of the bundle.")] = "unstated",
 ) -> None:
     """Write CLIP and CLT as a bundle, checked against torch."""
     import tomli_w
@@ -85,8 +82,6 @@ def export(
     from models.export import Provenance, export_bundle
     from training.checkpoint import CheckpointError, latest, load_clt
 
-    if tables not in ("float32", "float16"):
-        raise typer.BadParameter(f"{tables!r} is neither float32 nor float16", param_hint="--tables")
     found = latest(checkpoint)
     clt, cls_mean, meta = load_clt(found)
     recipe, console = meta.recipe, _console()
@@ -103,16 +98,16 @@ def export(
     )
     provenance = Provenance(
         name=recipe.name,
-        description=description,
+        description=recipe.bundle.description,
         labels=recipe.data.labels,
         templates=recipe.data.templates,
         data=data,
         recipe=tomli_w.dumps(recipe.model_dump(exclude_none=True)),
         metrics=meta.metrics,
-        licence=licence,
+        licence=recipe.bundle.licence,
     )
     with console.status("exporting and checking against torch"):
-        bundle = export_bundle(clip, clt, cls_mean, provenance, out, tables)  # type: ignore[arg-type]
+        bundle = export_bundle(clip, clt, cls_mean, provenance, out, recipe.bundle.tables)
     _print_bundle(bundle, console)
 
 

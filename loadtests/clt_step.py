@@ -1,7 +1,7 @@
 """One CLT training step (encode, decode, backward), sparse decode against dense decode, in pairs on the same tokens.
 
-    python loadtests/clt_step.py --features 768 --width 128
-    python loadtests/clt_step.py --features 6144 --width 768 --tokens 256 --pairs 3     (B/32 shapes)
+python loadtests/clt_step.py --features 768 --width 128
+python loadtests/clt_step.py --features 6144 --width 768 --tokens 256 --pairs 3     (B/32 shapes)
 """
 
 from __future__ import annotations

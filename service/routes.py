@@ -175,7 +175,9 @@ def _validated(shape: type[Asked] | type[BaseModel], fields: Any) -> Any:
 
 
 def _invalid(errors: Any) -> ServiceError:
-    details = [{"field": ".".join(map(str, e["loc"])), "problem": e["msg"]} for e in errors]
+    details = [
+        {"field": ".".join(map(str, e["loc"])), "problem": e["msg"].removeprefix("Value error, ")} for e in errors
+    ]
     if details and details[0]["field"] == "image_base64" and details[0]["problem"] == "Field required":
         return ServiceError("missing_image", "`image_base64` is missing", details)
     first = (

@@ -20,6 +20,16 @@ class Explain(_Request):
     targets: list[Label] | None = Field(default=None, min_length=1, description="labels to explain; default: the top-1")
     contrast: Label | None = Field(default=None, description="explain each target's logit minus this label's")
     features: int = Field(default=5, ge=0, description="features listed per layer, largest contribution first")
+    heatmap: bool = Field(default=False, description="not in this version: only false")
+    lens: bool = Field(default=False, description="not in this version: only false")
+    matrix: bool = Field(default=False, description="not in this version: only false")
+
+    @field_validator("heatmap", "lens", "matrix")
+    @classmethod
+    def _not_yet(cls, wanted: bool) -> bool:
+        if wanted:
+            raise ValueError("not in this version; leave it out")
+        return wanted
 
 
 class ClassifyRequest(_Request):

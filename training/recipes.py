@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
@@ -79,12 +79,21 @@ class TrainingSection(_Section):
     workers: int = Field(default=1, ge=0, description="processes that decode images")
 
 
+class BundleSection(_Section):
+    """What `vitrine export` makes of the trained CLT."""
+
+    description: str = "A CLIP and its Cross-Layer Transcoder."
+    licence: str = "unstated"
+    tables: Literal["float32", "float16"] = Field(default="float32", description="precision of the CLT in the bundle")
+
+
 class Recipe(_Section):
     name: str
     clip: ClipSection
     data: DataSection
     clt: CltSection
     training: TrainingSection = TrainingSection()
+    bundle: BundleSection = BundleSection()
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -180,11 +180,15 @@ def train(
 
 def _resume(checkpoint: Path, meta: CheckpointMeta, clt: CrossLayerTranscoder, settings: TrainingSection) -> Trainer:
     saved = read_meta(checkpoint)
-    for name in ("recipe", "clip_sha256", "steps"):
-        if getattr(saved, name) != getattr(meta, name):
-            raise CheckpointError(
-                f"{checkpoint} was trained with another {name.replace('_sha256', '')}; choose an empty --out"
-            )
+    ours, theirs = meta.recipe, saved.recipe
+    same = {
+        "CLIP": saved.clip_sha256 == meta.clip_sha256,
+        "[data]": (theirs.data, saved.steps) == (ours.data, meta.steps),
+        "[clt]": theirs.clt == ours.clt,
+        "[training]": theirs.training == ours.training,
+    }
+    if other := [name for name, is_same in same.items() if not is_same]:
+        raise CheckpointError(f"{checkpoint} was trained with another {', '.join(other)}; choose an empty --out")
     tensors = load_tensors(checkpoint / "state.safetensors")
     normalisation = Normalisation(
         **{k.removeprefix("normalisation."): v for k, v in tensors.items() if k.startswith("normalisation.")}
