@@ -40,7 +40,8 @@ def main(
     off = max(abs(_sum_of_rows(e["ledger"]) - e["logit"]) for _, answer in good for e in answer["explanations"])
     r2 = sorted(answer["fidelity"]["r2"] for _, answer in good)
     print(
-        f"largest |remainder| {remainder:.1e}, largest |sum of rows - logit| {off:.1e}, median R2 {r2[len(r2) // 2]:.3f}"
+        f"largest |remainder| {remainder:.1e}, largest |sum of rows - logit| {off:.1e}, "
+        f"median R2 {r2[len(r2) // 2]:.3f}"
     )
     if classes:
         right = sum(answer["predictions"][0]["label"] == path.parent.name for path, answer in good)

@@ -7,7 +7,7 @@ import base64
 import binascii
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -39,7 +39,6 @@ from service.settings import Settings
 logger = logging.getLogger("vitrine")
 
 Asked = TypeVar("Asked", bound=ClassifyRequest)
-Answer = TypeVar("Answer")
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -87,15 +86,17 @@ def create_app(settings: Settings) -> FastAPI:
 async def attribute(request: Request) -> Response:
     """Zero-shot prediction of one image, and the account of it."""
     attributor = _ready(request)
-    image, asked = await _read(request, AttributeRequest, AttributeJson)
-    return _json(await _in_time(request, attributor.attribute(image, asked, request.scope["request_id"])))
+    async with _deadline(request):
+        image, asked = await _read(request, AttributeRequest, AttributeJson)
+        return _json(await attributor.attribute(image, asked, request.scope["request_id"]))
 
 
 async def classify(request: Request) -> Response:
     """Zero-shot prediction of one image."""
     attributor = _ready(request)
-    image, asked = await _read(request, ClassifyRequest, ClassifyJson)
-    return _json(await _in_time(request, attributor.classify(image, asked, request.scope["request_id"])))
+    async with _deadline(request):
+        image, asked = await _read(request, ClassifyRequest, ClassifyJson)
+        return _json(await attributor.classify(image, asked, request.scope["request_id"]))
 
 
 async def model(request: Request) -> Response:
@@ -116,11 +117,13 @@ def _ready(request: Request) -> Attributor:
     return request.app.state.attributor
 
 
-async def _in_time(request: Request, work: Awaitable[Answer]) -> Answer:
+@asynccontextmanager
+async def _deadline(request: Request) -> AsyncIterator[None]:
+    """Cancel what takes longer than the deadline, slow uploads included."""
     seconds = request.app.state.settings.deadline_seconds
     try:
         async with asyncio.timeout(seconds):
-            return await work
+            yield
     except TimeoutError:
         raise ServiceError("deadline_exceeded", f"no answer within {seconds:g} s") from None
 
