@@ -208,9 +208,11 @@ def _load_clip(recipe: Any, data_root: Path) -> Any:
     from models.clip import load_clip
 
     clip = recipe.clip
-    file = data_root / clip.weights
     config = data_root / clip.config if clip.config else None
-    return load_clip(clip.name, str(file) if file.is_file() else clip.weights, config)
+    weights = clip.weights
+    if weights and (data_root / weights).is_file():
+        weights = str(data_root / weights)
+    return load_clip(clip.name, weights, config)
 
 
 def _print_bundle(bundle: Bundle, console: Console) -> None:

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from models.errors import VitrineError
 
+BRINGS_WEIGHTS = ("hf-hub:", "local-dir:")  # open_clip's prefixes for models that come with their weights
+
 
 class ClipError(VitrineError, ValueError):
     """A CLIP cannot be loaded; the message says what is known instead."""
@@ -173,12 +175,14 @@ class Clip:
         return torch.stack(rows)
 
 
-def load_clip(name: str | None, weights: str, config: Path | None = None) -> Clip:
+def load_clip(name: str | None, weights: str | None, config: Path | None = None) -> Clip:
     """Load a CLIP with open_clip.
 
     Args:
-        name: open_clip's model name ("ViT-B-32"), or None with `config`.
-        weights: one of open_clip's tags for that name ("openai", "laion2b_s34b_b79k"), or a checkpoint file.
+        name: open_clip's model name ("ViT-B-32"), or a model that brings its own weights ("hf-hub:org/model",
+            "local-dir:path"), or None with `config`.
+        weights: one of open_clip's tags for that name ("openai", "laion2b_s34b_b79k"), or a checkpoint file; None
+            for a model that brings its own.
         config: a model configuration in open_clip's JSON format, for a CLIP that open_clip does not know by name.
 
     Raises:
@@ -186,28 +190,18 @@ def load_clip(name: str | None, weights: str, config: Path | None = None) -> Cli
         UnsupportedTower: the tower has no exact account.
     """
     if config is not None:
-        if not config.is_file():
-            raise ClipError(f"CLIP configuration {config} does not exist")
-        try:
-            keys = set(json.loads(config.read_text()))
-        except json.JSONDecodeError as error:
-            raise ClipError(f"CLIP configuration {config} is not JSON: {error}") from error
-        if missing := {"embed_dim", "vision_cfg", "text_cfg"} - keys:
-            raise ClipError(f"CLIP configuration {config} lacks {', '.join(sorted(missing))}")
-        open_clip.add_model_config(config)
-        name = config.stem
+        name = _add_config(config)
     if name is None:
         raise ClipError("name a CLIP: an open_clip model name, or a configuration file")
-    if name not in open_clip.list_models():
-        raise ClipError(f"open_clip knows no model {name!r}; see `open_clip.list_models()`")
-    is_file = Path(weights).is_file()
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if not is_file and weights not in tags:
-        known = f"tags for {name}: {', '.join(tags)}" if tags else f"{name} has no published weights"
-        raise ClipError(f"weights {weights!r} are neither a file nor a tag of open_clip's; {known}")
-    # OpenAI's weights (and some others) were trained with QuickGELU, which plain model names do not say.
-    quick_gelu = not is_file and bool((open_clip.get_pretrained_cfg(name, weights) or {}).get("quick_gelu"))
-    model = open_clip.create_model(name, pretrained=weights, force_quick_gelu=quick_gelu, precision="fp32")
+    if name.startswith(BRINGS_WEIGHTS):
+        if weights is not None:
+            raise ClipError(f"{name} brings its own weights; leave `weights` out")
+        model = _create(name)
+    else:
+        _check_weights(name, weights)
+        # OpenAI's weights (and some others) were trained with QuickGELU, which plain model names do not say.
+        quick_gelu = bool((open_clip.get_pretrained_cfg(name, weights) or {}).get("quick_gelu"))
+        model = _create(name, pretrained=weights, force_quick_gelu=quick_gelu)
     model.eval().requires_grad_(False)
     if getattr(model, "logit_bias", None) is not None:
         raise UnsupportedTower(f"{name} has a logit bias (sigmoid loss, as SigLIP): no zero-shot softmax")
@@ -216,10 +210,42 @@ def load_clip(name: str | None, weights: str, config: Path | None = None) -> Cli
         tower=Tower(model.visual),
         tokenizer=open_clip.get_tokenizer(name),
         name=name,
-        weights=Path(weights).name if is_file else weights,
+        weights=Path(weights).name if weights else "its own",
         sha256=state_sha256(model),
         preprocess=open_clip.get_model_preprocess_cfg(model),
     )
+
+
+def _create(name: str, **options: Any) -> Any:
+    """open_clip's `create_model`, its complaints (a download that fails, weights that do not fit) as `ClipError`."""
+    try:
+        return open_clip.create_model(name, precision="fp32", **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ClipError(f"open_clip cannot load {name}: {error}") from error
+
+
+def _add_config(config: Path) -> str:
+    """Make a configuration file known to open_clip; returns the model's name."""
+    if not config.is_file():
+        raise ClipError(f"CLIP configuration {config} does not exist")
+    try:
+        keys = set(json.loads(config.read_text()))
+    except json.JSONDecodeError as error:
+        raise ClipError(f"CLIP configuration {config} is not JSON: {error}") from error
+    if missing := {"embed_dim", "vision_cfg", "text_cfg"} - keys:
+        raise ClipError(f"CLIP configuration {config} lacks {', '.join(sorted(missing))}")
+    open_clip.add_model_config(config)
+    return config.stem
+
+
+def _check_weights(name: str, weights: str | None) -> None:
+    """Raise `ClipError` unless `name` is open_clip's and `weights` a file or one of its tags."""
+    if name not in open_clip.list_models():
+        raise ClipError(f"open_clip knows no model {name!r}; see `open_clip.list_models()`")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights is None or not (Path(weights).is_file() or weights in tags):
+        known = f"tags for {name}: {', '.join(tags)}" if tags else f"{name} has no published weights"
+        raise ClipError(f"weights {weights!r} are neither a file nor a tag of open_clip's; {known}")
 
 
 def state_sha256(module: nn.Module) -> str:

@@ -26,10 +26,10 @@ class _Section(BaseModel):
 
 
 class ClipSection(_Section):
-    """The CLIP to explain: open_clip's name and tag, or a configuration and a checkpoint file."""
+    """The CLIP to explain, as `models.clip.load_clip` takes it."""
 
-    name: str | None = None
-    weights: str = Field(description="open_clip tag, or a checkpoint file under the data root")
+    name: str | None = Field(default=None, description="open_clip's name, or hf-hub:org/model")
+    weights: str | None = Field(default=None, description="open_clip's tag, or a checkpoint file under the data root")
     config: str | None = Field(default=None, description="open_clip model configuration under the data root")
 
     @model_validator(mode="after")
