@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from models.errors import VitrineError
 
@@ -77,6 +77,12 @@ class Preprocessing(_Part):
     std: tuple[float, float, float]
     interpolation: Literal["bicubic", "bilinear"]
     resize_mode: Literal["shortest", "squash"]
+
+    @model_validator(mode="after")
+    def _square(self) -> Preprocessing:
+        if self.resize_mode == "shortest" and self.size[0] != self.size[1]:
+            raise ValueError("resize_mode 'shortest' is supported for square sizes alone")
+        return self
 
 
 class Shape(_Part):

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from models.errors import VitrineError
@@ -130,6 +131,7 @@ def _refuse_unsupported(visual: nn.Module) -> None:
         f"pool_type '{visual.pool_type}' (only 'tok', the class token)": visual.pool_type != "tok",
         f"blocks of type {', '.join(custom_blocks)}": bool(custom_blocks),
         "a tower without projection": visual.proj is None,
+        "output_tokens": visual.output_tokens,
     }
     if named := [reason for reason, present in reasons.items() if present]:
         raise UnsupportedTower(f"VisionTransformer with {'; '.join(named)} is not supported")
@@ -144,7 +146,7 @@ class Clip:
     tokenizer: Any  # open_clip's; texts -> tokens [N, context]
     name: str  # open_clip's model name
     weights: str  # open_clip's tag, or the file's name
-    sha256: str  # of every weight, so that a CLT is never put on another CLIP than its own
+    sha256: str  # `model_sha256`, so that a CLT is never put on another CLIP than its own
     preprocess: dict[str, Any]  # open_clip's PreprocessCfg as a dict: size, mean, std, interpolation, resize_mode
 
     @property
@@ -209,9 +211,9 @@ def load_clip(name: str | None, weights: str | None, config: Path | None = None)
         model=model,
         tower=Tower(model.visual),
         tokenizer=open_clip.get_tokenizer(name),
-        name=name,
+        name=f"local-dir:{Path(name).name}" if name.startswith("local-dir:") else name,  # no path of this machine
         weights=Path(weights).name if weights else "its own",
-        sha256=state_sha256(model),
+        sha256=model_sha256(model),
         preprocess=open_clip.get_model_preprocess_cfg(model),
     )
 
@@ -220,8 +222,9 @@ def _create(name: str, **options: Any) -> Any:
     """open_clip's `create_model`, its complaints (a download that fails, weights that do not fit) as `ClipError`."""
     try:
         return open_clip.create_model(name, precision="fp32", **options)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ClipError(f"open_clip cannot load {name}: {error}") from error
+    except (OSError, RuntimeError, ValueError, TypeError, AssertionError, SafetensorError) as error:
+        reason = str(error) or "its parts do not fit together"
+        raise ClipError(f"open_clip cannot load {name}: {reason}") from error
 
 
 def _add_config(config: Path) -> str:
@@ -229,9 +232,10 @@ def _add_config(config: Path) -> str:
     if not config.is_file():
         raise ClipError(f"CLIP configuration {config} does not exist")
     try:
-        keys = set(json.loads(config.read_text()))
-    except json.JSONDecodeError as error:
+        fields = json.loads(config.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ClipError(f"CLIP configuration {config} is not JSON: {error}") from error
+    keys = set(fields) if isinstance(fields, dict) else set()
     if missing := {"embed_dim", "vision_cfg", "text_cfg"} - keys:
         raise ClipError(f"CLIP configuration {config} lacks {', '.join(sorted(missing))}")
     open_clip.add_model_config(config)
@@ -248,10 +252,13 @@ def _check_weights(name: str, weights: str | None) -> None:
         raise ClipError(f"weights {weights!r} are neither a file nor a tag of open_clip's; {known}")
 
 
-def state_sha256(module: nn.Module) -> str:
-    """sha256 over names and bytes of every weight, in the order of their names."""
+def model_sha256(model: nn.Module) -> str:
+    """What a model computes, as a digest: every module's type, heads and eps, every weight's name and bytes."""
     digest = hashlib.sha256()
-    for key, tensor in sorted(module.state_dict().items()):
+    for name, module in model.named_modules():
+        options = [getattr(module, option, None) for option in ("num_heads", "eps")]
+        digest.update(f"{name} {type(module).__name__} {options}\n".encode())
+    for key, tensor in sorted(model.state_dict().items()):
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -51,6 +51,10 @@ class Decomposition:
         return 1 + self.layers + layer
 
     @property
+    def bias_row(self) -> int:
+        return 2 * self.layers + 1
+
+    @property
     def error_row(self) -> int:
         return 2 * self.layers + 2
 
@@ -59,8 +63,9 @@ class Decomposition:
 
         beta [D] is ln_post's bias in embedding space, which stays.
         """
-        constant = beta / self.norm
-        rest = self.embedding - constant - self.rows[rows]
+        constant = beta / self.norm  # part of the bias row, but no part of the residual: it stays
+        taken = self.rows[rows] - constant * (rows == self.bias_row)[:, None]
+        rest = self.embedding - constant - taken
         left = rest * (self.sigma / self.sigma_without[rows])[:, None] + constant
         return left / np.linalg.norm(left, axis=-1, keepdims=True)
 

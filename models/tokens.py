@@ -9,7 +9,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from models.errors import VitrineError
 
-# open_clip cleans texts with ftfy and HTML unescaping before it splits them; ordinary labels are untouched by both.
+# open_clip cleans texts with ftfy and HTML unescaping before it splits them. Of ftfy we keep what labels meet: quotes
+# made straight and composed accents. Ligatures, mojibake and HTML entities are left as they are.
 CHECKED_TEXTS = (
     "a photo of a cat",
     "Two  DOGS, one frisbee!",
@@ -17,6 +18,8 @@ CHECKED_TEXTS = (
     "naïve façade, Ænima, Straße",
     "猫 и собака",
     "emoji 🐈 123 4.5%",
+    "“don’t” walk",
+    "cafe\u0301",
     "a-b_c/d (e) [f] {g}",
     "word " * 200,
     "",
@@ -59,7 +62,15 @@ def _byte_pair(tokenizer: SimpleTokenizer) -> Tokenizer:
     special = [tokenizer.decoder[start], tokenizer.decoder[end]]
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
     converted = Tokenizer(models.BPE(vocab=tokenizer.encoder, merges=merges, end_of_word_suffix="</w>"))
-    converted.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    converted.normalizer = normalizers.Sequence(
+        [
+            normalizers.Replace(Regex("[\u02bc\u2018-\u201b]"), "'"),
+            normalizers.Replace(Regex("[\u201c-\u201f]"), '"'),
+            normalizers.NFC(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Lowercase(),
+        ]
+    )
     pattern = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
     converted.pre_tokenizer = pre_tokenizers.Sequence(
         [

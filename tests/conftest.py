@@ -5,7 +5,7 @@ parameter is moved away from its initial value.
 """
 
 import json
-from pathlib import Path
+from functools import cache
 
 import open_clip
 import pytest
@@ -20,8 +20,9 @@ from models.export import Provenance, export_bundle
 from models.graph import AttributionGraph
 from training.recipes import load_recipe
 
+torch.set_num_threads(1)  # these matrices are too small to share out
+
 LABELS = ("red circle", "green square", "blue triangle")
-TEMPLATES = ("a photo of a {}", "a drawing of one {}")
 TINY_CLIP = {
     "embed_dim": 24,  # less than the width, as in every published CLIP
     "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 3, "width": 32, "head_width": 8},
@@ -52,6 +53,7 @@ images_per_step = 8
 learning_rate = 1e-2
 warmup_steps = 2
 decay_share = 0.5
+cls_weight = 4
 normalisation_images = 32
 checkpoint_every = 3
 workers = 0
@@ -65,7 +67,7 @@ def data_root(tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 16), ("val", 4)):
         for label in LABELS:
-            folder = root / split / label.replace(" ", "_")
+            folder = root / split / label
             folder.mkdir(parents=True)
             for index in range(count):
                 _draw(label, generator).save(folder / f"{index:02}.png")
@@ -90,19 +92,25 @@ def _draw(label, generator):
 
 @pytest.fixture(scope="session")
 def write_clip(data_root):
-    """write_clip(**overrides) -> (configuration file, weights file) of the tiny CLIP, changed by `overrides`."""
+    """write_clip(**overrides) -> (configuration file, weights file) of the tiny CLIP, changed by `overrides`.
+
+    write_clip(vision_cfg={"no_ln_pre": True}) changes that one key of vision_cfg. Each variant is written once.
+    """
+    written = {}
 
     def write(**overrides):
-        config = TINY_CLIP | {
-            key: TINY_CLIP[key] | value if isinstance(value, dict) else value for key, value in overrides.items()
-        }
-        folder = data_root / "clip"
-        folder.mkdir(exist_ok=True)
-        name = f"tiny-{len(list(folder.glob('*.json')))}" if overrides else "tiny"
-        path, weights = folder / f"{name}.json", folder / f"{name}.safetensors"
-        path.write_text(json.dumps(config))
-        save_file(_random_weights(config), weights)
-        return path, weights
+        key = json.dumps(overrides, sort_keys=True)
+        if key not in written:
+            name = f"tiny-{len(written)}" if overrides else "tiny"
+            config = TINY_CLIP | {
+                part: TINY_CLIP[part] | value if isinstance(value, dict) else value for part, value in overrides.items()
+            }
+            path, weights = data_root / f"clip/{name}.json", data_root / f"clip/{name}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(config))
+            save_file(_random_weights(config), weights)
+            written[key] = (path, weights)
+        return written[key]
 
     return write
 
@@ -120,21 +128,13 @@ def _random_weights(config):
 
 @pytest.fixture(scope="session")
 def make_clip(write_clip):
-    """make_clip(**overrides) -> the tiny CLIP with `overrides` in its configuration, loaded as any CLIP is.
+    """make_clip(**overrides) -> the CLIP of `write_clip`, loaded as any CLIP is. Made once: do not change it."""
 
-    make_clip(vision_cfg={"no_ln_pre": True}) changes that one key of vision_cfg. Each variant is made once: do not
-    change what you get.
-    """
-    made = {}
+    @cache
+    def load(config, weights):
+        return load_clip(None, str(weights), config)
 
-    def make(**overrides):
-        key = json.dumps(overrides, sort_keys=True)
-        if key not in made:
-            config, weights = write_clip(**overrides)
-            made[key] = load_clip(None, str(weights), config)
-        return made[key]
-
-    return make
+    return lambda **overrides: load(*write_clip(**overrides))
 
 
 @pytest.fixture(scope="session")
@@ -143,17 +143,33 @@ def clip(make_clip):
     return make_clip()
 
 
+VARIANTS = {
+    "plain": {},
+    "quick_gelu": {"quick_gelu": True},
+    "no_ln_pre": {"vision_cfg": {"no_ln_pre": True}},
+    "layer_scale": {"vision_cfg": {"ls_init_value": 0.1}},
+    "final_ln_after_pool": {"vision_cfg": {"final_ln_after_pool": True}},
+    "wide_image": {"vision_cfg": {"image_size": [32, 48]}},
+}
+
+
+@pytest.fixture(scope="session", params=VARIANTS)
+def any_clip(request, make_clip):
+    """The tiny CLIP, and each variant of its architecture that Vitrine accounts for."""
+    return make_clip(**VARIANTS[request.param])
+
+
 @pytest.fixture(scope="session")
 def make_clt():
-    """make_clt(clip, seed=0) -> a random CLT for it, 64 features a layer, 8 active; every bias non-zero."""
+    """make_clt(clip, seed=0) -> a random CLT for it, 64 features a layer, up to 8 active; every bias non-zero."""
 
     def make(clip, seed=0):
         generator = torch.Generator().manual_seed(seed)
         clt = CrossLayerTranscoder(clip.tower.layers, clip.tower.width, features=64, k=8)
         clt.initialise(generator)
         with torch.no_grad():
-            for bias in (clt.b_enc, clt.b_dec):
-                bias.normal_(std=0.2, generator=generator)
+            clt.b_enc.normal_(mean=-1.5, std=0.2, generator=generator)  # so that some places stay unused
+            clt.b_dec.normal_(std=0.2, generator=generator)
         return clt.eval().requires_grad_(False)
 
     return make
@@ -187,12 +203,12 @@ def graph(clip, clt, cls_mean):
 
 
 @pytest.fixture(scope="session")
-def provenance():
+def provenance(recipe):
     return Provenance(
         name="tiny",
         description="A CLIP with random weights, for tests.",
-        labels=LABELS,
-        templates=TEMPLATES,
+        labels=recipe.data.labels,
+        templates=recipe.data.templates,
         data=Data(name="drawn shapes", licence="CC0-1.0", train_images=48, val_images=12),
         recipe=RECIPE,
         metrics=Metrics(r2=0.75, cosine=0.875),
@@ -209,7 +225,7 @@ def bundle(clip, clt, cls_mean, provenance, tmp_path_factory):
 @pytest.fixture(scope="session")
 def bundle_path(bundle):
     """Where `bundle` lies; copy it before you change anything in it."""
-    return Path(bundle.path)
+    return bundle.path
 
 
 @pytest.fixture(scope="session")

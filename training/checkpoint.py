@@ -49,19 +49,25 @@ class CheckpointMeta(BaseModel):
 def save_checkpoint(
     out: Path, meta: CheckpointMeta, clt: CrossLayerTranscoder, extras: dict[str, Tensor], state: dict[str, Tensor]
 ) -> Path:
-    """Write `out/step-N` (first under another name, so that a kill leaves no half checkpoint) and drop old ones."""
+    """Write a new `out/step-N` (first under another name, so that a kill leaves no half one) and drop old ones."""
     target = out / f"step-{meta.step:08d}"
     partial = out / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file({**{k: v.contiguous() for k, v in clt.state_dict().items()}, **extras}, partial / "clt.safetensors")
     save_file({k: v.contiguous() for k, v in state.items()}, partial / "state.safetensors")
-    (partial / "checkpoint.json").write_text(meta.model_dump_json(indent=2))
-    shutil.rmtree(target, ignore_errors=True)
+    write_meta(partial, meta)
     os.replace(partial, target)
     for old in checkpoints(out)[:-KEPT]:
         shutil.rmtree(old)
     return target
+
+
+def write_meta(checkpoint: Path, meta: CheckpointMeta) -> None:
+    """checkpoint.json, replaced in one step."""
+    partial = checkpoint / ".checkpoint.json"
+    partial.write_text(meta.model_dump_json(indent=2))
+    os.replace(partial, checkpoint / "checkpoint.json")
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -79,14 +85,19 @@ def latest(path: Path) -> Path:
 
 
 def read_meta(checkpoint: Path) -> CheckpointMeta:
-    """checkpoint.json, checked."""
+    """checkpoint.json, checked: its format first, as other formats have other fields."""
+    text = (checkpoint / "checkpoint.json").read_text()
     try:
-        meta = CheckpointMeta.model_validate_json((checkpoint / "checkpoint.json").read_text())
+        found = _Format.model_validate_json(text).format
+        if found != FORMAT:
+            raise CheckpointError(f"{checkpoint} has format {found}; this version reads {FORMAT}")
+        return CheckpointMeta.model_validate_json(text)
     except ValidationError as error:
         raise CheckpointError(f"{checkpoint}/checkpoint.json is not one of Vitrine's: {error}") from error
-    if meta.format != FORMAT:
-        raise CheckpointError(f"{checkpoint} has format {meta.format}; this version reads {FORMAT}")
-    return meta
+
+
+class _Format(BaseModel):
+    format: int
 
 
 def load_clt(checkpoint: Path) -> tuple[CrossLayerTranscoder, Tensor, CheckpointMeta]:

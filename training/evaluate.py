@@ -13,14 +13,13 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, R2Score
 
 from models.bundle import Metrics
 from models.clip import Clip
 from models.clt import CrossLayerTranscoder
 from training.activations import activations
-from training.data import DataError, image_folder
+from training.data import DataError, Folder, image_folder, load
 
 
 @torch.no_grad()
@@ -34,17 +33,16 @@ def evaluate(
     batch_size: int = 50,
 ) -> tuple[Metrics, int]:
     """(metrics, number of images) over the class folders `val`, whose names must be among `labels`."""
-    folder = image_folder(val, clip.transform())
-    if strangers := sorted(set(folder.classes) - set(labels)):
-        raise DataError(f"{val}: class folders that are no labels of the recipe: {', '.join(strangers)}")
+    folder = val_folder(clip, val, labels)
     to_label = torch.tensor([labels.index(name) for name in folder.classes])
     label_embeddings = clip.encode_labels(list(labels), list(templates))
 
     r2, r2_cls = _r2_per_layer(clt), _r2_per_layer(clt)
     cosine, top1 = _float64(MeanMetric()), _float64(MeanMetric())
     fired = torch.zeros(clt.layers, clt.features, dtype=torch.bool)
-    loader = DataLoader(folder, batch_size=batch_size, num_workers=1)
-    for pixels, classes in track(loader, "evaluate", console=console):
+    order = list(torch.arange(len(folder)).split(batch_size))
+    data = load(folder, [batch.tolist() for batch in order], workers=1)
+    for pixels, classes in track(data, "evaluate", len(order), console=console):
         batch = activations(clip.tower, pixels)
         code = clt.encode(batch.mlp_in)
         decoded = clt.decode(code)
@@ -64,6 +62,14 @@ def evaluate(
         zero_shot_top1=top1.compute().item(),
     )
     return metrics, len(folder)
+
+
+def val_folder(clip: Clip, val: Path, labels: tuple[str, ...]) -> Folder:
+    """The val images. Raises `DataError` if there are none, or in class folders that are no labels."""
+    folder = image_folder(val, clip.transform())
+    if strangers := sorted(set(folder.classes) - set(labels)):
+        raise DataError(f"{val}: class folders that are no labels of the recipe: {', '.join(strangers)}")
+    return folder
 
 
 def _r2_per_layer(clt: CrossLayerTranscoder) -> list[R2Score]:

@@ -102,7 +102,9 @@ def load_recipe(path: Path) -> Recipe:
         return Recipe.model_validate(tomllib.loads(path.read_text()))
     except FileNotFoundError as error:
         raise RecipeError(f"recipe {path} does not exist") from error
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} is not TOML: {error}") from error
     except ValidationError as error:
         lines = [_explain(problem["loc"], problem["type"], problem["msg"]) for problem in error.errors()]

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from torchvision.datasets import ImageFolder
 
 from models.clip import Clip
 from models.clt import CrossLayerTranscoder
@@ -31,9 +32,10 @@ from training.checkpoint import (
     load_tensors,
     read_meta,
     save_checkpoint,
+    write_meta,
 )
-from training.data import batches, image_folder, steps_per_epoch
-from training.evaluate import evaluate
+from training.data import Folder, batches, image_folder, steps_per_epoch
+from training.evaluate import evaluate, val_folder
 from training.recipes import Recipe, TrainingSection
 
 
@@ -125,6 +127,7 @@ def train(
     """
     settings = recipe.training
     folder = image_folder(data_root / recipe.data.train, clip.transform())
+    val_folder(clip, data_root / recipe.data.val, recipe.data.labels)  # hours later would be too late to learn of it
     steps = steps_per_epoch(folder, settings.images_per_step) * settings.epochs
     meta = CheckpointMeta(
         step=0,
@@ -136,9 +139,10 @@ def train(
         train_images=len(folder),
     )
     clt = CrossLayerTranscoder(clip.tower.layers, clip.tower.width, recipe.clt.features, recipe.clt.k)
-    if earlier := checkpoints(out):
-        trainer = _resume(earlier[-1], meta, clt, settings)
-        console.print(f"taking up {earlier[-1]} at step {trainer.step:,} of {steps:,}")
+    checkpoint = next(reversed(checkpoints(out)), None)
+    if checkpoint:
+        trainer = _resume(checkpoint, meta, clt, settings)
+        console.print(f"taking up {checkpoint} at step {trainer.step:,} of {steps:,}")
     else:
         clt.initialise(torch.Generator().manual_seed(settings.seed))
         trainer = Trainer(clt, _estimate_normalisation(clip, folder, settings, console), settings, steps)
@@ -158,24 +162,37 @@ def train(
         epochs=settings.epochs,
         skip=trainer.step,
     )
-    out.mkdir(parents=True, exist_ok=True)
-    with _progress(console) as progress, (out / "log.jsonl").open("a") as log:
+    with _progress(console) as progress, _log(out, trainer.step) as log:
         task = progress.add_task("train", total=steps, completed=trainer.step, shown="")
         for batch in islice(stream(clip.tower, data), stop - trainer.step):
             metrics = trainer.train_step(batch)
             log.write(json.dumps({"step": trainer.step, **metrics._asdict()}) + "\n")
             shown = f"loss {metrics.loss:.4f}  R² {metrics.r2:.4f}  L0 {metrics.l0:.1f}"
             progress.update(task, completed=trainer.step, shown=shown)
-            if trainer.step % settings.checkpoint_every == 0 and trainer.step < stop:
+            if trainer.step % settings.checkpoint_every == 0 or trainer.step == stop:
                 log.flush()
-                save()
+                checkpoint = save()
                 if not console.is_terminal:
                     console.print(f"step {trainer.step:,}/{steps:,}  {shown}")
+    assert checkpoint is not None  # at least one step was made, or a checkpoint taken up
     if trainer.step == steps:
         folded = trainer.normalisation.fold_into(trainer.clt)
         val = data_root / recipe.data.val
         meta.metrics, meta.val_images = evaluate(clip, folded, val, recipe.data.labels, recipe.data.templates, console)
-    return save()
+        meta.step = steps
+        write_meta(checkpoint, meta)
+    return checkpoint
+
+
+@contextmanager
+def _log(out: Path, step: int) -> Iterator[TextIO]:
+    """log.jsonl, one line a step, without those that were made after the checkpoint a run is taken up from."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "log.jsonl"
+    lines = file.read_text().splitlines(keepends=True)[:step] if file.exists() else []
+    with file.open("w") as log:
+        log.writelines(lines)
+        yield log
 
 
 def _resume(checkpoint: Path, meta: CheckpointMeta, clt: CrossLayerTranscoder, settings: TrainingSection) -> Trainer:
@@ -198,9 +215,7 @@ def _resume(checkpoint: Path, meta: CheckpointMeta, clt: CrossLayerTranscoder, s
     return trainer
 
 
-def _estimate_normalisation(
-    clip: Clip, folder: ImageFolder, settings: TrainingSection, console: Console
-) -> Normalisation:
+def _estimate_normalisation(clip: Clip, folder: Folder, settings: TrainingSection, console: Console) -> Normalisation:
     size = min(settings.images_per_step, len(folder))
     data = batches(folder, size, settings.workers, seed=settings.seed + 1, epochs=1)
     wanted = max(1, min(settings.normalisation_images, len(folder)) // size)
