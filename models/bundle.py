@@ -262,7 +262,7 @@ def model_card(manifest: Manifest) -> str:
 
 {manifest.description}
 
-- **CLIP**: {clip.name}, weights {clip.weights} (sha256 of all weights {clip.sha256})
+- **CLIP**: {clip.name}, weights {clip.weights} (sha256 {clip.sha256})
 - **CLT**: {shape.layers} layers x {shape.features:,} features, {shape.k} active a layer and token
   ({manifest.sparsifier}), width {shape.width}, embedding {shape.embedding}, tables in {manifest.tables}
 - **Trained on**: {data.name}, {data.train_images:,} images; licence of the data: {data.licence}

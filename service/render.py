@@ -29,7 +29,8 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
     agrees = "stays" if fidelity.reconstructed_top1_agrees else "[bold]changes[/bold]"
     console.print(
         f"\nFidelity: R² {fidelity.r2:.3f}, error row {fidelity.error_share:.1%} of the account; "
-        f"without it the top-1 {agrees}."
+        f"without it the top-1 {agrees}.",
+        highlight=False,
     )
 
 
@@ -65,6 +66,6 @@ def _bar(value: float, largest: float, width: int) -> str:
 def _signed_bar(value: float, largest: float) -> str:
     """A bar to the right of zero, or one to its left in whole characters (there are no left-hand eighths)."""
     if value >= 0:
-        return f"{' ' * _HALF}│[blue]{_bar(value, largest, _HALF)}[/blue]"
+        return f"{' ' * _HALF}[dim]│[/dim][blue]{_bar(value, largest, _HALF)}[/blue]"
     length = round(_HALF * -value / largest) if largest else 0
-    return f"{' ' * (_HALF - length)}[red]{'█' * length}[/red]│"
+    return f"{' ' * (_HALF - length)}[red]{'█' * length}[/red][dim]│[/dim]"
