@@ -119,14 +119,21 @@ def verify(bundle: Annotated[Path, typer.Argument(help="Bundle directory.")]) ->
 
     from models.bundle import BundleError, open_bundle
     from service.engine import Engine
+    from service.labels import LabelEncoder
     from service.settings import load_settings
 
     opened, console = open_bundle(bundle), _console()
     pixels = np.random.default_rng(0).standard_normal((2, 3, *opened.manifest.preprocessing.size), np.float32)
-    for parts in Engine(opened, load_settings()).explain(pixels):
+    directions, fold = opened.directions, opened.fold
+    engine = Engine(opened, load_settings())
+    for parts in engine.explain(pixels):
         off = float(np.abs(parts.rows.sum(0) - parts.embedding).max())
         if not off <= 1e-4:
             raise BundleError(f"{bundle}: the rows of vision.onnx miss its embedding by {off:.1e}")
+    text = opened.manifest.text
+    labels = LabelEncoder(engine, capacity=1).encode(text.labels[:1], text.templates)
+    if (directions.shape[2], labels.shape[1]) != fold.shape:
+        raise BundleError(f"{bundle}: text.onnx, directions.npy and fold.npy do not fit one another")
     _print_bundle(opened, console)
     console.print("[green]all files as the manifest says; the graphs run and their rows add up")
 

@@ -168,19 +168,30 @@ class Bundle:
     @cached_property
     def directions(self) -> NDArray[np.floating]:
         """[L, F, d], memory-mapped."""
-        return np.load(self.path / "directions.npy", mmap_mode="r", allow_pickle=False)
+        shape = self.manifest.shape
+        return self._table("directions.npy", (shape.layers, shape.features, shape.width))
 
     @cached_property
-    def _folded(self) -> NDArray[np.float32]:
-        return np.load(self.path / "fold.npy", allow_pickle=False)
+    def _folded(self) -> NDArray[np.floating]:
+        return np.array(self._table("fold.npy", (self.manifest.shape.width + 1, self.manifest.shape.embedding)))
+
+    def _table(self, name: str, shape: tuple[int, ...]) -> NDArray[np.floating]:
+        """A .npy file, memory-mapped. Raises `BundleError` unless it holds floats of this shape."""
+        try:
+            table = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise BundleError(f"{self.path / name} cannot be used: {error}") from error
+        if table.shape != shape or not np.issubdtype(table.dtype, np.floating):
+            raise BundleError(f"{self.path / name} is {table.dtype} {table.shape}, the manifest says {shape}")
+        return table
 
     @property
-    def fold(self) -> NDArray[np.float32]:
+    def fold(self) -> NDArray[np.floating]:
         """M [d, D]."""
         return self._folded[:-1]
 
     @property
-    def beta(self) -> NDArray[np.float32]:
+    def beta(self) -> NDArray[np.floating]:
         """ln_post's bias in embedding space [D]."""
         return self._folded[-1]
 

@@ -1,4 +1,4 @@
-"""The BentoML service: process, workers, probes and /metrics are BentoML's, everything under /v1 is `service.routes`.
+"""The BentoML service: process, workers and probes are BentoML's, everything else is `service.routes`.
 
 bentoml serve service.app:Vitrine        (or `vitrine serve`)
 """
@@ -14,7 +14,11 @@ settings = load_settings()
 app = create_app(settings)
 
 
-@bentoml.service(name="vitrine", traffic={"timeout": int(settings.deadline_seconds) + 30})
+@bentoml.service(
+    name="vitrine",
+    traffic={"timeout": int(settings.deadline_seconds) + 30},
+    metrics={"enabled": False},  # `service.routes` has /metrics
+)
 @bentoml.asgi_app(app)
 class Vitrine:
     """Readiness is the app's: a bundle opened, checked and warmed up."""

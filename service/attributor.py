@@ -48,6 +48,7 @@ class Attributor:
 
     async def __aenter__(self) -> Attributor:
         settings = self.settings
+        _ = self.bundle.directions, self.bundle.fold  # a damaged table is told now, not in the first answer
         self.engine = await asyncio.to_thread(Engine, self.bundle, settings)
         self.labels = LabelEncoder(self.engine, settings.label_cache)
         self._pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")

@@ -7,6 +7,7 @@ company. Since the graph does not depend on labels, requests with different labe
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,13 +35,18 @@ class _Waiting:
 
 
 class Batcher:
-    """Feeds `explain` ([B, 3, H, W] -> B decompositions) from its own thread. Use as an async context manager."""
+    """Feeds `explain` ([B, 3, H, W] -> B decompositions) from its own thread.
+
+    Use as an async context manager; leaving it answers what still waits and takes nothing new.
+    """
 
     def __init__(
         self, explain: Callable[[NDArray[np.float32]], list[Decomposition]], batch_size: int, queue_size: int
     ) -> None:
-        self._explain, self._batch_size = explain, batch_size
-        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(queue_size)
+        self._explain, self._batch_size, self._queue_size = explain, batch_size, queue_size
+        self._queue: deque[_Waiting] = deque()
+        self._arrived = asyncio.Event()
+        self._closing = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
     async def __aenter__(self) -> Batcher:
@@ -48,40 +54,45 @@ class Batcher:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
-        while not self._queue.empty():
-            self._queue.get_nowait().answer.cancel()
+        self._closing = True
+        self._arrived.set()
+        await self._task
         self._thread.shutdown()
 
     @property
     def waiting(self) -> int:
         """Images in the queue."""
-        return self._queue.qsize()
+        return len(self._queue)
 
     async def submit(self, pixels: NDArray[np.float32]) -> Inference:
         """Normalised pixels [3, H, W] to their decomposition. Raises `ServiceError` queue_full at once when it is.
 
         A caller that is cancelled (deadline, disconnect) leaves its place unless its inference already runs.
         """
-        answer: asyncio.Future[Inference] = asyncio.get_running_loop().create_future()
+        if self._closing:
+            raise ServiceError("not_ready", "the service is shutting down")
+        if len(self._queue) >= self._queue_size:
+            message = "too many images are waiting; try again in a second"
+            raise ServiceError("queue_full", message, headers={"Retry-After": "1"})
+        waiting = _Waiting(pixels, asyncio.get_running_loop().create_future())
+        self._queue.append(waiting)
+        self._arrived.set()
         try:
-            self._queue.put_nowait(_Waiting(pixels, answer))
-        except asyncio.QueueFull:
-            raise ServiceError(
-                "queue_full", "too many images are waiting; try again in a second", headers={"Retry-After": "1"}
-            ) from None
-        return await answer
+            return await waiting.answer
+        finally:
+            if waiting in self._queue:
+                self._queue.remove(waiting)
 
     async def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Something else on the engine's thread (label encoding), in turn with the batches."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
     async def _serve(self) -> None:
-        while True:
-            batch = [await self._queue.get()]
-            while len(batch) < self._batch_size and not self._queue.empty():
-                batch.append(self._queue.get_nowait())
-            batch = [waiting for waiting in batch if not waiting.answer.done()]
+        while self._queue or not self._closing:
+            await self._arrived.wait()
+            batch = [self._queue.popleft() for _ in range(min(self._batch_size, len(self._queue)))]
+            if not self._queue and not self._closing:
+                self._arrived.clear()
             if batch:
                 await self._answer(batch)
 
@@ -89,6 +100,8 @@ class Batcher:
         start = perf_counter()
         try:
             found = await self.run(self._explain, np.stack([waiting.pixels for waiting in batch]))
+            if len(found) != len(batch):
+                raise RuntimeError(f"the engine gave {len(found)} answers for {len(batch)} images")
         except Exception as error:  # noqa: BLE001  (handed to those who wait for it: this loop must go on)
             for waiting in batch:
                 if not waiting.answer.done():

@@ -8,6 +8,15 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+from onnxruntime.capi.onnxruntime_pybind11_state import (
+    Fail,
+    InvalidArgument,
+    InvalidGraph,
+    InvalidProtobuf,
+    NoSuchFile,
+    NotImplemented,
+    RuntimeException,
+)
 
 from models.bundle import VISION_OUTPUTS, Bundle
 from models.errors import VitrineError
@@ -98,7 +107,18 @@ def _session(path: Path, settings: Settings) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = settings.threads or available_processors()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     wanted = wanted_provider(settings)
-    session = onnxruntime.InferenceSession(path, options, providers=[wanted])
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=[wanted])
+    except (
+        Fail,
+        InvalidArgument,
+        InvalidGraph,
+        InvalidProtobuf,
+        NoSuchFile,
+        NotImplemented,
+        RuntimeException,
+    ) as error:
+        raise EngineError(f"{path} cannot be used: {error}") from error
     if session.get_providers()[0] != wanted:
         raise EngineError(
             f"{wanted} could not be used for {path.name}; ONNX Runtime would use {session.get_providers()[0]}"

@@ -7,18 +7,39 @@ and 16 bits become RGB *before* resizing (open_clip resizes first, which blends 
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from models.bundle import Preprocessing
 from service.errors import ServiceError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# A supported format's first bytes: what starts so and cannot be opened is damaged, everything else is no such image.
+SIGNATURES = {
+    "JPEG": re.compile(rb"\xff\xd8\xff"),
+    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "WEBP": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "GIF": re.compile(rb"GIF8[79]a"),
+    "BMP": re.compile(rb"BM"),
+}
+MAX_SCANS = (
+    100  # of a progressive JPEG: each goes over the whole picture, so a small file could keep a thread for minutes
+)
+_UPRIGHT = {  # EXIF orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # What Pillow's decoders raise on damaged files.
 _DAMAGED = (
@@ -53,15 +74,17 @@ def decode(data: bytes, limits: ImageLimits) -> Image.Image:
     if not data:
         raise ServiceError("invalid_image", "the image is empty (0 bytes)")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise ServiceError(
-            "unsupported_image", f"the {len(data):,} bytes are no image in a supported format ({', '.join(FORMATS)})"
-        ) from error
+        image = Image.open(io.BytesIO(data), formats=list(SIGNATURES))
     except _DAMAGED as error:
-        raise ServiceError("invalid_image", "the image's header is damaged") from error
+        if looks_like := [name for name, start in SIGNATURES.items() if start.match(data)]:
+            raise ServiceError("invalid_image", f"the {looks_like[0]} image's header is damaged") from error
+        formats = ", ".join(SIGNATURES)
+        message = f"the {len(data):,} bytes are no image in a supported format ({formats})"
+        raise ServiceError("unsupported_image", message) from error
     with image:
         _check_size(image.size, limits)
+        if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+            raise ServiceError("invalid_image", f"the JPEG image has more than {MAX_SCANS} scans")
         try:
             return _to_rgb(image)
         except _DAMAGED as error:
@@ -107,8 +130,17 @@ def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    upright = ImageOps.exif_transpose(image)
+    orientation = _orientation(image)
+    upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
     if upright.mode.startswith("I"):  # 16 bits a channel: keep the upper 8
         levels = np.asarray(upright).astype(np.int64) >> 8
         upright = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
     return upright.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> Any:
+    """The EXIF orientation; upright where the EXIF block cannot be read, for the picture itself is sound."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except _DAMAGED:
+        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from cachetools import LRUCache
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from models.bundle import BundleError
 from service.engine import Engine
 
 Run = Callable[..., Awaitable[Any]]  # await run(function, *arguments): the function, in some other thread
@@ -36,7 +38,7 @@ class LabelEncoder:
     def __init__(self, engine: Engine, capacity: int) -> None:
         text = engine.bundle.manifest.text
         self.engine = engine
-        self.tokenizer = Tokenizer.from_file(str(engine.bundle.path / "tokenizer.json"))
+        self.tokenizer = _tokenizer(engine.bundle.path / "tokenizer.json")
         self.default_labels, self.default_templates = text.labels, text.templates
         self._labels: LRUCache[tuple[str, tuple[str, ...]], NDArray[np.float32]] = LRUCache(capacity)
         self._sets: LRUCache[tuple[tuple[str, ...], tuple[str, ...]], LabelSet] = LRUCache(
@@ -55,7 +57,7 @@ class LabelEncoder:
             for start in range(0, len(unknown), size):
                 group = unknown[start : start + size]
                 for label, row in zip(group, await run(self.encode, group, templates), strict=True):
-                    rows[label] = self._labels[label, templates] = row
+                    rows[label] = self._labels[label, templates] = row.copy()  # a view would keep the group
         made = LabelSet(labels, np.stack([rows[label] for label in labels]))
         if len(labels) <= self._sets.maxsize:
             self._sets[labels, templates] = made
@@ -67,3 +69,10 @@ class LabelEncoder:
         tokens = np.array([encoding.ids for encoding in self.tokenizer.encode_batch(prompts)], dtype=np.int64)
         embeddings = self.engine.encode_text(tokens).reshape(len(labels), len(templates), -1).mean(axis=1)
         return embeddings / np.linalg.norm(embeddings, axis=-1, keepdims=True)
+
+
+def _tokenizer(file: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # `tokenizers` raises nothing more special
+        raise BundleError(f"{file} cannot be used: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from service.schemas import AttributeResponse, Explanation
 
@@ -20,7 +21,7 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
     table.add_column("logit", justify="right")
     for prediction in answer.predictions:
         bar = _bar(prediction.probability, 1.0, 20)
-        table.add_row(prediction.label, f"{prediction.probability:.1%}", bar, f"{prediction.logit:.2f}")
+        table.add_row(Text(prediction.label), f"{prediction.probability:.1%}", bar, f"{prediction.logit:.2f}")
     console.print(table)
     for explanation in answer.explanations:
         console.print()
@@ -37,7 +38,9 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
 def _account(explanation: Explanation) -> Table:
     against = f" rather than {explanation.contrast}" if explanation.contrast else ""
     ledger = explanation.ledger
-    table = Table(title=f"Why {explanation.target}{against}: the account of its logit", box=None, title_justify="left")
+    table = Table(
+        title=Text(f"Why {explanation.target}{against}: the account of its logit"), box=None, title_justify="left"
+    )
     table.add_column("row")
     table.add_column("logits", justify="right")
     table.add_column("−" + " " * (_HALF - 1) + "0" + " " * (_HALF - 1) + "+", no_wrap=True)
@@ -50,7 +53,9 @@ def _account(explanation: Explanation) -> Table:
     rows += [("bias", ledger.bias, ""), ("error", ledger.error, "")]
     largest = max(abs(value) for _, value, _ in rows)
     for name, value, note in rows:
-        table.add_row(name, f"{value:+.3f}", _signed_bar(value, largest), note, style="dim" if name == "error" else "")
+        table.add_row(
+            name, f"{value:+.3f}", _signed_bar(value, largest), Text(note), style="dim" if name == "error" else ""
+        )
     table.add_section()
     table.add_row("remainder", f"{ledger.remainder:+.1e}", "")
     table.add_row("logit", f"{explanation.logit:.3f}", "", style="bold")

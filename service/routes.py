@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Match
 
 from models.bundle import open_bundle
+from service import metrics
 from service.attributor import Attributor
 from service.errors import ServiceError, error_response
 from service.middleware import Gate
@@ -40,6 +41,7 @@ logger = logging.getLogger("vitrine")
 
 Asked = TypeVar("Asked", bound=ClassifyRequest)
 
+DETAILS = 20  # mistakes named in one answer
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 413, 415, 429, 500, 503, 504)
@@ -79,6 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
         openapi_extra=_body(ClassifyRequest, ClassifyJson),
     )(classify)
     app.get("/v1/model", response_model=ModelResponse, responses={503: {"model": ErrorResponse}})(model)
+    app.add_route("/metrics", _metrics, include_in_schema=False)
     app.add_route("/{path:path}", _elsewhere, methods=_METHODS, include_in_schema=False)
     return app
 
@@ -109,6 +112,11 @@ async def model(request: Request) -> Response:
             manifest=attributor.bundle.manifest.model_dump(mode="json"),
         )
     )
+
+
+async def _metrics(request: Request) -> Response:
+    """Prometheus' text format. Ours, since BentoML's own series are labelled by raw path, junk paths included."""
+    return Response(await asyncio.to_thread(metrics.exposition), media_type=metrics.CONTENT_TYPE)
 
 
 def _ready(request: Request) -> Attributor:
@@ -149,24 +157,32 @@ async def _read(request: Request, shape: type[Asked], json_shape: type[BaseModel
 
 
 async def _read_multipart(request: Request, shape: type[Asked]) -> tuple[bytes, Asked]:
-    async with request.form(max_files=2, max_fields=2, max_part_size=request.app.state.settings.max_body_bytes) as form:
-        if unknown := sorted(set(form) - {"image", "request"}):
-            raise ServiceError("invalid_request", f"unknown part {unknown[0]!r}; parts are `image` and `request`")
-        if repeated := [name for name in form if len(form.getlist(name)) > 1]:
-            raise ServiceError("invalid_request", f"part {repeated[0]!r} is there more than once")
-        image, asked = form.get("image"), form.get("request")
-        if image is None:
-            raise ServiceError("missing_image", "the file part `image` is missing")
-        if not isinstance(image, UploadFile):
-            raise ServiceError("missing_image", "`image` must be a file part (curl: -F image=@photo.jpg)")
-        text = await asked.read() if isinstance(asked, UploadFile) else (asked or "{}")
-        return await image.read(), _validated(shape, _load_json(text, "part `request`"))
+    limit = request.app.state.settings.max_body_bytes
+    try:
+        async with request.form(max_files=2, max_fields=2, max_part_size=limit) as form:
+            return await _read_parts(form, shape)
+    except (LookupError, UnicodeError) as error:
+        raise ServiceError("invalid_request", f"the multipart body's charset cannot be used: {error}") from error
+
+
+async def _read_parts(form: FormData, shape: type[Asked]) -> tuple[bytes, Asked]:
+    if unknown := sorted(set(form) - {"image", "request"}):
+        raise ServiceError("invalid_request", f"unknown part {unknown[0][:100]!r}; parts are `image` and `request`")
+    if repeated := [name for name in form if len(form.getlist(name)) > 1]:
+        raise ServiceError("invalid_request", f"part {repeated[0]!r} is there more than once")
+    image, asked = form.get("image"), form.get("request")
+    if image is None:
+        raise ServiceError("missing_image", "the file part `image` is missing")
+    if not isinstance(image, UploadFile):
+        raise ServiceError("missing_image", "`image` must be a file part (curl: -F image=@photo.jpg)")
+    text = await asked.read() if isinstance(asked, UploadFile) else (asked or "{}")
+    return await image.read(), _validated(shape, _load_json(text, "part `request`"))
 
 
 def _load_json(text: str | bytes, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # malformed, not UTF-8, integers of thousands of digits, too deep
         raise ServiceError("invalid_request", f"{where} is not JSON: {error}") from error
 
 
@@ -179,7 +195,8 @@ def _validated(shape: type[Asked] | type[BaseModel], fields: Any) -> Any:
 
 def _invalid(errors: Any) -> ServiceError:
     details = [
-        {"field": ".".join(map(str, e["loc"])), "problem": e["msg"].removeprefix("Value error, ")} for e in errors
+        {"field": ".".join(map(str, e["loc"]))[:100], "problem": e["msg"].removeprefix("Value error, ")[:300]}
+        for e in errors[:DETAILS]
     ]
     if details and details[0]["field"] == "image_base64" and details[0]["problem"] == "Field required":
         return ServiceError("missing_image", "`image_base64` is missing", details)
@@ -241,9 +258,10 @@ async def _on_service_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own refusals: malformed multipart bodies."""
+    """Starlette's own refusals: malformed multipart bodies, unusual methods."""
     assert isinstance(error, HTTPException)
-    return error_response(request, ServiceError("invalid_request", error.detail))
+    code = "method_not_allowed" if error.status_code == 405 else "invalid_request"
+    return error_response(request, ServiceError(code, error.detail, headers=dict(error.headers or {})))
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
@@ -256,5 +274,6 @@ async def _on_disconnect(request: Request, error: Exception) -> Response:
 
 
 async def _on_crash(request: Request, error: Exception) -> Response:
-    """Anything unforeseen: the client learns the request id, the log has the rest (Starlette logs the traceback)."""
+    """Anything unforeseen: the client learns the request id, under which the log has the rest."""
+    logger.error("request %s failed", request.scope.get("request_id"), exc_info=error)
     return error_response(request, ServiceError("internal", "something went wrong here; the request id is in our log"))

@@ -30,7 +30,9 @@ class Settings(BaseSettings):
     decode_threads: PositiveInt = Field(default=2, description="threads that decode images and write accounts")
     batch_size: PositiveInt = Field(default=8, description="images in one inference, at most")
     queue_size: PositiveInt = Field(default=256, description="images waiting for inference; more are answered 429")
-    deadline_seconds: PositiveFloat = Field(default=30.0, description="a request that takes longer is answered 504")
+    deadline_seconds: PositiveFloat = Field(
+        default=30.0, allow_inf_nan=False, description="a request that takes longer is answered 504"
+    )
     max_body_bytes: PositiveInt = Field(default=16 * 2**20, description="larger request bodies are answered 413")
     max_image_pixels: PositiveInt = Field(default=40_000_000, description="larger images are answered 413, undecoded")
     max_image_side: PositiveInt = Field(default=16_384, description="pixels a side, likewise")

@@ -1,0 +1,175 @@
+"""A real server process on the tiny bundle, the engine alone, and image files made on the spot."""
+
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.engine import Engine
+from service.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS = 60  # a bound, not an expectation: it starts in about 5
+
+
+@pytest.fixture(scope="session")
+def light_python():
+    """The interpreter that the service runs in: one without torch when VITRINE_LIGHT_PYTHON names it."""
+    return os.environ.get("VITRINE_LIGHT_PYTHON", sys.executable)
+
+
+@pytest.fixture(scope="session")
+def run_python(light_python):
+    """run_python(*arguments, **environment) -> the finished process, in the repository, with the service's Python."""
+
+    def run(*arguments, python=light_python, **environment):
+        command, environment = [python, *map(str, arguments)], _environment(**environment)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=START_SECONDS)
+
+    return run
+
+
+def _environment(**more):
+    """This process's, without its own settings of Vitrine."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("VITRINE_")}
+    inherited.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    return inherited | {"PYTHONPATH": str(ROOT), "BENTOML_DO_NOT_TRACK": "True"} | {k: str(v) for k, v in more.items()}
+
+
+class Server:
+    """A running `bentoml serve`. Every request has a connection of its own, so that no test feels another's."""
+
+    def __init__(self, port, process, log):
+        self.port, self.process, self.log = port, process, log
+        self.http = httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", timeout=30, limits=httpx.Limits(max_keepalive_connections=0)
+        )
+
+    def post(self, path, image=None, request=None, **headers):
+        """Multipart: `image` as a file part, `request` (a dict, or JSON text) as a JSON part."""
+        files = {} if image is None else {"image": ("image", image)}
+        if request is not None:
+            files["request"] = (None, request if isinstance(request, str) else json.dumps(request))
+        return self.http.post(path, files=files, headers=headers)
+
+    def attribute(self, image, **request):
+        """The answer to a request that must succeed."""
+        response = self.post("/v1/attribute", image, request)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def wait_until_ready(self):
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                if self.http.get("/readyz").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        pytest.fail(f"the server did not become ready; its log:\n{self.log.read_text()}")
+
+    def stop(self):
+        self.http.close()
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def server(bundle_path, light_python, tmp_path_factory):
+    """A server on the tiny bundle, shared by all tests; its own BENTOML_HOME keeps its metrics apart from others'."""
+    home = tmp_path_factory.mktemp("bentoml")
+    log, port = home / "serve.log", _free_port()
+    command = ["-m", "bentoml", "serve", "service.app:Vitrine", "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [light_python, *command],
+            cwd=ROOT,
+            env=_environment(VITRINE_BUNDLE=bundle_path, BENTOML_HOME=home),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    running = Server(port, process, log)
+    try:
+        running.wait_until_ready()
+        yield running
+    finally:
+        running.stop()
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Show what the server logged during a test beside its failure."""
+    report = yield
+    server = getattr(item, "funcargs", {}).get("server")
+    if server and report.when == "setup":
+        item.log_start = server.log.stat().st_size
+    elif server and report.failed:
+        report.sections.append(("server log", server.log.read_text()[item.log_start :]))
+    return report
+
+
+@pytest.fixture(scope="session")
+def settings(bundle_path):
+    return Settings(bundle=bundle_path)
+
+
+@pytest.fixture(scope="session")
+def engine(bundle, settings):
+    return Engine(bundle, settings)
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """draw(mode="RGB", size=(50, 40), seed=0) -> a picture with structure in it: noise over a gradient."""
+
+    def make(mode="RGB", size=(50, 40), seed=0):
+        width, height = size
+        noise = np.random.default_rng(seed).integers(0, 100, (height, width, 3))
+        noise += np.linspace(0, 155, width).astype(int)[None, :, None]
+        return Image.fromarray(noise.astype(np.uint8)).convert(mode)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def encode():
+    """encode(image, "PNG", **options of Pillow's writer) -> the bytes of an image file."""
+
+    def write(image, format="PNG", **options):
+        buffer = io.BytesIO()
+        image.save(buffer, format, **options)
+        return buffer.getvalue()
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def picture(draw, encode):
+    """picture(format="PNG", mode="RGB", size=(50, 40), seed=0, **options of the writer) -> bytes of an image file."""
+
+    def make(format="PNG", mode="RGB", size=(50, 40), seed=0, **options):
+        return encode(draw(mode, size, seed), format, **options)
+
+    return make

@@ -1,0 +1,328 @@
+"""The `vitrine` command, in this process; as a process of its own where that matters."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import vitrine
+from models.bundle import open_bundle
+from service.schemas import AttributeResponse
+
+COMMANDS = ("train", "export", "verify", "serve", "attribute")
+LABELS = ["red circle", "green square", "blue triangle"]
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch, bundle_path):
+    """The tiny bundle instead of the demo, wide output, nothing else of this machine's settings."""
+    monkeypatch.setenv("VITRINE_BUNDLE", str(bundle_path))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+@pytest.fixture
+def run():
+    """run(*arguments) -> typer's result. Any exception but an exit is the test's failure."""
+
+    def invoke(*arguments):
+        result = CliRunner().invoke(vitrine.app, [str(argument) for argument in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return invoke
+
+
+@pytest.fixture
+def refused(run):
+    """refused(*arguments) -> the message of a command that must fail with 1 and one sentence."""
+
+    def invoke(*arguments):
+        result = run(*arguments)
+        assert result.exit_code == 1, result.output
+        assert result.stderr.startswith("error: ")
+        assert "Traceback" not in result.output
+        return result.stderr
+
+    return invoke
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photos") / "photo.png"
+    Image.radial_gradient("L").convert("RGB").resize((60, 45)).save(path)
+    return path
+
+
+@pytest.fixture
+def damaged(bundle_path, tmp_path):
+    """A copy of the bundle, to be damaged."""
+    return Path(shutil.copytree(bundle_path, tmp_path / "damaged"))
+
+
+# Help
+
+
+def test_help_names_every_command(run):
+    result = run("--help")
+    assert result.exit_code == 0
+    assert all(command in result.output for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_commands_help_has_an_example(run, command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: vitrine {command}" in result.output
+
+
+def test_the_examples_options_exist(run):
+    for command in COMMANDS:
+        output = run(command, "--help").output
+        example = output[output.index("Example:") :]
+        for option in (word for word in example.split() if word.startswith("--")):
+            assert f"{option} " in output[: output.index("Example:")], f"{command} {option}"
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["verify"], ["attribute"], ["verify", "--nonsense", "x"]])
+def test_wrong_use_is_said_and_exits_with_2(run, arguments):
+    assert run(*arguments).exit_code == 2
+
+
+def test_the_command_runs_as_a_process(bundle_path, photo):
+    """As installed: a traceback would show here, and the exit code is the process's."""
+    root = Path(vitrine.__file__).parent
+    for arguments, code in ((["verify", bundle_path], 0), (["verify", root], 1)):
+        command = [sys.executable, "vitrine.py", *map(str, arguments)]
+        finished = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+        assert finished.returncode == code
+        assert "Traceback" not in finished.stderr + finished.stdout
+    assert finished.stderr.startswith("error: ")
+    assert "manifest.json is missing" in finished.stderr
+
+
+# verify
+
+
+def test_verify_accepts_a_good_bundle(run, bundle):
+    result = run("verify", bundle.path)
+    assert result.exit_code == 0
+    assert bundle.manifest.name in result.output
+    assert bundle.digest[:19] in result.output
+
+
+@pytest.mark.parametrize(
+    "name", ["vision.onnx", "vision.onnx.data", "text.onnx.data", "tokenizer.json", "directions.npy", "MODEL_CARD.md"]
+)
+def test_verify_names_a_damaged_file(refused, damaged, name):
+    file = damaged / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert f"{name} does not have the manifest's sha256" in refused("verify", damaged)
+
+
+def test_verify_names_a_truncated_and_a_missing_file(refused, damaged):
+    file = damaged / "fold.npy"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "fold.npy has" in refused("verify", damaged)
+    file.unlink()
+    assert "fold.npy is missing" in refused("verify", damaged)
+
+
+@pytest.mark.parametrize(
+    "manifest", [b"", b"{", b"[]", b"\xff\xfe", b'{"format_version": 99}', b'{"format_version": 1}']
+)
+def test_verify_refuses_a_manifest_that_is_none(refused, damaged, manifest):
+    (damaged / "manifest.json").write_bytes(manifest)
+    assert "damaged" in refused("verify", damaged)
+
+
+def test_verify_refuses_what_is_no_bundle(refused, photo, tmp_path):
+    assert "no directory" in refused("verify", photo)
+    assert "no directory" in refused("verify", tmp_path / "nowhere")
+    assert "is no bundle" in refused("verify", tmp_path)
+
+
+def reseal(path):
+    """Write the manifest anew over changed files, as someone would who damages a bundle on purpose."""
+    from models.bundle import Manifest, seal
+
+    raw = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").unlink()
+    seal(path, Manifest.model_validate(raw))
+
+
+@pytest.mark.parametrize("name", ["vision.onnx", "text.onnx", "tokenizer.json", "fold.npy", "directions.npy"])
+def test_verify_refuses_files_that_cannot_be_used_whatever_the_manifest_says(refused, damaged, name):
+    (damaged / name).write_bytes(b"not what it was")
+    reseal(damaged)
+    assert name in refused("verify", damaged)
+
+
+# attribute
+
+
+def test_attribute_prints_a_table(run, photo):
+    result = run("attribute", photo)
+    assert result.exit_code == 0
+    assert all(label in result.output for label in LABELS)
+    for row in (
+        "prior",
+        "attention 0",
+        "attention 2",
+        "CLT 0",
+        "CLT 2",
+        "bias",
+        "error",
+        "remainder",
+        "logit",
+        "Fidelity",
+    ):
+        assert row in result.output
+
+
+def test_attributes_table_shows_labels_as_they_are(run, photo):
+    labels = "[bold]cat,[/foo],:smile:,[link=x]"
+    result = run("attribute", photo, "--labels", labels, "--target", "[/foo]", "--contrast", "[bold]cat")
+    assert result.exit_code == 0
+    assert all(label in result.output for label in labels.split(","))
+    assert "Why [/foo] rather than [bold]cat" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--labels", "cat, dog", "--contrast", "dog", "--top-k", "1", "--features", "2"]]
+)
+def test_attributes_json_is_the_services_answer(run, photo, arguments):
+    result = run("attribute", photo, "--json", *arguments)
+    assert result.exit_code == 0
+    answer = json.loads(result.stdout)
+    assert AttributeResponse.model_validate(answer).model_dump(mode="json") == answer
+    for explanation in answer["explanations"]:
+        ledger = explanation["ledger"]
+        rows = [ledger["prior"], *ledger["attention"], *ledger["clt"], ledger["bias"], ledger["error"]]
+        assert sum(rows) + ledger["remainder"] == pytest.approx(explanation["logit"])
+
+
+def test_attributes_options_are_the_requests_fields(run, photo):
+    arguments = ["--labels", "cat,dog,car", "--target", "car", "--target", "cat", "--top-k", "2", "--features", "1"]
+    answer = json.loads(run("attribute", photo, "--json", *arguments).stdout)
+    assert len(answer["predictions"]) == 2
+    assert [explanation["target"] for explanation in answer["explanations"]] == ["car", "cat"]
+    assert max(len(layer["features"]) for layer in answer["explanations"][0]["layers"]) == 1
+
+
+def test_attribute_takes_a_bundle(run, photo, bundle_path, monkeypatch):
+    monkeypatch.setenv("VITRINE_BUNDLE", "/nowhere")
+    assert run("attribute", photo, "--bundle", bundle_path).exit_code == 0
+
+
+def test_attribute_refuses_what_is_no_image(refused, tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("no image")
+    assert "no image in a supported format" in refused("attribute", text)
+    text.write_text("")
+    assert "empty" in refused("attribute", text)
+
+
+def test_attribute_refuses_a_damaged_image(refused, photo, tmp_path):
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(photo.read_bytes()[:300])
+    assert "damaged or incomplete" in refused("attribute", cut)
+
+
+def test_attribute_refuses_what_is_not_among_the_labels(refused, photo):
+    assert "'zebra'" in refused("attribute", photo, "--contrast", "zebra")
+    assert "'zebra'" in refused("attribute", photo, "--labels", "cat,dog", "--target", "zebra")
+
+
+@pytest.mark.parametrize("labels", ["", "cat,,dog", "cat,cat", "cat, "])
+def test_attribute_refuses_bad_labels(refused, photo, labels):
+    assert "labels" in refused("attribute", photo, "--labels", labels)
+
+
+def test_attribute_refuses_a_missing_image_bundle_or_number(run, refused, photo, tmp_path):
+    assert run("attribute", tmp_path / "nowhere.png").exit_code == 2
+    assert run("attribute", tmp_path).exit_code == 2
+    assert run("attribute", photo, "--top-k", "0").exit_code == 2
+    assert "nowhere" in refused("attribute", photo, "--bundle", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("command", ["attribute", "verify", "serve"])
+def test_wrong_settings_are_named(refused, photo, bundle_path, monkeypatch, command):
+    monkeypatch.setenv("VITRINE_BATCH_SIZE", "many")
+    argument = {"attribute": [photo], "verify": [bundle_path], "serve": []}[command]
+    assert "VITRINE_BATCH_SIZE='many'" in refused(command, *argument)
+
+
+# serve
+
+
+def test_serve_hands_over_to_bentoml(run, bundle_path, monkeypatch):
+    became = []
+    monkeypatch.setattr("os.execve", lambda *arguments: became.append(arguments))
+    monkeypatch.chdir(bundle_path.parent)
+    assert run("serve", "--bundle", bundle_path.name, "--port", "4321", "--host", "0.0.0.0").exit_code == 0
+    ((program, command, environment),) = became
+    assert program == sys.executable
+    assert command[1:5] == ["-m", "bentoml", "serve", "service.app:Vitrine"]
+    assert command[5:] == ["--host", "0.0.0.0", "--port", "4321"]
+    assert environment["VITRINE_BUNDLE"] == str(bundle_path.resolve())
+    assert environment["BENTOML_DO_NOT_TRACK"] == "True"
+
+
+def test_serve_starts_nothing_with_a_damaged_bundle(refused, damaged, monkeypatch):
+    monkeypatch.setattr("os.execve", lambda *_: pytest.fail("started"))
+    (damaged / "fold.npy").unlink()
+    assert "fold.npy is missing" in refused("serve", "--bundle", damaged)
+
+
+# train, export
+
+
+def test_from_recipe_to_answer(run, recipe_path, data_root, photo, tmp_path):
+    runs, bundle = tmp_path / "run", tmp_path / "bundle"
+    trained = run("train", "--recipe", recipe_path, "--data-root", data_root, "--out", runs, "--max-steps", "3")
+    assert (trained.exit_code, "checkpoint" in trained.output) == (0, True)
+    trained = run("train", "--recipe", recipe_path, "--data-root", data_root, "--out", runs)
+    assert (trained.exit_code, "checkpoint" in trained.output) == (0, True)
+    assert run("export", "--checkpoint", runs, "--data-root", data_root, "--out", bundle).exit_code == 0
+    assert run("verify", bundle).exit_code == 0
+    assert open_bundle(bundle).manifest.metrics.r2 is not None
+    answer = json.loads(run("attribute", photo, "--bundle", bundle, "--json").stdout)
+    assert {prediction["label"] for prediction in answer["predictions"]} == set(LABELS)
+    assert answer["model"]["digest"] == open_bundle(bundle).digest
+
+
+def test_export_overwrites_nothing(refused, run, recipe_path, data_root, tmp_path):
+    run("train", "--recipe", recipe_path, "--data-root", data_root, "--out", tmp_path / "run", "--max-steps", "1")
+    (tmp_path / "bundle").mkdir()
+    message = refused(
+        "export", "--checkpoint", tmp_path / "run", "--data-root", data_root, "--out", tmp_path / "bundle"
+    )
+    assert "exists" in message
+
+
+@pytest.mark.parametrize("content", [None, "", "name = ", "name = 1", "[clip]\nname = 'x'"])
+def test_train_names_what_is_wrong_with_a_recipe(refused, data_root, tmp_path, content):
+    recipe = tmp_path / "recipe.toml"
+    if content is not None:
+        recipe.write_text(content)
+    message = refused("train", "--recipe", recipe, "--data-root", data_root, "--out", tmp_path / "run")
+    assert "recipe.toml" in message
+
+
+def test_train_and_export_say_what_is_missing(refused, recipe_path, tmp_path):
+    out = tmp_path / "run"
+    assert str(tmp_path) in refused("train", "--recipe", recipe_path, "--data-root", tmp_path, "--out", out)
+    assert "nowhere" in refused("export", "--checkpoint", tmp_path / "nowhere", "--out", out)
+
+
+def test_output_has_no_control_characters_where_there_is_no_terminal(run, photo):
+    assert "\x1b" not in run("attribute", photo).output
