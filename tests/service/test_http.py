@@ -9,6 +9,7 @@ import re
 import socket
 import struct
 import threading
+import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -886,6 +887,32 @@ def test_a_full_queue_is_said_at_once(bundle_path, picture, gate):
     assert [response.status_code for response in answered] == [200, 200]
     assert error_of(refused) == (429, "queue_full")
     assert int(refused.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"labels": [1] * 50_000},
+        {"templates": ["a"] * 50_000},
+        {"explain": {"targets": [1] * 50_000}},
+        {f"field {i}": 1 for i in range(50_000)},
+    ],
+    ids=["labels", "templates", "targets", "unknown fields"],
+)
+def test_many_mistakes_take_no_memory(bundle_path, fields):
+    """16 MiB hold 8 million of them: told one by one they would take gigabytes, and the event loop for a minute."""
+
+    async def conversation(client):
+        body = json.dumps({"image_base64": "AAAA", **fields})
+        tracemalloc.start()
+        response = await client.post("/v1/attribute", content=body, headers={"content-type": "application/json"})
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return response, peak
+
+    response, peak = talk_to(create_app(Settings(bundle=bundle_path)), conversation)
+    assert error_of(response) == (400, "invalid_request")
+    assert peak < 20 * 2**20
 
 
 @pytest.mark.parametrize("path", ["/v1/attribute", "/v1/classify"])

@@ -355,6 +355,20 @@ def test_a_progressive_jpeg_of_very_many_scans_is_refused(picture):
         decode(data[:scan] + data[scan:-2] * 1000 + data[-2:], LIMITS)
 
 
+def test_a_second_picture_does_not_hide_the_scans(draw, encode):
+    two = encode(draw(), "MPO", save_all=True, append_images=[draw()], progressive=True)
+    end = two.index(b"\xff\xd9\xff\xd8")
+    scan = two.rindex(b"\xff\xda", 0, end)
+    assert refusal(two[:end] + two[scan:end] * 1000 + two[end:]) == "invalid_image"
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_what_follows_a_jpeg_is_not_taken_for_scans(picture, progressive):
+    """Telephones append a film of some seconds: megabytes in which any two bytes occur, a hundred times and more."""
+    data = picture("JPEG", progressive=progressive)
+    assert decode(data + b"\xff\xda" * 1000, LIMITS).size == (50, 40)
+
+
 def test_progressive_jpegs_are_taken(picture):
     assert decode(picture("JPEG", progressive=True), LIMITS).size == (50, 40)
 

@@ -113,6 +113,20 @@ def test_new_labels_asked_for_at_once_are_encoded_once(encoder, encoded):
     assert np.array_equal(three.embeddings[2:], one.embeddings)
 
 
+def test_many_new_labels_do_not_hold_up_a_few(encoder):
+    """2,048 labels under 128 templates are 262,144 texts; who asks for two new labels meanwhile gets them first."""
+
+    async def scene():
+        many = asyncio.create_task(encoder.resolve(tuple(f"label {i}" for i in range(2000)), TEMPLATES, run))
+        await asyncio.sleep(0.01)
+        await encoder.resolve(("cat", "dog"), TEMPLATES, run)
+        first = not many.done()
+        await many
+        return first
+
+    assert asyncio.run(scene())
+
+
 def test_after_a_failure_the_encoder_works(encoder, monkeypatch):
     encode = encoder.encode
 
