@@ -8,21 +8,23 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi.onnxruntime_pybind11_state import (
-    Fail,
-    InvalidArgument,
-    InvalidGraph,
-    InvalidProtobuf,
-    NoSuchFile,
-    NotImplemented,
-    RuntimeException,
-)
+from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
 from models.bundle import VISION_OUTPUTS, Bundle
 from models.errors import VitrineError
 from models.ledger import Decomposition
 from service.settings import Settings
 
+# What ONNX Runtime raises for a file that is no graph, or none that it can run; they share no base of their own.
+_UNUSABLE = (
+    ort.Fail,
+    ort.InvalidArgument,
+    ort.InvalidGraph,
+    ort.InvalidProtobuf,
+    ort.NoSuchFile,
+    ort.NotImplemented,
+    ort.RuntimeException,
+)
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -109,15 +111,7 @@ def _session(path: Path, settings: Settings) -> onnxruntime.InferenceSession:
     wanted = wanted_provider(settings)
     try:
         session = onnxruntime.InferenceSession(path, options, providers=[wanted])
-    except (
-        Fail,
-        InvalidArgument,
-        InvalidGraph,
-        InvalidProtobuf,
-        NoSuchFile,
-        NotImplemented,
-        RuntimeException,
-    ) as error:
+    except _UNUSABLE as error:
         raise EngineError(f"{path} cannot be used: {error}") from error
     if session.get_providers()[0] != wanted:
         raise EngineError(

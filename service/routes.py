@@ -68,18 +68,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_crash)
-    app.post(
-        "/v1/attribute",
-        response_model=AttributeResponse,
-        responses=_ERRORS,
-        openapi_extra=_body(AttributeRequest, AttributeJson),
-    )(attribute)
-    app.post(
-        "/v1/classify",
-        response_model=ClassifyResponse,
-        responses=_ERRORS,
-        openapi_extra=_body(ClassifyRequest, ClassifyJson),
-    )(classify)
+    for path, endpoint, answer, shape, json_shape in (
+        ("/v1/attribute", attribute, AttributeResponse, AttributeRequest, AttributeJson),
+        ("/v1/classify", classify, ClassifyResponse, ClassifyRequest, ClassifyJson),
+    ):
+        app.post(path, response_model=answer, responses=_ERRORS, openapi_extra=_body(shape, json_shape))(endpoint)
     app.get("/v1/model", response_model=ModelResponse, responses={503: {"model": ErrorResponse}})(model)
     app.add_route("/metrics", _metrics, include_in_schema=False)
     app.add_route("/{path:path}", _elsewhere, methods=_METHODS, include_in_schema=False)
