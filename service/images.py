@@ -28,9 +28,9 @@ SIGNATURES = {
     "GIF": re.compile(rb"GIF8[79]a"),
     "BMP": re.compile(rb"BM"),
 }
-MAX_SCANS = (
-    100  # of a progressive JPEG: each goes over the whole picture, so a small file could keep a thread for minutes
-)
+# Scans of a JPEG, at most: each goes over the whole picture, so a small file could keep a thread for minutes.
+MAX_SCANS = 100
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # neither a stuffed byte, nor padding, nor a restart
 _UPRIGHT = {  # EXIF orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -83,7 +83,7 @@ def decode(data: bytes, limits: ImageLimits) -> Image.Image:
         raise ServiceError("unsupported_image", message) from error
     with image:
         _check_size(image.size, limits)
-        if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+        if SIGNATURES["JPEG"].match(data) and _jpeg_scans(data) > MAX_SCANS:
             raise ServiceError("invalid_image", f"the JPEG image has more than {MAX_SCANS} scans")
         try:
             return _to_rgb(image)
@@ -126,6 +126,15 @@ def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
             f"the image has {width:,} x {height:,} pixels; "
             f"allowed are {limits.side:,} a side and {limits.pixels:,} in all",
         )
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """Scans of a JPEG's first picture. What lies inside segments (a thumbnail) or after it (a film) does not count."""
+    scans, at = 0, 2
+    while (marker := _JPEG_MARKER.search(data, at)) and marker[0] != b"\xff\xd9":  # end of image
+        scans += marker[0] == b"\xff\xda"  # start of scan
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,20 +45,27 @@ class LabelEncoder:
         self._sets: LRUCache[tuple[tuple[str, ...], tuple[str, ...]], LabelSet] = LRUCache(
             capacity, getsizeof=lambda stored: len(stored.labels)
         )
-        self._encoding = asyncio.Lock()  # requests for the same new labels wait for one encoding
+        self._encoding = asyncio.Lock()  # one group at a time, in turn: no label twice, and nobody waits for thousands
 
     async def resolve(self, labels: tuple[str, ...], templates: tuple[str, ...], run: Run) -> LabelSet:
         """The label set; what is not cached is encoded a few labels at a time, by `await run(encode, ...)`."""
         if found := self._sets.get((labels, templates)):
             return found
-        async with self._encoding:
-            rows = {label: row for label in labels if (row := self._labels.get((label, templates))) is not None}
-            unknown = [label for label in dict.fromkeys(labels) if label not in rows]
-            size = max(1, PROMPTS_A_CALL // len(templates))
-            for start in range(0, len(unknown), size):
-                group = unknown[start : start + size]
-                for label, row in zip(group, await run(self.encode, group, templates), strict=True):
-                    rows[label] = self._labels[label, templates] = row.copy()  # a view would keep the group
+        rows: dict[str, NDArray[np.float32]] = {}
+        unknown = deque(dict.fromkeys(labels))
+        while unknown:
+            async with self._encoding:
+                group: list[str] = []
+                while unknown and len(group) < max(1, PROMPTS_A_CALL // len(templates)):
+                    label = unknown.popleft()
+                    known = self._labels.get((label, templates))  # of old, or encoded for another request meanwhile
+                    if known is None:
+                        group.append(label)
+                    else:
+                        rows[label] = known
+                if group:
+                    for label, row in zip(group, await run(self.encode, group, templates), strict=True):
+                        rows[label] = self._labels[label, templates] = row.copy()  # a view would keep the group
         made = LabelSet(labels, np.stack([rows[label] for label in labels]))
         if len(labels) <= self._sets.maxsize:
             self._sets[labels, templates] = made

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Template = Annotated[str, StringConstraints(pattern=r"\{\}")]
 
 
+# The first wrong item is told, not each of millions.
+Labels = Annotated[list[Label], Field(min_length=1, fail_fast=True)]
+Templates = Annotated[list[Template], Field(min_length=1, fail_fast=True)]
+MAX_FIELDS = 50  # far more than there are; beyond it unknown fields are not told one by one
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
+            raise ValueError(f"{len(fields):,} fields; there are only {', '.join(cls.model_fields)}")
+        return fields
 
 
 class Explain(_Request):
     """What to explain, and how far."""
 
-    targets: list[Label] | None = Field(default=None, min_length=1, description="labels to explain; default: the top-1")
+    targets: Labels | None = Field(default=None, description="labels to explain; default: the top-1")
     contrast: Label | None = Field(default=None, description="explain each target's logit minus this label's")
     features: int = Field(default=5, ge=0, description="features listed per layer, largest contribution first")
     heatmap: bool = Field(default=False, description="not in this version: only false")
@@ -35,9 +48,9 @@ class Explain(_Request):
 class ClassifyRequest(_Request):
     """Labels and templates; without either, the bundle's own."""
 
-    labels: list[Label] | None = Field(default=None, min_length=1, examples=[["cat", "dog", "truck"]])
+    labels: Labels | None = Field(default=None, examples=[["cat", "dog", "truck"]])
     label_set: str | None = Field(default=None, description="a named label set; `default` is the bundle's")
-    templates: list[Template] | None = Field(default=None, min_length=1, examples=[["a photo of a {}"]])
+    templates: Templates | None = Field(default=None, examples=[["a photo of a {}"]])
     top_k: int = Field(default=5, ge=1, description="predictions listed, largest logit first")
 
     @field_validator("labels")

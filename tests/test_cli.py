@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -162,6 +163,14 @@ def reseal(path):
 @pytest.mark.parametrize("name", ["vision.onnx", "text.onnx", "tokenizer.json", "fold.npy", "directions.npy"])
 def test_verify_refuses_files_that_cannot_be_used_whatever_the_manifest_says(refused, damaged, name):
     (damaged / name).write_bytes(b"not what it was")
+    reseal(damaged)
+    assert name in refused("verify", damaged)
+
+
+@pytest.mark.parametrize("name", ["fold.npy", "directions.npy"])
+def test_verify_refuses_tables_that_do_not_fit(refused, damaged, name):
+    table = np.load(damaged / name)
+    np.save(damaged / name, np.concatenate([table, table[:1]]))
     reseal(damaged)
     assert name in refused("verify", damaged)
 

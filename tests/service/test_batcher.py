@@ -258,3 +258,16 @@ def test_nobody_waits_for_ever_when_the_batcher_closes():
     done, pending = asyncio.run(run())
     assert not pending
     assert len(done) == 3
+
+
+def test_a_closed_batcher_takes_nothing_new():
+    async def run():
+        engine = Engine()
+        engine.gate.set()
+        async with Batcher(engine.explain, 1, 10) as batcher:
+            pass
+        with pytest.raises(ServiceError) as caught:
+            await asyncio.wait_for(batcher.submit(image(1)), 5)
+        return caught.value.code
+
+    assert asyncio.run(run()) == "not_ready"

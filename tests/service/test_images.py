@@ -243,6 +243,15 @@ def test_odd_exif_does_not_spoil_a_good_picture(draw, encode, case):
     assert image.size == ((40, 50) if turned else (50, 40))
 
 
+@pytest.mark.parametrize("error", [SyntaxError, ValueError, struct.error, OSError])
+def test_exif_that_cannot_be_read_does_not_spoil_a_good_picture(draw, encode, monkeypatch, error):
+    def fail(self):
+        raise error("not a TIFF file")
+
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    assert decode(encode(draw()), LIMITS).size == (50, 40)
+
+
 # Limits
 
 
