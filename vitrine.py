@@ -28,6 +28,8 @@ app = typer.Typer(
     help="CLIP predictions with an exact account of what made them: train, export, verify, serve, attribute.",
 )
 
+TRAINING_PACKAGES = {"torch", "torchvision", "open_clip", "onnx", "safetensors", "tomli_w", "torchmetrics"}
+
 DataRoot = Annotated[
     Path, typer.Option("--data-root", envvar="VITRINE_DATA", help="Folder that the recipe's paths are relative to.")
 ]
@@ -45,6 +47,13 @@ def _mendable(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except VitrineError as error:
             typer.secho(f"error: {error}", fg="red", err=True)
+            raise typer.Exit(1) from error
+        except ModuleNotFoundError as error:
+            if error.name not in TRAINING_PACKAGES:
+                raise
+            typer.secho(
+                f"error: {error.name} is not installed; this command needs vitrine[cpu,training]", fg="red", err=True
+            )
             raise typer.Exit(1) from error
 
     return run
@@ -224,12 +233,12 @@ def _load_clip(recipe: Any, data_root: Path) -> Any:
 
 def _print_bundle(bundle: Bundle, console: Console) -> None:
     manifest, shape = bundle.manifest, bundle.manifest.shape
-    console.print(f"[bold]{manifest.name}[/bold] {bundle.digest[:19]}…  {bundle.path}", soft_wrap=True, highlight=False)
+    plain: dict[str, Any] = {"soft_wrap": True, "highlight": False, "markup": False}
+    console.print(f"{manifest.name} {bundle.digest[:19]}…  {bundle.path}", style="bold", **plain)
     console.print(
         f"  CLIP {manifest.clip.name} ({manifest.clip.weights}), {shape.layers} layers; "
         f"CLT {shape.features:,} features a layer, k = {shape.k}; trained on {manifest.data.name}",
-        soft_wrap=True,
-        highlight=False,
+        **plain,
     )
 
 

@@ -245,6 +245,8 @@ def _read_manifest(path: Path) -> bytes:
         raw = (path / MANIFEST).read_bytes()
     except FileNotFoundError as error:
         raise BundleError(f"{path / MANIFEST} is missing: {path} is no bundle") from error
+    except OSError as error:
+        raise BundleError(f"{path / MANIFEST} cannot be read: {error}") from error
     try:
         version = _Version.model_validate_json(raw).format_version
     except ValidationError as error:

@@ -7,8 +7,9 @@ loop only waits. Used by the HTTP routes and by the command line alike.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from models.bundle import Bundle
 from service import metrics
 from service.batcher import Batcher, Inference
 from service.engine import Engine
-from service.errors import ServiceError
+from service.errors import ServiceError, queue_full
 from service.explain import account, check_explain, predict
 from service.images import ImageLimits, decode, to_pixels
 from service.labels import LabelEncoder, LabelSet
@@ -44,6 +45,7 @@ class Attributor:
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
         self.bundle, self.settings = bundle, settings
         self.model = Model(name=bundle.manifest.name, digest=bundle.digest)
+        self._in_flight = 0
         self.limits = ImageLimits(settings.max_image_pixels, settings.max_image_side)
 
     async def __aenter__(self) -> Attributor:
@@ -97,6 +99,21 @@ class Attributor:
 
     async def _infer(self, image: bytes, request: ClassifyRequest) -> _Inferred:
         labels, templates = self._texts(request)
+        with self._admitted():
+            return await self._admitted_infer(image, labels, templates)
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """A place among the images being decoded, waiting or inferred. Raises `ServiceError` queue_full at once."""
+        if self._in_flight >= self.settings.queue_size + self.settings.batch_size:
+            raise queue_full()
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+
+    async def _admitted_infer(self, image: bytes, labels: tuple[str, ...], templates: tuple[str, ...]) -> _Inferred:
         start = perf_counter()
         pixels = await self._run(self._decode, image)
         timings = self._timed({}, decode=start)
@@ -126,6 +143,12 @@ class Attributor:
         if len(templates) > settings.max_templates:
             raise ServiceError(
                 "invalid_request", f"{len(templates)} templates; at most {settings.max_templates} are taken"
+            )
+        if len(labels) * len(templates) > settings.max_prompts:
+            raise ServiceError(
+                "invalid_request",
+                f"{len(labels):,} labels under {len(templates)} templates are {len(labels) * len(templates):,} texts; "
+                f"at most {settings.max_prompts:,} are taken",
             )
         if too_long := [text for text in (*labels, *templates) if len(text) > settings.max_label_chars]:
             raise ServiceError(

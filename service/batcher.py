@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.ledger import Decomposition
-from service.errors import ServiceError
+from service.errors import ServiceError, queue_full
 
 
 class Inference(NamedTuple):
@@ -67,13 +67,12 @@ class Batcher:
     async def submit(self, pixels: NDArray[np.float32]) -> Inference:
         """Normalised pixels [3, H, W] to their decomposition. Raises `ServiceError` queue_full at once when it is.
 
-        A caller that is cancelled (deadline, disconnect) leaves its place unless its inference already runs.
+        A caller that is cancelled (by its deadline) leaves its place unless its inference already runs.
         """
         if self._closing:
             raise ServiceError("not_ready", "the service is shutting down")
         if len(self._queue) >= self._queue_size:
-            message = "too many images are waiting; try again in a second"
-            raise ServiceError("queue_full", message, headers={"Retry-After": "1"})
+            raise queue_full()
         waiting = _Waiting(pixels, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self._arrived.set()

@@ -45,6 +45,13 @@ class ServiceError(VitrineError):
         return STATUS[self.code]
 
 
+def queue_full() -> ServiceError:
+    """The answer to overload."""
+    return ServiceError(
+        "queue_full", "too many images are waiting; try again in a second", headers={"Retry-After": "1"}
+    )
+
+
 def error_response(request: Request, error: ServiceError) -> Response:
     """The envelope, with the status that belongs to the code."""
     request_id = request.scope.get("request_id", "")

@@ -30,7 +30,7 @@ SIGNATURES = {
 }
 # Scans of a JPEG, at most: each goes over the whole picture, so a small file could keep a thread for minutes.
 MAX_SCANS = 100
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # neither a stuffed byte, nor padding, nor a restart
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")  # followed by a segment: no stuffing, padding, restart
 _UPRIGHT = {  # EXIF orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -142,9 +142,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     orientation = _orientation(image)
     upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
     if upright.mode.startswith("I"):  # 16 bits a channel: keep the upper 8
-        levels = np.asarray(upright).astype(np.int64) >> 8
+        levels = np.asarray(upright) >> 8
         upright = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-    return upright.convert("RGB")
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 
 def _orientation(image: Image.Image) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -41,15 +43,17 @@ class LabelEncoder:
         self.engine = engine
         self.tokenizer = _tokenizer(engine.bundle.path / "tokenizer.json")
         self.default_labels, self.default_templates = text.labels, text.templates
-        self._labels: LRUCache[tuple[str, tuple[str, ...]], NDArray[np.float32]] = LRUCache(capacity)
-        self._sets: LRUCache[tuple[tuple[str, ...], tuple[str, ...]], LabelSet] = LRUCache(
+        # By the templates' digest: many large sets of templates shall not be kept for many small labels.
+        self._labels: LRUCache[tuple[str, bytes], NDArray[np.float32]] = LRUCache(capacity)
+        self._sets: LRUCache[tuple[tuple[str, ...], bytes], LabelSet] = LRUCache(
             capacity, getsizeof=lambda stored: len(stored.labels)
         )
         self._encoding = asyncio.Lock()  # one group at a time, in turn: no label twice, and nobody waits for thousands
 
     async def resolve(self, labels: tuple[str, ...], templates: tuple[str, ...], run: Run) -> LabelSet:
         """The label set; what is not cached is encoded a few labels at a time, by `await run(encode, ...)`."""
-        if found := self._sets.get((labels, templates)):
+        digest = hashlib.sha256(json.dumps(templates).encode()).digest()
+        if found := self._sets.get((labels, digest)):
             return found
         rows: dict[str, NDArray[np.float32]] = {}
         unknown = deque(dict.fromkeys(labels))
@@ -58,17 +62,17 @@ class LabelEncoder:
                 group: list[str] = []
                 while unknown and len(group) < max(1, PROMPTS_A_CALL // len(templates)):
                     label = unknown.popleft()
-                    known = self._labels.get((label, templates))  # of old, or encoded for another request meanwhile
+                    known = self._labels.get((label, digest))  # of old, or encoded for another request meanwhile
                     if known is None:
                         group.append(label)
                     else:
                         rows[label] = known
                 if group:
                     for label, row in zip(group, await run(self.encode, group, templates), strict=True):
-                        rows[label] = self._labels[label, templates] = row.copy()  # a view would keep the group
+                        rows[label] = self._labels[label, digest] = row.copy()  # a view would keep the group
         made = LabelSet(labels, np.stack([rows[label] for label in labels]))
         if len(labels) <= self._sets.maxsize:
-            self._sets[labels, templates] = made
+            self._sets[labels, digest] = made
         return made
 
     def encode(self, labels: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:

@@ -37,7 +37,7 @@ from service.schemas import (
 )
 from service.settings import Settings
 
-logger = logging.getLogger("vitrine")
+logger = logging.getLogger("bentoml.vitrine")  # BentoML sets up its own loggers and those under them
 
 Asked = TypeVar("Asked", bound=ClassifyRequest)
 
@@ -138,7 +138,7 @@ async def _read(request: Request, shape: type[Asked], json_shape: type[BaseModel
         fields = _load_json(await request.body(), "the body")
         asked = _validated(json_shape, fields)
         try:
-            image = base64.b64decode(asked.image_base64, validate=True)
+            image = base64.b64decode("".join(asked.image_base64.split()), validate=True)
         except (binascii.Error, ValueError) as error:
             raise ServiceError("invalid_image", f"image_base64 is not base64: {error}") from error
         return image, asked

@@ -32,7 +32,9 @@ class Explain(_Request):
 
     targets: Labels | None = Field(default=None, description="labels to explain; default: the top-1")
     contrast: Label | None = Field(default=None, description="explain each target's logit minus this label's")
-    features: int = Field(default=5, ge=0, description="features listed per layer, largest contribution first")
+    features: int = Field(
+        default=5, ge=0, strict=True, description="features listed per layer, largest contribution first"
+    )
     heatmap: bool = Field(default=False, description="not in this version: only false")
     lens: bool = Field(default=False, description="not in this version: only false")
     matrix: bool = Field(default=False, description="not in this version: only false")
@@ -51,7 +53,7 @@ class ClassifyRequest(_Request):
     labels: Labels | None = Field(default=None, examples=[["cat", "dog", "truck"]])
     label_set: str | None = Field(default=None, description="a named label set; `default` is the bundle's")
     templates: Templates | None = Field(default=None, examples=[["a photo of a {}"]])
-    top_k: int = Field(default=5, ge=1, description="predictions listed, largest logit first")
+    top_k: int = Field(default=5, ge=1, strict=True, description="predictions listed, largest logit first")
 
     @field_validator("labels")
     @classmethod

@@ -29,7 +29,7 @@ class Settings(BaseSettings):
     )
     decode_threads: PositiveInt = Field(default=2, description="threads that decode images and write accounts")
     batch_size: PositiveInt = Field(default=8, description="images in one inference, at most")
-    queue_size: PositiveInt = Field(default=256, description="images waiting for inference; more are answered 429")
+    queue_size: PositiveInt = Field(default=256, description="images waiting; more are answered 429 at once")
     deadline_seconds: PositiveFloat = Field(
         default=30.0, allow_inf_nan=False, description="a request that takes longer is answered 504"
     )
@@ -39,6 +39,7 @@ class Settings(BaseSettings):
     max_labels: PositiveInt = Field(default=2_048, description="labels in one request")
     max_label_chars: PositiveInt = Field(default=256, description="characters in one label, and in one template")
     max_templates: PositiveInt = Field(default=128, description="templates in one request")
+    max_prompts: PositiveInt = Field(default=16_384, description="labels times templates in one request")
     max_targets: PositiveInt = Field(default=32, description="labels explained in one request")
     label_cache: PositiveInt = Field(default=65_536, description="label embeddings kept in memory")
 

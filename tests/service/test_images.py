@@ -371,6 +371,13 @@ def test_a_second_picture_does_not_hide_the_scans(draw, encode):
     assert refusal(two[:end] + two[scan:end] * 1000 + two[end:]) == "invalid_image"
 
 
+def test_a_marker_without_a_length_does_not_hide_the_scans(encode):
+    """TEM (FF 01) stands alone; who takes the next two bytes for its length skips 65,535 bytes of scans."""
+    data = encode(Image.new("L", (50, 40)), "JPEG", progressive=True)
+    scan = data.rindex(b"\xff\xda")
+    assert refusal(data[:scan] + b"\xff\x01\xff" + data[scan:-2] * 500 + data[-2:]) == "invalid_image"
+
+
 @pytest.mark.parametrize("progressive", [False, True])
 def test_what_follows_a_jpeg_is_not_taken_for_scans(picture, progressive):
     """Telephones append a film of some seconds: megabytes in which any two bytes occur, a hundred times and more."""
