@@ -1,5 +1,6 @@
 """A real server process on the tiny bundle, the engine alone, and image files made on the spot."""
 
+import base64
 import io
 import json
 import os
@@ -61,6 +62,14 @@ class Server:
         if request is not None:
             files["request"] = (None, request if isinstance(request, str) else json.dumps(request))
         return self.http.post(path, files=files, headers=headers)
+
+    def post_json(self, path, image, **fields):
+        """JSON: the image in base64 beside the other fields."""
+        return self.post_text(json.dumps({"image_base64": base64.b64encode(image).decode(), **fields}), path)
+
+    def post_text(self, text, path="/v1/attribute"):
+        """Any text, said to be JSON."""
+        return self.http.post(path, content=text, headers={"content-type": "application/json"})
 
     def attribute(self, image, **request):
         """The answer to a request that must succeed."""
@@ -173,3 +182,25 @@ def picture(draw, encode):
         return encode(draw(mode, size, seed), format, **options)
 
     return make
+
+
+@pytest.fixture
+def refused(server, picture):
+    """refused(response, status, code): it is, in the envelope, and a normal request afterwards is answered."""
+
+    def check(response, status, code):
+        assert response.status_code == status, response.text[:500]
+        assert response.headers["content-type"] == "application/json"
+        assert list(response.json()) == ["error"]
+        error = response.json()["error"]
+        assert set(error) == {"code", "message", "details", "request_id"}
+        assert error["code"] == code
+        assert error["message"]
+        assert isinstance(error["details"], list)
+        assert error["request_id"] == response.headers["x-request-id"]
+        assert "Traceback" not in response.text
+        assert len(response.content) < 100_000, "a small mistake must not be answered at length"
+        assert server.attribute(picture())["predictions"]
+        return error
+
+    return check

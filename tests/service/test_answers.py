@@ -1,0 +1,242 @@
+"""What a request is answered, through a real server process."""
+
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+LABELS = ["red circle", "green square", "blue triangle"]  # the tiny bundle's
+LAYERS, ACTIVE = 3, 8
+EVERYTHING = {"targets": LABELS, "features": ACTIVE}
+
+
+def ledger_sum(ledger):
+    rows = ledger["prior"] + sum(ledger["attention"]) + sum(ledger["clt"]) + ledger["bias"] + ledger["error"]
+    return rows + ledger["remainder"]
+
+
+def without_timings(answer):
+    return {key: value for key, value in answer.items() if key not in ("request_id", "timings_ms")}
+
+
+def test_multipart_and_json_give_the_same_answer(server, picture):
+    asked = {"labels": ["cat", "dog"], "top_k": 1, "explain": {"targets": ["dog"], "contrast": "cat", "features": 2}}
+    multipart = server.attribute(picture(), **asked)
+    plain = server.post_json("/v1/attribute", picture(), **asked)
+    assert plain.status_code == 200
+    assert without_timings(plain.json()) == without_timings(multipart)
+
+
+def test_request_part_may_be_a_file_as_well(server, picture):
+    files = {"image": ("a.png", picture()), "request": ("r.json", b'{"top_k": 1}', "application/json")}
+    response = server.http.post("/v1/attribute", files=files)
+    assert response.status_code == 200
+    assert len(response.json()["predictions"]) == 1
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_every_format_is_answered(server, picture, format):
+    assert server.attribute(picture(format))["predictions"]
+
+
+def test_answer_has_exactly_the_fields_of_the_contract(server, picture):
+    answer = server.attribute(picture())
+    assert set(answer) == {"request_id", "model", "predictions", "explanations", "fidelity", "timings_ms"}
+    assert set(answer["model"]) == {"name", "digest"}
+    assert set(answer["fidelity"]) == {"r2", "cosine", "error_share", "reconstructed_top1_agrees"}
+    assert set(answer["timings_ms"]) == {"decode", "labels", "queue", "inference", "ledger"}
+    assert all(set(prediction) == {"label", "probability", "logit"} for prediction in answer["predictions"])
+    (explanation,) = answer["explanations"]
+    assert set(explanation) == {"target", "contrast", "logit", "ledger", "layers", "heatmap"}
+    assert set(explanation["ledger"]) == {"prior", "attention", "clt", "bias", "error", "remainder"}
+    assert len(explanation["ledger"]["attention"]) == len(explanation["ledger"]["clt"]) == LAYERS
+    for layer in explanation["layers"]:
+        assert set(layer) == {"layer", "contribution", "share", "projection", "drop_effect", "features"}
+        for feature in layer["features"]:
+            assert set(feature) == {"index", "activation", "contribution", "label", "label_score"}
+
+
+def test_the_top_label_is_explained_by_default(server, picture):
+    answer = server.attribute(picture())
+    (explanation,) = answer["explanations"]
+    assert explanation["target"] == answer["predictions"][0]["label"]
+    assert explanation["logit"] == pytest.approx(answer["predictions"][0]["logit"], abs=1e-4)
+    assert explanation["contrast"] is None
+    assert server.attribute(picture(), explain={"features": 5})["explanations"] == [explanation]
+
+
+def test_ledgers_add_up(server, picture):
+    for explanation in server.attribute(picture(), explain=EVERYTHING)["explanations"]:
+        ledger = explanation["ledger"]
+        assert ledger_sum(ledger) == pytest.approx(explanation["logit"], abs=1e-9)
+        assert abs(ledger["remainder"]) <= 1e-3
+
+
+def test_layers_say_what_the_ledger_says(server, picture):
+    for explanation in server.attribute(picture(), explain=EVERYTHING)["explanations"]:
+        ledger, layers = explanation["ledger"], explanation["layers"]
+        assert [layer["layer"] for layer in layers] == list(range(LAYERS))
+        assert [layer["contribution"] for layer in layers] == ledger["clt"]
+        gross = sum(map(abs, [*ledger["attention"], *ledger["clt"], ledger["prior"], ledger["bias"], ledger["error"]]))
+        assert [layer["share"] for layer in layers] == pytest.approx([abs(row) / gross for row in ledger["clt"]])
+        assert sum(layer["projection"] for layer in layers) == pytest.approx(1, abs=1e-4)
+        assert all(-1 <= layer["drop_effect"] <= 1 for layer in layers)
+
+
+def test_features_are_sorted_and_sum_to_their_layers_row(server, picture):
+    for explanation in server.attribute(picture(), explain=EVERYTHING)["explanations"]:
+        for layer in explanation["layers"]:
+            contributions = [feature["contribution"] for feature in layer["features"]]
+            assert len(contributions) <= ACTIVE
+            assert contributions == sorted(contributions, key=abs, reverse=True)
+            assert sum(contributions) == pytest.approx(layer["contribution"], abs=1e-4)
+            assert all(feature["activation"] > 0 for feature in layer["features"])
+            assert len({feature["index"] for feature in layer["features"]}) == len(contributions)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_fewer_features_are_the_first_of_all(server, picture, count):
+    everything = server.attribute(picture(), explain={"features": ACTIVE})["explanations"][0]["layers"]
+    some = server.attribute(picture(), explain={"features": count})["explanations"][0]["layers"]
+    assert [layer["features"] for layer in some] == [layer["features"][:count] for layer in everything]
+
+
+def test_probabilities_of_all_labels_sum_to_one(server, picture):
+    predictions = server.attribute(picture(), top_k=len(LABELS))["predictions"]
+    assert {prediction["label"] for prediction in predictions} == set(LABELS)
+    assert sum(prediction["probability"] for prediction in predictions) == pytest.approx(1)
+    logits = [prediction["logit"] for prediction in predictions]
+    assert logits == sorted(logits, reverse=True)
+    odds = [math.exp(logit) for logit in logits]
+    assert [p["probability"] for p in predictions] == pytest.approx([value / sum(odds) for value in odds], rel=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 1000])
+def test_top_k_limits_the_predictions_and_not_the_softmax(server, picture, top_k):
+    everything = server.attribute(picture())["predictions"]
+    assert server.attribute(picture(), top_k=top_k)["predictions"] == everything[:top_k]
+
+
+def test_contrast_is_the_difference_of_two_single_ledgers(server, picture):
+    singles = {e["target"]: e for e in server.attribute(picture(), explain=EVERYTHING)["explanations"]}
+    contrast, *others = LABELS
+    asked = {"targets": others, "contrast": contrast, "features": ACTIVE}
+    for explanation in server.attribute(picture(), explain=asked)["explanations"]:
+        this, that = singles[explanation["target"]], singles[contrast]
+        assert explanation["contrast"] == contrast
+        assert explanation["logit"] == pytest.approx(this["logit"] - that["logit"], abs=1e-4)
+        for row in ("prior", "bias", "error"):
+            expected = this["ledger"][row] - that["ledger"][row]
+            assert explanation["ledger"][row] == pytest.approx(expected, abs=1e-4)
+        for rows in ("attention", "clt"):
+            expected = [a - b for a, b in zip(this["ledger"][rows], that["ledger"][rows], strict=True)]
+            assert explanation["ledger"][rows] == pytest.approx(expected, abs=1e-4)
+        assert [layer["drop_effect"] for layer in explanation["layers"]] == pytest.approx(
+            [layer["drop_effect"] for layer in this["layers"]]
+        )
+
+
+def test_contrast_with_itself_is_nothing_and_no_error(server, picture):
+    (explanation,) = server.attribute(picture(), explain={"targets": LABELS[:1], "contrast": LABELS[0]})["explanations"]
+    assert explanation["logit"] == 0
+    assert [layer["share"] for layer in explanation["layers"]] == [0] * LAYERS
+
+
+def test_several_targets_come_in_the_order_asked_for(server, picture):
+    wanted = [LABELS[2], LABELS[0]]
+    both = server.attribute(picture(), explain={"targets": wanted})["explanations"]
+    assert [explanation["target"] for explanation in both] == wanted
+    alone = [server.attribute(picture(), explain={"targets": [target]})["explanations"][0] for target in wanted]
+    assert both == alone
+
+
+def test_one_label_is_certain(server, picture):
+    (prediction,) = server.attribute(picture(), labels=["cat"])["predictions"]
+    assert prediction["probability"] == 1
+
+
+def test_templates_change_the_labels_embedding(server, picture):
+    plain = server.attribute(picture(), templates=["{}"])["predictions"]
+    other = server.attribute(picture(), templates=["a blurry photo of many {}, or of one {}"])["predictions"]
+    assert {p["label"]: p["logit"] for p in plain} != {p["label"]: p["logit"] for p in other}
+
+
+def test_the_bundles_own_labels_and_templates_are_the_default(server, picture):
+    text = server.http.get("/v1/model").json()["manifest"]["text"]
+    assert text["labels"] == LABELS
+    default = without_timings(server.attribute(picture()))
+    assert without_timings(server.attribute(picture(), label_set="default")) == default
+    assert without_timings(server.attribute(picture(), labels=LABELS, templates=text["templates"])) == default
+    nothing = server.post("/v1/attribute", picture(), '{"labels": null, "label_set": null, "templates": null}')
+    assert without_timings(nothing.json()) == default
+
+
+def test_order_of_labels_does_not_matter(server, picture):
+    one = server.attribute(picture(), labels=["cat", "dog", "car"])
+    other = server.attribute(picture(), labels=["car", "cat", "dog"])
+    for found, expected in zip(one["predictions"], other["predictions"], strict=True):
+        assert found["label"] == expected["label"]
+        assert found["probability"] == pytest.approx(expected["probability"], abs=1e-6)
+
+
+def test_whitespace_around_labels_is_taken_off_everywhere(server, picture):
+    plain = {"labels": ["cat", "dog"], "explain": {"targets": ["dog"], "contrast": "cat"}}
+    spaced = {"labels": ["  cat ", "\tdog\n"], "explain": {"targets": [" dog"], "contrast": "cat  "}}
+    assert without_timings(server.attribute(picture(), **spaced)) == without_timings(
+        server.attribute(picture(), **plain)
+    )
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["a\0b", "c"],
+        ["猫", "собака", "🐈", "e\u0301"],
+        ["<|startoftext|>", "<|endoftext|>"],
+        ["x" * 256, "y"],
+        ["{}", "{0}", "%s"],
+        ["\u202ecat", "!!!"],
+        [f"label {i}" for i in range(2048)],
+    ],
+    ids=["null byte", "scripts", "special tokens", "longest", "braces", "unprintable", "most"],
+)
+def test_unusual_labels_are_answered(server, picture, labels):
+    answer = server.attribute(picture(), labels=labels, top_k=3000)
+    assert sorted(prediction["label"] for prediction in answer["predictions"]) == sorted(labels)
+    assert all(math.isfinite(prediction["logit"]) for prediction in answer["predictions"])
+
+
+def test_classify_is_attribute_without_the_account(server, picture):
+    asked = {"labels": ["cat", "dog", "car"], "templates": ["this is a {}"], "top_k": 2}
+    full = server.attribute(picture(), **asked)
+    for response in (
+        server.post("/v1/classify", picture(), asked),
+        server.post_json("/v1/classify", picture(), **asked),
+    ):
+        assert response.status_code == 200
+        answer = response.json()
+        assert set(answer) == {"request_id", "model", "predictions", "timings_ms"}
+        assert (answer["model"], answer["predictions"]) == (full["model"], full["predictions"])
+
+
+def test_many_at_once_get_their_own_answers(server, picture):
+    images = [picture(seed=seed) for seed in range(12)]
+    alone = [server.attribute(image)["explanations"] for image in images]
+    with ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(lambda image: server.attribute(image)["explanations"], images * 3))
+    for found, expected in zip(together, alone * 3, strict=True):
+        assert found[0]["target"] == expected[0]["target"]
+        assert found[0]["logit"] == pytest.approx(expected[0]["logit"], abs=1e-4)
+        assert found[0]["ledger"]["clt"] == pytest.approx(expected[0]["ledger"]["clt"], abs=1e-4)
+
+
+def test_model_is_the_bundle_that_is_served(server, bundle, picture):
+    response = server.http.get("/v1/model")
+    assert response.status_code == 200
+    answer = response.json()
+    assert set(answer) == {"name", "digest", "provider", "manifest"}
+    assert answer["digest"] == bundle.digest
+    assert answer["provider"] == "CPUExecutionProvider"
+    assert answer["manifest"] == json.loads((bundle.path / "manifest.json").read_text())
+    assert server.attribute(picture())["model"] == {"name": answer["name"], "digest": answer["digest"]}

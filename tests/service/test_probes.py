@@ -1,0 +1,152 @@
+"""Probes, metrics, the OpenAPI document and request ids, through a real server process."""
+
+import json
+import re
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+LABELS = ["red circle", "green square", "blue triangle"]  # the tiny bundle's
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz"])
+def test_probes(server, path):
+    assert server.http.get(path).status_code == 200
+
+
+def metrics(server):
+    """(name, labels) -> value of every sample at /metrics."""
+    response = server.http.get("/metrics")
+    assert response.status_code == 200
+    families = text_string_to_metric_families(response.text)
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_metrics_count_requests_stages_and_fidelity(server, picture, bundle):
+    def value(series, **labels):
+        return metrics(server).get((series, frozenset(labels.items())), 0)
+
+    answered = value("vitrine_requests_total", endpoint="/v1/attribute", status="200")
+    refused = value("vitrine_requests_total", endpoint="/v1/attribute", status="415")
+    server.attribute(picture())
+    server.post("/v1/attribute", b"no image")
+    assert value("vitrine_requests_total", endpoint="/v1/attribute", status="200") == answered + 1
+    assert value("vitrine_requests_total", endpoint="/v1/attribute", status="415") == refused + 1
+    assert value("vitrine_request_seconds_count", endpoint="/v1/attribute") >= answered + refused + 2
+    for stage in ("decode", "labels", "queue", "inference", "ledger"):
+        assert value("vitrine_stage_seconds_count", stage=stage) >= 1
+    assert value("vitrine_fidelity_r2_count") >= answered + 1
+    assert value("vitrine_error_share_count") >= answered + 1
+    info = {"name": bundle.manifest.name, "digest": bundle.digest, "provider": "CPUExecutionProvider"}
+    assert value("vitrine_bundle_info", **info) == 1
+
+
+def test_junk_paths_and_methods_make_no_time_series(server):
+    server.http.get("/junk/warm-up")
+    before = set(metrics(server))
+    for index in range(3):
+        server.http.get(f"/junk/{index}")
+        server.http.post(f"/v1/attribute/{index}")
+        server.http.request("OPTIONS", f"/livez/{index}")
+    new = {(name, tuple(labels)) for name, labels in set(metrics(server)) - before}
+    assert not [series for series in new if re.search(r"/\d", str(series))]
+
+
+@pytest.fixture(scope="module")
+def openapi(server):
+    response = server.http.get("/openapi.json")
+    assert response.status_code == 200
+    return response.json()
+
+
+def test_openapi_is_a_sound_document_of_the_three_routes(openapi):
+    assert openapi["openapi"].startswith("3.")
+    assert openapi["info"]["title"] == "Vitrine"
+    assert openapi["info"]["version"]
+    assert {path: set(item) for path, item in openapi["paths"].items()} == {
+        "/v1/attribute": {"post"},
+        "/v1/classify": {"post"},
+        "/v1/model": {"get"},
+    }
+    operations = [operation for item in openapi["paths"].values() for operation in item.values()]
+    assert len({operation["operationId"] for operation in operations}) == 3
+    for operation in operations:
+        assert all(response["description"] for response in operation["responses"].values())
+        assert operation["responses"]["200"]["content"]["application/json"]["schema"]
+
+
+def test_openapi_references_exist(openapi):
+    schemas = openapi["components"]["schemas"]
+    references = re.findall(r'"\$ref": "([^"]*)"', json.dumps(openapi))
+    assert references
+    assert all(reference.removeprefix("#/components/schemas/") in schemas for reference in references)
+
+
+@pytest.mark.parametrize(("path", "has_explain"), [("/v1/attribute", True), ("/v1/classify", False)])
+def test_openapi_describes_both_ways_of_asking(openapi, path, has_explain):
+    body = openapi["paths"][path]["post"]["requestBody"]
+    assert body["required"]
+    fields = {"labels", "label_set", "templates", "top_k"} | ({"explain"} if has_explain else set())
+    multipart = body["content"]["multipart/form-data"]["schema"]
+    assert multipart["required"] == ["image"]
+    assert set(multipart["properties"]["request"]["properties"]) == fields
+    plain = body["content"]["application/json"]["schema"]
+    assert set(plain["properties"]) == fields | {"image_base64"}
+    assert plain["required"] == ["image_base64"]
+
+
+def test_openapi_describes_the_answer_that_is_given(server, picture, openapi):
+    schemas = openapi["components"]["schemas"]
+
+    def check(value, schema):
+        schema = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+        if schema.get("type") == "object" and "properties" in schema:
+            assert set(value) == set(schema["properties"])
+            for key, part in schema["properties"].items():
+                check(value[key], part)
+        elif schema.get("type") == "array":
+            for element in value:
+                check(element, schema["items"])
+
+    asked = {"explain": {"targets": LABELS}}
+    for path in ("/v1/attribute", "/v1/classify"):
+        responses = openapi["paths"][path]["post"]["responses"]
+        answer = server.post(path, picture(), asked if path == "/v1/attribute" else None).json()
+        check(answer, responses["200"]["content"]["application/json"]["schema"])
+        refusal = server.post(path, b"no image")
+        check(refusal.json(), responses[str(refusal.status_code)]["content"]["application/json"]["schema"])
+
+
+# Request ids
+
+
+@pytest.mark.parametrize("request_id", ["abc-123", "A.b_c:d-9", "x" * 128])
+def test_request_id_is_taken_over(server, picture, request_id):
+    response = server.post("/v1/attribute", picture(), **{"X-Request-ID": request_id})
+    assert response.headers["x-request-id"] == response.json()["request_id"] == request_id
+
+
+@pytest.mark.parametrize("request_id", [None, "", "a b", "x" * 129, "a\tb", "ü", '"><script>'])
+def test_missing_or_invalid_request_id_is_replaced(server, picture, request_id):
+    headers = {} if request_id is None else {"X-Request-ID": request_id.encode()}
+    response = server.post("/v1/attribute", picture(), **headers)
+    assert re.fullmatch("[0-9a-f]{32}", response.headers["x-request-id"])
+    assert response.json()["request_id"] == response.headers["x-request-id"]
+
+
+def test_request_ids_differ(server, picture):
+    assert server.attribute(picture())["request_id"] != server.attribute(picture())["request_id"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/v1/model"), ("GET", "/v1/attribute"), ("POST", "/v1/attribute"), ("GET", "/nowhere")]
+)
+def test_request_id_is_echoed_whatever_the_answer(server, method, path):
+    response = server.http.request(method, path, headers={"X-Request-ID": "mine"})
+    assert response.headers.get_list("x-request-id") == ["mine"]
+    if response.is_error:
+        assert response.json()["error"]["request_id"] == "mine"
