@@ -1,7 +1,8 @@
-"""What every request passes through: a request id, a limit on its body, a count. Plain ASGI."""
+"""What every request passes through: a request id, a limit on its body, a count, an answer come what may. ASGI."""
 
 from __future__ import annotations
 
+import logging
 import re
 import uuid
 from time import perf_counter
@@ -12,6 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import metrics
 from service.errors import ServiceError, error_response
+
+logger = logging.getLogger("bentoml.vitrine")  # BentoML sets up its own loggers and those under them
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -33,7 +36,7 @@ class Gate:
         sent = headers.get("x-request-id", "")
         request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
         scope["request_id"] = request_id
-        start, seen, status = perf_counter(), 0, 500
+        start, seen, status = perf_counter(), 0, 0
 
         async def counted() -> Message:
             nonlocal seen
@@ -56,6 +59,14 @@ class Gate:
                 await error_response(Request(scope), self._too_large())(scope, receive, tagged)
             else:
                 await self.app(scope, counted, tagged)
+        except Exception as error:
+            # Anything unforeseen: the client learns the request id, under which the log has the rest. Answered here,
+            # since Starlette's own handler raises again after its answer, which drops the connection.
+            logger.error("request %s failed", request_id, exc_info=error)
+            if status:
+                raise
+            unforeseen = ServiceError("internal", "something went wrong here; the request id is in our log")
+            await error_response(Request(scope), unforeseen)(scope, receive, tagged)
         finally:
             endpoint = _endpoint(scope)
             metrics.REQUESTS.labels(endpoint, status).inc()

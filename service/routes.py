@@ -6,7 +6,6 @@ import asyncio
 import base64
 import binascii
 import json
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -24,7 +23,7 @@ from models.bundle import open_bundle
 from service import metrics
 from service.attributor import Attributor
 from service.errors import ServiceError, error_response
-from service.middleware import Gate
+from service.middleware import Gate, logger
 from service.schemas import (
     AttributeJson,
     AttributeRequest,
@@ -36,8 +35,6 @@ from service.schemas import (
     ModelResponse,
 )
 from service.settings import Settings
-
-logger = logging.getLogger("bentoml.vitrine")  # BentoML sets up its own loggers and those under them
 
 Asked = TypeVar("Asked", bound=ClassifyRequest)
 
@@ -67,7 +64,6 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(Exception, _on_crash)
     for path, endpoint, answer, shape, json_shape in (
         ("/v1/attribute", attribute, AttributeResponse, AttributeRequest, AttributeJson),
         ("/v1/classify", classify, ClassifyResponse, ClassifyRequest, ClassifyJson),
@@ -264,9 +260,3 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:
     return error_response(request, ServiceError("invalid_request", "the client went away before the body was whole"))
-
-
-async def _on_crash(request: Request, error: Exception) -> Response:
-    """Anything unforeseen: the client learns the request id, under which the log has the rest."""
-    logger.error("request %s failed", request.scope.get("request_id"), exc_info=error)
-    return error_response(request, ServiceError("internal", "something went wrong here; the request id is in our log"))
