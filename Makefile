@@ -11,7 +11,7 @@ PHOTO = build/cat.png
 
 help:
 	@echo "make serve   the service on the embedded bundle, http://127.0.0.1:$(PORT)  (light environment, no torch)"
-	@echo "make test    ruff, mypy, pytest  (full environment: torch and open_clip, about 6 GB)"
+	@echo "make test    ruff, mypy, pytest  (full environment: torch and open_clip, about 5 GB)"
 	@echo "make clean   remove both environments and build/"
 
 serve: .venv/installed $(PHOTO)
