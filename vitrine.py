@@ -181,22 +181,15 @@ def attribute(
     as_json: Annotated[bool, typer.Option("--json", help="The service's JSON instead of tables.")] = False,
 ) -> None:
     """Predict one image's label and print the account of it, without a server."""
-    from pydantic import ValidationError
-
-    from service.errors import ServiceError
     from service.render import print_answer
-    from service.schemas import AttributeRequest
+    from service.schemas import AttributeRequest, validated
 
     fields: dict[str, Any] = {"top_k": top_k, "explain": {"contrast": contrast, "features": features}}
     if labels is not None:
         fields["labels"] = labels.split(",")
     if target:
         fields["explain"]["targets"] = target
-    try:
-        request = AttributeRequest.model_validate(fields)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise ServiceError("invalid_request", f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+    request = validated(AttributeRequest, fields)
     answer = asyncio.run(_attribute(_open(bundle), image.read_bytes(), request))
     if as_json:
         typer.echo(answer.model_dump_json(indent=2))

@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,6 @@ from models.bundle import (
     Preprocessing,
     Shape,
     Text,
-    open_bundle,
     seal,
 )
 from models.clip import Clip
@@ -107,9 +106,9 @@ def export_bundle(
 
         check_vision(clip, graph, partial / "vision.onnx")
         check_text(text, clip.tokenizer(texts), partial / "text.onnx")
-        seal(partial, manifest)
+        sealed = seal(partial, manifest)
         shutil.move(partial, out)
-    return open_bundle(out)
+    return replace(sealed, path=out)
 
 
 def check_vision(clip: Clip, graph: AttributionGraph, path: Path) -> None:
@@ -197,10 +196,10 @@ def _write_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: Se
     assert program is not None
     model = program.model_proto
     _strip(model)
-    _store_halves_losslessly(model)
     for tensor in model.graph.initializer:
         if tensor.name == "directions":
             _point_at_npy(tensor, path.parent / "directions.npy")
+    _store_halves_losslessly(model)
     onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=EXTERNAL_FROM)
     path.with_name(f"{path.name}.data").chmod(0o644)  # onnx makes it the owner's alone; services run as others
 
@@ -222,8 +221,8 @@ def _store_halves_losslessly(model: onnx.ModelProto) -> None:
     graph = model.graph
     casts = []
     for tensor in graph.initializer:
-        if tensor.data_type != onnx.TensorProto.FLOAT or tensor.name == "directions":
-            continue  # directions.npy decides how the directions are stored
+        if tensor.data_type != onnx.TensorProto.FLOAT or tensor.data_location == onnx.TensorProto.EXTERNAL:
+            continue  # what lies in a file of its own stays as it is there
         values = onnx.numpy_helper.to_array(tensor)
         with np.errstate(over="ignore"):
             halves = values.astype(np.float16)

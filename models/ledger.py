@@ -137,7 +137,7 @@ def drop_effects(parts: Decomposition, labels: Array, target: int, beta: Array, 
 
     Direct effects: ln_post, projection and norm are recomputed, later layers are not.
     """
-    rows = 1 + parts.layers + np.arange(parts.layers)
+    rows = parts.clt_row(0) + np.arange(parts.layers)
     before = probabilities(logits(parts.embedding, labels, logit_scale))[target]
     after = probabilities(logits(parts.without(rows, beta), labels, logit_scale))[:, target]
     return after - before

@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, contextmanager
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -18,29 +17,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import Bundle
+from models.ledger import Decomposition
 from service import metrics
-from service.batcher import Batcher, Inference
+from service.batcher import Batcher
 from service.engine import Engine
 from service.errors import ServiceError, queue_full
 from service.explain import account, check_explain, predict
 from service.images import ImageLimits, decode, to_pixels
 from service.labels import LabelEncoder, LabelSet
-from service.schemas import AttributeRequest, AttributeResponse, ClassifyRequest, ClassifyResponse, Model
+from service.schemas import (
+    AttributeRequest,
+    AttributeResponse,
+    ClassifyRequest,
+    ClassifyResponse,
+    Explanation,
+    Fidelity,
+    Model,
+    Prediction,
+)
 from service.settings import Settings
 
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class _Inferred:
-    inference: Inference
-    labels: LabelSet
-    timings_ms: dict[str, float]
-
-
 class Attributor:
-    """A bundle, ready to answer. Use as an async context manager; entering it loads, warms up and may raise
-    `BundleError` (before) or `EngineError`."""
+    """A bundle, ready to answer. Use as an async context manager; entering it loads and warms up, and may raise
+    `BundleError` or `EngineError`."""
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
         self.bundle, self.settings = bundle, settings
@@ -53,54 +55,66 @@ class Attributor:
         _ = self.bundle.directions, self.bundle.fold  # a damaged table is told now, not in the first answer
         self.engine = await asyncio.to_thread(Engine, self.bundle, settings)
         self.labels = LabelEncoder(self.engine, settings.label_cache)
-        self._pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
-        self.batcher = await Batcher(self.engine.explain, settings.batch_size, settings.queue_size).__aenter__()
-        await self.batcher.run(self.engine.warm_up, settings.batch_size)
-        await self.labels.resolve(self.labels.default_labels, self.labels.default_templates, self.batcher.run)
+        async with AsyncExitStack() as stack:  # a start that fails leaves no thread behind
+            self._pool = stack.enter_context(ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode"))
+            self.batcher = await stack.enter_async_context(
+                Batcher(self.engine.explain, settings.batch_size, settings.queue_size)
+            )
+            await self.batcher.run(self.engine.warm_up, settings.batch_size)
+            await self.labels.resolve(self.labels.default_labels, self.labels.default_templates, self.batcher.run)
+            self._running = stack.pop_all()
         metrics.BUNDLE.labels(self.model.name, self.model.digest, self.engine.provider).set(1)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.batcher.__aexit__()
-        self._pool.shutdown()
+        await self._running.aclose()
 
     async def classify(self, image: bytes, request: ClassifyRequest, request_id: str) -> ClassifyResponse:
         """Predictions alone. Raises `ServiceError`."""
-        inferred = await self._infer(image, request)
-        start = perf_counter()
-        predictions = await self._run(
-            predict, inferred.inference.parts, inferred.labels, self.bundle.manifest.logit_scale, request.top_k
-        )
-        timings = self._timed(inferred.timings_ms, predict=start)
+        timings: dict[str, float] = {}
+        parts, labels = await self._infer(image, *self._texts(request), timings)
+        with _stage("predict", timings):
+            scale = self.bundle.manifest.logit_scale
+            predictions = await self._run(predict, parts, labels, scale, request.top_k)
         return ClassifyResponse(request_id=request_id, model=self.model, predictions=predictions, timings_ms=timings)
 
     async def attribute(self, image: bytes, request: AttributeRequest, request_id: str) -> AttributeResponse:
         """Predictions and their account. Raises `ServiceError`."""
-        check_explain(request.explain, self._texts(request)[0], self.settings.max_targets)
-        inferred = await self._infer(image, request)
-        start = perf_counter()
-        response = await self._run(self._write, inferred, request, request_id)
-        response.timings_ms = self._timed(inferred.timings_ms, ledger=start)
-        metrics.FIDELITY_R2.observe(response.fidelity.r2)
-        metrics.ERROR_SHARE.observe(response.fidelity.error_share)
-        return response
-
-    def _write(self, inferred: _Inferred, request: AttributeRequest, request_id: str) -> AttributeResponse:
-        parts, labels = inferred.inference.parts, inferred.labels
-        explanations, fidelity = account(parts, labels, self.bundle, request.explain)
+        texts, timings = self._texts(request), dict[str, float]()
+        check_explain(request.explain, texts[0], self.settings.max_targets)
+        parts, labels = await self._infer(image, *texts, timings)
+        with _stage("ledger", timings):
+            predictions, explanations, fidelity = await self._run(self._account, parts, labels, request)
+        metrics.FIDELITY_R2.observe(fidelity.r2)
+        metrics.ERROR_SHARE.observe(fidelity.error_share)
         return AttributeResponse(
             request_id=request_id,
             model=self.model,
-            predictions=predict(parts, labels, self.bundle.manifest.logit_scale, request.top_k),
+            predictions=predictions,
             explanations=explanations,
             fidelity=fidelity,
-            timings_ms={},
+            timings_ms=timings,
         )
 
-    async def _infer(self, image: bytes, request: ClassifyRequest) -> _Inferred:
-        labels, templates = self._texts(request)
+    def _account(
+        self, parts: Decomposition, labels: LabelSet, request: AttributeRequest
+    ) -> tuple[list[Prediction], list[Explanation], Fidelity]:
+        predictions = predict(parts, labels, self.bundle.manifest.logit_scale, request.top_k)
+        return predictions, *account(parts, labels, self.bundle, request.explain)
+
+    async def _infer(
+        self, image: bytes, labels: tuple[str, ...], templates: tuple[str, ...], timings: dict[str, float]
+    ) -> tuple[Decomposition, LabelSet]:
+        """The image's decomposition and the labels' embeddings; the stages' times go into `timings`."""
         with self._admitted():
-            return await self._admitted_infer(image, labels, templates)
+            with _stage("decode", timings):
+                pixels = await self._run(self._decode, image)
+            with _stage("labels", timings):
+                label_set = await self.labels.resolve(labels, templates, self.batcher.run)
+            inference = await self.batcher.submit(pixels)
+        _note("queue", inference.queue_ms, timings)
+        _note("inference", inference.inference_ms, timings)
+        return inference.parts, label_set
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -112,19 +126,6 @@ class Attributor:
             yield
         finally:
             self._in_flight -= 1
-
-    async def _admitted_infer(self, image: bytes, labels: tuple[str, ...], templates: tuple[str, ...]) -> _Inferred:
-        start = perf_counter()
-        pixels = await self._run(self._decode, image)
-        timings = self._timed({}, decode=start)
-        start = perf_counter()
-        label_set = await self.labels.resolve(labels, templates, self.batcher.run)
-        timings = self._timed(timings, labels=start)
-        inference = await self.batcher.submit(pixels)
-        timings |= {"queue": inference.queue_ms, "inference": inference.inference_ms}
-        for stage in ("queue", "inference"):
-            metrics.STAGE.labels(stage).observe(timings[stage] / 1e3)
-        return _Inferred(inference, label_set, timings)
 
     def _decode(self, image: bytes) -> NDArray[np.float32]:
         return to_pixels(decode(image, self.limits), self.bundle.manifest.preprocessing, self.limits)
@@ -161,10 +162,15 @@ class Attributor:
     async def _run(self, function: Callable[..., Result], *args: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
-    @staticmethod
-    def _timed(timings: dict[str, float], **stage_start: float) -> dict[str, float]:
-        """`timings` with one more stage, which began at the given time and ends now."""
-        ((stage, start),) = stage_start.items()
-        seconds = perf_counter() - start
-        metrics.STAGE.labels(stage).observe(seconds)
-        return {**timings, stage: seconds * 1e3}
+
+@contextmanager
+def _stage(name: str, timings: dict[str, float]) -> Iterator[None]:
+    """Time a stage that succeeds."""
+    start = perf_counter()
+    yield
+    _note(name, (perf_counter() - start) * 1e3, timings)
+
+
+def _note(stage: str, milliseconds: float, timings: dict[str, float]) -> None:
+    timings[stage] = milliseconds
+    metrics.STAGE.labels(stage).observe(milliseconds / 1e3)

@@ -56,5 +56,4 @@ def error_response(request: Request, error: ServiceError) -> Response:
     """The envelope, with the status that belongs to the code."""
     request_id = request.scope.get("request_id", "")
     body = {"code": error.code, "message": error.message, "details": error.details, "request_id": request_id}
-    headers = {**error.headers, "X-Request-ID": request_id}
-    return JSONResponse({"error": body}, status_code=error.status, headers=headers)
+    return JSONResponse({"error": body}, status_code=error.status, headers=error.headers)

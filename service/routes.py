@@ -11,8 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -33,12 +32,12 @@ from service.schemas import (
     ClassifyResponse,
     ErrorResponse,
     ModelResponse,
+    validated,
 )
 from service.settings import Settings
 
 Asked = TypeVar("Asked", bound=ClassifyRequest)
 
-DETAILS = 20  # mistakes named in one answer
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 413, 415, 429, 500, 503, 504)
@@ -62,7 +61,6 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Gate, max_body_bytes=settings.max_body_bytes)
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     for path, endpoint, answer, shape, json_shape in (
         ("/v1/attribute", attribute, AttributeResponse, AttributeRequest, AttributeJson),
@@ -132,7 +130,7 @@ async def _read(request: Request, shape: type[Asked], json_shape: type[BaseModel
         return await _read_multipart(request, shape)
     if kind == "application/json":
         fields = _load_json(await request.body(), "the body")
-        asked = _validated(json_shape, fields)
+        asked: Any = validated(json_shape, fields)  # `shape` and an image
         try:
             image = base64.b64decode("".join(asked.image_base64.split()), validate=True)
         except (binascii.Error, ValueError) as error:
@@ -148,10 +146,13 @@ async def _read(request: Request, shape: type[Asked], json_shape: type[BaseModel
 async def _read_multipart(request: Request, shape: type[Asked]) -> tuple[bytes, Asked]:
     limit = request.app.state.settings.max_body_bytes
     try:
-        async with request.form(max_files=2, max_fields=2, max_part_size=limit) as form:
-            return await _read_parts(form, shape)
+        form = await request.form(max_files=2, max_fields=2, max_part_size=limit)
     except (LookupError, UnicodeError) as error:
         raise ServiceError("invalid_request", f"the multipart body's charset cannot be used: {error}") from error
+    try:
+        return await _read_parts(form, shape)
+    finally:
+        await form.close()
 
 
 async def _read_parts(form: FormData, shape: type[Asked]) -> tuple[bytes, Asked]:
@@ -165,7 +166,7 @@ async def _read_parts(form: FormData, shape: type[Asked]) -> tuple[bytes, Asked]
     if not isinstance(image, UploadFile):
         raise ServiceError("missing_image", "`image` must be a file part (curl: -F image=@photo.jpg)")
     text = await asked.read() if isinstance(asked, UploadFile) else (asked or "{}")
-    return await image.read(), _validated(shape, _load_json(text, "part `request`"))
+    return await image.read(), validated(shape, _load_json(text, "part `request`"))
 
 
 def _load_json(text: str | bytes, where: str) -> Any:
@@ -173,26 +174,6 @@ def _load_json(text: str | bytes, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # malformed, not UTF-8, integers of thousands of digits, too deep
         raise ServiceError("invalid_request", f"{where} is not JSON: {error}") from error
-
-
-def _validated(shape: type[Asked] | type[BaseModel], fields: Any) -> Any:
-    try:
-        return shape.model_validate(fields)
-    except ValidationError as error:
-        raise _invalid(error.errors(include_url=False, include_context=False, include_input=False)) from error
-
-
-def _invalid(errors: Any) -> ServiceError:
-    details = [
-        {"field": ".".join(map(str, e["loc"]))[:100], "problem": e["msg"].removeprefix("Value error, ")[:300]}
-        for e in errors[:DETAILS]
-    ]
-    if details and details[0]["field"] == "image_base64" and details[0]["problem"] == "Field required":
-        return ServiceError("missing_image", "`image_base64` is missing", details)
-    first = (
-        f"{details[0]['field'] or 'the request'}: {details[0]['problem']}" if details else "the request is not valid"
-    )
-    return ServiceError("invalid_request", first, details)
 
 
 def _json(answer: BaseModel) -> Response:
@@ -251,11 +232,6 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = "method_not_allowed" if error.status_code == 405 else "invalid_request"
     return error_response(request, ServiceError(code, error.detail, headers=dict(error.headers or {})))
-
-
-async def _on_invalid(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return error_response(request, _invalid(error.errors()))
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
+from service.errors import ServiceError
+
+Shape = TypeVar("Shape", bound=BaseModel)
 Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Template = Annotated[str, StringConstraints(pattern=r"\{\}")]
 
@@ -13,6 +16,7 @@ Template = Annotated[str, StringConstraints(pattern=r"\{\}")]
 # The first wrong item is told, not each of millions.
 Labels = Annotated[list[Label], Field(min_length=1, fail_fast=True)]
 Templates = Annotated[list[Template], Field(min_length=1, fail_fast=True)]
+DETAILS = 20  # mistakes named in one answer
 MAX_FIELDS = 50  # far more than there are; beyond it unknown fields are not told one by one
 
 
@@ -170,3 +174,19 @@ class ErrorBody(BaseModel):
 
 class ErrorResponse(BaseModel):
     error: ErrorBody
+
+
+def validated(shape: type[Shape], fields: Any) -> Shape:
+    """`fields` as `shape`. Raises `ServiceError` naming the first mistakes."""
+    try:
+        return shape.model_validate(fields)
+    except ValidationError as error:
+        mistakes = error.errors(include_url=False, include_context=False, include_input=False)[:DETAILS]
+    details = [
+        {"field": ".".join(map(str, e["loc"]))[:100], "problem": e["msg"].removeprefix("Value error, ")[:300]}
+        for e in mistakes
+    ]
+    field, problem = details[0]["field"], details[0]["problem"]
+    if (field, problem) == ("image_base64", "Field required"):
+        raise ServiceError("missing_image", "`image_base64` is missing", details)
+    raise ServiceError("invalid_request", f"{field or 'the request'}: {problem}", details)

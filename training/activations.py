@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.clip import Tower
+from models.clip import Taps, Tower
 from models.clt import CrossLayerTranscoder
 
 
@@ -21,19 +21,19 @@ class Activations(NamedTuple):
     is_cls: Tensor  # [N] bool
 
 
-@torch.no_grad()
-def activations(tower: Tower, pixels: Tensor) -> Activations:
-    """Taps of every token of `pixels` [B, 3, H, W], flattened over images and tokens."""
-    taps = tower(pixels)
-    is_cls = torch.zeros(pixels.shape[0], tower.tokens, dtype=torch.bool, device=pixels.device)
+def activations(taps: Taps) -> Activations:
+    """Taps flattened over images and tokens."""
+    is_cls = torch.zeros(taps.residual_out.shape[:2], dtype=torch.bool, device=taps.residual_out.device)
     is_cls[:, 0] = True
     return Activations(taps.mlp_in.flatten(1, 2), taps.mlp_out.flatten(1, 2), is_cls.flatten())
 
 
 def stream(tower: Tower, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Activations]:
-    """One `Activations` a batch."""
+    """One `Activations` a batch of pixels [B, 3, H, W]."""
     for pixels, _ in batches:
-        yield activations(tower, pixels)
+        with torch.no_grad():
+            taps = tower(pixels)
+        yield activations(taps)
 
 
 @dataclass

@@ -43,7 +43,8 @@ def evaluate(
     order = list(torch.arange(len(folder)).split(batch_size))
     data = load(folder, [batch.tolist() for batch in order], workers=1)
     for pixels, classes in track(data, "evaluate", len(order), console=console):
-        batch = activations(clip.tower, pixels)
+        taps = clip.tower(pixels)
+        batch = activations(taps)
         code = clt.encode(batch.mlp_in)
         decoded = clt.decode(code)
         for layer in range(clt.layers):
@@ -52,7 +53,7 @@ def evaluate(
             r2_cls[layer].update(found[batch.is_cls], truth[batch.is_cls])
         cosine.update(torch.cosine_similarity(decoded, batch.mlp_out, dim=-1))
         fired |= _fired(code.indices, code.values, clt.features)
-        predicted = (clip.model.encode_image(pixels) @ label_embeddings.T).argmax(-1)
+        predicted = (clip.tower.head(taps.residual_out[:, 0]) @ label_embeddings.T).argmax(-1)
         top1.update((predicted == to_label[classes]).double())
     metrics = Metrics(
         r2=_mean(r2),

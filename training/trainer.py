@@ -100,20 +100,23 @@ class Trainer:
             tensors |= {f"adam.{index}.{k}": v for k, v in moments.items()}
         return tensors
 
-    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Take up the run where `state` was taken."""
+    @classmethod
+    def restore(
+        cls, tensors: dict[str, Tensor], clt: CrossLayerTranscoder, settings: TrainingSection, steps: int, step: int
+    ) -> Trainer:
+        """The trainer whose `state` was taken after `step`; `clt` gets its weights."""
 
         def section(name: str) -> dict[str, Tensor]:
             return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
 
-        self.clt.load_state_dict(section("clt"))
-        self.normalisation = Normalisation(**section("normalisation"))
-        adam = self.optimiser.state_dict()
+        clt.load_state_dict(section("clt"))
+        trainer = cls(clt, Normalisation(**section("normalisation")), settings, steps, step)
+        adam = trainer.optimiser.state_dict()
         for key, value in section("adam").items():
             index, name = key.split(".")
             adam["state"].setdefault(int(index), {})[name] = value
-        self.optimiser.load_state_dict(adam)
-        self.step = step
+        trainer.optimiser.load_state_dict(adam)
+        return trainer
 
 
 def train(
@@ -207,12 +210,7 @@ def _resume(checkpoint: Path, meta: CheckpointMeta, clt: CrossLayerTranscoder, s
     if other := [name for name, is_same in same.items() if not is_same]:
         raise CheckpointError(f"{checkpoint} was trained with another {', '.join(other)}; choose an empty --out")
     tensors = load_tensors(checkpoint / "state.safetensors")
-    normalisation = Normalisation(
-        **{k.removeprefix("normalisation."): v for k, v in tensors.items() if k.startswith("normalisation.")}
-    )
-    trainer = Trainer(clt, normalisation, settings, meta.steps)
-    trainer.restore(tensors, saved.step)
-    return trainer
+    return Trainer.restore(tensors, clt, settings, meta.steps, saved.step)
 
 
 def _estimate_normalisation(clip: Clip, folder: Folder, settings: TrainingSection, console: Console) -> Normalisation:

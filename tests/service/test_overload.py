@@ -178,3 +178,18 @@ def test_a_bundle_with_an_unfitting_table_stops_the_start(bundle_path, tmp_path)
     seal(path, Manifest.model_validate(manifest))
     with pytest.raises(BundleError, match=r"fold\.npy"):
         talk_to(create_app(Settings(bundle=path)), lambda client: client.get("/v1/model"))
+
+
+def test_a_start_that_fails_leaves_no_thread_behind(bundle, settings, monkeypatch):
+    async def start():
+        async with Attributor(bundle, settings):
+            pass
+
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(Engine, "warm_up", fail)
+    before = set(threading.enumerate())
+    with pytest.raises(RuntimeError, match="no memory"):
+        asyncio.run(start())
+    assert set(threading.enumerate()) <= before

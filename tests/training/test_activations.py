@@ -22,7 +22,7 @@ def normalisation(batches):
 
 def test_tokens_lie_image_by_image_with_cls_first(clip, make_pixels):
     pixels = make_pixels(3)
-    taps, found = clip.tower(pixels), activations(clip.tower, pixels)
+    taps, found = clip.tower(pixels), activations(clip.tower(pixels))
     assert found.is_cls.nonzero().flatten().tolist() == [0, 17, 34]
     for image, token in ((0, 0), (1, 0), (1, 5), (2, 16)):
         place = image * 17 + token
