@@ -1,138 +1,268 @@
 """The Cross-Layer Transcoder (CLT; arXiv 2604.13304): sparse stand-ins for all MLPs of a tower at once.
 
-    z_i = topk(relu(W_enc[i] x_i + b_enc[i]))          encoder of source layer i, x_i the ln_2 output
-    y_j = b_dec[j] + sum_{i <= j} z_i W^{i->j}         target layer j, the MLP output
+    z_i = phi(W_enc[i] x_i + b_enc[i])                 encoder of source layer i, x_i the ln_2 output
+    y_j = b_dec[j] + sum_{i <= j} z_i W^{i->j}         decoder of target layer j, the MLP output
 
-so a feature of layer i writes to every MLP output from i on. One bias per *target*: one per decoder could not be
-told apart. The decoders are ragged, `w_dec[j]` being [j + 1, F, d]: one product a target and no masked waste.
+so a feature of layer i writes to every MLP output from i on; phi is one of `models.sparsify`. One bias per *target*:
+one per decoder could not be told apart. With `cross_layer` false y_j reads z_j alone: per-layer transcoders, the
+baseline that a CLT has to beat.
 
-L layers, F features a layer, d width, k active features a layer and token, N tokens.
+Encoders and decoders cost K places a token and never F, forward and backward, but for the one product that finds
+which features are active: see `_SparseLinear`, `_SparseProduct`. `encode_dense` and `decode_dense` are the same by
+dense products; tests hold the two against each other.
+
+L layers, F features a layer, d width, K places of a code, N tokens.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.sparsify import Code, relu_topk
+from models.sparsify import Code, Kind, make_sparsifier
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a CLT. k, k_cls: active features a token, one number a layer, for patches and for [CLS]."""
+
+    layers: int
+    width: int
+    features: int
+    k: tuple[int, ...]
+    k_cls: tuple[int, ...]
+    sparsifier: Kind = "relu_topk"
+    cross_layer: bool = True
+
+    def __post_init__(self) -> None:
+        for name, budgets in (("k", self.k), ("k_cls", self.k_cls)):
+            if len(budgets) != self.layers:
+                raise ValueError(f"{name} has {len(budgets)} numbers for {self.layers} layers")
+
+    def sources(self, target: int) -> range:
+        """The source layers that write to a target layer."""
+        return range(0 if self.cross_layer else target, target + 1)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        pairs = sum(len(self.sources(target)) for target in range(self.layers))
+        encoders = self.layers * self.features * (self.width + 1 + (self.sparsifier == "jumprelu"))
+        return encoders + pairs * self.features * self.width + self.layers * self.width
+
+
+class Encoder(nn.Module):
+    """Tokens [N, d] of one source layer to their code."""
+
+    def __init__(self, architecture: Architecture, layer: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(architecture.features, architecture.width))
+        self.bias = nn.Parameter(torch.empty(architecture.features))
+        self.sparsifier = make_sparsifier(
+            architecture.sparsifier, architecture.features, architecture.k[layer], architecture.k_cls[layer]
+        )
+
+    def forward(self, x: Tensor, is_cls: Tensor) -> SortedCode:
+        """x [N, d] ln_2 outputs, is_cls [N] bool."""
+        with torch.no_grad():
+            preactivations = F.linear(x, self.weight, self.bias).float()
+            indices = self.sparsifier.select(preactivations)
+            order = _order(indices, len(self.weight)) if self.weight.requires_grad else None
+            chosen = preactivations.gather(-1, indices)
+        if order is not None:
+            chosen = _SparseLinear.apply(x, self.weight, self.bias, chosen, indices, order)
+        return SortedCode(indices, self.sparsifier(chosen, indices, is_cls), chosen, order)
+
+    def encode_dense(self, x: Tensor, is_cls: Tensor) -> SortedCode:
+        """The same with autograd through all F pre-activations: the reference."""
+        preactivations = F.linear(x, self.weight, self.bias)
+        indices = self.sparsifier.select(preactivations.detach())
+        chosen = preactivations.gather(-1, indices)
+        return SortedCode(indices, self.sparsifier(chosen, indices, is_cls), chosen, None)
+
+
+class Decoder(nn.Module):
+    """Codes of the source layers to the MLP output [N, d] of one target layer."""
+
+    def __init__(self, architecture: Architecture, target: int) -> None:
+        super().__init__()
+        self.sources = architecture.sources(target)
+        shape = architecture.features, architecture.width
+        self.weights = nn.ParameterList(torch.empty(shape) for _ in self.sources)
+        self.bias = nn.Parameter(torch.empty(architecture.width))
+
+    def forward(self, codes: list[SortedCode]) -> Tensor:
+        """codes: of layers 0 to the target at least."""
+        return self.bias + sum(self._products(codes))
+
+    def contributions(self, codes: list[SortedCode]) -> Tensor:
+        """What each source layer writes, without the bias: [sources, N, d]."""
+        return torch.stack(self._products(codes))
+
+    def decode_dense(self, codes: list[SortedCode]) -> Tensor:
+        """The same by dense products over all F features: the reference."""
+        output = self.bias
+        for source, weight in zip(self.sources, self.weights, strict=True):
+            code = codes[source]
+            dense = code.values.new_zeros(len(code.values), len(weight)).scatter_add(1, code.indices, code.values)
+            output = output + dense @ weight
+        return output
+
+    def _products(self, codes: list[SortedCode]) -> list[Tensor]:
+        return [
+            _SparseProduct.apply(codes[source].values, weight, codes[source].indices, codes[source].order)
+            for source, weight in zip(self.sources, self.weights, strict=True)
+        ]
 
 
 class CrossLayerTranscoder(nn.Module):
-    """L encoders, L(L+1)/2 decoders. `encode` and `decode` work on tokens [L, N, d]."""
+    """L encoders and L decoders."""
 
-    def __init__(self, layers: int, width: int, features: int, k: int) -> None:
+    def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        if not 0 < k <= features:
-            raise ValueError(f"k = {k} must lie between 1 and the number of features, {features}")
-        self.layers, self.width, self.features, self.k = layers, width, features, k
-        self.w_enc = nn.Parameter(torch.empty(layers, features, width))
-        self.b_enc = nn.Parameter(torch.zeros(layers, features))
-        self.w_dec = nn.ParameterList(torch.empty(target + 1, features, width) for target in range(layers))
-        self.b_dec = nn.Parameter(torch.zeros(layers, width))
+        self.architecture = architecture
+        self.layers, self.width, self.features = architecture.layers, architecture.width, architecture.features
+        self.encoders = nn.ModuleList(Encoder(architecture, layer) for layer in range(self.layers))
+        self.decoders = nn.ModuleList(Decoder(architecture, target) for target in range(self.layers))
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """Random unit rows for the encoders; for the decoders too, shared out over the sources of a target."""
-        self.w_enc.normal_(generator=generator)
-        self.w_enc.div_(self.w_enc.norm(dim=-1, keepdim=True))
-        self.b_enc.zero_()
-        self.b_dec.zero_()
-        for target, w_dec in enumerate(self.w_dec):
-            w_dec.normal_(generator=generator)
-            w_dec.div_(w_dec.norm(dim=-1, keepdim=True) * (target + 1) * self.k**0.5)
+        for encoder in self.encoders:
+            _unit_rows(encoder.weight, generator)
+            encoder.bias.zero_()
+        for target, decoder in enumerate(self.decoders):
+            decoder.bias.zero_()
+            for weight in decoder.weights:
+                _unit_rows(weight, generator).div_(len(decoder.weights) * self.architecture.k[target] ** 0.5)
 
-    def preactivations(self, mlp_in: Tensor) -> Tensor:
-        """[L, N, d] -> [L, N, F]."""
-        return torch.baddbmm(self.b_enc[:, None], mlp_in, self.w_enc.transpose(1, 2))
+    def encode(self, mlp_in: Tensor, is_cls: Tensor) -> list[SortedCode]:
+        """ln_2 outputs [L, N, d] to one code a source layer; is_cls [N] bool."""
+        return [encoder(x, is_cls) for encoder, x in zip(self.encoders, mlp_in, strict=True)]
 
-    def encode(self, mlp_in: Tensor) -> Code:
-        """ln_2 outputs [L, N, d] to codes [L, N, k]."""
-        return relu_topk(self.preactivations(mlp_in), self.k)
+    def decode(self, codes: list[SortedCode]) -> Tensor:
+        """Codes of all layers to MLP outputs [L, N, d]."""
+        return torch.stack([decoder(codes) for decoder in self.decoders])
 
-    def decode(self, code: Code) -> Tensor:
-        """Codes [L, N, k] to MLP outputs [L, N, d], reading k rows a source and token (see `_SparseDecode`)."""
-        decoded = _SparseDecode.apply(code.indices, code.values, *self.w_dec)
-        return torch.stack(decoded) + self.b_dec[:, None]
-
-    def decode_dense(self, code: Code) -> Tensor:
-        """The same by dense products over all F features: the reference that `decode` is tested against."""
-        layers, tokens, _ = code.indices.shape
-        dense = code.values.new_zeros(layers, tokens, self.features).scatter_add(-1, code.indices, code.values)
-        outputs = [torch.einsum("inf,ifd->nd", dense[: j + 1], w_dec) for j, w_dec in enumerate(self.w_dec)]
-        return torch.stack(outputs) + self.b_dec[:, None]
-
-    def forward(self, mlp_in: Tensor) -> Tensor:
-        """ln_2 outputs [L, N, d] to the CLT's MLP outputs [L, N, d]."""
-        return self.decode(self.encode(mlp_in))
+    def forward(self, mlp_in: Tensor, is_cls: Tensor) -> tuple[list[SortedCode], Tensor]:
+        """ln_2 outputs [L, N, d] to (codes, the CLT's MLP outputs [L, N, d])."""
+        codes = self.encode(mlp_in, is_cls)
+        return codes, self.decode(codes)
 
     @torch.no_grad()
     def directions(self) -> Tensor:
         """[L, F, d]: what one unit of a feature adds to the final residual, sum_{j >= i} W^{i->j}."""
-        total = torch.zeros_like(self.w_enc)
-        for target, w_dec in enumerate(self.w_dec):
-            total[: target + 1] += w_dec
+        total = self.decoders[0].bias.new_zeros(self.layers, self.features, self.width)
+        for decoder in self.decoders:
+            for source, weight in zip(decoder.sources, decoder.weights, strict=True):
+                total[source] += weight
         return total
 
+    @torch.no_grad()
+    def writers(self, target: int) -> Tensor:
+        """[L, F, d]: the decoders onto one target; 0 for sources that do not write to it."""
+        decoder = self.decoders[target]
+        table = decoder.bias.new_zeros(self.layers, self.features, self.width)
+        for source, weight in zip(decoder.sources, decoder.weights, strict=True):
+            table[source] = weight
+        return table
 
-class _SparseDecode(torch.autograd.Function):
-    """sum_i z_i W^{i->j} for every target j, forward and backward by `embedding_bag`: k rows a token, never F.
+    @torch.no_grad()
+    def decoder_biases(self) -> Tensor:
+        """[L, d]."""
+        return torch.stack([decoder.bias for decoder in self.decoders])
 
-    Autograd's own backward of `embedding_bag` scatters row by row. The gradient of a decoder is itself a bag sum,
-    dW[f] = sum over the tokens where f is active of z * dy, so we sort the code by feature once for all targets
-    and let the same fast kernel do it. Measured in training/RESULTS.md.
+
+class SortedCode(NamedTuple):
+    """One layer's code, and what training needs of it: the chosen pre-activations, the places sorted by feature."""
+
+    indices: Tensor  # [N, K]
+    values: Tensor  # [N, K]
+    chosen: Tensor  # [N, K] pre-activations
+    order: Order | None  # None where no gradient is wanted
+
+
+class Order(NamedTuple):
+    """The places of a code [N * K] sorted by feature: each feature is a bag of tokens."""
+
+    places: Tensor  # [N * K] int64, flat position in [N, K]
+    tokens: Tensor  # [N * K] int64, places // K
+    starts: Tensor  # [F] int64, where a feature's places begin
+
+    def sum_over_tokens(self, coefficients: Tensor, rows: Tensor) -> Tensor:
+        """sum_n coefficients[n, feature] * rows[n], for every feature: [N, K], [N, d] -> [F, d]."""
+        weights = coefficients.flatten()[self.places]
+        return F.embedding_bag(self.tokens, rows, self.starts, per_sample_weights=weights, mode="sum")
+
+
+def as_codes(codes: list[SortedCode], places: int) -> Code:
+    """Codes of all layers stacked to [L, N, K], narrower ones filled up with unused places."""
+    missing = [places - code.indices.shape[-1] for code in codes]
+    return Code(
+        torch.stack([F.pad(code.indices, (0, more)) for code, more in zip(codes, missing, strict=True)]),
+        torch.stack([F.pad(code.values, (0, more)) for code, more in zip(codes, missing, strict=True)]),
+    )
+
+
+class _SparseLinear(torch.autograd.Function):
+    """Pre-activations of chosen features, W[f] x + b[f], whose gradient reads and writes K places a token.
+
+    The gradient of W[f] is the sum over the tokens where f was chosen of da * x: with the places sorted by feature
+    that is a bag sum, and `embedding_bag`'s forward kernel does it (its own backward scatters row by row).
     """
 
     @staticmethod
-    def forward(ctx: Any, indices: Tensor, values: Tensor, *w_dec: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(indices, values, *w_dec)
-        rows, weights = _rows_by_token(indices, values, w_dec[0].shape[1])
-        return tuple(_bag(rows[:, : j + 1], w.flatten(0, 1), weights[:, : j + 1]) for j, w in enumerate(w_dec))
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, chosen: Tensor, indices: Tensor, order: Order
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, indices, *order)
+        return chosen.view_as(chosen)
 
     @staticmethod
-    def backward(ctx: Any, *d_out: Tensor) -> tuple[Tensor | None, ...]:
-        indices, values, *w_dec = ctx.saved_tensors
-        layers, _, k = indices.shape
-        features = w_dec[0].shape[1]
-        rows, weights = _rows_by_token(indices, values, features)
-
-        # dz = <dy, W[f]>: embedding_bag's own gradient of its weights, summed over the targets by autograd.
-        with torch.enable_grad():
-            weights = weights.detach().requires_grad_()
-            outputs = [
-                _bag(rows[:, : j + 1], w.detach().flatten(0, 1), weights[:, : j + 1]) for j, w in enumerate(w_dec)
-            ]
-            (d_weights,) = torch.autograd.grad(outputs, weights, d_out)
-
-        # dW: the code sorted by feature, each feature a bag of tokens.
-        by_feature = indices.flatten(1)
-        order = by_feature.argsort(dim=1, stable=True)
-        tokens, token_weights = order // k, values.flatten(1).gather(1, order)
-        counts = torch.zeros(layers, features, dtype=torch.long, device=indices.device)
-        counts.scatter_add_(1, by_feature, torch.ones_like(by_feature))
-        per_source = by_feature.shape[1]
-        starts = counts.cumsum(1) - counts + torch.arange(layers, device=indices.device)[:, None] * per_source
-        d_w_dec = tuple(
-            F.embedding_bag(
-                tokens[: j + 1].flatten(),
-                d_out[j].contiguous(),
-                offsets=starts[: j + 1].flatten(),
-                per_sample_weights=token_weights[: j + 1].flatten(),
-                mode="sum",
-            ).view_as(w)
-            for j, w in enumerate(w_dec)
-        )
-        return None, d_weights.transpose(0, 1), *d_w_dec
+    def backward(ctx: Any, d_chosen: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, indices, *order = ctx.saved_tensors
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = F.embedding_bag(indices, weight, per_sample_weights=d_chosen, mode="sum").to(x.dtype)
+        d_weight = Order(*order).sum_over_tokens(d_chosen, x.to(weight.dtype))
+        d_bias = d_chosen.new_zeros(len(weight)).scatter_add_(0, indices.flatten(), d_chosen.flatten())
+        return d_x, d_weight, d_bias, None, None, None
 
 
-def _rows_by_token(indices: Tensor, values: Tensor, features: int) -> tuple[Tensor, Tensor]:
-    """Codes [L, N, k] as rows [N, L, k] of the decoders flattened to [(j+1) * F, d], and their weights."""
-    offsets = torch.arange(indices.shape[0], device=indices.device)[:, None, None] * features
-    return (indices + offsets).transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous()
+class _SparseProduct(torch.autograd.Function):
+    """sum_k z_k W[f_k] for every token, forward and backward by `embedding_bag`. Measured in training/RESULTS.md."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, indices: Tensor, order: Order | None) -> Tensor:
+        ctx.save_for_backward(values, weight, indices, *(order or ()))
+        return F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight, indices, *order = ctx.saved_tensors
+        d_out = d_out.contiguous()
+        d_values = d_weight = None
+        if ctx.needs_input_grad[0]:  # dz = <dy, W[f]>, embedding_bag's own gradient of its weights
+            with torch.enable_grad():
+                leaf = values.detach().requires_grad_()
+                output = F.embedding_bag(indices, weight.detach(), per_sample_weights=leaf, mode="sum")
+                (d_values,) = torch.autograd.grad(output, leaf, d_out)
+        if ctx.needs_input_grad[1]:
+            d_weight = Order(*order).sum_over_tokens(values, d_out)
+        return d_values, d_weight, None, None
 
 
-def _bag(rows: Tensor, table: Tensor, weights: Tensor) -> Tensor:
-    """sum over [i, k] of weights * table[rows], per token: [N, i, k] -> [N, d]."""
-    return F.embedding_bag(rows.flatten(1), table, per_sample_weights=weights.flatten(1), mode="sum")
+def _order(indices: Tensor, features: int) -> Order:
+    flat = indices.flatten()
+    ordered, places = flat.sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(features, device=flat.device))
+    return Order(places, places // indices.shape[-1], starts)
+
+
+def _unit_rows(weight: Tensor, generator: torch.Generator) -> Tensor:
+    weight.normal_(generator=generator)
+    return weight.div_(weight.norm(dim=-1, keepdim=True))

@@ -1,24 +1,195 @@
-"""From pre-activations to a sparse code.
+"""From the pre-activations of one encoder to a sparse code, the four ways of the literature.
 
-A code keeps, per token, a fixed number of (feature, activation) pairs, so that everything after it, in training
-(`CrossLayerTranscoder.decode`) and in the served graph, costs k rows a token and not F.
+Every sparsifier works in two halves, so that everything around it costs K places a token and never F:
+
+    select   which features may be active: at most K a token (no gradient)
+    forward  the activations of those features, with whatever gradient the sparsifier defines
+
+A code therefore has K places a token; places that are not used hold activation 0. Budgets are per layer and, within
+a layer, per token type: [CLS] may have another one than the patches.
+
+N tokens, F features, K = `places`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["relu_topk", "abs_topk", "jumprelu", "batch_topk"]
 
 
 class Code(NamedTuple):
-    """A sparse code: at most k active features a token. Unused places have activation 0."""
+    """A sparse code: K places a token. Unused places have activation 0."""
 
-    indices: Tensor  # [..., k] int64, feature
-    values: Tensor  # [..., k] activation z
+    indices: Tensor  # [..., K] int64, feature
+    values: Tensor  # [..., K] activation z
 
 
-def relu_topk(preactivations: Tensor, k: int) -> Code:
-    """ReLU-Top-k: the k largest pre-activations [..., F], those below zero set to 0 (arXiv 2604.13304)."""
-    values, indices = preactivations.topk(k, dim=-1, sorted=False)
-    return Code(indices, values.relu())
+class Sparsifier(nn.Module):
+    """What the four have in common. `k` and `k_cls`: active features a token, for patches and for [CLS]."""
+
+    signed = False  # activations may be negative
+
+    def __init__(self, features: int, k: int, k_cls: int, places: int) -> None:
+        super().__init__()
+        if not 0 < min(k, k_cls) <= max(k, k_cls) <= features:
+            raise ValueError(f"k = {k} and k_cls = {k_cls} must lie between 1 and the number of features, {features}")
+        self.features, self.k, self.k_cls = features, k, k_cls
+        self.places = min(features, places)
+
+    def select(self, preactivations: Tensor) -> Tensor:
+        """[N, F] -> features [N, K], best first."""
+        return preactivations.topk(self.places, dim=-1).indices
+
+    def forward(self, chosen: Tensor, indices: Tensor, is_cls: Tensor) -> Tensor:
+        """Pre-activations of the selected features [N, K] -> activations [N, K]; is_cls [N] bool."""
+        raise NotImplementedError
+
+    def inference_threshold(self) -> Tensor | None:
+        """For [CLS]: what a pre-activation must exceed [F]; None where a rank decides."""
+        return None
+
+    def _within_budget(self, values: Tensor, is_cls: Tensor) -> Tensor:
+        """`values`, best first, beyond each token's budget set to 0."""
+        if self.k == self.k_cls == self.places:
+            return values
+        budget = torch.where(is_cls, self.k_cls, self.k)[:, None]
+        return values.where(torch.arange(self.places, device=values.device) < budget, 0.0)
+
+
+class ReluTopK(Sparsifier):
+    """The k largest pre-activations, those below zero set to 0 (arXiv 2604.13304)."""
+
+    def __init__(self, features: int, k: int, k_cls: int) -> None:
+        super().__init__(features, k, k_cls, places=max(k, k_cls))
+
+    def forward(self, chosen: Tensor, indices: Tensor, is_cls: Tensor) -> Tensor:
+        return self._within_budget(chosen.relu(), is_cls)
+
+
+class AbsTopK(Sparsifier):
+    """The k largest pre-activations by magnitude, with their signs (arXiv 2604.13304)."""
+
+    signed = True
+
+    def __init__(self, features: int, k: int, k_cls: int) -> None:
+        super().__init__(features, k, k_cls, places=max(k, k_cls))
+
+    def select(self, preactivations: Tensor) -> Tensor:
+        return super().select(preactivations.abs())
+
+    def forward(self, chosen: Tensor, indices: Tensor, is_cls: Tensor) -> Tensor:
+        return self._within_budget(chosen, is_cls)
+
+
+class JumpReLU(Sparsifier):
+    """z = a where a exceeds the feature's own threshold, else 0 (arXiv 2407.14435).
+
+    `k` and `k_cls` are targets that the loss aims at (`l0`); the `places` nearest to or furthest above their
+    thresholds are looked at, the served graph included, so a token can never have more active features than that.
+    Both step functions pass a straight-through gradient to the threshold, a rectangle of width `bandwidth` around it.
+    """
+
+    bandwidth = 0.1  # pre-activations of normalised inputs are of order 1
+
+    def __init__(self, features: int, k: int, k_cls: int, initial: float = 0.1) -> None:
+        super().__init__(features, k, k_cls, places=2 * max(k, k_cls))
+        self.log_threshold = nn.Parameter(torch.full((features,), initial).log())
+
+    def select(self, preactivations: Tensor) -> Tensor:
+        return super().select(preactivations - self.log_threshold.exp())
+
+    def forward(self, chosen: Tensor, indices: Tensor, is_cls: Tensor) -> Tensor:
+        return _Jump.apply(chosen, self.log_threshold.exp()[indices], self.bandwidth)
+
+    def l0(self, chosen: Tensor, indices: Tensor) -> Tensor:
+        """Active features a token [N], differentiable (straight through) in the thresholds."""
+        return _Step.apply(chosen, self.log_threshold.exp()[indices], self.bandwidth).sum(-1)
+
+    def inference_threshold(self) -> Tensor:
+        return self.log_threshold.detach().exp()
+
+
+class BatchTopK(Sparsifier):
+    """In training the k * N largest of a batch of N tokens, however they fall on the tokens (arXiv 2412.06410).
+
+    The smallest activation kept is followed as a running mean, one for patches and one for [CLS]; outside training
+    it is the threshold of a JumpReLU, so that a prediction never depends on its batch-mates.
+    """
+
+    momentum = 0.99
+    thresholds: Tensor  # [2]: patches, [CLS]
+
+    def __init__(self, features: int, k: int, k_cls: int) -> None:
+        super().__init__(features, k, k_cls, places=2 * max(k, k_cls))
+        self.register_buffer("thresholds", torch.full((2,), -1.0))  # below zero: not yet measured
+
+    def forward(self, chosen: Tensor, indices: Tensor, is_cls: Tensor) -> Tensor:
+        positive = chosen.relu()
+        if self.training:
+            found = [_batch_threshold(positive[~is_cls], self.k), _batch_threshold(positive[is_cls], self.k_cls)]
+            now = torch.stack(found)
+            with torch.no_grad():
+                averaged = self.thresholds.lerp(now, 1 - self.momentum)
+                self.thresholds.copy_(torch.where(now < 0, self.thresholds, averaged.where(self.thresholds >= 0, now)))
+        else:
+            now = self.thresholds
+        return positive.where(positive >= torch.where(is_cls, now[1], now[0])[:, None], 0.0)
+
+    def inference_threshold(self) -> Tensor:
+        return self.thresholds[1].expand(self.features)
+
+
+def make_sparsifier(kind: Kind, features: int, k: int, k_cls: int) -> Sparsifier:
+    """The sparsifier of that name."""
+    kinds: dict[Kind, type[Any]] = {
+        "relu_topk": ReluTopK,
+        "abs_topk": AbsTopK,
+        "jumprelu": JumpReLU,
+        "batch_topk": BatchTopK,
+    }
+    return kinds[kind](features, k, k_cls)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _batch_threshold(values: Tensor, k: int) -> Tensor:
+    """The smallest of the k * N largest of [N, K]; -1 for no tokens at all."""
+    if not len(values):
+        return values.new_tensor(-1.0)
+    kept = min(values.numel(), k * len(values))
+    return values.flatten().kthvalue(values.numel() - kept + 1).values
+
+
+class _Jump(torch.autograd.Function):
+    """a * H(a - t); d/dt = -t / width inside the rectangle (arXiv 2407.14435, eq. 11)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, threshold: Tensor, width: float) -> Tensor:
+        ctx.save_for_backward(values, threshold)
+        ctx.width = width
+        return values * (values > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
+        values, threshold = ctx.saved_tensors
+        near = ((values - threshold).abs() < ctx.width / 2).to(d_out.dtype)
+        return d_out * (values > threshold), -threshold / ctx.width * near * d_out, None
+
+
+class _Step(torch.autograd.Function):
+    """H(a - t); d/dt = -1 / width inside the rectangle, no gradient to a (arXiv 2407.14435, eq. 12)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, threshold: Tensor, width: float) -> Tensor:
+        ctx.save_for_backward(values, threshold)
+        ctx.width = width
+        return (values > threshold).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[None, Tensor, None]:
+        values, threshold = ctx.saved_tensors
+        near = ((values - threshold).abs() < ctx.width / 2).to(d_out.dtype)
+        return None, -near / ctx.width * d_out, None

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from models.bundle import Data, Metrics
 from models.clip import load_clip
-from models.clt import CrossLayerTranscoder
+from models.clt import Architecture, CrossLayerTranscoder
 from models.export import Provenance, export_bundle
 from models.graph import AttributionGraph
 from training.recipes import load_recipe
@@ -38,8 +38,8 @@ weights = "clip/tiny.safetensors"
 [data]
 name = "drawn shapes"
 licence = "CC0-1.0"
-train = "train"
-val = "val"
+train = { kind = "folder", path = "train" }
+val = { kind = "folder", path = "val" }
 labels = ["red circle", "green square", "blue triangle"]
 templates = ["a photo of a {}", "a drawing of one {}"]
 
@@ -50,6 +50,7 @@ k = 8
 [training]
 epochs = 4
 images_per_step = 8
+mixed_images = 16
 learning_rate = 1e-2
 warmup_steps = 2
 decay_share = 0.5
@@ -161,15 +162,21 @@ def any_clip(request, make_clip):
 
 @pytest.fixture(scope="session")
 def make_clt():
-    """make_clt(clip, seed=0) -> a random CLT for it, 64 features a layer, up to 8 active; every bias non-zero."""
+    """make_clt(clip, seed=0, k=8, **architecture) -> a random CLT, 64 features a layer, up to k active.
 
-    def make(clip, seed=0):
+    Every bias is non-zero, and some places stay unused.
+    """
+
+    def make(clip, seed=0, k=8, k_cls=None, **architecture):
+        layers, width = clip.tower.layers, clip.tower.width
         generator = torch.Generator().manual_seed(seed)
-        clt = CrossLayerTranscoder(clip.tower.layers, clip.tower.width, features=64, k=8)
+        budgets = {"k": (k,) * layers, "k_cls": (k_cls or k,) * layers}
+        clt = CrossLayerTranscoder(Architecture(layers, width, features=64, **budgets, **architecture))
         clt.initialise(generator)
         with torch.no_grad():
-            clt.b_enc.normal_(mean=-1.5, std=0.2, generator=generator)  # so that some places stay unused
-            clt.b_dec.normal_(std=0.2, generator=generator)
+            for encoder, decoder in zip(clt.encoders, clt.decoders, strict=True):
+                encoder.bias.normal_(mean=-1.5, std=0.2, generator=generator)
+                decoder.bias.normal_(std=0.2, generator=generator)
         return clt.eval().requires_grad_(False)
 
     return make

@@ -105,7 +105,7 @@ def load_clt(checkpoint: Path) -> tuple[CrossLayerTranscoder, Tensor, Checkpoint
     meta = read_meta(checkpoint)
     tensors = load_tensors(checkpoint / "clt.safetensors")
     out_mean_cls = tensors.pop("out_mean_cls")
-    clt = CrossLayerTranscoder(meta.layers, meta.width, meta.recipe.clt.features, meta.recipe.clt.k)
+    clt = CrossLayerTranscoder(meta.recipe.clt.architecture(meta.layers, meta.width))
     clt.load_state_dict(tensors)
     return clt.eval().requires_grad_(False), out_mean_cls, meta
 

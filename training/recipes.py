@@ -8,13 +8,31 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
+from models.clt import Architecture
 from models.errors import VitrineError
+from models.sparsify import Kind
 
 Template = Annotated[str, Field(pattern=r"\{\}")]
+Share = Annotated[float, Field(ge=0, le=1)]
+Budget = Annotated[
+    tuple[PositiveInt, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda value: (value,) if isinstance(value, int) else value),
+]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class RecipeError(VitrineError, ValueError):
@@ -39,32 +57,99 @@ class ClipSection(_Section):
         return self
 
 
+class FolderSource(_Section):
+    """Class folders: path/<class>/*.jpg."""
+
+    kind: Literal["folder"]
+    path: str = Field(description="folder under the data root")
+
+
+class TorchvisionSource(_Section):
+    """One of torchvision's data sets, downloaded under the data root if it is not there."""
+
+    kind: Literal["torchvision"]
+    name: str = Field(description="class name in torchvision.datasets, as CIFAR100")
+    split: Literal["train", "val"] = Field(description="val: what torchvision calls test or val")
+
+
+class HuggingFaceSource(_Section):
+    """A data set of the Hugging Face hub, or a folder that `datasets.load_dataset` reads."""
+
+    kind: Literal["huggingface"]
+    id: str = Field(description="as clane9/imagenet-100, or a folder under the data root")
+    split: str
+    image: str = Field(default="image", description="column of the image")
+    label: str = Field(
+        default="label", description="column of the class; `objects` for detection sets: the class of the largest box"
+    )
+
+
+class WebDatasetSource(_Section):
+    """Tar shards in WebDataset's layout: key.jpg (png, webp) with key.cls (an index) or key.txt (a class name)."""
+
+    kind: Literal["webdataset"]
+    shards: str = Field(description="under the data root, as shards/train-{000000..000099}.tar")
+    classes: str | None = Field(default=None, description="text file under the data root, one class name a line")
+
+
+Source = Annotated[FolderSource | TorchvisionSource | HuggingFaceSource | WebDatasetSource, Field(discriminator="kind")]
+
+
 class DataSection(_Section):
-    """Images in class folders, and the labels that the bundle offers by default."""
+    """Images to train on and to measure on, and the labels that the bundle offers by default."""
 
     name: str
     licence: str = "unknown"
-    train: str
-    val: str
-    labels: tuple[str, ...] = Field(min_length=1)
-    templates: tuple[Template, ...] = Field(min_length=1)
+    train: Source
+    val: Source
+    labels: tuple[str, ...] | None = Field(default=None, min_length=1, description="default: val's own class names")
+    templates: tuple[Template, ...] = Field(default=("a photo of a {}.",), min_length=1)
+    max_broken: Share = Field(default=0.01, description="share of unreadable images at which a run gives up")
 
 
 class CltSection(_Section):
+    """The Cross-Layer Transcoder."""
+
     features: PositiveInt = Field(description="F, features a layer")
-    k: PositiveInt = Field(description="active features a layer and token")
+    k: Budget = Field(
+        description="active features a token (jumprelu, batch_topk: on average); one number, or one a layer"
+    )
+    k_cls: Budget | None = Field(default=None, description="the same for [CLS]; default: k")
+    sparsifier: Kind = Field(default="relu_topk", description="relu_topk, abs_topk, jumprelu or batch_topk")
+    cross_layer: bool = Field(default=True, description="false: per-layer transcoders, the baseline")
 
     @model_validator(mode="after")
     def _k_fits(self) -> CltSection:
-        if self.k > self.features:
-            raise ValueError(f"k = {self.k} is larger than features = {self.features}")
+        for name in ("k", "k_cls"):
+            for k in getattr(self, name) or ():
+                if k > self.features:
+                    raise ValueError(f"{name} = {k} is larger than features = {self.features}")
         return self
+
+    def architecture(self, layers: int, width: int) -> Architecture:
+        """For a tower of that many layers. Raises `RecipeError` if k names another number of layers."""
+        k = self._per_layer("k", self.k, layers)
+        k_cls = k if self.k_cls is None else self._per_layer("k_cls", self.k_cls, layers)
+        return Architecture(layers, width, self.features, k, k_cls, self.sparsifier, self.cross_layer)
+
+    @staticmethod
+    def _per_layer(name: str, budget: Budget, layers: int) -> tuple[int, ...]:
+        if len(budget) == 1:
+            return budget * layers
+        if len(budget) != layers:
+            raise RecipeError(f"clt.{name} has {len(budget)} numbers, the CLIP has {layers} layers")
+        return budget
 
 
 class TrainingSection(_Section):
+    """Reconstruction: every MLP's output from what the MLPs read."""
+
     seed: int = 0
     epochs: PositiveInt = 1
-    images_per_step: PositiveInt = 32
+    images_per_step: PositiveInt = Field(default=32, description="a step sees the tokens of so many images")
+    mixed_images: PositiveInt = Field(
+        default=256, description="tokens of so many images are shuffled together; images_per_step: whole images a step"
+    )
     learning_rate: PositiveFloat = 1e-3
     warmup_steps: int = Field(default=100, ge=0)
     decay_share: float = Field(
@@ -72,11 +157,45 @@ class TrainingSection(_Section):
     )
     gradient_clip: PositiveFloat = 1.0
     cls_weight: PositiveFloat = Field(default=1.0, description="weight of [CLS] in the loss; a patch weighs 1")
+    k_start: PositiveFloat = Field(default=1.0, ge=1, description="k begins at so many times its value")
+    k_anneal_share: Share = Field(default=0.0, description="first share of the run in which k falls to its value")
+    sparsity_weight: PositiveFloat = Field(default=1.0, description="jumprelu: weight of the loss on L0")
+    sparsity_ramp_share: Share = Field(
+        default=0.5, description="jumprelu: first share of the run in which that weight rises from 0"
+    )
+    revive_after: PositiveInt = Field(
+        default=200_000, description="tokens without firing after which a feature counts as dead"
+    )
+    revive_weight: float = Field(default=1 / 32, ge=0, description="weight of the dead features' own loss; 0: none")
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
     normalisation_images: PositiveInt = Field(
         default=1024, description="images over which the activations' scale is estimated"
     )
     checkpoint_every: PositiveInt = Field(default=500, description="steps")
     workers: int = Field(default=1, ge=0, description="processes that decode images")
+    cache: Literal["none", "float32", "bfloat16"] = Field(
+        default="none", description="keep activations on disk, in the run's folder, from the first epoch on"
+    )
+
+    @model_validator(mode="after")
+    def _whole_steps(self) -> TrainingSection:
+        if self.mixed_images % self.images_per_step:
+            raise ValueError(
+                f"mixed_images = {self.mixed_images} is no multiple of images_per_step = {self.images_per_step}"
+            )
+        return self
+
+
+class CascadeSection(_Section):
+    """Fine-tuning in replacement mode: the whole cascade keeps CLIP's predictions."""
+
+    steps: PositiveInt
+    images_per_step: PositiveInt = 32
+    learning_rate: PositiveFloat = 5e-4
+    warmup_steps: int = Field(default=50, ge=0)
+    clean_weight: float = Field(default=1.0, ge=0, description="reconstruction on CLIP's own activations, as before")
+    replaced_weight: float = Field(default=1.0, ge=0, description="reconstruction under replaced inputs")
+    prediction_weight: float = Field(default=1.0, ge=0, description="divergence of the zero-shot distribution")
 
 
 class BundleSection(_Section):
@@ -93,13 +212,19 @@ class Recipe(_Section):
     data: DataSection
     clt: CltSection
     training: TrainingSection = TrainingSection()
+    cascade: CascadeSection | None = None
     bundle: BundleSection = BundleSection()
 
 
 def load_recipe(path: Path) -> Recipe:
     """Read and check a recipe. Raises `RecipeError` naming every wrong key, with the nearest right one."""
+    return read_toml(path, Recipe)
+
+
+def read_toml(path: Path, kind: type[Model]) -> Model:
+    """Read and check a TOML file as `kind`. Raises `RecipeError` naming every wrong key, with the nearest right one."""
     try:
-        return Recipe.model_validate(tomllib.loads(path.read_text()))
+        return kind.model_validate(tomllib.loads(path.read_text()))
     except FileNotFoundError as error:
         raise RecipeError(f"recipe {path} does not exist") from error
     except OSError as error:
@@ -107,18 +232,34 @@ def load_recipe(path: Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} is not TOML: {error}") from error
     except ValidationError as error:
-        lines = [_explain(problem["loc"], problem["type"], problem["msg"]) for problem in error.errors()]
-        raise RecipeError(f"recipe {path}:\n  " + "\n  ".join(lines)) from error
+        lines = [_explain(kind, problem["loc"], problem["type"], problem["msg"]) for problem in error.errors()]
+        raise RecipeError(f"recipe {path}:\n  " + "\n  ".join(dict.fromkeys(lines))) from error
 
 
-def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
-    where = ".".join(map(str, location))
+def _explain(root: type[BaseModel], location: tuple[int | str, ...], kind: str, message: str) -> str:
+    section, path, index = root, [], 0
+    while index < len(location) - 1:
+        part = str(location[index])
+        path.append(part)
+        inner = _models(section.model_fields[part].annotation) if part in section.model_fields else []
+        if len(inner) > 1:  # a union: pydantic puts the chosen member's tag in between
+            index += 1
+            inner = [model for model in inner if get_args(model.model_fields["kind"].annotation) == (location[index],)]
+        if inner:
+            section = inner[0]
+        index += 1
+    key = str(location[-1])
+    where = ".".join([*path, key] if index < len(location) else path)
     if kind != "extra_forbidden":
         return f"{where}: {message}"
-    section: type[BaseModel] = Recipe
-    for part in location[:-1]:
-        section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
-    near = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
     return f"{where}: no such key" + (
         f"; did you mean `{near[0]}`?" if near else f" (keys: {', '.join(section.model_fields)})"
     )
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models(inner)]
