@@ -16,6 +16,7 @@ L layers, F features a layer, d width, K places of a code, N tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -66,23 +67,33 @@ class Encoder(nn.Module):
             architecture.sparsifier, architecture.features, architecture.k[layer], architecture.k_cls[layer]
         )
 
-    def forward(self, x: Tensor, is_cls: Tensor) -> SortedCode:
-        """x [N, d] ln_2 outputs, is_cls [N] bool."""
+    def forward(self, x: Tensor, is_cls: Tensor, among: Tensor | None = None) -> SortedCode:
+        """x [N, d] ln_2 outputs, is_cls [N] bool.
+
+        With `among` [n], some features: the code of those alone, ReLU-Top-k with k = d / 2, whatever the sparsifier.
+        """
         with torch.no_grad():
             preactivations = F.linear(x, self.weight, self.bias).float()
-            indices = self.sparsifier.select(preactivations)
+            if among is None:
+                indices = self.sparsifier.select(preactivations)
+            else:
+                places = min(len(among), x.shape[-1] // 2)
+                indices = among[preactivations[:, among].topk(places).indices]
             order = _order(indices, len(self.weight)) if self.weight.requires_grad else None
             chosen = preactivations.gather(-1, indices)
         if order is not None:
             chosen = _SparseLinear.apply(x, self.weight, self.bias, chosen, indices, order)
-        return SortedCode(indices, self.sparsifier(chosen, indices, is_cls), chosen, order)
+        return self._code(indices, chosen, is_cls if among is None else None, order)
+
+    def _code(self, indices: Tensor, chosen: Tensor, is_cls: Tensor | None, order: Order | None) -> SortedCode:
+        values = chosen.relu() if is_cls is None else self.sparsifier(chosen, indices, is_cls)
+        return SortedCode(indices, values, self.sparsifier.active(chosen, indices, values), order)
 
     def encode_dense(self, x: Tensor, is_cls: Tensor) -> SortedCode:
         """The same with autograd through all F pre-activations: the reference."""
         preactivations = F.linear(x, self.weight, self.bias)
         indices = self.sparsifier.select(preactivations.detach())
-        chosen = preactivations.gather(-1, indices)
-        return SortedCode(indices, self.sparsifier(chosen, indices, is_cls), chosen, None)
+        return self._code(indices, preactivations.gather(-1, indices), is_cls, None)
 
 
 class Decoder(nn.Module):
@@ -95,9 +106,10 @@ class Decoder(nn.Module):
         self.weights = nn.ParameterList(torch.empty(shape) for _ in self.sources)
         self.bias = nn.Parameter(torch.empty(architecture.width))
 
-    def forward(self, codes: list[SortedCode]) -> Tensor:
-        """codes: of layers 0 to the target at least."""
-        return self.bias + sum(self._products(codes))
+    def forward(self, codes: Sequence[SortedCode | None], bias: bool = True) -> Tensor:
+        """codes: of layers 0 to the target at least; None writes nothing. Without bias: what the codes write."""
+        written = sum(self._products(codes))
+        return written + self.bias if bias else written
 
     def contributions(self, codes: list[SortedCode]) -> Tensor:
         """What each source layer writes, without the bias: [sources, N, d]."""
@@ -112,10 +124,10 @@ class Decoder(nn.Module):
             output = output + dense @ weight
         return output
 
-    def _products(self, codes: list[SortedCode]) -> list[Tensor]:
+    def _products(self, codes: Sequence[SortedCode | None]) -> list[Tensor]:
+        found = [(codes[source], weight) for source, weight in zip(self.sources, self.weights, strict=True)]
         return [
-            _SparseProduct.apply(codes[source].values, weight, codes[source].indices, codes[source].order)
-            for source, weight in zip(self.sources, self.weights, strict=True)
+            _SparseProduct.apply(code.values, weight, code.indices, code.order) for code, weight in found if code
         ]
 
 
@@ -153,6 +165,11 @@ class CrossLayerTranscoder(nn.Module):
         codes = self.encode(mlp_in, is_cls)
         return codes, self.decode(codes)
 
+    def widen(self, factor: float) -> None:
+        """Let every layer work with `factor` times its budgets."""
+        for encoder in self.encoders:
+            encoder.sparsifier.widen(factor)
+
     @torch.no_grad()
     def directions(self) -> Tensor:
         """[L, F, d]: what one unit of a feature adds to the final residual, sum_{j >= i} W^{i->j}."""
@@ -178,11 +195,11 @@ class CrossLayerTranscoder(nn.Module):
 
 
 class SortedCode(NamedTuple):
-    """One layer's code, and what training needs of it: the chosen pre-activations, the places sorted by feature."""
+    """One layer's code, and what training needs of it."""
 
     indices: Tensor  # [N, K]
     values: Tensor  # [N, K]
-    chosen: Tensor  # [N, K] pre-activations
+    active: Tensor  # [N] active features a token; with a gradient where the sparsifier learns how many
     order: Order | None  # None where no gradient is wanted
 
 
