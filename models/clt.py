@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.sparsify import Code, Kind, make_sparsifier
+from models.sparsify import Code, JumpReLU, Kind, make_sparsifier
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,7 @@ class Decoder(nn.Module):
 
     def _products(self, codes: Sequence[SortedCode | None]) -> list[Tensor]:
         found = [(codes[source], weight) for source, weight in zip(self.sources, self.weights, strict=True)]
-        return [
-            _SparseProduct.apply(code.values, weight, code.indices, code.order) for code, weight in found if code
-        ]
+        return [_SparseProduct.apply(code.values, weight, code.indices, code.order) for code, weight in found if code]
 
 
 class CrossLayerTranscoder(nn.Module):
@@ -151,6 +149,13 @@ class CrossLayerTranscoder(nn.Module):
             decoder.bias.zero_()
             for weight in decoder.weights:
                 _unit_rows(weight, generator).div_(len(decoder.weights) * self.architecture.k[target] ** 0.5)
+
+    @torch.no_grad()
+    def calibrate(self, mlp_in: Tensor) -> None:
+        """Set learnt thresholds so that, at the start, k features a token are active on these tokens [L, N, d]."""
+        for encoder, x in zip(self.encoders, mlp_in, strict=True):
+            if isinstance(encoder.sparsifier, JumpReLU):
+                encoder.sparsifier.calibrate(F.linear(x, encoder.weight, encoder.bias))
 
     def encode(self, mlp_in: Tensor, is_cls: Tensor) -> list[SortedCode]:
         """ln_2 outputs [L, N, d] to one code a source layer; is_cls [N] bool."""

@@ -227,4 +227,6 @@ class _Augmented:
 
 
 def _pixels(size: int) -> Any:
-    return open_clip.image_transform(size, is_train=False, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD)
+    return open_clip.image_transform(
+        size, is_train=False, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD
+    )
