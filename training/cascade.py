@@ -4,7 +4,7 @@ A CLT trained on CLIP's own activations has never seen what it meets when it rep
 earlier errors have bent. Here the whole tower runs with all MLPs replaced, all tokens, gradients flowing through the
 frozen attention blocks, and is compared with CLIP itself on the same images:
 
-    replaced     |y_j - y'_j|^2 as in `training.objective`, y_j CLIP's own MLP output, y'_j the CLT's *under replacement*
+    replaced     under replacement |y_j - y'_j|^2 as in `training.objective`, y_j CLIP's own MLP output, y'_j the CLT's
     prediction   KL(p || p') between CLIP's zero-shot distribution over the recipe's labels and the replaced one's
     clean        the reconstruction on CLIP's own activations goes on, so that explanations of the unreplaced CLIP,
                  which is what is served, do not get worse
@@ -13,12 +13,12 @@ frozen attention blocks, and is compared with CLIP itself on the same images:
 from __future__ import annotations
 
 import torch
+from models.replacement import Replacement
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, normalize
 
 from models.clip import Tower
 from models.clt import CrossLayerTranscoder, SortedCode
-from models.replacement import Replacement
 from training.activations import Normalisation, activations
 from training.objective import Losses, Reconstruction
 from training.recipes import CascadeSection

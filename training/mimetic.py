@@ -45,7 +45,7 @@ def sine_cosine_positions(rows: int, columns: int, width: int) -> Tensor:
 
 
 def _factors(noise: float, identity: float, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A, B [width, width] with A B = noise * Z + identity * I, Z of N(0, 1 / width); by singular values, largest first."""
+    """A, B [width, width] with A B = noise * Z + identity * I, Z of N(0, 1 / width); largest values first."""
     product = noise * torch.randn(width, width, generator=generator) / width**0.5 + identity * torch.eye(width)
     left, values, right = torch.linalg.svd(product)
     root = values.sqrt()

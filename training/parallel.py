@@ -19,8 +19,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from models.clt import Decoder, Encoder
 from models.errors import VitrineError
 
-Sharding = Literal["none", "parameters"]
-
 
 class ParallelError(VitrineError, ValueError):
     """The wanted devices are not there; the message says what is."""
@@ -29,18 +27,20 @@ class ParallelError(VitrineError, ValueError):
 def make_fabric(
     devices: int = 1,
     nodes: int = 1,
-    sharding: Sharding = "none",
+    shard: bool = False,
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
     accelerator: str = "auto",
 ) -> Fabric:
     """Fabric over `devices` on each of `nodes`; `auto`: a GPU if there is one. Raises `ParallelError`."""
+    if accelerator not in ("auto", "cuda", "cpu"):
+        raise ParallelError(f"accelerator {accelerator!r} is none of auto, cuda, cpu")
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if accelerator == "cuda" and devices > torch.cuda.device_count():
         raise ParallelError(f"{devices} GPUs wanted, {torch.cuda.device_count()} found")
     processes = devices * nodes
     strategy: Strategy | str = "auto"
-    if sharding == "parameters":
+    if shard:
         if processes == 1:
             raise ParallelError("parameters can be sharded over two devices or more, not over one")
         strategy = ModelParallelStrategy(_shard, data_parallel_size=processes, tensor_parallel_size=1)

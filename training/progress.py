@@ -1,4 +1,4 @@
-"""What one sees of a run: a progress bar, log.jsonl, TensorBoard, and Weights & Biases if wanted. First process only."""
+"""What one sees of a run: progress bar, log.jsonl, TensorBoard, Weights & Biases if wanted. First process only."""
 
 from __future__ import annotations
 
