@@ -51,7 +51,11 @@ class Trainer:
             raise TrainingDiverged(f"loss is {metrics.loss} at step {self.step}; lower the learning rate")
         self.optimiser.zero_grad(set_to_none=True)
         self.fabric.backward(losses.total)
-        self.fabric.clip_gradients(self.objective, self.optimiser, max_norm=self.settings.gradient_clip)
+        norm = self.fabric.clip_gradients(
+            self.objective, self.optimiser, max_norm=self.settings.gradient_clip, error_if_nonfinite=False
+        )
+        if norm is None or not torch.isfinite(whole(norm)):
+            raise TrainingDiverged(f"the gradient is {norm} at step {self.step}; lower the learning rate")
         self.optimiser.step()
         self.silent = (self.silent + self.size.images * self.size.tokens).masked_fill(fired, 0)
         self.step += 1
