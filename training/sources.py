@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -259,6 +260,10 @@ def _samples(shard: Path) -> Iterator[_Sample]:
                 images[key] = member
             elif extension in ("cls", "txt") and (content := tar.extractfile(member)):
                 labels[key, extension] = content.read().decode(errors="replace").strip()
+    with shard.open("rb") as file:  # tarfile takes a file that is cut short between two members for a whole one
+        file.seek(-1024, os.SEEK_END)
+        if any(file.read()):
+            raise tarfile.ReadError("it is cut short")
     for key, member in images.items():
         index, name = labels.get((key, "cls")), labels.get((key, "txt"))
         if index is None and name is None:
