@@ -180,6 +180,7 @@ class Clip:
         rows = []
         for label in labels:
             tokens = self.tokenizer([template.replace("{}", label) for template in templates])
+            tokens = tokens.to(self.model.logit_scale.device)
             mean = self.model.encode_text(tokens, normalize=True).mean(dim=0)
             rows.append(mean / mean.norm())
         return torch.stack(rows)
