@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.clip import Tower
+from models.clip import Taps, Tower
 from models.clt import CrossLayerTranscoder, SortedCode
 
 Tokens = Literal["all", "cls", "patches"]
@@ -36,6 +36,13 @@ class Replaced(NamedTuple):
     codes: list[SortedCode | None]  # [L], each [B * t, K] over the replaced tokens; None where nothing decodes it
 
 
+class Known(NamedTuple):
+    """What is known of the tower itself for the same pixels, so that layers before a window need not run again."""
+
+    taps: Taps
+    codes: list[SortedCode]  # [L], each [B * T, K]
+
+
 class Replacement(nn.Module):
     """A tower and the CLT that stands in for its MLPs. Differentiable: gradients reach the CLT through the tower."""
 
@@ -47,10 +54,11 @@ class Replacement(nn.Module):
             )
         self.tower, self.clt = tower, clt
 
-    def forward(self, pixels: Tensor, window: range, tokens: Tokens = "all") -> Replaced:
+    def forward(self, pixels: Tensor, window: range, tokens: Tokens = "all", known: Known | None = None) -> Replaced:
         """Normalised pixels [B, 3, H, W] with the MLPs of the layers `window` replaced for the chosen tokens.
 
-        An empty window is the tower itself, bit for bit. Raises `ValueError` for layers that there are not.
+        An empty window is the tower itself, bit for bit; `known` changes nothing but the time that it takes. Raises
+        `ValueError` for layers that there are not.
         """
         layers = range(self.tower.layers)
         if window and (window.step != 1 or window[0] not in layers or window[-1] not in layers):
@@ -62,6 +70,14 @@ class Replacement(nn.Module):
         mlp_outs: list[Tensor] = []
         codes: list[SortedCode | None] = []
         for layer in layers:
+            if known and window and layer < window[0]:
+                taps = known.taps
+                attn_out, mlp_in, mlp_out = taps.attn_out[layer], taps.mlp_in[layer], taps.mlp_out[layer]
+                stream = stream + attn_out + mlp_out
+                mlp_ins.append(mlp_in)
+                mlp_outs.append(mlp_out)
+                codes.append(_code_of(known.codes[layer], len(pixels), tokens) if layer in read else None)
+                continue
             stream = stream + self.tower.attention(layer, stream)
             mlp_in = self.tower.mlp_input(layer, stream)
             replaced = _chosen(mlp_in, tokens).flatten(0, 1)
@@ -88,6 +104,12 @@ class Replacement(nn.Module):
 def _chosen(values: Tensor, tokens: Tokens) -> Tensor:
     """Of [B, T, d] the chosen tokens [B, t, d]; [CLS] is the first."""
     return {"all": values, "cls": values[:, :1], "patches": values[:, 1:]}[tokens]
+
+
+def _code_of(code: SortedCode, images: int, tokens: Tokens) -> SortedCode:
+    """Of all tokens' code [B * T, K] that of the chosen ones [B * t, K], without what a gradient would need."""
+    indices, values = (_chosen(part.unflatten(0, (images, -1)), tokens).flatten(0, 1) for part in code[:2])
+    return code._replace(indices=indices, values=values, order=None)
 
 
 def _is_cls(stream: Tensor, tokens: Tokens) -> Tensor:

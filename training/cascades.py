@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from models.replacement import Replacement, Tokens
+from models.replacement import Known, Replacement, Tokens
 from training.bootstrap import Bootstrap
 from training.reconstruction import TOKENS
 from training.results import Cascade, Estimate
@@ -23,33 +23,42 @@ def paper_windows(layers: int) -> list[range]:
     return [range(start, layers) for start in sorted(starts)]
 
 
+def divergence(own: Tensor, found: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of `found` from `own`, log-probabilities [..., labels]: [...] in nats, float64."""
+    own, found = own.double(), found.double()
+    return (own.exp() * (own - found)).sum(-1)
+
+
 class Cascades:
     """Collects the predictions of CLIP and of its replacement models.
 
     Args:
         model: tower and CLT.
-        predict: [CLS] residuals [..., d] to label indices [...].
+        classify: [CLS] residuals [..., d] to the labels' log-probabilities [..., labels].
         windows, tokens: every pair of them is measured.
     """
 
     def __init__(
         self,
         model: Replacement,
-        predict: Callable[[Tensor], Tensor],
+        classify: Callable[[Tensor], Tensor],
         windows: list[range],
         tokens: tuple[Tokens, ...] = TOKENS,
     ) -> None:
-        self.model, self.predict = model, predict
+        self.model, self.classify = model, classify
         self.pairs: list[tuple[range, Tokens]] = [(window, kind) for window in windows for kind in tokens]
         self._own: list[Tensor] = []
         self._found: list[Tensor] = []
         self._truth: list[Tensor] = []
+        self._divergence: list[Tensor] = []
 
-    def update(self, pixels: Tensor, residual: Tensor, truth: Tensor) -> None:
-        """Pixels [B, 3, H, W], CLIP's own final residual [B, T, d], label indices [B]."""
-        self._own.append(self.predict(residual[:, 0]).cpu())
-        runs = [self.predict(self.model(pixels, window, tokens).residual[:, 0]).cpu() for window, tokens in self.pairs]
-        self._found.append(torch.stack(runs, dim=1))
+    def update(self, pixels: Tensor, known: Known, own: Tensor, truth: Tensor) -> None:
+        """Pixels [B, 3, H, W], what is known of CLIP on them, its log-probabilities [B, labels], label indices [B]."""
+        runs = [self.model(pixels, window, tokens, known).residual[:, 0] for window, tokens in self.pairs]
+        found = self.classify(torch.stack(runs, dim=1))  # [B, pairs, labels]
+        self._own.append(own.argmax(-1).cpu())
+        self._found.append(found.argmax(-1).cpu())
+        self._divergence.append(divergence(own[:, None], found).cpu())
         self._truth.append(truth.cpu())
 
     @property
@@ -67,6 +76,7 @@ class Cascades:
         right, own = self.right, self.clip_right
         agrees = (torch.cat(self._found) == torch.cat(self._own)[:, None]).double()
         top1, agreement = bootstrap.estimates(right.numpy()), bootstrap.estimates(agrees.numpy())
+        diverges = bootstrap.estimates(torch.cat(self._divergence).numpy())
         difference = bootstrap.estimates((right - own[:, None]).numpy())
         cascades = [
             Cascade(
@@ -76,6 +86,7 @@ class Cascades:
                 top1=top1[at],
                 difference=difference[at],
                 agreement=agreement[at],
+                divergence=diverges[at],
             )
             for at, (window, tokens) in enumerate(self.pairs)
         ]

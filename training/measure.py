@@ -20,7 +20,8 @@ from torch import Tensor
 
 from models.clip import Clip, Taps
 from models.clt import CrossLayerTranscoder, SortedCode
-from models.replacement import Replacement, Tokens
+from models.replacement import Known, Replacement, Tokens
+from models.sparsify import Code
 from training.cascades import Cascades
 from training.contributions import CLS, PATCHES, ScoreMean, add_codes, by_type, centred, mean_contributions
 from training.faithfulness import RANKINGS, Interventions, ranked
@@ -81,8 +82,9 @@ def measure(
     tower, last = clip.tower, clt.layers - 1
     label_embeddings = label_embeddings.to(clt.decoders[0].bias)
 
-    def predict(residual: Tensor) -> Tensor:
-        return (tower.head(residual) @ label_embeddings.T).argmax(-1)
+    def classify(residual: Tensor) -> Tensor:
+        embedding = torch.nn.functional.normalize(tower.head(residual), dim=-1)
+        return (clip.logit_scale * embedding @ label_embeddings.T).log_softmax(-1)
 
     with _progress(console) as progress:
         survey = _survey(clip, clt, images, progress)
@@ -90,8 +92,8 @@ def measure(
         rankings = {kind: ranked(survey.onto_last.matrix(kind)[last]) for kind in RANKINGS}
         found = Measured(
             Reconstruction(clt, survey.output_means),
-            Cascades(Replacement(tower, clt), predict, plan.windows, plan.tokens),
-            Interventions(predict, clt.decoders[last].bias, rankings, plan.random_orders, seed),
+            Cascades(Replacement(tower, clt), classify, plan.windows, plan.tokens),
+            Interventions(classify, clt.decoders[last].bias, rankings, plan.random_orders, seed),
             ScoreMean(clt.layers),
             ScoreMean(clt.layers),
             Gallery(clt.layers, clt.features),
@@ -111,12 +113,12 @@ def measure(
             written = parts.new_zeros(clt.layers, len(batch.pixels), clt.width)
             written[clt.decoders[last].sources] = parts[:, batch.is_cls]
             before = taps.residual_out[:, 0] - taps.mlp_out[last, :, 0]
-            found.interventions.update(before, written, batch.truth)
-            found.cascades.update(batch.pixels, taps.residual_out, batch.truth)
+            own = classify(taps.residual_out[:, 0])
+            found.interventions.update(before, written, own, batch.truth)
+            found.cascades.update(batch.pixels, Known(taps, batch.codes), own, batch.truth)
             if plan.retrieval:
-                at_cls = [
-                    SortedCode(c.indices[batch.is_cls], c.values[batch.is_cls], c.chosen, None) for c in batch.codes
-                ]
+                chosen = [(code.indices[batch.is_cls], code.values[batch.is_cls]) for code in batch.codes]
+                at_cls = [Code(indices, values) for indices, values in chosen]
                 found.gallery.update(at_cls, tower.head(taps.residual_out[:, 0]), batch.truth)
     return found
 

@@ -69,6 +69,7 @@ class Cascade(_Part):
     top1: Estimate
     difference: Estimate  # to CLIP's own top-1
     agreement: Estimate  # share of images whose prediction is CLIP's own
+    divergence: Estimate  # Kullback-Leibler, from CLIP's own zero-shot distribution, nats
 
     @property
     def window(self) -> str:
@@ -89,6 +90,8 @@ class Curve(_Part):
     order: list[int] | None  # source layers, the largest C first; None: every image has its own
     keep: list[Estimate]
     drop: list[Estimate]
+    keep_divergence: list[float]  # mean Kullback-Leibler divergence from CLIP's own zero-shot distribution, nats
+    drop_divergence: list[float]
     keep_top4: Estimate  # differences to CLIP's own top-1
     drop_top1: Estimate
 
@@ -97,19 +100,28 @@ class Faithfulness(_Part):
     """The last target layer, [CLS], rebuilt from some of its source layers; the bias is always kept."""
 
     curves: list[Curve]
+    random_orders: int
     random_keep: list[Spread]
     random_drop: list[Spread]
-    random_orders: int
+    random_keep_divergence: list[Spread]
+    random_drop_divergence: list[Spread]
     drop_one: list[Estimate]  # one source layer dropped, by layer
     drop_one_mean: Estimate  # mean over layers: what dropping a random layer does
+    drop_one_divergence: list[float]
 
     def curve(self, ranking: str) -> Curve:
         return next(curve for curve in self.curves if curve.ranking == ranking)
 
-    def times_random(self, ranking: str) -> float | None:
-        """How many times as much dropping the top layer hurts as dropping a random one; None: that does not hurt."""
-        whole = self.drop_one_mean.value - self.curve(ranking).drop[0].value
-        return (self.curve(ranking).drop[1].value - self.curve(ranking).drop[0].value) / whole if whole < 0 else None
+    def harm_in_top1(self, ranking: str) -> float | None:
+        """How many times as much top-1 falls by dropping the top layer as by dropping any one, from the top-1 with all
+        layers; None where dropping any one does not lower it."""
+        first, whole = self.curve(ranking).drop[1].value, self.curve(ranking).drop[0].value
+        return _ratio(whole - first, whole - self.drop_one_mean.value)
+
+    def harm_in_divergence(self, ranking: str) -> float | None:
+        """The same for the divergence from CLIP's own distribution, which a single image's flip does not move."""
+        whole, first = self.curve(ranking).drop_divergence[:2]
+        return _ratio(first - whole, sum(self.drop_one_divergence) / len(self.drop_one_divergence) - whole)
 
 
 class Neighbours(_Part):
@@ -171,3 +183,7 @@ class Results(_Part):
 
     def cascade(self, first: int, last: int, tokens: Tokens) -> Cascade:
         return next(c for c in self.cascades if (c.first, c.last, c.tokens) == (first, last, tokens))
+
+
+def _ratio(first: float, any_one: float) -> float | None:
+    return first / any_one if any_one > 0 else None

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from models.clt import SortedCode
+from models.sparsify import Code
 from training.bootstrap import Bootstrap
 from training.results import Neighbours, Retrieval
 
@@ -34,7 +34,7 @@ class Gallery:
         self._embeddings: list[NDArray[np.float32]] = []
         self._truth: list[Tensor] = []
 
-    def update(self, codes: list[SortedCode], embeddings: Tensor, truth: Tensor) -> None:
+    def update(self, codes: list[Code], embeddings: Tensor, truth: Tensor) -> None:
         """Codes [B, K] of [CLS] by layer, CLIP's embeddings [B, D], label indices [B]."""
         for gallery, code in zip(self._codes, codes, strict=True):
             gallery.append(_rows(code.indices.cpu().numpy(), code.values.float().cpu().numpy(), self.features))

@@ -1,180 +1,198 @@
-"""results.json for the terminal, the paper's figures beside ours where they are of the same kind."""
+"""Results as tables, the paper's figures beside ours where they are of the same kind; for the terminal and
+the report."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from training import paper
 from training.faithfulness import TOP
 from training.reconstruction import TOKENS
-from training.results import Estimate, Results
+from training.results import Estimate, LayerFigures, Results, TokenFigures
 
 TOKEN_NAMES = {"all": "all", "cls": "[CLS]", "patches": "patches"}
-RANKING_NAMES = {"all": "all tokens", "cls": "[CLS]", "image": "image by image"}
+RANKING_NAMES = {"all": "C, all tokens", "cls": "C, [CLS]", "image": "C, image by image"}
 
 
-def percent(estimate: Estimate) -> str:
-    """76.5 % [73.8, 79.1]."""
-    return f"{100 * estimate.value:.1f} % [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+@dataclass(frozen=True)
+class Sheet:
+    """A table of texts; the first `text` columns are words, the others figures."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
+    text: int = 1
 
 
-def points(estimate: Estimate) -> str:
-    """−0.4 [−1.0, +0.2], in percentage points."""
-    return f"{_signed(estimate.value)} [{_signed(estimate.low)}, {_signed(estimate.high)}]"
+def sheets(results: Results) -> dict[str, Sheet]:
+    """Every table, in the order in which it is shown."""
+    found = {
+        "reconstruction": reconstruction(results),
+        "cascades": cascades(results),
+        "contributions": contributions(results),
+        "faithfulness": faithfulness(results),
+    }
+    if results.retrieval:
+        found["retrieval"] = retrieval(results)
+    return found
 
 
-def paper_range(change: tuple[float, float] | None) -> str:
-    """−11.6 to −3.1, or nothing."""
-    return "" if change is None else f"{_signed(change[0] / 100)} to {_signed(change[1] / 100)}"
-
-
-def print_results(results: Results, console: Console) -> None:
-    """All tables."""
-    for table in (reconstruction(results), cascades(results), faithfulness(results), contributions(results)):
+def print_sheets(results: Results, console: Console) -> None:
+    """Every table, in the terminal."""
+    for sheet in sheets(results).values():
+        table = Table(title=Text(sheet.caption, style="bold"), title_justify="left", box=None, pad_edge=False)
+        for at, name in enumerate(sheet.columns):
+            table.add_column(Text(name), justify="left" if at < sheet.text else "right")
+        for row in sheet.rows:
+            table.add_row(*(Text(cell) for cell in row))
         console.print(table)
         console.print()
-    if results.retrieval:
-        console.print(retrieval(results))
 
 
-def reconstruction(results: Results) -> Table:
+def reconstruction(results: Results) -> Sheet:
+    """By layer, and the mean over layers."""
+    found, rival = results.reconstruction, results.comparison
+    columns = ["layer", *(f"R² {TOKEN_NAMES[tokens]}" for tokens in TOKENS)]
+    columns += ["cosine", "MSE", "L0 [CLS]", "L0 patches", "dead"]
+    if rival:
+        columns += [f"R² all, {rival.name}", f"R² [CLS], {rival.name}"]
+    rows = []
+    for layer in [*range(results.layers), None]:
+        own = {tokens: _of_layer(found[tokens], layer) for tokens in TOKENS}
+        row = [f"{own[tokens].r2:.4f}" for tokens in TOKENS]
+        row += [f"{own['all'].cosine:.4f}", f"{own['all'].mse:.2e}"]
+        row += [f"{own['cls'].l0:.1f}", f"{own['patches'].l0:.1f}", f"{own['all'].dead_share:.1%}"]
+        if rival:
+            row += [f"{_of_layer(rival.reconstruction[tokens], layer).r2:.4f}" for tokens in ("all", "cls")]
+        rows.append(["mean" if layer is None else str(layer), *row])
     known = paper.R2.get(results.recipe.clt.sparsifier)
-    beside = f"; the paper's R² {known[0]:.3f} to {known[1]:.3f}" if known else ""
-    table = _table(f"Reconstruction, {results.images:,} images{beside}")
-    table.add_column("layer")
-    for tokens in TOKENS:
-        table.add_column(f"R² {TOKEN_NAMES[tokens]}", justify="right")
-    for name in ("cosine", "MSE", "L0 [CLS]", "L0 patches", "dead"):
-        table.add_column(name, justify="right")
-    found = results.reconstruction
-    every, at_cls, patches = found["all"], found["cls"], found["patches"]
-    for layer in range(results.layers):
-        r2 = [found[tokens].layers[layer].r2 for tokens in TOKENS]
-        figures = every.layers[layer]
-        l0 = at_cls.layers[layer].l0, patches.layers[layer].l0
-        table.add_row(str(layer), *_reconstruction_row(r2, figures.cosine, figures.mse, l0, figures.dead_share))
-    table.add_section()
-    means = [found[tokens].r2.value for tokens in TOKENS]
-    l0 = at_cls.l0, patches.l0
-    table.add_row("mean", *_reconstruction_row(means, every.cosine, every.mse, l0, every.dead_share))
-    return table
+    beside = f" The paper's R²: {known[0]:.3f} to {known[1]:.3f}." if known else ""
+    r2 = found["all"].r2
+    return Sheet(
+        f"Reconstruction on {results.images:,} images. "
+        f"Mean R² {r2.value:.4f} [{r2.low:.4f}, {r2.high:.4f}].{beside} Cosine, MSE and dead features: all tokens.",
+        columns,
+        rows,
+    )
 
 
-def _reconstruction_row(r2: list[float], cosine: float, mse: float, l0: tuple[float, float], dead: float) -> list[str]:
-    return [
-        *(f"{value:.4f}" for value in r2),
-        f"{cosine:.4f}",
-        f"{mse:.2e}",
-        *(f"{value:.1f}" for value in l0),
-        f"{dead:.1%}",
-    ]
+def _of_layer(figures: TokenFigures, layer: int | None) -> LayerFigures:
+    """A layer's figures; None: the means over layers."""
+    if layer is not None:
+        return figures.layers[layer]
+    return LayerFigures(r2=figures.r2.value, **figures.model_dump(include={"mse", "cosine", "l0", "dead_share"}))
 
 
-def cascades(results: Results) -> Table:
-    table = _table(f"Cascaded replacement, zero-shot top-1; CLIP itself {percent(results.baseline)}")
-    for name in ("layers replaced", "tokens"):
-        table.add_column(name)
-    for name in ("top-1", "change, points", "the paper's change", "same prediction as CLIP"):
-        table.add_column(name, justify="right")
-    if results.comparison:
-        table.add_column(f"top-1 of {results.comparison.name}", justify="right")
-        table.add_column("ours minus that", justify="right")
+def cascades(results: Results) -> Sheet:
+    """Every window and token choice."""
     rival = results.comparison
-    for at, cascade in enumerate(results.cascades):
-        table.add_row(
+    columns = ["layers replaced", "tokens", "top-1", "change", "the paper's change", "same prediction", "divergence"]
+    if rival:
+        columns += [f"top-1 of {rival.name}", f"ours minus {rival.name}"]
+    rows = [
+        [
             cascade.window,
             TOKEN_NAMES[cascade.tokens],
             percent(cascade.top1),
             points(cascade.difference),
-            paper_range(paper.cascade_change(results.layers, cascade.first, cascade.tokens)),
-            f"{100 * cascade.agreement.value:.1f} %",
+            _from_to(paper.cascade_change(results.layers, cascade.first, cascade.tokens)),
+            f"{cascade.agreement.value:.1%}",
+            f"{cascade.divergence.value:.4f}",
             *([percent(rival.cascades[at].top1), points(rival.gains[at])] if rival else []),
-        )
-    return table
-
-
-def faithfulness(results: Results) -> Table:
-    found = results.faithfulness
-    table = _table("Last layer at [CLS], rebuilt from some source layers: change of top-1, points")
-    table.add_column("ranked by C at")
-    for name in ("drop top-1", "the paper's", "keep top-4", "the paper's ", "drop top-1 / drop any"):
-        table.add_column(name, justify="right")
-    for curve in found.curves:
-        times = found.times_random(curve.ranking)
-        table.add_row(
-            RANKING_NAMES[curve.ranking],
-            points(curve.drop_top1),
-            paper_range(paper.intervention_change(curve.ranking, "drop_top1")),
-            points(curve.keep_top4),
-            paper_range(paper.intervention_change(curve.ranking, "keep_top4")),
-            "" if times is None else f"{times:.1f} ×",
-        )
-    kept, dropped = _random_change(results)
-    table.add_row("random order", dropped, "", kept, "", "")
-    table.caption = (
-        f"All source layers kept: {points_between(found.curves[0].drop[0], results.baseline)}. "
-        f"One dropped, mean over layers: {points_between(found.drop_one_mean, results.baseline)}."
+        ]
+        for at, cascade in enumerate(results.cascades)
+    ]
+    return Sheet(
+        f"Cascaded replacement: zero-shot top-1, CLIP itself {percent(results.baseline)}. Changes in points, "
+        "divergence from CLIP's own distribution in nats.",
+        columns,
+        rows,
+        text=2,
     )
-    return table
 
 
-def contributions(results: Results) -> Table:
+def faithfulness(results: Results) -> Sheet:
+    """The paper's two interventions on the last layer, with their baselines."""
+    found, own = results.faithfulness, results.baseline.value
+    columns = ["ranked by", "drop the first", "the paper's", "keep the first four", "the paper's"]
+    columns += ["harm, top-1", "harm, divergence"]
+    rows = []
+    for curve in found.curves:
+        harms = found.harm_in_top1(curve.ranking), found.harm_in_divergence(curve.ranking)
+        rows.append(
+            [
+                RANKING_NAMES[curve.ranking],
+                points(curve.drop_top1),
+                _from_to(paper.intervention_change(curve.ranking, "drop_top1")),
+                points(curve.keep_top4),
+                _from_to(paper.intervention_change(curve.ranking, "keep_top4")),
+                *("–" if harm is None else f"{harm:.1f} ×" for harm in harms),
+            ]
+        )
+    if found.random_orders:
+        kept, dropped = found.random_keep[min(TOP, results.layers)], found.random_drop[1]
+        ours = [f"{signed(spread.mean - own)} ± {100 * spread.deviation:.2f}" for spread in (dropped, kept)]
+        rows.append([f"{found.random_orders} random orders", ours[0], "", ours[1], "", "", ""])
+    whole = found.curves[0].drop[0].value
+    rows.append(["any one layer, mean", signed(found.drop_one_mean.value - own), "", "", "", "1.0 ×", "1.0 ×"])
+    return Sheet(
+        f"Layer {results.layers - 1}'s MLP output at [CLS] from some source layers: change of top-1 in points. "
+        f"From all of them: {signed(whole - own)}. Harm: of dropping the first, against dropping any one layer.",
+        columns,
+        rows,
+    )
+
+
+def contributions(results: Results) -> Sheet:
+    """C onto the last layer."""
     last = results.layers - 1
-    table = _table(f"C onto layer {last}, by source layer")
-    table.add_column("tokens")
-    for layer in range(results.layers):
-        table.add_column(str(layer), justify="right")
+    columns: dict[str, list[float]] = {}
     for tokens in ("cls", "patches"):
         scores = results.contributions[tokens]
-        table.add_row(TOKEN_NAMES[tokens], *(f"{score:.3f}" for score in scores.raw[last]))
-        table.add_row(f"{TOKEN_NAMES[tokens]} centred", *(f"{score:.3f}" for score in scores.centred[last]))
+        columns |= {
+            f"{TOKEN_NAMES[tokens]} raw": scores.raw[last],
+            f"{TOKEN_NAMES[tokens]} centred": scores.centred[last],
+        }
         if results.layers == paper.LAYERS:
-            known = paper.ONTO_LAST[tokens]
-            table.add_row(f"{TOKEN_NAMES[tokens]} the paper's", *(f"{score:.3f}" for score in known), style="dim")
-    return table
+            columns[f"the paper's {TOKEN_NAMES[tokens]} raw"] = list(paper.ONTO_LAST[tokens])
+    rows = [[str(layer), *(f"{column[layer]:.3f}" for column in columns.values())] for layer in range(results.layers)]
+    return Sheet(f"C onto layer {last}, by source layer.", ["source layer", *columns], rows)
 
 
-def retrieval(results: Results) -> Table:
+def retrieval(results: Results) -> Sheet:
+    """By layer, with CLIP's embedding and chance."""
     found = results.retrieval
     assert found is not None
-    table = _table(
-        f"Retrieval by sparse code at [CLS]: share of the {found.k} nearest images with the query's class "
-        f"({found.queries:,} queries)"
-    )
-    table.add_column("by")
-    table.add_column("share", justify="right")
-    for layer, share in enumerate(found.layers):
-        table.add_row(f"layer {layer}", percent(share))
-    table.add_section()
-    table.add_row("CLIP's embedding", percent(found.embedding))
-    table.add_row("chance", f"{100 * found.chance:.1f} %")
-    return table
-
-
-def points_between(found: Estimate, baseline: Estimate) -> str:
-    """The change of one top-1 to another, in points."""
-    return _signed(found.value - baseline.value)
-
-
-def _random_change(results: Results) -> tuple[str, str]:
-    """(keep four, drop one) in random orders: mean and spread of the change."""
-    found, own = results.faithfulness, results.baseline.value
-    if not found.random_keep:
-        return "", ""
-    kept, dropped = found.random_keep[min(TOP, results.layers)], found.random_drop[1]
-    return (
-        f"{_signed(kept.mean - own)} ± {100 * kept.deviation:.1f}",
-        f"{_signed(dropped.mean - own)} ± {100 * dropped.deviation:.1f}",
+    rows = [[f"layer {layer}", percent(share)] for layer, share in enumerate(found.layers)]
+    rows += [["CLIP's embedding", percent(found.embedding)], ["chance", f"{found.chance:.1%}"]]
+    return Sheet(
+        f"Retrieval by sparse code at [CLS]: share of the {found.k} nearest images that have the query's class, "
+        f"{found.queries:,} queries.",
+        ["nearest by", "same class"],
+        rows,
     )
 
 
-def _signed(share: float) -> str:
-    text = f"{100 * share:+.2f}".replace("-", "−")
-    return "0.00" if text.strip("+−") == "0.00" else text
+def percent(estimate: Estimate) -> str:
+    """76.5% [73.8, 79.1]."""
+    return f"{estimate.value:.1%} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
 
-def _table(title: str) -> Table:
-    return Table(
-        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, caption_justify="left"
-    )
+def points(estimate: Estimate) -> str:
+    """−0.40 [−1.00, +0.20], in percentage points."""
+    return f"{signed(estimate.value)} [{signed(estimate.low)}, {signed(estimate.high)}]"
+
+
+def signed(share: float) -> str:
+    """A difference of shares, in percentage points."""
+    text = f"{100 * share:+.2f}"
+    return "0.00" if text[1:] == "0.00" else text.replace("-", "−")
+
+
+def _from_to(change: tuple[float, float] | None) -> str:
+    """Points, to the precision of what was read off a chart."""
+    return "" if change is None else " to ".join(f"{end:+.1f}".replace("-", "−") for end in change)
