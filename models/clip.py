@@ -78,9 +78,17 @@ class Tower(nn.Module):
 
     def mlp(self, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
         """(ln_2 output, what the MLP adds to the stream) of block `layer`, both shaped like `stream`."""
+        mlp_in = self.mlp_input(layer, stream)
+        return mlp_in, self.mlp_output(layer, mlp_in)
+
+    def mlp_input(self, layer: int, stream: Tensor) -> Tensor:
+        """What block `layer`'s MLP reads: the ln_2 output, shaped like `stream`."""
+        return self.blocks[layer].ln_2(stream)
+
+    def mlp_output(self, layer: int, mlp_in: Tensor) -> Tensor:
+        """What block `layer`'s MLP adds to the stream for ln_2 outputs of any tokens, LayerScale included."""
         block = self.blocks[layer]
-        mlp_in = block.ln_2(stream)
-        return mlp_in, block.ls_2(block.mlp(mlp_in))
+        return block.ls_2(block.mlp(mlp_in))
 
     def head(self, residual: Tensor) -> Tensor:
         """[CLS] residual [..., d] to the CLIP embedding [..., D], not normalised."""
@@ -172,6 +180,7 @@ class Clip:
         rows = []
         for label in labels:
             tokens = self.tokenizer([template.replace("{}", label) for template in templates])
+            tokens = tokens.to(self.model.logit_scale.device)
             mean = self.model.encode_text(tokens, normalize=True).mean(dim=0)
             rows.append(mean / mean.norm())
         return torch.stack(rows)

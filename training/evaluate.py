@@ -1,92 +1,124 @@
-"""How well a CLT stands in for the MLPs, on held-out images: R^2, cosine, dead features, the CLIP's zero-shot top-1.
+"""How well a CLT stands in for the MLPs, on held-out images: the measurements of arXiv 2604.13304 and some more.
 
-R^2 of a layer is 1 - sum |y - y'|^2 / sum |y - mean y|^2 over tokens and dimensions (torchmetrics' variance-weighted
-R2Score); a CLT's is the mean over layers. [CLS] alone is measured about its own mean.
+`evaluate` is `vitrine evaluate`: everything, as `training.results.Results`. `evaluate_summary` is what a training run
+ends with: the few figures that its checkpoint and its bundle carry. The rooms that measure:
+
+    reconstruction   MSE, R^2, cosine, L0, dead features          contributions   C_{i->j}
+    cascades         zero-shot top-1 under replacement            faithfulness    source layers kept and dropped
+    retrieval        nearest images by sparse code                bootstrap       intervals
 """
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import track
-from torch import Tensor
-from torchmetrics import MeanMetric, R2Score
 
-from models.bundle import Metrics
+from models.bundle import ClipIdentity, Metrics
 from models.clip import Clip
 from models.clt import CrossLayerTranscoder
-from training.activations import activations
-from training.data import DataError, Folder, image_folder, load
+from training.bootstrap import Bootstrap
+from training.cascades import paper_windows
+from training.checkpoint import CheckpointError, CheckpointMeta, load_clt
+from training.faithfulness import RANDOM_ORDERS, TOP
+from training.held_out import HeldOut
+from training.measure import Plan, measure
+from training.reconstruction import TOKENS
+from training.results import Comparison, Contributions, Results, Seeds
 
 
-@torch.no_grad()
 def evaluate(
-    clip: Clip,
-    clt: CrossLayerTranscoder,
-    val: Path,
-    labels: tuple[str, ...],
-    templates: tuple[str, ...],
-    console: Console,
-    batch_size: int = 50,
-) -> tuple[Metrics, int]:
-    """(metrics, number of images) over the class folders `val`, whose names must be among `labels`."""
-    folder = val_folder(clip, val, labels)
-    to_label = torch.tensor([labels.index(name) for name in folder.classes])
-    label_embeddings = clip.encode_labels(list(labels), list(templates))
+    clip: Clip, checkpoint: Path, images: HeldOut, console: Console, *, other: Path | None = None, seed: int = 0
+) -> Results:
+    """Everything, for the CLT of a checkpoint; `other`: a checkpoint to compare with, on the same images.
 
-    r2, r2_cls = _r2_per_layer(clt), _r2_per_layer(clt)
-    cosine, top1 = _float64(MeanMetric()), _float64(MeanMetric())
-    fired = torch.zeros(clt.layers, clt.features, dtype=torch.bool)
-    order = list(torch.arange(len(folder)).split(batch_size))
-    data = load(folder, [batch.tolist() for batch in order], workers=1)
-    for pixels, classes in track(data, "evaluate", len(order), console=console):
-        taps = clip.tower(pixels)
-        batch = activations(taps)
-        code = clt.encode(batch.mlp_in)
-        decoded = clt.decode(code)
-        for layer in range(clt.layers):
-            truth, found = batch.mlp_out[layer].double(), decoded[layer].double()
-            r2[layer].update(found, truth)
-            r2_cls[layer].update(found[batch.is_cls], truth[batch.is_cls])
-        cosine.update(torch.cosine_similarity(decoded, batch.mlp_out, dim=-1))
-        fired |= _fired(code.indices, code.values, clt.features)
-        predicted = (clip.tower.head(taps.residual_out[:, 0]) @ label_embeddings.T).argmax(-1)
-        top1.update((predicted == to_label[classes]).double())
-    metrics = Metrics(
-        r2=_mean(r2),
-        cosine=cosine.compute().item(),
-        r2_cls=_mean(r2_cls),
-        dead_share=1 - fired.double().mean().item(),
-        zero_shot_top1=top1.compute().item(),
+    Raises `CheckpointError` if either was trained on another CLIP.
+    """
+    clt, meta = open_checkpoint(checkpoint, clip)
+    rival = (other, *open_checkpoint(other, clip)) if other else None
+    device = clip.tower.visual.proj.device
+    windows = paper_windows(clt.layers)
+    label_embeddings = clip.encode_labels(list(images.labels), list(meta.recipe.data.templates))
+    plan = Plan(windows, matrices=True, random_orders=RANDOM_ORDERS, retrieval=True)
+    found = measure(clip, clt.to(device), images, label_embeddings, plan, console, seed=seed)
+    bootstrap = Bootstrap(len(images), seed=seed)
+    baseline, cascades = found.cascades.figures(bootstrap)
+    comparison = None
+    if rival:
+        path, other_clt, other_meta = rival
+        theirs = measure(clip, other_clt.to(device), images, label_embeddings, Plan(windows), console, seed=seed)
+        comparison = Comparison(
+            name=other_meta.recipe.name,
+            checkpoint_sha256=sha256(path / "clt.safetensors"),
+            cross_layer=other_clt.architecture.cross_layer,
+            reconstruction=theirs.reconstruction.figures(bootstrap),
+            cascades=theirs.cascades.figures(bootstrap)[1],
+            gains=bootstrap.estimates((found.cascades.right - theirs.cascades.right).numpy()),
+        )
+    return Results(
+        recipe=meta.recipe,
+        clip=ClipIdentity(name=clip.name, weights=clip.weights, sha256=clip.sha256),
+        checkpoint_sha256=sha256(checkpoint / "clt.safetensors"),
+        step=meta.step,
+        layers=clt.layers,
+        images=len(images),
+        labels=list(images.labels),
+        seeds=Seeds(sample=images.seed, bootstrap=seed, orders=seed),
+        resamples=bootstrap.resamples,
+        confidence=bootstrap.confidence,
+        reconstruction=found.reconstruction.figures(bootstrap),
+        baseline=baseline,
+        cascades=cascades,
+        contributions={
+            tokens: Contributions(raw=found.raw.matrix(tokens).tolist(), centred=found.centred.matrix(tokens).tolist())
+            for tokens in TOKENS
+        },
+        faithfulness=found.interventions.figures(bootstrap, found.cascades.clip_right),
+        retrieval=found.gallery.figures(images.labels, seed),
+        comparison=comparison,
     )
-    return metrics, len(folder)
 
 
-def val_folder(clip: Clip, val: Path, labels: tuple[str, ...]) -> Folder:
-    """The val images. Raises `DataError` if there are none, or in class folders that are no labels."""
-    folder = image_folder(val, clip.transform())
-    if strangers := sorted(set(folder.classes) - set(labels)):
-        raise DataError(f"{val}: class folders that are no labels of the recipe: {', '.join(strangers)}")
-    return folder
+def evaluate_summary(
+    clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, templates: tuple[str, ...], console: Console
+) -> Metrics:
+    """The figures that a checkpoint and a bundle carry: two replacement models instead of twelve.
+
+    Args:
+        clip, clt: on one device; the CLT on raw activations, in evaluation mode.
+        images: `held_out(recipe.data, data_root, clip)`, or a sample: `held_out(..., images=1000)`.
+        templates: the recipe's.
+    """
+    label_embeddings = clip.encode_labels(list(images.labels), list(templates))
+    plan = Plan([range(clt.layers)], tokens=("all", "cls"))
+    found = measure(clip, clt, images, label_embeddings, plan, console)
+    bootstrap = Bootstrap(len(images), resamples=2)  # nobody reads these intervals
+    reconstruction = found.reconstruction.figures(bootstrap)
+    baseline, (replaced_all, replaced_cls) = found.cascades.figures(bootstrap)
+    curve = found.interventions.figures(bootstrap, found.cascades.clip_right).curve("cls")
+    return Metrics(
+        r2=reconstruction["all"].r2.value,
+        cosine=reconstruction["all"].cosine,
+        r2_cls=reconstruction["cls"].r2.value,
+        dead_share=reconstruction["all"].dead_share,
+        zero_shot_top1=baseline.value,
+        replacement_all_top1=replaced_all.top1.value,
+        replacement_cls_top1=replaced_cls.top1.value,
+        keep_top4_top1=curve.keep[min(TOP, clt.layers)].value,
+        drop_top1_top1=curve.drop[1].value,
+    )
 
 
-def _r2_per_layer(clt: CrossLayerTranscoder) -> list[R2Score]:
-    return [_float64(R2Score(multioutput="variance_weighted")) for _ in range(clt.layers)]
+def open_checkpoint(checkpoint: Path, clip: Clip) -> tuple[CrossLayerTranscoder, CheckpointMeta]:
+    """A checkpoint's CLT and what is known of it. Raises `CheckpointError` if it belongs to another CLIP."""
+    clt, _, meta = load_clt(checkpoint)
+    if clip.sha256 != meta.clip_sha256:
+        raise CheckpointError(f"{checkpoint} was trained on a CLIP with other weights than {clip.name} {clip.weights}")
+    return clt, meta
 
 
-def _float64(metric: Any) -> Any:
-    """A torchmetrics metric that accumulates in float64: sums over millions of tokens."""
-    return metric.set_dtype(torch.float64)
-
-
-def _mean(scores: list[R2Score]) -> float:
-    return torch.stack([score.compute() for score in scores]).mean().item()
-
-
-def _fired(indices: Tensor, values: Tensor, features: int) -> Tensor:
-    """Which features are active anywhere in a code: [L, N, k] -> bool [L, F]."""
-    counts = torch.zeros(indices.shape[0], features)
-    return counts.scatter_add_(1, indices.flatten(1), (values > 0).float().flatten(1)) > 0
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,93 @@
+"""Which layers are replaced together, and what CLIP still predicts: cascaded replacement, window by window.
+
+The paper's windows are layers 0-11, 3-11, 7-11 and 10-11 of 12. A tower of another depth gets the same fractions, and
+the last two layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from models.replacement import Known, Replacement, Tokens
+from training.bootstrap import Bootstrap
+from training.reconstruction import TOKENS
+from training.results import Cascade, Estimate
+
+
+def paper_windows(layers: int) -> list[range]:
+    """The windows measured for a tower of so many layers, the longest first."""
+    starts = {round(layers * start / 12) for start in (0, 3, 7, 10)} | {max(0, layers - 2)}
+    return [range(start, layers) for start in sorted(starts)]
+
+
+def divergence(own: Tensor, found: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of `found` from `own`, log-probabilities [..., labels]: [...] in nats, float64."""
+    own, found = own.double(), found.double()
+    return (own.exp() * (own - found)).sum(-1)
+
+
+class Cascades:
+    """Collects the predictions of CLIP and of its replacement models.
+
+    Args:
+        model: tower and CLT.
+        classify: [CLS] residuals [..., d] to the labels' log-probabilities [..., labels].
+        windows, tokens: every pair of them is measured.
+    """
+
+    def __init__(
+        self,
+        model: Replacement,
+        classify: Callable[[Tensor], Tensor],
+        windows: list[range],
+        tokens: tuple[Tokens, ...] = TOKENS,
+    ) -> None:
+        self.model, self.classify = model, classify
+        self.pairs: list[tuple[range, Tokens]] = [(window, kind) for window in windows for kind in tokens]
+        self._own: list[Tensor] = []
+        self._found: list[Tensor] = []
+        self._truth: list[Tensor] = []
+        self._divergence: list[Tensor] = []
+
+    def update(self, pixels: Tensor, known: Known, own: Tensor, truth: Tensor) -> None:
+        """Pixels [B, 3, H, W], what is known of CLIP on them, its log-probabilities [B, labels], label indices [B]."""
+        runs = [self.model(pixels, window, tokens, known).residual[:, 0] for window, tokens in self.pairs]
+        found = self.classify(torch.stack(runs, dim=1))  # [B, pairs, labels]
+        self._own.append(own.argmax(-1).cpu())
+        self._found.append(found.argmax(-1).cpu())
+        self._divergence.append(divergence(own[:, None], found).cpu())
+        self._truth.append(truth.cpu())
+
+    @property
+    def clip_right(self) -> Tensor:
+        """Whether CLIP itself is right [n], float64."""
+        return (torch.cat(self._own) == torch.cat(self._truth)).double()
+
+    @property
+    def right(self) -> Tensor:
+        """Whether each replacement model is right [n, pairs], float64."""
+        return (torch.cat(self._found) == torch.cat(self._truth)[:, None]).double()
+
+    def figures(self, bootstrap: Bootstrap) -> tuple[Estimate, list[Cascade]]:
+        """CLIP's own top-1, and every pair's figures."""
+        right, own = self.right, self.clip_right
+        agrees = (torch.cat(self._found) == torch.cat(self._own)[:, None]).double()
+        top1, agreement = bootstrap.estimates(right.numpy()), bootstrap.estimates(agrees.numpy())
+        diverges = bootstrap.estimates(torch.cat(self._divergence).numpy())
+        difference = bootstrap.estimates((right - own[:, None]).numpy())
+        cascades = [
+            Cascade(
+                first=window[0],
+                last=window[-1],
+                tokens=tokens,
+                top1=top1[at],
+                difference=difference[at],
+                agreement=agreement[at],
+                divergence=diverges[at],
+            )
+            for at, (window, tokens) in enumerate(self.pairs)
+        ]
+        return bootstrap.estimate(own.numpy()), cascades

@@ -1,0 +1,167 @@
+"""Two passes over held-out images, shared by everything that is measured on them.
+
+The first finds what the second needs beforehand: mean MLP outputs, mean codes, and the contribution scores onto the
+last layer that source layers are ranked by. The second measures the rest. What is kept are sums and a few numbers per
+image (and the codes at [CLS], where retrieval is wanted), never activations.
+
+L layers, B images, T tokens, N = B * T tokens of a batch, S source layers of a target, F features, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from models.clip import Clip, Taps
+from models.clt import CrossLayerTranscoder, SortedCode
+from models.replacement import Known, Replacement, Tokens
+from models.sparsify import Code
+from training.cascades import Cascades
+from training.contributions import CLS, PATCHES, ScoreMean, add_codes, by_type, centred, mean_contributions
+from training.faithfulness import RANKINGS, Interventions, ranked
+from training.held_out import HeldOut
+from training.reconstruction import TOKENS, Reconstruction
+from training.retrieval import Gallery
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured beside reconstruction and the paper's two interventions."""
+
+    windows: list[range]  # of replaced layers
+    tokens: tuple[Tokens, ...] = TOKENS  # replaced in each window
+    matrices: bool = False  # C_{i->j} onto every layer
+    random_orders: int = 0
+    retrieval: bool = False
+
+
+@dataclass
+class Measured:
+    """One CLT's measurements."""
+
+    reconstruction: Reconstruction
+    cascades: Cascades
+    interventions: Interventions
+    raw: ScoreMean
+    centred: ScoreMean
+    gallery: Gallery
+
+
+class _Batch(NamedTuple):
+    pixels: Tensor  # [B, 3, H, W]
+    truth: Tensor  # [B] label indices
+    taps: Taps
+    codes: list[SortedCode]  # [L], each [N, K]
+    is_cls: Tensor  # [N]
+
+
+class _Survey(NamedTuple):
+    output_means: Tensor  # [3, L, d] of all tokens, of [CLS], of patches
+    code_means: Tensor  # [2, L, F] of [CLS], of patches
+    onto_last: ScoreMean
+
+
+@torch.no_grad()
+def measure(
+    clip: Clip,
+    clt: CrossLayerTranscoder,
+    images: HeldOut,
+    label_embeddings: Tensor,
+    plan: Plan,
+    console: Console,
+    *,
+    seed: int = 0,
+) -> Measured:
+    """Both passes for one CLT, on its device, which must be the CLIP's too; label embeddings [labels, D]."""
+    tower, last = clip.tower, clt.layers - 1
+    label_embeddings = label_embeddings.to(clt.decoders[0].bias)
+
+    def classify(residual: Tensor) -> Tensor:
+        embedding = torch.nn.functional.normalize(tower.head(residual), dim=-1)
+        return (clip.logit_scale * embedding @ label_embeddings.T).log_softmax(-1)
+
+    with _progress(console) as progress:
+        survey = _survey(clip, clt, images, progress)
+        means = mean_contributions(clt, survey.code_means) if plan.matrices else []
+        rankings = {kind: ranked(survey.onto_last.matrix(kind)[last]) for kind in RANKINGS}
+        found = Measured(
+            Reconstruction(clt, survey.output_means),
+            Cascades(Replacement(tower, clt), classify, plan.windows, plan.tokens),
+            Interventions(classify, clt.decoders[last].bias, rankings, plan.random_orders, seed),
+            ScoreMean(clt.layers),
+            ScoreMean(clt.layers),
+            Gallery(clt.layers, clt.features),
+        )
+        for batch in _batches(clip, clt, images, progress, "measure"):
+            taps, shape = batch.taps, batch.taps.mlp_out.shape[1:]
+            decoded = []
+            for target, decoder in enumerate(clt.decoders):
+                parts = decoder.contributions(batch.codes)  # [S, N, d]
+                decoded.append((decoder.bias + parts.sum(0)).view(shape))
+                if plan.matrices:
+                    found.raw.update(target, decoder.sources, parts, batch.is_cls)
+                    around = centred(parts, means[target], batch.is_cls)
+                    found.centred.update(target, decoder.sources, around, batch.is_cls)
+            found.reconstruction.update(taps.mlp_out, torch.stack(decoded), batch.codes)
+
+            written = parts.new_zeros(clt.layers, len(batch.pixels), clt.width)
+            written[clt.decoders[last].sources] = parts[:, batch.is_cls]
+            before = taps.residual_out[:, 0] - taps.mlp_out[last, :, 0]
+            own = classify(taps.residual_out[:, 0])
+            found.interventions.update(before, written, own, batch.truth)
+            found.cascades.update(batch.pixels, Known(taps, batch.codes), own, batch.truth)
+            if plan.retrieval:
+                chosen = [(code.indices[batch.is_cls], code.values[batch.is_cls]) for code in batch.codes]
+                at_cls = [Code(indices, values) for indices, values in chosen]
+                found.gallery.update(at_cls, tower.head(taps.residual_out[:, 0]), batch.truth)
+    return found
+
+
+def _survey(clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, progress: Progress) -> _Survey:
+    """The first pass."""
+    last, decoder = clt.layers - 1, clt.decoders[-1]
+    outputs = torch.zeros(2, clt.layers, clt.width, dtype=torch.float64)
+    codes = torch.zeros(2, clt.layers, clt.features, dtype=torch.float64)
+    counts = torch.zeros(2, dtype=torch.float64)
+    onto_last = ScoreMean(clt.layers)
+    for batch in _batches(clip, clt, images, progress, "survey"):
+        counts += by_type(torch.ones_like(batch.is_cls), batch.is_cls)
+        outputs[CLS] += batch.taps.mlp_out[:, :, 0].double().sum(1).cpu()
+        outputs[PATCHES] += batch.taps.mlp_out[:, :, 1:].double().sum((1, 2)).cpu()
+        add_codes(codes, batch.codes, batch.is_cls)
+        onto_last.update(last, decoder.sources, decoder.contributions(batch.codes), batch.is_cls)
+    each = outputs / counts[:, None, None]
+    overall = outputs.sum(0) / counts.sum()
+    return _Survey(torch.stack([overall, *each]), codes / counts[:, None, None], onto_last)
+
+
+def _batches(clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, progress: Progress, name: str) -> Iterator[_Batch]:
+    """Every batch of images with CLIP's taps and the CLT's codes of them."""
+    device = clt.decoders[0].bias.device
+    task = progress.add_task(name, total=len(images))
+    for pixels, truth in images.batches():
+        pixels = pixels.to(device)
+        taps = clip.tower(pixels)
+        is_cls = torch.zeros(taps.residual_out.shape[:2], dtype=torch.bool, device=device)
+        is_cls[:, 0] = True
+        yield _Batch(pixels, truth, taps, clt.encode(taps.mlp_in.flatten(1, 2), is_cls.flatten()), is_cls.flatten())
+        progress.advance(task, len(pixels))
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+    )

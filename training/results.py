@@ -1,0 +1,189 @@
+"""results.json: everything that `vitrine evaluate` measures. Accuracies and shares lie between 0 and 1.
+
+Lists by layer begin with layer 0. Matrices are [target layer j][source layer i]. An interval holds 95 % of the
+bootstrap's resamples over images; differences are paired by image.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from models.bundle import ClipIdentity
+from models.replacement import Tokens
+from training.recipes import Recipe
+
+FORMAT = 1
+Matrix = list[list[float]]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Estimate(_Part):
+    """A figure and its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Spread(_Part):
+    """A figure over several random orders."""
+
+    mean: float
+    deviation: float  # standard deviation over the orders
+    lowest: float
+    highest: float
+
+
+class LayerFigures(_Part):
+    """The CLT's output of one layer against the MLP's."""
+
+    mse: float  # per token and dimension
+    r2: float  # variance-weighted: 1 - sum |y - y'|^2 / sum |y - mean y|^2
+    cosine: float
+    l0: float  # active features a token
+    dead_share: float  # features that fired for no token of this type
+
+
+class TokenFigures(_Part):
+    """Means over layers, and the layers."""
+
+    r2: Estimate
+    mse: float
+    cosine: float
+    l0: float
+    dead_share: float
+    layers: list[LayerFigures]
+
+
+class Cascade(_Part):
+    """Zero-shot top-1 with the MLPs of the layers `first` to `last` replaced."""
+
+    first: int
+    last: int
+    tokens: Tokens
+    top1: Estimate
+    difference: Estimate  # to CLIP's own top-1
+    agreement: Estimate  # share of images whose prediction is CLIP's own
+    divergence: Estimate  # Kullback-Leibler, from CLIP's own zero-shot distribution, nats
+
+    @property
+    def window(self) -> str:
+        return f"{self.first}–{self.last}"
+
+
+class Contributions(_Part):
+    """C_{i->j} as in `training.contributions`."""
+
+    raw: Matrix
+    centred: Matrix
+
+
+class Curve(_Part):
+    """Zero-shot top-1 with the k best-ranked source layers of the last target kept, or dropped; k = 0 ... L."""
+
+    ranking: Literal["cls", "all", "image"]  # by C over the data set, at [CLS] or at all tokens; or image by image
+    order: list[int] | None  # source layers, the largest C first; None: every image has its own
+    keep: list[Estimate]
+    drop: list[Estimate]
+    keep_divergence: list[float]  # mean Kullback-Leibler divergence from CLIP's own zero-shot distribution, nats
+    drop_divergence: list[float]
+    keep_top4: Estimate  # differences to CLIP's own top-1
+    drop_top1: Estimate
+
+
+class Faithfulness(_Part):
+    """The last target layer, [CLS], rebuilt from some of its source layers; the bias is always kept."""
+
+    curves: list[Curve]
+    random_orders: int
+    random_keep: list[Spread]
+    random_drop: list[Spread]
+    random_keep_divergence: list[Spread]
+    random_drop_divergence: list[Spread]
+    drop_one: list[Estimate]  # one source layer dropped, by layer
+    drop_one_mean: Estimate  # mean over layers: what dropping a random layer does
+    drop_one_divergence: list[float]
+
+    def curve(self, ranking: str) -> Curve:
+        return next(curve for curve in self.curves if curve.ranking == ranking)
+
+    def harm_in_top1(self, ranking: str) -> float | None:
+        """How many times as much top-1 falls by dropping the top layer as by dropping any one, from the top-1 with all
+        layers; None where dropping any one does not lower it."""
+        first, whole = self.curve(ranking).drop[1].value, self.curve(ranking).drop[0].value
+        return _ratio(whole - first, whole - self.drop_one_mean.value)
+
+    def harm_in_divergence(self, ranking: str) -> float | None:
+        """The same for the divergence from CLIP's own distribution, which a single image's flip does not move."""
+        whole, first = self.curve(ranking).drop_divergence[:2]
+        return _ratio(first - whole, sum(self.drop_one_divergence) / len(self.drop_one_divergence) - whole)
+
+
+class Neighbours(_Part):
+    """An example: the images nearest to a query, layer by layer. Images by their place in the data set."""
+
+    query: int
+    label: str
+    layers: list[list[int]]  # [L][k]
+    labels: list[list[str]]  # [L][k]
+
+
+class Retrieval(_Part):
+    """Share of the `k` nearest images, by sparse code at [CLS], that have the query's class."""
+
+    k: int
+    queries: int
+    layers: list[Estimate]
+    embedding: Estimate  # the same by CLIP's own embedding
+    chance: float
+    examples: list[Neighbours]
+
+
+class Comparison(_Part):
+    """Another CLT on the same images: the per-layer transcoders."""
+
+    name: str
+    checkpoint_sha256: str
+    cross_layer: bool
+    reconstruction: dict[Tokens, TokenFigures]
+    cascades: list[Cascade]
+    gains: list[Estimate]  # top-1 of the CLT minus top-1 of this one, by cascade
+
+
+class Seeds(_Part):
+    sample: int
+    bootstrap: int
+    orders: int
+
+
+class Results(_Part):
+    format: int = FORMAT
+    recipe: Recipe
+    clip: ClipIdentity
+    checkpoint_sha256: str  # of clt.safetensors
+    step: int
+    layers: int
+    images: int
+    labels: list[str]
+    seeds: Seeds
+    resamples: int
+    confidence: float
+    reconstruction: dict[Tokens, TokenFigures]
+    baseline: Estimate  # zero-shot top-1 of CLIP itself
+    cascades: list[Cascade]
+    contributions: dict[Tokens, Contributions]
+    faithfulness: Faithfulness
+    retrieval: Retrieval | None  # None: too few images
+    comparison: Comparison | None = None
+
+    def cascade(self, first: int, last: int, tokens: Tokens) -> Cascade:
+        return next(c for c in self.cascades if (c.first, c.last, c.tokens) == (first, last, tokens))
+
+
+def _ratio(first: float, any_one: float) -> float | None:
+    return first / any_one if any_one > 0 else None

@@ -1,0 +1,108 @@
+"""Cross-layer feature retrieval: for a query image, the images whose sparse code at [CLS] is nearest, layer by layer.
+
+Nearness is the cosine of two codes [F], both sparse. The score of a layer is the share of the k nearest images (the
+query left out) that have the query's class, over queries; chance is that share for images drawn at random. CLIP's own
+embedding is the yardstick.
+
+n images, L layers, F features, K places of a code, D embedding size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+from torch import Tensor
+
+from models.sparsify import Code
+from training.bootstrap import Bootstrap
+from training.results import Neighbours, Retrieval
+
+NEAREST = 5
+QUERIES = 1000
+EXAMPLES = 4
+_CHUNK = 256  # queries against all images at once
+
+
+class Gallery:
+    """Collects the codes, embeddings and labels of all images."""
+
+    def __init__(self, layers: int, features: int) -> None:
+        self.layers, self.features = layers, features
+        self._codes: list[list[sparse.csr_array]] = [[] for _ in range(layers)]
+        self._embeddings: list[NDArray[np.float32]] = []
+        self._truth: list[Tensor] = []
+
+    def update(self, codes: list[Code], embeddings: Tensor, truth: Tensor) -> None:
+        """Codes [B, K] of [CLS] by layer, CLIP's embeddings [B, D], label indices [B]."""
+        for gallery, code in zip(self._codes, codes, strict=True):
+            gallery.append(_rows(code.indices.cpu().numpy(), code.values.float().cpu().numpy(), self.features))
+        self._embeddings.append(embeddings.float().cpu().numpy())
+        self._truth.append(truth.cpu())
+
+    def figures(self, labels: tuple[str, ...], seed: int) -> Retrieval | None:
+        """Scores by layer, with examples of different classes; None if there are no k + 1 images."""
+        truth = torch.cat(self._truth).numpy()
+        if len(truth) <= NEAREST:
+            return None
+        queries = np.random.default_rng(seed).permutation(len(truth))[:QUERIES]
+        examples = _of_different_classes(truth[queries])
+        bootstrap = Bootstrap(len(queries), seed=seed)
+        scores, shown = [], []
+        for parts in self._codes:
+            near = nearest(sparse.vstack(parts).tocsr(), queries, NEAREST)
+            scores.append(bootstrap.estimate(_same_class(truth, queries, near)))
+            shown.append(near[examples])
+        by_embedding = nearest(sparse.csr_array(np.concatenate(self._embeddings)), queries, NEAREST)
+        sizes = np.bincount(truth)[truth[queries]]
+        return Retrieval(
+            k=NEAREST,
+            queries=len(queries),
+            layers=scores,
+            embedding=bootstrap.estimate(_same_class(truth, queries, by_embedding)),
+            chance=float((sizes - 1).mean() / (len(truth) - 1)),
+            examples=[
+                Neighbours(
+                    query=int(queries[query]),
+                    label=labels[truth[queries[query]]],
+                    layers=[near[at].tolist() for near in shown],
+                    labels=[[labels[truth[image]] for image in near[at]] for near in shown],
+                )
+                for at, query in enumerate(examples)
+            ],
+        )
+
+
+def nearest(rows: sparse.csr_array, queries: NDArray[np.int64], k: int) -> NDArray[np.int64]:
+    """The k images with the largest cosine to each query [q, k], best first, without the query itself; equal ones by
+    their place. An image without any active feature has cosine 0 with every other."""
+    norms = np.sqrt(rows.multiply(rows).sum(axis=1))
+    unit = sparse.diags_array(1 / np.where(norms > 0, norms, 1)) @ rows
+    found = []
+    for at in range(0, len(queries), _CHUNK):
+        chunk = queries[at : at + _CHUNK]
+        similarity = (unit[chunk] @ unit.T).toarray()
+        similarity[np.arange(len(chunk)), chunk] = -np.inf
+        found.append(np.argsort(-similarity, axis=1, kind="stable")[:, :k])
+    return np.concatenate(found)
+
+
+def _rows(indices: NDArray[np.int64], values: NDArray[np.float32], features: int) -> sparse.csr_array:
+    """Codes [B, K] as sparse rows [B, F]."""
+    images, places = indices.shape
+    starts = np.arange(0, images * places + 1, places)
+    rows = sparse.csr_array((values.ravel(), indices.ravel(), starts), shape=(images, features))
+    rows.eliminate_zeros()
+    return rows
+
+
+def _same_class(truth: NDArray[np.int64], queries: NDArray[np.int64], near: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Per query, the share of its neighbours that have its class."""
+    return (truth[near] == truth[queries][:, None]).mean(axis=1)
+
+
+def _of_different_classes(truth: NDArray[np.int64]) -> list[int]:
+    """The first query of each class, a few of them."""
+    _, first = np.unique(truth, return_index=True)
+    return sorted(first.tolist())[:EXAMPLES]
