@@ -175,7 +175,8 @@ def make_clt():
         clt.initialise(generator)
         with torch.no_grad():
             for encoder, decoder in zip(clt.encoders, clt.decoders, strict=True):
-                encoder.bias.normal_(mean=-1.5, std=0.2, generator=generator)
+                mean = 0.0 if encoder.sparsifier.signed else -1.5
+                encoder.bias.normal_(mean=mean, std=0.2, generator=generator)
                 decoder.bias.normal_(std=0.2, generator=generator)
                 for name, tensor in encoder.sparsifier.state_dict().items():
                     if name == "log_threshold":  # of thresholds between 0.05 and 0.5
@@ -253,11 +254,20 @@ def any_clt(request, make_clt, clip):
     return make_clt(clip, seed=1, **CLT_VARIANTS[request.param])
 
 
+EXPORTED = ("relu_topk", "abs_topk", "jumprelu", "batch_topk", "per-layer relu_topk")  # an export takes seconds
+
+
+@pytest.fixture(scope="session", params=EXPORTED)
+def exported_clt(request, make_clt, clip):
+    """The CLT that `any_bundle` was made of: every sparsifier, and per-layer transcoders."""
+    return make_clt(clip, seed=1, **CLT_VARIANTS[request.param])
+
+
 @pytest.fixture(scope="session")
-def any_bundle(any_clt, clip, cls_mean, provenance, tmp_path_factory):
-    """The exported and opened bundle of `any_clt`; tables in float16 for some."""
-    tables = "float16" if any_clt.architecture.sparsifier in ("jumprelu", "batch_topk") else "float32"
-    return export_bundle(clip, any_clt, cls_mean, provenance, tmp_path_factory.mktemp("variants") / "tiny", tables)
+def any_bundle(exported_clt, clip, cls_mean, provenance, tmp_path_factory):
+    """The exported and opened bundle of `exported_clt`; of jumprelu with tables in float16."""
+    tables = "float16" if exported_clt.architecture.sparsifier == "jumprelu" else "float32"
+    return export_bundle(clip, exported_clt, cls_mean, provenance, tmp_path_factory.mktemp("variants") / "x", tables)
 
 
 @pytest.fixture(scope="session")
