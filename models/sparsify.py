@@ -59,8 +59,13 @@ class Sparsifier(nn.Module):
         return (values != 0).sum(-1).to(values.dtype)
 
     def inference_threshold(self) -> Tensor | None:
-        """For [CLS]: what a pre-activation must exceed [F]; None where a rank decides."""
+        """For [CLS], outside training: what a pre-activation must exceed [F], 0 or more; None where a rank decides."""
         return None
+
+    @property
+    def places_cls(self) -> int:
+        """The places that [CLS] may use outside training."""
+        return self.k_cls if self.inference_threshold() is None else self.places
 
     def _within_budget(self, values: Tensor, is_cls: Tensor) -> Tensor:
         """`values`, best first, beyond each token's budget set to 0."""
@@ -129,7 +134,8 @@ class BatchTopK(Sparsifier):
     """In training the k * N largest of a batch of N tokens, however they fall on the tokens (arXiv 2412.06410).
 
     The smallest activation kept is followed as a running mean, one for patches and one for [CLS]; outside training
-    it is the threshold of a JumpReLU, so that a prediction never depends on its batch-mates.
+    it is the threshold of a JumpReLU, so that a prediction never depends on its batch-mates. No token gets more than
+    `places`, in training or outside.
     """
 
     spare = 2
@@ -138,22 +144,31 @@ class BatchTopK(Sparsifier):
 
     def __init__(self, features: int, k: int, k_cls: int) -> None:
         super().__init__(features, k, k_cls)
-        self.register_buffer("thresholds", torch.full((2,), -1.0))  # below zero: not yet measured
+        self.register_buffer("thresholds", torch.full((2,), -1.0))  # below zero: not yet measured, nothing is cut
 
     def forward(self, chosen: Tensor, indices: Tensor, is_cls: Tensor) -> Tensor:
         positive = chosen.relu()
         if self.training:
-            found = [_batch_threshold(positive[~is_cls], self.k), _batch_threshold(positive[is_cls], self.k_cls)]
-            now = torch.stack(found)
-            with torch.no_grad():
-                averaged = self.thresholds.lerp(now, 1 - self.momentum)
-                self.thresholds.copy_(torch.where(now < 0, self.thresholds, averaged.where(self.thresholds >= 0, now)))
+            kept = torch.empty_like(positive, dtype=torch.bool)
+            kept[~is_cls] = self._keep(positive[~is_cls], self.k, 0)
+            kept[is_cls] = self._keep(positive[is_cls], self.k_cls, 1)
         else:
-            now = self.thresholds
-        return positive.where(positive >= torch.where(is_cls, now[1], now[0])[:, None], 0.0)
+            kept = positive > self.thresholds[is_cls.long()][:, None]
+        return positive.where(kept, 0.0)
 
     def inference_threshold(self) -> Tensor:
-        return self.thresholds[1].expand(self.features)
+        return self.thresholds[1].clamp_min(0).expand(self.features)
+
+    @torch.no_grad()
+    def _keep(self, values: Tensor, k: int, token_type: int) -> Tensor:
+        """Which of [N, K] are among the k * N largest, exactly so many even where equals meet at the edge."""
+        kept = torch.zeros_like(values, dtype=torch.bool)
+        if len(values):
+            largest, places = values.flatten().topk(min(values.numel(), k * len(values)), sorted=False)
+            kept.view(-1)[places] = True
+            smallest, mean = largest.min(), self.thresholds[token_type]
+            mean.copy_(torch.where(mean < 0, smallest, mean.lerp(smallest, 1 - self.momentum)))
+        return kept
 
 
 def make_sparsifier(kind: Kind, features: int, k: int, k_cls: int) -> Sparsifier:
@@ -164,16 +179,7 @@ def make_sparsifier(kind: Kind, features: int, k: int, k_cls: int) -> Sparsifier
         "jumprelu": JumpReLU,
         "batch_topk": BatchTopK,
     }
-    return kinds[kind](features, k, k_cls)  # type: ignore[no-any-return]
-
-
-@torch.no_grad()
-def _batch_threshold(values: Tensor, k: int) -> Tensor:
-    """The smallest of the k * N largest of [N, K]; -1 for no tokens at all."""
-    if not len(values):
-        return values.new_tensor(-1.0)
-    kept = min(values.numel(), k * len(values))
-    return values.flatten().kthvalue(values.numel() - kept + 1).values
+    return kinds[kind](features, k, k_cls)
 
 
 class _Jump(torch.autograd.Function):
