@@ -102,7 +102,7 @@ def _list_table(listed: list[tuple[Recipe, Costs | str]], share: float, wide: bo
         "M params" if wide else "M",
         "GiB",
         "PFLOP",
-        *(("h " if wide else "") + gpu.name for gpu in GPUS),
+        *(f"h {gpu.name}" if wide else gpu.name.replace(" ", "\n") for gpu in GPUS),
     ):
         table.add_column(heading, justify="right")
     for recipe, costs in listed:
@@ -184,7 +184,7 @@ def _hours_table(costs: Costs, share: float) -> Table:
 
 
 def _table(*headings: str, justify: str | None = None) -> Table:
-    table = Table(*headings, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(*headings, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     if justify:
         table.add_column(justify, justify="right")
     return table
@@ -192,7 +192,7 @@ def _table(*headings: str, justify: str | None = None) -> Table:
 
 def _explain(share: float, console: Console) -> None:
     console.print(
-        f"Estimates by counting, nothing was run. M: parameters, in millions; hours at {share:.0%} of a GPU's data-sheet "
+        f"Estimates by counting, nothing was run. M: million parameters; hours at {share:.0%} of a GPU's data-sheet "
         "peaks, – where its memory does not suffice, without decoding images.",
         highlight=False,
     )

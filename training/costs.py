@@ -152,7 +152,7 @@ def estimate(recipe: Recipe, data_root: Path) -> Costs:
     images = count_images(recipe.data.train, data_root)
     step = (
         _tower(clip, settings.images_per_step),
-        *_transcoder(architecture, settings.images_per_step * clip.tokens),
+        *transcoder_work(architecture, settings.images_per_step * clip.tokens),
         _optimiser(architecture),
     )
     return Costs(
@@ -215,8 +215,8 @@ def _tower(clip: ClipShape, images: int) -> Work:
     return Work("CLIP", images * clip.forward, FLOAT * (images * traffic + clip.vision_parameters), dense=True)
 
 
-def _transcoder(architecture: Architecture, tokens: int) -> tuple[Work, ...]:
-    """Encode and decode, forward and backward."""
+def transcoder_work(architecture: Architecture, tokens: int) -> tuple[Work, ...]:
+    """A CLT's part of a step, encode and decode, forward and backward, over that many tokens."""
     layers, features, width = architecture.layers, architecture.features, architecture.width
     table, output = features * width, tokens * width
     rows = [tokens * k * width for k in places(architecture)]  # numbers gathered from one decoder, by source layer
@@ -245,7 +245,7 @@ def _optimiser(architecture: Architecture) -> Work:
 def _cascade_step(cascade: CascadeSection, architecture: Architecture, clip: ClipShape) -> tuple[Work, ...]:
     """CLIP as the teacher; the tower with its MLPs replaced, forward and backward; the CLT on both, where wanted."""
     images = cascade.images_per_step
-    teacher, transcoder = _tower(clip, images), _transcoder(architecture, images * clip.tokens)
+    teacher, transcoder = _tower(clip, images), transcoder_work(architecture, images * clip.tokens)
     # backward, to the inputs alone: a linear map costs its forward again, a product of two activations twice that
     attention = images * (2 * clip.attention_projections + 3 * clip.attention_products)
     replaced = Work("replaced tower", attention, 3 * teacher.bytes, dense=True)
@@ -256,16 +256,20 @@ def _cascade_step(cascade: CascadeSection, architecture: Architecture, clip: Cli
 
 def _memory(recipe: Recipe, architecture: Architecture, clip: ClipShape) -> dict[str, int]:
     settings, weights = recipe.training, FLOAT * architecture.parameters
-    tokens = settings.images_per_step * clip.tokens
-    layer_tokens = architecture.layers * architecture.width * FLOAT  # bytes of a token's [L, d]
-    codes = PLACE * tokens * sum(places(architecture))
-    preactivations = 2 * FLOAT * tokens * architecture.features  # of one layer, and the copy that is selected from
     mixed = settings.mixed_images if settings.mixed_images > settings.images_per_step else 0
     return {
         "weights": weights,
         "gradients": weights,
         "Adam's moments": 2 * weights,
         "CLIP": FLOAT * clip.parameters,
-        "one step's tensors": STEP_TENSORS * layer_tokens * tokens + codes + preactivations,
-        "mixing buffer": 2 * layer_tokens * mixed * clip.tokens,
+        "one step's tensors": step_memory(architecture, settings.images_per_step * clip.tokens),
+        "mixing buffer": cache_bytes(mixed, clip, "float32"),
     }
+
+
+def step_memory(architecture: Architecture, tokens: int) -> int:
+    """Bytes of the tensors that a step over that many tokens holds at once, parameters aside."""
+    streams = STEP_TENSORS * FLOAT * architecture.layers * tokens * architecture.width
+    codes = PLACE * tokens * sum(places(architecture))
+    preactivations = 2 * FLOAT * tokens * architecture.features  # of one layer, and the copy that is selected from
+    return streams + codes + preactivations
