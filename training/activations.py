@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -159,6 +159,10 @@ class Normalisation:
         y_scale = ((sums[3] / count - y_mean.square().sum(1)) / width).sqrt()
         parts = (x_mean, x_scale, y_mean, y_scale, sums[4] / cls_count)
         return cls(*(part.float() for part in parts))
+
+    def to(self, device: torch.device) -> Normalisation:
+        """The same on another device."""
+        return Normalisation(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def inputs(self, mlp_in: Tensor) -> Tensor:
         """Normalised ln_2 outputs [L, N, d]."""

@@ -46,8 +46,7 @@ def run(clt, dense, x, is_cls, d_out, inputs):
         codes, outputs = clt(x, is_cls)
     loss = (outputs * d_out).sum()
     if clt.architecture.sparsifier == "jumprelu":
-        sparsifiers = [encoder.sparsifier for encoder in clt.encoders]
-        loss = loss + sum(s.l0(c.chosen, c.indices).sum() for s, c in zip(sparsifiers, codes, strict=True))
+        loss = loss + sum(code.active.sum() for code in codes)
     return codes, outputs, torch.autograd.grad(loss, inputs, materialize_grads=True)
 
 
@@ -228,7 +227,7 @@ def test_precision_is_kept(random_clt, random_tokens, dtype):
     clt = random_clt(dtype=dtype)
     x, is_cls, _ = random_tokens(clt, 3)
     codes, outputs = clt(x, is_cls)
-    assert {outputs.dtype, *(tensor.dtype for code in codes for tensor in (code.values, code.chosen))} == {dtype}
+    assert {outputs.dtype, *(tensor.dtype for code in codes for tensor in (code.values, code.active))} == {dtype}
     code, dense = codes[0], clt.encoders[0].encode_dense(x[0], is_cls)
     torch.testing.assert_close(code.values, dense.values, rtol=0, atol=1e-15 if dtype == torch.float64 else 1e-6)
 
@@ -244,7 +243,7 @@ def test_under_autocast_all_is_right_to_the_precision_of_bfloat16(random_clt, ra
     inputs = [x, *clt.parameters()]
     with torch.autocast("cpu", torch.bfloat16):
         codes, outputs = clt(x, is_cls)
-    assert {tensor.dtype for code in codes for tensor in (code.values, code.chosen)} == {torch.float32}
+    assert {tensor.dtype for code in codes for tensor in (code.values, code.active)} == {torch.float32}
     assert outputs.dtype == torch.float32
     found = torch.autograd.grad((outputs * d_out).sum(), inputs)
 

@@ -188,8 +188,10 @@ def test_memory_of_a_place_is_that_of_the_tensors_that_training_keeps():
     clt = CrossLayerTranscoder(architecture())
     clt.initialise(torch.Generator().manual_seed(0))
     (code, *_), _ = clt(torch.randn(3, 7, 16), torch.arange(7) == 0)
-    kept = [code.indices, code.values, code.chosen, code.order.places, code.order.tokens]
-    gradients = [code.values, code.chosen]
+    places, tokens, _ = code.order._bags
+    preactivations = code.values  # as many, of the same type
+    kept = [code.indices, code.values, preactivations, places, tokens]
+    gradients = [code.values, preactivations]
     assert PLACE * code.indices.numel() == size(kept) + size(gradients)
 
 

@@ -45,9 +45,7 @@ def normalised(objective, batch):
 def squared_errors(objective, batch):
     """[L, N], by dense products."""
     x, y = normalised(objective, batch)
-    codes = [
-        encoder.encode_dense(x[layer], batch.is_cls) for layer, encoder in enumerate(objective.clt.encoders)
-    ]
+    codes = [encoder.encode_dense(x[layer], batch.is_cls) for layer, encoder in enumerate(objective.clt.encoders)]
     found = torch.stack([decoder.decode_dense(codes) for decoder in objective.clt.decoders])
     return (found - y).square().mean(-1), codes
 
@@ -56,13 +54,14 @@ def test_reconstruction_weighs_cls():
     objective, batch = make(cls_weight=7)
     errors, codes = squared_errors(objective, batch)
     weights = [7 if token % TOKENS == 0 else 1 for token in range(COUNT)]
-    expected = sum(
-        errors[layer, token] * weights[token] for layer in range(LAYERS) for token in range(COUNT)
-    ) / (LAYERS * sum(weights))
+    expected = sum(errors[layer, token] * weights[token] for layer in range(LAYERS) for token in range(COUNT)) / (
+        LAYERS * sum(weights)
+    )
     losses = objective(batch, pressure=1.0)
     torch.testing.assert_close(losses.total, expected)
     torch.testing.assert_close(losses.unexplained, errors.mean(1))
-    torch.testing.assert_close(losses.active, torch.stack([(code.values != 0).sum(1).double().mean() for code in codes]))
+    l0 = [(code.values != 0).sum(1).double().mean() for code in codes]
+    torch.testing.assert_close(losses.active, torch.stack(l0))
 
 
 def test_gradient_is_that_of_the_dense_loss():
@@ -85,8 +84,10 @@ def test_processes_together_do_what_one_does(world):
     expected = torch.autograd.grad(whole.total, parameters)
     objective.size = StepSize(IMAGES, TOKENS, world)
     share = torch.arange(COUNT) % 7 % world  # uneven
-    parts = [Activations(*(part[..., share == rank, :] if part.ndim == 3 else part[share == rank] for part in batch))
-             for rank in range(world)]
+    parts = [
+        Activations(*(part[..., share == rank, :] if part.ndim == 3 else part[share == rank] for part in batch))
+        for rank in range(world)
+    ]
     found = [objective(part) for part in parts]
     gradients = [torch.autograd.grad(losses.total, parameters) for losses in found]
     for ours, theirs in zip(zip(*gradients, strict=True), expected, strict=True):
@@ -124,7 +125,7 @@ def test_dead_features_learn_from_what_is_left_over():
     objective, batch = make(revive_weight=0.25)
     dead = [torch.tensor([1, 4, 7]), torch.tensor([], dtype=torch.long), torch.tensor([0, 2, 3, 5, 6, 9])]
     x, y = normalised(objective, batch)
-    codes, outputs = objective.clt(x, batch.is_cls)
+    _, outputs = objective.clt(x, batch.is_cls)
     left_over = (y - outputs).detach()
     dense = torch.zeros(LAYERS, COUNT, FEATURES, dtype=torch.double)
     for layer, among in enumerate(dead):

@@ -20,8 +20,8 @@ from training import run as run_module
 from training.activations import Normalisation, steps
 from training.checkpoint import CheckpointError, checkpoints, latest, load_clt, load_tensors, read_meta
 from training.data import DataError
-from training.held_out import held_out
 from training.evaluate import evaluate_summary
+from training.held_out import held_out
 from training.recipes import CascadeSection, FolderSource, load_recipe
 from training.run import train
 from training.trainer import TrainingDiverged
@@ -186,7 +186,8 @@ def test_curves_are_written_for_tensorboard(straight):
 
     events = EventAccumulator(str(straight / "tensorboard"))
     events.Reload()
-    assert {"loss", "r2", "l0", "dead", "rate", "r2/layer_00", "l0/layer_02", "tokens_per_second"} <= set(events.Tags()["scalars"])
+    names = {"loss", "r2", "l0", "dead", "rate", "r2/layer_00", "l0/layer_02", "tokens_per_second"}
+    assert names <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("r2")] == [20]
     assert events.Scalars("r2")[0].value == pytest.approx(log(straight)[19]["r2"])
 

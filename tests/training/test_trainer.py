@@ -73,7 +73,7 @@ def test_gradient_that_is_no_number_is_noticed_too(batch):
     trainer = make()
     trainer.clt.encoders[0].weight.register_hook(lambda gradient: gradient * math.inf)
     before = {name: tensor.clone() for name, tensor in trainer.clt.state_dict().items()}
-    with pytest.raises(TrainingDiverged, match="gradient is .* at step 0"):
+    with pytest.raises(TrainingDiverged, match=r"gradient is .* at step 0"):
         trainer.train_step(batch)
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.clt.state_dict().items())
 
