@@ -72,7 +72,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor, is_cls: Tensor, among: Tensor | None = None) -> SortedCode:
         """x [N, d] ln_2 outputs, is_cls [N] bool.
 
-        With `among` [n], some features: the code of those alone, ReLU-Top-k with k = d / 2, whatever the sparsifier.
+        With `among` [n], some features: the d / 2 largest pre-activations of those alone, whatever the sparsifier.
+        Not through a ReLU: a dead feature may be negative everywhere, and would never get a gradient.
         """
         with torch.no_grad():
             preactivations = self._preactivations(x)
@@ -87,7 +88,7 @@ class Encoder(nn.Module):
         return self._code(indices, chosen, is_cls if among is None else None, order)
 
     def _code(self, indices: Tensor, chosen: Tensor, is_cls: Tensor | None, order: Order | None) -> SortedCode:
-        values = chosen.relu() if is_cls is None else self.sparsifier(chosen, indices, is_cls)
+        values = chosen if is_cls is None else self.sparsifier(chosen, indices, is_cls)
         return SortedCode(indices, values, self.sparsifier.active(chosen, indices, values), order)
 
     def encode_dense(self, x: Tensor, is_cls: Tensor) -> SortedCode:

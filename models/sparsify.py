@@ -107,7 +107,7 @@ class JumpReLU(Sparsifier):
 
     def __init__(self, features: int, k: int, k_cls: int) -> None:
         super().__init__(features, k, k_cls)
-        self.log_threshold = nn.Parameter(torch.zeros(features))
+        self.log_threshold = nn.Parameter(torch.full((features,), 0.1).log())  # until `calibrate`
 
     @torch.no_grad()
     def calibrate(self, preactivations: Tensor) -> None:

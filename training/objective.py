@@ -3,7 +3,7 @@ sparse and features alive.
 
     reconstruction   mean over layers and tokens of |y - y'|^2 / d on normalised outputs; [CLS] weighs `cls_weight`
     sparsity         jumprelu alone: mean over layers and token types of (L0 / target - 1)^2 (arXiv 2407.14435, 5.3)
-    revival          AuxK (arXiv 2406.04093, A.2): the dead features alone, d / 2 a token, reconstruct what the
+    revival          after AuxK (arXiv 2406.04093, A.2): the dead features alone, d / 2 a token, reconstruct what the
                      others left over, decoded without bias; as a share of that error
 
 Everything is a sum over the tokens at hand divided by the number of tokens of the whole step, so data-parallel

@@ -133,7 +133,7 @@ def test_dead_features_learn_from_what_is_left_over():
         a = (x[layer] @ encoder.weight.T + encoder.bias)[:, among]
         best = a.topk(min(len(among), WIDTH // 2)).values[:, -1:] if len(among) else None
         if best is not None:
-            dense[layer][:, among] = torch.where(a >= best, a.relu(), 0.0)
+            dense[layer][:, among] = torch.where(a >= best, a, 0.0)
     terms = []
     for target, decoder in enumerate(objective.clt.decoders):
         written = sum(dense[source] @ decoder.weights[source] for source in range(target + 1))
