@@ -212,7 +212,7 @@ class _WebDataset:
     def __init__(self, source: WebDatasetSource, data_root: Path) -> None:
         self.title = str(data_root / source.shards)
         self.samples: list[_Sample] = []
-        for name in expand_braces(source.shards):
+        for name in dict.fromkeys(expand_braces(source.shards)):
             shard = data_root / name
             try:
                 self.samples += _samples(shard)
