@@ -260,9 +260,9 @@ def _samples(shard: Path) -> Iterator[_Sample]:
                 images[key] = member
             elif extension in ("cls", "txt") and (content := tar.extractfile(member)):
                 labels[key, extension] = content.read().decode(errors="replace").strip()
-    with shard.open("rb") as file:  # tarfile takes a file that is cut short between two members for a whole one
-        file.seek(-1024, os.SEEK_END)
-        if any(file.read()):
+    with shard.open("rb") as end:  # tarfile takes a file that is cut short between two members for a whole one
+        end.seek(-1024, os.SEEK_END)
+        if any(end.read()):
             raise tarfile.ReadError("it is cut short")
     for key, member in images.items():
         index, name = labels.get((key, "cls")), labels.get((key, "txt"))
