@@ -60,8 +60,8 @@ class Listing(Protocol):
 class Images(Dataset[tuple[Tensor, int]]):
     """A source's images as (pixels [3, H, W], class index), in place of a broken one the next readable one.
 
-    `broken` (name -> reason) holds those that were met, in the main process: put back into a run that is taken up
-    what its checkpoint knows, by `note`. Under data parallelism each process knows of its own.
+    `broken` (name -> reason) holds those that were met, in the main process, for the log and the checkpoint; a run
+    that is taken up is told what its checkpoint knows by `note`. Under data parallelism each process knows its own.
     """
 
     def __init__(self, listing: Listing, transform: Callable[[Image.Image], Tensor], max_broken: float = 0.0) -> None:
@@ -102,8 +102,8 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def _find(self, index: int) -> _Found:
         broken: dict[str, str] = {}
-        while len(broken) <= self.allowed_broken:
-            near = (index + len(broken)) % len(self)
+        for offset in range(self.allowed_broken + 1):
+            near = (index + offset) % len(self)
             try:
                 image, class_index = self.listing.open(near)
                 with image:
@@ -237,8 +237,7 @@ class Plan:
     def batches(self, skip: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[int]]:
         """Images for `load`, batch by batch; one batch a step if tokens are not mixed."""
         for visit in self.visits(skip):
-            start = 0 if self.mixed else visit.skip
-            yield from self.share(visit.chunk, rank, world)[start:]
+            yield from self.share(visit.chunk, rank, world)
 
     def tokens(self, visit: Visit, tokens_per_image: int, rank: int = 0, world: int = 1) -> Iterator[Tensor]:
         """For each step of a visit, places among the process's own tokens of that chunk, which lie image by image."""

@@ -212,7 +212,7 @@ class _WebDataset:
     def __init__(self, source: WebDatasetSource, data_root: Path) -> None:
         self.title = str(data_root / source.shards)
         self.samples: list[_Sample] = []
-        for name in expand_braces(source.shards):
+        for name in dict.fromkeys(expand_braces(source.shards)):
             shard = data_root / name
             try:
                 self.samples += _samples(shard)
@@ -260,9 +260,9 @@ def _samples(shard: Path) -> Iterator[_Sample]:
                 images[key] = member
             elif extension in ("cls", "txt") and (content := tar.extractfile(member)):
                 labels[key, extension] = content.read().decode(errors="replace").strip()
-    with shard.open("rb") as file:  # tarfile takes a file that is cut short between two members for a whole one
-        file.seek(-1024, os.SEEK_END)
-        if any(file.read()):
+    with shard.open("rb") as end:  # tarfile takes a file that is cut short between two members for a whole one
+        end.seek(-1024, os.SEEK_END)
+        if any(end.read()):
             raise tarfile.ReadError("it is cut short")
     for key, member in images.items():
         index, name = labels.get((key, "cls")), labels.get((key, "txt"))

@@ -207,7 +207,17 @@ def test_tokens_are_shuffled_over_a_chunk_and_anew_in_every_epoch():
     assert min(len({image for image, _ in step}) for step in served) > 4  # not whole images
     steps = [sorted(step) for step in served]
     assert len(set(map(tuple, steps))) == len(steps)  # no step comes again
-    assert tokens(Plan(64, 4, 32, seed=1, epochs=2), 5) != served
+
+
+def test_every_visit_shuffles_in_its_own_way():
+    """Places alone, whatever images lie there."""
+    shuffles = {
+        (seed, visit.epoch, visit.chunk): tuple(torch.cat(list(plan.tokens(visit, 5))).tolist())
+        for seed in (0, 1)
+        for plan in [Plan(images=24, images_per_step=4, mixed_images=8, seed=seed, epochs=2)]
+        for visit in plan.visits()
+    }
+    assert len(set(shuffles.values())) == len(shuffles) == 2 * 2 * 3
 
 
 def test_unmixed_steps_are_whole_images_in_order():

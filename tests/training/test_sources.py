@@ -234,8 +234,8 @@ def test_hugging_face_folder_of_images(tmp_path):
     assert images.broken.keys() == {"hub[train] row 1"}
 
 
-CORNERS = [[[0, 0, 9, 9], [5, 5, 15, 30]], [[90, 90, 99, 95]], [], [[10, 10, 20, 20], [1, 1, 8, 8]]]
-SIZES = [[[0, 0, 9, 9], [5, 5, 10, 25]], [[90, 90, 9, 5]], [], [[10, 10, 10, 10], [1, 1, 7, 7]]]
+CORNERS = [[[0, 0, 9, 9], [5, 5, 15, 30]], [[90, 90, 99, 95]], [], [[80, 80, 99, 99], [1, 1, 40, 40]]]
+SIZES = [[[0, 0, 9, 9], [5, 5, 10, 25]], [[90, 90, 9, 5]], [], [[80, 80, 19, 19], [1, 1, 39, 39]]]
 
 
 @pytest.mark.parametrize("boxes", [CORNERS, SIZES], ids=["corners", "width and height"])
@@ -255,7 +255,7 @@ def test_class_of_a_detection_set_is_the_largest_objects(tmp_path, boxes, layout
     parquet(tmp_path, {"image": embedded(1, 2, 3, 4), "objects": rows}, {"image": datasets.Image(), "objects": feature})
     images = open_images(hub(label="objects"), tmp_path, colour)
     assert images.classes == ("a", "b", "c")
-    assert reds(images) == [(1, 1), (2, 2), (4, 1)]  # row 2 has no objects
+    assert reds(images) == [(1, 1), (2, 2), (4, 0)]  # row 2 has no objects
     assert images.name(2) == "hub[train] row 3"
 
 
