@@ -11,6 +11,7 @@ import html
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -26,7 +27,7 @@ from training.tables import RANKING_NAMES, TOKEN_NAMES
 _INK, _LINE = "#010203", "#fdfcfb"
 _COLOURS = {"all": "#2a9d8f", "cls": "#e07a1f", "patches": "#7c6bd6", "image": "#d6457f", "random": "#8a8f98"}
 _MARKERS = {"all": "o", "cls": "s", "patches": "^", "image": "D"}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
     "text.color": _INK,
@@ -105,7 +106,7 @@ def cascades(results: Results) -> str:
         for cascade in results.cascades:
             change = paper.cascade_change(results.layers, cascade.first, cascade.tokens)
             if change and cascade.tokens == "all":
-                look = {"color": _COLOURS["random"], "alpha": 0.3, "linewidth": 0, "label": label}
+                look: dict[str, Any] = {"color": _COLOURS["random"], "alpha": 0.3, "linewidth": 0, "label": label}
                 axes.bar(windows.index(cascade.window) - 0.36, change[1] - change[0], 0.12, change[0], **look)
                 label = None
         axes.set_xticks(range(len(windows)), windows)
@@ -188,7 +189,7 @@ def _figure(panels: int, height: float, columns: int | None = None) -> tuple[Fig
 
 
 def _line(axes: Axes, values: Sequence[float], kind: str, label: str, style: str = "-") -> None:
-    marker = {"marker": _MARKERS[kind], "markersize": 4.5}
+    marker: dict[str, Any] = {"marker": _MARKERS[kind], "markersize": 4.5}
     axes.plot(range(len(values)), values, color=_COLOURS[kind], linestyle=style, label=label, **marker)
 
 
@@ -197,7 +198,13 @@ def _errors(
 ) -> None:
     values = np.array([100 * estimate.value for estimate in found])
     reach = [values - [100 * e.low for e in found], [100 * e.high for e in found] - values]
-    look = {"fmt": _MARKERS[kind], "markersize": 5.5, "markerfacecolor": face, "elinewidth": 1.2, "capsize": 2.5}
+    look: dict[str, Any] = {
+        "fmt": _MARKERS[kind],
+        "markersize": 5.5,
+        "markerfacecolor": face,
+        "elinewidth": 1.2,
+        "capsize": 2.5,
+    }
     axes.errorbar(places, values, np.maximum(reach, 0), color=_COLOURS[kind], label=label, **look)
 
 
