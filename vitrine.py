@@ -29,8 +29,20 @@ app = typer.Typer(
 )
 
 TRAINING_PACKAGES = {
-    *("torch", "torchvision", "open_clip", "onnx", "safetensors", "tomli_w", "torchmetrics"),
-    *("jinja2", "matplotlib", "scipy"),
+    "datasets",
+    "jinja2",
+    "lightning_fabric",
+    "matplotlib",
+    "onnx",
+    "open_clip",
+    "open_clip_train",
+    "safetensors",
+    "scipy",
+    "tensorboard",
+    "tomli_w",
+    "torch",
+    "torchmetrics",
+    "torchvision",
 }
 
 DataRoot = Annotated[
@@ -62,6 +74,25 @@ def _mendable(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+@app.command(
+    epilog="Example: vitrine pretrain --recipe training/recipes/clip/demo.toml --data-root data --out data/demo-clip"
+)
+@_mendable
+def pretrain(
+    recipe: Annotated[Path, typer.Option(help="Recipe (TOML) of a CLIP, see training/recipes/clip/.")],
+    out: Annotated[Path, typer.Option(help="Folder of the CLIP; a run found there is taken up.")],
+    data_root: DataRoot = Path("data"),
+) -> None:
+    """Train a small CLIP from scratch, for the demo; resumes by itself."""
+    from training.pretrain import PretrainRecipe
+    from training.pretrain import pretrain as run
+    from training.recipes import read_toml
+
+    console = _console()
+    weights = run(read_toml(recipe, PretrainRecipe), data_root, out, console)
+    console.print(f"CLIP: {weights}")
+
+
 @app.command(epilog="Example: vitrine train --recipe training/recipes/demo.toml --data-root data --out runs/demo")
 @_mendable
 def train(
@@ -69,15 +100,27 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the run; a run found there is taken up.")],
     data_root: DataRoot = Path("data"),
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps, with a checkpoint.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="GPUs (or CPU processes) on each node.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines; start the command on each with torchrun.")] = 1,
+    shard: Annotated[
+        bool, typer.Option(help="Share weights out over the devices, for CLTs too large for one.")
+    ] = False,
+    accelerator: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    wandb: Annotated[str | None, typer.Option(help="Log to this Weights & Biases project, too.")] = None,
 ) -> None:
-    """Train a CLT on a CLIP's activations; resumes by itself."""
+    """Train a CLT on a CLIP's activations; resumes by itself. Curves: tensorboard --logdir OUT."""
+    from training.parallel import make_fabric
     from training.recipes import load_recipe
-    from training.trainer import train as run
+    from training.run import train as run
 
     loaded, console = load_recipe(recipe), _console()
-    clip = _load_clip(loaded, data_root)
-    checkpoint = run(loaded, clip, data_root, out, console, max_steps)
-    console.print(f"checkpoint: {checkpoint}")
+    fabric = make_fabric(devices, nodes, shard, loaded.training.precision, accelerator)
+    fabric.launch()
+    checkpoint = run(
+        loaded, _load_clip(loaded, data_root), data_root, out, console, fabric, max_steps=max_steps, wandb_project=wandb
+    )
+    if fabric.is_global_zero:
+        console.print(f"checkpoint: {checkpoint}")
 
 
 @app.command(epilog="Example: vitrine evaluate --checkpoint runs/demo --data-root data --baseline runs/per-layer")
@@ -122,6 +165,29 @@ def evaluate(
     write_report(results, draw_thumbnails(results, chosen, clip), out / "report.html")
     print_sheets(results, console)
     console.print(f"{out / 'results.json'}, {out / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+@app.command(epilog="Example: vitrine recipes b32-cifar100-relu_topk")
+@_mendable
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="One in detail: a shipped one's name, or a TOML file.")] = None,
+    data_root: DataRoot = Path("data"),
+    share: Annotated[float, typer.Option(min=0.01, max=1, help="Of a GPU's peaks that a run reaches.")] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+) -> None:
+    """List the recipes that come with Vitrine: parameters, memory, FLOPs and hours on named GPUs, as estimates."""
+    import json
+
+    from training.catalogue import describe, find_recipe, print_list, print_one, shipped
+
+    path = find_recipe(name) if name else None
+    if as_json:
+        found = describe(path, data_root, share) if path else [describe(one, data_root, share) for one in shipped()]
+        typer.echo(json.dumps(found, indent=2))
+    elif path:
+        print_one(path, data_root, share, _console())
+    else:
+        print_list(data_root, share, _console())
 
 
 @app.command(epilog="Example: vitrine export --checkpoint runs/demo --data-root data --out bundles/demo")

@@ -90,8 +90,21 @@ class Shape(_Part):
     width: PositiveInt  # d
     embedding: PositiveInt  # D
     features: PositiveInt  # F a layer
-    k: PositiveInt  # active features a layer
+    k: PositiveInt  # places of a served code: so many features of a layer can be active on [CLS], not more
+    # Budgets of the sparsifier, one a layer (jumprelu, batch_topk: means). None, as in bundles older than these
+    # fields: k in every layer.
+    k_cls: tuple[PositiveInt, ...] | None = None
+    k_patches: tuple[PositiveInt, ...] | None = None
+    cross_layer: bool = True  # False: a feature writes to the MLP output of its own layer alone
     tokens: PositiveInt  # [CLS] and patches
+
+    @model_validator(mode="after")
+    def _budget_a_layer(self) -> Shape:
+        for name in ("k_cls", "k_patches"):
+            budgets = getattr(self, name)
+            if budgets is not None and len(budgets) != self.layers:
+                raise ValueError(f"{name} has {len(budgets)} numbers for {self.layers} layers")
+        return self
 
 
 class Text(_Part):
@@ -136,7 +149,7 @@ class Manifest(_Part):
     clip: ClipIdentity
     preprocessing: Preprocessing
     shape: Shape
-    sparsifier: Literal["relu_topk"]
+    sparsifier: Literal["relu_topk", "abs_topk", "jumprelu", "batch_topk"]
     logit_scale: float
     text: Text
     precisions: tuple[Literal["fp32"], ...] = ("fp32",)
@@ -276,8 +289,10 @@ def model_card(manifest: Manifest) -> str:
 {manifest.description}
 
 - **CLIP**: {clip.name}, weights {clip.weights} (sha256 {clip.sha256})
-- **CLT**: {shape.layers} layers x {shape.features:,} features, {shape.k} active a layer and token
-  ({manifest.sparsifier}), width {shape.width}, embedding {shape.embedding}, tables in {manifest.tables}
+- **CLT**: {shape.layers} layers x {shape.features:,} features, {_reach(shape)};
+  width {shape.width}, embedding {shape.embedding}, tables in {manifest.tables}
+- **Sparsifier**: {manifest.sparsifier}; active features a token and layer{_average(manifest)}:
+  {_budget(shape.k_cls, shape.k)} on [CLS], {_budget(shape.k_patches, shape.k)} on patches
 - **Trained on**: {data.name}, {data.train_images:,} images; licence of the data: {data.licence}
 - **Measured on**: {data.name}, {data.val_images:,} held-out images
 - **Default labels**: {", ".join(manifest.text.labels)}
@@ -299,3 +314,22 @@ in for the MLPs only as well as `fidelity` in every answer says.
 {manifest.recipe.strip()}
 ```
 """
+
+
+def _reach(shape: Shape) -> str:
+    if shape.cross_layer:
+        return "cross-layer: each writes to the MLP outputs of its own layer and of all later ones"
+    return "per-layer: each writes to the MLP output of its own layer alone"
+
+
+def _average(manifest: Manifest) -> str:
+    """Whether the budgets hold for every token or in the mean, and what then bounds a token."""
+    if manifest.sparsifier in ("relu_topk", "abs_topk"):
+        return ""
+    return f" on average (at most {manifest.shape.k} as served)"
+
+
+def _budget(budgets: tuple[int, ...] | None, k: int) -> str:
+    """One number if it is the same in every layer, else all of them."""
+    different = dict.fromkeys(budgets or (k,))
+    return str(*different) if len(different) == 1 else f"{', '.join(map(str, budgets or ()))} (by layer)"

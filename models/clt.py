@@ -16,14 +16,17 @@ L layers, F features a layer, d width, K places of a code, N tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from models.sparsify import Code, Kind, make_sparsifier
+from models.sparsify import Code, JumpReLU, Kind, make_sparsifier
 
 
 @dataclass(frozen=True)
@@ -66,23 +69,37 @@ class Encoder(nn.Module):
             architecture.sparsifier, architecture.features, architecture.k[layer], architecture.k_cls[layer]
         )
 
-    def forward(self, x: Tensor, is_cls: Tensor) -> SortedCode:
-        """x [N, d] ln_2 outputs, is_cls [N] bool."""
+    def forward(self, x: Tensor, is_cls: Tensor, among: Tensor | None = None) -> SortedCode:
+        """x [N, d] ln_2 outputs, is_cls [N] bool.
+
+        With `among` [n], some features: the code of those alone, ReLU-Top-k with k = d / 2, whatever the sparsifier.
+        """
         with torch.no_grad():
-            preactivations = F.linear(x, self.weight, self.bias).float()
-            indices = self.sparsifier.select(preactivations)
-            order = _order(indices, len(self.weight)) if self.weight.requires_grad else None
+            preactivations = self._preactivations(x)
+            if among is None:
+                indices = self.sparsifier.select(preactivations)
+            else:
+                places = min(len(among), x.shape[-1] // 2)
+                indices = among[preactivations[:, among].topk(places).indices]
             chosen = preactivations.gather(-1, indices)
-        if order is not None:
-            chosen = _SparseLinear.apply(x, self.weight, self.bias, chosen, indices, order)
-        return SortedCode(indices, self.sparsifier(chosen, indices, is_cls), chosen, order)
+        order = Order(indices, len(self.weight))
+        chosen = _SparseLinear.apply(x, self.weight, self.bias, chosen, indices, order)
+        return self._code(indices, chosen, is_cls if among is None else None, order)
+
+    def _code(self, indices: Tensor, chosen: Tensor, is_cls: Tensor | None, order: Order | None) -> SortedCode:
+        values = chosen.relu() if is_cls is None else self.sparsifier(chosen, indices, is_cls)
+        return SortedCode(indices, values, self.sparsifier.active(chosen, indices, values), order)
 
     def encode_dense(self, x: Tensor, is_cls: Tensor) -> SortedCode:
         """The same with autograd through all F pre-activations: the reference."""
-        preactivations = F.linear(x, self.weight, self.bias)
+        preactivations = self._preactivations(x)
         indices = self.sparsifier.select(preactivations.detach())
-        chosen = preactivations.gather(-1, indices)
-        return SortedCode(indices, self.sparsifier(chosen, indices, is_cls), chosen, None)
+        return self._code(indices, preactivations.gather(-1, indices), is_cls, None)
+
+    def _preactivations(self, x: Tensor) -> Tensor:
+        """[N, F]; float32 under autocast, which makes the product itself in half precision."""
+        product = F.linear(x, self.weight, self.bias)
+        return product.to(torch.promote_types(product.dtype, torch.float32))
 
 
 class Decoder(nn.Module):
@@ -95,9 +112,10 @@ class Decoder(nn.Module):
         self.weights = nn.ParameterList(torch.empty(shape) for _ in self.sources)
         self.bias = nn.Parameter(torch.empty(architecture.width))
 
-    def forward(self, codes: list[SortedCode]) -> Tensor:
-        """codes: of layers 0 to the target at least."""
-        return self.bias + sum(self._products(codes))
+    def forward(self, codes: Sequence[SortedCode | None], bias: bool = True) -> Tensor:
+        """codes: of layers 0 to the target at least; None writes nothing. Without bias: what the codes write."""
+        written = sum(self._products(codes))
+        return written + self.bias if bias else written
 
     def contributions(self, codes: list[SortedCode]) -> Tensor:
         """What each source layer writes, without the bias: [sources, N, d]."""
@@ -112,11 +130,13 @@ class Decoder(nn.Module):
             output = output + dense @ weight
         return output
 
-    def _products(self, codes: list[SortedCode]) -> list[Tensor]:
-        return [
-            _SparseProduct.apply(codes[source].values, weight, codes[source].indices, codes[source].order)
-            for source, weight in zip(self.sources, self.weights, strict=True)
-        ]
+    def _products(self, codes: Sequence[SortedCode | None]) -> list[Tensor]:
+        products = []
+        for source, weight in zip(self.sources, self.weights, strict=True):
+            if (code := codes[source]) is not None:
+                order = code.order or Order(code.indices, len(weight))
+                products.append(_SparseProduct.apply(code.values, weight, code.indices, order))
+        return products
 
 
 class CrossLayerTranscoder(nn.Module):
@@ -124,6 +144,8 @@ class CrossLayerTranscoder(nn.Module):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
+        self.encoders: Any  # of Encoder
+        self.decoders: Any  # of Decoder
         self.architecture = architecture
         self.layers, self.width, self.features = architecture.layers, architecture.width, architecture.features
         self.encoders = nn.ModuleList(Encoder(architecture, layer) for layer in range(self.layers))
@@ -140,6 +162,13 @@ class CrossLayerTranscoder(nn.Module):
             for weight in decoder.weights:
                 _unit_rows(weight, generator).div_(len(decoder.weights) * self.architecture.k[target] ** 0.5)
 
+    @torch.no_grad()
+    def calibrate(self, mlp_in: Tensor) -> None:
+        """Set learnt thresholds so that, at the start, k features a token are active on these tokens [L, N, d]."""
+        for encoder, x in zip(self.encoders, mlp_in, strict=True):
+            if isinstance(encoder.sparsifier, JumpReLU):
+                encoder.sparsifier.calibrate(F.linear(x, encoder.weight, encoder.bias))
+
     def encode(self, mlp_in: Tensor, is_cls: Tensor) -> list[SortedCode]:
         """ln_2 outputs [L, N, d] to one code a source layer; is_cls [N] bool."""
         return [encoder(x, is_cls) for encoder, x in zip(self.encoders, mlp_in, strict=True)]
@@ -152,6 +181,11 @@ class CrossLayerTranscoder(nn.Module):
         """ln_2 outputs [L, N, d] to (codes, the CLT's MLP outputs [L, N, d])."""
         codes = self.encode(mlp_in, is_cls)
         return codes, self.decode(codes)
+
+    def widen(self, factor: float) -> None:
+        """Let every layer work with `factor` times its budgets."""
+        for encoder in self.encoders:
+            encoder.sparsifier.widen(factor)
 
     @torch.no_grad()
     def directions(self) -> Tensor:
@@ -178,30 +212,45 @@ class CrossLayerTranscoder(nn.Module):
 
 
 class SortedCode(NamedTuple):
-    """One layer's code, and what training needs of it: the chosen pre-activations, the places sorted by feature."""
+    """One layer's code, and what training needs of it."""
 
     indices: Tensor  # [N, K]
     values: Tensor  # [N, K]
-    chosen: Tensor  # [N, K] pre-activations
-    order: Order | None  # None where no gradient is wanted
+    active: Tensor  # [N] active features a token; with a gradient where the sparsifier learns how many
+    order: Order | None  # shared by all that need it; None: each decoder makes its own
 
 
-class Order(NamedTuple):
-    """The places of a code [N * K] sorted by feature: each feature is a bag of tokens."""
+class Order:
+    """The places of a code [N, K] sorted by feature, so that each feature is a bag of tokens.
 
-    places: Tensor  # [N * K] int64, flat position in [N, K]
-    tokens: Tensor  # [N * K] int64, places // K
-    starts: Tensor  # [F] int64, where a feature's places begin
+    Sorted when the first gradient of a weight asks for it, and once for all of them.
+    """
+
+    def __init__(self, indices: Tensor, features: int) -> None:
+        self.indices, self.features = indices, features
 
     def sum_over_tokens(self, coefficients: Tensor, rows: Tensor) -> Tensor:
         """sum_n coefficients[n, feature] * rows[n], for every feature: [N, K], [N, d] -> [F, d]."""
-        weights = coefficients.flatten()[self.places]
-        return F.embedding_bag(self.tokens, rows, self.starts, per_sample_weights=weights, mode="sum")
+        places, tokens, starts = self._bags
+        return F.embedding_bag(tokens, rows, starts, per_sample_weights=coefficients.flatten()[places], mode="sum")
+
+    @cached_property
+    def _bags(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(places [N * K], flat positions in [N, K]; their tokens [N * K]; where each feature's begin [F])."""
+        ordered, places = self.indices.flatten().sort(stable=True)
+        starts = torch.searchsorted(ordered, torch.arange(self.features, device=ordered.device))
+        return places, places // self.indices.shape[-1], starts
 
 
 def as_codes(codes: list[SortedCode], places: int) -> Code:
-    """Codes of all layers stacked to [L, N, K], narrower ones filled up with unused places."""
+    """Codes of all layers stacked to [L, N, K = places], narrower ones filled up with unused places.
+
+    Those repeat feature 0 with activation 0, so make a dense code with `scatter_add`. Raises `ValueError` if a code
+    is wider than `places`.
+    """
     missing = [places - code.indices.shape[-1] for code in codes]
+    if min(missing) < 0:
+        raise ValueError(f"a code has {places - min(missing)} places, only {places} were asked for")
     return Code(
         torch.stack([F.pad(code.indices, (0, more)) for code, more in zip(codes, missing, strict=True)]),
         torch.stack([F.pad(code.values, (0, more)) for code, more in zip(codes, missing, strict=True)]),
@@ -219,17 +268,21 @@ class _SparseLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, chosen: Tensor, indices: Tensor, order: Order
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, indices, *order)
+        ctx.save_for_backward(x, weight, indices)
+        ctx.order = order
         return chosen.view_as(chosen)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_chosen: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, indices, *order = ctx.saved_tensors
-        d_x = None
+        x, weight, indices = ctx.saved_tensors
+        d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
             d_x = F.embedding_bag(indices, weight, per_sample_weights=d_chosen, mode="sum").to(x.dtype)
-        d_weight = Order(*order).sum_over_tokens(d_chosen, x.to(weight.dtype))
-        d_bias = d_chosen.new_zeros(len(weight)).scatter_add_(0, indices.flatten(), d_chosen.flatten())
+        if ctx.needs_input_grad[1]:
+            d_weight = ctx.order.sum_over_tokens(d_chosen, x.to(weight.dtype))
+        if ctx.needs_input_grad[2]:
+            d_bias = d_chosen.new_zeros(len(weight)).scatter_add_(0, indices.flatten(), d_chosen.flatten())
         return d_x, d_weight, d_bias, None, None, None
 
 
@@ -237,13 +290,15 @@ class _SparseProduct(torch.autograd.Function):
     """sum_k z_k W[f_k] for every token, forward and backward by `embedding_bag`. Measured in training/RESULTS.md."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor, indices: Tensor, order: Order | None) -> Tensor:
-        ctx.save_for_backward(values, weight, indices, *(order or ()))
+    def forward(ctx: Any, values: Tensor, weight: Tensor, indices: Tensor, order: Order) -> Tensor:
+        ctx.save_for_backward(values, weight, indices)
+        ctx.order = order
         return F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        values, weight, indices, *order = ctx.saved_tensors
+        values, weight, indices = ctx.saved_tensors
         d_out = d_out.contiguous()
         d_values = d_weight = None
         if ctx.needs_input_grad[0]:  # dz = <dy, W[f]>, embedding_bag's own gradient of its weights
@@ -252,15 +307,8 @@ class _SparseProduct(torch.autograd.Function):
                 output = F.embedding_bag(indices, weight.detach(), per_sample_weights=leaf, mode="sum")
                 (d_values,) = torch.autograd.grad(output, leaf, d_out)
         if ctx.needs_input_grad[1]:
-            d_weight = Order(*order).sum_over_tokens(values, d_out)
+            d_weight = ctx.order.sum_over_tokens(values, d_out)
         return d_values, d_weight, None, None
-
-
-def _order(indices: Tensor, features: int) -> Order:
-    flat = indices.flatten()
-    ordered, places = flat.sort(stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(features, device=flat.device))
-    return Order(places, places // indices.shape[-1], starts)
 
 
 def _unit_rows(weight: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,9 @@
 Only [CLS] is explained at serving time, so of every layer the encoders read one token; decoders of a source layer
 are summed over their targets once (`CrossLayerTranscoder.directions`), so decoding reads k rows a layer. Nothing
 here depends on labels. Outputs: `models.bundle.VISION_OUTPUTS`; mathematics: `models.ledger`.
+
+All layers are encoded by one product and one top-k, whatever the sparsifier: `_encode` is what `models.sparsify` does
+to [CLS] outside training, for layers of different budgets at once.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ class AttributionGraph(nn.Module):
     prior: Tensor
     w_enc: Tensor
     b_enc: Tensor
+    threshold: Tensor | None  # [L, 1, F]; None where a rank decides
+    usable: Tensor | None  # [L, 1, k] bool; None where every layer has all k places
     directions: Tensor
     last_decoders: Tensor
     bias: Tensor
@@ -43,17 +48,29 @@ class AttributionGraph(nn.Module):
             raise ValueError(
                 f"the CLT has {clt.layers} layers of width {clt.width}, the tower {tower.layers} of {tower.width}"
             )
-        self.tower, self.layers, self.features, self.k = tower, clt.layers, clt.features, clt.k
+        sparsifiers = [encoder.sparsifier for encoder in clt.encoders]
+        self.tower, self.layers, self.features, self.signed = tower, clt.layers, clt.features, sparsifiers[0].signed
+        self.places = tuple(int(sparsifier.places_cls) for sparsifier in sparsifiers)  # of each layer
+        self.k = max(self.places)
+        thresholds = [sparsifier.inference_threshold() for sparsifier in sparsifiers]
         fold, beta = tower.fold()
         self.register_buffer("fold", fold)
         self.register_buffer("beta", beta)
         self.register_buffer("prior", tower.prior().detach())
         # Rounded to `tables`: kept so where rows are looked up, in float32 where a product reads all of it.
-        self.register_buffer("w_enc", clt.w_enc.detach().to(tables).float().transpose(1, 2).contiguous())  # [L, d, F]
-        self.register_buffer("b_enc", clt.b_enc.detach().to(tables).float())
+        weights = torch.stack([encoder.weight.detach().to(tables).float() for encoder in clt.encoders])
+        biases = torch.stack([encoder.bias.detach().to(tables).float() for encoder in clt.encoders])
+        self.register_buffer("w_enc", weights.transpose(1, 2).contiguous())  # [L, d, F]
+        self.register_buffer("b_enc", biases)
+        by_rank = any(threshold is None for threshold in thresholds)
+        self.register_buffer("threshold", None if by_rank else torch.stack(thresholds).to(tables).float()[:, None])
+        usable = torch.arange(self.k) < torch.tensor(self.places)[:, None, None]
+        self.register_buffer("usable", None if usable.all() else usable)
         self.register_buffer("directions", clt.directions().to(tables).flatten(0, 1))  # [L * F, d]
-        self.register_buffer("last_decoders", clt.w_dec[-1].detach().to(tables).flatten(0, 1))  # [L * F, d]
-        self.register_buffer("bias", clt.b_dec.detach().sum(0))
+        # Onto the last MLP the last source layer writes its directions, and per-layer transcoders nothing else.
+        earlier = clt.writers(clt.layers - 1)[: clt.layers - 1 if clt.architecture.cross_layer else 0]
+        self.register_buffer("last_decoders", earlier.to(tables).flatten(0, 1))  # [(L - 1) * F, d], or [0, d]
+        self.register_buffer("bias", clt.decoder_biases().sum(0))
         self.register_buffer("cls_mean", cls_mean.sum(0) @ fold)
         self.register_buffer("offsets", torch.arange(clt.layers)[:, None] * clt.features)
 
@@ -74,7 +91,11 @@ class AttributionGraph(nn.Module):
 
         indices, values = self._encode(torch.stack(mlp_ins))
         written = self._decode(self.directions, indices, values)  # [B, L, d]
-        onto_last = self._decode(self.last_decoders, indices, values)  # [B, L, d]
+        onto_last = written[:, -1:]
+        if earlier := len(self.last_decoders) // self.features:  # layers
+            before = self._decode(self.last_decoders, indices[:, :earlier], values[:, :earlier])
+            onto_last = torch.cat([before, onto_last], dim=1)
+        projection = F.pad(_projection(onto_last), (self.layers - onto_last.shape[1], 0))
 
         error = torch.stack(mlp_outs).sum(0) - written.sum(1) - self.bias
         batch = pixels.shape[0]
@@ -103,19 +124,29 @@ class AttributionGraph(nn.Module):
             norm,
             indices,
             values,
-            _projection(onto_last),
+            projection,
             self._fidelity(folded),
         )
 
     def _encode(self, mlp_in: Tensor) -> tuple[Tensor, Tensor]:
         """[CLS] of every layer [L, B, d] to its code, [B, L, k] each."""
         preactivations = torch.matmul(mlp_in, self.w_enc) + self.b_enc[:, None]
-        values, indices = preactivations.topk(self.k, dim=-1)
-        return indices.transpose(0, 1), values.relu().transpose(0, 1)
+        if self.threshold is not None:
+            margin, indices = (preactivations - self.threshold).topk(self.k, dim=-1)
+            values = preactivations.gather(-1, indices).where(margin > 0, 0.0)
+        elif self.signed:
+            indices = preactivations.abs().topk(self.k, dim=-1).indices
+            values = preactivations.gather(-1, indices)
+        else:
+            best, indices = preactivations.topk(self.k, dim=-1)
+            values = best.relu()
+        if self.usable is not None:
+            values = values.where(self.usable, 0.0)
+        return indices.transpose(0, 1), values.transpose(0, 1)
 
     def _decode(self, table: Tensor, indices: Tensor, values: Tensor) -> Tensor:
-        """sum_k z * table[feature], per source layer: [B, L, d]."""
-        places = (indices + self.offsets).flatten()
+        """sum_k z * table[feature], for each of the source layers that `indices` has: [B, layers, d]."""
+        places = (indices + self.offsets[: indices.shape[1]]).flatten()
         rows = table.index_select(0, places).float().view(*indices.shape, -1)  # [B, L, k, d]
         return torch.matmul(values[:, :, None], rows)[:, :, 0]
 
@@ -133,6 +164,9 @@ class AttributionGraph(nn.Module):
 
 
 def _projection(onto_last: Tensor) -> Tensor:
-    """The paper's C_{i -> L-1} of [CLS] (arXiv 2604.13304): <c_i, y> / |y|^2 for y = sum_i c_i; [B, L, d] -> [B, L]."""
+    """The paper's C_{i -> L-1} of [CLS] (arXiv 2604.13304): <c_i, y> / |y|^2 for y = sum_i c_i; [B, L, d] -> [B, L].
+
+    All 0 where no feature that writes there is active, so that y = 0.
+    """
     total = onto_last.sum(1, keepdim=True)
     return (onto_last * total).sum(-1) / total.square().sum(-1).clamp_min(1e-12)

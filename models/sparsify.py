@@ -32,13 +32,19 @@ class Sparsifier(nn.Module):
     """What the four have in common. `k` and `k_cls`: active features a token, for patches and for [CLS]."""
 
     signed = False  # activations may be negative
+    spare = 1  # places for each feature of the budget
 
-    def __init__(self, features: int, k: int, k_cls: int, places: int) -> None:
+    def __init__(self, features: int, k: int, k_cls: int) -> None:
         super().__init__()
         if not 0 < min(k, k_cls) <= max(k, k_cls) <= features:
             raise ValueError(f"k = {k} and k_cls = {k_cls} must lie between 1 and the number of features, {features}")
-        self.features, self.k, self.k_cls = features, k, k_cls
-        self.places = min(features, places)
+        self.features, self.budgets = features, (k, k_cls)
+        self.widen(1.0)
+
+    def widen(self, factor: float) -> None:
+        """Work with `factor` times the budgets, as training may do at its start."""
+        self.k, self.k_cls = (min(self.features, round(factor * budget)) for budget in self.budgets)
+        self.places = min(self.features, self.spare * max(self.k, self.k_cls))
 
     def select(self, preactivations: Tensor) -> Tensor:
         """[N, F] -> features [N, K], best first."""
@@ -48,9 +54,18 @@ class Sparsifier(nn.Module):
         """Pre-activations of the selected features [N, K] -> activations [N, K]; is_cls [N] bool."""
         raise NotImplementedError
 
+    def active(self, chosen: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+        """Active features a token [N]; with a gradient where the sparsifier learns how many."""
+        return (values != 0).sum(-1).to(values.dtype)
+
     def inference_threshold(self) -> Tensor | None:
-        """For [CLS]: what a pre-activation must exceed [F]; None where a rank decides."""
+        """For [CLS], outside training: what a pre-activation must exceed [F], 0 or more; None where a rank decides."""
         return None
+
+    @property
+    def places_cls(self) -> int:
+        """The places that [CLS] may use outside training."""
+        return self.k_cls if self.inference_threshold() is None else self.places
 
     def _within_budget(self, values: Tensor, is_cls: Tensor) -> Tensor:
         """`values`, best first, beyond each token's budget set to 0."""
@@ -63,9 +78,6 @@ class Sparsifier(nn.Module):
 class ReluTopK(Sparsifier):
     """The k largest pre-activations, those below zero set to 0 (arXiv 2604.13304)."""
 
-    def __init__(self, features: int, k: int, k_cls: int) -> None:
-        super().__init__(features, k, k_cls, places=max(k, k_cls))
-
     def forward(self, chosen: Tensor, indices: Tensor, is_cls: Tensor) -> Tensor:
         return self._within_budget(chosen.relu(), is_cls)
 
@@ -74,9 +86,6 @@ class AbsTopK(Sparsifier):
     """The k largest pre-activations by magnitude, with their signs (arXiv 2604.13304)."""
 
     signed = True
-
-    def __init__(self, features: int, k: int, k_cls: int) -> None:
-        super().__init__(features, k, k_cls, places=max(k, k_cls))
 
     def select(self, preactivations: Tensor) -> Tensor:
         return super().select(preactivations.abs())
@@ -88,16 +97,24 @@ class AbsTopK(Sparsifier):
 class JumpReLU(Sparsifier):
     """z = a where a exceeds the feature's own threshold, else 0 (arXiv 2407.14435).
 
-    `k` and `k_cls` are targets that the loss aims at (`l0`); the `places` nearest to or furthest above their
+    `k` and `k_cls` are targets that the loss aims at (`active`); the `places` nearest to or furthest above their
     thresholds are looked at, the served graph included, so a token can never have more active features than that.
     Both step functions pass a straight-through gradient to the threshold, a rectangle of width `bandwidth` around it.
     """
 
+    spare = 2
     bandwidth = 0.1  # pre-activations of normalised inputs are of order 1
 
-    def __init__(self, features: int, k: int, k_cls: int, initial: float = 0.1) -> None:
-        super().__init__(features, k, k_cls, places=2 * max(k, k_cls))
-        self.log_threshold = nn.Parameter(torch.full((features,), initial).log())
+    def __init__(self, features: int, k: int, k_cls: int) -> None:
+        super().__init__(features, k, k_cls)
+        self.log_threshold = nn.Parameter(torch.zeros(features))
+
+    @torch.no_grad()
+    def calibrate(self, preactivations: Tensor) -> None:
+        """Set every threshold so that k features a token are active on these tokens [N, F], in the mean."""
+        kept = self.k * len(preactivations)
+        smallest = preactivations.flatten().kthvalue(preactivations.numel() - kept + 1).values
+        self.log_threshold.fill_(smallest.clamp_min(1e-3).log())
 
     def select(self, preactivations: Tensor) -> Tensor:
         return super().select(preactivations - self.log_threshold.exp())
@@ -105,7 +122,7 @@ class JumpReLU(Sparsifier):
     def forward(self, chosen: Tensor, indices: Tensor, is_cls: Tensor) -> Tensor:
         return _Jump.apply(chosen, self.log_threshold.exp()[indices], self.bandwidth)
 
-    def l0(self, chosen: Tensor, indices: Tensor) -> Tensor:
+    def active(self, chosen: Tensor, indices: Tensor, values: Tensor) -> Tensor:
         """Active features a token [N], differentiable (straight through) in the thresholds."""
         return _Step.apply(chosen, self.log_threshold.exp()[indices], self.bandwidth).sum(-1)
 
@@ -117,30 +134,41 @@ class BatchTopK(Sparsifier):
     """In training the k * N largest of a batch of N tokens, however they fall on the tokens (arXiv 2412.06410).
 
     The smallest activation kept is followed as a running mean, one for patches and one for [CLS]; outside training
-    it is the threshold of a JumpReLU, so that a prediction never depends on its batch-mates.
+    it is the threshold of a JumpReLU, so that a prediction never depends on its batch-mates. No token gets more than
+    `places`, in training or outside.
     """
 
+    spare = 2
     momentum = 0.99
     thresholds: Tensor  # [2]: patches, [CLS]
 
     def __init__(self, features: int, k: int, k_cls: int) -> None:
-        super().__init__(features, k, k_cls, places=2 * max(k, k_cls))
-        self.register_buffer("thresholds", torch.full((2,), -1.0))  # below zero: not yet measured
+        super().__init__(features, k, k_cls)
+        self.register_buffer("thresholds", torch.full((2,), -1.0))  # below zero: not yet measured, nothing is cut
 
     def forward(self, chosen: Tensor, indices: Tensor, is_cls: Tensor) -> Tensor:
         positive = chosen.relu()
         if self.training:
-            found = [_batch_threshold(positive[~is_cls], self.k), _batch_threshold(positive[is_cls], self.k_cls)]
-            now = torch.stack(found)
-            with torch.no_grad():
-                averaged = self.thresholds.lerp(now, 1 - self.momentum)
-                self.thresholds.copy_(torch.where(now < 0, self.thresholds, averaged.where(self.thresholds >= 0, now)))
+            kept = torch.empty_like(positive, dtype=torch.bool)
+            kept[~is_cls] = self._keep(positive[~is_cls], self.k, 0)
+            kept[is_cls] = self._keep(positive[is_cls], self.k_cls, 1)
         else:
-            now = self.thresholds
-        return positive.where(positive >= torch.where(is_cls, now[1], now[0])[:, None], 0.0)
+            kept = positive > self.thresholds[is_cls.long()][:, None]
+        return positive.where(kept, 0.0)
 
     def inference_threshold(self) -> Tensor:
-        return self.thresholds[1].expand(self.features)
+        return self.thresholds[1].clamp_min(0).expand(self.features)
+
+    @torch.no_grad()
+    def _keep(self, values: Tensor, k: int, token_type: int) -> Tensor:
+        """Which of [N, K] are among the k * N largest, exactly so many even where equals meet at the edge."""
+        kept = torch.zeros_like(values, dtype=torch.bool)
+        if len(values):
+            largest, places = values.flatten().topk(min(values.numel(), k * len(values)), sorted=False)
+            kept.view(-1)[places] = True
+            smallest, mean = largest.min(), self.thresholds[token_type]
+            mean.copy_(torch.where(mean < 0, smallest, mean.lerp(smallest, 1 - self.momentum)))
+        return kept
 
 
 def make_sparsifier(kind: Kind, features: int, k: int, k_cls: int) -> Sparsifier:
@@ -151,16 +179,7 @@ def make_sparsifier(kind: Kind, features: int, k: int, k_cls: int) -> Sparsifier
         "jumprelu": JumpReLU,
         "batch_topk": BatchTopK,
     }
-    return kinds[kind](features, k, k_cls)  # type: ignore[no-any-return]
-
-
-@torch.no_grad()
-def _batch_threshold(values: Tensor, k: int) -> Tensor:
-    """The smallest of the k * N largest of [N, K]; -1 for no tokens at all."""
-    if not len(values):
-        return values.new_tensor(-1.0)
-    kept = min(values.numel(), k * len(values))
-    return values.flatten().kthvalue(values.numel() - kept + 1).values
+    return kinds[kind](features, k, k_cls)
 
 
 class _Jump(torch.autograd.Function):

@@ -85,7 +85,7 @@ def _features(
     indices: NDArray[np.integer], activations: NDArray[np.floating], contributions: NDArray[np.floating], count: int
 ) -> list[Feature]:
     """The `count` active features of largest |contribution|."""
-    order = [i for i in np.argsort(-np.abs(contributions), kind="stable") if activations[i] > 0]
+    order = [i for i in np.argsort(-np.abs(contributions), kind="stable") if activations[i] != 0]
     return [
         Feature(index=int(indices[i]), activation=float(activations[i]), contribution=float(contributions[i]))
         for i in order[:count]

@@ -107,7 +107,7 @@ class LedgerAccount(BaseModel):
 
 class Feature(BaseModel):
     index: int
-    activation: float
+    activation: float = Field(description="never 0; negative only where the bundle's sparsifier is abs_topk")
     contribution: float = Field(description="in logits; all active features of a layer sum to its clt row")
     label: str | None = None
     label_score: float | None = None

@@ -162,21 +162,27 @@ def any_clip(request, make_clip):
 
 @pytest.fixture(scope="session")
 def make_clt():
-    """make_clt(clip, seed=0, k=8, **architecture) -> a random CLT, 64 features a layer, up to k active.
+    """make_clt(clip, seed=0, k=8, k_cls=k, **architecture) -> a random CLT in evaluation mode, 64 features a layer.
 
-    Every bias is non-zero, and some places stay unused.
+    k and k_cls: one number, or one a layer. Every bias is non-zero, thresholds differ, and some places stay unused.
     """
 
     def make(clip, seed=0, k=8, k_cls=None, **architecture):
         layers, width = clip.tower.layers, clip.tower.width
         generator = torch.Generator().manual_seed(seed)
-        budgets = {"k": (k,) * layers, "k_cls": (k_cls or k,) * layers}
-        clt = CrossLayerTranscoder(Architecture(layers, width, features=64, **budgets, **architecture))
+        budgets = [(budget,) * layers if isinstance(budget, int) else budget for budget in (k, k_cls or k)]
+        clt = CrossLayerTranscoder(Architecture(layers, width, 64, *budgets, **architecture))
         clt.initialise(generator)
         with torch.no_grad():
             for encoder, decoder in zip(clt.encoders, clt.decoders, strict=True):
-                encoder.bias.normal_(mean=-1.5, std=0.2, generator=generator)
+                mean = 0.0 if encoder.sparsifier.signed else -1.5
+                encoder.bias.normal_(mean=mean, std=0.2, generator=generator)
                 decoder.bias.normal_(std=0.2, generator=generator)
+                for name, tensor in encoder.sparsifier.state_dict().items():
+                    if name == "log_threshold":  # of thresholds between 0.05 and 0.5
+                        tensor.uniform_(-3, -0.7, generator=generator)
+                    else:  # BatchTopK's, of patches and [CLS]
+                        tensor.uniform_(0.05, 0.5, generator=generator)
         return clt.eval().requires_grad_(False)
 
     return make
@@ -227,6 +233,41 @@ def provenance(recipe):
 def bundle(clip, clt, cls_mean, provenance, tmp_path_factory):
     """The exported and opened bundle of `clip` and `clt`."""
     return export_bundle(clip, clt, cls_mean, provenance, tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+# A CLT of every sparsifier, cross-layer and per-layer, with budgets that differ by layer and token type.
+CLT_VARIANTS = {
+    "relu_topk": {"sparsifier": "relu_topk", "k": (8, 6, 4), "k_cls": (2, 5, 9)},
+    "abs_topk": {"sparsifier": "abs_topk", "k": 8, "k_cls": (7, 2, 5)},
+    "jumprelu": {"sparsifier": "jumprelu", "k": (2, 3, 6), "k_cls": (1, 4, 5)},
+    "batch_topk": {"sparsifier": "batch_topk", "k": (2, 3, 6), "k_cls": (4, 1, 5)},
+    "per-layer relu_topk": {"sparsifier": "relu_topk", "cross_layer": False},
+    "per-layer abs_topk": {"sparsifier": "abs_topk", "k_cls": (3, 6, 1), "cross_layer": False},
+    "per-layer jumprelu": {"sparsifier": "jumprelu", "cross_layer": False},
+    "per-layer batch_topk": {"sparsifier": "batch_topk", "k_cls": (1, 2, 3), "cross_layer": False},
+}
+
+
+@pytest.fixture(scope="session", params=CLT_VARIANTS)
+def any_clt(request, make_clt, clip):
+    """A CLT for `clip`, of every variant."""
+    return make_clt(clip, seed=1, **CLT_VARIANTS[request.param])
+
+
+EXPORTED = ("relu_topk", "abs_topk", "jumprelu", "batch_topk", "per-layer relu_topk")  # an export takes seconds
+
+
+@pytest.fixture(scope="session", params=EXPORTED)
+def exported_clt(request, make_clt, clip):
+    """The CLT that `any_bundle` was made of: every sparsifier, and per-layer transcoders."""
+    return make_clt(clip, seed=1, **CLT_VARIANTS[request.param])
+
+
+@pytest.fixture(scope="session")
+def any_bundle(exported_clt, clip, cls_mean, provenance, tmp_path_factory):
+    """The exported and opened bundle of `exported_clt`; of jumprelu with tables in float16."""
+    tables = "float16" if exported_clt.architecture.sparsifier == "jumprelu" else "float32"
+    return export_bundle(clip, exported_clt, cls_mean, provenance, tmp_path_factory.mktemp("variants") / "x", tables)
 
 
 @pytest.fixture(scope="session")

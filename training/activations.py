@@ -1,20 +1,27 @@
-"""What a CLT reads and what it must produce, streamed from the tower: nothing is cached on disk."""
+"""What a CLT reads and what it must produce: streamed from the tower, shuffled, normalised. Nothing lies on disk,
+unless a cache (training/cache.py) is given."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from models.clip import Taps, Tower
 from models.clt import CrossLayerTranscoder
+from training.cache import ActivationCache
+from training.data import Images, Plan, load
+
+Context = Callable[[], AbstractContextManager[object]]
 
 
 class Activations(NamedTuple):
-    """Every token of a batch of images; N = images * T tokens, image by image, [CLS] first in each."""
+    """Tokens with what every MLP reads and writes; from whole images N = images * T, [CLS] first in each."""
 
     mlp_in: Tensor  # [L, N, d]
     mlp_out: Tensor  # [L, N, d]
@@ -28,12 +35,95 @@ def activations(taps: Taps) -> Activations:
     return Activations(taps.mlp_in.flatten(1, 2), taps.mlp_out.flatten(1, 2), is_cls.flatten())
 
 
-def stream(tower: Tower, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Activations]:
-    """One `Activations` a batch of pixels [B, 3, H, W]."""
+def stream(
+    tower: Tower, batches: Iterable[tuple[Tensor, Tensor]], context: Context = nullcontext
+) -> Iterator[Activations]:
+    """One `Activations` a batch of pixels [B, 3, H, W], computed where the tower lies, within `context` (autocast)."""
+    device = next(tower.parameters()).device
     for pixels, _ in batches:
-        with torch.no_grad():
-            taps = tower(pixels)
+        with torch.no_grad(), context():
+            taps = tower(pixels.to(device, non_blocking=True))
         yield activations(taps)
+
+
+def steps(
+    tower: Tower,
+    images: Images,
+    plan: Plan,
+    *,
+    workers: int,
+    skip: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    cache: ActivationCache | None = None,
+    context: Context = nullcontext,
+) -> Iterator[Activations]:
+    """The tokens of every step of `plan`, from global step `skip` on, float32, where the tower lies.
+
+    All processes together get images_per_step * T tokens a step, a single one its share of them (see `Plan`). One
+    chunk lies in memory: 2 * L * mixed_images * T * d numbers. A chunk is always forwarded in the same batches, so
+    that its activations are the same bits in every epoch and in every run that is taken up. With a cache, a chunk's
+    first visit writes it and later ones read it.
+    """
+    visits = list(plan.visits(skip))
+    known = cache.whole() if cache else set()
+    fresh = []  # for each visit: must it be computed?
+    for visit in visits:
+        fresh.append(visit.chunk not in known)
+        if cache:
+            known.add(visit.chunk)
+
+    def forward(chunks: Iterable[int]) -> Iterator[Activations]:
+        batches = (batch for chunk in chunks for batch in plan.share(chunk, rank, world))
+        pin_memory = next(tower.parameters()).device.type == "cuda"
+        return stream(tower, load(images, batches, workers, pin_memory), context)
+
+    # One stream for all chunks, so that workers decode ahead while a step is made.
+    ahead = forward(visit.chunk for visit, is_fresh in zip(visits, fresh, strict=True) if is_fresh)
+    for visit, is_fresh in zip(visits, fresh, strict=True):
+        chunk = None if is_fresh else _from_cache(cache, visit.chunk, tower, images)
+        if chunk is None:
+            share = plan.share(visit.chunk, rank, world)
+            found = islice(ahead, len(share)) if is_fresh else forward([visit.chunk])
+            chunk = _gather(found, sum(map(len, share)) * tower.tokens)
+            if cache:
+                stored = cache.write(visit.chunk, chunk.mlp_in, chunk.mlp_out, images.broken)
+                chunk = Activations(*stored, chunk.is_cls)
+        if plan.mixed:
+            for places in plan.tokens(visit, tower.tokens, rank, world):
+                here = places.to(chunk.is_cls.device)
+                yield Activations(chunk.mlp_in[:, here], chunk.mlp_out[:, here], chunk.is_cls[here])
+        else:
+            yield chunk
+        del chunk  # before the next one is made
+
+
+def _gather(batches: Iterable[Activations], tokens: int) -> Activations:
+    """Batches one after the other in one piece of memory, float32."""
+    whole, start = None, 0
+    for batch in batches:
+        layers, count, width = batch.mlp_in.shape
+        if whole is None:
+            shape, device = (layers, tokens, width), batch.mlp_in.device
+            is_cls = torch.empty(tokens, dtype=torch.bool, device=device)
+            whole = Activations(torch.empty(shape, device=device), torch.empty(shape, device=device), is_cls)
+        here = slice(start, start + count)
+        whole.mlp_in[:, here], whole.mlp_out[:, here], whole.is_cls[here] = batch
+        start += count
+    assert whole is not None
+    assert start == tokens
+    return whole
+
+
+def _from_cache(cache: ActivationCache | None, chunk: int, tower: Tower, images: Images) -> Activations | None:
+    found = cache.read(chunk) if cache else None
+    if found is None:
+        return None
+    mlp_in, mlp_out, broken = found
+    images.note(broken)
+    device = next(tower.parameters()).device
+    is_cls = torch.arange(mlp_in.shape[1], device=device) % tower.tokens == 0
+    return Activations(mlp_in.to(device), mlp_out.to(device), is_cls)
 
 
 @dataclass
@@ -70,6 +160,10 @@ class Normalisation:
         parts = (x_mean, x_scale, y_mean, y_scale, sums[4] / cls_count)
         return cls(*(part.float() for part in parts))
 
+    def to(self, device: torch.device) -> Normalisation:
+        """The same on another device."""
+        return Normalisation(*(getattr(self, field.name).to(device) for field in fields(self)))
+
     def inputs(self, mlp_in: Tensor) -> Tensor:
         """Normalised ln_2 outputs [L, N, d]."""
         return (mlp_in - self.in_mean[:, None]) / self.in_scale[:, None, None]
@@ -80,11 +174,21 @@ class Normalisation:
 
     @torch.no_grad()
     def fold_into(self, clt: CrossLayerTranscoder) -> CrossLayerTranscoder:
-        """A CLT on raw activations that does what `clt` does on normalised ones: same codes, outputs de-normalised."""
-        folded = CrossLayerTranscoder(clt.layers, clt.width, clt.features, clt.k)
-        folded.w_enc.copy_(clt.w_enc / self.in_scale[:, None, None])
-        folded.b_enc.copy_(clt.b_enc - torch.einsum("lfd,ld->lf", folded.w_enc, self.in_mean))
-        for target, w_dec in enumerate(clt.w_dec):
-            folded.w_dec[target].copy_(w_dec * self.out_scale[target])
-        folded.b_dec.copy_(clt.b_dec * self.out_scale[:, None] + self.out_mean)
-        return folded
+        """A CLT on raw activations that does what `clt` does on normalised ones, outputs de-normalised; float32.
+
+        Pre-activations stay what they are, so sparsifiers (thresholds) are taken over as they are.
+        """
+        folded = CrossLayerTranscoder(clt.architecture)
+        encoder: Any
+        decoder: Any
+        raw: Any
+        for layer, (encoder, raw) in enumerate(zip(clt.encoders, folded.encoders, strict=True)):
+            weight = encoder.weight.float() / self.in_scale[layer]
+            raw.weight.copy_(weight)
+            raw.bias.copy_(encoder.bias.float() - weight @ self.in_mean[layer])
+            raw.sparsifier.load_state_dict(encoder.sparsifier.state_dict())
+        for target, (decoder, raw) in enumerate(zip(clt.decoders, folded.decoders, strict=True)):
+            for weight, raw_weight in zip(decoder.weights, raw.weights, strict=True):
+                raw_weight.copy_(weight.float() * self.out_scale[target])
+            raw.bias.copy_(decoder.bias.float() * self.out_scale[target] + self.out_mean[target])
+        return folded.train(clt.training)

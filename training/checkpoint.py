@@ -1,7 +1,7 @@
 """Checkpoints: weights as safetensors beside one JSON, written whole or not at all.
 
 <out>/step-00001500/clt.safetensors     the CLT on raw activations: what evaluation and export read
-                    state.safetensors   normalised weights, Adam's moments, normalisation: what resuming reads
+                    state.safetensors   normalised weights, Adam's moments, normalisation, silent features: for resuming
                     checkpoint.json     recipe, step, CLIP, metrics
 """
 
@@ -21,7 +21,7 @@ from models.clt import CrossLayerTranscoder
 from models.errors import VitrineError
 from training.recipes import Recipe
 
-FORMAT = 1
+FORMAT = 2  # 1: the CLT in four tensors
 KEPT = 2  # older checkpoints of a run are removed
 
 
@@ -43,6 +43,7 @@ class CheckpointMeta(BaseModel):
     width: int
     train_images: int = 0
     val_images: int = 0
+    broken: dict[str, str] = {}  # images that could not be read, and why
     metrics: Metrics = Metrics()  # on val, once the run is done
 
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.clip import Clip
-from training.data import DataError, Folder, image_folder, load
-from training.recipes import DataSection, FolderSource, Source
+from training.data import DataError, Images, load
+from training.recipes import DataSection
+from training.sources import open_images
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """Chosen images of a data set, and the labels that a zero-shot prediction chooses from."""
 
-    data: Folder
+    data: Images
     indices: tuple[int, ...]  # into `data`
     labels: tuple[str, ...]
     label_of_class: Tensor  # [classes of `data`] index into `labels`
@@ -56,22 +56,15 @@ def held_out(
 
     Raises `DataError` if there are fewer than two, or classes that are no labels of the recipe.
     """
-    data = _images(section.val, data_root, clip.transform())
+    data = open_images(section.val, data_root, clip.transform(), section.max_broken)
     labels = section.labels or tuple(data.classes)
     if strangers := sorted(set(data.classes) - set(labels)):
-        raise DataError(f"{data.root}: class folders that are no labels of the recipe: {', '.join(strangers)}")
+        raise DataError(f"{data.title}: classes that are no labels of the recipe: {', '.join(strangers)}")
     order = list(range(len(data)))
     if images is not None and images < len(data):
         shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
         order = sorted(shuffled[:images].tolist())
     if len(order) < 2:
-        raise DataError(f"{len(order)} images of {data.root} are too few to measure anything; two are the least")
+        raise DataError(f"{len(order)} images of {data.title} are too few to measure anything; two are the least")
     label_of_class = torch.tensor([labels.index(name) for name in data.classes])
     return HeldOut(data, tuple(order), labels, label_of_class, seed, **options)
-
-
-def _images(source: Source, data_root: Path, transform: Callable[[Any], Tensor]) -> Folder:
-    """The images of a source. Here alone is it known what kinds of sources there are."""
-    if not isinstance(source, FolderSource):
-        raise DataError(f"images of kind {source.kind!r} cannot be measured on yet; use kind = 'folder'")
-    return image_folder(data_root / source.path, transform)

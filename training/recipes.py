@@ -39,11 +39,11 @@ class RecipeError(VitrineError, ValueError):
     """The recipe cannot be used; the message says which key and why."""
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ClipSection(_Section):
+class ClipSection(Section):
     """The CLIP to explain, as `models.clip.load_clip` takes it."""
 
     name: str | None = Field(default=None, description="open_clip's name, or hf-hub:org/model")
@@ -57,14 +57,14 @@ class ClipSection(_Section):
         return self
 
 
-class FolderSource(_Section):
+class FolderSource(Section):
     """Class folders: path/<class>/*.jpg."""
 
     kind: Literal["folder"]
     path: str = Field(description="folder under the data root")
 
 
-class TorchvisionSource(_Section):
+class TorchvisionSource(Section):
     """One of torchvision's data sets, downloaded under the data root if it is not there."""
 
     kind: Literal["torchvision"]
@@ -72,7 +72,7 @@ class TorchvisionSource(_Section):
     split: Literal["train", "val"] = Field(description="val: what torchvision calls test or val")
 
 
-class HuggingFaceSource(_Section):
+class HuggingFaceSource(Section):
     """A data set of the Hugging Face hub, or a folder that `datasets.load_dataset` reads."""
 
     kind: Literal["huggingface"]
@@ -84,7 +84,7 @@ class HuggingFaceSource(_Section):
     )
 
 
-class WebDatasetSource(_Section):
+class WebDatasetSource(Section):
     """Tar shards in WebDataset's layout: key.jpg (png, webp) with key.cls (an index) or key.txt (a class name)."""
 
     kind: Literal["webdataset"]
@@ -95,7 +95,7 @@ class WebDatasetSource(_Section):
 Source = Annotated[FolderSource | TorchvisionSource | HuggingFaceSource | WebDatasetSource, Field(discriminator="kind")]
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """Images to train on and to measure on, and the labels that the bundle offers by default."""
 
     name: str
@@ -107,7 +107,7 @@ class DataSection(_Section):
     max_broken: Share = Field(default=0.01, description="share of unreadable images at which a run gives up")
 
 
-class CltSection(_Section):
+class CltSection(Section):
     """The Cross-Layer Transcoder."""
 
     features: PositiveInt = Field(description="F, features a layer")
@@ -141,7 +141,7 @@ class CltSection(_Section):
         return budget
 
 
-class TrainingSection(_Section):
+class TrainingSection(Section):
     """Reconstruction: every MLP's output from what the MLPs read."""
 
     seed: int = 0
@@ -186,7 +186,7 @@ class TrainingSection(_Section):
         return self
 
 
-class CascadeSection(_Section):
+class CascadeSection(Section):
     """Fine-tuning in replacement mode: the whole cascade keeps CLIP's predictions."""
 
     steps: PositiveInt
@@ -198,7 +198,7 @@ class CascadeSection(_Section):
     prediction_weight: float = Field(default=1.0, ge=0, description="divergence of the zero-shot distribution")
 
 
-class BundleSection(_Section):
+class BundleSection(Section):
     """What `vitrine export` makes of the trained CLT."""
 
     description: str = "A CLIP and its Cross-Layer Transcoder."
@@ -206,7 +206,7 @@ class BundleSection(_Section):
     tables: Literal["float32", "float16"] = Field(default="float32", description="precision of the CLT in the bundle")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     name: str
     clip: ClipSection
     data: DataSection

@@ -40,7 +40,7 @@ def test_round_trip(bundle, clip, clt, provenance):
     manifest = opened.manifest
     shape, text, identity = manifest.shape, manifest.text, manifest.clip
     assert (shape.layers, shape.width, shape.embedding, shape.tokens) == (3, 32, 24, 17)
-    assert (shape.features, shape.k, manifest.sparsifier) == (clt.features, clt.k, "relu_topk")
+    assert (shape.features, shape.k, manifest.sparsifier) == (clt.features, 8, "relu_topk")
     assert (identity.name, identity.weights, identity.sha256) == ("tiny", "tiny.safetensors", clip.sha256)
     assert (text.labels, text.templates, text.context, text.pad) == (provenance.labels, provenance.templates, 16, 0)
     for name in ("name", "description", "data", "metrics", "recipe", "licence"):
@@ -127,7 +127,9 @@ def test_file_names_that_leave_the_bundle_are_refused(copied, edit, name):
         (lambda m: m["shape"].update(colour="red"), "shape.colour: Extra inputs"),
         (lambda m: m["shape"].pop("k"), "shape.k: Field required"),
         (lambda m: m["shape"].update(k=0), "shape.k: Input should be greater than 0"),
-        (lambda m: m.update(sparsifier="magic"), "sparsifier: Input should be 'relu_topk'"),
+        (lambda m: m["shape"].update(k_cls=[]), "shape: Value error, k_cls has 0 numbers for 3 layers"),
+        (lambda m: m["shape"].update(k_patches=[8, 8]), "shape: Value error, k_patches has 2 numbers for 3 layers"),
+        (lambda m: m.update(sparsifier="magic"), "sparsifier: Input should be 'relu_topk', 'abs_topk', "),
         (lambda m: m["files"]["fold.npy"].update(sha256="abc"), "files.fold.npy.sha256: String should match"),
     ],
 )
@@ -193,6 +195,48 @@ def test_model_card_names_data_metrics_and_recipe(bundle):
     ):
         assert text in card
     assert "zero_shot_top1 |" not in card  # not measured
+
+
+def test_manifest_says_what_the_clt_is(any_bundle, exported_clt):
+    manifest, architecture = any_bundle.manifest, exported_clt.architecture
+    shape, by_rank = manifest.shape, architecture.sparsifier in ("relu_topk", "abs_topk")
+    assert manifest.sparsifier == architecture.sparsifier
+    assert (shape.k_cls, shape.k_patches) == (architecture.k_cls, architecture.k)
+    assert shape.cross_layer == architecture.cross_layer
+    assert shape.k == (max(architecture.k_cls) if by_rank else 2 * max(*architecture.k, *architecture.k_cls))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ["relu_topk; active features a token and layer:\n  8 on [CLS], 8 on patches", "cross-layer: each"]),
+        ({"k_cls": (2, 4, 8)}, ["2, 4, 8 (by layer) on [CLS], 8 on patches"]),
+        ({"k_cls": None, "k_patches": None}, ["8 on [CLS], 8 on patches"]),  # written before there were budgets
+        ({"k_patches": (3, 3, 3), "k_cls": (1, 1, 1)}, ["1 on [CLS], 3 on patches"]),
+        ({"cross_layer": False}, ["per-layer: each writes to the MLP output of its own layer alone"]),
+    ],
+)
+def test_model_card_says_what_the_clt_is(bundle, changes, said):
+    shape = bundle.manifest.shape.model_copy(update=changes)
+    card = model_card(bundle.manifest.model_copy(update={"shape": shape}))
+    assert all(text in card for text in said), card
+
+
+def test_model_card_says_that_thresholds_hold_budgets_on_average(any_bundle):
+    sparsifier, k = any_bundle.manifest.sparsifier, any_bundle.manifest.shape.k
+    on_average = f"{sparsifier}; active features a token and layer on average (at most {k} as served):"
+    assert (on_average in model_card(any_bundle.manifest)) == (sparsifier in ("jumprelu", "batch_topk"))
+
+
+def test_bundle_older_than_budgets_opens(copied, edit):
+    """As the first embedded one: a relu_topk of one k."""
+    edit(lambda manifest: [manifest["shape"].pop(name) for name in ("k_cls", "k_patches", "cross_layer")])
+    shape = open_bundle(copied).manifest.shape
+    assert (shape.k, shape.k_cls, shape.k_patches, shape.cross_layer) == (8, None, None, True)
+
+
+def test_embedded_bundle_opens():
+    assert open_bundle(ROOT / "models" / "demo").manifest.shape.layers == 12
 
 
 @pytest.mark.parametrize("module", ["models.bundle", "models.ledger"])

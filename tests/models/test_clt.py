@@ -1,153 +1,187 @@
-"""The Cross-Layer Transcoder on numbers worked out by hand, and its sparse decoding against dense autograd."""
-
-from copy import deepcopy
+"""The Cross-Layer Transcoder on numbers worked out by hand, its tables and its budgets."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from torch import tensor
 
-from models.clt import CrossLayerTranscoder
-from models.sparsify import Code, relu_topk
+from models.clt import Architecture, CrossLayerTranscoder, as_codes
+from models.sparsify import BatchTopK
 
-
-def test_relu_topk_by_hand():
-    preactivations = torch.tensor([[0.5, 3.0, -1.0, 2.0], [-4.0, -3.0, -2.0, 1.0]])
-    code = relu_topk(preactivations, 2)
-    dense = torch.zeros(2, 4).scatter_add(-1, code.indices, code.values)
-    assert dense.tolist() == [[0, 3, 0, 2], [0, 0, 0, 1]]  # the second token has one positive feature, not two
+KINDS = ("relu_topk", "abs_topk", "jumprelu", "batch_topk")
 
 
-def test_relu_topk_with_k_of_all_features_is_relu():
-    preactivations = torch.tensor([1.0, -2.0, 0.0, 4.0])
-    code = relu_topk(preactivations, 4)
-    assert torch.zeros(4).scatter_add(-1, code.indices, code.values).tolist() == [1, 0, 0, 4]
+def dense_code(code, features):
+    return torch.zeros(len(code.values), features, dtype=code.values.dtype).scatter_add(1, code.indices, code.values)
 
 
-@pytest.fixture
-def by_hand():
+# By hand -------------------------------------------------------------------------------------------------------------
+
+
+def by_hand(cross_layer=True):
     """2 layers, width 2, 3 features, k = 2."""
-    clt = CrossLayerTranscoder(layers=2, width=2, features=3, k=2).requires_grad_(False)
-    clt.w_enc[0] = torch.tensor([[1, 0], [0, 1], [1, 1]])
-    clt.w_enc[1] = torch.tensor([[2, 0], [0, -1], [0, 1]])
-    clt.b_enc[1] = torch.tensor([0, 0, 10])
-    clt.w_dec[0][0] = torch.tensor([[1, 2], [3, 4], [5, 6]])  # layer 0 to target 0
-    clt.w_dec[1][0] = torch.tensor([[0, 1], [1, 0], [0, 2]])  # layer 0 to target 1
-    clt.w_dec[1][1] = torch.tensor([[1, 1], [7, 7], [0, -1]])  # layer 1 to target 1
-    clt.b_dec[:] = torch.tensor([[10, 20], [30, 40]])
+    clt = CrossLayerTranscoder(Architecture(2, 2, 3, (2, 2), (2, 2), cross_layer=cross_layer)).requires_grad_(False)
+    clt.encoders[0].weight[:] = tensor([[1, 0], [0, 1], [1, 1]])
+    clt.encoders[1].weight[:] = tensor([[2, 0], [0, -1], [0, 1]])
+    clt.encoders[0].bias[:] = 0
+    clt.encoders[1].bias[:] = tensor([0, 0, 10])
+    clt.decoders[0].weights[0][:] = tensor([[1, 2], [3, 4], [5, 6]])  # layer 0 to target 0
+    if cross_layer:
+        clt.decoders[1].weights[0][:] = tensor([[0, 1], [1, 0], [0, 2]])  # layer 0 to target 1
+    clt.decoders[1].weights[-1][:] = tensor([[1, 1], [7, 7], [0, -1]])  # layer 1 to target 1
+    clt.decoders[0].bias[:] = tensor([10, 20])
+    clt.decoders[1].bias[:] = tensor([30, 40])
     return clt
 
 
-def test_encode_by_hand(by_hand):
+X, PATCH = tensor([[[1.0, 2.0]], [[4.0, -6.0]]]), tensor([False])
+
+
+def test_encode_by_hand():
     # pre-activations: 1, 2, 1 + 2 in layer 0; 2 * 4, 6, -6 + 10 in layer 1
-    code = by_hand.encode(torch.tensor([[[1.0, 2.0]], [[4.0, -6.0]]]))
-    dense = torch.zeros(2, 1, 3).scatter_add(-1, code.indices, code.values)
-    assert dense[:, 0].tolist() == [[0, 2, 3], [8, 6, 0]]
+    codes = by_hand().encode(X, PATCH)
+    assert [dense_code(code, 3).tolist() for code in codes] == [[[0, 2, 3]], [[8, 6, 0]]]
 
 
-def test_decode_by_hand(by_hand):
-    code = Code(torch.tensor([[[1, 2]], [[0, 1]]]), torch.tensor([[[2.0, 3.0]], [[8.0, 0.0]]]))
-    expected = [
-        [2 * 3 + 3 * 5 + 10, 2 * 4 + 3 * 6 + 20],
-        [2 * 1 + 3 * 0 + 8 * 1 + 30, 2 * 0 + 3 * 2 + 8 * 1 + 40],
-    ]
-    assert by_hand.decode(code)[:, 0].tolist() == expected
-    assert by_hand.decode_dense(code)[:, 0].tolist() == expected
-
-
-def test_forward_by_hand(by_hand):
-    outputs = by_hand(torch.tensor([[[1.0, 2.0]], [[4.0, -6.0]]]))
+def test_forward_by_hand():
+    _, outputs = by_hand()(X, PATCH)
     assert outputs[:, 0].tolist() == [[6 + 15 + 10, 8 + 18 + 20], [2 + 0 + 8 + 42 + 30, 0 + 6 + 8 + 42 + 40]]
 
 
-def test_directions_by_hand(by_hand):
-    assert by_hand.directions().tolist() == [[[1, 3], [4, 4], [5, 8]], [[1, 1], [7, 7], [0, -1]]]
+def test_per_layer_transcoders_by_hand():
+    clt = by_hand(cross_layer=False)
+    _, outputs = clt(X, PATCH)
+    assert outputs[:, 0].tolist() == [[6 + 15 + 10, 8 + 18 + 20], [8 + 42 + 30, 8 + 42 + 40]]
+    assert clt.directions().tolist() == [[[1, 2], [3, 4], [5, 6]], [[1, 1], [7, 7], [0, -1]]]
+    assert clt.writers(1).tolist() == [[[0, 0]] * 3, [[1, 1], [7, 7], [0, -1]]]
 
 
-def test_directions_add_up_what_every_feature_writes(clt):
-    """Sum over layers of decode, minus the biases, is the code times the directions."""
-    mlp_in = torch.randn(clt.layers, 5, clt.width, generator=torch.Generator().manual_seed(2))
-    code = clt.encode(mlp_in)
-    dense = torch.zeros(clt.layers, 5, clt.features).scatter_add(-1, code.indices, code.values)
-    written = torch.einsum("lnf,lfd->nd", dense, clt.directions())
-    torch.testing.assert_close(written, (clt.decode(code) - clt.b_dec[:, None]).sum(0), rtol=1e-5, atol=1e-5)
+def test_contributions_by_hand():
+    clt = by_hand()
+    assert clt.decoders[1].contributions(clt.encode(X, PATCH))[:, 0].tolist() == [[2 + 0, 0 + 6], [8 + 42, 8 + 42]]
 
 
-@pytest.mark.parametrize("changed", [0, 1, 2])
-def test_a_layer_never_writes_to_an_earlier_one(clt, changed):
-    mlp_in = torch.randn(clt.layers, 4, clt.width, generator=torch.Generator().manual_seed(3))
-    other = mlp_in.clone()
-    other[changed] += 1
-    before, after = clt(mlp_in), clt(other)
-    torch.testing.assert_close(before[:changed], after[:changed], rtol=0, atol=0)
-    for target in range(changed, clt.layers):
-        assert not torch.allclose(before[target], after[target])
+def test_directions_by_hand():
+    assert by_hand().directions().tolist() == [[[1, 3], [4, 4], [5, 8]], [[1, 1], [7, 7], [0, -1]]]
 
 
-@pytest.mark.parametrize("k", [0, 4])
-def test_impossible_k_is_refused(k):
-    with pytest.raises(ValueError, match=f"k = {k} must lie between 1 and the number of features, 3"):
-        CrossLayerTranscoder(layers=1, width=2, features=3, k=k)
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cross_layer", [True, False])
+def test_tables_are_those_of_a_naive_loop(random_clt, cross_layer):
+    clt = random_clt(layers=4, cross_layer=cross_layer)
+    directions = torch.zeros(4, 7, 4, dtype=torch.float64)
+    for target in range(4):
+        writers = torch.zeros(4, 7, 4, dtype=torch.float64)
+        first = 0 if cross_layer else target
+        for source in range(first, target + 1):
+            for feature in range(7):
+                writers[source, feature] = clt.decoders[target].weights[source - first][feature]
+        assert clt.writers(target).equal(writers)
+        directions += writers
+    torch.testing.assert_close(clt.directions(), directions, rtol=0, atol=1e-14)
+    assert clt.decoder_biases().equal(torch.stack([decoder.bias for decoder in clt.decoders]))
+
+
+@pytest.mark.parametrize("sparsifier", KINDS)
+@pytest.mark.parametrize("cross_layer", [True, False])
+def test_directions_add_up_what_every_feature_writes(random_clt, random_tokens, sparsifier, cross_layer):
+    """Sum over layers of the outputs, minus the biases, is the code times the directions."""
+    clt = random_clt(sparsifier=sparsifier, cross_layer=cross_layer)
+    x, is_cls, _ = random_tokens(clt, 5)
+    codes, outputs = clt(x, is_cls)
+    written = sum(dense_code(code, 7) @ table for code, table in zip(codes, clt.directions(), strict=True))
+    torch.testing.assert_close(written, (outputs - clt.decoder_biases()[:, None]).sum(0), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("sparsifier", KINDS)
+@pytest.mark.parametrize("cross_layer", [True, False])
+def test_parameters_are_counted(random_clt, sparsifier, cross_layer):
+    clt = random_clt(layers=4, sparsifier=sparsifier, cross_layer=cross_layer)
+    assert clt.architecture.parameters == sum(parameter.numel() for parameter in clt.parameters())
+
+
+def test_as_codes_fills_narrow_codes_up(random_clt, random_tokens):
+    clt = random_clt(k=(1, 3, 2))
+    x, is_cls, _ = random_tokens(clt, 5)
+    codes = clt.encode(x, is_cls)
+    stacked = as_codes(codes, 4)
+    assert stacked.indices.shape == stacked.values.shape == (3, 5, 4)
+    for layer, code in enumerate(codes):
+        width = code.indices.shape[1]
+        assert stacked.indices[layer, :, :width].equal(code.indices)
+        assert stacked.values[layer, :, :width].equal(code.values)
+        assert not stacked.values[layer, :, width:].any()
+
+
+def test_as_codes_never_cuts_a_code(random_clt, random_tokens):
+    clt = random_clt(k=(1, 3, 2))
+    x, is_cls, _ = random_tokens(clt, 5)
+    with pytest.raises(ValueError, match="a code has 3 places, only 2 were asked for"):
+        as_codes(clt.encode(x, is_cls), 2)
 
 
 def test_initial_weights_are_unit_rows_shared_over_sources_and_seeded():
-    clt = CrossLayerTranscoder(layers=3, width=16, features=8, k=4)
+    clt, again = (CrossLayerTranscoder(Architecture(3, 16, 8, (4, 1, 4), (4, 4, 4))) for _ in range(2))
     clt.initialise(torch.Generator().manual_seed(0))
-    torch.testing.assert_close(clt.w_enc.norm(dim=-1), torch.ones(3, 8))
-    for target, w_dec in enumerate(clt.w_dec):
-        torch.testing.assert_close(w_dec.norm(dim=-1), torch.full((target + 1, 8), 1 / ((target + 1) * 2)))
-    again = CrossLayerTranscoder(layers=3, width=16, features=8, k=4)
     again.initialise(torch.Generator().manual_seed(0))
+    for target, (encoder, decoder, k) in enumerate(zip(clt.encoders, clt.decoders, (4, 1, 4), strict=True)):
+        torch.testing.assert_close(encoder.weight.norm(dim=-1), torch.ones(8))
+        for weight in decoder.weights:
+            torch.testing.assert_close(weight.norm(dim=-1), torch.full((8,), 1 / ((target + 1) * k**0.5)))
+        assert not encoder.bias.any()
+        assert not decoder.bias.any()
     assert all(torch.equal(a, b) for a, b in zip(clt.parameters(), again.parameters(), strict=True))
 
 
-@st.composite
-def codes(draw):
-    """(a float64 CLT, a code for it, a gradient for its outputs); features repeat over tokens, some never fire."""
-    layers, width, features = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 7))
-    k, tokens = draw(st.integers(1, features)), draw(st.integers(1, 6))
-    used = draw(st.integers(k, features))  # only the first `used` features are ever active
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    clt = CrossLayerTranscoder(layers, width, features, k).double()
-    for parameter in clt.parameters():
-        torch.nn.init.normal_(parameter, generator=generator)
-    indices = torch.rand(layers, tokens, used, generator=generator).argsort(-1)[..., :k]
-    values = torch.randn(layers, tokens, k, generator=generator, dtype=torch.float64).relu()  # zeros: unused places
-    return clt, indices, values, torch.randn(layers, tokens, width, generator=generator, dtype=torch.float64)
+# Budgets -------------------------------------------------------------------------------------------------------------
 
 
-def _outputs_and_gradients(decode, clt, indices, values, d_out):
-    values = values.clone().requires_grad_()
-    outputs = decode(Code(indices, values))
-    return outputs, torch.autograd.grad(outputs, [values, *clt.w_dec, clt.b_dec], d_out)
+@pytest.mark.parametrize("cross_layer", [True, False])
+def test_budgets_are_those_of_layer_and_token_type(random_clt, random_tokens, cross_layer):
+    clt = random_clt(k=(1, 3, 2), k_cls=(4, 1, 2), sparsifier="abs_topk", cross_layer=cross_layer)
+    x, is_cls, _ = random_tokens(clt, 9)
+    assert 0 < is_cls.sum() < 9
+    for code, k, k_cls in zip(clt.encode(x, is_cls), (1, 3, 2), (4, 1, 2), strict=True):
+        assert (code.values != 0).sum(-1).equal(torch.where(is_cls, k_cls, k))
+        assert code.indices.shape[1] == max(k, k_cls)
 
 
-@settings(deadline=None, max_examples=100)
-@given(codes())
-def test_sparse_decode_is_dense_decode_with_all_gradients(drawn):
-    clt, *rest = drawn
-    sparse, sparse_gradients = _outputs_and_gradients(clt.decode, clt, *rest)
-    dense, dense_gradients = _outputs_and_gradients(clt.decode_dense, clt, *rest)
-    torch.testing.assert_close(sparse, dense, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(sparse_gradients, dense_gradients, rtol=1e-10, atol=1e-10)
+@pytest.mark.parametrize(
+    ("k", "k_cls", "problem"),
+    [
+        ((2, 2), (2, 2, 2), "k has 2 numbers for 3 layers"),
+        ((2, 2, 2), (2,), "k_cls has 1 numbers for 3 layers"),
+        ((2, 0, 2), (2, 2, 2), "k = 0 and k_cls = 2 must lie between 1 and the number of features, 7"),
+        ((2, 2, 2), (2, 8, 2), "k = 2 and k_cls = 8 must lie between 1 and the number of features, 7"),
+    ],
+)
+def test_impossible_budgets_are_refused(k, k_cls, problem):
+    with pytest.raises(ValueError, match=problem):
+        CrossLayerTranscoder(Architecture(3, 4, 7, k, k_cls))
 
 
-def test_gradients_of_the_whole_clt_are_those_of_finite_differences():
-    clt = CrossLayerTranscoder(layers=2, width=3, features=4, k=2).double()
-    clt.initialise(torch.Generator().manual_seed(0))
-    mlp_in = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
-    names, parameters = zip(*clt.named_parameters(), strict=True)
+@pytest.mark.parametrize("changed", [0, 1, 2])
+@pytest.mark.parametrize("cross_layer", [True, False])
+def test_a_layer_writes_to_itself_and_to_later_ones_alone(random_clt, random_tokens, cross_layer, changed):
+    clt = random_clt(cross_layer=cross_layer)
+    x, is_cls, _ = random_tokens(clt, 4)
+    other = x.clone()
+    other[changed] += 1
+    (_, before), (_, after) = clt(x, is_cls), clt(other, is_cls)
+    for target in range(3):
+        reached = target >= changed if cross_layer else target == changed
+        assert before[target].equal(after[target]) != reached
 
-    def outputs(mlp_in, *parameters):
-        return torch.func.functional_call(clt, dict(zip(names, parameters, strict=True)), (mlp_in,))
 
-    assert torch.autograd.gradcheck(outputs, (mlp_in, *parameters))
-
-
-def test_sparse_decode_takes_a_gradient_that_is_not_contiguous(clt):
-    clt = deepcopy(clt).requires_grad_()
-    code = clt.encode(torch.randn(clt.layers, 4, clt.width, generator=torch.Generator().manual_seed(4)))
-    d_out = torch.ones(()).expand(clt.layers, 4, clt.width)  # stride 0, as `.sum().backward()` makes it
-    sparse = torch.autograd.grad(clt.decode(code), list(clt.w_dec), d_out)
-    dense = torch.autograd.grad(clt.decode_dense(code), list(clt.w_dec), d_out)
-    torch.testing.assert_close(sparse, dense)
+def test_batch_topk_thresholds_are_part_of_the_state(random_clt, random_tokens):
+    clt = random_clt(sparsifier="batch_topk")
+    x, is_cls, _ = random_tokens(clt, 9)
+    clt(x, is_cls)
+    other = random_clt(sparsifier="batch_topk", seed=5)
+    other.load_state_dict(clt.state_dict())
+    for encoder in other.encoders:
+        assert isinstance(encoder.sparsifier, BatchTopK)
+        assert (encoder.sparsifier.thresholds > 0).all()
+    clt.eval(), other.eval()
+    assert clt(x, is_cls)[1].equal(other(x, is_cls)[1])

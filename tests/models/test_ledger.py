@@ -47,13 +47,13 @@ def references(tower, clt, make_pixels):
 
 def _reference(layers, clt, residual_in, mlp_in, attn_out, mlp_out, residual_out):
     codes = torch.zeros(layers, clt.features, dtype=torch.float64)
-    for layer in range(layers):
-        preactivations = clt.w_enc[layer].double() @ mlp_in[layer] + clt.b_enc[layer].double()
-        best = preactivations.argsort()[-clt.k :]
+    for layer, encoder in enumerate(clt.encoders):
+        preactivations = encoder.weight.double() @ mlp_in[layer] + encoder.bias.double()
+        best = preactivations.argsort()[-clt.architecture.k_cls[layer] :]
         codes[layer, best] = preactivations[best].relu()
-    written = {(i, j): codes[i] @ clt.w_dec[j][i].double() for j in range(layers) for i in range(j + 1)}
+    written = {(i, j): codes[i] @ clt.decoders[j].weights[i].double() for j in range(layers) for i in range(j + 1)}
     sources = [sum(written[i, j] for j in range(i, layers)) for i in range(layers)]
-    bias, mlp = clt.b_dec.double().sum(0), mlp_out.sum(0)
+    bias, mlp = sum(decoder.bias.double() for decoder in clt.decoders), mlp_out.sum(0)
     components = torch.stack([residual_in, *attn_out, *sources, bias, mlp - sum(sources) - bias])
     torch.testing.assert_close(components.sum(0), residual_out)
     return Reference(components, codes, torch.stack([written[i, layers - 1] for i in range(layers)]), mlp)
@@ -160,7 +160,7 @@ def test_each_feature_contributes_what_its_decoders_write(bundle, clt, tower, re
         norm = tower.head(reference.residual).norm()
         for layer, place in np.ndindex(found.shape):
             feature = part.feature_indices[layer, place]
-            direction = sum(clt.w_dec[target][layer, feature].double() for target in range(layer, clt.layers))
+            direction = sum(decoder.weights[layer][feature].double() for decoder in clt.decoders[layer:])
             c = reference.codes[layer, feature] * direction
             expected = clip.logit_scale / (sigma * norm) * t @ tower.visual.proj.T @ (ln.weight * (c - c.mean()))
             assert found[layer, place] == pytest.approx(float(expected), abs=1e-4)
