@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from training import paper
 from training.reconstruction import TOKENS
-from training.results import Estimate, Matrix, Results, Spread
+from training.results import Cascade, Estimate, Matrix, Results, Spread
 from training.tables import RANKING_NAMES, TOKEN_NAMES
 
 _INK, _LINE = "#010203", "#fdfcfb"
@@ -93,7 +93,8 @@ def cascades(results: Results) -> str:
         figure, (axes,) = _figure(1, height=3.8)
         axes.axhline(0, color=_INK, linewidth=0.8, linestyle=":", label="CLIP itself")
         windows = list(dict.fromkeys(cascade.window for cascade in results.cascades))
-        sets = [(results.cascades, [cascade.difference for cascade in results.cascades], None, "")]
+        sets: list[tuple[list[Cascade], list[Estimate], str | None, str]] = []
+        sets.append((results.cascades, [cascade.difference for cascade in results.cascades], None, ""))
         if rival := results.comparison:
             changes = [cascade.difference for cascade in rival.cascades]
             sets.append((rival.cascades, changes, "none", f", {rival.name}"))
