@@ -91,6 +91,17 @@ def test_contribution_scores_are_the_definition(clt, codes, measured, tokens, is
         assert matrix[target, target + 1 :].tolist() == [0] * (2 - target)
 
 
+@pytest.mark.parametrize("tokens", ["all", "cls", "patches"])
+def test_r2_is_about_the_means_of_these_images(clt, taps, codes, measured, tokens):
+    chosen = {"all": slice(None), "cls": slice(1), "patches": slice(1, None)}[tokens]
+    truth = taps.mlp_out[:, :, chosen].double().flatten(1, 2)
+    decoded = clt.decode(codes).view_as(taps.mlp_out)[:, :, chosen].double().flatten(1, 2)
+    error = (truth - decoded).square().sum((1, 2))
+    expected = 1 - error / (truth - truth.mean(1, keepdim=True)).square().sum((1, 2))
+    found = measured.reconstruction.figures(Bootstrap(12))[tokens]
+    assert [layer.r2 for layer in found.layers] == pytest.approx(expected.tolist(), rel=1e-6)
+
+
 def test_centred_and_raw_scores_differ(measured):
     assert (measured.raw.matrix("cls") - measured.centred.matrix("cls")).abs().max() > 0.05
 
