@@ -19,7 +19,7 @@ from training.results import Cascade, Estimate
 
 def paper_windows(layers: int) -> list[range]:
     """The windows measured for a tower of so many layers, the longest first."""
-    starts = {round(layers * start / 12) for start in (0, 3, 7, 10)} | {max(0, layers - 2)}
+    starts = {min(round(layers * start / 12), layers - 1) for start in (0, 3, 7, 10)} | {max(0, layers - 2)}
     return [range(start, layers) for start in sorted(starts)]
 
 

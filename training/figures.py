@@ -11,6 +11,7 @@ import html
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,14 +19,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from training import paper
 from training.reconstruction import TOKENS
-from training.results import Estimate, Matrix, Results, Spread
+from training.results import Cascade, Estimate, Matrix, Results, Spread
 from training.tables import RANKING_NAMES, TOKEN_NAMES
 
 _INK, _LINE = "#010203", "#fdfcfb"
 _COLOURS = {"all": "#2a9d8f", "cls": "#e07a1f", "patches": "#7c6bd6", "image": "#d6457f", "random": "#8a8f98"}
 _MARKERS = {"all": "o", "cls": "s", "patches": "^", "image": "D"}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
     "text.color": _INK,
@@ -46,8 +48,9 @@ _STYLE = {
     "figure.facecolor": "none",
 }
 # Nothing is drawn where C = 0, so that the page's ground is the middle of the scale, light or dark.
+_BLUE, _ORANGE = (0.20, 0.45, 0.85), (0.93, 0.52, 0.08)
 _SIGNED = LinearSegmentedColormap.from_list(
-    "signed", [(0.0, (0.25, 0.45, 0.85, 0.9)), (0.5, (0.5, 0.5, 0.5, 0.0)), (1.0, (0.91, 0.53, 0.12, 0.95))]
+    "signed", [(0.0, (*_BLUE, 0.95)), (0.5, (*_BLUE, 0.0)), (0.5, (*_ORANGE, 0.0)), (1.0, (*_ORANGE, 0.95))]
 )
 
 
@@ -63,7 +66,7 @@ def reconstruction(results: Results) -> str:
                 values = [layer.r2 for layer in found[tokens].layers]
                 _line(axes[0], values, tokens, TOKEN_NAMES[tokens] + suffix, style)
         _by_layer(axes[0], results.layers, "R²")
-        axes[0].legend(fontsize=9)
+        figure.legend(loc="outside upper left", ncols=3, fontsize=9)
         return _svg(figure, "reconstruction", "R² by layer for all tokens, [CLS] and patches")
 
 
@@ -75,7 +78,7 @@ def sparsity(results: Results) -> str:
             layers = results.reconstruction[tokens].layers
             _line(left, [layer.l0 for layer in layers], tokens, TOKEN_NAMES[tokens])
         left.set_ylim(bottom=0)
-        left.legend(fontsize=9)
+        left.legend(fontsize=9, loc="lower right")
         dead = [100 * layer.dead_share for layer in results.reconstruction["all"].layers]
         right.bar(range(results.layers), dead, color=_COLOURS["random"])
         right.set_ylim(0, max(5.0, *dead) * 1.05)
@@ -85,33 +88,41 @@ def sparsity(results: Results) -> str:
 
 
 def cascades(results: Results) -> str:
-    """Top-1 under replacement with intervals, against CLIP's own."""
+    """Change of top-1 under replacement, with paired intervals, and the paper's range for all tokens."""
     with matplotlib.rc_context(_STYLE):
-        figure, (axes,) = _figure(1, height=3.4)
-        own = results.baseline
-        axes.axhspan(100 * own.low, 100 * own.high, color=_COLOURS["random"], alpha=0.18, linewidth=0)
-        axes.axhline(100 * own.value, color=_COLOURS["random"], linewidth=1.2, label="CLIP itself")
+        figure, (axes,) = _figure(1, height=3.8)
+        axes.axhline(0, color=_INK, linewidth=0.8, linestyle=":", label="CLIP itself")
         windows = list(dict.fromkeys(cascade.window for cascade in results.cascades))
-        sets = [(results.cascades, None, "")]
-        if results.comparison:
-            sets.append((results.comparison.cascades, "none", f", {results.comparison.name}"))
-        for shift, (found, face, suffix) in enumerate(sets):
+        sets: list[tuple[list[Cascade], list[Estimate], str | None, str]] = []
+        sets.append((results.cascades, [cascade.difference for cascade in results.cascades], None, ""))
+        if rival := results.comparison:
+            changes = [cascade.difference for cascade in rival.cascades]
+            sets.append((rival.cascades, changes, "none", f", {rival.name}"))
+        for shift, (found, changes, face, suffix) in enumerate(sets):
             for at, tokens in enumerate(TOKENS):
-                shown = [cascade for cascade in found if cascade.tokens == tokens]
-                places = [windows.index(c.window) + (at - 1) * 0.2 + shift * 0.08 for c in shown]
-                _errors(axes, places, [c.top1 for c in shown], tokens, TOKEN_NAMES[tokens] + suffix, face)
+                shown = [(c, change) for c, change in zip(found, changes, strict=True) if c.tokens == tokens]
+                places = [windows.index(c.window) + (at - 1) * 0.2 + shift * 0.08 for c, _ in shown]
+                _errors(axes, places, [change for _, change in shown], tokens, TOKEN_NAMES[tokens] + suffix, face)
+        label: str | None = "the paper, all tokens"
+        for cascade in results.cascades:
+            change = paper.cascade_change(results.layers, cascade.first, cascade.tokens)
+            if change and cascade.tokens == "all":
+                look: dict[str, Any] = {"color": _COLOURS["random"], "alpha": 0.3, "linewidth": 0, "label": label}
+                axes.bar(windows.index(cascade.window) - 0.36, change[1] - change[0], 0.12, change[0], **look)
+                label = None
         axes.set_xticks(range(len(windows)), windows)
         axes.set_xlim(-0.5, len(windows) - 0.5)
-        axes.set(xlabel="layers replaced", ylabel="zero-shot top-1, %")
+        axes.set(xlabel="layers replaced", ylabel="change of top-1, points")
         axes.grid(axis="x", visible=False)
-        axes.legend(fontsize=9, ncols=2)
-        return _svg(figure, "cascades", "Zero-shot top-1 by window of replaced layers and tokens, against CLIP itself")
+        figure.legend(loc="outside upper left", ncols=5, fontsize=9)
+        return _svg(figure, "cascades", "Change of zero-shot top-1 by window of replaced layers, and tokens")
 
 
 def contributions(results: Results) -> str:
     """C as heat maps: [CLS] and patches, raw and centred."""
     with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
-        figure, axes = _figure(4, height=8.4, columns=2)
+        figure, axes = _figure(4, height=8.6, columns=2)
+        figure.set_layout_engine("constrained", hspace=0.06)
         shown: list[tuple[str, Matrix]] = []
         for tokens in ("cls", "patches"):
             found = results.contributions[tokens]
@@ -139,19 +150,20 @@ def faithfulness(results: Results) -> str:
             axes.set_xlabel(f"best-ranked source layers {'kept' if name.startswith('keep') else 'dropped'}")
         panels[0].set_ylabel("zero-shot top-1, %")
         panels[2].set_ylabel("divergence, nats")
-        panels[0].legend(fontsize=9)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=5, fontsize=9)
         what = "Zero-shot top-1, and divergence from CLIP's prediction, by number of source layers kept, and dropped"
         return _svg(figure, "faithfulness", what)
 
 
 def _band(axes: Axes, spreads: list[Spread], scale: float) -> None:
-    """Random orders: mean and one standard deviation."""
+    """Random orders: their mean, and lowest to highest."""
     if spreads:
-        mean = scale * np.array([spread.mean for spread in spreads])
-        reach = scale * np.array([spread.deviation for spread in spreads])
-        look = {"color": _COLOURS["random"]}
-        axes.fill_between(range(len(mean)), mean - reach, mean + reach, alpha=0.25, linewidth=0, **look)
-        axes.plot(range(len(mean)), mean, linestyle="--", label="random order", **look)
+        places, colour = range(len(spreads)), _COLOURS["random"]
+        lowest = [scale * spread.lowest for spread in spreads]
+        highest = [scale * spread.highest for spread in spreads]
+        axes.fill_between(places, lowest, highest, alpha=0.22, linewidth=0, color=colour)
+        means = [scale * spread.mean for spread in spreads]
+        axes.plot(places, means, linestyle="--", label="random order", color=colour)
 
 
 def retrieval(results: Results) -> str:
@@ -166,7 +178,7 @@ def retrieval(results: Results) -> str:
         axes.axhline(100 * found.chance, color=_COLOURS["random"], linewidth=1.2, linestyle="--", label="chance")
         axes.set_ylim(0, 100)
         _by_layer(axes, results.layers, "same class, %")
-        axes.legend(fontsize=9)
+        figure.legend(loc="outside upper left", ncols=3, fontsize=9)
         return _svg(figure, "retrieval", "Share of the nearest images that have the query's class, by layer")
 
 
@@ -178,7 +190,7 @@ def _figure(panels: int, height: float, columns: int | None = None) -> tuple[Fig
 
 
 def _line(axes: Axes, values: Sequence[float], kind: str, label: str, style: str = "-") -> None:
-    marker = {"marker": _MARKERS[kind], "markersize": 4.5}
+    marker: dict[str, Any] = {"marker": _MARKERS[kind], "markersize": 4.5}
     axes.plot(range(len(values)), values, color=_COLOURS[kind], linestyle=style, label=label, **marker)
 
 
@@ -187,7 +199,13 @@ def _errors(
 ) -> None:
     values = np.array([100 * estimate.value for estimate in found])
     reach = [values - [100 * e.low for e in found], [100 * e.high for e in found] - values]
-    look = {"fmt": _MARKERS[kind], "markersize": 5.5, "markerfacecolor": face, "elinewidth": 1.2, "capsize": 2.5}
+    look: dict[str, Any] = {
+        "fmt": _MARKERS[kind],
+        "markersize": 5.5,
+        "markerfacecolor": face,
+        "elinewidth": 1.2,
+        "capsize": 2.5,
+    }
     axes.errorbar(places, values, np.maximum(reach, 0), color=_COLOURS[kind], label=label, **look)
 
 

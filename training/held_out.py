@@ -43,11 +43,6 @@ class HeldOut:
     def _split(self) -> list[list[int]]:
         return [list(self.indices[at : at + self.batch_size]) for at in range(0, len(self), self.batch_size)]
 
-    @property
-    def steps(self) -> int:
-        """Batches in one pass."""
-        return len(self._split())
-
 
 def held_out(
     section: DataSection, data_root: Path, clip: Clip, *, images: int | None = None, seed: int = 0, **options: int

@@ -30,7 +30,7 @@ SECTIONS = {
 }
 DEFINITIONS = {
     "Cross-Layer Transcoder (CLT)": "Sparse stand-ins for all MLPs of a transformer at once. The code z_i of source "
-    "layer i is made from what MLP i reads, and adds to the output of every MLP from i on: y_j = b_j + Σ z_i W(i→j), i ≤ j.",
+    "layer i is made from what MLP i reads, and adds to the output of every MLP from i on: y_j = b_j + Σ z_i W(i→j).",
     "R²": "1 − Σ|y − y′|² / Σ|y − mean y|², over tokens and dimensions, for the MLP's output y and the CLT's y′; [CLS] "
     "and patches about their own means. A CLT's R² is the mean over layers.",
     "L0, dead features": "Active features a token; share of features that fired for no token measured here.",

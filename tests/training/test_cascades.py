@@ -1,0 +1,45 @@
+"""Windows, and what a prediction under replacement counts as."""
+
+import pytest
+import torch
+
+from models.replacement import Known, Replaced
+from training.bootstrap import Bootstrap
+from training.cascades import Cascades, divergence, paper_windows
+
+
+@pytest.mark.parametrize(
+    ("layers", "starts"),
+    [(12, [0, 3, 7, 10]), (24, [0, 6, 14, 20, 22]), (3, [0, 1, 2]), (2, [0, 1]), (1, [0])],
+)
+def test_windows_are_the_papers_fractions(layers, starts):
+    windows = paper_windows(layers)
+    assert windows == [range(start, layers) for start in starts]
+    assert range(layers) in windows
+    assert range(max(0, layers - 2), layers) in windows
+
+
+def test_divergence_by_hand():
+    own, found = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+    assert divergence(own, found).item() == pytest.approx(0.5 * torch.tensor([2.0, 2 / 3]).log().sum().item())
+    assert divergence(own, own).item() == 0
+
+
+def test_figures_by_hand():
+    """Four images of two labels; the 'model' predicts what its window says."""
+    certain = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log()
+
+    def model(pixels, window, tokens, known):
+        predicted = pixels if len(window) == 2 else 1 - pixels
+        return Replaced(predicted[:, None], None, None, [])
+
+    cascades = Cascades(model, lambda residual: certain[residual], [range(2), range(1, 2)], ("all",))
+    for truth, own in (([0, 0], [0, 1]), ([1, 0], [1, 0])):
+        cascades.update(torch.tensor(own), Known(None, []), certain[own], torch.tensor(truth))
+    baseline, (same, other) = cascades.figures(Bootstrap(4))
+    assert baseline.value == 0.75
+    assert (same.first, same.last, same.window, same.tokens) == (0, 1, "0–1", "all")
+    assert (same.top1.value, same.difference.value, same.agreement.value) == (0.75, 0, 1)
+    assert (same.difference.low, same.difference.high, same.divergence.value) == (0, 0, 0)
+    assert (other.window, other.top1.value, other.difference.value, other.agreement.value) == ("1–1", 0.25, -0.5, 0)
+    assert other.divergence.value == pytest.approx(0.8 * torch.tensor(9.0).log().item())
