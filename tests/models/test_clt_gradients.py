@@ -44,11 +44,11 @@ def run(clt, dense, x, is_cls, d_out, inputs):
         outputs = torch.stack([decoder.decode_dense(codes) for decoder in clt.decoders])
     else:
         codes, outputs = clt(x, is_cls)
-    loss = (outputs * d_out).sum()
+    ends = {outputs: d_out}
     if clt.architecture.sparsifier == "jumprelu":
-        sparsifiers = [encoder.sparsifier for encoder in clt.encoders]
-        loss = loss + sum(s.l0(c.chosen, c.indices).sum() for s, c in zip(sparsifiers, codes, strict=True))
-    return codes, outputs, torch.autograd.grad(loss, inputs, materialize_grads=True)
+        counts = [e.sparsifier.l0(c.chosen, c.indices) for e, c in zip(clt.encoders, codes, strict=True)]
+        ends |= {count: torch.ones_like(count) for count in counts if count.requires_grad}
+    return codes, outputs, torch.autograd.grad([*ends], inputs, [*ends.values()], materialize_grads=True)
 
 
 def check_sparse_is_dense(clt, x, is_cls, d_out, tolerance):
