@@ -343,7 +343,8 @@ def _print_bundle(bundle: Bundle, console: Console) -> None:
     console.print(f"{manifest.name} {bundle.digest[:19]}…  {bundle.path}", style="bold", **plain)
     console.print(
         f"  CLIP {manifest.clip.name} ({manifest.clip.weights}), {shape.layers} layers; "
-        f"CLT {shape.features:,} features a layer, k = {shape.k}; trained on {manifest.data.name}",
+        f"CLT {shape.features:,} features a layer, at most {shape.k} active ({manifest.sparsifier}); "
+        f"trained on {manifest.data.name}",
         **plain,
     )
 

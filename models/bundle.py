@@ -49,8 +49,8 @@ VISION_OUTPUTS = (
     "sigma_without",  # [B, R]
     "norm",  # [B]
     "feature_indices",  # [B, L, k] int64
-    "feature_values",  # [B, L, k]
-    "projection",  # [B, L]
+    "feature_values",  # [B, L, k] 0 in places not in use
+    "projection",  # [B, L] summing to 1, or all 0
     "fidelity",  # [B, 2]: r2, cosine
 )
 

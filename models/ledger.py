@@ -38,7 +38,7 @@ class Decomposition:
     norm: float  # |z|, of the embedding before normalisation
     feature_indices: NDArray[np.integer]  # [L, k]
     feature_values: Array  # [L, k] activations z, 0 where unused
-    projection: Array  # [L] the paper's C_{i -> L-1} for [CLS], summing to 1
+    projection: Array  # [L] the paper's C_{i -> L-1} for [CLS], summing to 1, or all 0 where y is
     r2: float  # of what the MLPs add to the embedding, about its mean over the training images
     cosine: float  # the same, CLT against truth
 

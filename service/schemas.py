@@ -117,7 +117,7 @@ class LayerAccount(BaseModel):
     layer: int
     contribution: float = Field(description="the layer's clt row, in logits")
     share: float = Field(description="|contribution| as a part of the sum of all |rows|")
-    projection: float = Field(description="C_{i->L-1} on [CLS] (arXiv 2604.13304); the layers sum to 1")
+    projection: float = Field(description="C_{i->L-1} on [CLS] (arXiv 2604.13304); the layers sum to 1, or are all 0")
     drop_effect: float = Field(description="change of the target's probability when this row is taken out")
     features: list[Feature]
 

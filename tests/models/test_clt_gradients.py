@@ -44,10 +44,11 @@ def run(clt, dense, x, is_cls, d_out, inputs):
         outputs = torch.stack([decoder.decode_dense(codes) for decoder in clt.decoders])
     else:
         codes, outputs = clt(x, is_cls)
-    loss = (outputs * d_out).sum()
+    ends = {outputs: d_out}
     if clt.architecture.sparsifier == "jumprelu":
-        loss = loss + sum(code.active.sum() for code in codes)
-    return codes, outputs, torch.autograd.grad(loss, inputs, materialize_grads=True)
+        counts = [code.active for code in codes]
+        ends |= {count: torch.ones_like(count) for count in counts if count.requires_grad}
+    return codes, outputs, torch.autograd.grad([*ends], inputs, [*ends.values()], materialize_grads=True)
 
 
 def check_sparse_is_dense(clt, x, is_cls, d_out, tolerance):
