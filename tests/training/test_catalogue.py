@@ -121,3 +121,14 @@ def test_it_runs_as_a_process():
     finished = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert (finished.returncode, finished.stderr) == (0, "")
     assert "\x1b" not in finished.stdout
+
+
+def test_the_list_shows_no_hours_where_the_memory_does_not_suffice(run, tmp_path, monkeypatch):
+    path = tmp_path / "huge.toml"
+    text = next(path for path in shipped() if path.stem == "b32-coco-jumprelu").read_text()
+    path.write_text(text.replace("features = 6144", "features = 24576").replace("b32-coco-jumprelu", "huge"))
+    monkeypatch.setattr("training.catalogue.SHIPPED", tmp_path)
+    row = next(line for line in run().splitlines() if line.strip().startswith("huge")).split()
+    fits = {gpu.name: estimate(load_recipe(path), tmp_path).fits(gpu) for gpu in GPUS}
+    assert fits == {"H200": True, "H100": True, "A100": True, "L4": False, "RTX 4090": False}
+    assert [number == "–" for number in row[-len(GPUS) :]] == [False, False, False, True, True]
