@@ -221,7 +221,7 @@ def export(
     provenance = Provenance(
         name=recipe.name,
         description=recipe.bundle.description,
-        labels=recipe.data.labels,
+        labels=meta.labels,
         templates=recipe.data.templates,
         data=data,
         recipe=tomli_w.dumps(recipe.model_dump(exclude_none=True)),

@@ -111,8 +111,8 @@ class Step:
 
     def _dense(self) -> Tensor:
         layers = zip(self.clt.encoders, self.inputs, strict=True)
-        codes = [encoder.encode_dense(x, self.is_cls) for encoder, x in layers]  # type: ignore[operator]
-        return torch.stack([decoder.decode_dense(codes) for decoder in self.clt.decoders])  # type: ignore[operator]
+        codes = [encoder.encode_dense(x, self.is_cls) for encoder, x in layers]
+        return torch.stack([decoder.decode_dense(codes) for decoder in self.clt.decoders])
 
 
 def compare(configuration: Configuration, sides: tuple[Side, ...]) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Decoder(nn.Module):
 
     def forward(self, codes: Sequence[SortedCode | None], bias: bool = True) -> Tensor:
         """codes: of layers 0 to the target at least; None writes nothing. Without bias: what the codes write."""
-        written = sum(self._products(codes))
+        written = sum(self._products(codes), start=torch.zeros_like(self.bias))
         return written + self.bias if bias else written
 
     def contributions(self, codes: list[SortedCode]) -> Tensor:

@@ -13,12 +13,12 @@ frozen attention blocks, and is compared with CLIP itself on the same images:
 from __future__ import annotations
 
 import torch
-from models.replacement import Replacement
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, normalize
 
 from models.clip import Tower
 from models.clt import CrossLayerTranscoder, SortedCode
+from models.replacement import Replacement
 from training.activations import Normalisation, activations
 from training.objective import Losses, Reconstruction
 from training.recipes import CascadeSection
@@ -38,7 +38,9 @@ class Cascade(nn.Module):
         """label_embeddings: unit, [labels, D]."""
         super().__init__()
         self.tower, self.reconstruction, self.settings = tower, reconstruction, settings
-        self.replacement = Replacement(tower, Denormalised(reconstruction.clt, reconstruction.normalisation))
+        denormalised: Any = Denormalised(reconstruction.clt, reconstruction.normalisation)
+        self.replacement = Replacement(tower, denormalised)
+        self.label_embeddings: Tensor
         self.register_buffer("label_embeddings", label_embeddings)
         self.logit_scale = logit_scale
 

@@ -41,6 +41,7 @@ class CheckpointMeta(BaseModel):
     clip_sha256: str
     layers: int
     width: int
+    labels: tuple[str, ...] = ()  # the recipe's, or the data set's own
     train_images: int = 0
     val_images: int = 0
     broken: dict[str, str] = {}  # images that could not be read, and why

@@ -20,20 +20,20 @@ import open_clip
 import torch
 from open_clip.transformer import PatchDropout
 from open_clip_train.scheduler import cosine_lr
-from PIL import Image
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from training.captions import COLOURS, background_colour, class_prompts, coloured_prompts
+from training.data import Images, load
 from training.mimetic import mimetic_start
 from training.recipes import RecipeError, Section, Share, Source, Template
-from training.sources import Images, open_images
+from training.sources import open_images
 
 WEIGHTS = "model.safetensors"
 
@@ -95,10 +95,8 @@ def pretrain(recipe: PretrainRecipe, data_root: Path, out: Path, console: Consol
     Raises `RecipeError` if `out` holds another run, `DataError` if the images cannot be used.
     """
     settings, size = recipe.training, recipe.model.vision_cfg["image_size"]
-    train = open_images(recipe.data.train, data_root, _Augmented(size, settings.crop_padding))
+    train = _Coloured(recipe, data_root)
     val = open_images(recipe.data.val, data_root, _pixels(size))
-    if len(train.classes) != len(recipe.data.labels):
-        raise RecipeError(f"data.labels has {len(recipe.data.labels)} names, the data {len(train.classes)} classes")
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{recipe.name}.json").write_text(recipe.model.model_dump_json(indent=2))
     run = _Run(recipe, steps_per_epoch=len(train) // settings.images_per_step)
@@ -137,9 +135,8 @@ class _Run:
         self.schedule = cosine_lr(self.optimiser, settings.learning_rate, warmup, self.steps)
         self.done = 0
 
-    def step(self, pixels_and_colours: list[Tensor], classes: Tensor) -> float:
+    def step(self, pixels: Tensor, classes: Tensor, colours: Tensor) -> float:
         """One optimiser step; the loss."""
-        pixels, colours = pixels_and_colours
         settings, labels = self.recipe.training, self.recipe.data.labels
         self.schedule(self.done)
         late = self.done >= self.steps * (1 - settings.all_patches_share)
@@ -175,9 +172,10 @@ class _Run:
                 for template in self.recipe.data.templates
             ]
         ).mean(0)
+        every = torch.arange(len(val)).split(250)
         hits = [
             (self.model.encode_image(pixels) @ text.T).argmax(-1) == classes
-            for pixels, classes in DataLoader(val, 250, num_workers=self.recipe.training.workers)
+            for pixels, classes in load(val, [batch.tolist() for batch in every], self.recipe.training.workers)
         ]
         return torch.cat(hits).double().mean().item()
 
@@ -216,14 +214,29 @@ class _Run:
         return progress.epochs
 
 
-class _Augmented:
-    """PIL image -> (pixels shifted and mirrored at random, colour of the background before that)."""
+class _Coloured(Dataset[tuple[Tensor, int, int]]):
+    """Training images as (pixels, shifted and mirrored at random; class; colour of the background before that)."""
 
-    def __init__(self, size: int, padding: int) -> None:
-        self.transform = v2.Compose([v2.RandomCrop(size, padding), v2.RandomHorizontalFlip(), _pixels(size)])
+    def __init__(self, recipe: PretrainRecipe, data_root: Path) -> None:
+        source, size, settings = recipe.data.train, recipe.model.vision_cfg["image_size"], recipe.training
+        sized = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
+        shifted = v2.Compose([v2.RandomCrop(size, settings.crop_padding), v2.RandomHorizontalFlip()])
+        self.images = open_images(source, data_root, v2.Compose([sized, shifted, _pixels(size)]))
+        if len(self.images.classes) != len(recipe.data.labels):
+            classes = f"{self.images.title} has {len(self.images.classes)} classes"
+            raise RecipeError(f"data.labels has {len(recipe.data.labels)} names, {classes}")
+        colours = open_images(source, data_root, lambda image: torch.tensor(background_colour(image)))
+        every = torch.arange(len(colours)).split(500)
+        self.colours = torch.cat(
+            [found for found, _ in load(colours, [batch.tolist() for batch in every], settings.workers)]
+        )
 
-    def __call__(self, image: Image.Image) -> tuple[Tensor, int]:
-        return self.transform(image), background_colour(image)
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        pixels, class_index = self.images[index]
+        return pixels, class_index, int(self.colours[index])
 
 
 def _pixels(size: int) -> Any:

@@ -65,7 +65,10 @@ class FolderSource(Section):
 
 
 class TorchvisionSource(Section):
-    """One of torchvision's data sets, downloaded under the data root if it is not there."""
+    """One of torchvision's data sets, downloaded under the data root if it is not there.
+
+    Class folders <name in small letters>/<split>/<class>/ under the data root are taken in its place.
+    """
 
     kind: Literal["torchvision"]
     name: str = Field(description="class name in torchvision.datasets, as CIFAR100")

@@ -125,6 +125,7 @@ class _Run:
             clip_sha256=clip.sha256,
             layers=tower.layers,
             width=tower.width,
+            labels=self.val.labels,
             train_images=len(self.images),
         )
         clip.tower.to(fabric.device)

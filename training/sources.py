@@ -105,6 +105,8 @@ def _torchvision(source: TorchvisionSource, data_root: Path) -> _Torchvision:
         near = difflib.get_close_matches(source.name, TORCHVISION, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(TORCHVISION)}"
         raise DataError(f"{source.name} is none of torchvision's classification sets; {hint}")
+    if (folder := data_root / source.name.lower() / source.split).is_dir():
+        return _folder(folder)  # the same images as class folders, where they are not to be downloaded
     dataset = getattr(torchvision.datasets, source.name)
     options = TORCHVISION[source.name][source.split == "val"]
     title = f"{source.name}[{source.split}]"
@@ -117,7 +119,7 @@ def _torchvision(source: TorchvisionSource, data_root: Path) -> _Torchvision:
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"{title} is not in {data_root} and cannot be downloaded: {error}; "
-            "put there what torchvision would have put there"
+            f"put there what torchvision would have put there, or class folders into {folder}"
         ) from error
 
 

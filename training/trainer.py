@@ -80,16 +80,16 @@ class Trainer:
 
     def _reduce(self, losses: Losses, rate: float, dead: int) -> tuple[StepMetrics, Tensor]:
         """Metrics of the whole step and which features fired in it, over all processes."""
-        parts = torch.cat([losses.total.detach()[None] / self.size.processes, losses.unexplained, losses.active])
-        fired = losses.fired
+        parts: Any = torch.cat([losses.total.detach()[None] / self.size.processes, losses.unexplained, losses.active])
+        fired: Any = losses.fired.long()
         if self.fabric.world_size > 1:
             parts = self.fabric.all_reduce(parts, reduce_op="sum")
-            fired = self.fabric.all_reduce(fired.long(), reduce_op="sum") > 0
+            fired = self.fabric.all_reduce(fired, reduce_op="sum")
         loss, unexplained, active = parts.split([1, self.clt.layers, self.clt.layers])
         r2 = 1 - unexplained
         return StepMetrics(
             loss.item(), r2.mean().item(), active.mean().item(), dead, rate, r2.tolist(), active.tolist()
-        ), fired
+        ), fired > 0
 
     def state(self) -> dict[str, Tensor]:
         """Everything of this phase that the next step depends on, besides weights and normalisation."""
