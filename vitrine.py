@@ -93,10 +93,10 @@ def pretrain(
     console.print(f"CLIP: {weights}")
 
 
-@app.command(epilog="Example: vitrine train --recipe training/recipes/demo.toml --data-root data --out runs/demo")
+@app.command(epilog="Example: vitrine train --recipe demo --data-root data --out runs/demo")
 @_mendable
 def train(
-    recipe: Annotated[Path, typer.Option(help="Recipe (TOML), see training/recipes/.")],
+    recipe: Annotated[str, typer.Option(help="A recipe's name (see vitrine recipes), or its file.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; a run found there is taken up.")],
     data_root: DataRoot = Path("data"),
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps, with a checkpoint.")] = None,
@@ -110,10 +110,11 @@ def train(
 ) -> None:
     """Train a CLT on a CLIP's activations; resumes by itself. Curves: tensorboard --logdir OUT."""
     from training.parallel import make_fabric
+    from training.catalogue import find_recipe
     from training.recipes import load_recipe
     from training.run import train as run
 
-    loaded, console = load_recipe(recipe), _console()
+    loaded, console = load_recipe(find_recipe(recipe)), _console()
     fabric = make_fabric(devices, nodes, shard, loaded.training.precision, accelerator)
     fabric.launch()
     checkpoint = run(

@@ -15,7 +15,7 @@ import vitrine
 from models.bundle import open_bundle
 from service.schemas import AttributeResponse
 
-COMMANDS = ("train", "evaluate", "export", "verify", "serve", "attribute")
+COMMANDS = ("pretrain", "train", "evaluate", "recipes", "export", "verify", "serve", "attribute")
 LABELS = ["red circle", "green square", "blue triangle"]
 
 

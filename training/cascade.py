@@ -12,6 +12,8 @@ frozen attention blocks, and is compared with CLIP itself on the same images:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, normalize

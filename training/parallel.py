@@ -53,7 +53,8 @@ def _shard(module: nn.Module, mesh: Any) -> nn.Module:
     for part in module.modules():
         if isinstance(part, Encoder | Decoder):
             fully_shard(part, mesh=mesh["data_parallel"])
-    fully_shard(module, mesh=mesh["data_parallel"])
+    frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}  # the CLIP
+    fully_shard(module, mesh=mesh["data_parallel"], ignored_params=frozen)
     return module
 
 
