@@ -109,8 +109,8 @@ def train(
     wandb: Annotated[str | None, typer.Option(help="Log to this Weights & Biases project, too.")] = None,
 ) -> None:
     """Train a CLT on a CLIP's activations; resumes by itself. Curves: tensorboard --logdir OUT."""
-    from training.parallel import make_fabric
     from training.catalogue import find_recipe
+    from training.parallel import make_fabric
     from training.recipes import load_recipe
     from training.run import train as run
 
