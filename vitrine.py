@@ -100,8 +100,9 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the run; a run found there is taken up.")],
     data_root: DataRoot = Path("data"),
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps, with a checkpoint.")] = None,
-    devices: Annotated[int, typer.Option(min=1, help="GPUs (or CPU processes) on each node.")] = 1,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines; start the command on each with torchrun.")] = 1,
+    devices: Annotated[
+        int, typer.Option(min=1, help="GPUs (or CPU processes). On several machines start this with torchrun.")
+    ] = 1,
     shard: Annotated[
         bool, typer.Option(help="Share weights out over the devices, for CLTs too large for one.")
     ] = False,
@@ -115,7 +116,7 @@ def train(
     from training.run import train as run
 
     loaded, console = load_recipe(find_recipe(recipe)), _console()
-    fabric = make_fabric(devices, nodes, shard, loaded.training.precision, accelerator)
+    fabric = make_fabric(devices, shard, loaded.training.precision, accelerator)
     fabric.launch()
     checkpoint = run(
         loaded, _load_clip(loaded, data_root), data_root, out, console, fabric, max_steps=max_steps, wandb_project=wandb

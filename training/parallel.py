@@ -1,12 +1,14 @@
 """How a run is spread over devices, by Lightning Fabric: one process, data-parallel, or with sharded parameters.
 
-`vitrine train --devices 4` starts the processes itself; under `torchrun` (several nodes) Fabric finds them. Sharding
+`vitrine train --devices 4` starts the processes itself; for several nodes start it with `torchrun`, which says how
+many there are: `torchrun --nnodes 2 --nproc-per-node 8 ... -m vitrine train --recipe ...`. Sharding
 (PyTorch's FSDP2, one unit an encoder and a decoder) is for CLTs whose weights, gradients and moments do not fit one
 device; what is saved is the same either way.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 import torch
@@ -26,12 +28,18 @@ class ParallelError(VitrineError, ValueError):
 
 def make_fabric(
     devices: int = 1,
-    nodes: int = 1,
     shard: bool = False,
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
     accelerator: str = "auto",
 ) -> Fabric:
-    """Fabric over `devices` on each of `nodes`; `auto`: a GPU if there is one. Raises `ParallelError`."""
+    """Fabric over `devices` processes; under torchrun over its own. `auto`: a GPU if there is one.
+
+    Raises `ParallelError` for devices that there are not.
+    """
+    nodes = 1
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes, and knows how many
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
     if accelerator not in ("auto", "cuda", "cpu"):
         raise ParallelError(f"accelerator {accelerator!r} is none of auto, cuda, cpu")
     if accelerator == "auto":

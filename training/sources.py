@@ -106,21 +106,27 @@ def _torchvision(source: TorchvisionSource, data_root: Path) -> _Torchvision:
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(TORCHVISION)}"
         raise DataError(f"{source.name} is none of torchvision's classification sets; {hint}")
     if (folder := data_root / source.name.lower() / source.split).is_dir():
-        return _folder(folder)  # the same images as class folders, where they are not to be downloaded
+        return _spoken(_folder(folder))  # the same images as class folders, where they are not to be downloaded
     dataset = getattr(torchvision.datasets, source.name)
     options = TORCHVISION[source.name][source.split == "val"]
     title = f"{source.name}[{source.split}]"
     try:
-        return _Torchvision(dataset(str(data_root), **options), title)
+        return _spoken(_Torchvision(dataset(str(data_root), **options), title))
     except (OSError, RuntimeError):
         pass  # not there, or not whole
     try:
-        return _Torchvision(dataset(str(data_root), download=True, **options), title)
+        return _spoken(_Torchvision(dataset(str(data_root), download=True, **options), title))
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"{title} is not in {data_root} and cannot be downloaded: {error}; "
             f"put there what torchvision would have put there, or class folders into {folder}"
         ) from error
+
+
+def _spoken(listing: _Torchvision) -> _Torchvision:
+    """Class names as one would say them to a CLIP: aquarium fish, not aquarium_fish."""
+    listing.classes = tuple(name.replace("_", " ") for name in listing.classes)
+    return listing
 
 
 class _HuggingFace:

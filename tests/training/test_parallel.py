@@ -65,6 +65,20 @@ def test_sharded_run_can_be_taken_up_by_one_process(run, alone, recipe_path, dat
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-4)
 
 
+def test_torchrun_says_how_many_processes_there_are(alone, recipe_path, data_root, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(recipe_path.read_text().replace("epochs = 4", "epochs = 2") + CASCADE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
+    where = ["--recipe", str(recipe), "--data-root", str(data_root), "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "vitrine", "train", *where, "--accelerator", "cpu", "--max-steps", "4"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    for ours, theirs in zip(log, alone[1][:4], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 def test_devices_that_are_not_there_are_named():
     if not torch.cuda.is_available():
         with pytest.raises(ParallelError, match="1 GPUs wanted, 0 found"):
