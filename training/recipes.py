@@ -101,12 +101,14 @@ Source = Annotated[FolderSource | TorchvisionSource | HuggingFaceSource | WebDat
 class DataSection(Section):
     """Images to train on and to measure on, and the labels that the bundle offers by default."""
 
-    name: str
-    licence: str = "unknown"
-    train: Source
-    val: Source
+    name: str = Field(description="for people: stands in the bundle's manifest and card")
+    licence: str = Field(default="unknown", description="of the images")
+    train: Source = Field(description="images to train on, see below")
+    val: Source = Field(description="images to measure on")
     labels: tuple[str, ...] | None = Field(default=None, min_length=1, description="default: val's own class names")
-    templates: tuple[Template, ...] = Field(default=("a photo of a {}.",), min_length=1)
+    templates: tuple[Template, ...] = Field(
+        default=("a photo of a {}.",), min_length=1, description="sentences with {}, averaged as CLIP does"
+    )
     max_broken: Share = Field(default=0.01, description="share of unreadable images at which a run gives up")
 
 
@@ -147,18 +149,18 @@ class CltSection(Section):
 class TrainingSection(Section):
     """Reconstruction: every MLP's output from what the MLPs read."""
 
-    seed: int = 0
-    epochs: PositiveInt = 1
+    seed: int = Field(default=0, description="of the first weights and of the order of images and tokens")
+    epochs: PositiveInt = Field(default=1, description="passes over the images")
     images_per_step: PositiveInt = Field(default=32, description="a step sees the tokens of so many images")
     mixed_images: PositiveInt = Field(
         default=256, description="tokens of so many images are shuffled together; images_per_step: whole images a step"
     )
-    learning_rate: PositiveFloat = 1e-3
-    warmup_steps: int = Field(default=100, ge=0)
+    learning_rate: PositiveFloat = Field(default=1e-3, description="of Adam, at its highest")
+    warmup_steps: int = Field(default=100, ge=0, description="steps in which the rate rises to it")
     decay_share: float = Field(
         default=1.0, gt=0, le=1, description="last share of the run in which the rate falls to 0"
     )
-    gradient_clip: PositiveFloat = 1.0
+    gradient_clip: PositiveFloat = Field(default=1.0, description="largest norm of a step's gradient")
     cls_weight: PositiveFloat = Field(default=1.0, description="weight of [CLS] in the loss; a patch weighs 1")
     k_start: PositiveFloat = Field(default=1.0, ge=1, description="k begins at so many times its value")
     k_anneal_share: Share = Field(default=0.0, description="first share of the run in which k falls to its value")
@@ -170,11 +172,13 @@ class TrainingSection(Section):
         default=200_000, description="tokens without firing after which a feature counts as dead"
     )
     revive_weight: float = Field(default=1 / 32, ge=0, description="weight of the dead features' own loss; 0: none")
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed"] = Field(
+        default="32-true", description="bf16-mixed: the CLIP's and the encoders' products in bfloat16"
+    )
     normalisation_images: PositiveInt = Field(
         default=1024, description="images over which the activations' scale is estimated"
     )
-    checkpoint_every: PositiveInt = Field(default=500, description="steps")
+    checkpoint_every: PositiveInt = Field(default=500, description="steps between checkpoints")
     workers: int = Field(default=1, ge=0, description="processes that decode images")
     cache: Literal["none", "float32", "bfloat16"] = Field(
         default="none", description="keep activations on disk, in the run's folder, from the first epoch on"
@@ -192,10 +196,10 @@ class TrainingSection(Section):
 class CascadeSection(Section):
     """Fine-tuning in replacement mode: the whole cascade keeps CLIP's predictions."""
 
-    steps: PositiveInt
-    images_per_step: PositiveInt = 32
-    learning_rate: PositiveFloat = 5e-4
-    warmup_steps: int = Field(default=50, ge=0)
+    steps: PositiveInt = Field(description="after the reconstruction's")
+    images_per_step: PositiveInt = Field(default=32, description="whole images")
+    learning_rate: PositiveFloat = Field(default=5e-4, description="of Adam, at its highest; falls to 0 by a cosine")
+    warmup_steps: int = Field(default=50, ge=0, description="steps in which the rate rises to it")
     clean_weight: float = Field(default=1.0, ge=0, description="reconstruction on CLIP's own activations, as before")
     replaced_weight: float = Field(default=1.0, ge=0, description="reconstruction under replaced inputs")
     prediction_weight: float = Field(default=1.0, ge=0, description="divergence of the zero-shot distribution")
@@ -204,8 +208,8 @@ class CascadeSection(Section):
 class BundleSection(Section):
     """What `vitrine export` makes of the trained CLT."""
 
-    description: str = "A CLIP and its Cross-Layer Transcoder."
-    licence: str = "unstated"
+    description: str = Field(default="A CLIP and its Cross-Layer Transcoder.", description="for the model card")
+    licence: str = Field(default="unstated", description="of the bundle")
     tables: Literal["float32", "float16"] = Field(default="float32", description="precision of the CLT in the bundle")
 
 
