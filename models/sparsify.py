@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +49,7 @@ class Sparsifier(nn.Module):
 
     def select(self, preactivations: Tensor) -> Tensor:
         """[N, F] -> features [N, K], best first."""
-        return preactivations.topk(self.places, dim=-1).indices
+        return _largest(preactivations, self.places)
 
     def forward(self, chosen: Tensor, indices: Tensor, is_cls: Tensor) -> Tensor:
         """Pre-activations of the selected features [N, K] -> activations [N, K]; is_cls [N] bool."""
@@ -169,6 +170,17 @@ class BatchTopK(Sparsifier):
             smallest, mean = largest.min(), self.thresholds[token_type]
             mean.copy_(torch.where(mean < 0, smallest, mean.lerp(smallest, 1 - self.momentum)))
         return kept
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """Where the `count` largest of each row [N, F] are, best first: [N, count].
+
+    On the CPU numpy's vectorised selection takes half the time of torch's, which is a third of a small CLT's step.
+    """
+    if not values.is_cpu or count == values.shape[-1]:
+        return values.topk(count, dim=-1).indices
+    found = torch.from_numpy(np.argpartition(values.detach().numpy(), -count, axis=-1)[:, -count:].copy())
+    return found.gather(-1, values.gather(-1, found).argsort(dim=-1, descending=True))
 
 
 def make_sparsifier(kind: Kind, features: int, k: int, k_cls: int) -> Sparsifier:
