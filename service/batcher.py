@@ -47,6 +47,7 @@ class Batcher:
         self._queue: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
         self._closing = False
+        self._idle = True
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
     async def __aenter__(self) -> Batcher:
@@ -71,7 +72,8 @@ class Batcher:
         """
         if self._closing:
             raise ServiceError("not_ready", "the service is shutting down")
-        if len(self._queue) >= self._queue_size:
+        about_to_leave = self._batch_size if self._idle else 0  # the next batch, which `_serve` has yet to take
+        if len(self._queue) >= self._queue_size + about_to_leave:
             raise queue_full()
         waiting = _Waiting(pixels, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
@@ -93,7 +95,9 @@ class Batcher:
             if not self._queue and not self._closing:
                 self._arrived.clear()
             if batch:
+                self._idle = False
                 await self._answer(batch)
+                self._idle = True
 
     async def _answer(self, batch: list[_Waiting]) -> None:
         start = perf_counter()

@@ -115,6 +115,19 @@ def test_float16_tables_are_the_rounded_clt(clip, any_clt, taps, cls_mean, make_
     torch.testing.assert_close(found["rows"].sum(1), found["embedding"], rtol=0, atol=1e-5)
 
 
+def test_float16_tables_hold_halves(clip, any_clt, cls_mean):
+    graph = AttributionGraph(clip.tower, any_clt, cls_mean, torch.float16)
+    for table in (graph.w_enc, graph.b_enc, graph.threshold):
+        assert table is None or table.equal(table.half().float())
+    assert graph.directions.dtype == graph.last_decoders.dtype == torch.float16
+
+
+def test_per_layer_transcoders_need_no_second_table(clip, any_clt, cls_mean):
+    """Nothing but the last layer's own directions writes to the last MLP output; of others two layers' decoders do."""
+    found = AttributionGraph(clip.tower, any_clt, cls_mean, torch.float32).last_decoders
+    assert found.shape == ((2 * 64 if any_clt.architecture.cross_layer else 0), 32)
+
+
 def test_thresholds_are_of_cls_alone(clip, make_clt, cls_mean, make_pixels):
     """BatchTopK's threshold of patches is no matter for a served code."""
     clt = make_clt(clip, sparsifier="batch_topk")

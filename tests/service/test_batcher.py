@@ -94,6 +94,20 @@ def test_a_batch_size_of_one_batches_nothing():
     assert play(scene, batch_size=1).batches == [[0], [1], [2]]
 
 
+def test_an_idle_engines_next_batch_takes_no_place_in_the_queue():
+    """As many as may be admitted, all at once, before the first batch is taken."""
+
+    async def scene(batcher, engine):
+        engine.gate.set()
+        tasks = await submit(batcher, *range(6))
+        refused = (await asyncio.gather(*tasks, return_exceptions=True))[-1]
+        assert isinstance(refused, ServiceError)
+        assert refused.code == "queue_full"
+        assert await answers(tasks[:-1]) == list(range(5))
+
+    play(scene, batch_size=3, queue_size=2)
+
+
 def test_many_askers_get_their_own_answers():
     async def scene(batcher, engine):
         engine.gate.set()
