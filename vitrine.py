@@ -150,9 +150,9 @@ def evaluate(
 
     from training.checkpoint import latest, read_meta
     from training.evaluate import evaluate as run
-    from training.held_out import held_out
+    from training.evaluation.held_out import held_out
+    from training.evaluation.tables import print_sheets
     from training.report import draw_thumbnails, write_report
-    from training.tables import print_sheets
 
     found, other = latest(checkpoint), latest(baseline) if baseline else None
     recipe, console = read_meta(found).recipe, _console()

@@ -1,7 +1,7 @@
 """How well a CLT stands in for the MLPs, on held-out images: the measurements of arXiv 2604.13304 and some more.
 
-`evaluate` is `vitrine evaluate`: everything, as `training.results.Results`. `evaluate_summary` is what a training run
-ends with: the few figures that its checkpoint and its bundle carry. The rooms that measure:
+`evaluate` is `vitrine evaluate`: everything, as `training.evaluation.results.Results`. `evaluate_summary` is what a
+training run ends with: the few figures that its checkpoint and its bundle carry. The rooms that measure:
 
     reconstruction   MSE, R^2, cosine, L0, dead features          contributions   C_{i->j}
     cascades         zero-shot top-1 under replacement            faithfulness    source layers kept and dropped
@@ -18,14 +18,14 @@ from rich.console import Console
 from models.bundle import ClipIdentity, Metrics
 from models.clip import Clip
 from models.clt import CrossLayerTranscoder
-from training.bootstrap import Bootstrap
-from training.cascades import paper_windows
 from training.checkpoint import CheckpointError, CheckpointMeta, load_clt
-from training.faithfulness import RANDOM_ORDERS, TOP
-from training.held_out import HeldOut
-from training.measure import Plan, measure
-from training.reconstruction import TOKENS
-from training.results import Comparison, Contributions, Results, Seeds
+from training.evaluation.bootstrap import Bootstrap
+from training.evaluation.cascades import paper_windows
+from training.evaluation.faithfulness import RANDOM_ORDERS, TOP
+from training.evaluation.held_out import HeldOut
+from training.evaluation.measure import Plan, measure
+from training.evaluation.reconstruction import TOKENS
+from training.evaluation.results import Comparison, Contributions, Results, Seeds
 
 
 def evaluate(

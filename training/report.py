@@ -14,10 +14,10 @@ from markupsafe import Markup
 from PIL import Image
 
 from models.clip import Clip
-from training import figures
-from training.held_out import HeldOut
-from training.results import Results
-from training.tables import Sheet, percent, points, sheets, signed
+from training.evaluation import figures
+from training.evaluation.held_out import HeldOut
+from training.evaluation.results import Results
+from training.evaluation.tables import Sheet, percent, points, sheets, signed
 
 SECTIONS = {
     "reconstruction": "Reconstruction",

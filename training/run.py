@@ -36,7 +36,7 @@ from training.checkpoint import (
 )
 from training.data import Plan, load
 from training.evaluate import evaluate_summary
-from training.held_out import held_out
+from training.evaluation.held_out import held_out
 from training.objective import Reconstruction, StepSize
 from training.parallel import make_fabric, whole
 from training.progress import follow

@@ -10,16 +10,16 @@ from typer.testing import CliRunner
 
 import vitrine
 from models.replacement import Replacement
-from training import paper
-from training.bootstrap import Bootstrap
 from training.checkpoint import CheckpointError, CheckpointMeta, latest, save_checkpoint
 from training.data import DataError
 from training.evaluate import evaluate, evaluate_summary
-from training.held_out import held_out
-from training.measure import Plan, measure
+from training.evaluation import paper
+from training.evaluation.bootstrap import Bootstrap
+from training.evaluation.held_out import held_out
+from training.evaluation.measure import Plan, measure
+from training.evaluation.results import Results
+from training.evaluation.tables import print_sheets, sheets
 from training.report import write_report
-from training.results import Results
-from training.tables import print_sheets, sheets
 
 WINDOWS = [range(3), range(1, 3)]
 

@@ -21,7 +21,7 @@ from training.activations import Normalisation, steps
 from training.checkpoint import CheckpointError, checkpoints, latest, load_clt, load_tensors, read_meta
 from training.data import DataError
 from training.evaluate import evaluate_summary
-from training.held_out import held_out
+from training.evaluation.held_out import held_out
 from training.recipes import CascadeSection, FolderSource, load_recipe
 from training.run import train
 from training.trainer import TrainingDiverged

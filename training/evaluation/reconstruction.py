@@ -20,8 +20,8 @@ from torch import Tensor
 
 from models.clt import CrossLayerTranscoder, SortedCode
 from models.replacement import Tokens
-from training.bootstrap import Bootstrap
-from training.results import LayerFigures, TokenFigures
+from training.evaluation.bootstrap import Bootstrap
+from training.evaluation.results import LayerFigures, TokenFigures
 
 TOKENS: tuple[Tokens, ...] = ("all", "cls", "patches")
 

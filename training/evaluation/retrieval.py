@@ -16,8 +16,8 @@ from scipy import sparse
 from torch import Tensor
 
 from models.sparsify import Code
-from training.bootstrap import Bootstrap
-from training.results import Neighbours, Retrieval
+from training.evaluation.bootstrap import Bootstrap
+from training.evaluation.results import Neighbours, Retrieval
 
 NEAREST = 5
 QUERIES = 1000

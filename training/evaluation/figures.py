@@ -19,10 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from training import paper
-from training.reconstruction import TOKENS
-from training.results import Cascade, Estimate, Matrix, Results, Spread
-from training.tables import RANKING_NAMES, TOKEN_NAMES
+from training.evaluation import paper
+from training.evaluation.reconstruction import TOKENS
+from training.evaluation.results import Cascade, Estimate, Matrix, Results, Spread
+from training.evaluation.tables import RANKING_NAMES, TOKEN_NAMES
 
 _INK, _LINE = "#010203", "#fdfcfb"
 _COLOURS = {"all": "#2a9d8f", "cls": "#e07a1f", "patches": "#7c6bd6", "image": "#d6457f", "random": "#8a8f98"}

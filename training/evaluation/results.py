@@ -77,7 +77,7 @@ class Cascade(_Part):
 
 
 class Contributions(_Part):
-    """C_{i->j} as in `training.contributions`."""
+    """C_{i->j} as in `training.evaluation.contributions`."""
 
     raw: Matrix
     centred: Matrix

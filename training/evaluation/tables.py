@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from training import paper
-from training.faithfulness import TOP
-from training.reconstruction import TOKENS
-from training.results import Estimate, LayerFigures, Results, TokenFigures
+from training.evaluation import paper
+from training.evaluation.faithfulness import TOP
+from training.evaluation.reconstruction import TOKENS
+from training.evaluation.results import Estimate, LayerFigures, Results, TokenFigures
 
 TOKEN_NAMES = {"all": "all", "cls": "[CLS]", "patches": "patches"}
 RANKING_NAMES = {"all": "C, all tokens", "cls": "C, [CLS]", "image": "C, image by image"}

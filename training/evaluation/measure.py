@@ -22,12 +22,12 @@ from models.clip import Clip, Taps
 from models.clt import CrossLayerTranscoder, SortedCode
 from models.replacement import Known, Replacement, Tokens
 from models.sparsify import Code
-from training.cascades import Cascades
-from training.contributions import CLS, PATCHES, ScoreMean, add_codes, by_type, centred, mean_contributions
-from training.faithfulness import RANKINGS, Interventions, ranked
-from training.held_out import HeldOut
-from training.reconstruction import TOKENS, Reconstruction
-from training.retrieval import Gallery
+from training.evaluation.cascades import Cascades
+from training.evaluation.contributions import CLS, PATCHES, ScoreMean, add_codes, by_type, centred, mean_contributions
+from training.evaluation.faithfulness import RANKINGS, Interventions, ranked
+from training.evaluation.held_out import HeldOut
+from training.evaluation.reconstruction import TOKENS, Reconstruction
+from training.evaluation.retrieval import Gallery
 
 
 @dataclass(frozen=True)

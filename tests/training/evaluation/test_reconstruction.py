@@ -4,8 +4,8 @@ import pytest
 import torch
 from torchmetrics import R2Score
 
-from training.bootstrap import Bootstrap
-from training.reconstruction import TOKENS, Reconstruction, chosen_tokens
+from training.evaluation.bootstrap import Bootstrap
+from training.evaluation.reconstruction import TOKENS, Reconstruction, chosen_tokens
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from models.replacement import Known, Replaced
-from training.bootstrap import Bootstrap
-from training.cascades import Cascades, divergence, paper_windows
+from training.evaluation.bootstrap import Bootstrap
+from training.evaluation.cascades import Cascades, divergence, paper_windows
 
 
 @pytest.mark.parametrize(

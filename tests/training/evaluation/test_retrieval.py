@@ -6,8 +6,8 @@ import torch
 from scipy import sparse
 
 from models.sparsify import Code
-from training import retrieval
-from training.retrieval import Gallery, nearest
+from training.evaluation import retrieval
+from training.evaluation.retrieval import Gallery, nearest
 
 ROWS = np.array(
     [

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from models.replacement import Known, Replacement, Tokens
-from training.bootstrap import Bootstrap
-from training.reconstruction import TOKENS
-from training.results import Cascade, Estimate
+from training.evaluation.bootstrap import Bootstrap
+from training.evaluation.reconstruction import TOKENS
+from training.evaluation.results import Cascade, Estimate
 
 
 def paper_windows(layers: int) -> list[range]:
