@@ -289,7 +289,7 @@ def _training_images(recipe: PretrainRecipe, data_root: Path, classes: tuple[str
         )
     every = torch.arange(len(found)).split(500)
     colours = torch.cat([some for some, _ in load(found, [batch.tolist() for batch in every], settings.workers)])
-    sized = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
+    sized = v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])  # as `_pixels`
     shifted = v2.Compose([v2.RandomCrop(size, settings.crop_padding), v2.RandomHorizontalFlip()])
     return Images(_Coloured(found.listing, colours.tolist()), v2.Compose([sized, shifted, _pixels(size)]))
 

@@ -43,7 +43,9 @@ def test_query_key_product_is_the_best_approximation_of_its_rank(products):
             assert torch.linalg.matrix_rank(found, rtol=1e-4) == 8
             assert torch.linalg.svdvals(wanted - found)[0] == pytest.approx(float(values[8]), rel=1e-4)
             assert (wanted - found).square().sum() == pytest.approx(float(values[8:].square().sum()), rel=1e-4)
-            assert query[rows].norm() == pytest.approx(float(key[rows].norm()), rel=1e-4)  # the values are shared out evenly
+            assert query[rows].norm() == pytest.approx(
+                float(key[rows].norm()), rel=1e-4
+            )  # the values are shared out evenly
 
 
 def test_value_output_product(products):
@@ -91,7 +93,9 @@ def test_only_attention_and_patches_positions_are_overwritten():
         for (name, one), other in zip(visual.named_parameters(), untouched.parameters(), strict=True)
         if not torch.equal(one, other)
     }
-    blocks = {f"transformer.resblocks.{n}.attn.{part}" for n in (0, 1) for part in ("in_proj_weight", "out_proj.weight")}
+    blocks = {
+        f"transformer.resblocks.{n}.attn.{part}" for n in (0, 1) for part in ("in_proj_weight", "out_proj.weight")
+    }
     assert changed == blocks | {"positional_embedding"}
     assert torch.equal(visual.positional_embedding[0], untouched.positional_embedding[0])
     assert torch.equal(visual.positional_embedding[1:], sine_cosine_positions(4, 4, 32))

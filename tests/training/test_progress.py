@@ -172,14 +172,17 @@ def test_other_processes_say_and_write_nothing(tmp_path):
 
 
 def test_files_are_closed_when_training_fails(tmp_path):
-    with (
-        pytest.raises(RuntimeError, match="out of memory"),
-        follow(tmp_path, 0, 100, QUIET, first=True, wandb_project=None, name="test") as report,
-    ):
-        for step in range(1, 21):
-            report.add(step, metrics(step), 1)
-        raise RuntimeError("out of memory")
-    assert report.log.closed
+    def fail():
+        with follow(tmp_path, 0, 100, QUIET, first=True, wandb_project=None, name="test") as report:
+            reports.append(report)
+            for step in range(1, 21):
+                report.add(step, metrics(step), 1)
+            raise MemoryError
+
+    reports = []
+    with pytest.raises(MemoryError):
+        fail()
+    assert reports[0].log.closed
     assert len(log(tmp_path)) == 20
     assert set(curves(tmp_path)["loss"]) == {20}
 
@@ -262,16 +265,20 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from models.errors import VitrineError
-from training.progress import follow
-from tests.training.test_progress import go
+from training.progress import StepMetrics, follow
 
-out = Path(sys.argv[1])
+def go(project, start, stop):
+    console, out = Console(quiet=True), Path(sys.argv[1])
+    with follow(out, start, 100, console, first=True, wandb_project=project, name="b/32: #1?") as report:
+        for step in range(start + 1, stop + 1):
+            report.add(step, StepMetrics(1.0, 0.5, 8.0, 0, 1e-3, [0.5], [8.0]), 100)
+
 try:
-    go(out, 0, 1, wandb_project="no/such:project")
+    go("no/such:project", 0, 1)
 except VitrineError as error:
     print(error)
-go(out, 0, 25, wandb_project="vitrine", name="b/32: #1?")
-go(out, 20, 45, wandb_project="vitrine", name="b/32: #1?")
+go("vitrine", 0, 25)
+go("vitrine", 20, 45)
 """
 
 
