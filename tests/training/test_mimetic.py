@@ -68,7 +68,7 @@ def test_attention_does_with_the_products_what_the_paper_says(products):
 
 
 def test_attention_starts_near_the_identity():
-    """A token's largest attention weight is on itself, far more often than by chance, where tokens are as wide as 64."""
+    """A token's largest attention weight is on itself, far more often than by chance."""
     visual = tower(width=64, head_width=16)
     before = visual.transformer.resblocks[0].attn.in_proj_weight.detach().clone()
     mimetic_start(visual, torch.Generator().manual_seed(1))
