@@ -44,9 +44,10 @@ demo: .venv-dev/installed
 	rm -rf build/demo
 	$(VITRINE) export --checkpoint $(RUN) --data-root $(DATA) --out build/demo
 	$(VITRINE) verify build/demo
-	rm -rf build/demo-before
-	if [ -d models/demo ]; then mv models/demo build/demo-before; fi
-	mv build/demo models/demo
+	if cmp -s build/demo/manifest.json models/demo/manifest.json; then echo "models/demo is this very bundle"; else \
+	  rm -rf build/demo-before && \
+	  if [ -d models/demo ]; then mv models/demo build/demo-before; fi && \
+	  mv build/demo models/demo; fi
 
 # The service's environment: no torch.
 .venv/installed: pyproject.toml constraints.txt
