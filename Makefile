@@ -1,17 +1,23 @@
-# Two commands: `make serve` and `make test`. Each builds the environment that it needs.
+# `make serve`, `make test`, `make demo`. Each builds the environment that it needs.
 PYTHON ?= python3
 # cpu, or gpu on a machine with CUDA: `make serve RUNTIME=gpu`
 RUNTIME ?= cpu
 PORT ?= 3000
+# Data root of `make demo`: torchvision puts CIFAR-10 there, unless it has class folders cifar10/{train,val}/<class>/.
+DATA ?= data
+RUN ?= runs/demo
 
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PHOTO = build/cat.png
+VITRINE = .venv-dev/bin/vitrine
 
-.PHONY: help serve test lint clean
+.PHONY: help serve test demo clean
 
 help:
 	@echo "make serve   the service on the embedded bundle, http://127.0.0.1:$(PORT)  (light environment, no torch)"
 	@echo "make test    ruff, mypy, pytest  (full environment: torch and open_clip, about 5 GB)"
+	@echo "make demo    the embedded bundle anew, from CIFAR-10 alone: hours; after an interruption it goes on"
+	@echo "             (DATA=$(DATA): where CIFAR-10 and the CLIP are put; RUN=$(RUN): the CLT's run)"
 	@echo "make clean   remove both environments and build/"
 
 serve: .venv/installed $(PHOTO)
@@ -27,6 +33,21 @@ test: .venv/installed .venv-dev/installed
 	.venv-dev/bin/ruff format --check .
 	.venv-dev/bin/mypy
 	VITRINE_LIGHT_PYTHON=$(CURDIR)/.venv/bin/python .venv-dev/bin/pytest
+
+# Pretraining and training take up what they find, and do nothing where they are done. The new bundle is made beside
+# the old one, which only moves away (to build/demo-before) once the new one is verified.
+demo: .venv-dev/installed
+	$(VITRINE) pretrain --recipe training/recipes/clip/demo.toml --data-root $(DATA) --out $(DATA)/demo-clip
+	$(VITRINE) train --recipe demo --data-root $(DATA) --out $(RUN)
+	test $(RUN)/evaluation/results.json -nt $(RUN)/log.jsonl || \
+	  $(VITRINE) evaluate --checkpoint $(RUN) --data-root $(DATA) --out $(RUN)/evaluation
+	rm -rf build/demo
+	$(VITRINE) export --checkpoint $(RUN) --data-root $(DATA) --out build/demo
+	$(VITRINE) verify build/demo
+	if cmp -s build/demo/manifest.json models/demo/manifest.json; then echo "models/demo is this very bundle"; else \
+	  rm -rf build/demo-before && \
+	  if [ -d models/demo ]; then mv models/demo build/demo-before; fi && \
+	  mv build/demo models/demo; fi
 
 # The service's environment: no torch.
 .venv/installed: pyproject.toml constraints.txt

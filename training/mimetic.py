@@ -12,10 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.recipes import RecipeError
+
 
 @torch.no_grad()
 def mimetic_start(visual: Any, generator: torch.Generator) -> None:
-    """Overwrite attention weights and position embedding of open_clip's `VisionTransformer`, in place."""
+    """Overwrite attention weights and position embedding of open_clip's `VisionTransformer`, in place.
+
+    The class token's position stays. Raises `RecipeError` if the width is no multiple of 4.
+    """
     for block in visual.transformer.resblocks:
         attention = block.attn
         width, heads = attention.embed_dim, attention.num_heads
@@ -34,6 +39,10 @@ def mimetic_start(visual: Any, generator: torch.Generator) -> None:
 
 def sine_cosine_positions(rows: int, columns: int, width: int) -> Tensor:
     """[rows * columns, width], row by row: half of the dimensions tell the row, half the column."""
+    if width % 4:
+        raise RecipeError(
+            f"model.vision_cfg.width = {width} must be a multiple of 4: sine and cosine of row and column"
+        )
     frequencies = 10_000.0 ** -(torch.arange(width // 4) / (width // 4))
 
     def axis(count: int) -> Tensor:

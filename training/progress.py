@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,47 +79,71 @@ class Report:
 def follow(
     out: Path, step: int, steps: int, console: Console, *, first: bool, wandb_project: str | None, name: str
 ) -> Iterator[Report]:
-    """A `Report` on a run that goes on from `step`. On processes other than the first it writes nothing."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[shown]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not first,
-    )
-    with bar:
+    """A `Report` on a run that goes on from `step`. On processes other than the first it writes nothing.
+
+    Raises `VitrineError` if Weights & Biases is wanted and not there, or refuses.
+    """
+    with ExitStack() as stack:
+        log, board, remote = None, None, None
+        if first:
+            out.mkdir(parents=True, exist_ok=True)
+            remote = stack.enter_context(_wandb(wandb_project, name, out)) if wandb_project else None
+            # The point of `step` itself is in the checkpoint that is taken up: what comes after it is made again.
+            board = stack.enter_context(SummaryWriter(str(out / "tensorboard"), purge_step=step + 1))
+            log = stack.enter_context(_log(out / "log.jsonl", step))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        bar = stack.enter_context(Progress(*columns, console=console, disable=not first))
         task = bar.add_task("train", total=steps, completed=step, shown="")
-        if not first:
-            yield Report(bar, task, None, None, None)
-            return
-        remote = _wandb(wandb_project, name, out) if wandb_project else None
-        board = SummaryWriter(str(out / "tensorboard"), purge_step=step)
-        try:
-            with _log(out, step) as log:
-                yield Report(bar, task, log, board, remote)
-        finally:
-            board.close()
-            if remote is not None:
-                remote.finish()
+        yield Report(bar, task, log, board, remote)
 
 
 @contextmanager
-def _log(out: Path, step: int) -> Iterator[Any]:
+def _log(file: Path, step: int) -> Iterator[Any]:
     """log.jsonl, one line a step, without those that were made after the checkpoint a run is taken up from."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / "log.jsonl"
-    lines = file.read_text().splitlines(keepends=True)[:step] if file.exists() else []
-    with file.open("w") as log:
-        log.writelines(lines)
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    kept = [line for line in lines if _whole(line) and json.loads(line)["step"] <= step]
+    if kept != lines:
+        partial = file.with_name(f".{file.name}")
+        partial.write_text("".join(kept))
+        os.replace(partial, file)
+    with file.open("a") as log:
         yield log
 
 
-def _wandb(project: str, name: str, out: Path) -> Any:
+def _whole(line: str) -> bool:
+    """Whether a process was not killed while it wrote this line."""
+    return line.endswith("\n")
+
+
+@contextmanager
+def _wandb(project: str, name: str, out: Path) -> Iterator[Any]:
+    """A run of Weights & Biases, the same one for as long as `out` is: its id is kept there.
+
+    Points that were sent before a kill are not sent again; they are the same numbers.
+    """
     try:
         import wandb
     except ModuleNotFoundError as error:
+        if error.name != "wandb":
+            raise
         raise VitrineError("wandb is not installed: pip install 'vitrine[wandb]', or leave --wandb out") from error
-    return wandb.init(project=project, name=name, dir=str(out), id=f"{name}-{out.name}", resume="allow")
+    file = out / "wandb-id.txt"
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex[:12])
+    try:
+        run = wandb.init(project=project, name=name, dir=str(out), id=file.read_text().strip(), resume="allow")
+    except wandb.Error as error:
+        raise VitrineError(f"Weights & Biases refuses: {error}; mend that, or leave --wandb out") from error
+    exit_code = 1
+    try:
+        yield run
+        exit_code = 0
+    finally:  # not wandb's own `with`, which prints a traceback
+        run.finish(exit_code=exit_code)
