@@ -139,16 +139,16 @@ def test_curves_of_a_run_begun_anew(tmp_path):
 
 
 def test_tokens_per_second(tmp_path, monkeypatch):
-    """A step takes half a second by this clock, 100 tokens: 200 a second, after a resumption too."""
+    """100 tokens take a second by this clock, two after step 40: of the steps since the last point, resumed or not."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     for start, stop in ((0, 45), (30, 60)):
         with follow(tmp_path, start, 100, QUIET, first=True, wandb_project=None, name="test") as report:
             for step in range(start + 1, stop + 1):
-                now[0] += 0.5
+                now[0] += 1.0 if step <= 40 else 2.0
                 report.add(step, metrics(step), 100)
         now[0] += 1000
-    assert curves(tmp_path)["tokens_per_second"] == {20: 200, 40: 200, 60: 200}
+    assert curves(tmp_path)["tokens_per_second"] == {20: 100, 40: 100, 60: 50}
 
 
 # The bar
