@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import re
-import struct
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from models.bundle import Preprocessing
+from models.errors import DAMAGED_IMAGE
 from service.errors import ServiceError
 
 # A supported format's first bytes: what starts so and cannot be opened is damaged, everything else is no such image.
@@ -41,19 +40,6 @@ _UPRIGHT = {  # EXIF orientation -> what undoes it
     8: Image.Transpose.ROTATE_90,
 }
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-# What Pillow's decoders raise on damaged files.
-_DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-)
 
 # Our own limits, from settings, are checked on the header; Pillow's would raise while the header is being read.
 Image.MAX_IMAGE_PIXELS = None
@@ -75,7 +61,7 @@ def decode(data: bytes, limits: ImageLimits) -> Image.Image:
         raise ServiceError("invalid_image", "the image is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(data), formats=list(SIGNATURES))
-    except _DAMAGED as error:
+    except DAMAGED_IMAGE as error:
         if looks_like := [name for name, start in SIGNATURES.items() if start.match(data)]:
             raise ServiceError("invalid_image", f"the {looks_like[0]} image's header is damaged") from error
         formats = ", ".join(SIGNATURES)
@@ -87,7 +73,7 @@ def decode(data: bytes, limits: ImageLimits) -> Image.Image:
             raise ServiceError("invalid_image", f"the JPEG image has more than {MAX_SCANS} scans")
         try:
             return _to_rgb(image)
-        except _DAMAGED as error:
+        except DAMAGED_IMAGE as error:
             raise ServiceError("invalid_image", f"the {image.format} image is damaged or incomplete") from error
 
 
@@ -151,5 +137,5 @@ def _orientation(image: Image.Image) -> Any:
     """The EXIF orientation; upright where the EXIF block cannot be read, for the picture itself is sound."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except _DAMAGED:
+    except DAMAGED_IMAGE:
         return None

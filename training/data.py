@@ -6,8 +6,6 @@ the next one that can, named in the main process, and fatal only beyond the reci
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,22 +18,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from models.errors import VitrineError
+from models.errors import DAMAGED_IMAGE, VitrineError
 
-# What Pillow's decoders raise on damaged files.
-_DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    Image.DecompressionBombError,
-)
+_DAMAGED = (*DAMAGED_IMAGE, Image.DecompressionBombError)
 
 
 class DataError(VitrineError, ValueError):

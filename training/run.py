@@ -88,7 +88,7 @@ def train(
                     if not console.is_terminal:
                         run.console.print(f"step {run.done:,}/{run.steps:,}  {report.shown}")
     checkpoint = checkpoints(out)[-1]
-    if run.done == run.steps and fabric.is_global_zero:
+    if run.done == run.steps and run.meta.metrics.r2 is None and fabric.is_global_zero:
         run.measure(checkpoint)
     fabric.barrier()
     return checkpoint
@@ -220,7 +220,8 @@ class _Run:
         self.clt.load_state_dict(_section(self.tensors, "clt"))
         self.normalisation = Normalisation(**_section(self.tensors, "normalisation")).to(self.fabric.device)
         self.images.note(saved.broken)
-        self.meta = ours.model_copy(update={"metrics": saved.metrics, "val_images": saved.val_images})
+        if saved.step == self.steps:  # finished, and perhaps measured
+            self.meta = ours.model_copy(update={"metrics": saved.metrics, "val_images": saved.val_images})
         self.done = saved.step
         self.console.print(f"taking up {checkpoint} at step {self.done:,} of {self.steps:,}")
 

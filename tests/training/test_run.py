@@ -223,10 +223,20 @@ def test_killed_run_goes_on_from_its_last_checkpoint(straight, start, tmp_path, 
     assert_same_bits(start(tmp_path), latest(straight))
 
 
-def test_finished_run_is_not_trained_on(straight, start):
+def test_finished_run_is_neither_trained_on_nor_measured_again(straight, start, monkeypatch):
+    monkeypatch.setattr(run_module, "evaluate_summary", None)
     before = log(straight)
     assert read_meta(start(straight)).step == 24
     assert log(straight) == before
+
+
+def test_run_that_was_killed_while_it_was_measured_is_measured_then(straight, start, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "evaluate_summary", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            start(tmp_path)
+    assert read_meta(latest(tmp_path)).metrics.r2 is None
+    assert read_meta(start(tmp_path)).metrics == read_meta(latest(straight)).metrics
 
 
 def test_seed_decides_the_weights(straight, start, tmp_path, recipe):
