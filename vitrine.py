@@ -204,14 +204,13 @@ def export(
 
     from models.bundle import Data
     from models.export import Provenance, export_bundle
-    from training.checkpoint import CheckpointError, latest, load_clt
+    from training.checkpoint import check_clip, latest, load_clt
 
     found = latest(checkpoint)
     clt, cls_mean, meta = load_clt(found)
     recipe, console = meta.recipe, _console()
     clip = _load_clip(recipe, data_root)
-    if clip.sha256 != meta.clip_sha256:
-        raise CheckpointError(f"{found} was trained on a CLIP with other weights than {clip.name} {clip.weights}")
+    check_clip(found, meta, clip)
     if meta.metrics.r2 is None:
         console.print(f"[yellow]{found} is unfinished (step {meta.step} of {meta.steps}): the bundle has no metrics")
     data = Data(

@@ -231,7 +231,7 @@ def open_bundle(path: Path) -> Bundle:
             raise BundleError(f"{file} is missing")
         if (size := file.stat().st_size) != entry.bytes:
             raise BundleError(f"{file} has {size:,} bytes, the manifest says {entry.bytes:,}")
-        if _sha256(file) != entry.sha256:
+        if file_sha256(file) != entry.sha256:
             raise BundleError(f"{file} does not have the manifest's sha256: it was changed or damaged")
     return Bundle(path, manifest, "sha256:" + hashlib.sha256(raw).hexdigest())
 
@@ -241,7 +241,7 @@ def seal(path: Path, manifest: Manifest) -> Bundle:
     (path / "MODEL_CARD.md").write_text(model_card(manifest))
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     files = {
-        name: FileEntry(sha256=_sha256(path / name), bytes=(path / name).stat().st_size)
+        name: FileEntry(sha256=file_sha256(path / name), bytes=(path / name).stat().st_size)
         for name in names
         if name != MANIFEST
     }
@@ -273,7 +273,8 @@ class _Version(BaseModel):
     format_version: int
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

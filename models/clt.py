@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.sparsify import Code, JumpReLU, Kind, make_sparsifier
+from models.sparsify import JumpReLU, Kind, make_sparsifier
 
 
 @dataclass(frozen=True)
@@ -241,21 +241,6 @@ class Order:
         ordered, places = self.indices.flatten().sort(stable=True)
         starts = torch.searchsorted(ordered, torch.arange(self.features, device=ordered.device))
         return places, places // self.indices.shape[-1], starts
-
-
-def as_codes(codes: list[SortedCode], places: int) -> Code:
-    """Codes of all layers stacked to [L, N, K = places], narrower ones filled up with unused places.
-
-    Those repeat feature 0 with activation 0, so make a dense code with `scatter_add`. Raises `ValueError` if a code
-    is wider than `places`.
-    """
-    missing = [places - code.indices.shape[-1] for code in codes]
-    if min(missing) < 0:
-        raise ValueError(f"a code has {places - min(missing)} places, only {places} were asked for")
-    return Code(
-        torch.stack([F.pad(code.indices, (0, more)) for code, more in zip(codes, missing, strict=True)]),
-        torch.stack([F.pad(code.values, (0, more)) for code, more in zip(codes, missing, strict=True)]),
-    )
 
 
 class _SparseLinear(torch.autograd.Function):

@@ -52,19 +52,16 @@ class Cascade(nn.Module):
         with torch.no_grad():
             taps = self.tower(pixels)
             truth = self._log_probabilities(taps.residual_out)
-        clean = self.reconstruction(activations(taps), pressure, dead)
+        batch = activations(taps)
+        clean = self.reconstruction(batch, pressure, dead)
 
         replaced = self.replacement(pixels, range(self.tower.layers))
         normalised = self.reconstruction.normalisation.targets
-        error = (normalised(replaced.mlp_out.flatten(1, 2)) - normalised(taps.mlp_out.flatten(1, 2))).square().mean(-1)
-        cls_weight = self.reconstruction.settings.cls_weight
-        weight = torch.ones_like(error[0]).index_fill_(
-            0, torch.arange(0, error.shape[1], size.tokens, device=error.device), cls_weight
-        )
+        error = (normalised(replaced.mlp_out.flatten(1, 2)) - normalised(batch.mlp_out)).square().mean(-1)
         found = self._log_probabilities(replaced.residual)
         divergence = kl_div(found, truth, log_target=True, reduction="sum") / size.images
         total = (
-            settings.replaced_weight * (error * weight).sum(1).mean() / size.weight(cls_weight)
+            settings.replaced_weight * self.reconstruction.weighted(error, batch.is_cls)
             + settings.prediction_weight * divergence
         )
         return clean._replace(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.bundle import Metrics
+from models.clip import Clip
 from models.clt import CrossLayerTranscoder
 from models.errors import VitrineError
 from training.recipes import Recipe
@@ -98,6 +99,12 @@ def read_meta(checkpoint: Path) -> CheckpointMeta:
         raise CheckpointError(f"{checkpoint}/checkpoint.json is not one of Vitrine's: {error}") from error
 
 
+def check_clip(checkpoint: Path, meta: CheckpointMeta, clip: Clip) -> None:
+    """Raise `CheckpointError` unless the checkpoint was trained on this CLIP."""
+    if clip.sha256 != meta.clip_sha256:
+        raise CheckpointError(f"{checkpoint} was trained on a CLIP with other weights than {clip.name} {clip.weights}")
+
+
 class _Format(BaseModel):
     format: int
 
@@ -110,6 +117,11 @@ def load_clt(checkpoint: Path) -> tuple[CrossLayerTranscoder, Tensor, Checkpoint
     clt = CrossLayerTranscoder(meta.recipe.clt.architecture(meta.layers, meta.width))
     clt.load_state_dict(tensors)
     return clt.eval().requires_grad_(False), out_mean_cls, meta
+
+
+def section(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors whose keys begin with `name.`, without that."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

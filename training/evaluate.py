@@ -10,15 +10,14 @@ training run ends with: the few figures that its checkpoint and its bundle carry
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from rich.console import Console
 
-from models.bundle import ClipIdentity, Metrics
+from models.bundle import ClipIdentity, Metrics, file_sha256
 from models.clip import Clip
 from models.clt import CrossLayerTranscoder
-from training.checkpoint import CheckpointError, CheckpointMeta, load_clt
+from training.checkpoint import CheckpointMeta, check_clip, load_clt
 from training.evaluation.bootstrap import Bootstrap
 from training.evaluation.cascades import paper_windows
 from training.evaluation.faithfulness import RANDOM_ORDERS, TOP
@@ -50,7 +49,7 @@ def evaluate(
         theirs = measure(clip, other_clt.to(device), images, label_embeddings, Plan(windows), console, seed=seed)
         comparison = Comparison(
             name=other_meta.recipe.name,
-            checkpoint_sha256=sha256(path / "clt.safetensors"),
+            checkpoint_sha256=file_sha256(path / "clt.safetensors"),
             cross_layer=other_clt.architecture.cross_layer,
             reconstruction=theirs.reconstruction.figures(bootstrap),
             cascades=theirs.cascades.figures(bootstrap)[1],
@@ -59,7 +58,7 @@ def evaluate(
     return Results(
         recipe=meta.recipe,
         clip=ClipIdentity(name=clip.name, weights=clip.weights, sha256=clip.sha256),
-        checkpoint_sha256=sha256(checkpoint / "clt.safetensors"),
+        checkpoint_sha256=file_sha256(checkpoint / "clt.safetensors"),
         step=meta.step,
         layers=clt.layers,
         images=len(images),
@@ -113,12 +112,5 @@ def evaluate_summary(
 def open_checkpoint(checkpoint: Path, clip: Clip) -> tuple[CrossLayerTranscoder, CheckpointMeta]:
     """A checkpoint's CLT and what is known of it. Raises `CheckpointError` if it belongs to another CLIP."""
     clt, _, meta = load_clt(checkpoint)
-    if clip.sha256 != meta.clip_sha256:
-        raise CheckpointError(f"{checkpoint} was trained on a CLIP with other weights than {clip.name} {clip.weights}")
+    check_clip(checkpoint, meta, clip)
     return clt, meta
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

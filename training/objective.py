@@ -58,8 +58,7 @@ class Reconstruction(nn.Module):
         inputs, targets = self.normalisation.inputs(batch.mlp_in), self.normalisation.targets(batch.mlp_out)
         codes, outputs = self.clt(inputs, batch.is_cls)
         error = (outputs - targets).square().mean(-1)  # [L, N]
-        weight = torch.where(batch.is_cls, settings.cls_weight, 1.0)
-        total = (error * weight).sum(1).mean() / size.weight(settings.cls_weight)
+        total = self.weighted(error, batch.is_cls)
         if self.clt.architecture.sparsifier == "jumprelu" and pressure:
             total = total + pressure * settings.sparsity_weight * self._excess(codes, batch.is_cls) / size.processes
         if dead is not None and settings.revive_weight:
@@ -72,6 +71,11 @@ class Reconstruction(nn.Module):
             torch.stack([code.active.detach().sum() for code in codes]) / count,
             torch.stack([_fired(code, self.clt.features) for code in codes]),
         )
+
+    def weighted(self, error: Tensor, is_cls: Tensor) -> Tensor:
+        """This process's part of the step's mean error over layers and tokens [L, N]; [CLS] weighs `cls_weight`."""
+        cls_weight = self.settings.cls_weight
+        return (error * torch.where(is_cls, cls_weight, 1.0)).sum(1).mean() / self.size.weight(cls_weight)
 
     def _excess(self, codes: list[SortedCode], is_cls: Tensor) -> Tensor:
         """(L0 / target - 1)^2, mean over layers and token types; of the tokens at hand."""

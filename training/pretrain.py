@@ -33,7 +33,7 @@ from torchvision.transforms import v2
 
 from models.clip import Tower
 from training.captions import COLOURS, background_colour, class_prompts, coloured_prompts
-from training.checkpoint import CheckpointError, load_tensors
+from training.checkpoint import CheckpointError, load_tensors, section
 from training.data import DataError, Images, Listing, load
 from training.mimetic import mimetic_start
 from training.recipes import RecipeError, Section, Share, Source, Template
@@ -229,12 +229,11 @@ class _Run:
 
     def restore(self, state: dict[str, Tensor], epochs: int) -> None:
         """Weights, Adam's moments and the place in the schedule, as they were after so many epochs."""
-        self.model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+        self.model.load_state_dict(section(state, "model"))
         adam = self.optimiser.state_dict()
-        for key, tensor in state.items():
-            if key.startswith("adam."):
-                _, index, name = key.split(".")
-                adam["state"].setdefault(int(index), {})[name] = tensor
+        for key, tensor in section(state, "adam").items():
+            index, name = key.split(".")
+            adam["state"].setdefault(int(index), {})[name] = tensor
         self.optimiser.load_state_dict(adam)
         self.done = epochs * self.steps_per_epoch
 

@@ -32,6 +32,7 @@ from training.checkpoint import (
     load_tensors,
     read_meta,
     save_checkpoint,
+    section,
     write_meta,
 )
 from training.data import Plan, load
@@ -175,8 +176,7 @@ class _Run:
 
     def save(self, trainer: Trainer) -> None:
         """A checkpoint of now: every process takes part, the first one writes."""
-        weights = {name: whole(tensor) for name, tensor in self.clt.state_dict().items()}
-        state = {f"clt.{name}": tensor for name, tensor in weights.items()}
+        state = {f"clt.{name}": tensor for name, tensor in self._weights().items()}
         state |= {f"normalisation.{name}": whole(tensor) for name, tensor in asdict(self.normalisation).items()}
         state |= trainer.state()
         if not self.fabric.is_global_zero:
@@ -217,17 +217,20 @@ class _Run:
         if other := [name for name, is_same in same.items() if not is_same]:
             raise CheckpointError(f"{checkpoint} was trained with another {', '.join(other)}; choose an empty --out")
         self.tensors = load_tensors(checkpoint / "state.safetensors")
-        self.clt.load_state_dict(_section(self.tensors, "clt"))
-        self.normalisation = Normalisation(**_section(self.tensors, "normalisation")).to(self.fabric.device)
+        self.clt.load_state_dict(section(self.tensors, "clt"))
+        self.normalisation = Normalisation(**section(self.tensors, "normalisation")).to(self.fabric.device)
         self.images.note(saved.broken)
         if saved.step == self.steps:  # finished, and perhaps measured
             self.meta = ours.model_copy(update={"metrics": saved.metrics, "val_images": saved.val_images})
         self.done = saved.step
         self.console.print(f"taking up {checkpoint} at step {self.done:,} of {self.steps:,}")
 
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: whole(tensor) for name, tensor in self.clt.state_dict().items()}
+
     def _unwrap(self) -> None:
         """A CLT without what the phase before made of it: sharded weights, hooks, widened codes."""
-        weights = {name: whole(tensor) for name, tensor in self.clt.state_dict().items()}
+        weights = self._weights()
         self.clt = CrossLayerTranscoder(self.clt.architecture)
         self.clt.load_state_dict(weights)
 
@@ -250,10 +253,6 @@ class _Run:
     def _folded(self, state: dict[str, Tensor]) -> tuple[CrossLayerTranscoder, dict[str, Tensor]]:
         """The CLT on raw activations, and what else a bundle needs."""
         clt = CrossLayerTranscoder(self.clt.architecture)
-        clt.load_state_dict(_section(state, "clt"))
-        normalisation = Normalisation(**_section(state, "normalisation"))
+        clt.load_state_dict(section(state, "clt"))
+        normalisation = Normalisation(**section(state, "normalisation"))
         return normalisation.fold_into(clt), {"out_mean_cls": normalisation.out_mean_cls}
-
-
-def _section(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}

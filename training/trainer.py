@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from models.errors import VitrineError
 from training.cascade import Cascade
+from training.checkpoint import section
 from training.objective import Losses, Reconstruction
 from training.parallel import like, whole
 from training.progress import StepMetrics
@@ -47,7 +49,7 @@ class Trainer:
         revive = [layer.nonzero().flatten() for layer in dead] if dead.any() else None
         losses: Losses = self.objective(batch, self._pressure(), revive)
         metrics, fired = self._reduce(losses, rate, int(dead.sum()))
-        if not torch.isfinite(torch.tensor(metrics.loss)):
+        if not math.isfinite(metrics.loss):
             raise TrainingDiverged(f"loss is {metrics.loss} at step {self.step}; lower the learning rate")
         self.optimiser.zero_grad(set_to_none=True)
         self.fabric.backward(losses.total)
@@ -103,8 +105,7 @@ class Trainer:
         """Go on where `state` was taken, after `step` steps of this phase."""
         self.step = step
         self.silent.copy_(tensors["silent"])
-        for key, value in tensors.items():
-            if key.startswith("adam."):
-                name, moment = key.removeprefix("adam.").rsplit(".", 1)
-                parameter = self.parameters[name]
-                self.adam.state[parameter][moment] = like(value, parameter)
+        for key, value in section(tensors, "adam").items():
+            name, moment = key.rsplit(".", 1)
+            parameter = self.parameters[name]
+            self.adam.state[parameter][moment] = like(value, parameter)

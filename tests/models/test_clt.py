@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import tensor
 
-from models.clt import Architecture, CrossLayerTranscoder, as_codes
+from models.clt import Architecture, CrossLayerTranscoder
 from models.sparsify import BatchTopK
 
 KINDS = ("relu_topk", "abs_topk", "jumprelu", "batch_topk")
@@ -99,26 +99,6 @@ def test_directions_add_up_what_every_feature_writes(random_clt, random_tokens, 
 def test_parameters_are_counted(random_clt, sparsifier, cross_layer):
     clt = random_clt(layers=4, sparsifier=sparsifier, cross_layer=cross_layer)
     assert clt.architecture.parameters == sum(parameter.numel() for parameter in clt.parameters())
-
-
-def test_as_codes_fills_narrow_codes_up(random_clt, random_tokens):
-    clt = random_clt(k=(1, 3, 2))
-    x, is_cls, _ = random_tokens(clt, 5)
-    codes = clt.encode(x, is_cls)
-    stacked = as_codes(codes, 4)
-    assert stacked.indices.shape == stacked.values.shape == (3, 5, 4)
-    for layer, code in enumerate(codes):
-        width = code.indices.shape[1]
-        assert stacked.indices[layer, :, :width].equal(code.indices)
-        assert stacked.values[layer, :, :width].equal(code.values)
-        assert not stacked.values[layer, :, width:].any()
-
-
-def test_as_codes_never_cuts_a_code(random_clt, random_tokens):
-    clt = random_clt(k=(1, 3, 2))
-    x, is_cls, _ = random_tokens(clt, 5)
-    with pytest.raises(ValueError, match="a code has 3 places, only 2 were asked for"):
-        as_codes(clt.encode(x, is_cls), 2)
 
 
 def test_initial_weights_are_unit_rows_shared_over_sources_and_seeded():

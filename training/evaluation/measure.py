@@ -22,6 +22,7 @@ from models.clip import Clip, Taps
 from models.clt import CrossLayerTranscoder, SortedCode
 from models.replacement import Known, Replacement, Tokens
 from models.sparsify import Code
+from training.activations import activations
 from training.evaluation.cascades import Cascades
 from training.evaluation.contributions import CLS, PATCHES, ScoreMean, add_codes, by_type, centred, mean_contributions
 from training.evaluation.faithfulness import RANKINGS, Interventions, ranked
@@ -148,9 +149,8 @@ def _batches(clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, progress: P
     for pixels, truth in images.batches():
         pixels = pixels.to(device)
         taps = clip.tower(pixels)
-        is_cls = torch.zeros(taps.residual_out.shape[:2], dtype=torch.bool, device=device)
-        is_cls[:, 0] = True
-        yield _Batch(pixels, truth, taps, clt.encode(taps.mlp_in.flatten(1, 2), is_cls.flatten()), is_cls.flatten())
+        mlp_in, _, is_cls = activations(taps)
+        yield _Batch(pixels, truth, taps, clt.encode(mlp_in, is_cls), is_cls)
         progress.advance(task, len(pixels))
 
 
