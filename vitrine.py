@@ -293,9 +293,12 @@ def attribute(
     features: Annotated[int, typer.Option(min=0, help="Features listed per layer.")] = 3,
     bundle: BundlePath = None,
     as_json: Annotated[bool, typer.Option("--json", help="The service's JSON instead of tables.")] = False,
+    svg: Annotated[
+        typer.FileTextWrite | None, typer.Option(encoding="utf-8", help="The tables as a picture too, in this file.")
+    ] = None,
 ) -> None:
     """Predict one image's label and print the account of it, without a server."""
-    from service.render import print_answer
+    from service.render import draw_answer, print_answer
     from service.schemas import AttributeRequest, validated
 
     fields: dict[str, Any] = {"top_k": top_k, "explain": {"contrast": contrast, "features": features}}
@@ -309,6 +312,8 @@ def attribute(
         typer.echo(answer.model_dump_json(indent=2))
     else:
         print_answer(answer, _console())
+    if svg is not None:
+        svg.write(draw_answer(answer))
 
 
 async def _attribute(bundle: Bundle, image: bytes, request: AttributeRequest) -> AttributeResponse:

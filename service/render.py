@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import re
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -33,6 +36,13 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
         f"without it the top-1 {agrees}.",
         highlight=False,
     )
+
+
+def draw_answer(answer: AttributeResponse) -> str:
+    """The same as a picture: SVG in the reader's own fonts, since rich's would be fetched from the network."""
+    console = Console(record=True, width=104, file=io.StringIO())
+    print_answer(answer, console)
+    return re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="vitrine attribute"), flags=re.DOTALL)
 
 
 def _account(explanation: Explanation) -> Table:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -203,6 +204,31 @@ def test_attributes_table_shows_labels_as_they_are(run, photo):
     assert result.exit_code == 0
     assert all(label in result.output for label in labels.split(","))
     assert "Why [/foo] rather than [bold]cat" in result.output
+
+
+def test_attribute_draws_a_picture_that_needs_no_network(run, photo, tmp_path):
+    result = run(
+        "attribute",
+        photo,
+        "--labels",
+        "cat,dog",
+        "--contrast",
+        "dog",
+        "--target",
+        "cat",
+        "--svg",
+        tmp_path / "answer.svg",
+    )
+    assert result.exit_code == 0
+    picture = ElementTree.parse(tmp_path / "answer.svg")
+    words = "".join(picture.getroot().itertext()).replace("\N{NO-BREAK SPACE}", " ")
+    assert "rather than dog: the account of its logit" in words
+    assert "remainder" in words
+    assert "url(http" not in (tmp_path / "answer.svg").read_text()
+
+    result = run("attribute", photo, "--svg", tmp_path / "nowhere" / "answer.svg")
+    assert result.exit_code == 1
+    assert "No such file" in result.stderr
 
 
 @pytest.mark.parametrize(
