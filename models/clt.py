@@ -76,13 +76,14 @@ class Encoder(nn.Module):
         Not through a ReLU: a dead feature may be negative everywhere, and would never get a gradient.
         """
         with torch.no_grad():
-            preactivations = self._preactivations(x)
             if among is None:
+                preactivations = self._preactivations(x)
                 indices = self.sparsifier.select(preactivations)
+                chosen = preactivations.gather(-1, indices)
             else:
-                places = min(len(among), x.shape[-1] // 2)
-                indices = among[preactivations[:, among].topk(places).indices]
-            chosen = preactivations.gather(-1, indices)
+                preactivations = _linear(x, self.weight[among], self.bias[among])
+                chosen, places = preactivations.topk(min(len(among), x.shape[-1] // 2))
+                indices = among[places]
         order = Order(indices, len(self.weight))
         chosen = _SparseLinear.apply(x, self.weight, self.bias, chosen, indices, order)
         return self._code(indices, chosen, is_cls if among is None else None, order)
@@ -98,9 +99,8 @@ class Encoder(nn.Module):
         return self._code(indices, preactivations.gather(-1, indices), is_cls, None)
 
     def _preactivations(self, x: Tensor) -> Tensor:
-        """[N, F]; float32 under autocast, which makes the product itself in half precision."""
-        product = F.linear(x, self.weight, self.bias)
-        return product.to(torch.promote_types(product.dtype, torch.float32))
+        """[N, F]."""
+        return _linear(x, self.weight, self.bias)
 
 
 class Decoder(nn.Module):
@@ -295,6 +295,12 @@ class _SparseProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_weight = ctx.order.sum_over_tokens(values, d_out)
         return d_values, d_weight, None, None
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + b; float32 under autocast, which makes the product itself in half precision."""
+    product = F.linear(x, weight, bias)
+    return product.to(torch.promote_types(product.dtype, torch.float32))
 
 
 def _unit_rows(weight: Tensor, generator: torch.Generator) -> Tensor:

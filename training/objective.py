@@ -4,7 +4,8 @@ sparse and features alive.
     reconstruction   mean over layers and tokens of |y - y'|^2 / d on normalised outputs; [CLS] weighs `cls_weight`
     sparsity         jumprelu alone: mean over layers and token types of (L0 / target - 1)^2 (arXiv 2407.14435, 5.3)
     revival          after AuxK (arXiv 2406.04093, A.2): the dead features alone, d / 2 a token, reconstruct what the
-                     others left over, decoded without bias; as a share of that error
+                     others left over, decoded without bias; as a share of that error. On every seventh token: d / 2
+                     places cost more than a whole step's k, and a direction to grow in needs no more
 
 Everything is a sum over the tokens at hand divided by the number of tokens of the whole step, so data-parallel
 processes that average their gradients do what one process does.
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from models.clt import CrossLayerTranscoder, SortedCode
 from training.activations import Activations, Normalisation
 from training.recipes import TrainingSection
+
+REVIVAL_STRIDE = 7  # a prime that divides no usual number of tokens: of whole images all places take part
 
 
 class Losses(NamedTuple):
@@ -86,6 +89,7 @@ class Reconstruction(nn.Module):
         return torch.stack(terms).mean()
 
     def _revival(self, inputs: Tensor, left_over: Tensor, dead: list[Tensor]) -> Tensor:
+        inputs, left_over = inputs[:, ::REVIVAL_STRIDE], left_over[:, ::REVIVAL_STRIDE]
         no_cls = torch.zeros(inputs.shape[1], dtype=torch.bool, device=inputs.device)
         codes = [
             encoder(x, no_cls, among) if len(among) else None

@@ -126,8 +126,8 @@ def test_dead_features_learn_from_what_is_left_over():
     dead = [torch.tensor([1, 4, 7]), torch.tensor([], dtype=torch.long), torch.tensor([0, 2, 3, 5, 6, 9])]
     x, y = normalised(objective, batch)
     _, outputs = objective.clt(x, batch.is_cls)
-    left_over = (y - outputs).detach()
-    dense = torch.zeros(LAYERS, COUNT, FEATURES, dtype=torch.double)
+    x, left_over = x[:, ::7], (y - outputs).detach()[:, ::7]
+    dense = torch.zeros(LAYERS, x.shape[1], FEATURES, dtype=torch.double)
     for layer, among in enumerate(dead):
         encoder = objective.clt.encoders[layer]
         a = (x[layer] @ encoder.weight.T + encoder.bias)[:, among]
