@@ -198,11 +198,11 @@ class CascadeSection(Section):
 
     steps: PositiveInt = Field(description="after the reconstruction's")
     images_per_step: PositiveInt = Field(default=32, description="whole images")
-    learning_rate: PositiveFloat = Field(default=5e-4, description="of Adam, at its highest; falls to 0 by a cosine")
-    warmup_steps: int = Field(default=50, ge=0, description="steps in which the rate rises to it")
+    learning_rate: PositiveFloat = Field(default=1e-4, description="of Adam, at its highest; falls to 0 by a cosine")
+    warmup_steps: int = Field(default=100, ge=0, description="steps in which the rate rises to it")
     clean_weight: float = Field(default=1.0, ge=0, description="reconstruction on CLIP's own activations, as before")
-    replaced_weight: float = Field(default=1.0, ge=0, description="reconstruction under replaced inputs")
-    prediction_weight: float = Field(default=1.0, ge=0, description="divergence of the zero-shot distribution")
+    replaced_weight: float = Field(default=0.25, ge=0, description="reconstruction under replaced inputs")
+    prediction_weight: float = Field(default=0.05, ge=0, description="divergence of the zero-shot distribution")
 
 
 class BundleSection(Section):

@@ -88,6 +88,7 @@ def train(
                     run.save(trainer)
                     if not console.is_terminal:
                         run.console.print(f"step {run.done:,}/{run.steps:,}  {report.shown}")
+            run.leave(trainer)
     checkpoint = checkpoints(out)[-1]
     if run.done == run.steps and run.meta.metrics.r2 is None and fabric.is_global_zero:
         run.measure(checkpoint)
@@ -131,7 +132,7 @@ class _Run:
         )
         clip.tower.to(fabric.device)
         self.done = 0
-        self.tensors: dict[str, Tensor] = {}  # of the checkpoint that is taken up
+        self.tensors: dict[str, Tensor] = {}  # what the next trainer goes on from
         if found := checkpoints(out):
             self._take_up(found[-1])
         else:
@@ -148,10 +149,15 @@ class _Run:
             labels = self.clip.encode_labels(list(self.val.labels), list(recipe.data.templates)).to(fabric.device)
             objective = Cascade(tower, objective, phase.settings, labels, self.clip.logit_scale)
         trainer = Trainer(fabric, objective, phase.settings, phase.end - phase.start)
-        if self.done > phase.start:
+        if self.tensors:  # of this phase, or of the one before
             trainer.restore(self.tensors, self.done - phase.start)
         self.tensors = {}
         return trainer
+
+    def leave(self, trainer: Trainer) -> None:
+        """Hand over to the next phase. Adam's moments go with it: with fresh ones its first steps undo the annealing,
+        most of all for features that fire rarely."""
+        self.tensors = trainer.state()
 
     def batches(self, phase: _Phase) -> Iterator[Any]:
         """What the phase's objective takes, from the run's present step on: this process's share of each step."""
