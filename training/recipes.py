@@ -156,6 +156,9 @@ class TrainingSection(Section):
         default=256, description="tokens of so many images are shuffled together; images_per_step: whole images a step"
     )
     learning_rate: PositiveFloat = Field(default=1e-3, description="of Adam, at its highest")
+    beta2: float = Field(
+        default=0.99, gt=0, lt=1, description="of Adam: how long squared gradients are remembered, a share a step"
+    )
     warmup_steps: int = Field(default=100, ge=0, description="steps in which the rate rises to it")
     decay_share: float = Field(
         default=1.0, gt=0, le=1, description="last share of the run in which the rate falls to 0"

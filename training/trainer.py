@@ -34,7 +34,8 @@ class Trainer:
         self.clt, self.settings, self.size = reconstruction.clt, reconstruction.settings, reconstruction.size
         self.objective: Any = fabric.setup_module(objective)
         self.parameters = dict(self.clt.named_parameters())
-        self.adam = torch.optim.Adam(self.parameters.values(), lr=phase.learning_rate, fused=True)
+        betas = (0.9, self.settings.beta2)
+        self.adam = torch.optim.Adam(self.parameters.values(), lr=phase.learning_rate, betas=betas, fused=True)
         self.optimiser: Any = fabric.setup_optimizers(self.adam)
         self.silent = torch.zeros(self.clt.layers, self.clt.features, dtype=torch.long, device=fabric.device)
 

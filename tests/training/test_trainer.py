@@ -51,6 +51,13 @@ def test_first_step_of_adam_moves_weights_by_the_warmed_up_rate(batch):
     torch.testing.assert_close(moved, torch.full((2, 4), 0.01), rtol=1e-3, atol=0)
 
 
+def test_squared_gradients_are_remembered_as_the_recipe_says(batch):
+    trainer = make(beta2=0.5)
+    trainer.train_step(batch)
+    for name, parameter in trainer.parameters.items():
+        torch.testing.assert_close(trainer.state()[f"adam.{name}.exp_avg_sq"], 0.5 * parameter.grad.square())
+
+
 def test_gradient_is_clipped(batch):
     trainer = make(gradient_clip=0.01)
     trainer.train_step(batch)
