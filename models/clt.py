@@ -77,7 +77,7 @@ class Encoder(nn.Module):
         """
         with torch.no_grad():
             if among is None:
-                preactivations = self._preactivations(x)
+                preactivations = _linear(x, self.weight, self.bias)
                 indices = self.sparsifier.select(preactivations)
                 chosen = preactivations.gather(-1, indices)
             else:
@@ -94,13 +94,9 @@ class Encoder(nn.Module):
 
     def encode_dense(self, x: Tensor, is_cls: Tensor) -> SortedCode:
         """The same with autograd through all F pre-activations: the reference."""
-        preactivations = self._preactivations(x)
+        preactivations = _linear(x, self.weight, self.bias)
         indices = self.sparsifier.select(preactivations.detach())
         return self._code(indices, preactivations.gather(-1, indices), is_cls, None)
-
-    def _preactivations(self, x: Tensor) -> Tensor:
-        """[N, F]."""
-        return _linear(x, self.weight, self.bias)
 
 
 class Decoder(nn.Module):
@@ -168,7 +164,7 @@ class CrossLayerTranscoder(nn.Module):
         """Set learnt thresholds so that, at the start, k features a token are active on these tokens [L, N, d]."""
         for encoder, x in zip(self.encoders, mlp_in, strict=True):
             if isinstance(encoder.sparsifier, JumpReLU):
-                encoder.sparsifier.calibrate(F.linear(x, encoder.weight, encoder.bias))
+                encoder.sparsifier.calibrate(_linear(x, encoder.weight, encoder.bias))
 
     def encode(self, mlp_in: Tensor, is_cls: Tensor) -> list[SortedCode]:
         """ln_2 outputs [L, N, d] to one code a source layer; is_cls [N] bool."""

@@ -75,10 +75,11 @@ def train(
         wandb_project=wandb_project,
         name=recipe.name,
     ) as report:
+        trainer = None
         for phase in run.phases:
             if run.done >= min(phase.end, stop):
                 continue
-            trainer = run.enter(phase)
+            trainer = run.enter(phase, trainer)
             for batch in islice(run.batches(phase), stop - run.done):
                 metrics = trainer.train_step(batch)
                 run.done += 1
@@ -88,7 +89,6 @@ def train(
                     run.save(trainer)
                     if not console.is_terminal:
                         run.console.print(f"step {run.done:,}/{run.steps:,}  {report.shown}")
-            run.leave(trainer)
     checkpoint = checkpoints(out)[-1]
     if run.done == run.steps and run.meta.metrics.r2 is None and fabric.is_global_zero:
         run.measure(checkpoint)
@@ -132,15 +132,20 @@ class _Run:
         )
         clip.tower.to(fabric.device)
         self.done = 0
-        self.tensors: dict[str, Tensor] = {}  # what the next trainer goes on from
+        self.tensors: dict[str, Tensor] = {}  # of the checkpoint that was taken up, for the first trainer
         if found := checkpoints(out):
             self._take_up(found[-1])
         else:
             self._begin()
 
-    def enter(self, phase: _Phase) -> Trainer:
-        """The trainer of a phase, as far as that phase has come."""
+    def enter(self, phase: _Phase, before: Trainer | None) -> Trainer:
+        """The trainer of a phase, as far as that phase has come.
+
+        Adam's moments come along from the trainer before it: they hold the scale of every feature's gradient, which a
+        rare feature would take many steps to learn anew.
+        """
         recipe, fabric, tower = self.recipe, self.fabric, self.clip.tower
+        state, self.tensors = self.tensors if before is None else before.state(), {}
         self._unwrap()
         objective: Reconstruction | Cascade
         size = StepSize(phase.settings.images_per_step, tower.tokens, fabric.world_size)
@@ -149,15 +154,9 @@ class _Run:
             labels = self.clip.encode_labels(list(self.val.labels), list(recipe.data.templates)).to(fabric.device)
             objective = Cascade(tower, objective, phase.settings, labels, self.clip.logit_scale)
         trainer = Trainer(fabric, objective, phase.settings, phase.end - phase.start)
-        if self.tensors:  # of this phase, or of the one before
-            trainer.restore(self.tensors, self.done - phase.start)
-        self.tensors = {}
+        if state:
+            trainer.restore(state, self.done - phase.start)
         return trainer
-
-    def leave(self, trainer: Trainer) -> None:
-        """Hand over to the next phase. Adam's moments go with it: with fresh ones its first steps undo the annealing,
-        most of all for features that fire rarely."""
-        self.tensors = trainer.state()
 
     def batches(self, phase: _Phase) -> Iterator[Any]:
         """What the phase's objective takes, from the run's present step on: this process's share of each step."""
