@@ -69,27 +69,18 @@ class Encoder(nn.Module):
             architecture.sparsifier, architecture.features, architecture.k[layer], architecture.k_cls[layer]
         )
 
-    def forward(self, x: Tensor, is_cls: Tensor, among: Tensor | None = None) -> SortedCode:
-        """x [N, d] ln_2 outputs, is_cls [N] bool.
-
-        With `among` [n], some features: the d / 2 largest pre-activations of those alone, whatever the sparsifier.
-        Not through a ReLU: a dead feature may be negative everywhere, and would never get a gradient.
-        """
+    def forward(self, x: Tensor, is_cls: Tensor) -> SortedCode:
+        """x [N, d] ln_2 outputs, is_cls [N] bool."""
         with torch.no_grad():
-            if among is None:
-                preactivations = _linear(x, self.weight, self.bias)
-                indices = self.sparsifier.select(preactivations)
-                chosen = preactivations.gather(-1, indices)
-            else:
-                preactivations = _linear(x, self.weight[among], self.bias[among])
-                chosen, places = preactivations.topk(min(len(among), x.shape[-1] // 2))
-                indices = among[places]
+            preactivations = _linear(x, self.weight, self.bias)
+            indices = self.sparsifier.select(preactivations)
+            chosen = preactivations.gather(-1, indices)
         order = Order(indices, len(self.weight))
         chosen = _SparseLinear.apply(x, self.weight, self.bias, chosen, indices, order)
-        return self._code(indices, chosen, is_cls if among is None else None, order)
+        return self._code(indices, chosen, is_cls, order)
 
-    def _code(self, indices: Tensor, chosen: Tensor, is_cls: Tensor | None, order: Order | None) -> SortedCode:
-        values = chosen if is_cls is None else self.sparsifier(chosen, indices, is_cls)
+    def _code(self, indices: Tensor, chosen: Tensor, is_cls: Tensor, order: Order | None) -> SortedCode:
+        values = self.sparsifier(chosen, indices, is_cls)
         return SortedCode(indices, values, self.sparsifier.active(chosen, indices, values), order)
 
     def encode_dense(self, x: Tensor, is_cls: Tensor) -> SortedCode:
@@ -109,10 +100,9 @@ class Decoder(nn.Module):
         self.weights = nn.ParameterList(torch.empty(shape) for _ in self.sources)
         self.bias = nn.Parameter(torch.empty(architecture.width))
 
-    def forward(self, codes: Sequence[SortedCode | None], bias: bool = True) -> Tensor:
-        """codes: of layers 0 to the target at least; None writes nothing. Without bias: what the codes write."""
-        written = sum(self._products(codes), start=torch.zeros_like(self.bias))
-        return written + self.bias if bias else written
+    def forward(self, codes: Sequence[SortedCode]) -> Tensor:
+        """codes: of layers 0 to the target at least."""
+        return sum(self._products(codes), start=self.bias)
 
     def contributions(self, codes: list[SortedCode]) -> Tensor:
         """What each source layer writes, without the bias: [sources, N, d]."""
@@ -127,12 +117,12 @@ class Decoder(nn.Module):
             output = output + dense @ weight
         return output
 
-    def _products(self, codes: Sequence[SortedCode | None]) -> list[Tensor]:
+    def _products(self, codes: Sequence[SortedCode]) -> list[Tensor]:
         products = []
         for source, weight in zip(self.sources, self.weights, strict=True):
-            if (code := codes[source]) is not None:
-                order = code.order or Order(code.indices, len(weight))
-                products.append(_SparseProduct.apply(code.values, weight, code.indices, order))
+            code = codes[source]
+            order = code.order or Order(code.indices, len(weight))
+            products.append(_SparseProduct.apply(code.values, weight, code.indices, order))
         return products
 
 

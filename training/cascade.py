@@ -50,14 +50,14 @@ class Cascade(nn.Module):
         self.register_buffer("label_embeddings", label_embeddings)
         self.logit_scale = logit_scale
 
-    def forward(self, pixels: Tensor, pressure: float = 0.0, dead: list[Tensor] | None = None) -> Losses:
-        """pressure, dead: as in `Reconstruction`, for the clean part."""
+    def forward(self, pixels: Tensor, pressure: float = 0.0) -> Losses:
+        """pressure: as in `Reconstruction`, for the clean part."""
         settings, size = self.settings, self.reconstruction.size
         with torch.no_grad():
             taps = self.tower(pixels)
             truth = self._log_probabilities(taps.residual_out)
         batch = activations(taps)
-        clean = self.reconstruction(batch, pressure, dead)
+        clean = self.reconstruction(batch, pressure)
 
         replaced = self.replacement(pixels, range(self.tower.layers))
         normalised = self.reconstruction.normalisation.targets

@@ -1,11 +1,8 @@
-"""What training minimises on CLIP's own activations: the share of variance left unexplained, and what keeps codes
-sparse and features alive.
+"""What training minimises on CLIP's own activations: the share of variance left unexplained, and what keeps
+codes sparse.
 
     reconstruction   mean over layers and tokens of |y - y'|^2 / d on normalised outputs; [CLS] weighs `cls_weight`
     sparsity         jumprelu alone: mean over layers and token types of (L0 / target - 1)^2 (arXiv 2407.14435, 5.3)
-    revival          after AuxK (arXiv 2406.04093, A.2): the dead features alone, d / 2 a token, reconstruct what the
-                     others left over, decoded without bias; as a share of that error. On every seventh token: d / 2
-                     places cost more than a whole step's k, and a direction to grow in needs no more
 
 Everything is a sum over the tokens at hand divided by the number of tokens of the whole step, so data-parallel
 processes that average their gradients do what one process does.
@@ -21,8 +18,6 @@ from torch import Tensor, nn
 from models.clt import CrossLayerTranscoder, SortedCode
 from training.activations import Activations, Normalisation
 from training.recipes import TrainingSection
-
-REVIVAL_STRIDE = 7  # a prime that divides no usual number of tokens: of whole images all places take part
 
 
 class Losses(NamedTuple):
@@ -55,7 +50,7 @@ class Reconstruction(nn.Module):
         super().__init__()
         self.clt, self.normalisation, self.settings, self.size = clt, normalisation, settings, size
 
-    def forward(self, batch: Activations, pressure: float = 0.0, dead: list[Tensor] | None = None) -> Losses:
+    def forward(self, batch: Activations, pressure: float = 0.0) -> Losses:
         """pressure: from 0 to 1, how much of the sparsity loss counts; dead: features to revive, [n] a layer."""
         settings, size = self.settings, self.size
         inputs, targets = self.normalisation.inputs(batch.mlp_in), self.normalisation.targets(batch.mlp_out)
@@ -64,9 +59,6 @@ class Reconstruction(nn.Module):
         total = self.weighted(error, batch.is_cls)
         if self.clt.architecture.sparsifier == "jumprelu" and pressure:
             total = total + pressure * settings.sparsity_weight * self._excess(codes, batch.is_cls) / size.processes
-        if dead is not None and settings.revive_weight:
-            left_over = (targets - outputs).detach()
-            total = total + settings.revive_weight * self._revival(inputs, left_over, dead) / size.processes
         count = size.images * size.tokens
         return Losses(
             total * size.processes,
@@ -86,20 +78,6 @@ class Reconstruction(nn.Module):
         for chosen, targets in ((~is_cls, architecture.k), (is_cls, architecture.k_cls)):
             if chosen.any():
                 terms += [(code.active[chosen].mean() / k - 1).square() for code, k in zip(codes, targets, strict=True)]
-        return torch.stack(terms).mean()
-
-    def _revival(self, inputs: Tensor, left_over: Tensor, dead: list[Tensor]) -> Tensor:
-        inputs, left_over = inputs[:, ::REVIVAL_STRIDE], left_over[:, ::REVIVAL_STRIDE]
-        no_cls = torch.zeros(inputs.shape[1], dtype=torch.bool, device=inputs.device)
-        codes = [
-            encoder(x, no_cls, among) if len(among) else None
-            for encoder, x, among in zip(self.clt.encoders, inputs, dead, strict=True)
-        ]
-        terms = [
-            (decoder(codes, bias=False) - rest).square().mean() / rest.square().mean().clamp_min(1e-12)
-            for decoder, rest in zip(self.clt.decoders, left_over, strict=True)
-            if any(codes[source] for source in decoder.sources)
-        ]
         return torch.stack(terms).mean()
 
 

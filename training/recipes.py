@@ -174,7 +174,9 @@ class TrainingSection(Section):
     revive_after: PositiveInt = Field(
         default=200_000, description="tokens without firing after which a feature counts as dead"
     )
-    revive_weight: float = Field(default=1 / 32, ge=0, description="weight of the dead features' own loss; 0: none")
+    revive_gradient: float = Field(
+        default=1e-3, ge=0, description="constant gradient that raises a dead feature's bias until it fires; 0: none"
+    )
     precision: Literal["32-true", "bf16-mixed"] = Field(
         default="32-true", description="bf16-mixed: the CLIP's and the encoders' products in bfloat16"
     )

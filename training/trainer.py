@@ -47,8 +47,7 @@ class Trainer:
     def train_step(self, batch: Any) -> StepMetrics:
         """One optimiser step. Raises `TrainingDiverged` before any weight is spoilt."""
         rate, dead = self._prepare(), self.dead
-        revive = [layer.nonzero().flatten() for layer in dead] if dead.any() else None
-        losses: Losses = self.objective(batch, self._pressure(), revive)
+        losses: Losses = self.objective(batch, self._pressure())
         metrics, fired = self._reduce(losses, rate, int(dead.sum()))
         if not math.isfinite(metrics.loss):
             raise TrainingDiverged(f"loss is {metrics.loss} at step {self.step}; lower the learning rate")
@@ -59,6 +58,7 @@ class Trainer:
         )
         if norm is None or not torch.isfinite(whole(norm)):
             raise TrainingDiverged(f"the gradient is {norm} at step {self.step}; lower the learning rate")
+        self._lift(dead)
         self.optimiser.step()
         self.silent = (self.silent + self.size.images * self.size.tokens).masked_fill(fired, 0)
         self.step += 1
@@ -74,6 +74,19 @@ class Trainer:
         if isinstance(phase, TrainingSection) and settings.k_start > 1:
             self.clt.widen(widening(self.step, self.steps, settings.k_start, settings.k_anneal_share))
         return rate
+
+    def _lift(self, dead: Tensor) -> None:
+        """Revive: a constant gradient raises a dead feature's bias until it fires again.
+
+        After the pre-activation loss of "Circuit tracing" (Ameisen et al. 2025); for the bias alone, and of one size
+        for every dead feature. It is large beside a bias's own gradient, and Adam remembers it: a feature that has come
+        back keeps its voice for some hundred steps, long enough to find something to say. AuxK (arXiv 2406.04093), a
+        loss that turns dead features towards what the others leave unexplained, revives no more than die meanwhile,
+        and adds nothing to this (training/RESULTS.md).
+        """
+        for encoder, silent in zip(self.clt.encoders, dead, strict=True):
+            gradient = encoder.bias.grad
+            gradient.sub_(like(self.settings.revive_gradient * silent.to(gradient.dtype), gradient))
 
     def _pressure(self) -> float:
         """How much of the sparsity loss counts."""

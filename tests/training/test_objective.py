@@ -119,38 +119,3 @@ def test_jumprelu_is_drawn_to_its_targets_per_layer_and_token_type():
     plain, pressed = objective(batch, pressure=0.0), objective(batch, pressure=0.5)
     torch.testing.assert_close(pressed.total - plain.total, 0.5 * 3.0 * torch.stack(terms).mean())
     assert torch.stack(terms).mean() > 0.001
-
-
-def test_dead_features_learn_from_what_is_left_over():
-    objective, batch = make(revive_weight=0.25)
-    dead = [torch.tensor([1, 4, 7]), torch.tensor([], dtype=torch.long), torch.tensor([0, 2, 3, 5, 6, 9])]
-    x, y = normalised(objective, batch)
-    _, outputs = objective.clt(x, batch.is_cls)
-    x, left_over = x[:, ::7], (y - outputs).detach()[:, ::7]
-    dense = torch.zeros(LAYERS, x.shape[1], FEATURES, dtype=torch.double)
-    for layer, among in enumerate(dead):
-        encoder = objective.clt.encoders[layer]
-        a = (x[layer] @ encoder.weight.T + encoder.bias)[:, among]
-        best = a.topk(min(len(among), WIDTH // 2)).values[:, -1:] if len(among) else None
-        if best is not None:
-            dense[layer][:, among] = torch.where(a >= best, a, 0.0)
-    terms = []
-    for target, decoder in enumerate(objective.clt.decoders):
-        written = sum(dense[source] @ decoder.weights[source] for source in range(target + 1))
-        terms.append((written - left_over[target]).square().mean() / left_over[target].square().mean())
-    expected = 0.25 * torch.stack(terms).mean()
-
-    plain, reviving = objective(batch), objective(batch, dead=dead)
-    torch.testing.assert_close(reviving.total - plain.total, expected)
-    encoder = objective.clt.encoders[2]
-    (from_loss,) = torch.autograd.grad(reviving.total - plain.total, encoder.weight, retain_graph=True)
-    (from_reference,) = torch.autograd.grad(expected, encoder.weight)
-    torch.testing.assert_close(from_loss, from_reference)
-    assert from_loss[[0, 2, 3, 5, 6, 9]].abs().sum() > 0
-    assert from_loss[[1, 4, 7, 8]].abs().max() < 1e-12
-
-
-def test_without_weight_nothing_is_revived():
-    objective, batch = make(revive_weight=0.0)
-    everything = [torch.arange(FEATURES)] * LAYERS
-    assert torch.equal(objective(batch, dead=everything).total, objective(batch).total)

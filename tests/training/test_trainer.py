@@ -86,7 +86,7 @@ def test_gradient_that_is_no_number_is_noticed_too(batch):
 
 
 def test_silent_features_are_counted_in_tokens(batch):
-    trainer = make(revive_after=12, revive_weight=0)
+    trainer = make(revive_after=12, revive_gradient=0)
     with torch.no_grad():
         trainer.clt.encoders[1].bias[4] = -100.0
     dead = [trainer.train_step(batch).dead for _ in range(4)]
@@ -96,16 +96,39 @@ def test_silent_features_are_counted_in_tokens(batch):
 
 
 def test_dead_feature_comes_back(batch):
-    def fires_after(steps, weight):
-        trainer = make(steps=steps, revive_after=12, revive_weight=weight, learning_rate=0.05, warmup_steps=0)
+    def fires_after(steps, gradient):
+        trainer = make(
+            steps=steps, revive_after=12, revive_gradient=gradient, learning_rate=0.05, warmup_steps=0, decay_share=0.01
+        )
         with torch.no_grad():
             trainer.clt.encoders[1].bias[4] = -4.0
         for _ in range(steps):
             trainer.train_step(batch)
         return bool(trainer.silent[1, 4] < 12)
 
-    assert not fires_after(100, weight=0)
-    assert fires_after(100, weight=1)
+    assert not fires_after(200, gradient=0)
+    assert not fires_after(20, gradient=1e-3)  # no faster than Adam's rate
+    assert fires_after(200, gradient=1e-3)
+
+
+def test_revival_moves_dead_biases_alone_and_is_not_clipped(batch):
+    def after_two_steps(gradient):
+        trainer = make(revive_after=6, revive_gradient=gradient, gradient_clip=1e-12, learning_rate=0.05)
+        with torch.no_grad():
+            trainer.clt.encoders[1].bias[4] = -4.0
+        trainer.train_step(batch)
+        dead = trainer.dead.clone()
+        trainer.train_step(batch)
+        return dead, trainer.clt.state_dict()
+
+    dead, plain = after_two_steps(0)
+    _, revived = after_two_steps(1e-3)
+    assert dead[1, 4]
+    for name, tensor in revived.items():
+        layer = int(name.split(".")[1])
+        changed = dead[layer] if name == f"encoders.{layer}.bias" else torch.zeros_like(tensor, dtype=torch.bool)
+        assert torch.equal(tensor != plain[name], changed), name
+        assert (tensor >= plain[name])[changed].all()
 
 
 def test_code_narrows_to_its_budget(batch):
