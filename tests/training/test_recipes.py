@@ -142,6 +142,13 @@ def test_the_baseline_differs_from_its_cell_in_cross_layer_alone():
     assert baseline.clt.cross_layer is False
 
 
+def test_the_cascade_differs_from_its_cell_in_that_phase_alone():
+    cascade, full = cell("b32", "cifar100", "cascade"), cell("b32", "cifar100", "relu_topk")
+    assert {key.partition(".")[0] for key in differences(cascade, full)} == {"name", "cascade"}
+    assert full.cascade is None
+    assert cascade.cascade.learning_rate < cascade.training.learning_rate
+
+
 # Wrong keys
 
 
