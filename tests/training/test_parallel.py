@@ -11,6 +11,7 @@ import torch
 from training.checkpoint import latest, load_tensors
 from training.parallel import ParallelError, make_fabric
 
+EPOCHS = "epochs = 2\nrevive_after = 1"
 CASCADE = "\n[cascade]\nsteps = 4\nimages_per_step = 8\n"
 
 
@@ -21,7 +22,7 @@ def run(recipe_path, data_root, tmp_path_factory):
     def run(name, *options, more=CASCADE):
         out = tmp_path_factory.mktemp("parallel") / name
         recipe = out.with_suffix(".toml")
-        recipe.write_text(recipe_path.read_text().replace("epochs = 4", "epochs = 2") + more)
+        recipe.write_text(recipe_path.read_text().replace("epochs = 4", EPOCHS) + more)
         where = ["--recipe", str(recipe), "--data-root", str(data_root), "--out", str(out), "--accelerator", "cpu"]
         done = subprocess.run(
             [sys.executable, "-m", "vitrine", "train", *where, *options],
@@ -44,6 +45,7 @@ def alone(run):
 @pytest.mark.parametrize("options", [[], ["--shard"]], ids=["data-parallel", "sharded"])
 def test_two_processes_do_what_one_does(run, alone, options):
     checkpoint, log = run("two", "--devices", "2", *options)
+    assert any(line["dead"] for line in log)  # revived, too
     assert [line["step"] for line in log] == list(range(1, 17))
     for ours, theirs in zip(log, alone[1], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
@@ -67,7 +69,7 @@ def test_sharded_run_can_be_taken_up_by_one_process(run, alone, recipe_path, dat
 
 def test_torchrun_says_how_many_processes_there_are(alone, recipe_path, data_root, tmp_path):
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(recipe_path.read_text().replace("epochs = 4", "epochs = 2") + CASCADE)
+    recipe.write_text(recipe_path.read_text().replace("epochs = 4", EPOCHS) + CASCADE)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
     where = ["--recipe", str(recipe), "--data-root", str(data_root), "--out", str(tmp_path / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -99,7 +99,7 @@ def test_every_kind_of_run_can_be_taken_up(start, recipe, tmp_path, variant):
         recipe = change(recipe, "clt", **VARIANTS[variant])
     settings = {
         "narrowing": {"k_start": 2.0, "k_anneal_share": 0.8},
-        "reviving": {"revive_after": 200},
+        "reviving": {"revive_after": 1},
         "cache": {"cache": "float32"},
         "bf16": {"precision": "bf16-mixed"},
     }.get(variant, {})
@@ -113,6 +113,7 @@ def test_every_kind_of_run_can_be_taken_up(start, recipe, tmp_path, variant):
     assert read_meta(parts).step == (17 if variant == "cascade" else 12)
     assert_same_bits(parts, whole)
     assert log(tmp_path / "parts") == log(tmp_path / "whole")
+    assert variant != "reviving" or any(line["dead"] for line in log(tmp_path / "whole"))
 
 
 def test_cache_changes_nothing(straight, start, recipe, tmp_path):
