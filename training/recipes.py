@@ -157,7 +157,7 @@ class TrainingSection(Section):
     )
     learning_rate: PositiveFloat = Field(default=1e-3, description="of Adam, at its highest")
     beta2: float = Field(
-        default=0.99, gt=0, lt=1, description="of Adam: how long squared gradients are remembered, a share a step"
+        default=0.999, gt=0, lt=1, description="of Adam: how long squared gradients are remembered, a share a step"
     )
     warmup_steps: int = Field(default=100, ge=0, description="steps in which the rate rises to it")
     decay_share: float = Field(

@@ -80,9 +80,9 @@ class Trainer:
 
         After the pre-activation loss of "Circuit tracing" (Ameisen et al. 2025); for the bias alone, and of one size
         for every dead feature. It is large beside a bias's own gradient, and Adam remembers it: a feature that has come
-        back keeps its voice for some hundred steps, long enough to find something to say. AuxK (arXiv 2406.04093), a
-        loss that turns dead features towards what the others leave unexplained, revives no more than die meanwhile,
-        and adds nothing to this (training/RESULTS.md).
+        back keeps its voice for a while, long enough to find something to say. AuxK (arXiv 2406.04093), a loss that
+        turns dead features towards what the others leave unexplained, revived no more than died meanwhile, and added
+        nothing to this (training/RESULTS.md).
         """
         for encoder, silent in zip(self.clt.encoders, dead, strict=True):
             gradient = encoder.bias.grad
