@@ -51,7 +51,7 @@ class Reconstruction(nn.Module):
         self.clt, self.normalisation, self.settings, self.size = clt, normalisation, settings, size
 
     def forward(self, batch: Activations, pressure: float = 0.0) -> Losses:
-        """pressure: from 0 to 1, how much of the sparsity loss counts; dead: features to revive, [n] a layer."""
+        """pressure: from 0 to 1, how much of the sparsity loss counts."""
         settings, size = self.settings, self.size
         inputs, targets = self.normalisation.inputs(batch.mlp_in), self.normalisation.targets(batch.mlp_out)
         codes, outputs = self.clt(inputs, batch.is_cls)

@@ -103,7 +103,7 @@ class DataSection(Section):
 
     name: str = Field(description="for people: stands in the bundle's manifest and card")
     licence: str = Field(default="unknown", description="of the images")
-    train: Source = Field(description="images to train on, see below")
+    train: Source = Field(description="images to train on")
     val: Source = Field(description="images to measure on")
     labels: tuple[str, ...] | None = Field(default=None, min_length=1, description="default: val's own class names")
     templates: tuple[Template, ...] = Field(
