@@ -58,7 +58,8 @@ class Trainer:
         )
         if norm is None or not torch.isfinite(whole(norm)):
             raise TrainingDiverged(f"the gradient is {norm} at step {self.step}; lower the learning rate")
-        self._lift(dead)
+        if metrics.dead:
+            self._lift(dead)
         self.optimiser.step()
         self.silent = (self.silent + self.size.images * self.size.tokens).masked_fill(fired, 0)
         self.step += 1
@@ -81,8 +82,8 @@ class Trainer:
         After the pre-activation loss of "Circuit tracing" (Ameisen et al. 2025); for the bias alone, and of one size
         for every dead feature. It is large beside a bias's own gradient, and Adam remembers it: a feature that has come
         back keeps its voice for a while, long enough to find something to say. AuxK (arXiv 2406.04093), a loss that
-        turns dead features towards what the others leave unexplained, revived no more than died meanwhile, and added
-        nothing to this (training/RESULTS.md).
+        turns dead features towards what the others leave unexplained, revived no more than died meanwhile, and in short
+        trials added nothing to this (training/RESULTS.md).
         """
         for encoder, silent in zip(self.clt.encoders, dead, strict=True):
             gradient = encoder.bias.grad
