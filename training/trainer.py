@@ -59,7 +59,7 @@ class Trainer:
         if norm is None or not torch.isfinite(whole(norm)):
             raise TrainingDiverged(f"the gradient is {norm} at step {self.step}; lower the learning rate")
         if metrics.dead:
-            self._lift(dead)
+            self._lift(dead, rate)
         self.optimiser.step()
         self.silent = (self.silent + self.size.images * self.size.tokens).masked_fill(fired, 0)
         self.step += 1
@@ -76,18 +76,23 @@ class Trainer:
             self.clt.widen(widening(self.step, self.steps, settings.k_start, settings.k_anneal_share))
         return rate
 
-    def _lift(self, dead: Tensor) -> None:
-        """Revive: a constant gradient raises a dead feature's bias until it fires again.
+    @torch.no_grad()
+    def _lift(self, dead: Tensor, rate: float) -> None:
+        """Revive: the bias of a dead feature rises by `revive_rate` learning rates a step until it fires again.
 
-        After the pre-activation loss of "Circuit tracing" (Ameisen et al. 2025); for the bias alone, and of one size
-        for every dead feature. It is large beside a bias's own gradient, and Adam remembers it: a feature that has come
-        back keeps its voice for a while, long enough to find something to say. AuxK (arXiv 2406.04093), a loss that
-        turns dead features towards what the others leave unexplained, revived no more than died meanwhile, and in short
-        trials added nothing to this (training/RESULTS.md).
+        In the first `revive_share` of the reconstruction: what comes back later has no time left to learn, and takes
+        places in the code from features that have. After the pre-activation loss of "Circuit tracing" (Ameisen et al.
+        2025), for the bias alone. Not a gradient: Adam would remember it for thousands of steps, in which the bias of a
+        feature that is back could not fall; some fired on every fifth token for the rest of the run. AuxK (arXiv
+        2406.04093), a loss that turns dead features towards what the others leave unexplained, revived no more than
+        died meanwhile (training/RESULTS.md).
         """
+        phase = self.phase
+        if not isinstance(phase, TrainingSection) or self.step >= phase.revive_share * self.steps:
+            return
+        step = phase.revive_rate * rate
         for encoder, silent in zip(self.clt.encoders, dead, strict=True):
-            gradient = encoder.bias.grad
-            gradient.sub_(like(self.settings.revive_gradient * silent.to(gradient.dtype), gradient))
+            encoder.bias.add_(like(step * silent.to(encoder.bias.dtype), encoder.bias))
 
     def _pressure(self) -> float:
         """How much of the sparsity loss counts."""

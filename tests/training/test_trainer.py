@@ -86,7 +86,7 @@ def test_gradient_that_is_no_number_is_noticed_too(batch):
 
 
 def test_silent_features_are_counted_in_tokens(batch):
-    trainer = make(revive_after=12, revive_gradient=0)
+    trainer = make(revive_after=12, revive_rate=0)
     with torch.no_grad():
         trainer.clt.encoders[1].bias[4] = -100.0
     dead = [trainer.train_step(batch).dead for _ in range(4)]
@@ -96,39 +96,53 @@ def test_silent_features_are_counted_in_tokens(batch):
 
 
 def test_dead_feature_comes_back(batch):
-    def fires_after(steps, gradient):
-        trainer = make(
-            steps=steps, revive_after=12, revive_gradient=gradient, learning_rate=0.05, warmup_steps=0, decay_share=0.01
-        )
+    def fires_after(steps, revive_rate):
+        schedule = {"learning_rate": 0.05, "warmup_steps": 0, "decay_share": 0.01, "revive_share": 1}
+        trainer = make(steps=steps, revive_after=12, revive_rate=revive_rate, **schedule)
         with torch.no_grad():
             trainer.clt.encoders[1].bias[4] = -4.0
         for _ in range(steps):
             trainer.train_step(batch)
         return bool(trainer.silent[1, 4] < 12)
 
-    assert not fires_after(200, gradient=0)
-    assert not fires_after(20, gradient=1e-3)  # no faster than Adam's rate
-    assert fires_after(200, gradient=1e-3)
+    assert not fires_after(200, revive_rate=0)
+    assert not fires_after(20, revive_rate=1)
+    assert fires_after(200, revive_rate=1)
+    assert fires_after(20, revive_rate=10)
 
 
-def test_revival_moves_dead_biases_alone_and_is_not_clipped(batch):
-    def after_two_steps(gradient):
-        trainer = make(revive_after=6, revive_gradient=gradient, gradient_clip=1e-12, learning_rate=0.05)
+def test_revival_raises_dead_biases_alone_by_the_rate_and_leaves_adam_alone(batch):
+    def after_two_steps(revive_rate):
+        trainer = make(revive_after=6, revive_rate=revive_rate, learning_rate=0.05, warmup_steps=0, decay_share=0.01)
         with torch.no_grad():
             trainer.clt.encoders[1].bias[4] = -4.0
         trainer.train_step(batch)
         dead = trainer.dead.clone()
         trainer.train_step(batch)
-        return dead, trainer.clt.state_dict()
+        return dead, trainer.clt.state_dict(), trainer.state()
 
-    dead, plain = after_two_steps(0)
-    _, revived = after_two_steps(1e-3)
+    dead, plain, adam = after_two_steps(0)
+    _, revived, adam_revived = after_two_steps(3)
     assert dead[1, 4]
     for name, tensor in revived.items():
         layer = int(name.split(".")[1])
-        changed = dead[layer] if name == f"encoders.{layer}.bias" else torch.zeros_like(tensor, dtype=torch.bool)
-        assert torch.equal(tensor != plain[name], changed), name
-        assert (tensor >= plain[name])[changed].all()
+        lift = 0.15 * dead[layer] if name == f"encoders.{layer}.bias" else torch.zeros_like(tensor)
+        torch.testing.assert_close(tensor, plain[name] + lift, rtol=0, atol=1e-6)
+    assert adam.keys() == adam_revived.keys()
+    assert all(torch.equal(tensor, adam_revived[name]) for name, tensor in adam.items())
+
+
+def test_revival_ends_with_its_share_of_the_run(batch):
+    trainer = make(steps=10, revive_after=6, revive_share=0.5, learning_rate=1e-3, warmup_steps=0)
+    bias = trainer.clt.encoders[1].bias
+    with torch.no_grad():
+        bias[4] = -4.0
+    rises = []
+    for _ in range(8):
+        before = bias[4].item()
+        trainer.train_step(batch)
+        rises.append(bias[4].item() > before)
+    assert rises == [False, True, True, True, True, False, False, False]  # dead after the first step
 
 
 def test_code_narrows_to_its_budget(batch):
