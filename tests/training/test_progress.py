@@ -262,6 +262,7 @@ def test_missing_package_is_named(tmp_path, monkeypatch):
 
 OFFLINE = """
 import sys
+import time
 from pathlib import Path
 from rich.console import Console
 from models.errors import VitrineError
@@ -278,6 +279,7 @@ try:
 except VitrineError as error:
     print(error)
 go("vitrine", 0, 25)
+time.sleep(1.5)  # wandb names an offline folder by the second, and two runs of one second overwrite each other
 go("vitrine", 20, 45)
 """
 
