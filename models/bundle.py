@@ -6,6 +6,8 @@
     tokenizer.json       Hugging Face `tokenizers`
     directions.npy       [L, F, d]: what one unit of a feature adds to the [CLS] residual, memory-mapped; the vision
                          graph reads the very same bytes as its external data, so the table is stored once
+    attention.npy        [L, d + 1, D]: what attention's value channels and biases add to the embedding, for heat maps;
+                         bundles older than these have none, and their graph no input `details`
     fold.npy             [d + 1, D]: ln_post and projection as a matrix M [d, D] and a bias beta [D]
     MODEL_CARD.md        written from the manifest
 
@@ -52,6 +54,14 @@ VISION_OUTPUTS = (
     "feature_values",  # [B, L, k] 0 in places not in use
     "projection",  # [B, L] summing to 1, or all 0
     "fidelity",  # [B, 2]: r2, cosine
+)
+# On request alone, where the input `details` is true (else B is 0): see `models.ledger.Details`.
+DETAILS_INPUT = "details"  # [] bool
+DETAILS = (
+    "lens",  # [B, L, D]
+    "attention_weights",  # [B, L, H, T]
+    "attention_values",  # [B, L, T, d]
+    "token_norms",  # [B, T]
 )
 
 
@@ -197,6 +207,14 @@ class Bundle:
         if table.shape != shape or not np.issubdtype(table.dtype, np.floating):
             raise BundleError(f"{self.path / name} is {table.dtype} {table.shape}, the manifest says {shape}")
         return table
+
+    @cached_property
+    def attention_fold(self) -> NDArray[np.floating] | None:
+        """[L, d + 1, D] (`Tower.attention_fold`), memory-mapped; None in a bundle older than heat maps."""
+        if "attention.npy" not in self.manifest.files:
+            return None
+        shape = self.manifest.shape
+        return self._table("attention.npy", (shape.layers, shape.width + 1, shape.embedding))
 
     @property
     def fold(self) -> NDArray[np.floating]:

@@ -5,26 +5,23 @@ A bundle is written beside its destination and moved there whole, so a failed ex
 
 from __future__ import annotations
 
-import logging
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from onnx.external_data_helper import set_external_data
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from models.bundle import (
+    DETAILS,
+    DETAILS_INPUT,
     VISION_OUTPUTS,
     Bundle,
     ClipIdentity,
@@ -38,18 +35,12 @@ from models.bundle import (
 )
 from models.clip import Clip
 from models.clt import Architecture, CrossLayerTranscoder
-from models.errors import VitrineError
 from models.graph import AttributionGraph
+from models.onnx_file import ExportError, write_onnx
 from models.tokens import check_tokenizer, convert_tokenizer
 
-OPSET = 20
-EXTERNAL_FROM = 1024  # bytes; smaller tensors stay inside the .onnx file
 TOLERANCE = 1e-4  # relative to the largest value of an output, torch against ONNX Runtime
 ADDITIVITY = 1e-5  # rows against embedding, unit norm
-
-
-class ExportError(VitrineError):
-    """The exported graphs do not do what the torch modules do; nothing was written. The message says what differs."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +89,11 @@ def export_bundle(
 
         np.save(partial / "directions.npy", graph.directions.reshape(clt.layers, clt.features, clt.width).numpy())
         np.save(partial / "fold.npy", torch.cat([graph.fold, graph.beta[None]]).numpy())
-        height, width = clip.tower.image_size
-        _write_onnx(graph, torch.zeros(2, 3, height, width), "pixels", VISION_OUTPUTS, partial / "vision.onnx")
+        np.save(partial / "attention.npy", clip.tower.attention_fold().numpy())
+        pixels = torch.zeros(2, 3, *clip.tower.image_size)
+        write_onnx(graph, pixels, "pixels", VISION_OUTPUTS, partial / "vision.onnx", DETAILS, DETAILS_INPUT)
         text = _TextGraph(clip.model).eval()
-        _write_onnx(
+        write_onnx(
             text, torch.zeros(2, clip.context, dtype=torch.long), "tokens", ("text_embedding",), partial / "text.onnx"
         )
 
@@ -121,18 +113,19 @@ def check_vision(clip: Clip, graph: AttributionGraph, path: Path) -> None:
     """
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(0)
-    compared = 0
+    names, compared = (*VISION_OUTPUTS, *DETAILS), 0
     for batch in (1, 5):
         pixels = torch.randn(batch, 3, *clip.tower.image_size, generator=generator)
         with torch.no_grad():
-            torch_outputs = dict(zip(VISION_OUTPUTS, (o.numpy() for o in graph(pixels)), strict=True))
+            torch_outputs = dict(zip(names, (o.numpy() for o in graph(pixels)), strict=True))
             plain = clip.model.encode_image(pixels, normalize=True).numpy()
-        found = dict(zip(VISION_OUTPUTS, session.run(VISION_OUTPUTS, {"pixels": pixels.numpy()}), strict=True))
+        feeds = {"pixels": pixels.numpy(), DETAILS_INPUT: np.array(True)}
+        found = dict(zip(names, session.run(names, feeds), strict=True))
         _check_close("embedding against open_clip's encode_image", found["embedding"], plain, TOLERANCE)
         _check_close("sum of rows against the embedding", found["rows"].sum(1), found["embedding"], ADDITIVITY)
         same = _check_code(found, torch_outputs, graph)
         compared += int(same.sum())
-        for name in VISION_OUTPUTS:
+        for name in names:
             if name.startswith("feature_") or not same.any():
                 continue
             _check_close(f"{name} at batch {batch}", found[name][same], torch_outputs[name][same], TOLERANCE)
@@ -212,87 +205,6 @@ def _active(outputs: dict[str, np.ndarray]) -> list[list[dict[int, float]]]:
         [{int(f): float(z) for f, z in zip(*layer, strict=True) if z != 0} for layer in zip(*image, strict=True)]
         for image in zip(indices, values, strict=True)
     ]
-
-
-def _write_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: Sequence[str], path: Path) -> None:
-    """Export with a dynamic batch; large tensors go to `path`.data, the directions stay in directions.npy."""
-    with _quiet_exporter():
-        program = torch.onnx.export(
-            module,
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[input_name],
-            output_names=list(outputs),
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            verbose=False,
-        )
-    assert program is not None
-    model = program.model_proto
-    _strip(model)
-    for tensor in model.graph.initializer:
-        if tensor.name == "directions":
-            _point_at_npy(tensor, path.parent / "directions.npy")
-    _store_halves_losslessly(model)
-    onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=EXTERNAL_FROM)
-    path.with_name(f"{path.name}.data").chmod(0o644)  # onnx makes it the owner's alone; services run as others
-
-
-def _strip(model: onnx.ModelProto) -> None:
-    """Drop what the exporter notes for its own debugging: stack traces with the paths of the exporting machine."""
-    graph = model.graph
-    del graph.value_info[:]
-    for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
-        del part.metadata_props[:]
-        part.ClearField("doc_string")
-
-
-def _store_halves_losslessly(model: onnx.ModelProto) -> None:
-    """Keep float32 tensors whose every value is a float16 as such, with a Cast (folded when a session is made).
-
-    Many published CLIP weights are float16; their bundles need half the space, bit for bit the same.
-    """
-    graph = model.graph
-    casts = []
-    for tensor in graph.initializer:
-        if tensor.data_type != onnx.TensorProto.FLOAT or tensor.data_location == onnx.TensorProto.EXTERNAL:
-            continue  # what lies in a file of its own stays as it is there
-        values = onnx.numpy_helper.to_array(tensor)
-        with np.errstate(over="ignore"):
-            halves = values.astype(np.float16)
-        if values.nbytes < EXTERNAL_FROM or not np.array_equal(halves.astype(np.float32), values):
-            continue
-        name = tensor.name
-        tensor.CopyFrom(onnx.numpy_helper.from_array(halves, f"{name}.half"))
-        casts.append(onnx.helper.make_node("Cast", [f"{name}.half"], [name], to=onnx.TensorProto.FLOAT))
-    nodes = [*casts, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
-def _point_at_npy(tensor: onnx.TensorProto, file: Path) -> None:
-    """Let an ONNX tensor read its bytes from a .npy file that holds the same values."""
-    mapped = np.load(file, mmap_mode="r")
-    if mapped.nbytes != len(tensor.raw_data) or mapped.tobytes() != tensor.raw_data:
-        raise ExportError(f"{tensor.name} and {file.name} hold different values")
-    set_external_data(tensor, file.name, offset=mapped.offset, length=mapped.nbytes)
-    tensor.ClearField("raw_data")
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """The exporter's warnings are about its own internals; the parity check is what we go by."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _manifest(

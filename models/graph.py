@@ -2,7 +2,8 @@
 
 Only [CLS] is explained at serving time, so of every layer the encoders read one token; decoders of a source layer
 are summed over their targets once (`CrossLayerTranscoder.directions`), so decoding reads k rows a layer. Nothing
-here depends on labels. Outputs: `models.bundle.VISION_OUTPUTS`; mathematics: `models.ledger`.
+here depends on labels. Outputs: `models.bundle.VISION_OUTPUTS`; mathematics: `models.ledger`. Then come `DETAILS`,
+which the exported graph computes on request alone (`models.onnx_file`).
 
 All layers are encoded by one product and one top-k, whatever the sparsifier: `_encode` is what `models.sparsify` does
 to [CLS] outside training, for layers of different budgets at once.
@@ -19,7 +20,7 @@ from models.clt import CrossLayerTranscoder
 
 
 class AttributionGraph(nn.Module):
-    """A tower and its CLT as one module: pixels [B, 3, H, W] -> the tensors of `VISION_OUTPUTS`.
+    """A tower and its CLT as one module: pixels [B, 3, H, W] -> the tensors of `VISION_OUTPUTS` and `DETAILS`.
 
     Args:
         tower: the CLIP's vision tower.
@@ -76,17 +77,22 @@ class AttributionGraph(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         tower = self.tower
-        stream = tower.embed(pixels)
-        mlp_ins, attn_outs, mlp_outs = [], [], []
+        stream = before_last = tower.embed(pixels)
+        mlp_ins, attn_outs, mlp_outs, residuals, weights, offered = [], [], [], [], [], []
         for layer in range(self.layers):
             last = layer == self.layers - 1  # after the last attention nothing but [CLS] is read
-            attn_out = tower.attention(layer, stream, cls_only=last)
-            stream = (stream[:, :1] if last else stream) + attn_out
+            if last:
+                before_last = stream
+            attended = tower.attend(layer, stream, cls_only=last)
+            stream = (stream[:, :1] if last else stream) + attended.out
             mlp_in, mlp_out = tower.mlp(layer, stream)
             stream = stream + mlp_out
             mlp_ins.append(mlp_in[:, 0])
-            attn_outs.append(attn_out[:, 0])
+            attn_outs.append(attended.out[:, 0])
             mlp_outs.append(mlp_out[:, 0])
+            residuals.append(stream[:, 0])
+            weights.append(attended.weights[:, :, 0])
+            offered.append(attended.values)
         residual = stream[:, 0]
 
         indices, values = self._encode(torch.stack(mlp_ins))
@@ -126,6 +132,10 @@ class AttributionGraph(nn.Module):
             values,
             projection,
             self._fidelity(folded),
+            F.normalize(tower.head(torch.stack(residuals, dim=1)), dim=-1),
+            torch.stack(weights, dim=1),
+            torch.stack(offered, dim=1),
+            before_last.norm(dim=-1),
         )
 
     def _encode(self, mlp_in: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,16 @@ Array = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
+class Details:
+    """What the vision graph returns for one image on request: where attention looked, how the prediction forms."""
+
+    lens: Array  # [L, D] unit: the embedding of the [CLS] residual after each block
+    attention_weights: Array  # [L, H, T] of [CLS], over all tokens
+    attention_values: Array  # [L, T, d] what each token offered, heads side by side, without the bias
+    token_norms: Array  # [T] |residual| before the last block
+
+
+@dataclass(frozen=True)
 class Decomposition:
     """What the vision graph returns for one image: independent of any label."""
 
@@ -41,6 +51,7 @@ class Decomposition:
     projection: Array  # [L] the paper's C_{i -> L-1} for [CLS], summing to 1, or all 0 where y is
     r2: float  # of what the MLPs add to the embedding, about its mean over the training images
     cosine: float  # the same, CLT against truth
+    details: Details | None = None
 
     @property
     def layers(self) -> int:

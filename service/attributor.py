@@ -22,7 +22,7 @@ from service import metrics
 from service.batcher import Batcher
 from service.engine import Engine
 from service.errors import ServiceError, queue_full
-from service.explain import account, check_explain, predict
+from service.explain import account, check_explain, lens, predict
 from service.images import ImageLimits, decode, to_pixels
 from service.labels import LabelEncoder, LabelSet
 from service.schemas import (
@@ -32,6 +32,7 @@ from service.schemas import (
     ClassifyResponse,
     Explanation,
     Fidelity,
+    LensLayer,
     Model,
     Prediction,
 )
@@ -81,10 +82,11 @@ class Attributor:
     async def attribute(self, image: bytes, request: AttributeRequest, request_id: str) -> AttributeResponse:
         """Predictions and their account. Raises `ServiceError`."""
         texts, timings = self._texts(request), dict[str, float]()
-        check_explain(request.explain, texts[0], self.settings.max_targets)
-        parts, labels = await self._infer(image, *texts, timings)
+        explain = request.explain
+        check_explain(explain, texts[0], self.settings.max_targets, self.bundle)
+        parts, labels = await self._infer(image, *texts, timings, details=explain.heatmap or explain.lens)
         with _stage("ledger", timings):
-            predictions, explanations, fidelity = await self._run(self._account, parts, labels, request)
+            predictions, explanations, lens_layers, fidelity = await self._run(self._account, parts, labels, request)
         metrics.FIDELITY_R2.observe(fidelity.r2)
         metrics.ERROR_SHARE.observe(fidelity.error_share)
         return AttributeResponse(
@@ -92,18 +94,26 @@ class Attributor:
             model=self.model,
             predictions=predictions,
             explanations=explanations,
+            lens=lens_layers,
             fidelity=fidelity,
             timings_ms=timings,
         )
 
     def _account(
         self, parts: Decomposition, labels: LabelSet, request: AttributeRequest
-    ) -> tuple[list[Prediction], list[Explanation], Fidelity]:
-        predictions = predict(parts, labels, self.bundle.manifest.logit_scale, request.top_k)
-        return predictions, *account(parts, labels, self.bundle, request.explain)
+    ) -> tuple[list[Prediction], list[Explanation], list[LensLayer] | None, Fidelity]:
+        scale = self.bundle.manifest.logit_scale
+        predictions = predict(parts, labels, scale, request.top_k)
+        explanations, fidelity = account(parts, labels, self.bundle, request.explain)
+        return predictions, explanations, lens(parts, labels, scale) if request.explain.lens else None, fidelity
 
     async def _infer(
-        self, image: bytes, labels: tuple[str, ...], templates: tuple[str, ...], timings: dict[str, float]
+        self,
+        image: bytes,
+        labels: tuple[str, ...],
+        templates: tuple[str, ...],
+        timings: dict[str, float],
+        details: bool = False,
     ) -> tuple[Decomposition, LabelSet]:
         """The image's decomposition and the labels' embeddings; the stages' times go into `timings`."""
         with self._admitted():
@@ -111,7 +121,7 @@ class Attributor:
                 pixels = await self._run(self._decode, image)
             with _stage("labels", timings):
                 label_set = await self.labels.resolve(labels, templates, self.batcher.run)
-            inference = await self.batcher.submit(pixels)
+            inference = await self.batcher.submit(pixels, details)
         _note("queue", inference.queue_ms, timings)
         _note("inference", inference.inference_ms, timings)
         return inference.parts, label_set

@@ -30,18 +30,22 @@ class Inference(NamedTuple):
 @dataclass(eq=False)
 class _Waiting:
     pixels: NDArray[np.float32]
+    details: bool
     answer: asyncio.Future[Inference]
     since: float = field(default_factory=perf_counter)
 
 
 class Batcher:
-    """Feeds `explain` ([B, 3, H, W] -> B decompositions) from its own thread.
+    """Feeds `explain` ([B, 3, H, W], B times whether details are wanted -> B decompositions) from its own thread.
 
     Use as an async context manager; leaving it answers what still waits and takes nothing new.
     """
 
     def __init__(
-        self, explain: Callable[[NDArray[np.float32]], list[Decomposition]], batch_size: int, queue_size: int
+        self,
+        explain: Callable[[NDArray[np.float32], list[bool]], list[Decomposition]],
+        batch_size: int,
+        queue_size: int,
     ) -> None:
         self._explain, self._batch_size, self._queue_size = explain, batch_size, queue_size
         self._queue: deque[_Waiting] = deque()
@@ -65,17 +69,18 @@ class Batcher:
         """Images in the queue."""
         return len(self._queue)
 
-    async def submit(self, pixels: NDArray[np.float32]) -> Inference:
-        """Normalised pixels [3, H, W] to their decomposition. Raises `ServiceError` queue_full at once when it is.
+    async def submit(self, pixels: NDArray[np.float32], details: bool = False) -> Inference:
+        """Normalised pixels [3, H, W] to their decomposition, with `Details` if wanted.
 
-        A caller that is cancelled (by its deadline) leaves its place unless its inference already runs.
+        Raises `ServiceError` queue_full at once when it is. A caller that is cancelled (by its deadline) leaves its
+        place unless its inference already runs.
         """
         if self._closing:
             raise ServiceError("not_ready", "the service is shutting down")
         about_to_leave = self._batch_size if self._idle else 0  # the next batch, which `_serve` has yet to take
         if len(self._queue) >= self._queue_size + about_to_leave:
             raise queue_full()
-        waiting = _Waiting(pixels, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(pixels, details, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self._arrived.set()
         try:
@@ -102,7 +107,8 @@ class Batcher:
     async def _answer(self, batch: list[_Waiting]) -> None:
         start = perf_counter()
         try:
-            found = await self.run(self._explain, np.stack([waiting.pixels for waiting in batch]))
+            pixels = np.stack([waiting.pixels for waiting in batch])
+            found = await self.run(self._explain, pixels, [waiting.details for waiting in batch])
             if len(found) != len(batch):
                 raise RuntimeError(f"the engine gave {len(found)} answers for {len(batch)} images")
         except Exception as error:  # noqa: BLE001  (handed to those who wait for it: this loop must go on)

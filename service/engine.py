@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
-from models.bundle import VISION_OUTPUTS, Bundle
+from models.bundle import DETAILS, DETAILS_INPUT, VISION_OUTPUTS, Bundle
 from models.errors import VitrineError
-from models.ledger import Decomposition
+from models.ledger import Decomposition, Details
 from service.settings import Settings
 
 # What ONNX Runtime raises for a file that is no graph, or none that it can run; they share no base of their own.
@@ -48,9 +49,22 @@ class Engine:
         """ONNX Runtime's name of the provider in use."""
         return self.vision.get_providers()[0]
 
-    def explain(self, pixels: NDArray[np.float32]) -> list[Decomposition]:
-        """Normalised pixels [B, 3, H, W] to what `models.ledger` accounts with, one an image."""
-        outputs = dict(zip(VISION_OUTPUTS, self.vision.run(VISION_OUTPUTS, {"pixels": pixels}), strict=True))
+    @property
+    def has_details(self) -> bool:
+        """Whether the bundle can be asked for `Details`; those of older versions cannot."""
+        return self.bundle.attention_fold is not None
+
+    def explain(self, pixels: NDArray[np.float32], details: Sequence[bool] = ()) -> list[Decomposition]:
+        """Normalised pixels [B, 3, H, W] to what `models.ledger` accounts with, one an image.
+
+        details: for which of them `Decomposition.details` is wanted; the default: for none.
+        """
+        names, feeds = [*VISION_OUTPUTS], {"pixels": pixels}
+        if self.has_details:
+            feeds[DETAILS_INPUT] = np.array(any(details))
+        if any(details):
+            names += DETAILS
+        outputs = dict(zip(names, self.vision.run(names, feeds), strict=True))
         return [
             Decomposition(
                 embedding=outputs["embedding"][i],
@@ -63,8 +77,9 @@ class Engine:
                 projection=outputs["projection"][i],
                 r2=float(outputs["fidelity"][i, 0]),
                 cosine=float(outputs["fidelity"][i, 1]),
+                details=Details(**{name: outputs[name][i] for name in DETAILS}) if wanted else None,
             )
-            for i in range(len(pixels))
+            for i, wanted in enumerate(details or [False] * len(pixels))
         ]
 
     def encode_text(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -75,7 +90,10 @@ class Engine:
         """Run both graphs once at a batch of one and once at the largest, so that no request pays for it."""
         manifest = self.bundle.manifest
         for batch in {1, batch_size}:
-            self.explain(np.zeros((batch, 3, *manifest.preprocessing.size), np.float32))
+            pixels = np.zeros((batch, 3, *manifest.preprocessing.size), np.float32)
+            self.explain(pixels)
+            if self.has_details:
+                self.explain(pixels, [True] * batch)
             self.encode_text(np.zeros((batch, manifest.text.context), np.int64))
 
 

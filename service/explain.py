@@ -7,14 +7,31 @@ from numpy.typing import NDArray
 
 from models import ledger
 from models.bundle import Bundle
+from models.heatmap import heat_map
 from models.ledger import Decomposition
 from service.errors import ServiceError
 from service.labels import LabelSet
-from service.schemas import Explain, Explanation, Feature, Fidelity, LayerAccount, LedgerAccount, Prediction
+from service.schemas import (
+    Explain,
+    Explanation,
+    Feature,
+    Fidelity,
+    HeatMap,
+    LayerAccount,
+    LedgerAccount,
+    LensLayer,
+    Prediction,
+)
 
 
-def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int) -> None:
-    """Raise `ServiceError` invalid_request if `explain` names what is not among the labels, or too much."""
+def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int, bundle: Bundle) -> None:
+    """Raise `ServiceError` invalid_request if `explain` names what is not among the labels or in the bundle, or too
+    much."""
+    if (explain.heatmap or explain.lens) and bundle.attention_fold is None:
+        raise ServiceError(
+            "invalid_request",
+            f"the bundle {bundle.manifest.name!r} is older than heat maps and the lens: export it again",
+        )
     if explain.targets and len(explain.targets) > max_targets:
         raise ServiceError(
             "invalid_request", f"{len(explain.targets)} targets; at most {max_targets} are explained at once"
@@ -78,7 +95,38 @@ def _explanation(parts: Decomposition, labels: LabelSet, bundle: Bundle, explain
             remainder=book.remainder,
         ),
         layers=layers,
+        heatmap=_heat_map(parts, bundle, direction) if explain.heatmap else None,
     )
+
+
+def _heat_map(parts: Decomposition, bundle: Bundle, direction: NDArray[np.floating]) -> HeatMap:
+    """The attention rows split. `check_explain` has made sure that both tables are there."""
+    assert parts.details is not None
+    assert bundle.attention_fold is not None
+    found = heat_map(parts, parts.details, bundle.attention_fold, direction, bundle.manifest.logit_scale)
+    height, width = bundle.manifest.preprocessing.size
+    rows = round((found.patches.shape[1] * height / width) ** 0.5)  # patches are square
+    return HeatMap(
+        rows=rows,
+        columns=found.patches.shape[1] // rows,
+        total=found.patches.sum(0).tolist(),
+        patches=found.patches.tolist(),
+        heads=found.heads.tolist(),
+        class_token=found.class_token.tolist(),
+        constant=found.constant.tolist(),
+        outliers=np.flatnonzero(found.outliers).tolist(),
+    )
+
+
+def lens(parts: Decomposition, labels: LabelSet, logit_scale: float) -> list[LensLayer]:
+    """The prediction as it stands after each layer, for an image whose `details` were asked for."""
+    assert parts.details is not None
+    share = ledger.probabilities(ledger.logits(parts.details.lens, labels.embeddings, logit_scale))  # [L, N]
+    entropies = -np.where(share > 0, share * np.log(np.where(share > 0, share, 1)), 0).sum(-1)
+    return [
+        LensLayer(layer=layer, label=labels.labels[best], probability=float(share[layer, best]), entropy=float(entropy))
+        for layer, (best, entropy) in enumerate(zip(share.argmax(-1), entropies, strict=True))
+    ]
 
 
 def _features(

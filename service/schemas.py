@@ -39,11 +39,11 @@ class Explain(_Request):
     features: int = Field(
         default=5, ge=0, strict=True, description="features listed per layer, largest contribution first"
     )
-    heatmap: bool = Field(default=False, description="not in this version: only false")
-    lens: bool = Field(default=False, description="not in this version: only false")
+    heatmap: bool = Field(default=False, description="split each target's attention rows by patch and by head")
+    lens: bool = Field(default=False, description="the prediction as it stands after each layer")
     matrix: bool = Field(default=False, description="not in this version: only false")
 
-    @field_validator("heatmap", "lens", "matrix")
+    @field_validator("matrix")
     @classmethod
     def _not_yet(cls, wanted: bool) -> bool:
         if wanted:
@@ -122,13 +122,41 @@ class LayerAccount(BaseModel):
     features: list[Feature]
 
 
+class HeatMap(BaseModel):
+    """Where in the image the attention rows come from, in logits.
+
+    sum(patches[l]) + class_token[l] + constant[l] = ledger.attention[l], up to rounding; sum(heads[l]) is
+    sum(patches[l]) again.
+    """
+
+    rows: int = Field(description="of patches")
+    columns: int
+    total: list[float] = Field(description="one per patch, row by row: the sum over layers of `patches`")
+    patches: list[list[float]] = Field(description="one list per layer, one number per patch, over all heads")
+    heads: list[list[float]] = Field(description="one list per layer, one number per head, over all patches")
+    class_token: list[float] = Field(description="one per layer: what [CLS] took from itself")
+    constant: list[float] = Field(description="one per layer: attention's biases")
+    outliers: list[int] = Field(
+        description="patches, by number, whose residual is over twice as long as the median: their place says little"
+    )
+
+
+class LensLayer(BaseModel):
+    """The prediction if the network ended after this layer: its [CLS] residual through ln_post and the projection."""
+
+    layer: int
+    label: str
+    probability: float
+    entropy: float = Field(description="of the probabilities over all labels, in nats")
+
+
 class Explanation(BaseModel):
     target: str
     contrast: str | None
     logit: float = Field(description="the target's logit; with a contrast, minus the contrast's")
     ledger: LedgerAccount
     layers: list[LayerAccount]
-    heatmap: None = None
+    heatmap: HeatMap | None = None
 
 
 class Fidelity(BaseModel):
@@ -152,6 +180,7 @@ class AttributeResponse(BaseModel):
     model: Model
     predictions: list[Prediction]
     explanations: list[Explanation]
+    lens: list[LensLayer] | None = None
     fidelity: Fidelity
     timings_ms: dict[str, float]
 

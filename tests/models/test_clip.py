@@ -54,6 +54,16 @@ def test_shapes_are_those_of_the_configuration(any_clip, pixels):
     assert tower(pixels).mlp_in.shape == (3, 3, tower.tokens, 32)
 
 
+def test_attention_written_out_is_attention(any_clip, pixels):
+    tower, stream = any_clip.tower, any_clip.tower.embed(pixels)
+    normed = tower.blocks[1].ln_1(stream)
+    _, weights = tower.blocks[1].attn(normed, normed, normed, need_weights=True, average_attn_weights=False)
+    for cls_only in (False, True):
+        found = tower.attend(1, stream, cls_only)
+        torch.testing.assert_close(found.out, tower.attention(1, stream, cls_only), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.weights, weights[:, :, :1] if cls_only else weights, rtol=1e-5, atol=1e-5)
+
+
 def test_attention_of_cls_alone_is_the_first_of_all(any_clip, pixels):
     stream = any_clip.tower.embed(pixels)
     alone = any_clip.tower.attention(1, stream, cls_only=True)

@@ -16,28 +16,62 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from models import export
-from models.bundle import VISION_OUTPUTS, open_bundle
+from models import export, onnx_file
+from models.bundle import DETAILS, DETAILS_INPUT, VISION_OUTPUTS, open_bundle
 from models.export import ExportError, check_text, check_vision, export_bundle
 from models.graph import AttributionGraph
 from models.tokens import TokenizerMismatch, check_tokenizer, convert_tokenizer
 
 
-def run(path, pixels):
+def run(path, pixels, details=True):
     session = onnxruntime.InferenceSession(path / "vision.onnx", providers=["CPUExecutionProvider"])
-    return dict(zip(VISION_OUTPUTS, session.run(VISION_OUTPUTS, {"pixels": pixels.numpy()}), strict=True))
+    names, feeds = (*VISION_OUTPUTS, *DETAILS), {"pixels": pixels.numpy(), DETAILS_INPUT: np.array(details)}
+    return dict(zip(names, session.run(names, feeds), strict=True))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
 def test_vision_graph_takes_any_batch(bundle, graph, make_pixels, batch):
     found, pixels = run(bundle.path, make_pixels(batch)), make_pixels(batch)
-    assert [found[name].shape[1:] for name in VISION_OUTPUTS] == [
-        (24,), (9, 24), (), (9,), (), (3, 8), (3, 8), (3,), (2,)
+    assert [found[name].shape[1:] for name in found] == [
+        (24,), (9, 24), (), (9,), (), (3, 8), (3, 8), (3,), (2,), (3, 24), (3, 4, 17), (3, 17, 32), (17,)
     ]  # fmt: skip
-    for name, expected in zip(VISION_OUTPUTS, graph(pixels), strict=True):
+    for name, expected in zip(found, graph(pixels), strict=True):
         assert len(found[name]) == batch
         if not name.startswith("feature_"):
             np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_details_are_left_out_where_nobody_asks(bundle, make_pixels):
+    asked, plain = (run(bundle.path, make_pixels(2), details) for details in (True, False))
+    for name in VISION_OUTPUTS:
+        assert np.array_equal(plain[name], asked[name]), name
+    assert [plain[name].shape[0] for name in DETAILS] == [0] * len(DETAILS)
+
+
+def test_details_are_computed_in_a_branch_of_their_own(bundle):
+    """Whatever runs outside it runs for every request."""
+    graph = onnx.load(bundle.path / "vision.onnx", load_external_data=False).graph
+    (choice,) = (node for node in graph.node if node.op_type == "If")
+    assert list(choice.output) == list(DETAILS)
+    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    branch = choice.attribute[0].g if choice.attribute[0].name == "then_branch" else choice.attribute[1].g
+    read |= {name for node in branch.node for name in node.input}
+    assert [node.name for node in graph.node if read.isdisjoint(node.output)] == []
+    needed = set(VISION_OUTPUTS)
+    for node in reversed(graph.node):
+        if node is not choice and not needed.isdisjoint(node.output):
+            needed.update(node.input)
+    assert [node.name for node in graph.node if node is not choice and needed.isdisjoint(node.output)] == []
+
+
+def test_what_other_outputs_need_cannot_be_left_to_a_request(tmp_path):
+    class Doubled(torch.nn.Module):
+        def forward(self, x):
+            half = x + 1
+            return half * 2, half
+
+    with pytest.raises(ExportError, match="half cannot be left to a request: the other outputs need it"):
+        onnx_file.write_onnx(Doubled(), torch.rand(2, 3), "x", ["y"], tmp_path / "x.onnx", ["half"], "asked")
 
 
 def test_text_graph_and_tokenizer_embed_labels_as_clip_does(bundle, clip):
@@ -199,7 +233,7 @@ def test_weights_that_are_halves_are_stored_as_halves(tmp_path):
     halves, floats = torch.arange(1024.0).view(32, 32) / 8, torch.rand(32, 32)
     module, path = _Product(halves=halves, floats=floats), tmp_path / "product.onnx"
     x = torch.rand(2, 32)
-    export._write_onnx(module, x, "x", ["y"], path)
+    onnx_file.write_onnx(module, x, "x", ["y"], path)
     assert path.with_name("product.onnx.data").stat().st_size < 32 * 32 * 7  # of 2 + 4 bytes, and alignment
     (found,) = onnxruntime.InferenceSession(path).run(["y"], {"x": x.numpy()})
     np.testing.assert_allclose(found, module(x), rtol=1e-5)
@@ -209,7 +243,7 @@ def test_directions_that_are_halves_are_stored_once(tmp_path):
     directions = torch.arange(1024.0).view(32, 32) / 8
     np.save(tmp_path / "directions.npy", directions)
     module, path = _Product(directions=directions, floats=torch.rand(32, 32)), tmp_path / "product.onnx"
-    export._write_onnx(module, torch.rand(2, 32), "x", ["y"], path)
+    onnx_file.write_onnx(module, torch.rand(2, 32), "x", ["y"], path)
     model = onnx.load(path, load_external_data=False)
     locations = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data[:1]}
     assert locations == {"directions.npy", "product.onnx.data"}
@@ -228,11 +262,11 @@ def test_clt_of_another_tower_is_refused(make_clip, clt):
 
 
 def test_failed_check_leaves_nothing_behind(clip, make_clt, cls_mean, provenance, bundle, tmp_path, monkeypatch):
-    def write_another_graph(_module, _example, _input_name, _outputs, path):
+    def write_another_graph(_module, _example, _input_name, _outputs, path, *_):
         for name in (path.name, f"{path.name}.data"):
             shutil.copy(bundle.path / name, path.with_name(name))
 
-    monkeypatch.setattr(export, "_write_onnx", write_another_graph)
+    monkeypatch.setattr(export, "write_onnx", write_another_graph)
     with pytest.raises(ExportError, match=r"at batch 1|feature"):
         export_bundle(clip, make_clt(clip, seed=1), cls_mean, provenance, tmp_path / "out" / "failed")
     assert list((tmp_path / "out").iterdir()) == []

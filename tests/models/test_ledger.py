@@ -12,10 +12,10 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from models.bundle import VISION_OUTPUTS
+from models.bundle import DETAILS, VISION_OUTPUTS
 from models.clip import Tower
 from models.graph import AttributionGraph
-from models.ledger import Decomposition, drop_effects, feature_contributions, ledger, logits, probabilities
+from models.ledger import Decomposition, Details, drop_effects, feature_contributions, ledger, logits, probabilities
 
 IMAGES = 3
 
@@ -61,10 +61,12 @@ def _reference(layers, clt, residual_in, mlp_in, attn_out, mlp_out, residual_out
 
 def decompositions(graph, pixels):
     """What `graph` says of each image."""
-    *plain, fidelity = (output.numpy() for output in graph(pixels))
+    outputs = dict(zip((*VISION_OUTPUTS, *DETAILS), (output.numpy() for output in graph(pixels)), strict=True))
+    details, fidelity = {name: outputs.pop(name) for name in DETAILS}, outputs.pop("fidelity")
     return [
         Decomposition(
-            **{name: value[image] for name, value in zip(VISION_OUTPUTS, plain, strict=False)},
+            **{name: value[image] for name, value in outputs.items()},
+            details=Details(**{name: value[image] for name, value in details.items()}),
             r2=fidelity[image, 0],
             cosine=fidelity[image, 1],
         )

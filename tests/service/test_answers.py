@@ -42,7 +42,8 @@ def test_every_format_is_answered(server, picture, format):
 
 def test_answer_has_exactly_the_fields_of_the_contract(server, picture):
     answer = server.attribute(picture())
-    assert set(answer) == {"request_id", "model", "predictions", "explanations", "fidelity", "timings_ms"}
+    assert set(answer) == {"request_id", "model", "predictions", "explanations", "lens", "fidelity", "timings_ms"}
+    assert answer["lens"] is answer["explanations"][0]["heatmap"] is None
     assert set(answer["model"]) == {"name", "digest"}
     assert set(answer["fidelity"]) == {"r2", "cosine", "error_share", "reconstructed_top1_agrees"}
     assert set(answer["timings_ms"]) == {"decode", "labels", "queue", "inference", "ledger"}
@@ -82,6 +83,41 @@ def test_layers_say_what_the_ledger_says(server, picture):
         assert [layer["share"] for layer in layers] == pytest.approx([abs(row) / gross for row in ledger["clt"]])
         assert sum(layer["projection"] for layer in layers) == pytest.approx(1, abs=1e-4)
         assert all(-1 <= layer["drop_effect"] <= 1 for layer in layers)
+
+
+def test_heat_maps_split_the_attention_rows(server, picture):
+    answer = server.attribute(picture(), explain={**EVERYTHING, "heatmap": True})
+    for explanation in answer["explanations"]:
+        heatmap = explanation["heatmap"]
+        assert (heatmap["rows"], heatmap["columns"], len(heatmap["heads"][0])) == (4, 4, 4)
+        assert heatmap["total"] == pytest.approx([sum(layers) for layers in zip(*heatmap["patches"], strict=True)])
+        parts = zip(heatmap["patches"], heatmap["heads"], heatmap["class_token"], heatmap["constant"], strict=True)
+        for row, (patches, heads, class_token, constant) in zip(explanation["ledger"]["attention"], parts, strict=True):
+            assert sum(patches) + class_token + constant == pytest.approx(row, abs=1e-4)
+            assert sum(heads) == pytest.approx(sum(patches), abs=1e-4)
+    assert answer["lens"] is None
+
+
+def test_lens_ends_with_the_prediction(server, picture):
+    answer = server.attribute(picture(), explain={"lens": True}, top_k=len(LABELS))
+    assert [layer["layer"] for layer in answer["lens"]] == list(range(LAYERS))
+    last, shares = answer["lens"][-1], [prediction["probability"] for prediction in answer["predictions"]]
+    assert (last["label"], last["probability"]) == (answer["predictions"][0]["label"], pytest.approx(shares[0]))
+    assert last["entropy"] == pytest.approx(-sum(share * math.log(share) for share in shares))
+
+
+def test_details_change_nothing_else(server, picture):
+    plain = server.attribute(picture(), explain=EVERYTHING)
+    detailed = server.attribute(picture(), explain={**EVERYTHING, "heatmap": True, "lens": True})
+    for explanation in detailed["explanations"]:
+        assert explanation.pop("heatmap")
+    assert detailed.pop("lens")
+    for answer in (plain, detailed):
+        for name in ("request_id", "timings_ms", "lens"):
+            answer.pop(name, None)
+        for explanation in answer["explanations"]:
+            explanation.pop("heatmap", None)
+    assert detailed == plain
 
 
 def test_features_are_sorted_and_sum_to_their_layers_row(server, picture):

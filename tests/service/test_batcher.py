@@ -17,7 +17,7 @@ class Engine:
         self.batches, self.threads, self.fails = [], set(), []
         self.busy, self.gate = threading.Event(), threading.Event()
 
-    def explain(self, pixels):
+    def explain(self, pixels, details):
         self.busy.set()
         assert self.gate.wait(30)
         self.threads.add(threading.get_ident())

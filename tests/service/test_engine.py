@@ -1,19 +1,22 @@
 """ONNX Runtime on the tiny bundle."""
 
 import os
+import shutil
 
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 
 import service.engine
-from models.bundle import VISION_OUTPUTS
+from models.bundle import DETAILS, DETAILS_INPUT, VISION_OUTPUTS, seal
+from models.onnx_file import write_onnx
 from service.engine import Engine, EngineError, available_processors, wanted_provider
 from service.settings import Settings
 
 
 def fields(parts):
-    return {name: np.asarray(value) for name, value in vars(parts).items()}
+    return {name: np.asarray(value) for name, value in vars(parts).items() if name != "details"}
 
 
 def test_a_batch_of_five_equals_five_alone(engine, make_pixels):
@@ -28,12 +31,33 @@ def test_a_batch_of_five_equals_five_alone(engine, make_pixels):
 
 def test_decompositions_hold_the_graphs_outputs(engine, make_pixels):
     pixels = make_pixels(2, seed=2).numpy()
-    outputs = dict(zip(VISION_OUTPUTS, engine.vision.run(list(VISION_OUTPUTS), {"pixels": pixels}), strict=True))
+    feeds = {"pixels": pixels, DETAILS_INPUT: np.array(True)}
+    outputs = dict(zip([*VISION_OUTPUTS, *DETAILS], engine.vision.run([*VISION_OUTPUTS, *DETAILS], feeds), strict=True))
     for index, parts in enumerate(engine.explain(pixels)):
         for name in ("embedding", "rows", "sigma_without", "feature_indices", "feature_values", "projection"):
             assert np.array_equal(getattr(parts, name), outputs[name][index]), name
         assert (parts.sigma, parts.norm) == (outputs["sigma"][index], outputs["norm"][index])
         assert [parts.r2, parts.cosine] == outputs["fidelity"][index].tolist()
+        assert parts.details is None
+    plain, detailed = engine.explain(pixels, [False, True])
+    assert plain.details is None  # though its batch-mate's were computed
+    for name in DETAILS:
+        assert np.array_equal(getattr(detailed.details, name), outputs[name][1]), name
+
+
+def test_bundle_older_than_details_is_served(bundle, graph, make_pixels, tmp_path):
+    class Older(torch.nn.Module):
+        def forward(self, pixels):
+            return graph(pixels)[: len(VISION_OUTPUTS)]
+
+    shutil.copytree(bundle.path, tmp_path / "older")
+    (tmp_path / "older" / "attention.npy").unlink()
+    write_onnx(Older(), torch.zeros(2, 3, 32, 32), "pixels", VISION_OUTPUTS, tmp_path / "older" / "vision.onnx")
+    older = Engine(seal(tmp_path / "older", bundle.manifest), Settings())
+    older.warm_up(2)
+    pixels = make_pixels(2, seed=2).numpy()
+    for found, expected in zip(older.explain(pixels), Engine(bundle, Settings()).explain(pixels), strict=True):
+        np.testing.assert_allclose(found.rows, expected.rows, rtol=0, atol=1e-5)
 
 
 def test_rows_add_up_to_the_embedding(engine, make_pixels):
@@ -57,7 +81,7 @@ def test_text_is_the_clips(engine, clip):
 
 def test_warm_up_runs_both_graphs_at_both_batch_sizes(engine, monkeypatch):
     seen = []
-    monkeypatch.setattr(engine, "explain", lambda pixels: seen.append(("vision", pixels.shape)))
+    monkeypatch.setattr(engine, "explain", lambda pixels, details=(): seen.append(("vision", pixels.shape)))
     monkeypatch.setattr(engine, "encode_text", lambda tokens: seen.append(("text", len(tokens))))
     engine.warm_up(4)
     assert {shape for kind, shape in seen if kind == "vision"} == {(1, 3, 32, 32), (4, 3, 32, 32)}

@@ -1,11 +1,13 @@
 """From decompositions to accounts: the service's numbers are `models.ledger`'s."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from models import ledger
 from service.errors import ServiceError
-from service.explain import account, check_explain, predict
+from service.explain import account, check_explain, lens, predict
 from service.labels import LabelSet
 from service.schemas import Explain
 
@@ -125,8 +127,8 @@ def test_equal_labels_keep_their_order(parts, scale):
     "explain",
     [Explain(), Explain(targets=["cat"]), Explain(targets=["cat"] * 3, contrast="dog"), Explain(contrast="cat")],
 )
-def test_explain_within_its_bounds_is_accepted(explain):
-    check_explain(explain, NAMES, max_targets=3)
+def test_explain_within_its_bounds_is_accepted(explain, bundle):
+    check_explain(explain, NAMES, 3, bundle)
 
 
 @pytest.mark.parametrize(
@@ -137,13 +139,38 @@ def test_explain_within_its_bounds_is_accepted(explain):
         (Explain(targets=["cat"] * 4), "4"),
     ],
 )
-def test_explain_out_of_bounds_is_refused_by_name(explain, named):
+def test_explain_out_of_bounds_is_refused_by_name(explain, named, bundle):
     with pytest.raises(ServiceError, match=named) as caught:
-        check_explain(explain, NAMES, max_targets=3)
+        check_explain(explain, NAMES, 3, bundle)
     assert caught.value.code == "invalid_request"
 
 
-def test_a_long_list_of_unknown_targets_is_not_recited():
+@pytest.mark.parametrize("wanted", ["heatmap", "lens"])
+def test_details_of_a_bundle_that_has_none_are_refused(bundle, wanted):
+    files = {name: entry for name, entry in bundle.manifest.files.items() if name != "attention.npy"}
+    older = replace(bundle, manifest=bundle.manifest.model_copy(update={"files": files}))
+    check_explain(Explain(), NAMES, 3, older)
+    with pytest.raises(ServiceError, match="'tiny' is older than heat maps and the lens: export it again") as caught:
+        check_explain(Explain(**{wanted: True}), NAMES, 3, older)
+    assert caught.value.code == "invalid_request"
+
+
+def test_lens_is_the_prediction_of_each_layers_embedding(engine, labels, scale, make_pixels):
+    (parts,) = engine.explain(make_pixels(1, seed=5).numpy(), [True])
+    for found, embedding in zip(lens(parts, labels, scale), parts.details.lens, strict=True):
+        share = np.exp(scale * labels.embeddings.astype(np.float64) @ embedding)
+        share /= share.sum()
+        assert (found.label, found.probability) == (NAMES[share.argmax()], pytest.approx(share.max(), rel=1e-4))
+        assert found.entropy == pytest.approx(-(share * np.log(share)).sum(), abs=1e-4)
+
+
+def test_entropy_of_a_certain_prediction_is_zero(engine, bundle, make_pixels):
+    (parts,) = engine.explain(make_pixels(1, seed=5).numpy(), [True])
+    certain = LabelSet(("this", "that"), np.stack([parts.details.lens[-1], -parts.details.lens[-1]]))
+    assert lens(parts, certain, logit_scale=1e4)[-1].entropy == 0
+
+
+def test_a_long_list_of_unknown_targets_is_not_recited(bundle):
     with pytest.raises(ServiceError) as caught:
-        check_explain(Explain(targets=[f"unknown {i}" for i in range(30)]), NAMES, max_targets=32)
+        check_explain(Explain(targets=[f"unknown {i}" for i in range(30)]), NAMES, 32, bundle)
     assert len(caught.value.message) < 200

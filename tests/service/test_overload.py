@@ -47,7 +47,7 @@ def gate(monkeypatch):
     """An event that every inference waits for; set until a test clears it."""
     explain, gate = Engine.explain, threading.Event()
     gate.set()
-    monkeypatch.setattr(Engine, "explain", lambda self, pixels: gate.wait(30) and explain(self, pixels))
+    monkeypatch.setattr(Engine, "explain", lambda self, *batch: gate.wait(30) and explain(self, *batch))
     yield gate
     gate.set()
 
