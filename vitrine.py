@@ -198,14 +198,19 @@ def export(
     checkpoint: Annotated[Path, typer.Option(help="A run's folder (its newest checkpoint) or one checkpoint.")],
     out: Annotated[Path, typer.Option(help="The bundle to write; must not exist.")],
     data_root: DataRoot = Path("data"),
+    label_sets: Annotated[
+        Path | None, typer.Option(help='Folder of NAME.json, {"labels": [...]}: named label sets for the bundle.')
+    ] = None,
 ) -> None:
     """Write CLIP and CLT as a bundle, checked against torch."""
     import tomli_w
 
     from models.bundle import Data
     from models.export import Provenance, export_bundle
+    from models.label_sets import read_label_sets
     from training.checkpoint import check_clip, latest, load_clt
 
+    named = read_label_sets(label_sets) if label_sets else {}
     found = latest(checkpoint)
     clt, cls_mean, meta = load_clt(found)
     recipe, console = meta.recipe, _console()
@@ -230,7 +235,7 @@ def export(
         licence=recipe.bundle.licence,
     )
     with console.status("exporting and checking against torch"):
-        bundle = export_bundle(clip, clt, cls_mean, provenance, out, recipe.bundle.tables)
+        bundle = export_bundle(clip, clt, cls_mean, provenance, out, recipe.bundle.tables, named)
     _print_bundle(bundle, console)
 
 

@@ -9,6 +9,7 @@
     attention.npy        [L, d + 1, D]: what attention's value channels and biases add to the embedding, for heat maps;
                          bundles older than these have none, and their graph no input `details`
     fold.npy             [d + 1, D]: ln_post and projection as a matrix M [d, D] and a bias beta [D]
+    label_sets/          optional: NAME.json (`models.label_sets`) and NAME.npy, the labels' unit embeddings [N, D]
     MODEL_CARD.md        written from the manifest
 
 (The first design had directions in embedding space, [L, F, D]. Residual space is what the exact effect of removing
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from models.errors import VitrineError
+from models.label_sets import LabelSetError, NamedLabels, read_label_set
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -215,6 +217,21 @@ class Bundle:
             return None
         shape = self.manifest.shape
         return self._table("attention.npy", (shape.layers, shape.width + 1, shape.embedding))
+
+    @cached_property
+    def label_sets(self) -> dict[str, tuple[NamedLabels, NDArray[np.floating]]]:
+        """Named label sets with their unit embeddings [N, D]. Raises `BundleError` for one that cannot be used."""
+        found = {}
+        for name in self.manifest.files:
+            path = PurePosixPath(name)
+            if path.parts[:-1] == ("label_sets",) and path.suffix == ".json":
+                try:
+                    labels = read_label_set(self.path / name)
+                except LabelSetError as error:
+                    raise BundleError(str(error)) from error
+                shape = (len(labels.labels), self.manifest.shape.embedding)
+                found[path.stem] = labels, np.array(self._table(f"label_sets/{path.stem}.npy", shape))
+        return found
 
     @property
     def fold(self) -> NDArray[np.floating]:

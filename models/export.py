@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,7 @@ from models.bundle import (
 from models.clip import Clip
 from models.clt import Architecture, CrossLayerTranscoder
 from models.graph import AttributionGraph
+from models.label_sets import NamedLabels
 from models.onnx_file import ExportError, write_onnx
 from models.tokens import check_tokenizer, convert_tokenizer
 
@@ -64,12 +65,14 @@ def export_bundle(
     provenance: Provenance,
     out: Path,
     tables: Literal["float32", "float16"] = "float32",
+    label_sets: Mapping[str, NamedLabels] | None = None,
 ) -> Bundle:
     """Write the bundle `out`, after checking it against torch at batches of 1 and 5.
 
     Args:
         clt: on raw activations; cls_mean: mean [CLS] MLP output [L, d], see `AttributionGraph`.
         tables: precision of the CLT's weights in the bundle.
+        label_sets: by name; their embeddings are made here, so that a service need not.
 
     Raises:
         ExportError: `out` exists (bundles are immutable), or the parity check failed.
@@ -97,11 +100,22 @@ def export_bundle(
             text, torch.zeros(2, clip.context, dtype=torch.long), "tokens", ("text_embedding",), partial / "text.onnx"
         )
 
+        for name, labels in (label_sets or {}).items():
+            _write_label_set(clip, labels, provenance.templates, partial / "label_sets" / name)
+
         check_vision(clip, graph, partial / "vision.onnx")
         check_text(text, clip.tokenizer(texts), partial / "text.onnx")
         sealed = seal(partial, manifest)
         shutil.move(partial, out)
     return replace(sealed, path=out)
+
+
+def _write_label_set(clip: Clip, labels: NamedLabels, templates: Sequence[str], path: Path) -> None:
+    """NAME.json and NAME.npy for `path` label_sets/NAME; templates: of sets without their own."""
+    path.parent.mkdir(exist_ok=True)
+    embeddings = clip.encode_labels(list(labels.labels), list(labels.templates or templates))
+    np.save(path.with_name(f"{path.name}.npy"), embeddings.numpy())
+    path.with_name(f"{path.name}.json").write_text(labels.model_dump_json(exclude_none=True))
 
 
 def check_vision(clip: Clip, graph: AttributionGraph, path: Path) -> None:

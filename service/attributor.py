@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import Bundle
+from models.label_sets import DEFAULT, read_label_sets
 from models.ledger import Decomposition
 from service import metrics
 from service.batcher import Batcher
@@ -53,7 +54,12 @@ class Attributor:
 
     async def __aenter__(self) -> Attributor:
         settings = self.settings
-        _ = self.bundle.directions, self.bundle.fold  # a damaged table is told now, not in the first answer
+        self._label_sets = await asyncio.to_thread(read_label_sets, settings.label_sets) if settings.label_sets else {}
+        _ = (
+            self.bundle.directions,
+            self.bundle.fold,
+            self.bundle.attention_fold,
+        )  # a damaged table is told now, not in the first answer
         self.engine = await asyncio.to_thread(Engine, self.bundle, settings)
         self.labels = LabelEncoder(self.engine, settings.label_cache)
         async with AsyncExitStack() as stack:  # a start that fails leaves no thread behind
@@ -62,7 +68,7 @@ class Attributor:
                 Batcher(self.engine.explain, settings.batch_size, settings.queue_size)
             )
             await self.batcher.run(self.engine.warm_up, settings.batch_size)
-            await self.labels.resolve(self.labels.default_labels, self.labels.default_templates, self.batcher.run)
+            await self.labels.add({DEFAULT: self.labels.named[DEFAULT], **self._label_sets}, self.batcher.run)
             self._running = stack.pop_all()
         metrics.BUNDLE.labels(self.model.name, self.model.digest, self.engine.provider).set(1)
         return self
@@ -145,9 +151,13 @@ class Attributor:
         settings = self.settings
         if request.labels is not None and request.label_set is not None:
             raise ServiceError("invalid_request", "give `labels` or `label_set`, not both")
-        if request.label_set not in (None, "default"):
-            raise ServiceError("unknown_label_set", f"no label set {request.label_set!r}; there is: default")
-        labels = tuple(request.labels or self.labels.default_labels)
+        name = request.label_set or DEFAULT
+        if (named := self.labels.named.get(name)) is None:
+            known = ", ".join(self.labels.named)
+            raise ServiceError("unknown_label_set", f"no label set {name[:100]!r}; there are: {known}")
+        if request.labels is None and request.templates is None:  # encoded already, whatever its size
+            return named.labels, named.templates or self.labels.default_templates
+        labels = tuple(request.labels or named.labels)
         templates = tuple(request.templates or self.labels.default_templates)
         if len(labels) > settings.max_labels:
             raise ServiceError("invalid_request", f"{len(labels):,} labels; at most {settings.max_labels:,} are taken")

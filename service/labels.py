@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from models.bundle import BundleError
+from models.label_sets import DEFAULT, NamedLabels
 from service.engine import Engine
 
 Run = Callable[..., Awaitable[Any]]  # await run(function, *arguments): the function, in some other thread
@@ -43,6 +44,10 @@ class LabelEncoder:
         self.engine = engine
         self.tokenizer = _tokenizer(engine.bundle.path / "tokenizer.json")
         self.default_labels, self.default_templates = text.labels, text.templates
+        self.named = {DEFAULT: NamedLabels.model_construct(labels=text.labels, templates=text.templates)}
+        self._kept: dict[tuple[tuple[str, ...], bytes], LabelSet] = {}  # of named sets: never forgotten
+        for name, (named, embeddings) in engine.bundle.label_sets.items():
+            self._keep(self._name(name, named), embeddings)
         # By the templates' digest: many large sets of templates shall not be kept for many small labels.
         self._labels: LRUCache[tuple[str, bytes], NDArray[np.float32]] = LRUCache(capacity)
         self._sets: LRUCache[tuple[tuple[str, ...], bytes], LabelSet] = LRUCache(
@@ -50,10 +55,26 @@ class LabelEncoder:
         )
         self._encoding = asyncio.Lock()  # one group at a time, in turn: no label twice, and nobody waits for thousands
 
+    async def add(self, label_sets: Mapping[str, NamedLabels], run: Run) -> None:
+        """Take in named sets, in place of those of the same name, and encode them."""
+        for name, given in label_sets.items():
+            named = self._name(name, given)
+            self._keep(named, (await self.resolve(*named, run)).embeddings)
+
+    def _name(self, name: str, given: NamedLabels) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Make a set known by its name: (labels, templates), the bundle's templates where it has none of its own."""
+        templates = given.templates or self.default_templates
+        self.named[name] = NamedLabels.model_construct(labels=given.labels, templates=templates)
+        return given.labels, templates
+
+    def _keep(self, named: tuple[tuple[str, ...], tuple[str, ...]], embeddings: NDArray[np.floating]) -> None:
+        labels, templates = named
+        self._kept[labels, _digest(templates)] = LabelSet(labels, embeddings.astype(np.float32, copy=False))
+
     async def resolve(self, labels: tuple[str, ...], templates: tuple[str, ...], run: Run) -> LabelSet:
         """The label set; what is not cached is encoded a few labels at a time, by `await run(encode, ...)`."""
-        digest = hashlib.sha256(json.dumps(templates).encode()).digest()
-        if found := self._sets.get((labels, digest)):
+        digest = _digest(templates)
+        if found := self._kept.get((labels, digest)) or self._sets.get((labels, digest)):
             return found
         rows: dict[str, NDArray[np.float32]] = {}
         unknown = deque(dict.fromkeys(labels))
@@ -81,6 +102,10 @@ class LabelEncoder:
         tokens = np.array([encoding.ids for encoding in self.tokenizer.encode_batch(prompts)], dtype=np.int64)
         embeddings = self.engine.encode_text(tokens).reshape(len(labels), len(templates), -1).mean(axis=1)
         return embeddings / np.linalg.norm(embeddings, axis=-1, keepdims=True)
+
+
+def _digest(templates: tuple[str, ...]) -> bytes:
+    return hashlib.sha256(json.dumps(templates).encode()).digest()
 
 
 def _tokenizer(file: Path) -> Tokenizer:

@@ -21,6 +21,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="VITRINE_", extra="ignore")
 
     bundle: Path = Field(default=DEMO_BUNDLE, description="directory of the bundle to serve")
+    label_sets: Path | None = Field(
+        default=None, description="directory of named label sets, NAME.json each; encoded before the service is ready"
+    )
     provider: Literal["cpu", "cuda"] = Field(
         default="cpu", description="where the graphs run; a provider that is not there stops the start"
     )

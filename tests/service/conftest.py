@@ -101,14 +101,15 @@ class Server:
 @pytest.fixture(scope="session")
 def server(bundle_path, light_python, tmp_path_factory):
     """A server on the tiny bundle, shared by all tests; its own BENTOML_HOME keeps its metrics apart from others'."""
-    home = tmp_path_factory.mktemp("bentoml")
+    home, label_sets = tmp_path_factory.mktemp("bentoml"), tmp_path_factory.mktemp("label-sets")
+    (label_sets / "pets.json").write_text('{"labels": ["cat", "dog"], "templates": ["a photo of my {}"]}')
     log, port = home / "serve.log", _free_port()
     command = ["-m", "bentoml", "serve", "service.app:Vitrine", "--host", "127.0.0.1", "--port", str(port)]
     with log.open("w") as output:
         process = subprocess.Popen(
             [light_python, *command],
             cwd=ROOT,
-            env=_environment(VITRINE_BUNDLE=bundle_path, BENTOML_HOME=home),
+            env=_environment(VITRINE_BUNDLE=bundle_path, VITRINE_LABEL_SETS=label_sets, BENTOML_HOME=home),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

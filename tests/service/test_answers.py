@@ -85,6 +85,16 @@ def test_layers_say_what_the_ledger_says(server, picture):
         assert all(-1 <= layer["drop_effect"] <= 1 for layer in layers)
 
 
+def test_named_label_set_is_its_labels_and_templates(server, picture):
+    named = server.attribute(picture(), label_set="pets")
+    spelled = server.attribute(picture(), labels=["cat", "dog"], templates=["a photo of my {}"])
+    assert without_timings(named) == without_timings(spelled)
+    other = server.attribute(picture(), label_set="pets", templates=["{}"])
+    assert without_timings(other) == without_timings(
+        server.attribute(picture(), labels=["cat", "dog"], templates=["{}"])
+    )
+
+
 def test_heat_maps_split_the_attention_rows(server, picture):
     answer = server.attribute(picture(), explain={**EVERYTHING, "heatmap": True})
     for explanation in answer["explanations"]:

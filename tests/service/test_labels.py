@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from models.label_sets import NamedLabels
 from service.labels import PROMPTS_A_CALL, LabelEncoder
 
 TEMPLATES = ("a photo of a {}", "{}", "two {}, or one {}.")
@@ -57,6 +58,37 @@ def test_embeddings_are_unit(encoder):
 def test_the_bundles_default_labels_and_templates_are_known(encoder, bundle):
     assert encoder.default_labels == bundle.manifest.text.labels
     assert encoder.default_templates == bundle.manifest.text.templates
+
+
+PETS = NamedLabels(labels=("cat", "dog"))
+TREES = NamedLabels(labels=("oak", "elm"), templates=("a {} tree",))
+
+
+def test_named_sets_are_encoded_once_and_never_forgotten(engine, bundle, monkeypatch):
+    encoder = LabelEncoder(engine, 1)  # a cache that holds next to nothing
+    asyncio.run(encoder.add({"pets": PETS, "trees": TREES}, run))
+    calls, encode = [], encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda *texts: calls.append(texts) or encode(*texts))
+    assert list(encoder.named) == ["default", "pets", "trees"]
+    assert encoder.named["pets"].templates == bundle.manifest.text.templates
+    for name, given in (("pets", PETS), ("trees", TREES)):
+        named = encoder.named[name]
+        found = resolve(encoder, named.labels, named.templates)
+        fresh = LabelEncoder(engine, 10).encode(given.labels, named.templates)
+        np.testing.assert_allclose(found.embeddings, fresh, rtol=0, atol=1e-6)
+    assert calls == []
+    resolve(encoder, PETS.labels, TREES.templates)  # other templates: another set
+    assert len(calls) > 0
+
+
+def test_the_bundles_sets_are_known_without_encoding(engine, monkeypatch):
+    embeddings = np.eye(2, 24, dtype=np.float32)
+    monkeypatch.setitem(vars(engine.bundle), "label_sets", {"pets": (PETS, embeddings)})
+    encoder = LabelEncoder(engine, 10)
+    monkeypatch.setattr(encoder, "encode", None)
+    found = resolve(encoder, PETS.labels, encoder.default_templates)
+    assert (found.labels, encoder.named["pets"].labels) == (PETS.labels, PETS.labels)
+    np.testing.assert_array_equal(found.embeddings, embeddings)
 
 
 @pytest.mark.parametrize("templates", [1, 3, PROMPTS_A_CALL, 2 * PROMPTS_A_CALL])

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from models.bundle import BundleError, Manifest, seal
+from models.label_sets import LabelSetError
 from service.attributor import Attributor
 from service.engine import Engine
 from service.routes import create_app
@@ -34,6 +35,13 @@ def talk_to(app, conversation, ready=True):
             )
 
     return asyncio.run(talk())
+
+
+def test_label_sets_that_are_none_stop_the_start(bundle_path, tmp_path):
+    (tmp_path / "pets.json").write_text('{"labels": []}')
+    app = create_app(Settings(bundle=bundle_path, label_sets=tmp_path))
+    with pytest.raises(LabelSetError, match=r"pets\.json: labels: "):
+        talk_to(app, lambda client: client.get("/v1/model"))
 
 
 def error_of(response):
