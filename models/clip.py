@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -45,14 +44,6 @@ class Taps(NamedTuple):
     attn_out: Tensor  # [L, B, T, d] what attention adds to the stream
     mlp_out: Tensor  # [L, B, T, d] what the MLPs add to the stream: the CLT's targets
     residual_out: Tensor  # [B, T, d] what enters ln_post
-
-
-class Attended(NamedTuple):
-    """One block's attention, seen from inside. H heads, t tokens that attend."""
-
-    out: Tensor  # [B, t, d] what attention adds to the stream
-    weights: Tensor  # [B, H, t, T] how much of every token each head takes; they sum to 1
-    values: Tensor  # [B, T, d] what every token offers, heads side by side, without the values' bias
 
 
 class Tower(nn.Module):
@@ -84,26 +75,6 @@ class Tower(nn.Module):
         normed = block.ln_1(stream)
         queries = normed[:, :1] if cls_only else normed
         return block.ls_1(block.attention(queries, k_x=normed, v_x=normed))
-
-    def attend(self, layer: int, stream: Tensor, cls_only: bool = False) -> Attended:
-        """`attention` written out, so that its weights and values can be read.
-
-        Weights of a token sum to 1, so the values' bias reaches it whole: it is added after the sum.
-        """
-        block = self.blocks[layer]
-        attn, normed = block.attn, block.ln_1(stream)
-        w_query, w_key, w_value = attn.in_proj_weight.chunk(3)
-        b_query, b_key, b_value = attn.in_proj_bias.chunk(3)
-        query = F.linear(normed[:, :1] if cls_only else normed, w_query, b_query)
-        key, values = F.linear(normed, w_key, b_key), F.linear(normed, w_value)
-
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)  # [B, H, tokens, d / H]
-
-        scores = heads(query * attn.head_dim**-0.5) @ heads(key).transpose(-1, -2)
-        weights = scores.softmax(-1)
-        mixed = (weights @ heads(values)).transpose(1, 2).flatten(2)
-        return Attended(block.ls_1(attn.out_proj(mixed + b_value)), weights, values)
 
     def mlp(self, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
         """(ln_2 output, what the MLP adds to the stream) of block `layer`, both shaped like `stream`."""
@@ -153,7 +124,7 @@ class Tower(nn.Module):
         return matrix.float(), beta.float()
 
     def attention_fold(self) -> Tensor:
-        """[L, d + 1, D]: what one unit of each value channel (`Attended.values`) adds to the embedding, as `fold`
+        """[L, d + 1, D]: what one unit of each value channel (`models.attention`) adds to the embedding, as `fold`
         counts it; in the last row what every block's attention adds to every token, its values' and output's biases.
         """
         matrix, _ = self._fold64()

@@ -201,7 +201,7 @@ def _check_code(
 def _rank(graph: AttributionGraph, layer: int, feature: int, activation: float) -> float:
     """What the graph chooses features by, the largest first: 0 or less never gets a place in use."""
     if graph.threshold is not None:
-        return activation - float(graph.threshold[layer, 0, feature])
+        return activation - float(graph.threshold[layer, feature])
     return abs(activation)
 
 

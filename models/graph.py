@@ -5,7 +5,7 @@ are summed over their targets once (`CrossLayerTranscoder.directions`), so decod
 here depends on labels. Outputs: `models.bundle.VISION_OUTPUTS`; mathematics: `models.ledger`. Then come `DETAILS`,
 which the exported graph computes on request alone (`models.onnx_file`).
 
-All layers are encoded by one product and one top-k, whatever the sparsifier: `_encode` is what `models.sparsify` does
+All layers are encoded by one top-k, whatever the sparsifier: `_encode` is what `models.sparsify` does
 to [CLS] outside training, for layers of different budgets at once.
 """
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import Attention, linear
 from models.clip import Tower
 from models.clt import CrossLayerTranscoder
 
@@ -33,10 +34,8 @@ class AttributionGraph(nn.Module):
     fold: Tensor
     beta: Tensor
     prior: Tensor
-    w_enc: Tensor
-    b_enc: Tensor
-    threshold: Tensor | None  # [L, 1, F]; None where a rank decides
-    usable: Tensor | None  # [L, 1, k] bool; None where every layer has all k places
+    threshold: Tensor | None  # [L, F]; None where a rank decides
+    usable: Tensor | None  # [L, k] bool; None where every layer has all k places
     directions: Tensor
     last_decoders: Tensor
     bias: Tensor
@@ -54,18 +53,20 @@ class AttributionGraph(nn.Module):
         self.places = tuple(int(sparsifier.places_cls) for sparsifier in sparsifiers)  # of each layer
         self.k = max(self.places)
         thresholds = [sparsifier.inference_threshold() for sparsifier in sparsifiers]
+        last = clt.layers - 1  # after the last attention nothing but [CLS] is read
+        self.attention = nn.ModuleList(Attention(block, layer == last) for layer, block in enumerate(tower.blocks))
         fold, beta = tower.fold()
         self.register_buffer("fold", fold)
         self.register_buffer("beta", beta)
         self.register_buffer("prior", tower.prior().detach())
         # Rounded to `tables`: kept so where rows are looked up, in float32 where a product reads all of it.
-        weights = torch.stack([encoder.weight.detach().to(tables).float() for encoder in clt.encoders])
-        biases = torch.stack([encoder.bias.detach().to(tables).float() for encoder in clt.encoders])
-        self.register_buffer("w_enc", weights.transpose(1, 2).contiguous())  # [L, d, F]
-        self.register_buffer("b_enc", biases)
+        self.encoders = nn.ModuleList(
+            linear(encoder.weight.detach().to(tables).float(), encoder.bias.detach().to(tables).float())
+            for encoder in clt.encoders
+        )
         by_rank = any(threshold is None for threshold in thresholds)
-        self.register_buffer("threshold", None if by_rank else torch.stack(thresholds).to(tables).float()[:, None])
-        usable = torch.arange(self.k) < torch.tensor(self.places)[:, None, None]
+        self.register_buffer("threshold", None if by_rank else torch.stack(thresholds).to(tables).float())
+        usable = torch.arange(self.k) < torch.tensor(self.places)[:, None]
         self.register_buffer("usable", None if usable.all() else usable)
         self.register_buffer("directions", clt.directions().to(tables).flatten(0, 1))  # [L * F, d]
         # Onto the last MLP the last source layer writes its directions, and per-layer transcoders nothing else.
@@ -80,14 +81,14 @@ class AttributionGraph(nn.Module):
         stream = before_last = tower.embed(pixels)
         mlp_ins, attn_outs, mlp_outs, residuals, weights, offered = [], [], [], [], [], []
         for layer in range(self.layers):
-            last = layer == self.layers - 1  # after the last attention nothing but [CLS] is read
+            last = layer == self.layers - 1
             if last:
                 before_last = stream
-            attended = tower.attend(layer, stream, cls_only=last)
+            attended = self.attention[layer](stream)
             stream = (stream[:, :1] if last else stream) + attended.out
             mlp_in, mlp_out = tower.mlp(layer, stream)
             stream = stream + mlp_out
-            mlp_ins.append(mlp_in[:, 0])
+            mlp_ins.append(mlp_in[:, :1])
             attn_outs.append(attended.out[:, 0])
             mlp_outs.append(mlp_out[:, 0])
             residuals.append(stream[:, 0])
@@ -95,7 +96,7 @@ class AttributionGraph(nn.Module):
             offered.append(attended.values)
         residual = stream[:, 0]
 
-        indices, values = self._encode(torch.stack(mlp_ins))
+        indices, values = self._encode(mlp_ins)
         written = self._decode(self.directions, indices, values)  # [B, L, d]
         onto_last = written[:, -1:]
         if earlier := len(self.last_decoders) // self.features:  # layers
@@ -138,9 +139,9 @@ class AttributionGraph(nn.Module):
             before_last.norm(dim=-1),
         )
 
-    def _encode(self, mlp_in: Tensor) -> tuple[Tensor, Tensor]:
-        """[CLS] of every layer [L, B, d] to its code, [B, L, k] each."""
-        preactivations = torch.matmul(mlp_in, self.w_enc) + self.b_enc[:, None]
+    def _encode(self, mlp_in: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """[CLS] of every layer, L times [B, 1, d], to its code, [B, L, k] each."""
+        preactivations = torch.cat([encoder(x) for encoder, x in zip(self.encoders, mlp_in, strict=True)], dim=1)
         if self.threshold is not None:
             margin, indices = (preactivations - self.threshold).topk(self.k, dim=-1)
             values = preactivations.gather(-1, indices).where(margin > 0, 0.0)
@@ -152,7 +153,7 @@ class AttributionGraph(nn.Module):
             values = best.relu()
         if self.usable is not None:
             values = values.where(self.usable, 0.0)
-        return indices.transpose(0, 1), values.transpose(0, 1)
+        return indices, values
 
     def _decode(self, table: Tensor, indices: Tensor, values: Tensor) -> Tensor:
         """sum_k z * table[feature], for each of the source layers that `indices` has: [B, layers, d]."""

@@ -10,6 +10,7 @@ import torch
 from open_clip.transformer import QuickGELU
 from PIL import Image
 
+from models.attention import Attention
 from models.clip import ClipError, Tower, UnsupportedTower, load_clip, model_sha256
 
 
@@ -59,7 +60,7 @@ def test_attention_written_out_is_attention(any_clip, pixels):
     normed = tower.blocks[1].ln_1(stream)
     _, weights = tower.blocks[1].attn(normed, normed, normed, need_weights=True, average_attn_weights=False)
     for cls_only in (False, True):
-        found = tower.attend(1, stream, cls_only)
+        found = Attention(tower.blocks[1], cls_only)(stream)
         torch.testing.assert_close(found.out, tower.attention(1, stream, cls_only), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.weights, weights[:, :, :1] if cls_only else weights, rtol=1e-5, atol=1e-5)
 

@@ -84,7 +84,7 @@ def test_text_graph_and_tokenizer_embed_labels_as_clip_does(bundle, clip):
 
 
 @pytest.mark.parametrize(
-    ("buffer", "named"),
+    ("table", "named"),
     [
         ("prior", "rows|sigma_without"),
         ("bias", "rows|sigma_without|fidelity"),
@@ -93,13 +93,15 @@ def test_text_graph_and_tokenizer_embed_labels_as_clip_does(bundle, clip):
         ("directions", "rows|sigma_without|fidelity"),
         ("cls_mean", "fidelity"),
         ("last_decoders", "projection"),
-        ("w_enc", "feature"),
-        ("b_enc", "feature"),
+        ("encoders.1.weight", "feature"),
+        ("encoders.2.bias", "feature"),
+        ("attention.0.out.bias", "feature"),
+        ("attention.2.key_value.weight", "feature"),
     ],
 )
-def test_check_notices_another_table(clip, graph, bundle, buffer, named):
+def test_check_notices_another_table(clip, graph, bundle, table, named):
     other = deepcopy(graph)
-    other.get_buffer(buffer)[::2] *= 1.1
+    other.state_dict()[table][::2] *= 1.1
     with pytest.raises(ExportError, match=f"^({named})"):
         check_vision(clip, other, bundle.path / "vision.onnx")
 

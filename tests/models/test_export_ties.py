@@ -20,7 +20,7 @@ def outputs(*codes):
 
 def graph_of(places, threshold=None):
     layers = len(places)
-    table = None if threshold is None else torch.full((layers, 1, 9), threshold)
+    table = None if threshold is None else torch.full((layers, 9), threshold)
     return SimpleNamespace(layers=layers, places=places, threshold=table)
 
 

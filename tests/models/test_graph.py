@@ -117,7 +117,7 @@ def test_float16_tables_are_the_rounded_clt(clip, any_clt, taps, cls_mean, make_
 
 def test_float16_tables_hold_halves(clip, any_clt, cls_mean):
     graph = AttributionGraph(clip.tower, any_clt, cls_mean, torch.float16)
-    for table in (graph.w_enc, graph.b_enc, graph.threshold):
+    for table in (*graph.encoders.parameters(), graph.threshold):
         assert table is None or table.equal(table.half().float())
     assert graph.directions.dtype == graph.last_decoders.dtype == torch.float16
 
