@@ -201,6 +201,9 @@ def export(
     label_sets: Annotated[
         Path | None, typer.Option(help='Folder of NAME.json, {"labels": [...]}: named label sets for the bundle.')
     ] = None,
+    calibration_images: Annotated[
+        int, typer.Option(min=2, help="Val images on which int8 and fp16 must agree with float32.")
+    ] = 512,
 ) -> None:
     """Write CLIP and CLT as a bundle, checked against torch."""
     import tomli_w
@@ -209,6 +212,7 @@ def export(
     from models.export import Provenance, export_bundle
     from models.label_sets import read_label_sets
     from training.checkpoint import check_clip, latest, load_clt
+    from training.evaluation.held_out import held_out
 
     named = read_label_sets(label_sets) if label_sets else {}
     found = latest(checkpoint)
@@ -234,8 +238,21 @@ def export(
         metrics=meta.metrics,
         licence=recipe.bundle.licence,
     )
+    variants = recipe.bundle.variants
+    val = held_out(recipe.data, data_root, clip, images=calibration_images, batch_size=16) if variants else None
     with console.status("exporting and checking against torch"):
-        bundle = export_bundle(clip, clt, cls_mean, provenance, out, recipe.bundle.tables, named)
+        bundle = export_bundle(
+            clip,
+            clt,
+            cls_mean,
+            provenance,
+            out,
+            recipe.bundle.tables,
+            named,
+            variants,
+            [pixels for pixels, _ in val.batches()] if val else [],
+            console.print,
+        )
     _print_bundle(bundle, console)
 
 
@@ -274,7 +291,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 3000,
 ) -> None:
     """Serve a bundle over HTTP with BentoML (settings: service/README.md)."""
-    from service.engine import wanted_provider
+    from service.runtime import wanted_provider
     from service.settings import load_settings
 
     wanted_provider(load_settings())  # here, and not in a worker that the server would start again and again
@@ -355,7 +372,7 @@ def _print_bundle(bundle: Bundle, console: Console) -> None:
     console.print(
         f"  CLIP {manifest.clip.name} ({manifest.clip.weights}), {shape.layers} layers; "
         f"CLT {shape.features:,} features a layer, at most {shape.k} active ({manifest.sparsifier}); "
-        f"trained on {manifest.data.name}",
+        f"trained on {manifest.data.name}; {', '.join(manifest.precisions)}",
         **plain,
     )
 

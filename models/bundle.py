@@ -2,12 +2,14 @@
 
     manifest.json        everything below, and the sha256 and size of every other file
     vision.onnx, .data   pixels -> `models.ledger.Decomposition` (names and shapes: `VISION_OUTPUTS`)
+    vision.int8.onnx, vision.fp16.onnx, each with .data: optional, faster variants of it (`models.variants`)
     text.onnx, .data     `tokens` [N, context] -> `text_embedding` [N, D], unit
     tokenizer.json       Hugging Face `tokenizers`
     directions.npy       [L, F, d]: what one unit of a feature adds to the [CLS] residual, memory-mapped; the vision
                          graph reads the very same bytes as its external data, so the table is stored once
     attention.npy        [L, d + 1, D]: what attention's value channels and biases add to the embedding, for heat maps;
                          bundles older than these have none, and their graph no input `details`
+    last_decoders.npy    optional, [(L - 1) F, d]: likewise, what a feature writes to the last MLP output
     fold.npy             [d + 1, D]: ln_post and projection as a matrix M [d, D] and a bias beta [D]
     label_sets/          optional: NAME.json (`models.label_sets`) and NAME.npy, the labels' unit embeddings [N, D]
     MODEL_CARD.md        written from the manifest
@@ -65,6 +67,15 @@ DETAILS = (
     "attention_values",  # [B, L, T, d]
     "token_norms",  # [B, T]
 )
+
+
+Variant = Literal["int8", "fp16"]
+Precision = Literal["fp32", "int8", "fp16"]
+
+
+def vision_file(precision: Precision) -> str:
+    """The file of the vision graph in that precision."""
+    return "vision.onnx" if precision == "fp32" else f"vision.{precision}.onnx"
 
 
 class BundleError(VitrineError, ValueError):
@@ -149,6 +160,20 @@ class Metrics(_Part):
     drop_top1_top1: float | None = None
 
 
+class Agreement(_Part):
+    """How far a variant of the vision graph agrees with the float32 one, on images that neither was trained on."""
+
+    images: int
+    top1: float  # share of images with the same top-1 among the default labels
+    ledger_cosine: float  # of the two accounts of the top-1's logit, mean over images
+    top_features: float  # share of the ten features that contribute most to it, mean over images
+
+    @property
+    def enough(self) -> bool:
+        """Whether the variant may be written. Not if anything is no number."""
+        return self.top1 >= 0.99 and self.ledger_cosine >= 0.99 and self.top_features >= 0.9
+
+
 class FileEntry(_Part):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: int
@@ -164,7 +189,8 @@ class Manifest(_Part):
     sparsifier: Literal["relu_topk", "abs_topk", "jumprelu", "batch_topk"]
     logit_scale: float
     text: Text
-    precisions: tuple[Literal["fp32"], ...] = ("fp32",)
+    precisions: tuple[Precision, ...] = ("fp32",)  # of the vision graph; all but fp32 in vision.<precision>.onnx
+    agreement: dict[Variant, Agreement] = {}  # of each of those with fp32
     tables: Literal["float32", "float16"]  # precision of directions and of the CLT's weights in the graph
     data: Data
     recipe: str  # the recipe's text, as it was used
@@ -258,7 +284,9 @@ def open_bundle(path: Path) -> Bundle:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise BundleError(f"{path / MANIFEST}: {problems}") from error
-    if missing := [name for name in REQUIRED if name not in manifest.files]:
+    variants = [vision_file(precision) for precision in manifest.precisions]
+    required = dict.fromkeys([*REQUIRED, *variants, *(f"{name}.data" for name in variants)])
+    if missing := [name for name in required if name not in manifest.files]:
         raise BundleError(f"{path / MANIFEST} does not list {', '.join(missing)}")
     for name, entry in manifest.files.items():
         file = path / name
@@ -329,6 +357,7 @@ def model_card(manifest: Manifest) -> str:
   width {shape.width}, embedding {shape.embedding}, tables in {manifest.tables}
 - **Sparsifier**: {manifest.sparsifier}; active features a token and layer{_average(manifest)}:
   {_budget(shape.k_cls, shape.k)} on [CLS], {_budget(shape.k_patches, shape.k)} on patches
+- **Precisions**: fp32{"".join(map(_agrees, manifest.agreement.items()))}
 - **Trained on**: {data.name}, {data.train_images:,} images; licence of the data: {data.licence}
 - **Measured on**: {data.name}, {data.val_images:,} held-out images
 - **Default labels**: {", ".join(manifest.text.labels)}
@@ -350,6 +379,14 @@ in for the MLPs only as well as `fidelity` in every answer says.
 {manifest.recipe.strip()}
 ```
 """
+
+
+def _agrees(variant: tuple[Variant, Agreement]) -> str:
+    name, found = variant
+    return (
+        f"; {name}, which agrees with it on {found.images:,} held-out images in {found.top1:.1%} of the top-1 and "
+        f"{found.top_features:.1%} of the ten top features (cosine of the ledgers {found.ledger_cosine:.4f})"
+    )
 
 
 def _reach(shape: Shape) -> str:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from models.bundle import (
     DETAILS,
     DETAILS_INPUT,
     VISION_OUTPUTS,
+    Agreement,
     Bundle,
     ClipIdentity,
     Data,
@@ -31,14 +33,17 @@ from models.bundle import (
     Preprocessing,
     Shape,
     Text,
+    Variant,
     seal,
+    vision_file,
 )
 from models.clip import Clip
 from models.clt import Architecture, CrossLayerTranscoder
 from models.graph import AttributionGraph
 from models.label_sets import NamedLabels
-from models.onnx_file import ExportError, write_onnx
+from models.onnx_file import ExportError, save_onnx, to_onnx
 from models.tokens import check_tokenizer, convert_tokenizer
+from models.variants import make_variant, measure
 
 TOLERANCE = 1e-4  # relative to the largest value of an output, torch against ONNX Runtime
 ADDITIVITY = 1e-5  # rows against embedding, unit norm
@@ -66,6 +71,9 @@ def export_bundle(
     out: Path,
     tables: Literal["float32", "float16"] = "float32",
     label_sets: Mapping[str, NamedLabels] | None = None,
+    variants: Sequence[Variant] = (),
+    calibration: Sequence[Tensor] = (),
+    say: Callable[[str], object] = print,
 ) -> Bundle:
     """Write the bundle `out`, after checking it against torch at batches of 1 and 5.
 
@@ -73,6 +81,8 @@ def export_bundle(
         clt: on raw activations; cls_mean: mean [CLS] MLP output [L, d], see `AttributionGraph`.
         tables: precision of the CLT's weights in the bundle.
         label_sets: by name; their embeddings are made here, so that a service need not.
+        variants: of the vision graph; one that does not agree with float32 on the images of `calibration` (batches of
+            normalised pixels) is not written, which `say` is told.
 
     Raises:
         ExportError: `out` exists (bundles are immutable), or the parity check failed.
@@ -91,23 +101,60 @@ def export_bundle(
         tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
 
         np.save(partial / "directions.npy", graph.directions.reshape(clt.layers, clt.features, clt.width).numpy())
+        if len(graph.last_decoders):
+            np.save(partial / "last_decoders.npy", graph.last_decoders.numpy())
         np.save(partial / "fold.npy", torch.cat([graph.fold, graph.beta[None]]).numpy())
         np.save(partial / "attention.npy", clip.tower.attention_fold().numpy())
         pixels = torch.zeros(2, 3, *clip.tower.image_size)
-        write_onnx(graph, pixels, "pixels", VISION_OUTPUTS, partial / "vision.onnx", DETAILS, DETAILS_INPUT)
+        vision = to_onnx(graph, pixels, "pixels", VISION_OUTPUTS, DETAILS, DETAILS_INPUT)
+        faster = {variant: make_variant(vision, variant) for variant in variants}
+        save_onnx(vision, partial / "vision.onnx")
         text = _TextGraph(clip.model).eval()
-        write_onnx(
-            text, torch.zeros(2, clip.context, dtype=torch.long), "tokens", ("text_embedding",), partial / "text.onnx"
-        )
+        tokens = torch.zeros(2, clip.context, dtype=torch.long)
+        save_onnx(to_onnx(text, tokens, "tokens", ("text_embedding",)), partial / "text.onnx")
 
         for name, labels in (label_sets or {}).items():
             _write_label_set(clip, labels, provenance.templates, partial / "label_sets" / name)
 
         check_vision(clip, graph, partial / "vision.onnx")
         check_text(text, clip.tokenizer(texts), partial / "text.onnx")
+        default = clip.encode_labels(list(provenance.labels), list(provenance.templates)).numpy()
+        agreement = {
+            variant: found
+            for variant, model in faster.items()
+            if (found := _gated(model, variant, partial, calibration, default, say))
+        }
+        manifest = manifest.model_copy(update={"precisions": ("fp32", *agreement), "agreement": agreement})
         sealed = seal(partial, manifest)
         shutil.move(partial, out)
     return replace(sealed, path=out)
+
+
+def _gated(
+    model: onnx.ModelProto,
+    variant: Variant,
+    bundle: Path,
+    calibration: Sequence[Tensor],
+    labels: NDArray[np.float32],
+    say: Callable[[str], object],
+) -> Agreement | None:
+    """Write a variant beside vision.onnx and measure it; None, and nothing written, if it fails its gate."""
+    if not calibration:
+        raise ExportError(f"{variant} must be checked against float32: give images for it")
+    path = bundle / vision_file(variant)
+    save_onnx(model, path)
+    tables = np.load(bundle / "directions.npy", mmap_mode="r"), np.load(bundle / "fold.npy")[:-1]
+    images = [pixels.numpy() for pixels in calibration]
+    found = measure(bundle / "vision.onnx", path, images, labels, *tables)
+    if found.enough:
+        return found
+    path.unlink()
+    path.with_name(f"{path.name}.data").unlink()
+    say(
+        f"{variant} is left out: on {found.images} images it agrees with float32 in {found.top1:.1%} of the top-1, "
+        f"{found.top_features:.1%} of the top features, and its ledgers' cosine is {found.ledger_cosine:.4f}"
+    )
+    return None
 
 
 def _write_label_set(clip: Clip, labels: NamedLabels, templates: Sequence[str], path: Path) -> None:

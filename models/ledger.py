@@ -19,7 +19,8 @@ Removing a component is exact too (`without`): sigma and |z| are recomputed for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,27 @@ class Decomposition:
     r2: float  # of what the MLPs add to the embedding, about its mean over the training images
     cosine: float  # the same, CLT against truth
     details: Details | None = None
+
+    @classmethod
+    def of_image(cls, outputs: Mapping[str, Array], image: int, with_details: bool = False) -> Decomposition:
+        """One image of a batch's outputs, by the vision graph's names for them (`models.bundle.VISION_OUTPUTS`)."""
+
+        def part(name: str) -> Array:
+            return outputs[name][image]
+
+        return cls(
+            embedding=part("embedding"),
+            rows=part("rows"),
+            sigma=float(part("sigma")),
+            sigma_without=part("sigma_without"),
+            norm=float(part("norm")),
+            feature_indices=outputs["feature_indices"][image],
+            feature_values=part("feature_values"),
+            projection=part("projection"),
+            r2=float(part("fidelity")[0]),
+            cosine=float(part("fidelity")[1]),
+            details=Details(**{field.name: part(field.name) for field in fields(Details)}) if with_details else None,
+        )
 
     @property
     def layers(self) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.errors import VitrineError
 
 OPSET = 20
+SHARED = ("directions", "last_decoders")
 EXTERNAL_FROM = 1024  # bytes; smaller tensors stay inside the .onnx file
 
 
@@ -25,16 +26,15 @@ class ExportError(VitrineError):
     """The exported graphs do not do what the torch modules do; nothing was written. The message says what differs."""
 
 
-def write_onnx(
+def to_onnx(
     module: nn.Module,
     example: Tensor,
     input_name: str,
     outputs: Sequence[str],
-    path: Path,
     on_request: Sequence[str] = (),
     flag: str = "",
-) -> None:
-    """Export with a dynamic batch; large tensors go to `path`.data, the directions stay in directions.npy.
+) -> onnx.ModelProto:
+    """Export with a dynamic batch; weights are float32 constants of the model.
 
     The module's last outputs, `on_request`, are computed where the boolean input `flag` is true; else their batch is 0.
     """
@@ -54,9 +54,15 @@ def write_onnx(
     _strip(model)
     if on_request:
         _compute_on_request(model, on_request, flag)
+    return model
+
+
+def save_onnx(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model, which this changes. Large tensors go to `path`.data; the tables of `SHARED` are read from NAME.npy
+    beside it, which every variant of the model reads."""
     for tensor in model.graph.initializer:
-        if tensor.name == "directions":
-            _point_at_npy(tensor, path.parent / "directions.npy")
+        if tensor.name in SHARED and (file := path.with_name(f"{tensor.name}.npy")).exists():
+            _point_at_npy(tensor, file)
     _store_halves_losslessly(model)
     onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=EXTERNAL_FROM)
     path.with_name(f"{path.name}.data").chmod(0o644)  # onnx makes it the owner's alone; services run as others

@@ -67,7 +67,7 @@ class Attributor:
             self.batcher = await stack.enter_async_context(
                 Batcher(self.engine.explain, settings.batch_size, settings.queue_size)
             )
-            await self.batcher.run(self.engine.warm_up, settings.batch_size)
+            await self.batcher.run(self.engine.warm_up)
             await self.labels.add({DEFAULT: self.labels.named[DEFAULT], **self._label_sets}, self.batcher.run)
             self._running = stack.pop_all()
         metrics.BUNDLE.labels(self.model.name, self.model.digest, self.engine.provider).set(1)

@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
-from models.bundle import DETAILS, DETAILS_INPUT, VISION_OUTPUTS, Bundle
-from models.errors import VitrineError
-from models.ledger import Decomposition, Details
+from models.bundle import DETAILS, DETAILS_INPUT, VISION_OUTPUTS, Bundle, vision_file
+from models.ledger import Decomposition
+from service.runtime import PROVIDERS, choose, open_session
 from service.settings import Settings
-
-# What ONNX Runtime raises for a file that is no graph, or none that it can run; they share no base of their own.
-_UNUSABLE = (
-    ort.Fail,
-    ort.InvalidArgument,
-    ort.InvalidGraph,
-    ort.InvalidProtobuf,
-    ort.NoSuchFile,
-    ort.NotImplemented,
-    ort.RuntimeException,
-)
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-
-class EngineError(VitrineError):
-    """The graphs cannot run as set; the message says what is missing."""
 
 
 class Engine:
     """Runs a bundle's two graphs. Thread-safe, but one thread at a time makes the best use of the processors.
 
-    Raises `EngineError` when the set provider is not what ONNX Runtime would use: never a silent fall-back.
+    Raises `EngineError` when what is set cannot be had (`service.runtime`).
     """
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
         self.bundle = bundle
-        self.vision = _session(bundle.path / "vision.onnx", settings)
-        self.text = _session(bundle.path / "text.onnx", settings)
+        self.runtime = choose(bundle, settings)
+        self.vision = open_session(bundle.path / vision_file(self.runtime.precision), self.runtime)
+        self.text = open_session(bundle.path / "text.onnx", self.runtime)
+        self.on_gpu = self.provider != PROVIDERS["cpu"]
+        self.batches = _batches(settings.batch_size, self.on_gpu)
 
     @property
     def provider(self) -> str:
@@ -59,37 +42,26 @@ class Engine:
 
         details: for which of them `Decomposition.details` is wanted; the default: for none.
         """
+        count = len(pixels)
+        if self.on_gpu and (size := min((size for size in self.batches if size >= count), default=0)):
+            pixels = np.concatenate([pixels, np.zeros((size - count, *pixels.shape[1:]), np.float32)])
         names, feeds = [*VISION_OUTPUTS], {"pixels": pixels}
         if self.has_details:
             feeds[DETAILS_INPUT] = np.array(any(details))
         if any(details):
             names += DETAILS
         outputs = dict(zip(names, self.vision.run(names, feeds), strict=True))
-        return [
-            Decomposition(
-                embedding=outputs["embedding"][i],
-                rows=outputs["rows"][i],
-                sigma=float(outputs["sigma"][i]),
-                sigma_without=outputs["sigma_without"][i],
-                norm=float(outputs["norm"][i]),
-                feature_indices=outputs["feature_indices"][i],
-                feature_values=outputs["feature_values"][i],
-                projection=outputs["projection"][i],
-                r2=float(outputs["fidelity"][i, 0]),
-                cosine=float(outputs["fidelity"][i, 1]),
-                details=Details(**{name: outputs[name][i] for name in DETAILS}) if wanted else None,
-            )
-            for i, wanted in enumerate(details or [False] * len(pixels))
-        ]
+        wanted = details or [False] * count
+        return [Decomposition.of_image(outputs, image, wanted[image]) for image in range(count)]
 
     def encode_text(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """Tokens [N, context] to unit text embeddings [N, D]."""
         return self.text.run(["text_embedding"], {"tokens": tokens})[0]
 
-    def warm_up(self, batch_size: int) -> None:
-        """Run both graphs once at a batch of one and once at the largest, so that no request pays for it."""
+    def warm_up(self) -> None:
+        """Run both graphs once at every size of batch that matters, so that no request pays for it."""
         manifest = self.bundle.manifest
-        for batch in {1, batch_size}:
+        for batch in self.batches:
             pixels = np.zeros((batch, 3, *manifest.preprocessing.size), np.float32)
             self.explain(pixels)
             if self.has_details:
@@ -97,42 +69,10 @@ class Engine:
             self.encode_text(np.zeros((batch, manifest.text.context), np.int64))
 
 
-def wanted_provider(settings: Settings) -> str:
-    """ONNX Runtime's name of the set provider. Raises `EngineError` if the installed onnxruntime lacks it."""
-    wanted, present = PROVIDERS[settings.provider], onnxruntime.get_available_providers()
-    if wanted not in present:
-        raise EngineError(
-            f"VITRINE_PROVIDER={settings.provider}, but the installed onnxruntime has only {', '.join(present)}; "
-            "install vitrine[gpu] in place of vitrine[cpu], or set VITRINE_PROVIDER=cpu"
-        )
-    return wanted
+def _batches(largest: int, on_gpu: bool) -> list[int]:
+    """The sizes of batch that are warmed up; on a GPU, which plans anew for each size, there are no others.
 
-
-def available_processors() -> int:
-    """Processors that this process may use: its affinity, or the container's quota if that is less.
-
-    ONNX Runtime looks at the machine's processors alone, and runs slower for it in a container with a quota.
+    Powers of two and the largest there; on the CPU, where any size will do, one and the largest.
     """
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        limit, period = quota.read_text().split()
-        if limit != "max":
-            processors = min(processors, max(1, int(limit) // int(period)))
-    return processors
-
-
-def _session(path: Path, settings: Settings) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = settings.threads or available_processors()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    wanted = wanted_provider(settings)
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=[wanted])
-    except _UNUSABLE as error:
-        raise EngineError(f"{path} cannot be used: {error}") from error
-    if session.get_providers()[0] != wanted:
-        raise EngineError(
-            f"{wanted} could not be used for {path.name}; ONNX Runtime would use {session.get_providers()[0]}"
-        )
-    return session
+    smaller = [2**power for power in range(largest.bit_length()) if 2**power < largest] if on_gpu else [1]
+    return sorted({*smaller, largest})

@@ -24,8 +24,16 @@ class Settings(BaseSettings):
     label_sets: Path | None = Field(
         default=None, description="directory of named label sets, NAME.json each; encoded before the service is ready"
     )
-    provider: Literal["cpu", "cuda"] = Field(
+    provider: Literal["cpu", "cuda", "tensorrt"] = Field(
         default="cpu", description="where the graphs run; a provider that is not there stops the start"
+    )
+    precision: Literal["fp32", "int8", "fp16", "auto"] = Field(
+        default="fp32",
+        description="of the vision graph: int8 for CPUs, fp16 for GPUs, where the bundle has them; auto: the fastest",
+    )
+    gpu_memory_bytes: NonNegativeInt = Field(default=0, description="the most that CUDA may take; 0: no limit")
+    tensorrt_cache: Path | None = Field(
+        default=None, description="directory where TensorRT keeps its engines, which take minutes to build"
     )
     threads: NonNegativeInt = Field(
         default=0, description="threads of one inference; 0: the processors that this container may use"

@@ -219,6 +219,10 @@ class BundleSection(Section):
     description: str = Field(default="A CLIP and its Cross-Layer Transcoder.", description="for the model card")
     licence: str = Field(default="unstated", description="of the bundle")
     tables: Literal["float32", "float16"] = Field(default="float32", description="precision of the CLT in the bundle")
+    variants: tuple[Literal["int8", "fp16"], ...] = Field(
+        default=("int8", "fp16"),
+        description="faster vision graphs, each written if it agrees with float32 on val images",
+    )
 
 
 class Recipe(Section):

@@ -51,7 +51,7 @@ def test_round_trip(bundle, clip, clt, provenance):
 
 def test_manifest_lists_every_file_with_its_checksum(bundle):
     files = {file.name for file in bundle.path.iterdir()} - {MANIFEST}
-    assert files == set(bundle.manifest.files) == {*REQUIRED, "attention.npy"}
+    assert files == set(bundle.manifest.files) == {*REQUIRED, "attention.npy", "last_decoders.npy"}
     for name, entry in bundle.manifest.files.items():
         content = (bundle.path / name).read_bytes()
         assert (entry.bytes, entry.sha256) == (len(content), hashlib.sha256(content).hexdigest())

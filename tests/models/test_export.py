@@ -64,14 +64,14 @@ def test_details_are_computed_in_a_branch_of_their_own(bundle):
     assert [node.name for node in graph.node if node is not choice and needed.isdisjoint(node.output)] == []
 
 
-def test_what_other_outputs_need_cannot_be_left_to_a_request(tmp_path):
+def test_what_other_outputs_need_cannot_be_left_to_a_request():
     class Doubled(torch.nn.Module):
         def forward(self, x):
             half = x + 1
             return half * 2, half
 
     with pytest.raises(ExportError, match="half cannot be left to a request: the other outputs need it"):
-        onnx_file.write_onnx(Doubled(), torch.rand(2, 3), "x", ["y"], tmp_path / "x.onnx", ["half"], "asked")
+        onnx_file.to_onnx(Doubled(), torch.rand(2, 3), "x", ["y"], ["half"], "asked")
 
 
 def test_text_graph_and_tokenizer_embed_labels_as_clip_does(bundle, clip):
@@ -235,7 +235,7 @@ def test_weights_that_are_halves_are_stored_as_halves(tmp_path):
     halves, floats = torch.arange(1024.0).view(32, 32) / 8, torch.rand(32, 32)
     module, path = _Product(halves=halves, floats=floats), tmp_path / "product.onnx"
     x = torch.rand(2, 32)
-    onnx_file.write_onnx(module, x, "x", ["y"], path)
+    onnx_file.save_onnx(onnx_file.to_onnx(module, x, "x", ["y"]), path)
     assert path.with_name("product.onnx.data").stat().st_size < 32 * 32 * 7  # of 2 + 4 bytes, and alignment
     (found,) = onnxruntime.InferenceSession(path).run(["y"], {"x": x.numpy()})
     np.testing.assert_allclose(found, module(x), rtol=1e-5)
@@ -245,7 +245,7 @@ def test_directions_that_are_halves_are_stored_once(tmp_path):
     directions = torch.arange(1024.0).view(32, 32) / 8
     np.save(tmp_path / "directions.npy", directions)
     module, path = _Product(directions=directions, floats=torch.rand(32, 32)), tmp_path / "product.onnx"
-    onnx_file.write_onnx(module, torch.rand(2, 32), "x", ["y"], path)
+    onnx_file.save_onnx(onnx_file.to_onnx(module, torch.rand(2, 32), "x", ["y"]), path)
     model = onnx.load(path, load_external_data=False)
     locations = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data[:1]}
     assert locations == {"directions.npy", "product.onnx.data"}
@@ -264,11 +264,11 @@ def test_clt_of_another_tower_is_refused(make_clip, clt):
 
 
 def test_failed_check_leaves_nothing_behind(clip, make_clt, cls_mean, provenance, bundle, tmp_path, monkeypatch):
-    def write_another_graph(_module, _example, _input_name, _outputs, path, *_):
+    def write_another_graph(_model, path):
         for name in (path.name, f"{path.name}.data"):
             shutil.copy(bundle.path / name, path.with_name(name))
 
-    monkeypatch.setattr(export, "write_onnx", write_another_graph)
+    monkeypatch.setattr(export, "save_onnx", write_another_graph)
     with pytest.raises(ExportError, match=r"at batch 1|feature"):
         export_bundle(clip, make_clt(clip, seed=1), cls_mean, provenance, tmp_path / "out" / "failed")
     assert list((tmp_path / "out").iterdir()) == []

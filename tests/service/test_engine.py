@@ -1,17 +1,15 @@
 """ONNX Runtime on the tiny bundle."""
 
-import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 
-import service.engine
 from models.bundle import DETAILS, DETAILS_INPUT, VISION_OUTPUTS, seal
-from models.onnx_file import write_onnx
-from service.engine import Engine, EngineError, available_processors, wanted_provider
+from models.onnx_file import save_onnx, to_onnx
+from service.engine import Engine, _batches
 from service.settings import Settings
 
 
@@ -52,9 +50,10 @@ def test_bundle_older_than_details_is_served(bundle, graph, make_pixels, tmp_pat
 
     shutil.copytree(bundle.path, tmp_path / "older")
     (tmp_path / "older" / "attention.npy").unlink()
-    write_onnx(Older(), torch.zeros(2, 3, 32, 32), "pixels", VISION_OUTPUTS, tmp_path / "older" / "vision.onnx")
+    model = to_onnx(Older(), torch.zeros(2, 3, 32, 32), "pixels", VISION_OUTPUTS)
+    save_onnx(model, tmp_path / "older" / "vision.onnx")
     older = Engine(seal(tmp_path / "older", bundle.manifest), Settings())
-    older.warm_up(2)
+    older.warm_up()
     pixels = make_pixels(2, seed=2).numpy()
     for found, expected in zip(older.explain(pixels), Engine(bundle, Settings()).explain(pixels), strict=True):
         np.testing.assert_allclose(found.rows, expected.rows, rtol=0, atol=1e-5)
@@ -79,77 +78,38 @@ def test_text_is_the_clips(engine, clip):
     np.testing.assert_allclose(engine.encode_text(tokens.numpy()), expected, atol=1e-5)
 
 
-def test_warm_up_runs_both_graphs_at_both_batch_sizes(engine, monkeypatch):
-    seen = []
+def test_warm_up_runs_both_graphs_at_both_batch_sizes(bundle, monkeypatch):
+    engine, seen = Engine(bundle, Settings(batch_size=4)), []
     monkeypatch.setattr(engine, "explain", lambda pixels, details=(): seen.append(("vision", pixels.shape)))
     monkeypatch.setattr(engine, "encode_text", lambda tokens: seen.append(("text", len(tokens))))
-    engine.warm_up(4)
+    engine.warm_up()
     assert {shape for kind, shape in seen if kind == "vision"} == {(1, 3, 32, 32), (4, 3, 32, 32)}
     assert "text" in dict(seen)
 
 
+@pytest.mark.parametrize(
+    ("largest", "on_gpu", "batches"),
+    [(8, False, [1, 8]), (1, False, [1]), (8, True, [1, 2, 4, 8]), (6, True, [1, 2, 4, 6]), (1, True, [1])],
+)
+def test_sizes_of_batch(largest, on_gpu, batches):
+    assert _batches(largest, on_gpu) == batches
+
+
+@pytest.mark.parametrize(("count", "run"), [(1, 1), (3, 4), (4, 4), (5, 6), (7, 7)])
+def test_batches_are_filled_up_on_a_gpu_alone(bundle, make_pixels, monkeypatch, count, run):
+    engine, pixels = Engine(bundle, Settings(batch_size=6)), make_pixels(count).numpy()
+    plain = engine.explain(pixels)
+    engine.on_gpu, engine.batches = True, _batches(6, True)
+    sizes, session = [], engine.vision
+    monkeypatch.setattr(
+        engine, "vision", SimpleNamespace(run=lambda *a: sizes.append(len(a[1]["pixels"])) or session.run(*a))
+    )
+    found = engine.explain(pixels, [True] * count)
+    assert sizes == [run]
+    assert len(found) == count
+    for one, other in zip(found, plain, strict=True):
+        np.testing.assert_allclose(one.rows, other.rows, rtol=0, atol=1e-5)
+
+
 def test_the_provider_in_use_is_named(engine):
     assert engine.provider == "CPUExecutionProvider"
-
-
-def test_a_provider_that_is_not_there_is_refused(bundle, monkeypatch):
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    settings = Settings(bundle=bundle.path, provider="cuda")
-    for start in (lambda: wanted_provider(settings), lambda: Engine(bundle, settings)):
-        with pytest.raises(EngineError, match=r"VITRINE_PROVIDER=cuda.*only CPUExecutionProvider.*"):
-            start()
-
-
-@pytest.mark.skipif(
-    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA"
-)
-def test_cuda_is_refused_on_this_machine(bundle):
-    with pytest.raises(EngineError, match="vitrine\\[gpu\\]"):
-        Engine(bundle, Settings(bundle=bundle.path, provider="cuda"))
-
-
-def test_a_provider_that_onnxruntime_does_not_use_is_refused(bundle, monkeypatch):
-    """As when CUDA's libraries are missing: onnxruntime falls back to the CPU with a remark in its log."""
-    monkeypatch.setattr(service.engine, "wanted_provider", lambda settings: "CUDAExecutionProvider")
-
-    class FallsBack(onnxruntime.InferenceSession):
-        def __init__(self, path, options, providers):
-            super().__init__(path, options, providers=["CPUExecutionProvider"])
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", FallsBack)
-    with pytest.raises(EngineError, match=r"CUDAExecutionProvider could not be used for vision\.onnx"):
-        Engine(bundle, Settings(bundle=bundle.path, provider="cuda"))
-
-
-@pytest.mark.parametrize("threads", [0, 1, 3])
-def test_threads_are_as_set_or_those_available(bundle, threads):
-    engine = Engine(bundle, Settings(bundle=bundle.path, threads=threads))
-    for session in (engine.vision, engine.text):
-        assert session.get_session_options().intra_op_num_threads == (threads or available_processors())
-
-
-@pytest.mark.parametrize(
-    ("cpu_max", "processors"),
-    [
-        (None, 8),
-        ("max 100000", 8),
-        ("400000 100000", 4),
-        ("150000 100000", 1),
-        ("50000 100000", 1),
-        ("1600000 100000", 8),
-        ("200000 50000\n", 4),
-    ],
-)
-def test_available_processors_honour_the_containers_quota(monkeypatch, tmp_path, cpu_max, processors):
-    quota = tmp_path / "cpu.max"
-    if cpu_max is not None:
-        quota.write_text(cpu_max)
-    monkeypatch.setattr(service.engine, "Path", lambda path: quota if path == "/sys/fs/cgroup/cpu.max" else None)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert available_processors() == processors
-
-
-def test_available_processors_honour_the_affinity(monkeypatch, tmp_path):
-    monkeypatch.setattr(service.engine, "Path", lambda path: tmp_path / "missing")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
-    assert available_processors() == 2

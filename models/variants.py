@@ -1,0 +1,139 @@
+"""Faster variants of the vision graph, and the gate that each must pass before it is written.
+
+    int8   every product with a weight in 8 bits: weights per output channel, activations per call as they come
+           (ONNX Runtime's dynamic quantisation). For CPUs with VNNI.
+    fp16   the same products in half precision, everything between them in float32. For GPUs.
+
+Attention's own products, LayerNorms, the residual stream, the sparse decoding and, since the rows must add up to the
+embedding, the last two products (ln_post's projection and the fold of the rows) stay as they are: a variant's ledger
+adds up just as exactly, it accounts for a slightly other CLIP. How slightly is measured on real images: `Agreement`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+from models.bundle import DETAILS_INPUT, VISION_OUTPUTS, Agreement, Variant
+from models.ledger import Array, Decomposition, feature_contributions, logits
+
+EXACT = ("proj", "fold")  # weights of products that no variant touches
+TOP_FEATURES = 10
+
+
+def make_variant(model: onnx.ModelProto, variant: Variant) -> onnx.ModelProto:
+    """A variant of the float32 vision graph, which stays as it is."""
+    return {"int8": _int8, "fp16": _fp16}[variant](copy.deepcopy(model))
+
+
+def measure(
+    reference: Path, variant: Path, images: Sequence[NDArray[np.float32]], labels: Array, directions: Array, fold: Array
+) -> Agreement:
+    """How far two vision graphs agree on batches of normalised pixels [B, 3, H, W].
+
+    labels: unit embeddings [N, D] of what is predicted; directions [L, F, d], fold [d, D]: the bundle's tables.
+    """
+    same_top1, cosines, overlaps = [], [], []
+    for expected, found in zip(_run(reference, images), _run(variant, images), strict=True):
+        top1 = int(logits(expected.embedding, labels, 1.0).argmax())
+        same_top1.append(int(logits(found.embedding, labels, 1.0).argmax()) == top1)
+        ours, theirs = found.rows @ labels[top1], expected.rows @ labels[top1]
+        cosines.append(float(ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs))))
+        overlaps.append(
+            len(
+                _top_features(found, directions, fold, labels[top1])
+                & _top_features(expected, directions, fold, labels[top1])
+            )
+            / TOP_FEATURES
+        )
+    return Agreement(
+        images=len(cosines),
+        top1=float(np.mean(same_top1)),
+        ledger_cosine=float(np.mean(cosines)),
+        top_features=float(np.mean(overlaps)),
+    )
+
+
+def _run(path: Path, images: Iterable[NDArray[np.float32]]) -> Iterable[Decomposition]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for pixels in images:
+        feeds = {"pixels": pixels, DETAILS_INPUT: np.array(False)}
+        outputs = dict(zip(VISION_OUTPUTS, session.run(VISION_OUTPUTS, feeds), strict=True))
+        yield from (Decomposition.of_image(outputs, image) for image in range(len(pixels)))
+
+
+def _top_features(parts: Decomposition, directions: Array, fold: Array, direction: Array) -> set[tuple[int, int]]:
+    """(layer, feature) of the largest contributions to a label."""
+    contributions = np.abs(feature_contributions(parts, directions, fold, direction, 1.0))
+    order = np.argsort(-contributions, axis=None, kind="stable")[:TOP_FEATURES]
+    layers, places = np.unravel_index(order, contributions.shape)
+    return {(int(layer), int(parts.feature_indices[layer, place])) for layer, place in zip(layers, places, strict=True)}
+
+
+def _products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The products with a weight, each with a name, but for those that stay exact."""
+    weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    found = []
+    for number, node in enumerate(model.graph.node):
+        node.name = node.name or f"node-{number}"
+        if node.op_type == "MatMul" and node.input[1] in weights and node.input[1].split(".")[-1] not in EXACT:
+            found.append(node)
+    return found
+
+
+def _int8(model: onnx.ModelProto) -> onnx.ModelProto:
+    names = [node.name for node in _products(model)]
+    level = logging.getLogger().level
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "int8.onnx"
+        logging.getLogger().setLevel(logging.ERROR)  # it advises another tool
+        try:
+            quantize_dynamic(
+                model,
+                path,
+                op_types_to_quantize=["MatMul"],
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                nodes_to_quantize=names,
+                use_external_data_format=True,
+            )
+        finally:
+            logging.getLogger().setLevel(level)
+        return onnx.load(path)
+
+
+def _fp16(model: onnx.ModelProto) -> onnx.ModelProto:
+    products: Mapping[str, onnx.NodeProto] = {node.name: node for node in _products(model)}
+    weights = {node.input[1] for node in products.values()}
+    for tensor in model.graph.initializer:
+        if tensor.name in weights:
+            with np.errstate(over="ignore"):  # the gate tells
+                tensor.CopyFrom(
+                    numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), f"{tensor.name}.fp16")
+                )
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        if node.name not in products:
+            nodes.append(node)
+            continue
+        x, weight = node.input
+        (output,) = node.output
+        halves = [f"{node.name}.{part}.fp16" for part in ("in", "out")]
+        nodes += [
+            helper.make_node("Cast", [x], [halves[0]], to=TensorProto.FLOAT16),
+            helper.make_node("MatMul", [halves[0], f"{weight}.fp16"], [halves[1]], name=node.name),
+            helper.make_node("Cast", [halves[1]], [output], to=TensorProto.FLOAT),
+        ]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
