@@ -6,8 +6,10 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -262,19 +264,23 @@ def verify(bundle: Annotated[Path, typer.Argument(help="Bundle directory.")]) ->
     """Check a bundle: every file's sha256, that its graphs run, and that the account adds up."""
     import numpy as np
 
-    from models.bundle import BundleError, open_bundle
+    from models.bundle import BundleError, open_bundle, vision_file
     from service.engine import Engine
     from service.labels import LabelEncoder
+    from service.runtime import choose
     from service.settings import load_settings
 
     opened, console = open_bundle(bundle), _console()
     pixels = np.random.default_rng(0).standard_normal((2, 3, *opened.manifest.preprocessing.size), np.float32)
     directions, fold = opened.directions, opened.fold
-    engine = Engine(opened, load_settings())
-    for parts in engine.explain(pixels):
-        off = float(np.abs(parts.rows.sum(0) - parts.embedding).max())
-        if not off <= 1e-4:
-            raise BundleError(f"{bundle}: the rows of vision.onnx miss its embedding by {off:.1e}")
+    settings = load_settings()
+    runtime = choose(opened, settings.model_copy(update={"provider": "cpu", "precision": "fp32"}))
+    for precision in opened.manifest.precisions:
+        engine = Engine(opened, settings, replace(runtime, precision=precision))
+        for parts in engine.explain(pixels):
+            off = float(np.abs(parts.rows.sum(0) - parts.embedding).max())
+            if not off <= 1e-4:
+                raise BundleError(f"{bundle}: the rows of {vision_file(precision)} miss its embedding by {off:.1e}")
     text = opened.manifest.text
     labels = LabelEncoder(engine, capacity=1).encode(text.labels[:1], text.templates)
     if (directions.shape[2], labels.shape[1]) != fold.shape:
@@ -291,17 +297,59 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 3000,
 ) -> None:
     """Serve a bundle over HTTP with BentoML (settings: service/README.md)."""
-    from service.runtime import wanted_provider
+    from service.runtime import choose
     from service.settings import load_settings
 
-    wanted_provider(load_settings())  # here, and not in a worker that the server would start again and again
     opened = _open(bundle)
+    choose(opened, load_settings())  # here, and not in a worker that the server would start again and again
     _print_bundle(opened, _console())
     environment = {**os.environ, "VITRINE_BUNDLE": str(opened.path.resolve())}
     environment.setdefault("BENTOML_DO_NOT_TRACK", "True")
     command = [sys.executable, "-m", "bentoml", "serve", "service.app:Vitrine", "--host", host, "--port", str(port)]
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)  # noqa: S606  (no shell: nothing to quote)
+
+
+@app.command(epilog="Example: VITRINE_PRECISION=auto vitrine doctor --bundle bundles/b32")
+@_mendable
+def doctor(bundle: BundlePath = None) -> None:
+    """What the service would run on with the present settings, and why; then one inference to prove it."""
+    import numpy as np
+    import onnxruntime
+    from rich import box
+    from rich.table import Table
+
+    from models.bundle import vision_file
+    from service.engine import Engine
+    from service.runtime import available_processors, int8_instructions
+    from service.settings import load_settings
+
+    settings, opened, console = load_settings(), _open(bundle), _console()
+    engine = Engine(opened, settings)
+    runtime = engine.runtime
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("what", "is", "because"):
+        table.add_column(heading, overflow="fold")
+    processors, why = available_processors()
+    rows = [
+        ("bundle", f"{opened.manifest.name} {opened.digest[:19]}…", str(opened.path)),
+        ("ONNX Runtime", onnxruntime.__version__, f"has {', '.join(onnxruntime.get_available_providers())}"),
+        ("provider", runtime.provider, runtime.reasons["provider"]),
+        ("precision", runtime.precision, runtime.reasons["precision"]),
+        ("graph", vision_file(runtime.precision), f"the bundle has {', '.join(opened.manifest.precisions)}"),
+        ("int8 instructions", int8_instructions() or "none", "/proc/cpuinfo"),
+        ("processors", str(processors), why),
+        ("threads", str(runtime.threads), runtime.reasons["threads"]),
+        ("batches", ", ".join(map(str, engine.batches)), f"warmed up; VITRINE_BATCH_SIZE={settings.batch_size}"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    engine.warm_up()
+    pixels = np.zeros((1, 3, *opened.manifest.preprocessing.size), np.float32)
+    start = perf_counter()
+    engine.explain(pixels)
+    console.print(f"[green]the graphs run; one image took {(perf_counter() - start) * 1e3:.1f} ms")
 
 
 @app.command(epilog="Example: vitrine attribute photo.jpg --labels cat,dog,truck --contrast dog")

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from models.bundle import DETAILS, DETAILS_INPUT, VISION_OUTPUTS, Bundle, vision_file
 from models.ledger import Decomposition
-from service.runtime import PROVIDERS, choose, open_session
+from service.runtime import PROVIDERS, Runtime, choose, open_session
 from service.settings import Settings
 
 
@@ -19,9 +19,10 @@ class Engine:
     Raises `EngineError` when what is set cannot be had (`service.runtime`).
     """
 
-    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+    def __init__(self, bundle: Bundle, settings: Settings, runtime: Runtime | None = None) -> None:
+        """runtime: in place of what the settings would choose."""
         self.bundle = bundle
-        self.runtime = choose(bundle, settings)
+        self.runtime = runtime or choose(bundle, settings)
         self.vision = open_session(bundle.path / vision_file(self.runtime.precision), self.runtime)
         self.text = open_session(bundle.path / "text.onnx", self.runtime)
         self.on_gpu = self.provider != PROVIDERS["cpu"]

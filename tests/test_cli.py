@@ -16,7 +16,7 @@ import vitrine
 from models.bundle import open_bundle
 from service.schemas import AttributeResponse
 
-COMMANDS = ("pretrain", "train", "evaluate", "recipes", "export", "verify", "serve", "attribute")
+COMMANDS = ("pretrain", "train", "evaluate", "recipes", "export", "verify", "serve", "doctor", "attribute")
 LABELS = ["red circle", "green square", "blue triangle"]
 
 
@@ -107,6 +107,29 @@ def test_the_command_runs_as_a_process(bundle_path, photo):
         assert "Traceback" not in finished.stderr + finished.stdout
     assert finished.stderr.startswith("error: ")
     assert "manifest.json is missing" in finished.stderr
+
+
+# doctor
+
+
+def test_doctor_says_what_will_be_used_and_why(run, monkeypatch):
+    monkeypatch.setenv("VITRINE_THREADS", "1")
+    monkeypatch.setenv("VITRINE_PRECISION", "auto")
+    result = run("doctor")
+    assert result.exit_code == 0
+    lines = {line.split()[0]: line for line in result.output.splitlines() if line.strip()}
+    assert "CPUExecutionProvider" in lines["provider"]
+    assert "VITRINE_PROVIDER=cpu" in lines["provider"]
+    assert "fp32" in lines["precision"]
+    assert "auto: this CPU has" in lines["precision"]
+    assert "VITRINE_THREADS=1" in lines["threads"]
+    assert "one image took" in lines["the"]
+
+
+def test_doctor_names_what_cannot_be_had(refused, monkeypatch):
+    monkeypatch.setenv("VITRINE_PRECISION", "int8")
+    assert "VITRINE_PRECISION=int8, but the bundle tiny has only fp32" in refused("doctor")
+    assert "VITRINE_PRECISION=int8, but the bundle tiny has only fp32" in refused("serve")
 
 
 # verify
