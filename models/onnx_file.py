@@ -63,6 +63,7 @@ def save_onnx(model: onnx.ModelProto, path: Path) -> None:
     for tensor in model.graph.initializer:
         if tensor.name in SHARED and (file := path.with_name(f"{tensor.name}.npy")).exists():
             _point_at_npy(tensor, file)
+    _store_rows_once(model)
     _store_halves_losslessly(model)
     onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=EXTERNAL_FROM)
     path.with_name(f"{path.name}.data").chmod(0o644)  # onnx makes it the owner's alone; services run as others
@@ -120,6 +121,35 @@ def _strip(model: onnx.ModelProto) -> None:
     for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
         del part.metadata_props[:]
         part.ClearField("doc_string")
+
+
+def _store_rows_once(model: onnx.ModelProto) -> None:
+    """Of a table that is only looked up, and most of whose rows repeat, keep each row once, and its place for each.
+
+    The token embeddings of a CLIP of few words are 0 for all the others.
+    """
+    graph = model.graph
+    tables = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2 and tensor.dims[0]}
+    for node in graph.node:
+        inner = [name for attribute in node.attribute for part in attribute.g.node for name in part.input]
+        looked_up = node.op_type == "Gather" and not any(attribute.i for attribute in node.attribute)  # axis 0
+        for name in [*inner, *node.input[looked_up:]]:
+            tables.pop(name, None)
+    nodes = []
+    for node in graph.node:
+        tensor = tables.get(node.input[0]) if node.op_type == "Gather" else None
+        if tensor is not None and tensor.data_location != TensorProto.EXTERNAL:
+            rows, places = np.unique(onnx.numpy_helper.to_array(tensor), axis=0, return_inverse=True)
+            if 2 * len(rows) <= len(places):
+                name, place = tensor.name, f"{node.output[0]}.place"
+                del tables[name]
+                graph.initializer.append(onnx.numpy_helper.from_array(places.astype(np.int32), f"{name}.places"))
+                tensor.CopyFrom(onnx.numpy_helper.from_array(rows, name))
+                nodes.append(helper.make_node("Gather", [f"{name}.places", node.input[1]], [place]))
+                node.input[1] = place
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _store_halves_losslessly(model: onnx.ModelProto) -> None:

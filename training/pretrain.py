@@ -11,6 +11,7 @@ every colour. Its softmax is the one that zero-shot classification uses.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -218,7 +219,7 @@ class _Run:
         record = Record(recipe=self.recipe, epochs=done)
         for name, write in (
             (_state(len(done)), lambda path: save_file(state, path)),
-            (WEIGHTS, lambda path: save_file({key: tensor.half() for key, tensor in weights.items()}, path)),
+            (WEIGHTS, lambda path: save_file(self._published(weights), path)),
             (RECORD, lambda path: path.write_text(record.model_dump_json(indent=2))),
         ):
             write(out / f".{name}")
@@ -226,6 +227,16 @@ class _Run:
         for old in out.glob(_state("*")):
             if old.name != _state(len(done)):
                 old.unlink()
+
+    def _published(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """In float16, and 0 for tokens that no sentence has: what they would say is left from the random start."""
+        halves = {key: tensor.half() for key, tensor in weights.items()}
+        data = self.recipe.data
+        makers = itertools.product((class_prompts, coloured_prompts), data.templates)
+        seen = self.tokenizer([prompt for make, template in makers for prompt in make(data.labels, template)]).unique()
+        table = halves["token_embedding.weight"]
+        halves["token_embedding.weight"] = torch.zeros_like(table).index_copy(0, seen, table[seen])
+        return halves
 
     def restore(self, state: dict[str, Tensor], epochs: int) -> None:
         """Weights, Adam's moments and the place in the schedule, as they were after so many epochs."""

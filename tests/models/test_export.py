@@ -241,6 +241,28 @@ def test_weights_that_are_halves_are_stored_as_halves(tmp_path):
     np.testing.assert_allclose(found, module(x), rtol=1e-5)
 
 
+class _LookUp(torch.nn.Module):
+    def __init__(self, table, product=False):
+        super().__init__()
+        self.product = product
+        self.register_buffer("table", table)
+
+    def forward(self, tokens):
+        found = torch.nn.functional.embedding(tokens, self.table)
+        return self.table @ found.flatten(0, 1).T if self.product else found
+
+
+@pytest.mark.parametrize(("rows", "product", "stored"), [(500, False, 500), (600, False, 1000), (500, True, 1000)])
+def test_rows_that_repeat_are_stored_once(tmp_path, rows, product, stored):
+    table = torch.rand(rows, 8).repeat(2, 1)[:1000]
+    module, path, tokens = _LookUp(table, product), tmp_path / "table.onnx", torch.tensor([[0, 999, 500], [1, 1, 499]])
+    onnx_file.save_onnx(onnx_file.to_onnx(module, tokens, "tokens", ["y"]), path)
+    model = onnx.load(path)
+    assert [list(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) == 2] == [[stored, 8]]
+    (found,) = onnxruntime.InferenceSession(path).run(["y"], {"tokens": tokens.numpy()})
+    np.testing.assert_allclose(found, module(tokens), rtol=1e-6)
+
+
 def test_directions_that_are_halves_are_stored_once(tmp_path):
     directions = torch.arange(1024.0).view(32, 32) / 8
     np.save(tmp_path / "directions.npy", directions)
