@@ -310,7 +310,7 @@ def serve(
     os.execve(sys.executable, command, environment)  # noqa: S606  (no shell: nothing to quote)
 
 
-@app.command(epilog="Example: VITRINE_PRECISION=auto vitrine doctor --bundle bundles/b32")
+@app.command(epilog="Example: vitrine doctor --bundle bundles/b32")
 @_mendable
 def doctor(bundle: BundlePath = None) -> None:
     """What the service would run on with the present settings, and why; then one inference to prove it."""
