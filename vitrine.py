@@ -253,6 +253,7 @@ def export(
             named,
             variants,
             [pixels for pixels, _ in val.batches()] if val else [],
+            recipe.bundle.replacement,
             console.print,
         )
     _print_bundle(bundle, console)
@@ -273,14 +274,22 @@ def verify(bundle: Annotated[Path, typer.Argument(help="Bundle directory.")]) ->
     opened, console = open_bundle(bundle), _console()
     pixels = np.random.default_rng(0).standard_normal((2, 3, *opened.manifest.preprocessing.size), np.float32)
     directions, fold = opened.directions, opened.fold
-    settings = load_settings()
+    settings = load_settings().model_copy(update={"replacement": True})
     runtime = choose(opened, settings.model_copy(update={"provider": "cpu", "precision": "fp32"}))
     for precision in opened.manifest.precisions:
         engine = Engine(opened, settings, replace(runtime, precision=precision))
-        for parts in engine.explain(pixels):
+        found = engine.explain(pixels)
+        for parts in found:
             off = float(np.abs(parts.rows.sum(0) - parts.embedding).max())
             if not off <= 1e-4:
                 raise BundleError(f"{bundle}: the rows of {vision_file(precision)} miss its embedding by {off:.1e}")
+        if engine.can_replace and precision == "fp32":
+            embeddings, _ = engine.replace(pixels, np.zeros((opened.manifest.shape.layers, 2), bool))
+            off = float(np.abs(embeddings - np.stack([parts.embedding for parts in found])).max())
+            if not off <= 1e-4:
+                raise BundleError(
+                    f"{bundle}: with nothing replaced, replacement.onnx misses vision.onnx's embedding by {off:.1e}"
+                )
     text = opened.manifest.text
     labels = LabelEncoder(engine, capacity=1).encode(text.labels[:1], text.templates)
     if (directions.shape[2], labels.shape[1]) != fold.shape:
@@ -350,6 +359,40 @@ def doctor(bundle: BundlePath = None) -> None:
     start = perf_counter()
     engine.explain(pixels)
     console.print(f"[green]the graphs run; one image took {(perf_counter() - start) * 1e3:.1f} ms")
+
+
+@app.command(epilog="Example: vitrine replay photos --bundle models/demo --images 200")
+@_mendable
+def replay(
+    folder: Annotated[Path, typer.Argument(help="Of images, or of one folder of images a label.")],
+    bundle: BundlePath = None,
+    images: Annotated[int | None, typer.Option(min=1, help="A random sample of so many; default: all.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here, with C's matrix.")] = None,
+) -> None:
+    """Predict images with CLIP's MLPs replaced by the bundle's features: how well do these stand for those, there?"""
+    from rich.progress import track
+
+    from service.engine import Engine
+    from service.images import ImageLimits
+    from service.replay import print_replay
+    from service.replay import replay as run
+    from service.settings import load_settings
+
+    settings, console = load_settings(), _console()
+    engine = Engine(_open(bundle), settings.model_copy(update={"replacement": True}))
+    limits = ImageLimits(settings.max_image_pixels, settings.max_image_side)
+    found = run(
+        engine,
+        folder,
+        limits,
+        images,
+        seed,
+        lambda batches: track(batches, "replay", console=console, transient=True),
+    )
+    if json_file is not None:
+        json_file.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    print_replay(found, console)
 
 
 @app.command(epilog="Example: vitrine attribute photo.jpg --labels cat,dog,truck --contrast dog")

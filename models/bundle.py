@@ -3,6 +3,8 @@
     manifest.json        everything below, and the sha256 and size of every other file
     vision.onnx, .data   pixels -> `models.ledger.Decomposition` (names and shapes: `VISION_OUTPUTS`)
     vision.int8.onnx, vision.fp16.onnx, each with .data: optional, faster variants of it (`models.variants`)
+    replacement.onnx, .data: optional, the replacement model with C_{i->j} (`models.replacement_graph`); what it shares
+                         with vision.onnx it reads from that one's .data
     text.onnx, .data     `tokens` [N, context] -> `text_embedding` [N, D], unit
     tokenizer.json       Hugging Face `tokenizers`
     directions.npy       [L, F, d]: what one unit of a feature adds to the [CLS] residual, memory-mapped; the vision
@@ -67,7 +69,12 @@ DETAILS = (
     "attention_values",  # [B, L, T, d]
     "token_norms",  # [B, T]
 )
-
+# Inputs of replacement.onnx besides `pixels`, and its outputs.
+REPLACED_INPUT = "replaced"  # [L, 2] bool: `models.windows.replaced`
+REPLACEMENT_OUTPUTS = (
+    "embedding",  # [B, D]
+    "contributions",  # [B, 2, L, L]: C of [CLS] and in the mean over patches; by target, then by source
+)
 
 Variant = Literal["int8", "fp16"]
 Precision = Literal["fp32", "int8", "fp16"]
@@ -235,6 +242,11 @@ class Bundle:
         if table.shape != shape or not np.issubdtype(table.dtype, np.floating):
             raise BundleError(f"{self.path / name} is {table.dtype} {table.shape}, the manifest says {shape}")
         return table
+
+    @property
+    def has_replacement(self) -> bool:
+        """Whether there is a replacement.onnx."""
+        return "replacement.onnx" in self.manifest.files
 
     @cached_property
     def attention_fold(self) -> NDArray[np.floating] | None:

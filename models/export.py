@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from models.bundle import (
     DETAILS,
     DETAILS_INPUT,
+    REPLACED_INPUT,
+    REPLACEMENT_OUTPUTS,
     VISION_OUTPUTS,
     Agreement,
     Bundle,
@@ -42,6 +44,7 @@ from models.clt import Architecture, CrossLayerTranscoder
 from models.graph import AttributionGraph
 from models.label_sets import NamedLabels
 from models.onnx_file import ExportError, save_onnx, to_onnx
+from models.replacement_graph import ReplacementGraph
 from models.tokens import check_tokenizer, convert_tokenizer
 from models.variants import make_variant, measure
 
@@ -73,6 +76,7 @@ def export_bundle(
     label_sets: Mapping[str, NamedLabels] | None = None,
     variants: Sequence[Variant] = (),
     calibration: Sequence[Tensor] = (),
+    replacement: bool = False,
     say: Callable[[str], object] = print,
 ) -> Bundle:
     """Write the bundle `out`, after checking it against torch at batches of 1 and 5.
@@ -83,6 +87,7 @@ def export_bundle(
         label_sets: by name; their embeddings are made here, so that a service need not.
         variants: of the vision graph; one that does not agree with float32 on the images of `calibration` (batches of
             normalised pixels) is not written, which `say` is told.
+        replacement: with replacement.onnx, of which most is L (L + 1) / 2 decoders of a byte a number.
 
     Raises:
         ExportError: `out` exists (bundles are immutable), or the parity check failed.
@@ -116,6 +121,11 @@ def export_bundle(
         for name, labels in (label_sets or {}).items():
             _write_label_set(clip, labels, provenance.templates, partial / "label_sets" / name)
 
+        if replacement:
+            replacing, nothing = ReplacementGraph(clip.tower, clt, getattr(torch, tables)).eval(), _nothing(clt.layers)
+            made = to_onnx(replacing, pixels, "pixels", REPLACEMENT_OUTPUTS, fixed={REPLACED_INPUT: nothing})
+            save_onnx(made, partial / "replacement.onnx", beside=partial / "vision.onnx")
+            check_replacement(clip, replacing, partial / "replacement.onnx")
         check_vision(clip, graph, partial / "vision.onnx")
         check_text(text, clip.tokenizer(texts), partial / "text.onnx")
         default = clip.encode_labels(list(provenance.labels), list(provenance.templates)).numpy()
@@ -192,6 +202,36 @@ def check_vision(clip: Clip, graph: AttributionGraph, path: Path) -> None:
             _check_close(f"{name} at batch {batch}", found[name][same], torch_outputs[name][same], TOLERANCE)
     if not compared:
         raise ExportError("in every image a feature ties with the edge of its budget: nothing could be compared")
+
+
+def check_replacement(clip: Clip, graph: ReplacementGraph, path: Path) -> None:
+    """Raise `ExportError` unless replacement.onnx gives open_clip's embedding where nothing is replaced, and torch's
+    outputs whatever is.
+
+    Where a feature ties with the edge of its budget torch and ONNX Runtime may choose differently, and all that follows
+    differs: so it is the better half of the images that must agree.
+    """
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    some = torch.rand(graph.layers, 2, generator=generator) < 0.5
+    for batch, replaced in ((1, _nothing(graph.layers)), (5, _nothing(graph.layers)), (5, some), (5, ~some)):
+        pixels = torch.randn(batch, 3, *clip.tower.image_size, generator=generator)
+        feeds = {"pixels": pixels.numpy(), REPLACED_INPUT: replaced.numpy()}
+        found = session.run(REPLACEMENT_OUTPUTS, feeds)
+        with torch.no_grad():
+            expected = [output.numpy() for output in graph(pixels, replaced)]
+            plain = clip.model.encode_image(pixels, normalize=True).numpy()
+        if not replaced.any():
+            _check_close("replacement.onnx with nothing replaced", found[0], plain, TOLERANCE)
+        for name, ours, theirs in zip(REPLACEMENT_OUTPUTS, found, expected, strict=True):
+            off = np.abs(ours - theirs).reshape(batch, -1).max(1)
+            better = off <= np.median(off)
+            _check_close(f"{name} under replacement", ours[better], theirs[better], TOLERANCE)
+
+
+def _nothing(layers: int) -> Tensor:
+    """What replaces no MLP: [L, 2]."""
+    return torch.zeros(layers, 2, dtype=torch.bool)
 
 
 def check_text(text: nn.Module, tokens: Tensor, path: Path) -> None:

@@ -50,7 +50,7 @@ class AttributionGraph(nn.Module):
             )
         sparsifiers = [encoder.sparsifier for encoder in clt.encoders]
         self.tower, self.layers, self.features, self.signed = tower, clt.layers, clt.features, sparsifiers[0].signed
-        self.places = tuple(int(sparsifier.places_cls) for sparsifier in sparsifiers)  # of each layer
+        self.places = tuple(int(sparsifier.inference_places()) for sparsifier in sparsifiers)  # of each layer
         self.k = max(self.places)
         thresholds = [sparsifier.inference_threshold() for sparsifier in sparsifiers]
         last = clt.layers - 1  # after the last attention nothing but [CLS] is read
@@ -59,11 +59,7 @@ class AttributionGraph(nn.Module):
         self.register_buffer("fold", fold)
         self.register_buffer("beta", beta)
         self.register_buffer("prior", tower.prior().detach())
-        # Rounded to `tables`: kept so where rows are looked up, in float32 where a product reads all of it.
-        self.encoders = nn.ModuleList(
-            linear(encoder.weight.detach().to(tables).float(), encoder.bias.detach().to(tables).float())
-            for encoder in clt.encoders
-        )
+        self.encoders = served_encoders(clt, tables)
         by_rank = any(threshold is None for threshold in thresholds)
         self.register_buffer("threshold", None if by_rank else torch.stack(thresholds).to(tables).float())
         usable = torch.arange(self.k) < torch.tensor(self.places)[:, None]
@@ -102,7 +98,7 @@ class AttributionGraph(nn.Module):
         if earlier := len(self.last_decoders) // self.features:  # layers
             before = self._decode(self.last_decoders, indices[:, :earlier], values[:, :earlier])
             onto_last = torch.cat([before, onto_last], dim=1)
-        projection = F.pad(_projection(onto_last), (self.layers - onto_last.shape[1], 0))
+        projection = F.pad(projection_scores(onto_last, 1), (self.layers - onto_last.shape[1], 0))
 
         error = torch.stack(mlp_outs).sum(0) - written.sum(1) - self.bias
         batch = pixels.shape[0]
@@ -142,18 +138,7 @@ class AttributionGraph(nn.Module):
     def _encode(self, mlp_in: list[Tensor]) -> tuple[Tensor, Tensor]:
         """[CLS] of every layer, L times [B, 1, d], to its code, [B, L, k] each."""
         preactivations = torch.cat([encoder(x) for encoder, x in zip(self.encoders, mlp_in, strict=True)], dim=1)
-        if self.threshold is not None:
-            margin, indices = (preactivations - self.threshold).topk(self.k, dim=-1)
-            values = preactivations.gather(-1, indices).where(margin > 0, 0.0)
-        elif self.signed:
-            indices = preactivations.abs().topk(self.k, dim=-1).indices
-            values = preactivations.gather(-1, indices)
-        else:
-            best, indices = preactivations.topk(self.k, dim=-1)
-            values = best.relu()
-        if self.usable is not None:
-            values = values.where(self.usable, 0.0)
-        return indices, values
+        return sparse_code(preactivations, self.k, self.threshold, self.signed, self.usable)
 
     def _decode(self, table: Tensor, indices: Tensor, values: Tensor) -> Tensor:
         """sum_k z * table[feature], for each of the source layers that `indices` has: [B, layers, d]."""
@@ -174,10 +159,39 @@ class AttributionGraph(nn.Module):
         return torch.stack([r2, F.cosine_similarity(mlp, clt, dim=-1)], dim=-1)
 
 
-def _projection(onto_last: Tensor) -> Tensor:
-    """The paper's C_{i -> L-1} of [CLS] (arXiv 2604.13304): <c_i, y> / |y|^2 for y = sum_i c_i; [B, L, d] -> [B, L].
+def served_encoders(clt: CrossLayerTranscoder, tables: torch.dtype) -> nn.ModuleList:
+    """Every source layer's x -> pre-activations, its numbers rounded to `tables`: kept so where rows are looked up, in
+    float32 where, as here, a product reads all of it."""
+    return nn.ModuleList(
+        linear(encoder.weight.detach().to(tables).float(), encoder.bias.detach().to(tables).float())
+        for encoder in clt.encoders
+    )
 
-    All 0 where no feature that writes there is active, so that y = 0.
+
+def sparse_code(
+    preactivations: Tensor, k: int, threshold: Tensor | None, signed: bool, usable: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Pre-activations [..., F] to (features, activations) [..., k] each, as `models.sparsify` does outside training.
+
+    threshold [..., F] decides, or where it is None the rank, by magnitude if `signed`; usable [..., k] bool says which
+    places may be used, None: all.
     """
-    total = onto_last.sum(1, keepdim=True)
-    return (onto_last * total).sum(-1) / total.square().sum(-1).clamp_min(1e-12)
+    if threshold is not None:
+        margin, indices = (preactivations - threshold).topk(k, dim=-1)
+        values = preactivations.gather(-1, indices).where(margin > 0, 0.0)
+    elif signed:
+        indices = preactivations.abs().topk(k, dim=-1).indices
+        values = preactivations.gather(-1, indices)
+    else:
+        best, indices = preactivations.topk(k, dim=-1)
+        values = best.relu()
+    return indices, values if usable is None else values.where(usable, 0.0)
+
+
+def projection_scores(parts: Tensor, dim: int) -> Tensor:
+    """The paper's C_{i->j} of a token (arXiv 2604.13304): <c_i, y> / |y|^2 for y = sum_i c_i, the c_i along `dim`.
+
+    [..., d] -> [...], summing to 1 along `dim`; all 0 where no feature that writes there is active, so that y = 0.
+    """
+    total = parts.sum(dim, keepdim=True)
+    return (parts * total).sum(-1) / total.square().sum(-1).clamp_min(1e-12)

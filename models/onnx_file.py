@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper
-from onnx.external_data_helper import set_external_data
+from onnx.external_data_helper import ExternalDataInfo, set_external_data
 from torch import Tensor, nn
 
 from models.errors import VitrineError
@@ -33,20 +34,23 @@ def to_onnx(
     outputs: Sequence[str],
     on_request: Sequence[str] = (),
     flag: str = "",
+    fixed: Mapping[str, Tensor] | None = None,
 ) -> onnx.ModelProto:
-    """Export with a dynamic batch; weights are float32 constants of the model.
+    """Export with a dynamic batch; weights are constants of the model.
 
-    The module's last outputs, `on_request`, are computed where the boolean input `flag` is true; else their batch is 0.
+    `fixed`: further inputs, without a batch. The module's last outputs, `on_request`, are computed where the boolean
+    input `flag` is true; else their batch is 0.
     """
+    fixed = fixed or {}
     with _quiet_exporter():
         program = torch.onnx.export(
             module,
-            (example,),
+            (example, *fixed.values()),
             dynamo=True,
             opset_version=OPSET,
-            input_names=[input_name],
+            input_names=[input_name, *fixed],
             output_names=[*outputs, *on_request],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamic_shapes=({0: torch.export.Dim("batch")}, *[None] * len(fixed)),
             verbose=False,
         )
     assert program is not None
@@ -57,14 +61,16 @@ def to_onnx(
     return model
 
 
-def save_onnx(model: onnx.ModelProto, path: Path) -> None:
+def save_onnx(model: onnx.ModelProto, path: Path, beside: Path | None = None) -> None:
     """Write a model, which this changes. Large tensors go to `path`.data; the tables of `SHARED` are read from NAME.npy
-    beside it, which every variant of the model reads."""
+    beside it, which every variant of the model reads, and what the model `beside` has too, from its file."""
     for tensor in model.graph.initializer:
         if tensor.name in SHARED and (file := path.with_name(f"{tensor.name}.npy")).exists():
             _point_at_npy(tensor, file)
     _store_rows_once(model)
     _store_halves_losslessly(model)
+    if beside:
+        _read_from(model, beside)
     onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=EXTERNAL_FROM)
     path.with_name(f"{path.name}.data").chmod(0o644)  # onnx makes it the owner's alone; services run as others
 
@@ -182,6 +188,21 @@ def _point_at_npy(tensor: TensorProto, file: Path) -> None:
         raise ExportError(f"{tensor.name} and {file.name} hold different values")
     set_external_data(tensor, file.name, offset=mapped.offset, length=mapped.nbytes)
     tensor.ClearField("raw_data")
+
+
+def _read_from(model: onnx.ModelProto, other: Path) -> None:
+    """Let tensors read their bytes from the file of another model in the same folder that has the very same ones."""
+    places: dict[bytes, ExternalDataInfo] = {}
+    for tensor in onnx.load(other, load_external_data=False).graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            entry = ExternalDataInfo(tensor)
+            with (other.parent / entry.location).open("rb") as file:
+                file.seek(entry.offset or 0)
+                places[hashlib.sha256(file.read(entry.length or -1)).digest()] = entry
+    for tensor in model.graph.initializer:
+        if found := places.get(hashlib.sha256(tensor.raw_data).digest()):
+            set_external_data(tensor, found.location, offset=found.offset, length=found.length)
+            tensor.ClearField("raw_data")
 
 
 @contextmanager

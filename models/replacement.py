@@ -16,15 +16,14 @@ L layers, B images, T tokens, t tokens replaced an image, d width, K places of a
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from models.clip import Taps, Tower
 from models.clt import CrossLayerTranscoder, SortedCode
-
-Tokens = Literal["all", "cls", "patches"]
+from models.windows import Tokens
 
 
 class Replaced(NamedTuple):

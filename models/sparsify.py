@@ -59,14 +59,16 @@ class Sparsifier(nn.Module):
         """Active features a token [N]; with a gradient where the sparsifier learns how many."""
         return (values != 0).sum(-1).to(values.dtype)
 
-    def inference_threshold(self) -> Tensor | None:
-        """For [CLS], outside training: what a pre-activation must exceed [F], 0 or more; None where a rank decides."""
+    def inference_threshold(self, cls: bool = True) -> Tensor | None:
+        """Outside training, for [CLS] or patches: what a pre-activation must exceed [F], 0 or more; None where a rank
+        decides."""
         return None
 
-    @property
-    def places_cls(self) -> int:
-        """The places that [CLS] may use outside training."""
-        return self.k_cls if self.inference_threshold() is None else self.places
+    def inference_places(self, cls: bool = True) -> int:
+        """The places that [CLS] or a patch may use outside training."""
+        if self.inference_threshold(cls) is not None:
+            return self.places
+        return self.k_cls if cls else self.k
 
     def _within_budget(self, values: Tensor, is_cls: Tensor) -> Tensor:
         """`values`, best first, beyond each token's budget set to 0."""
@@ -127,7 +129,7 @@ class JumpReLU(Sparsifier):
         """Active features a token [N], differentiable (straight through) in the thresholds."""
         return _Step.apply(chosen, self.log_threshold.exp()[indices], self.bandwidth).sum(-1)
 
-    def inference_threshold(self) -> Tensor:
+    def inference_threshold(self, cls: bool = True) -> Tensor:
         return self.log_threshold.detach().exp()
 
 
@@ -157,8 +159,8 @@ class BatchTopK(Sparsifier):
             kept = positive > self.thresholds[is_cls.long()][:, None]
         return positive.where(kept, 0.0)
 
-    def inference_threshold(self) -> Tensor:
-        return self.thresholds[1].clamp_min(0).expand(self.features)
+    def inference_threshold(self, cls: bool = True) -> Tensor:
+        return self.thresholds[int(cls)].clamp_min(0).expand(self.features)
 
     @torch.no_grad()
     def _keep(self, values: Tensor, k: int, token_type: int) -> Tensor:

@@ -23,7 +23,7 @@ from service import metrics
 from service.batcher import Batcher
 from service.engine import Engine
 from service.errors import ServiceError, queue_full
-from service.explain import account, check_explain, lens, predict
+from service.explain import account, check_explain, lens, matrix, predict
 from service.images import ImageLimits, decode, to_pixels
 from service.labels import LabelEncoder, LabelSet
 from service.schemas import (
@@ -49,6 +49,7 @@ class Attributor:
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
         self.bundle, self.settings = bundle, settings
         self.model = Model(name=bundle.manifest.name, digest=bundle.digest)
+        self._nothing = np.zeros((bundle.manifest.shape.layers, 2), bool)  # replaced: CLIP as it is
         self._in_flight = 0
         self.limits = ImageLimits(settings.max_image_pixels, settings.max_image_side)
 
@@ -79,7 +80,7 @@ class Attributor:
     async def classify(self, image: bytes, request: ClassifyRequest, request_id: str) -> ClassifyResponse:
         """Predictions alone. Raises `ServiceError`."""
         timings: dict[str, float] = {}
-        parts, labels = await self._infer(image, *self._texts(request), timings)
+        parts, labels, _ = await self._infer(image, *self._texts(request), timings)
         with _stage("predict", timings):
             scale = self.bundle.manifest.logit_scale
             predictions = await self._run(predict, parts, labels, scale, request.top_k)
@@ -89,8 +90,9 @@ class Attributor:
         """Predictions and their account. Raises `ServiceError`."""
         texts, timings = self._texts(request), dict[str, float]()
         explain = request.explain
-        check_explain(explain, texts[0], self.settings.max_targets, self.bundle)
-        parts, labels = await self._infer(image, *texts, timings, details=explain.heatmap or explain.lens)
+        check_explain(explain, texts[0], self.settings.max_targets, self.engine)
+        details = explain.heatmap or explain.lens
+        parts, labels, contributions = await self._infer(image, *texts, timings, details, explain.matrix)
         with _stage("ledger", timings):
             predictions, explanations, lens_layers, fidelity = await self._run(self._account, parts, labels, request)
         metrics.FIDELITY_R2.observe(fidelity.r2)
@@ -101,6 +103,7 @@ class Attributor:
             predictions=predictions,
             explanations=explanations,
             lens=lens_layers,
+            matrix=None if contributions is None else matrix(contributions),
             fidelity=fidelity,
             timings_ms=timings,
         )
@@ -120,17 +123,23 @@ class Attributor:
         templates: tuple[str, ...],
         timings: dict[str, float],
         details: bool = False,
-    ) -> tuple[Decomposition, LabelSet]:
-        """The image's decomposition and the labels' embeddings; the stages' times go into `timings`."""
+        with_matrix: bool = False,
+    ) -> tuple[Decomposition, LabelSet, NDArray[np.floating] | None]:
+        """The image's decomposition, the labels' embeddings and, if wanted, C [2, L, L] (`Engine.replace`); the stages'
+        times go into `timings`."""
         with self._admitted():
             with _stage("decode", timings):
                 pixels = await self._run(self._decode, image)
             with _stage("labels", timings):
                 label_set = await self.labels.resolve(labels, templates, self.batcher.run)
             inference = await self.batcher.submit(pixels, details)
+            contributions = None
+            if with_matrix:
+                with _stage("matrix", timings):
+                    _, (contributions,) = await self.batcher.run(self.engine.replace, pixels[None], self._nothing)
         _note("queue", inference.queue_ms, timings)
         _note("inference", inference.inference_ms, timings)
-        return inference.parts, label_set
+        return inference.parts, label_set, contributions
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:

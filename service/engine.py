@@ -7,14 +7,22 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from models.bundle import DETAILS, DETAILS_INPUT, VISION_OUTPUTS, Bundle, vision_file
+from models.bundle import (
+    DETAILS,
+    DETAILS_INPUT,
+    REPLACED_INPUT,
+    REPLACEMENT_OUTPUTS,
+    VISION_OUTPUTS,
+    Bundle,
+    vision_file,
+)
 from models.ledger import Decomposition
 from service.runtime import PROVIDERS, Runtime, choose, open_session
 from service.settings import Settings
 
 
 class Engine:
-    """Runs a bundle's two graphs. Thread-safe, but one thread at a time makes the best use of the processors.
+    """Runs a bundle's graphs. Thread-safe, but one thread at a time makes the best use of the processors.
 
     Raises `EngineError` when what is set cannot be had (`service.runtime`).
     """
@@ -25,6 +33,8 @@ class Engine:
         self.runtime = runtime or choose(bundle, settings)
         self.vision = open_session(bundle.path / vision_file(self.runtime.precision), self.runtime)
         self.text = open_session(bundle.path / "text.onnx", self.runtime)
+        replacing = bundle.has_replacement and settings.replacement
+        self._replacement = open_session(bundle.path / "replacement.onnx", self.runtime) if replacing else None
         self.on_gpu = self.provider != PROVIDERS["cpu"]
         self.batches = _batches(settings.batch_size, self.on_gpu)
 
@@ -55,12 +65,26 @@ class Engine:
         wanted = details or [False] * count
         return [Decomposition.of_image(outputs, image, wanted[image]) for image in range(count)]
 
+    @property
+    def can_replace(self) -> bool:
+        """Whether `replace` can be asked for: the bundle has the graph, and the settings do not leave it out."""
+        return self._replacement is not None
+
+    def replace(
+        self, pixels: NDArray[np.float32], replaced: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Normalised pixels [B, 3, H, W] under replacement (`models.windows.replaced`): (unit embeddings [B, D],
+        C_{i->j} [B, 2, L, L] of [CLS] and of the patches, by target and source)."""
+        assert self._replacement is not None
+        found = self._replacement.run(REPLACEMENT_OUTPUTS, {"pixels": pixels, REPLACED_INPUT: replaced})
+        return found[0], found[1]
+
     def encode_text(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """Tokens [N, context] to unit text embeddings [N, D]."""
         return self.text.run(["text_embedding"], {"tokens": tokens})[0]
 
     def warm_up(self) -> None:
-        """Run both graphs once at every size of batch that matters, so that no request pays for it."""
+        """Run the graphs once at every size of batch that matters, so that no request pays for it."""
         manifest = self.bundle.manifest
         for batch in self.batches:
             pixels = np.zeros((batch, 3, *manifest.preprocessing.size), np.float32)
@@ -68,6 +92,8 @@ class Engine:
             if self.has_details:
                 self.explain(pixels, [True] * batch)
             self.encode_text(np.zeros((batch, manifest.text.context), np.int64))
+        if self.can_replace:
+            self.replace(pixels[:1], np.zeros((manifest.shape.layers, 2), bool))
 
 
 def _batches(largest: int, on_gpu: bool) -> list[int]:

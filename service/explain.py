@@ -9,6 +9,7 @@ from models import ledger
 from models.bundle import Bundle
 from models.heatmap import heat_map
 from models.ledger import Decomposition
+from service.engine import Engine
 from service.errors import ServiceError
 from service.labels import LabelSet
 from service.schemas import (
@@ -20,17 +21,26 @@ from service.schemas import (
     LayerAccount,
     LedgerAccount,
     LensLayer,
+    Matrix,
     Prediction,
 )
 
 
-def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int, bundle: Bundle) -> None:
-    """Raise `ServiceError` invalid_request if `explain` names what is not among the labels or in the bundle, or too
-    much."""
+def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int, engine: Engine) -> None:
+    """Raise `ServiceError` invalid_request if `explain` names what is not among the labels, what the bundle cannot
+    answer, or too much."""
+    bundle = engine.bundle
     if (explain.heatmap or explain.lens) and bundle.attention_fold is None:
         raise ServiceError(
             "invalid_request",
             f"the bundle {bundle.manifest.name!r} is older than heat maps and the lens: export it again",
+        )
+    if explain.matrix and not engine.can_replace:
+        reason = (
+            "VITRINE_REPLACEMENT=false" if bundle.has_replacement else "its recipe has no `bundle.replacement = true`"
+        )
+        raise ServiceError(
+            "invalid_request", f"`explain.matrix` needs the replacement graph of {bundle.manifest.name!r}: {reason}"
         )
     if explain.targets and len(explain.targets) > max_targets:
         raise ServiceError(
@@ -39,6 +49,12 @@ def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int, b
     known = set(labels)
     if unknown := [label for label in (*(explain.targets or ()), explain.contrast) if label and label not in known]:
         raise ServiceError("invalid_request", f"not among the labels: {', '.join(map(repr, unknown[:5]))}")
+
+
+def matrix(contributions: NDArray[np.floating]) -> Matrix:
+    """Of one image's C [2, L, L]."""
+    of_cls, of_patches = contributions.tolist()
+    return Matrix(cls=of_cls, patches=of_patches)
 
 
 def predict(parts: Decomposition, labels: LabelSet, logit_scale: float, top_k: int) -> list[Prediction]:

@@ -41,14 +41,7 @@ class Explain(_Request):
     )
     heatmap: bool = Field(default=False, description="split each target's attention rows by patch and by head")
     lens: bool = Field(default=False, description="the prediction as it stands after each layer")
-    matrix: bool = Field(default=False, description="not in this version: only false")
-
-    @field_validator("matrix")
-    @classmethod
-    def _not_yet(cls, wanted: bool) -> bool:
-        if wanted:
-            raise ValueError("not in this version; leave it out")
-        return wanted
+    matrix: bool = Field(default=False, description="how much of each layer's output every source layer writes")
 
 
 class ClassifyRequest(_Request):
@@ -150,6 +143,16 @@ class LensLayer(BaseModel):
     entropy: float = Field(description="of the probabilities over all labels, in nats")
 
 
+class Matrix(BaseModel):
+    """C_{i->j} (arXiv 2604.13304): what part of a target layer's output j the features of a source layer i write.
+
+    A list per target layer with a number per source layer: they sum to 1, or are all 0 where no feature is active.
+    """
+
+    cls: list[list[float]] = Field(description="at [CLS]")
+    patches: list[list[float]] = Field(description="in the mean over patches")
+
+
 class Explanation(BaseModel):
     target: str
     contrast: str | None
@@ -181,6 +184,7 @@ class AttributeResponse(BaseModel):
     predictions: list[Prediction]
     explanations: list[Explanation]
     lens: list[LensLayer] | None = None
+    matrix: Matrix | None = None
     fidelity: Fidelity
     timings_ms: dict[str, float]
 

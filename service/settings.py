@@ -31,6 +31,9 @@ class Settings(BaseSettings):
         default="fp32",
         description="of the vision graph: int8 for CPUs, fp16 for GPUs, where the bundle has them; auto: the fastest",
     )
+    replacement: bool = Field(
+        default=True, description="load the bundle's replacement graph, where it has one, for `explain.matrix`"
+    )
     gpu_memory_bytes: NonNegativeInt = Field(default=0, description="the most that CUDA may take; 0: no limit")
     tensorrt_cache: Path | None = Field(
         default=None, description="directory where TensorRT keeps its engines, which take minutes to build"

@@ -231,8 +231,9 @@ def provenance(recipe):
 
 @pytest.fixture(scope="session")
 def bundle(clip, clt, cls_mean, provenance, tmp_path_factory):
-    """The exported and opened bundle of `clip` and `clt`."""
-    return export_bundle(clip, clt, cls_mean, provenance, tmp_path_factory.mktemp("bundles") / "tiny")
+    """The exported and opened bundle of `clip` and `clt`, with the replacement graph."""
+    out = tmp_path_factory.mktemp("bundles") / "tiny"
+    return export_bundle(clip, clt, cls_mean, provenance, out, replacement=True)
 
 
 # A CLT of every sparsifier, cross-layer and per-layer, with budgets that differ by layer and token type.

@@ -8,15 +8,16 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 import vitrine
-from models.bundle import open_bundle
+from models.bundle import open_bundle, seal
 from service.schemas import AttributeResponse
 
-COMMANDS = ("pretrain", "train", "evaluate", "recipes", "export", "verify", "serve", "doctor", "attribute")
+COMMANDS = ("pretrain", "train", "evaluate", "recipes", "export", "verify", "serve", "doctor", "replay", "attribute")
 LABELS = ["red circle", "green square", "blue triangle"]
 
 
@@ -132,6 +133,26 @@ def test_doctor_names_what_cannot_be_had(refused, monkeypatch):
     assert "VITRINE_PRECISION=int8, but the bundle tiny has only fp32" in refused("serve")
 
 
+# replay
+
+
+def test_replay_prints_and_writes_its_figures(run, data_root, tmp_path):
+    result = run("replay", data_root / "val", "--images", 6, "--json", tmp_path / "figures.json")
+    assert result.exit_code == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["images"], len(figures["rows"])) == (6, 9)
+    assert f"6 images, 3 labels; CLIP's own top-1 {figures['top1']:.2%}" in result.output
+    lines = [line.split() for line in result.output.splitlines()]
+    for row in figures["rows"]:
+        points = 100 * (row["top1"] - figures["top1"])
+        numbers = f"{row['top1']:.2%}", f"{points:+.2f}", f"{row['agreement']:.2%}", f"{row['divergence']:.4f}"
+        assert [str(row["first"]), "to", "2", row["tokens"], *numbers] in lines
+
+
+def test_replay_of_nothing_is_refused(refused, tmp_path):
+    assert "has no images" in refused("replay", tmp_path)
+
+
 # verify
 
 
@@ -140,6 +161,17 @@ def test_verify_accepts_a_good_bundle(run, bundle):
     assert result.exit_code == 0
     assert bundle.manifest.name in result.output
     assert bundle.digest[:19] in result.output
+
+
+def test_verify_names_a_replacement_graph_of_another_clip(refused, damaged, bundle):
+    """Well-formed and listed, but with the head of another CLIP."""
+    model = onnx.load(damaged / "replacement.onnx")
+    projection = next(tensor for tensor in model.graph.initializer if tensor.name.startswith("tower.visual.proj"))
+    values = onnx.numpy_helper.to_array(projection)
+    projection.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(values[::-1]), projection.name))
+    onnx.save_model(model, damaged / "replacement.onnx", save_as_external_data=True, location="replacement.onnx.data")
+    seal(damaged, bundle.manifest)
+    assert "with nothing replaced, replacement.onnx misses vision.onnx's embedding by" in refused("verify", damaged)
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,12 @@ from rich.console import Console
 from models.bundle import ClipIdentity, Metrics, file_sha256
 from models.clip import Clip
 from models.clt import CrossLayerTranscoder
+from models.windows import TOKENS, paper_windows
 from training.checkpoint import CheckpointMeta, check_clip, load_clt
 from training.evaluation.bootstrap import Bootstrap
-from training.evaluation.cascades import paper_windows
 from training.evaluation.faithfulness import RANDOM_ORDERS, TOP
 from training.evaluation.held_out import HeldOut
 from training.evaluation.measure import Plan, measure
-from training.evaluation.reconstruction import TOKENS
 from training.evaluation.results import Comparison, Contributions, Results, Seeds
 
 

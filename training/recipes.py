@@ -223,6 +223,9 @@ class BundleSection(Section):
         default=("int8", "fp16"),
         description="faster vision graphs, each written if it agrees with float32 on val images",
     )
+    replacement: bool = Field(
+        default=False, description="the replacement graph: `explain.matrix`, `vitrine replay`; every decoder, in bytes"
+    )
 
 
 class Recipe(Section):

@@ -49,9 +49,12 @@ def test_round_trip(bundle, clip, clt, provenance):
     assert manifest.logit_scale == pytest.approx(1 / 0.07)
 
 
+OPTIONAL = "attention.npy", "last_decoders.npy", "replacement.onnx", "replacement.onnx.data"
+
+
 def test_manifest_lists_every_file_with_its_checksum(bundle):
     files = {file.name for file in bundle.path.iterdir()} - {MANIFEST}
-    assert files == set(bundle.manifest.files) == {*REQUIRED, "attention.npy", "last_decoders.npy"}
+    assert files == set(bundle.manifest.files) == {*REQUIRED, *OPTIONAL}
     for name, entry in bundle.manifest.files.items():
         content = (bundle.path / name).read_bytes()
         assert (entry.bytes, entry.sha256) == (len(content), hashlib.sha256(content).hexdigest())

@@ -67,7 +67,7 @@ def test_rows_and_projection_are_what_the_clt_writes(clip, any_clt, taps, cls_me
     found = outputs(clip, clt, make_pixels, cls_mean)
     codes, active = cls_codes(clt, taps["mlp_in"])
     if all_places_in_use:
-        places = torch.tensor([encoder.sparsifier.places_cls for encoder in clt.encoders])
+        places = torch.tensor([encoder.sparsifier.inference_places() for encoder in clt.encoders])
         assert ((active != 0).sum(-1) == places).all()
     written = torch.zeros(3, IMAGES, 32, dtype=torch.float64)
     biases = torch.zeros(32, dtype=torch.float64)

@@ -213,7 +213,7 @@ def test_thresholds_for_serving():
 @pytest.mark.parametrize(("kind", "places"), list(zip(KINDS, (1, 1, 6, 6), strict=True)))
 def test_places_of_cls(kind, places):
     sparsifier = make_sparsifier(kind, 8, k=3, k_cls=1)
-    assert sparsifier.places_cls == places
+    assert sparsifier.inference_places() == places
     assert sparsifier.places == (3 if places == 1 else 6)
 
 

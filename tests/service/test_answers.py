@@ -42,8 +42,10 @@ def test_every_format_is_answered(server, picture, format):
 
 def test_answer_has_exactly_the_fields_of_the_contract(server, picture):
     answer = server.attribute(picture())
-    assert set(answer) == {"request_id", "model", "predictions", "explanations", "lens", "fidelity", "timings_ms"}
-    assert answer["lens"] is answer["explanations"][0]["heatmap"] is None
+    assert set(answer) == {
+        "request_id", "model", "predictions", "explanations", "lens", "matrix", "fidelity", "timings_ms"
+    }  # fmt: skip
+    assert answer["lens"] is answer["matrix"] is answer["explanations"][0]["heatmap"] is None
     assert set(answer["model"]) == {"name", "digest"}
     assert set(answer["fidelity"]) == {"r2", "cosine", "error_share", "reconstructed_top1_agrees"}
     assert set(answer["timings_ms"]) == {"decode", "labels", "queue", "inference", "ledger"}
@@ -108,6 +110,18 @@ def test_heat_maps_split_the_attention_rows(server, picture):
     assert answer["lens"] is None
 
 
+def test_matrix_sums_to_one_and_ends_with_the_projection(server, picture):
+    answer = server.attribute(picture(), explain={"matrix": True})
+    for of_type in answer["matrix"].values():
+        assert len(of_type) == LAYERS
+        for target, row in enumerate(of_type):
+            assert sum(row) == pytest.approx(1, abs=1e-5)
+            assert row[target + 1 :] == [0] * (LAYERS - 1 - target)
+    projection = [layer["projection"] for layer in answer["explanations"][0]["layers"]]
+    assert answer["matrix"]["cls"][-1] == pytest.approx(projection, abs=0.02)  # bytes for what is float32 there
+    assert answer["timings_ms"]["matrix"] > 0
+
+
 def test_lens_ends_with_the_prediction(server, picture):
     answer = server.attribute(picture(), explain={"lens": True}, top_k=len(LABELS))
     assert [layer["layer"] for layer in answer["lens"]] == list(range(LAYERS))
@@ -118,12 +132,13 @@ def test_lens_ends_with_the_prediction(server, picture):
 
 def test_details_change_nothing_else(server, picture):
     plain = server.attribute(picture(), explain=EVERYTHING)
-    detailed = server.attribute(picture(), explain={**EVERYTHING, "heatmap": True, "lens": True})
+    detailed = server.attribute(picture(), explain={**EVERYTHING, "heatmap": True, "lens": True, "matrix": True})
     for explanation in detailed["explanations"]:
         assert explanation.pop("heatmap")
     assert detailed.pop("lens")
+    assert detailed.pop("matrix")
     for answer in (plain, detailed):
-        for name in ("request_id", "timings_ms", "lens"):
+        for name in ("request_id", "timings_ms", "lens", "matrix"):
             answer.pop(name, None)
         for explanation in answer["explanations"]:
             explanation.pop("heatmap", None)

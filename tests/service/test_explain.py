@@ -1,15 +1,19 @@
 """From decompositions to accounts: the service's numbers are `models.ledger`'s."""
 
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from models import ledger
+from service.engine import Engine
 from service.errors import ServiceError
 from service.explain import account, check_explain, lens, predict
 from service.labels import LabelSet
 from service.schemas import Explain
+from service.settings import Settings
 
 NAMES = ("cat", "dog", "car", "tree")
 
@@ -127,8 +131,8 @@ def test_equal_labels_keep_their_order(parts, scale):
     "explain",
     [Explain(), Explain(targets=["cat"]), Explain(targets=["cat"] * 3, contrast="dog"), Explain(contrast="cat")],
 )
-def test_explain_within_its_bounds_is_accepted(explain, bundle):
-    check_explain(explain, NAMES, 3, bundle)
+def test_explain_within_its_bounds_is_accepted(explain, engine):
+    check_explain(explain, NAMES, 3, engine)
 
 
 @pytest.mark.parametrize(
@@ -139,9 +143,9 @@ def test_explain_within_its_bounds_is_accepted(explain, bundle):
         (Explain(targets=["cat"] * 4), "4"),
     ],
 )
-def test_explain_out_of_bounds_is_refused_by_name(explain, named, bundle):
+def test_explain_out_of_bounds_is_refused_by_name(explain, named, engine):
     with pytest.raises(ServiceError, match=named) as caught:
-        check_explain(explain, NAMES, 3, bundle)
+        check_explain(explain, NAMES, 3, engine)
     assert caught.value.code == "invalid_request"
 
 
@@ -149,9 +153,24 @@ def test_explain_out_of_bounds_is_refused_by_name(explain, named, bundle):
 def test_details_of_a_bundle_that_has_none_are_refused(bundle, wanted):
     files = {name: entry for name, entry in bundle.manifest.files.items() if name != "attention.npy"}
     older = replace(bundle, manifest=bundle.manifest.model_copy(update={"files": files}))
-    check_explain(Explain(), NAMES, 3, older)
+    old_engine = SimpleNamespace(bundle=older)
+    check_explain(Explain(), NAMES, 3, old_engine)
     with pytest.raises(ServiceError, match="'tiny' is older than heat maps and the lens: export it again") as caught:
-        check_explain(Explain(**{wanted: True}), NAMES, 3, older)
+        check_explain(Explain(**{wanted: True}), NAMES, 3, old_engine)
+    assert caught.value.code == "invalid_request"
+
+
+@pytest.mark.parametrize(
+    ("has_replacement", "reason"),
+    [(True, "VITRINE_REPLACEMENT=false"), (False, "its recipe has no `bundle.replacement = true`")],
+)
+def test_matrix_without_the_graph_is_refused(bundle, has_replacement, reason):
+    files = {name: entry for name, entry in bundle.manifest.files.items() if not name.startswith("replacement")}
+    without = replace(bundle, manifest=bundle.manifest.model_copy(update={"files": files}))
+    engine = Engine(bundle if has_replacement else without, Settings(replacement=False))
+    check_explain(Explain(), NAMES, 3, engine)
+    with pytest.raises(ServiceError, match=re.escape(f"needs the replacement graph of 'tiny': {reason}")) as caught:
+        check_explain(Explain(matrix=True), NAMES, 3, engine)
     assert caught.value.code == "invalid_request"
 
 
@@ -170,7 +189,7 @@ def test_entropy_of_a_certain_prediction_is_zero(engine, bundle, make_pixels):
     assert lens(parts, certain, logit_scale=1e4)[-1].entropy == 0
 
 
-def test_a_long_list_of_unknown_targets_is_not_recited(bundle):
+def test_a_long_list_of_unknown_targets_is_not_recited(engine):
     with pytest.raises(ServiceError) as caught:
-        check_explain(Explain(targets=[f"unknown {i}" for i in range(30)]), NAMES, 32, bundle)
+        check_explain(Explain(targets=[f"unknown {i}" for i in range(30)]), NAMES, 32, engine)
     assert len(caught.value.message) < 200

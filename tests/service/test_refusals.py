@@ -185,7 +185,7 @@ BAD_FIELDS = {
     "contrast is a list": ({"explain": {"contrast": ["cat"]}}, "explain.contrast"),
     "features is negative": ({"explain": {"features": -1}}, "explain.features"),
     "features is NaN": ({"explain": {"features": math.nan}}, "explain.features"),
-    "matrix": ({"explain": {"matrix": True}}, "explain.matrix"),
+    "matrix is a list": ({"explain": {"matrix": [True]}}, "explain.matrix"),
     "heatmap is a number": ({"explain": {"heatmap": 2}}, "explain.heatmap"),
 }
 

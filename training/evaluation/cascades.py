@@ -1,8 +1,4 @@
-"""Which layers are replaced together, and what CLIP still predicts: cascaded replacement, window by window.
-
-The paper's windows are layers 0-11, 3-11, 7-11 and 10-11 of 12. A tower of another depth gets the same fractions, and
-the last two layers.
-"""
+"""What CLIP still predicts under cascaded replacement, window by window (`models.windows`)."""
 
 from __future__ import annotations
 
@@ -11,16 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from models.replacement import Known, Replacement, Tokens
+from models.replacement import Known, Replacement
+from models.windows import TOKENS, Tokens
 from training.evaluation.bootstrap import Bootstrap
-from training.evaluation.reconstruction import TOKENS
 from training.evaluation.results import Cascade, Estimate
-
-
-def paper_windows(layers: int) -> list[range]:
-    """The windows measured for a tower of so many layers, the longest first."""
-    starts = {min(round(layers * start / 12), layers - 1) for start in (0, 3, 7, 10)} | {max(0, layers - 2)}
-    return [range(start, layers) for start in sorted(starts)]
 
 
 def divergence(own: Tensor, found: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from models.clt import CrossLayerTranscoder, SortedCode
-from models.replacement import Tokens
+from models.windows import Tokens
 
 CLS, PATCHES = 0, 1  # places of the token types in sums
 

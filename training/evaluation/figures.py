@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from models.windows import TOKENS
 from training.evaluation import paper
-from training.evaluation.reconstruction import TOKENS
 from training.evaluation.results import Cascade, Estimate, Matrix, Results, Spread
 from training.evaluation.tables import RANKING_NAMES, TOKEN_NAMES
 

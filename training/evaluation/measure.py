@@ -20,14 +20,15 @@ from torch import Tensor
 
 from models.clip import Clip, Taps
 from models.clt import CrossLayerTranscoder, SortedCode
-from models.replacement import Known, Replacement, Tokens
+from models.replacement import Known, Replacement
 from models.sparsify import Code
+from models.windows import TOKENS, Tokens
 from training.activations import activations
 from training.evaluation.cascades import Cascades
 from training.evaluation.contributions import CLS, PATCHES, ScoreMean, add_codes, by_type, centred, mean_contributions
 from training.evaluation.faithfulness import RANKINGS, Interventions, ranked
 from training.evaluation.held_out import HeldOut
-from training.evaluation.reconstruction import TOKENS, Reconstruction
+from training.evaluation.reconstruction import Reconstruction
 from training.evaluation.retrieval import Gallery
 
 

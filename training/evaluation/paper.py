@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.replacement import Tokens
 from models.sparsify import Kind
+from models.windows import Tokens
 
 LAYERS = 12
 

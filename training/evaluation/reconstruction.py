@@ -19,11 +19,9 @@ import torch
 from torch import Tensor
 
 from models.clt import CrossLayerTranscoder, SortedCode
-from models.replacement import Tokens
+from models.windows import TOKENS, Tokens
 from training.evaluation.bootstrap import Bootstrap
 from training.evaluation.results import LayerFigures, TokenFigures
-
-TOKENS: tuple[Tokens, ...] = ("all", "cls", "patches")
 
 
 class Reconstruction:

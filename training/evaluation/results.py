@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from models.bundle import ClipIdentity
-from models.replacement import Tokens
+from models.windows import Tokens
 from training.recipes import Recipe
 
 FORMAT = 1

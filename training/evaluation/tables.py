@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from models.windows import TOKENS
 from training.evaluation import paper
 from training.evaluation.faithfulness import TOP
-from training.evaluation.reconstruction import TOKENS
 from training.evaluation.results import Estimate, LayerFigures, Results, TokenFigures
 
 TOKEN_NAMES = {"all": "all", "cls": "[CLS]", "patches": "patches"}

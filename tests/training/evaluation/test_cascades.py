@@ -1,22 +1,11 @@
-"""Windows, and what a prediction under replacement counts as."""
+"""What a prediction under replacement counts as."""
 
 import pytest
 import torch
 
 from models.replacement import Known, Replaced
 from training.evaluation.bootstrap import Bootstrap
-from training.evaluation.cascades import Cascades, divergence, paper_windows
-
-
-@pytest.mark.parametrize(
-    ("layers", "starts"),
-    [(12, [0, 3, 7, 10]), (24, [0, 6, 14, 20, 22]), (3, [0, 1, 2]), (2, [0, 1]), (1, [0])],
-)
-def test_windows_are_the_papers_fractions(layers, starts):
-    windows = paper_windows(layers)
-    assert windows == [range(start, layers) for start in starts]
-    assert range(layers) in windows
-    assert range(max(0, layers - 2), layers) in windows
+from training.evaluation.cascades import Cascades, divergence
 
 
 def test_divergence_by_hand():

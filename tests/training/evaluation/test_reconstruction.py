@@ -4,8 +4,9 @@ import pytest
 import torch
 from torchmetrics import R2Score
 
+from models.windows import TOKENS
 from training.evaluation.bootstrap import Bootstrap
-from training.evaluation.reconstruction import TOKENS, Reconstruction, chosen_tokens
+from training.evaluation.reconstruction import Reconstruction, chosen_tokens
 
 
 @pytest.fixture(scope="module")
