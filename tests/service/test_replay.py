@@ -63,7 +63,7 @@ def test_figures_are_the_torch_models(found, expected, engine):
 
 
 def test_accuracies_by_hand(engine, data_root, monkeypatch):
-    """Of three labels with 4 images each, in their order: CLIP takes the second for the first, the replacement takes all
+    """Of three labels with 4 images each: CLIP takes the second for the first, the replacement takes all
     for the first, but leaves CLIP's word for it where only patches are replaced."""
     manifest = engine.bundle.manifest
     names = LabelEncoder(engine, 3).encode(LABELS, manifest.text.templates)

@@ -1,0 +1,37 @@
+"""The engine's benchmark runs and says what it measured. What it measures is no test's business."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+VARIANTS = {
+    "plain", "plain int8", "ledger", "ledger int8", "ledger, details", "account", "account, heatmap", "torch", "hooks",
+    "input x gradient", "integrated gradients",
+}  # fmt: skip
+
+
+def test_engine_benchmark_writes_a_row_for_every_variant(tmp_path):
+    command = [sys.executable, ROOT / "loadtests/engine.py", "--quick", "--pairs", "1", "--cache", tmp_path / "cache"]
+    finished = subprocess.run(
+        [*command, "--json", tmp_path / "rows.json"], capture_output=True, text=True, cwd=ROOT, timeout=600
+    )
+    assert finished.returncode == 0, finished.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    for batch, expected in (
+        (1, VARIANTS),
+        (8, VARIANTS - {"torch", "hooks", "input x gradient", "integrated gradients"}),
+    ):
+        found = [row for row in rows if row["batch"] == batch and "labels" not in row["variant"]]
+        assert {row["variant"] for row in found if row["variant"] != "memory"} == expected
+    for row in rows:
+        if row["variant"] != "memory":
+            assert set(row) == {"variant", "shape", "features", "k", "batch", "median_ms", "ratio_to_plain"}
+            assert row["median_ms"] > 0
+            assert math.isfinite(row["ratio_to_plain"])
+    (memory,) = (row for row in rows if row["variant"] == "memory")
+    assert memory["peak_bytes"] > memory["weights_bytes"] > 0
+    for variant in VARIANTS:
+        assert variant in finished.stdout
