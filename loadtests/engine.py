@@ -59,7 +59,7 @@ from models.clt import Architecture, Encoder
 from models.graph import AttributionGraph
 from models.ledger import Decomposition
 from models.onnx_file import save_onnx, to_onnx
-from models.variants import make_variant
+from models.variants import make_variant, preselect
 from service.explain import account
 from service.labels import LabelSet
 from service.runtime import PROVIDERS, available_processors
@@ -158,7 +158,7 @@ def graphs(cache: Path, shape: Shape, features: int, k: int) -> tuple[Path, Path
 
 def _write(model: Any, folder: Path) -> None:
     int8 = make_variant(model, "int8")
-    save_onnx(model, folder / "fp32.onnx")
+    save_onnx(preselect(model), folder / "fp32.onnx")
     save_onnx(int8, folder / "int8.onnx")  # last: its presence says that all are there
 
 

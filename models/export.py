@@ -46,7 +46,7 @@ from models.label_sets import NamedLabels
 from models.onnx_file import ExportError, save_onnx, to_onnx
 from models.replacement_graph import ReplacementGraph
 from models.tokens import check_tokenizer, convert_tokenizer
-from models.variants import make_variant, measure
+from models.variants import make_variant, measure, preselect
 
 TOLERANCE = 1e-4  # relative to the largest value of an output, torch against ONNX Runtime
 ADDITIVITY = 1e-5  # rows against embedding, unit norm
@@ -113,7 +113,7 @@ def export_bundle(
         pixels = torch.zeros(2, 3, *clip.tower.image_size)
         vision = to_onnx(graph, pixels, "pixels", VISION_OUTPUTS, DETAILS, DETAILS_INPUT)
         faster = {variant: make_variant(vision, variant) for variant in variants}
-        save_onnx(vision, partial / "vision.onnx")
+        save_onnx(preselect(vision), partial / "vision.onnx")
         text = _TextGraph(clip.model).eval()
         tokens = torch.zeros(2, clip.context, dtype=torch.long)
         save_onnx(to_onnx(text, tokens, "tokens", ("text_embedding",)), partial / "text.onnx")
@@ -152,7 +152,7 @@ def _gated(
     if not calibration:
         raise ExportError(f"{variant} must be checked against float32: give images for it")
     path = bundle / vision_file(variant)
-    save_onnx(model, path)
+    save_onnx(model, path, beside=bundle / "vision.onnx")
     tables = np.load(bundle / "directions.npy", mmap_mode="r"), np.load(bundle / "fold.npy")[:-1]
     images = [pixels.numpy() for pixels in calibration]
     found = measure(bundle / "vision.onnx", path, images, labels, *tables)

@@ -6,7 +6,10 @@ here depends on labels. Outputs: `models.bundle.VISION_OUTPUTS`; mathematics: `m
 which the exported graph computes on request alone (`models.onnx_file`).
 
 All layers are encoded by one top-k, whatever the sparsifier: `_encode` is what `models.sparsify` does
-to [CLS] outside training, for layers of different budgets at once.
+to [CLS] outside training, for layers of different budgets at once. It goes in two steps, for at a batch of one it is
+reading the encoders that an account costs: one product over all features finds four times as many candidates as there
+are places, and their pre-activations are then computed anew, from their own rows. So the first product may be coarse
+(`models.variants.preselect` makes it one of bytes) and what comes out is what the exact encoders say.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from torch import Tensor, nn
 from models.attention import Attention, linear
 from models.clip import Tower
 from models.clt import CrossLayerTranscoder
+
+CANDIDATES = 4  # features looked at closely, for each place of a code
 
 
 class AttributionGraph(nn.Module):
@@ -41,6 +46,8 @@ class AttributionGraph(nn.Module):
     bias: Tensor
     cls_mean: Tensor
     offsets: Tensor
+    encoder_rows: Tensor  # [L * F, d], in `tables`
+    encoder_biases: Tensor
 
     def __init__(self, tower: Tower, clt: CrossLayerTranscoder, cls_mean: Tensor, tables: torch.dtype) -> None:
         super().__init__()
@@ -60,6 +67,11 @@ class AttributionGraph(nn.Module):
         self.register_buffer("beta", beta)
         self.register_buffer("prior", tower.prior().detach())
         self.encoders = served_encoders(clt, tables)
+        self.candidates = min(self.features, CANDIDATES * self.k)
+        encoders = clt.encoders
+        self.register_buffer("encoder_rows", torch.cat([encoder.weight.detach() for encoder in encoders]).to(tables))
+        biases = torch.stack([encoder.bias.detach() for encoder in encoders])
+        self.register_buffer("encoder_biases", biases.to(tables).float())  # [L, F]
         by_rank = any(threshold is None for threshold in thresholds)
         self.register_buffer("threshold", None if by_rank else torch.stack(thresholds).to(tables).float())
         usable = torch.arange(self.k) < torch.tensor(self.places)[:, None]
@@ -137,14 +149,29 @@ class AttributionGraph(nn.Module):
 
     def _encode(self, mlp_in: list[Tensor]) -> tuple[Tensor, Tensor]:
         """[CLS] of every layer, L times [B, 1, d], to its code, [B, L, k] each."""
-        preactivations = torch.cat([encoder(x) for encoder, x in zip(self.encoders, mlp_in, strict=True)], dim=1)
-        return sparse_code(preactivations, self.k, self.threshold, self.signed, self.usable)
+        coarse = torch.cat([encoder(x) for encoder, x in zip(self.encoders, mlp_in, strict=True)], dim=1)
+        rank = coarse if self.threshold is None else coarse - self.threshold
+        found = (rank.abs() if self.signed else rank).topk(self.candidates, dim=-1).indices  # [B, L, C]
+        rows = self._rows(self.encoder_rows, found)  # [B, L, C, d]
+        exact = torch.matmul(rows, torch.cat(mlp_in, dim=1)[..., None])[..., 0]
+
+        def of_found(table: Tensor) -> Tensor:
+            """[L, F] -> [B, L, C]"""
+            return table.flatten().index_select(0, (found + self.offsets).flatten()).view(found.shape)
+
+        exact = exact + of_found(self.encoder_biases)
+        threshold = None if self.threshold is None else of_found(self.threshold)
+        places, values = sparse_code(exact, self.k, threshold, self.signed, self.usable)
+        return found.gather(-1, places), values
 
     def _decode(self, table: Tensor, indices: Tensor, values: Tensor) -> Tensor:
         """sum_k z * table[feature], for each of the source layers that `indices` has: [B, layers, d]."""
+        return torch.matmul(values[:, :, None], self._rows(table, indices))[:, :, 0]
+
+    def _rows(self, table: Tensor, indices: Tensor) -> Tensor:
+        """A row a feature of a [layers * F, d] table, for each of the layers that `indices` has: [B, layers, k, d]."""
         places = (indices + self.offsets[: indices.shape[1]]).flatten()
-        rows = table.index_select(0, places).float().view(*indices.shape, -1)  # [B, L, k, d]
-        return torch.matmul(values[:, :, None], rows)[:, :, 0]
+        return table.index_select(0, places).float().view(*indices.shape, -1)
 
     def _sigma(self, residual: Tensor) -> Tensor:
         """ln_post's standard deviation of [..., d]."""

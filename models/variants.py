@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,67 @@ TOP_FEATURES = 10
 def make_variant(model: onnx.ModelProto, variant: Variant) -> onnx.ModelProto:
     """A variant of the float32 vision graph, which stays as it is."""
     return {"int8": _int8, "fp16": _fp16}[variant](copy.deepcopy(model))
+
+
+def preselect(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Make the encoders' products, which find the candidates alone, ones of bytes; this changes `model`.
+
+    Weights in 8 bits with a scale a feature, [CLS] in 8 bits with a scale an image and layer. A quarter of what float32
+    would read, and these products do nothing but read. [CLS]'s bytes are unsigned about 128: signed ones have no fast
+    product on CPUs. (CUDA has none for unsigned ones: there ONNX Runtime leaves these to the CPU; fp16 has none.)
+    """
+    graph = model.graph
+    biased = {name: node for node in graph.node if node.op_type == "Add" for name in node.input}
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    encoders = {
+        node.input[0] if node.input[1] == name else node.input[1]
+        for name, node in biased.items()
+        if re.fullmatch(r"encoders\.\d+\.bias", name)
+    }
+    if not encoders:
+        return model
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type != "MatMul" or node.output[0] not in encoders:
+            nodes.append(node)
+            continue
+        x, name = node.input
+        weight = numpy_helper.to_array(tensors[name])  # [d, F]
+        scale = np.maximum(np.abs(weight).max(0), 1e-12) / 127
+        graph.initializer.extend(
+            [
+                numpy_helper.from_array(np.round(weight / scale).astype(np.int8), f"{name}.bytes"),
+                numpy_helper.from_array(scale.astype(np.float32), f"{name}.scale"),
+            ]
+        )
+        graph.initializer.remove(tensors.pop(name))
+        own = f"{name}.x"
+        nodes += [
+            helper.make_node("Abs", [x], [f"{own}.abs"]),
+            helper.make_node("ReduceMax", [f"{own}.abs", "preselect.last"], [f"{own}.max"], keepdims=1),
+            helper.make_node("Max", [f"{own}.max", "preselect.least"], [f"{own}.some"]),
+            helper.make_node("Mul", [f"{own}.some", "preselect.step"], [f"{own}.scale"]),
+            helper.make_node("Div", [x, f"{own}.scale"], [f"{own}.steps"]),
+            helper.make_node("Round", [f"{own}.steps"], [f"{own}.round"]),
+            helper.make_node("Add", [f"{own}.round", "preselect.middle"], [f"{own}.about"]),
+            helper.make_node("Cast", [f"{own}.about"], [f"{own}.bytes"], to=TensorProto.UINT8),
+            helper.make_node("MatMulInteger", [f"{own}.bytes", f"{name}.bytes", "preselect.zero"], [f"{own}.sums"]),
+            helper.make_node("Cast", [f"{own}.sums"], [f"{own}.float"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", [f"{own}.float", f"{name}.scale"], [f"{own}.scaled"]),
+            helper.make_node("Mul", [f"{own}.scaled", f"{own}.scale"], list(node.output)),
+        ]
+    graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.array([-1]), "preselect.last"),
+            numpy_helper.from_array(np.array(1e-12, np.float32), "preselect.least"),
+            numpy_helper.from_array(np.array(1 / 127, np.float32), "preselect.step"),
+            numpy_helper.from_array(np.array(128, np.float32), "preselect.middle"),
+            numpy_helper.from_array(np.array(128, np.uint8), "preselect.zero"),
+        ]
+    )
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return model
 
 
 def measure(
@@ -92,7 +154,7 @@ def _products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 
 def _int8(model: onnx.ModelProto) -> onnx.ModelProto:
-    names = [node.name for node in _products(model)]
+    names = [node.name for node in _products(preselect(model))]
     level = logging.getLogger().level
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "int8.onnx"

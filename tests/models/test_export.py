@@ -93,8 +93,8 @@ def test_text_graph_and_tokenizer_embed_labels_as_clip_does(bundle, clip):
         ("directions", "rows|sigma_without|fidelity"),
         ("cls_mean", "fidelity"),
         ("last_decoders", "projection"),
-        ("encoders.1.weight", "feature"),
-        ("encoders.2.bias", "feature"),
+        ("encoder_rows", "feature"),
+        ("encoder_biases", "feature"),
         ("attention.0.out.bias", "feature"),
         ("attention.2.key_value.weight", "feature"),
     ],
@@ -103,6 +103,14 @@ def test_check_notices_another_table(clip, graph, bundle, table, named):
     other = deepcopy(graph)
     other.state_dict()[table][::2] *= 1.1
     with pytest.raises(ExportError, match=f"^({named})"):
+        check_vision(clip, other, bundle.path / "vision.onnx")
+
+
+def test_check_notices_candidates_of_other_encoders(clip, graph, bundle):
+    """What finds the candidates decides nothing else, so it takes another order to be noticed."""
+    other = deepcopy(graph)
+    other.state_dict()["encoders.1.weight"].neg_()
+    with pytest.raises(ExportError, match=r"^feature"):
         check_vision(clip, other, bundle.path / "vision.onnx")
 
 

@@ -1,5 +1,6 @@
 """Faster variants of the vision graph: what they touch, how exactly they add up, and the gate before them."""
 
+import copy
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ from models import export
 from models.bundle import DETAILS, DETAILS_INPUT, VISION_OUTPUTS, Agreement, BundleError, open_bundle, seal
 from models.export import ExportError, export_bundle
 from models.onnx_file import to_onnx
-from models.variants import make_variant, measure
+from models.variants import make_variant, measure, preselect
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,29 @@ def test_rows_of_a_variant_add_up_just_as_exactly(variant, model, make_pixels):
     np.testing.assert_allclose(found["lens"][:, -1], found["embedding"], rtol=0, atol=1e-5)
     off = np.abs(found["rows"] - expected["rows"]).max()
     assert 1e-6 < off < (0.2 if variant[0] == "int8" else 0.02)  # another graph, but not by much
+
+
+def test_candidates_are_found_by_bytes_and_looked_at_exactly(model, make_pixels):
+    changed = preselect(copy.deepcopy(model))
+    assert sum(node.op_type == "MatMulInteger" for node in changed.graph.node) == 3
+    names = {tensor.name for tensor in changed.graph.initializer}
+    replaced = [tensor.name for tensor in model.graph.initializer if tensor.name not in names]
+    assert len(replaced) == 3  # nothing is left of them but the bytes
+    assert {f"{name}.bytes" for name in replaced} < names
+    pixels = make_pixels(5, seed=4).numpy()
+    found, expected = run(changed, pixels), run(model, pixels)
+    for name in VISION_OUTPUTS:
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=2e-5, err_msg=name)
+
+
+def test_nothing_to_encode_is_no_division_by_zero(model):
+    """LayerNorms without weight and bias: the encoders read zeros."""
+    changed = preselect(copy.deepcopy(model))
+    for tensor in changed.graph.initializer:
+        if ".ln_2." in tensor.name:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros(tensor.dims, np.float32), tensor.name))
+    found = run(changed, np.zeros((2, 3, 32, 32), np.float32))
+    assert all(np.isfinite(found[name]).all() for name in VISION_OUTPUTS)
 
 
 def test_agreement_is_what_it_says(bundle, model, variant, clip, make_pixels, tmp_path):

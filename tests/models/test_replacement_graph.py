@@ -114,11 +114,11 @@ def test_exported_graph_is_the_torch_module(bundle, clip, clt, make_pixels):
 
 
 def test_weights_that_vision_has_are_not_stored_again(bundle):
-    """CLIP's and the encoders' lie in vision.onnx.data: what is new are the decoders, a byte a number and their scales,
-    and the last block's queries, keys and values, which are apart there."""
+    """CLIP's lie in vision.onnx.data: what is new are the encoders, of which that has the bytes, the decoders, a byte a
+    number and their scales, and the last block's queries, keys and values, which are apart there."""
     size = (bundle.path / "replacement.onnx.data").stat().st_size
-    decoders = 6 * 64 * (32 + 4)
-    assert decoders < size < decoders + 3 * 32 * 32 * 4 + 4096  # and what the format aligns
+    new = 6 * 64 * (32 + 4) + 3 * 64 * 32 * 4
+    assert new < size < new + 3 * 32 * 32 * 4 + 4096  # and what the format aligns
 
 
 def test_bundle_without_it(any_bundle):
