@@ -306,17 +306,18 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 3000,
 ) -> None:
     """Serve a bundle over HTTP with BentoML (settings: service/README.md)."""
+    os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # BentoML reads it when it is imported
     from service.runtime import choose
     from service.settings import load_settings
 
-    opened = _open(bundle)
-    choose(opened, load_settings())  # here, and not in a worker that the server would start again and again
+    settings, opened = load_settings(), _open(bundle)
+    choose(opened, settings)  # here, and not in a worker that the server would start again and again
+    os.environ["VITRINE_BUNDLE"] = str(opened.path.absolute())  # links stay: a reload follows them anew
+    from service.supervisor import serve as run
+
     _print_bundle(opened, _console())
-    environment = {**os.environ, "VITRINE_BUNDLE": str(opened.path.resolve())}
-    environment.setdefault("BENTOML_DO_NOT_TRACK", "True")
-    command = [sys.executable, "-m", "bentoml", "serve", "service.app:Vitrine", "--host", host, "--port", str(port)]
     sys.stdout.flush()
-    os.execve(sys.executable, command, environment)  # noqa: S606  (no shell: nothing to quote)
+    run(host, port)
 
 
 @app.command(epilog="Example: vitrine doctor --bundle bundles/b32")

@@ -7,10 +7,9 @@ loop only waits. Used by the HTTP routes and by the command line alike.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
-from time import perf_counter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,15 +28,22 @@ from service.labels import LabelEncoder, LabelSet
 from service.schemas import (
     AttributeRequest,
     AttributeResponse,
+    Attribution,
+    BatchItem,
+    BatchResponse,
     ClassifyRequest,
     ClassifyResponse,
+    EmbedRequest,
+    EmbedResponse,
     Explanation,
     Fidelity,
+    ItemError,
     LensLayer,
     Model,
     Prediction,
 )
 from service.settings import Settings
+from service.stages import note, stage
 
 Result = TypeVar("Result")
 
@@ -66,40 +72,114 @@ class Attributor:
         async with AsyncExitStack() as stack:  # a start that fails leaves no thread behind
             self._pool = stack.enter_context(ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode"))
             self.batcher = await stack.enter_async_context(
-                Batcher(self.engine.explain, settings.batch_size, settings.queue_size)
+                Batcher(self.engine.explain, settings.batch_size, settings.queue_size, settings.batch_wait_ms)
             )
             await self.batcher.run(self.engine.warm_up)
             await self.labels.add({DEFAULT: self.labels.named[DEFAULT], **self._label_sets}, self.batcher.run)
             self._running = stack.pop_all()
-        metrics.BUNDLE.labels(self.model.name, self.model.digest, self.engine.provider).set(1)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._running.aclose()
 
+    def announce(self) -> None:
+        """Say in /metrics that this bundle is in service."""
+        metrics.BUNDLE.labels(self.model.name, self.model.digest, self.engine.provider).set(1)
+
+    def withdraw(self) -> None:
+        """Say that it no longer is."""
+        metrics.BUNDLE.labels(self.model.name, self.model.digest, self.engine.provider).set(0)
+
+    @property
+    def capacity(self) -> int:
+        """Images that find a place at once."""
+        return self.settings.queue_size + self.settings.batch_size
+
+    @property
+    def max_batch(self) -> int:
+        """Images in one request."""
+        return min(self.settings.max_batch, self.capacity)
+
     async def classify(self, image: bytes, request: ClassifyRequest, request_id: str) -> ClassifyResponse:
         """Predictions alone. Raises `ServiceError`."""
         timings: dict[str, float] = {}
-        parts, labels, _ = await self._infer(image, *self._texts(request), timings)
-        with _stage("predict", timings):
+        with self._admitted():
+            parts, labels, _ = await self._infer(image, *self._texts(request), timings)
+        with stage("predict", timings):
             scale = self.bundle.manifest.logit_scale
             predictions = await self._run(predict, parts, labels, scale, request.top_k)
         return ClassifyResponse(request_id=request_id, model=self.model, predictions=predictions, timings_ms=timings)
 
     async def attribute(self, image: bytes, request: AttributeRequest, request_id: str) -> AttributeResponse:
         """Predictions and their account. Raises `ServiceError`."""
-        texts, timings = self._texts(request), dict[str, float]()
-        explain = request.explain
-        check_explain(explain, texts[0], self.settings.max_targets, self.engine)
-        details = explain.heatmap or explain.lens
-        parts, labels, contributions = await self._infer(image, *texts, timings, details, explain.matrix)
-        with _stage("ledger", timings):
-            predictions, explanations, lens_layers, fidelity = await self._run(self._account, parts, labels, request)
-        metrics.FIDELITY_R2.observe(fidelity.r2)
-        metrics.ERROR_SHARE.observe(fidelity.error_share)
-        return AttributeResponse(
+        texts = self._checked(request)
+        with self._admitted():
+            found = await self._attribute(image, request, *texts)
+        return AttributeResponse(request_id=request_id, model=self.model, **dict(found))
+
+    async def attribute_batch(
+        self, images: Sequence[bytes | ServiceError], request: AttributeRequest, request_id: str
+    ) -> BatchResponse:
+        """The same for each of at most `max_batch` images; an image that cannot be answered has its error in its place.
+
+        Raises `ServiceError` for what concerns all of them. They are admitted together or not at all.
+        """
+        texts = self._checked(request)
+
+        async def item(image: bytes | ServiceError) -> BatchItem:
+            try:
+                if isinstance(image, ServiceError):
+                    raise image
+                return BatchItem(status=200, answer=await self._attribute(image, request, *texts), error=None)
+            except ServiceError as error:
+                metrics.REJECTED.labels(error.code).inc()
+                problem = ItemError(code=error.code, message=error.message, details=error.details)
+                return BatchItem(status=error.status, answer=None, error=problem)
+
+        with self._admitted(len(images)):
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(item(image)) for image in images]
+        return BatchResponse(request_id=request_id, model=self.model, results=[task.result() for task in tasks])
+
+    async def embed(self, image: bytes | None, request: EmbedRequest, request_id: str) -> EmbedResponse:
+        """Unit embeddings of an image, of texts, or of both. Raises `ServiceError`."""
+        if image is None and request.texts is None:
+            raise ServiceError("missing_image", "send an image, `texts`, or both")
+        timings: dict[str, float] = {}
+        embedding = texts = None
+        if request.texts is not None:
+            self._check_texts(tuple(request.texts), ("{}",))
+            with stage("labels", timings):
+                texts = (await self.labels.resolve(tuple(request.texts), ("{}",), self.batcher.run)).embeddings
+        if image is not None:
+            with self._admitted():
+                with stage("decode", timings):
+                    pixels = await self._run(self._decode, image)
+                embedding = (await self._submit(pixels, timings)).embedding
+        return EmbedResponse(
             request_id=request_id,
             model=self.model,
+            embedding=None if embedding is None else embedding.tolist(),
+            text_embeddings=None if texts is None else texts.tolist(),
+            timings_ms=timings,
+        )
+
+    def _checked(self, request: AttributeRequest) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        texts = self._texts(request)
+        check_explain(request.explain, texts[0], self.settings.max_targets, self.engine)
+        return texts
+
+    async def _attribute(
+        self, image: bytes, request: AttributeRequest, labels: tuple[str, ...], templates: tuple[str, ...]
+    ) -> Attribution:
+        timings, explain = dict[str, float](), request.explain
+        parts, label_set, contributions = await self._infer(
+            image, labels, templates, timings, explain.heatmap or explain.lens, explain.matrix
+        )
+        with stage("ledger", timings):
+            predictions, explanations, lens_layers, fidelity = await self._run(self._account, parts, label_set, request)
+        _observe(explanations, fidelity)
+        return Attribution(
             predictions=predictions,
             explanations=explanations,
             lens=lens_layers,
@@ -127,37 +207,43 @@ class Attributor:
     ) -> tuple[Decomposition, LabelSet, NDArray[np.floating] | None]:
         """The image's decomposition, the labels' embeddings and, if wanted, C [2, L, L] (`Engine.replace`); the stages'
         times go into `timings`."""
-        with self._admitted():
-            with _stage("decode", timings):
-                pixels = await self._run(self._decode, image)
-            with _stage("labels", timings):
-                label_set = await self.labels.resolve(labels, templates, self.batcher.run)
-            inference = await self.batcher.submit(pixels, details)
-            contributions = None
-            if with_matrix:
-                with _stage("matrix", timings):
-                    _, (contributions,) = await self.batcher.run(self.engine.replace, pixels[None], self._nothing)
-        _note("queue", inference.queue_ms, timings)
-        _note("inference", inference.inference_ms, timings)
-        return inference.parts, label_set, contributions
+        with stage("decode", timings):
+            pixels = await self._run(self._decode, image)
+        with stage("labels", timings):
+            label_set = await self.labels.resolve(labels, templates, self.batcher.run)
+        parts = await self._submit(pixels, timings, details)
+        contributions = None
+        if with_matrix:
+            with stage("matrix", timings):
+                _, (contributions,) = await self.batcher.run(self.engine.replace, pixels[None], self._nothing)
+        return parts, label_set, contributions
+
+    async def _submit(
+        self, pixels: NDArray[np.float32], timings: dict[str, float], details: bool = False
+    ) -> Decomposition:
+        inference = await self.batcher.submit(pixels, details)
+        note("queue", inference.queue_ms, timings, ended_ms_ago=inference.inference_ms)
+        note("inference", inference.inference_ms, timings)
+        return inference.parts
 
     @contextmanager
-    def _admitted(self) -> Iterator[None]:
-        """A place among the images being decoded, waiting or inferred. Raises `ServiceError` queue_full at once."""
-        if self._in_flight >= self.settings.queue_size + self.settings.batch_size:
+    def _admitted(self, images: int = 1) -> Iterator[None]:
+        """Places among the images being decoded, waiting or inferred. Raises `ServiceError` queue_full at once."""
+        if self._in_flight + images > self.capacity:
             raise queue_full()
-        self._in_flight += 1
+        self._in_flight += images
+        metrics.IN_FLIGHT.inc(images)
         try:
             yield
         finally:
-            self._in_flight -= 1
+            self._in_flight -= images
+            metrics.IN_FLIGHT.dec(images)
 
     def _decode(self, image: bytes) -> NDArray[np.float32]:
         return to_pixels(decode(image, self.limits), self.bundle.manifest.preprocessing, self.limits)
 
     def _texts(self, request: ClassifyRequest) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """(labels, templates) of a request, defaults filled in, within the limits."""
-        settings = self.settings
         if request.labels is not None and request.label_set is not None:
             raise ServiceError("invalid_request", "give `labels` or `label_set`, not both")
         name = request.label_set or DEFAULT
@@ -168,6 +254,12 @@ class Attributor:
             return named.labels, named.templates or self.labels.default_templates
         labels = tuple(request.labels or named.labels)
         templates = tuple(request.templates or self.labels.default_templates)
+        self._check_texts(labels, templates)
+        return labels, templates
+
+    def _check_texts(self, labels: tuple[str, ...], templates: tuple[str, ...]) -> None:
+        """Raises `ServiceError` beyond the limits."""
+        settings = self.settings
         if len(labels) > settings.max_labels:
             raise ServiceError("invalid_request", f"{len(labels):,} labels; at most {settings.max_labels:,} are taken")
         if len(templates) > settings.max_templates:
@@ -186,20 +278,15 @@ class Attributor:
                 f"a label or template has {len(too_long[0]):,} characters; "
                 f"at most {settings.max_label_chars} are taken",
             )
-        return labels, templates
 
     async def _run(self, function: Callable[..., Result], *args: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
 
-@contextmanager
-def _stage(name: str, timings: dict[str, float]) -> Iterator[None]:
-    """Time a stage that succeeds."""
-    start = perf_counter()
-    yield
-    _note(name, (perf_counter() - start) * 1e3, timings)
-
-
-def _note(stage: str, milliseconds: float, timings: dict[str, float]) -> None:
-    timings[stage] = milliseconds
-    metrics.STAGE.labels(stage).observe(milliseconds / 1e3)
+def _observe(explanations: list[Explanation], fidelity: Fidelity) -> None:
+    """What an account says about the bundle, for those who watch over many."""
+    metrics.FIDELITY_R2.observe(fidelity.r2)
+    metrics.ERROR_SHARE.observe(fidelity.error_share)
+    metrics.AGREES.labels(str(fidelity.reconstructed_top1_agrees).lower()).inc()
+    for layer in explanations[0].layers:  # of the first target: the layers are as many series as there should be
+        metrics.LAYER_SHARE.labels(layer.layer).observe(layer.share)

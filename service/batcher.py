@@ -1,7 +1,8 @@
 """One thread for the engine, a bounded queue before it, batches of whatever waits.
 
 Images that arrive while an inference runs form the next batch, so batches grow with the load and nobody waits for
-company. Since the graph does not depend on labels, requests with different labels and options share a batch.
+company (unless `wait_ms` says so, for GPUs whose inference is shorter than requests are apart). Since the graph does
+not depend on labels, requests with different labels and options share a batch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.ledger import Decomposition
+from service import metrics
 from service.errors import ServiceError, queue_full
 
 
@@ -46,10 +49,13 @@ class Batcher:
         explain: Callable[[NDArray[np.float32], list[bool]], list[Decomposition]],
         batch_size: int,
         queue_size: int,
+        wait_ms: float = 0,
     ) -> None:
-        self._explain, self._batch_size, self._queue_size = explain, batch_size, queue_size
+        """batch_size: images in one inference, at most; queue_size: images that wait, at most; wait_ms: how long the
+        first of them waits for a full batch."""
+        self._explain, self._batch_size, self._queue_size, self._wait_ms = explain, batch_size, queue_size, wait_ms
         self._queue: deque[_Waiting] = deque()
-        self._arrived = asyncio.Event()
+        self._arrived, self._full = asyncio.Event(), asyncio.Event()
         self._closing = False
         self._idle = True
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -61,6 +67,7 @@ class Batcher:
     async def __aexit__(self, *_: object) -> None:
         self._closing = True
         self._arrived.set()
+        self._full.set()
         await self._task
         self._thread.shutdown()
 
@@ -83,6 +90,8 @@ class Batcher:
         waiting = _Waiting(pixels, details, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self._arrived.set()
+        if len(self._queue) >= self._batch_size:
+            self._full.set()
         try:
             return await waiting.answer
         finally:
@@ -96,6 +105,8 @@ class Batcher:
     async def _serve(self) -> None:
         while self._queue or not self._closing:
             await self._arrived.wait()
+            if self._wait_ms and self._queue and not self._closing:
+                await self._company()
             batch = [self._queue.popleft() for _ in range(min(self._batch_size, len(self._queue)))]
             if not self._queue and not self._closing:
                 self._arrived.clear()
@@ -104,8 +115,17 @@ class Batcher:
                 await self._answer(batch)
                 self._idle = True
 
+    async def _company(self) -> None:
+        """Wait for a full batch, but no longer than the first image may be kept."""
+        if len(self._queue) < self._batch_size:
+            self._full.clear()
+        kept_ms = (perf_counter() - self._queue[0].since) * 1e3
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._full.wait(), max(0.0, self._wait_ms - kept_ms) / 1e3)
+
     async def _answer(self, batch: list[_Waiting]) -> None:
         start = perf_counter()
+        metrics.BATCH.observe(len(batch))
         try:
             pixels = np.stack([waiting.pixels for waiting in batch])
             found = await self.run(self._explain, pixels, [waiting.details for waiting in batch])

@@ -8,19 +8,24 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from models.errors import VitrineError
+from service import metrics
 
 STATUS = {
     "invalid_request": 400,
     "invalid_image": 400,
     "missing_image": 400,
     "unknown_label_set": 400,
+    "unauthorized": 401,
     "not_found": 404,
     "method_not_allowed": 405,
+    "bundle_refused": 409,
+    "batch_too_large": 413,
     "body_too_large": 413,
     "image_too_large": 413,
     "unsupported_media_type": 415,
     "unsupported_image": 415,
     "queue_full": 429,
+    "client_gone": 499,  # nginx' number; nobody reads the answer, logs and metrics count it
     "internal": 500,
     "not_ready": 503,
     "deadline_exceeded": 504,
@@ -54,6 +59,8 @@ def queue_full() -> ServiceError:
 
 def error_response(request: Request, error: ServiceError) -> Response:
     """The envelope, with the status that belongs to the code."""
+    metrics.REJECTED.labels(error.code).inc()
+    request.scope.setdefault("vitrine.log", {})["error"] = error.code
     request_id = request.scope.get("request_id", "")
     body = {"code": error.code, "message": error.message, "details": error.details, "request_id": request_id}
     return JSONResponse({"error": body}, status_code=error.status, headers=error.headers)

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from models.bundle import BundleError
 from models.label_sets import DEFAULT, NamedLabels
+from service import metrics
 from service.engine import Engine
 
 Run = Callable[..., Awaitable[Any]]  # await run(function, *arguments): the function, in some other thread
@@ -75,6 +76,7 @@ class LabelEncoder:
         """The label set; what is not cached is encoded a few labels at a time, by `await run(encode, ...)`."""
         digest = _digest(templates)
         if found := self._kept.get((labels, digest)) or self._sets.get((labels, digest)):
+            metrics.LABELS.labels("cache").inc(len(labels))
             return found
         rows: dict[str, NDArray[np.float32]] = {}
         unknown = deque(dict.fromkeys(labels))
@@ -88,7 +90,9 @@ class LabelEncoder:
                         group.append(label)
                     else:
                         rows[label] = known
+                        metrics.LABELS.labels("cache").inc()
                 if group:
+                    metrics.LABELS.labels("encoder").inc(len(group))
                     for label, row in zip(group, await run(self.encode, group, templates), strict=True):
                         rows[label] = self._labels[label, digest] = row.copy()  # a view would keep the group
         made = LabelSet(labels, np.stack([rows[label] for label in labels]))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import psutil
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     REGISTRY,
@@ -13,7 +15,7 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -29,6 +31,20 @@ FIDELITY_R2 = Histogram(
     buckets=(0, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.98, 0.99, 1),
 )
 ERROR_SHARE = Histogram("vitrine_error_share", "Share of the error row, an image", buckets=_SHARE)
+AGREES = Counter(
+    "vitrine_reconstructed_top1_total", "Images, by whether the top-1 stays without the error row", ["agrees"]
+)
+LAYER_SHARE = Histogram(
+    "vitrine_layer_share",
+    "Share of a layer's CLT row, an explanation",
+    ["layer"],
+    buckets=(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1),
+)
+IN_FLIGHT = Gauge("vitrine_images_in_flight", "Images being decoded, waiting or inferred", multiprocess_mode="livesum")
+BATCH = Histogram("vitrine_batch_images", "Images in an inference", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
+REJECTED = Counter("vitrine_rejected_total", "Requests, and images of a batch, refused", ["code"])
+LABELS = Counter("vitrine_labels_total", "Labels, by where their embeddings came from", ["source"])
+RELOADS = Counter("vitrine_reloads_total", "Bundles taken over and refused", ["outcome"])
 BUNDLE = Gauge(
     "vitrine_bundle_info", "The bundle served", ["name", "digest", "provider"], multiprocess_mode="mostrecent"
 )
@@ -36,8 +52,12 @@ BUNDLE = Gauge(
 
 def exposition() -> bytes:
     """Every series, over all worker processes (`bentoml serve` sets PROMETHEUS_MULTIPROC_DIR for them)."""
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if folder is None:
         return generate_latest(REGISTRY)
+    for file in Path(folder).glob("gauge_live*_*.db"):  # of a worker that was killed: nobody else says that it is gone
+        if not psutil.pid_exists(pid := int(file.stem.rpartition("_")[2])):
+            mark_process_dead(pid)
     registry = CollectorRegistry()
     MultiProcessCollector(registry)
     return generate_latest(registry)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import uuid
 from time import perf_counter
@@ -13,9 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import metrics
 from service.errors import ServiceError, error_response
+from service.logs import logger, trace_id
 
-logger = logging.getLogger("bentoml.vitrine")  # BentoML sets up its own loggers and those under them
-
+_SILENT = ("/metrics",)  # asked for every few seconds, by nobody whom a line would help
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -50,7 +49,9 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                answered = MutableHeaders(scope=message)
+                answered["x-request-id"] = request_id
+                answered["x-content-type-options"] = "nosniff"
             await send(message)
 
         try:
@@ -68,9 +69,14 @@ class Gate:
             unforeseen = ServiceError("internal", "something went wrong here; the request id is in our log")
             await error_response(Request(scope), unforeseen)(scope, receive, tagged)
         finally:
-            endpoint = _endpoint(scope)
+            endpoint, seconds = _endpoint(scope), perf_counter() - start
             metrics.REQUESTS.labels(endpoint, status).inc()
-            metrics.LATENCY.labels(endpoint).observe(perf_counter() - start)
+            metrics.LATENCY.labels(endpoint).observe(seconds)
+            if endpoint not in _SILENT:
+                fields = {"id": request_id, "endpoint": endpoint, "status": status, "ms": round(seconds * 1e3, 2)}
+                extra = {"trace_id": trace_id(), **scope.get("vitrine.log", {})}
+                fields |= {key: value for key, value in extra.items() if value is not None}
+                logger.info("%s %s %d", scope["method"], endpoint, status, extra={"request": fields})
 
     def _too_large(self) -> ServiceError:
         return ServiceError("body_too_large", f"the body is larger than {self.max_body_bytes:,} bytes")

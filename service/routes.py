@@ -3,102 +3,163 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import signal
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
-from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Match
 
-from models.bundle import open_bundle
-from service import metrics
+from service import metrics, workers
 from service.attributor import Attributor
 from service.errors import ServiceError, error_response
-from service.middleware import Gate, logger
+from service.keys import Keys
+from service.middleware import Gate
+from service.openapi import add_docs, errors, multipart_or_json
+from service.reload import REFUSED, Serving
+from service.requests import read_batch, read_image, read_optional_image
 from service.schemas import (
     AttributeJson,
     AttributeRequest,
     AttributeResponse,
+    BatchJson,
+    BatchResponse,
     ClassifyJson,
     ClassifyRequest,
     ClassifyResponse,
-    ErrorResponse,
+    EmbedJson,
+    EmbedRequest,
+    EmbedResponse,
+    LabelSetResponse,
+    LabelsResponse,
     ModelResponse,
-    validated,
+    Prediction,
+    ReloadResponse,
 )
 from service.settings import Settings
 
-Asked = TypeVar("Asked", bound=ClassifyRequest)
+Answer = TypeVar("Answer")
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 413, 415, 429, 500, 503, 504)
-}
+_POSTED = (400, 401, 413, 415, 429, 500, 503, 504)
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The whole HTTP surface as one ASGI app; the bundle is opened and warmed up in its lifespan."""
+    """The whole HTTP surface as one ASGI app; the bundle is opened and warmed up in its lifespan.
+
+    Raises `SettingsError` for API keys that cannot be read.
+    """
+    serving = Serving(settings)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        bundle = await asyncio.to_thread(open_bundle, settings.bundle)
-        async with Attributor(bundle, settings) as attributor:
-            app.state.attributor = attributor
-            logger.info("serving bundle %s %s on %s", attributor.model.name, bundle.digest, attributor.engine.provider)
-            yield
-            app.state.attributor = None
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with serving:
+            with workers.on_signal(signal.SIGHUP, serving.reload_by_signal):
+                yield
 
     app = FastAPI(title="Vitrine", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.attributor, app.state.settings = None, settings
+    app.state.serving, app.state.settings = serving, settings
     app.add_middleware(Gate, max_body_bytes=settings.max_body_bytes)
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    for path, endpoint, answer, shape, json_shape in (
-        ("/v1/attribute", attribute, AttributeResponse, AttributeRequest, AttributeJson),
-        ("/v1/classify", classify, ClassifyResponse, ClassifyRequest, ClassifyJson),
+    one, many = "one", "many"
+    for path, endpoint, answer, part, whole, images in (
+        ("/v1/attribute", attribute, AttributeResponse, AttributeRequest, AttributeJson, one),
+        ("/v1/attribute:batch", attribute_batch, BatchResponse, AttributeRequest, BatchJson, many),
+        ("/v1/classify", classify, ClassifyResponse, ClassifyRequest, ClassifyJson, one),
+        ("/v1/embed", embed, EmbedResponse, EmbedRequest, EmbedJson, "optional"),
     ):
-        app.post(path, response_model=answer, responses=_ERRORS, openapi_extra=_body(shape, json_shape))(endpoint)
-    app.get("/v1/model", response_model=ModelResponse, responses={503: {"model": ErrorResponse}})(model)
-    app.add_route("/metrics", _metrics, include_in_schema=False)
+        body = multipart_or_json(part, whole, images)
+        app.post(path, response_model=answer, responses=errors(*_POSTED), openapi_extra=body)(endpoint)
+    app.get("/v1/model", response_model=ModelResponse, responses=errors(401, 503))(model)
+    app.get("/v1/labels", response_model=LabelsResponse, responses=errors(401, 503))(labels)
+    if serving.admin_keys:
+        app.post("/admin/reload", response_model=ReloadResponse, responses=errors(401, 409, 503))(reload)
+    app.get("/metrics", include_in_schema=False)(_metrics)
+    add_docs(app)
     app.add_route("/{path:path}", _elsewhere, methods=_METHODS, include_in_schema=False)
     return app
 
 
 async def attribute(request: Request) -> Response:
     """Zero-shot prediction of one image, and the account of it."""
-    attributor = _ready(request)
-    async with _deadline(request):
-        image, asked = await _read(request, AttributeRequest, AttributeJson)
-        return _json(await attributor.attribute(image, asked, request.scope["request_id"]))
+    with _served(request) as attributor:
+        async with _deadline(request):
+            image, asked = await read_image(request, AttributeRequest, AttributeJson)
+            answer = await _unless_gone(request, attributor.attribute(image, asked, request.scope["request_id"]))
+            _log(request, answer.predictions)
+            return _json(answer)
+
+
+async def attribute_batch(request: Request) -> Response:
+    """The same for many images; each is answered or refused for itself."""
+    with _served(request) as attributor:
+        async with _deadline(request):
+            images, asked = await read_batch(request, attributor.max_batch)
+            answer = await _unless_gone(request, attributor.attribute_batch(images, asked, request.scope["request_id"]))
+            _log(request, *(item.answer.predictions for item in answer.results if item.answer))
+            return _json(answer)
 
 
 async def classify(request: Request) -> Response:
     """Zero-shot prediction of one image."""
-    attributor = _ready(request)
-    async with _deadline(request):
-        image, asked = await _read(request, ClassifyRequest, ClassifyJson)
-        return _json(await attributor.classify(image, asked, request.scope["request_id"]))
+    with _served(request) as attributor:
+        async with _deadline(request):
+            image, asked = await read_image(request, ClassifyRequest, ClassifyJson)
+            answer = await _unless_gone(request, attributor.classify(image, asked, request.scope["request_id"]))
+            _log(request, answer.predictions)
+            return _json(answer)
+
+
+async def embed(request: Request) -> Response:
+    """CLIP's embeddings of an image, of texts, or of both: vectors of length 1, whose products are cosines."""
+    with _served(request) as attributor:
+        async with _deadline(request):
+            image, asked = await read_optional_image(request, EmbedRequest, EmbedJson)
+            return _json(await _unless_gone(request, attributor.embed(image, asked, request.scope["request_id"])))
 
 
 async def model(request: Request) -> Response:
     """The bundle that is being served, with its manifest."""
-    attributor = _ready(request)
-    return _json(
-        ModelResponse(
-            **attributor.model.model_dump(),
-            provider=attributor.engine.provider,
-            manifest=attributor.bundle.manifest.model_dump(mode="json"),
+    with _served(request) as attributor:
+        return _json(
+            ModelResponse(
+                **attributor.model.model_dump(),
+                provider=attributor.engine.provider,
+                precision=attributor.engine.runtime.precision,
+                manifest=attributor.bundle.manifest.model_dump(mode="json"),
+            )
         )
-    )
+
+
+async def labels(request: Request) -> Response:
+    """The named label sets."""
+    with _served(request) as attributor:
+        sets = [
+            LabelSetResponse(name=name, labels=list(named.labels), templates=list(named.templates or ()))
+            for name, named in attributor.labels.named.items()
+        ]
+        return _json(LabelsResponse(model=attributor.model, label_sets=sets))
+
+
+async def reload(request: Request) -> Response:
+    """Take over the bundle, label sets and keys that the settings name, as they are now, without losing a request."""
+    serving = request.app.state.serving
+    _authorise(request, serving.admin_keys)
+    with serving.lease():  # 503 while nothing is served
+        pass
+    try:
+        now, before = await serving.reload()
+    except REFUSED as error:
+        raise ServiceError("bundle_refused", f"{error}; {serving.attributor.model.digest} stays in service") from error
+    workers.signal_others(signal.SIGHUP)
+    return _json(ReloadResponse(model=now.model, previous=before.model))
 
 
 async def _metrics(request: Request) -> Response:
@@ -106,10 +167,19 @@ async def _metrics(request: Request) -> Response:
     return Response(await asyncio.to_thread(metrics.exposition), media_type=metrics.CONTENT_TYPE)
 
 
-def _ready(request: Request) -> Attributor:
-    if request.app.state.attributor is None:
-        raise ServiceError("not_ready", "the bundle is still being loaded; see /readyz")
-    return request.app.state.attributor
+def _served(request: Request) -> AbstractContextManager[Attributor]:
+    """A lease of the attributor, for those who may have it."""
+    serving: Serving = request.app.state.serving
+    _authorise(request, serving.api_keys)
+    return serving.lease()
+
+
+def _authorise(request: Request, keys: Keys) -> None:
+    """Before anything of the body is read. Raises `ServiceError` unauthorized."""
+    if keys and not keys.accept(request.headers.get("authorization", "")):
+        raise ServiceError(
+            "unauthorized", "send a valid key: `Authorization: Bearer KEY`", headers={"WWW-Authenticate": "Bearer"}
+        )
 
 
 @asynccontextmanager
@@ -123,93 +193,38 @@ async def _deadline(request: Request) -> AsyncIterator[None]:
         raise ServiceError("deadline_exceeded", f"no answer within {seconds:g} s") from None
 
 
-async def _read(request: Request, shape: type[Asked], json_shape: type[BaseModel]) -> tuple[bytes, Asked]:
-    """(image bytes, what is asked) of a multipart or JSON request. Raises `ServiceError`."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
-        return await _read_multipart(request, shape)
-    if kind == "application/json":
-        fields = _load_json(await request.body(), "the body")
-        asked: Any = validated(json_shape, fields)  # `shape` and an image
-        try:
-            image = base64.b64decode("".join(asked.image_base64.split()), validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ServiceError("invalid_image", f"image_base64 is not base64: {error}") from error
-        return image, asked
-    raise ServiceError(
-        "unsupported_media_type",
-        f"content type {kind or '(none)'!r}: send multipart/form-data with a file part `image`, "
-        "or application/json with `image_base64`",
-    )
+async def _unless_gone(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
+    """The answer, which is cancelled when the client goes away: its place is for others then.
 
+    Raises `ClientDisconnect`.
+    """
 
-async def _read_multipart(request: Request, shape: type[Asked]) -> tuple[bytes, Asked]:
-    limit = request.app.state.settings.max_body_bytes
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    work, leaving = asyncio.create_task(answer), asyncio.create_task(gone())
     try:
-        form = await request.form(max_files=2, max_fields=2, max_part_size=limit)
-    except (LookupError, UnicodeError) as error:
-        raise ServiceError("invalid_request", f"the multipart body's charset cannot be used: {error}") from error
-    try:
-        return await _read_parts(form, shape)
+        await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return work.result()
     finally:
-        await form.close()
+        for task in (work, leaving):
+            if not task.done():
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
 
 
-async def _read_parts(form: FormData, shape: type[Asked]) -> tuple[bytes, Asked]:
-    if unknown := sorted(set(form) - {"image", "request"}):
-        raise ServiceError("invalid_request", f"unknown part {unknown[0][:100]!r}; parts are `image` and `request`")
-    if repeated := [name for name in form if len(form.getlist(name)) > 1]:
-        raise ServiceError("invalid_request", f"part {repeated[0]!r} is there more than once")
-    image, asked = form.get("image"), form.get("request")
-    if image is None:
-        raise ServiceError("missing_image", "the file part `image` is missing")
-    if not isinstance(image, UploadFile):
-        raise ServiceError("missing_image", "`image` must be a file part (curl: -F image=@photo.jpg)")
-    text = await asked.read() if isinstance(asked, UploadFile) else (asked or "{}")
-    return await image.read(), validated(shape, _load_json(text, "part `request`"))
-
-
-def _load_json(text: str | bytes, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # malformed, not UTF-8, integers of thousands of digits, too deep
-        raise ServiceError("invalid_request", f"{where} is not JSON: {error}") from error
+def _log(request: Request, *predictions: list[Prediction]) -> None:
+    """Put what was predicted into the request's log line, if that is set."""
+    if request.app.state.settings.log_labels:
+        request.scope["vitrine.log"] = {"predicted": [found[0].label for found in predictions]}
 
 
 def _json(answer: BaseModel) -> Response:
     return Response(answer.model_dump_json(), media_type="application/json")
-
-
-def _body(shape: type[BaseModel], json_shape: type[BaseModel]) -> dict[str, Any]:
-    """The OpenAPI document's account of a body that FastAPI does not parse for us."""
-    part, whole = _inlined(shape.model_json_schema()), _inlined(json_shape.model_json_schema())
-    multipart = {
-        "type": "object",
-        "properties": {"image": {"type": "string", "format": "binary"}, "request": part},
-        "required": ["image"],
-    }
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {"multipart/form-data": {"schema": multipart}, "application/json": {"schema": whole}},
-        }
-    }
-
-
-def _inlined(schema: dict[str, Any]) -> Any:
-    """A JSON schema with its $defs put where they are referred to, as it stands inside another document."""
-    definitions = schema.pop("$defs", {})
-
-    def put(node: Any) -> Any:
-        if isinstance(node, dict):
-            if "$ref" in node:
-                return put(
-                    definitions[node["$ref"].rpartition("/")[2]] | {k: v for k, v in node.items() if k != "$ref"}
-                )
-            return {key: put(value) for key, value in node.items()}
-        return [put(value) for value in node] if isinstance(node, list) else node
-
-    return put(schema)
 
 
 async def _elsewhere(request: Request) -> Response:
@@ -228,11 +243,11 @@ async def _on_service_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own refusals: malformed multipart bodies, unusual methods."""
+    """Starlette's own refusals: malformed multipart bodies, unusual methods, files that are not there."""
     assert isinstance(error, HTTPException)
-    code = "method_not_allowed" if error.status_code == 405 else "invalid_request"
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     return error_response(request, ServiceError(code, error.detail, headers=dict(error.headers or {})))
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:
-    return error_response(request, ServiceError("invalid_request", "the client went away before the body was whole"))
+    return error_response(request, ServiceError("client_gone", "the client went away before it was answered"))

@@ -56,12 +56,14 @@ def choose(bundle: Bundle, settings: Settings) -> Runtime:
     return Runtime(
         provider,
         precision,
-        settings.threads or available,
+        settings.threads or max(1, available // settings.workers),
         _options(settings),
         {
             "provider": f"VITRINE_PROVIDER={settings.provider}",
             "precision": why_precision,
-            "threads": f"VITRINE_THREADS={settings.threads}" if settings.threads else why_threads,
+            "threads": f"VITRINE_THREADS={settings.threads}"
+            if settings.threads
+            else why_threads + (f", by {settings.workers} workers" if settings.workers > 1 else ""),
         },
     )
 

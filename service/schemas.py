@@ -61,11 +61,20 @@ class ClassifyRequest(_Request):
 
 
 class AttributeRequest(ClassifyRequest):
-    explain: Explain = Explain()
+    explain: Explain = Field(default=Explain(), examples=[{"contrast": "dog", "features": 3, "heatmap": True}])
+
+
+class EmbedRequest(_Request):
+    """An image, texts, or both."""
+
+    texts: Labels | None = Field(default=None, examples=[["a photo of a cat"]], description="embedded as they are")
+
+
+Base64 = Annotated[str, Field(min_length=1, description="an image file, base64", json_schema_extra={"format": "byte"})]
 
 
 class _WithImage(BaseModel):
-    image_base64: str = Field(min_length=1, description="the image file, base64")
+    image_base64: Base64
 
 
 class ClassifyJson(ClassifyRequest, _WithImage):
@@ -74,6 +83,14 @@ class ClassifyJson(ClassifyRequest, _WithImage):
 
 class AttributeJson(AttributeRequest, _WithImage):
     pass
+
+
+class BatchJson(AttributeRequest):
+    images_base64: Annotated[list[Base64], Field(min_length=1, fail_fast=True)]
+
+
+class EmbedJson(EmbedRequest):
+    image_base64: Base64 | None = None
 
 
 class Model(BaseModel):
@@ -171,22 +188,56 @@ class Fidelity(BaseModel):
     reconstructed_top1_agrees: bool = Field(description="the top-1 stays when the error row is taken out")
 
 
-class ClassifyResponse(BaseModel):
+class _Answer(BaseModel):
     request_id: str
     model: Model
+
+
+TimingsMs = Annotated[dict[str, float], Field(description="of each stage, in milliseconds")]
+
+
+class ClassifyResponse(_Answer):
     predictions: list[Prediction]
-    timings_ms: dict[str, float]
+    timings_ms: TimingsMs
 
 
-class AttributeResponse(BaseModel):
-    request_id: str
-    model: Model
+class Attribution(BaseModel):
+    """The prediction of one image, and the account of it."""
+
     predictions: list[Prediction]
     explanations: list[Explanation]
     lens: list[LensLayer] | None = None
     matrix: Matrix | None = None
     fidelity: Fidelity
-    timings_ms: dict[str, float]
+    timings_ms: TimingsMs
+
+
+class AttributeResponse(Attribution, _Answer):
+    pass
+
+
+class ItemError(BaseModel):
+    code: str
+    message: str
+    details: list[dict[str, Any]]
+
+
+class BatchItem(BaseModel):
+    """One image's `answer`, or the `error` that it alone would have been answered with."""
+
+    status: int = Field(description="what the image alone would have been answered with", examples=[200])
+    answer: Attribution | None
+    error: ItemError | None
+
+
+class BatchResponse(_Answer):
+    results: list[BatchItem] = Field(description="one per image, in the order of the request")
+
+
+class EmbedResponse(_Answer):
+    embedding: list[float] | None = Field(description="of the image, of length 1")
+    text_embeddings: list[list[float]] | None = Field(description="one per text, of length 1")
+    timings_ms: TimingsMs
 
 
 class ModelResponse(BaseModel):
@@ -195,13 +246,31 @@ class ModelResponse(BaseModel):
     name: str
     digest: str
     provider: str
+    precision: str
     manifest: dict[str, Any]
 
 
-class ErrorBody(BaseModel):
-    code: str
-    message: str
-    details: list[dict[str, Any]]
+class LabelSetResponse(BaseModel):
+    name: str
+    labels: list[str]
+    templates: list[str]
+
+
+class LabelsResponse(BaseModel):
+    """What `label_set` may name. `default` is what a request without labels gets."""
+
+    model: Model
+    label_sets: list[LabelSetResponse]
+
+
+class ReloadResponse(BaseModel):
+    """The bundle that is served from now on, and the one before it."""
+
+    model: Model
+    previous: Model
+
+
+class ErrorBody(ItemError):
     request_id: str
 
 
@@ -220,6 +289,6 @@ def validated(shape: type[Shape], fields: Any) -> Shape:
         for e in mistakes
     ]
     field, problem = details[0]["field"], details[0]["problem"]
-    if (field, problem) == ("image_base64", "Field required"):
-        raise ServiceError("missing_image", "`image_base64` is missing", details)
+    if field in ("image_base64", "images_base64") and problem == "Field required":
+        raise ServiceError("missing_image", f"`{field}` is missing", details)
     raise ServiceError("invalid_request", f"{field or 'the request'}: {problem}", details)

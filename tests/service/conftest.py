@@ -1,4 +1,4 @@
-"""A real server process on the tiny bundle, the engine alone, and image files made on the spot."""
+"""Real server processes on the tiny bundle, the engine alone, and image files made on the spot."""
 
 import base64
 import io
@@ -9,10 +9,12 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -88,9 +90,19 @@ class Server:
             time.sleep(0.1)
         pytest.fail(f"the server did not become ready; its log:\n{self.log.read_text()}")
 
+    @property
+    def workers(self):
+        """The processes that answer."""
+        return [
+            child
+            for child in psutil.Process(self.process.pid).children()
+            if "_bentoml_impl.worker.service" in child.cmdline()
+        ]
+
     def stop(self):
         self.http.close()
-        self.process.send_signal(signal.SIGTERM)
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
@@ -99,27 +111,43 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server(bundle_path, light_python, tmp_path_factory):
-    """A server on the tiny bundle, shared by all tests; its own BENTOML_HOME keeps its metrics apart from others'."""
-    home, label_sets = tmp_path_factory.mktemp("bentoml"), tmp_path_factory.mktemp("label-sets")
+def start_server(light_python, tmp_path_factory):
+    """start_server(**environment) -> context manager of a `Server`, ready, by `vitrine serve`.
+
+    command: what to start instead. Its own BENTOML_HOME keeps its metrics apart from others'.
+    """
+
+    @contextmanager
+    def start(command=("vitrine.py", "serve"), **environment):
+        home, port = tmp_path_factory.mktemp("bentoml"), _free_port()
+        log = home / "serve.log"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [light_python, *map(str, command), "--host", "127.0.0.1", "--port", str(port)],
+                cwd=ROOT,
+                env=_environment(BENTOML_HOME=home, **environment),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        running = Server(port, process, log)
+        try:
+            running.wait_until_ready()
+            yield running
+        finally:
+            running.stop()
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def server(bundle_path, start_server, tmp_path_factory):
+    """A `bentoml serve` on the tiny bundle, shared by all tests."""
+    label_sets = tmp_path_factory.mktemp("label-sets")
     (label_sets / "pets.json").write_text('{"labels": ["cat", "dog"], "templates": ["a photo of my {}"]}')
-    log, port = home / "serve.log", _free_port()
-    command = ["-m", "bentoml", "serve", "service.app:Vitrine", "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [light_python, *command],
-            cwd=ROOT,
-            env=_environment(VITRINE_BUNDLE=bundle_path, VITRINE_LABEL_SETS=label_sets, BENTOML_HOME=home),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    running = Server(port, process, log)
-    try:
-        running.wait_until_ready()
+    command = ("-m", "bentoml", "serve", "service.app:Vitrine")
+    with start_server(command, VITRINE_BUNDLE=bundle_path, VITRINE_LABEL_SETS=label_sets) as running:
         yield running
-    finally:
-        running.stop()
 
 
 def _free_port():

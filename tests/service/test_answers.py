@@ -296,7 +296,7 @@ def test_model_is_the_bundle_that_is_served(server, bundle, picture):
     response = server.http.get("/v1/model")
     assert response.status_code == 200
     answer = response.json()
-    assert set(answer) == {"name", "digest", "provider", "manifest"}
+    assert set(answer) == {"name", "digest", "provider", "precision", "manifest"}
     assert answer["digest"] == bundle.digest
     assert answer["provider"] == "CPUExecutionProvider"
     assert answer["manifest"] == json.loads((bundle.path / "manifest.json").read_text())

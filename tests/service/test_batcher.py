@@ -285,3 +285,50 @@ def test_a_closed_batcher_takes_nothing_new():
         return caught.value.code
 
     assert asyncio.run(run()) == "not_ready"
+
+
+# batch_wait_ms
+
+
+def wait_for_company(scene, wait_ms, batch_size=3):
+    engine = Engine()
+    engine.gate.set()
+
+    async def run():
+        async with asyncio.timeout(30), Batcher(engine.explain, batch_size, 100, wait_ms) as batcher:
+            await scene(batcher)
+
+    asyncio.run(run())
+    return engine.batches
+
+
+def test_the_first_image_waits_for_a_full_batch():
+    async def scene(batcher):
+        tasks = await submit(batcher, 1)
+        await asyncio.sleep(0.02)
+        tasks += await submit(batcher, 2)
+        await asyncio.sleep(0.02)
+        tasks += await submit(batcher, 3, 4)
+        assert await answers(tasks) == [1, 2, 3, 4]
+
+    assert wait_for_company(scene, wait_ms=500)[0] == [1, 2, 3]
+
+
+def test_a_full_batch_does_not_wait():
+    async def scene(batcher):
+        async with asyncio.timeout(10):
+            assert await answers(await submit(batcher, 1, 2, 3)) == [1, 2, 3]
+
+    assert wait_for_company(scene, wait_ms=60_000) == [[1, 2, 3]]
+
+
+def test_nobody_waits_longer_than_that_nor_while_the_service_ends():
+    async def scene(batcher):
+        assert await answers(await submit(batcher, 7)) == [7]
+
+    assert wait_for_company(scene, wait_ms=30) == [[7]]
+
+    async def ending(batcher):
+        await submit(batcher, 8)
+
+    assert wait_for_company(ending, wait_ms=60_000) == [[8]]

@@ -65,7 +65,7 @@ def test_a_full_queue_is_said_at_once(bundle_path, picture, gate):
 
     async def conversation(client):
         gate.clear()
-        batcher, answered = app.state.attributor.batcher, []
+        batcher, answered = app.state.serving.attributor.batcher, []
         for waiting in (0, 1):  # the first runs, the second waits
             answered.append(asyncio.create_task(client.post("/v1/attribute", files={"image": picture()})))
             while metric("vitrine_stage_seconds_count", stage="labels") < before + 1 + waiting:
@@ -93,7 +93,7 @@ def test_images_that_wait_for_decoding_are_counted_too(bundle_path, picture, mon
 
     async def conversation(client):
         waiting = [asyncio.create_task(client.post("/v1/classify", files={"image": picture()})) for _ in range(3)]
-        while app.state.attributor._in_flight < 3:
+        while app.state.serving.attributor._in_flight < 3:
             await asyncio.sleep(0.01)
         refused = await client.post("/v1/classify", files={"image": picture()})
         gate.set()

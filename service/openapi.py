@@ -1,0 +1,93 @@
+"""The OpenAPI document's account of the bodies that FastAPI does not parse for us, and the page /docs that shows it.
+
+The page's script and style are Swagger UI's, from a package and from here: nothing is fetched from anybody else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fastapi_offline
+from fastapi import FastAPI
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+
+from service.schemas import ErrorResponse
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Referrer-Policy": "no-referrer",
+}
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>Vitrine: the API</title><link rel="stylesheet" href="docs/swagger-ui.css"></head>
+<body><div id="swagger-ui"></div><script src="docs/swagger-ui-bundle.js"></script><script src="docs.js"></script></body>
+</html>
+"""
+_START = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: null});\n'
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Answers that are no success, for a route's `responses`."""
+    return {status: {"model": ErrorResponse} for status in statuses}
+
+
+def multipart_or_json(part: type[BaseModel], whole: type[BaseModel], image: str = "one") -> dict[str, Any]:
+    """A route's `openapi_extra`. part: of the part `request`; whole: of a JSON body; image: one, many or optional."""
+    file = {"type": "string", "format": "binary"}
+    multipart = {
+        "type": "object",
+        "properties": {
+            "image": {"type": "array", "items": file, "minItems": 1} if image == "many" else file,
+            "request": _inlined(part.model_json_schema()),
+        },
+        "required": [] if image == "optional" else ["image"],
+        "additionalProperties": False,
+    }
+    content = {
+        "multipart/form-data": {
+            "schema": multipart,
+            "encoding": {
+                "image": {"contentType": "application/octet-stream"},
+                "request": {"contentType": "application/json"},
+            },
+        },
+        "application/json": {"schema": _inlined(whole.model_json_schema())},
+    }
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def add_docs(app: FastAPI) -> None:
+    """`/docs`; what it needs lies under it."""
+
+    async def page(_: Request) -> Response:
+        return Response(_PAGE, media_type="text/html", headers=PAGE_HEADERS)
+
+    async def start(_: Request) -> Response:
+        return Response(_START, media_type="text/javascript")
+
+    app.get("/docs", include_in_schema=False)(page)
+    app.get("/docs.js", include_in_schema=False)(start)
+    app.mount("/docs", StaticFiles(directory=Path(fastapi_offline.__file__).parent / "static"), name="docs")
+
+
+def _inlined(schema: dict[str, Any]) -> Any:
+    """A JSON schema with its $defs put where they are referred to, as it stands inside another document."""
+    definitions = schema.pop("$defs", {})
+
+    def put(node: Any) -> Any:
+        if isinstance(node, dict):
+            if "$ref" in node:
+                return put(
+                    definitions[node["$ref"].rpartition("/")[2]] | {k: v for k, v in node.items() if k != "$ref"}
+                )
+            return {key: put(value) for key, value in node.items()}
+        return [put(value) for value in node] if isinstance(node, list) else node
+
+    return put(schema)

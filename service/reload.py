@@ -1,0 +1,129 @@
+"""The bundle in service and its successor: requests keep the one that they began with, so no answer mixes two."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from models.bundle import BundleError, open_bundle
+from models.label_sets import LabelSetError
+from service import metrics
+from service.attributor import Attributor
+from service.errors import ServiceError
+from service.keys import Keys
+from service.logs import logger
+from service.runtime import EngineError
+from service.settings import Settings, SettingsError
+
+REFUSED = (BundleError, LabelSetError, EngineError, SettingsError)  # what a bundle, or what is set, may be wrong in
+
+
+class _Generation:
+    """An attributor and how many requests it is answering."""
+
+    def __init__(self, attributor: Attributor) -> None:
+        self.attributor, self.users, self.unused = attributor, 0, asyncio.Event()
+
+
+class Serving:
+    """Use as an async context manager; entering it loads what the settings name and may raise one of `REFUSED`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._now: _Generation | None = None
+        self._loading = asyncio.Lock()
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._read_keys()
+
+    async def __aenter__(self) -> Serving:
+        self._now = await self._load()
+        self._announce(self._now.attributor)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        now, self._now = self._now, None
+        await asyncio.gather(*self._retiring)
+        if now:
+            await now.attributor.__aexit__()
+
+    @property
+    def attributor(self) -> Attributor | None:
+        """The one that new requests get; None before the first is loaded and after the last is closed."""
+        return self._now.attributor if self._now else None
+
+    @contextmanager
+    def lease(self) -> Iterator[Attributor]:
+        """The attributor for the whole of one request. Raises `ServiceError` not_ready."""
+        generation = self._now
+        if generation is None:
+            raise ServiceError("not_ready", "the bundle is still being loaded; see /readyz")
+        generation.users += 1
+        try:
+            yield generation.attributor
+        finally:
+            generation.users -= 1
+            if not generation.users:
+                generation.unused.set()
+
+    async def reload(self) -> tuple[Attributor, Attributor]:
+        """Load the bundle, the label sets and the keys that the settings name, as they are now, beside those in
+        service, then let new requests have them: (those now, those before), which are closed after their last answer.
+
+        Raises one of `REFUSED`; everything is as before then.
+        """
+        async with self._loading:
+            before = self._now
+            assert before is not None
+            try:
+                now = await self._load_all()
+            except REFUSED as error:
+                metrics.RELOADS.labels("refused").inc()
+                logger.error("reload refused, the bundle in service stays: %s", error)
+                raise
+            metrics.RELOADS.labels("taken").inc()
+            self._now = now
+            before.attributor.withdraw()
+            self._announce(now.attributor)
+        task = asyncio.create_task(self._retire(before))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+        return now.attributor, before.attributor
+
+    async def reload_by_signal(self) -> None:
+        """The same; a refusal is logged."""
+        with suppress(*REFUSED):
+            await self.reload()
+
+    async def _load_all(self) -> _Generation:
+        made = await self._load()
+        try:
+            self._read_keys()
+        except SettingsError:
+            await made.attributor.__aexit__()
+            raise
+        return made
+
+    async def _load(self) -> _Generation:
+        bundle = await asyncio.to_thread(open_bundle, self.settings.bundle)
+        attributor = await Attributor(bundle, self.settings).__aenter__()
+        return _Generation(attributor)
+
+    def _announce(self, attributor: Attributor) -> None:
+        attributor.announce()
+        name, digest, provider = attributor.model.name, attributor.model.digest, attributor.engine.provider
+        logger.info("serving bundle %s %s on %s", name, digest, provider)
+
+    async def _retire(self, generation: _Generation) -> None:
+        while generation.users:
+            generation.unused.clear()  # it was unused now and then before
+            await generation.unused.wait()
+        await generation.attributor.__aexit__()
+
+    def _read_keys(self) -> None:
+        settings = self.settings
+        both = (
+            Keys("api_keys", settings.api_keys, settings.api_keys_file),
+            Keys("admin_keys", settings.admin_keys, settings.admin_keys_file),
+        )
+        self.api_keys, self.admin_keys = both

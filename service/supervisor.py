@@ -1,0 +1,70 @@
+"""`vitrine serve`: BentoML's server, whose workers are looked after more closely than BentoML does.
+
+BentoML looks every ten seconds whether a worker has died, and on SIGHUP puts new workers in the place of the old
+whether the new bundle is any good or not. Here a dead worker is replaced at once, and SIGHUP is handed to the workers,
+which take over a new bundle only once it is loaded (`service.reload`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from typing import Any
+
+import bentoml
+import psutil
+
+from models.errors import VitrineError
+from service import workers
+
+LOOK_SECONDS = 0.25
+
+
+class ServeError(VitrineError):
+    """The server cannot start."""
+
+
+def serve(host: str, port: int) -> None:
+    """Serve until SIGTERM or SIGINT; requests in flight are answered first. Raises `ServeError`."""
+    _check_address(host, port)
+    server: Any = bentoml.serve("service.app:Vitrine", host=host, port=port, blocking=False)
+    arbiter = server.arbiter
+    signal.signal(signal.SIGHUP, lambda *_: _reload())  # in place of BentoML's
+    while not arbiter.running and arbiter._thread.is_alive():
+        time.sleep(LOOK_SECONDS)
+    while arbiter._thread.is_alive():
+        time.sleep(LOOK_SECONDS)
+        if _has_lost_one(arbiter):
+            with suppress(RuntimeError):  # it is ending
+                arbiter.loop.add_callback(arbiter.manage_watchers)
+    sys.stdout.flush()
+
+
+def _check_address(host: str, port: int) -> None:
+    """BentoML would say so in a traceback, from a thread."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ServeError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port") from error
+
+
+def _reload() -> None:
+    for process in workers.of(os.getpid()):
+        process.send_signal(signal.SIGHUP)
+
+
+def _has_lost_one(arbiter: Any) -> bool:
+    for watcher in arbiter.iter_watchers():
+        for pid in list(watcher.processes):
+            with suppress(psutil.NoSuchProcess):
+                if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                    continue
+            return True
+    return False
