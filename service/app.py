@@ -55,7 +55,13 @@ class Vitrine:
     """
 
     def __init__(self) -> None:
-        trace.set_tracer_provider(BentoMLContainer.tracer_provider.get())  # so that stages join its spans
+        self.traces = BentoMLContainer.tracer_provider.get()
+        trace.set_tracer_provider(self.traces)  # so that stages join its spans
+
+    @bentoml.on_shutdown
+    def send_last_traces(self) -> None:
+        """A worker ends by a signal, which would leave those of the last seconds unsent."""
+        self.traces.force_flush(timeout_millis=3_000)
 
     def __is_ready__(self) -> bool:
         return app.state.serving.attributor is not None

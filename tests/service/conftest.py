@@ -114,16 +114,16 @@ class Server:
 def start_server(light_python, tmp_path_factory):
     """start_server(**environment) -> context manager of a `Server`, ready, by `vitrine serve`.
 
-    command: what to start instead. Its own BENTOML_HOME keeps its metrics apart from others'.
+    command: what to start instead; python: what with. Its own BENTOML_HOME keeps its metrics apart from others'.
     """
 
     @contextmanager
-    def start(command=("vitrine.py", "serve"), **environment):
+    def start(command=("vitrine.py", "serve"), python=light_python, **environment):
         home, port = tmp_path_factory.mktemp("bentoml"), _free_port()
         log = home / "serve.log"
         with log.open("w") as output:
             process = subprocess.Popen(
-                [light_python, *map(str, command), "--host", "127.0.0.1", "--port", str(port)],
+                [python, *map(str, command), "--host", "127.0.0.1", "--port", str(port)],
                 cwd=ROOT,
                 env=_environment(BENTOML_HOME=home, **environment),
                 stdout=output,
