@@ -11,11 +11,12 @@ PIP = -m pip install --quiet --disable-pip-version-check --constraint constraint
 PHOTO = build/cat.png
 VITRINE = .venv-dev/bin/vitrine
 
-.PHONY: help serve test demo clean
+.PHONY: help serve test audit demo clean
 
 help:
 	@echo "make serve   the service on the embedded bundle, http://127.0.0.1:$(PORT)  (light environment, no torch)"
 	@echo "make test    ruff, mypy, pytest  (full environment: torch and open_clip, about 5 GB)"
+	@echo "make audit   the pinned versions against the public list of vulnerabilities"
 	@echo "make demo    the embedded bundle anew, from CIFAR-10 alone: hours; after an interruption it goes on"
 	@echo "             (DATA=$(DATA): where CIFAR-10 and the CLIP are put; RUN=$(RUN): the CLT's run)"
 	@echo "make clean   remove both environments and build/"
@@ -33,6 +34,10 @@ test: .venv/installed .venv-dev/installed
 	.venv-dev/bin/ruff format --check .
 	.venv-dev/bin/mypy
 	VITRINE_LIGHT_PYTHON=$(CURDIR)/.venv/bin/python .venv-dev/bin/pytest
+
+# Known vulnerabilities of the pinned versions. Versions of which the index knows nothing are listed as not audited.
+audit: .venv-dev/installed
+	.venv-dev/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 # Pretraining and training take up what they find, and do nothing where they are done. The new bundle is made beside
 # the old one, which only moves away (to build/demo-before) once the new one is verified.

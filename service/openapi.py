@@ -5,6 +5,7 @@ The page's script and style are Swagger UI's, from a package and from here: noth
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,15 @@ def multipart_or_json(part: type[BaseModel], whole: type[BaseModel], image: str 
         "application/json": {"schema": _inlined(whole.model_json_schema())},
     }
     return {"requestBody": {"required": True, "content": content}}
+
+
+def ask_for_keys(app: FastAPI, paths: Collection[str]) -> None:
+    """Say in the document that requests to these paths need a key."""
+    document = app.openapi()
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path in paths:
+        for operation in document["paths"][path].values():
+            operation["security"] = [{"key": []}]
 
 
 def add_docs(app: FastAPI) -> None:

@@ -20,7 +20,7 @@ from service.attributor import Attributor
 from service.errors import ServiceError, error_response
 from service.keys import Keys
 from service.middleware import Gate
-from service.openapi import add_docs, errors, multipart_or_json
+from service.openapi import add_docs, ask_for_keys, errors, multipart_or_json
 from service.reload import REFUSED, Serving
 from service.requests import read_batch, read_image, read_optional_image
 from service.schemas import (
@@ -83,6 +83,8 @@ def create_app(settings: Settings) -> FastAPI:
         app.post("/admin/reload", response_model=ReloadResponse, responses=errors(401, 409, 503))(reload)
     app.get("/metrics", include_in_schema=False)(_metrics)
     add_docs(app)
+    guarded = [path for path in app.openapi()["paths"] if path.startswith("/admin/") or serving.api_keys]
+    ask_for_keys(app, guarded)
     app.add_route("/{path:path}", _elsewhere, methods=_METHODS, include_in_schema=False)
     return app
 

@@ -1,0 +1,285 @@
+"""What a service on the open net gets: damaged images by the thousand, bursts of everything at once, months of load.
+
+    python loadtests/abuse.py images --count 10000        # mutated image files: 4xx or 200, never 5xx; memory flat
+    python loadtests/abuse.py bursts                      # valid, invalid, slow and leaving clients, 64 at once
+    python loadtests/abuse.py soak --minutes 30           # memory under steady load
+
+Each starts a server of its own on the embedded bundle (or --bundle) and ends with 1 if it did not hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import numpy as np
+import typer
+from PIL import Image
+from rich.progress import track
+
+from loadtests.server import Server, serving
+from models.bundle import open_bundle
+from service.engine import Engine
+from service.explain import predict
+from service.images import ImageLimits, decode, to_pixels
+from service.labels import LabelEncoder, LabelSet
+from service.settings import DEMO_BUNDLE, Settings
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+BundleOption = Annotated[Path | None, typer.Option(help="Default: the embedded one.")]
+Corpus = Annotated[Path | None, typer.Option(help="Folder of real image files; default: drawn ones.")]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+WARM_UP = 500  # requests until memory is looked at
+
+
+def drawn(count: int, side: int = 96) -> list[bytes]:
+    """Image files in every format, with structure in them."""
+    generator, files = np.random.default_rng(0), []
+    for number in range(count):
+        levels = generator.integers(0, 100, (side, side + number % 40, 3))
+        levels += np.linspace(0, 155, levels.shape[1]).astype(int)[None, :, None]
+        buffer = io.BytesIO()
+        Image.fromarray(levels.astype(np.uint8)).save(buffer, FORMATS[number % len(FORMATS)])
+        files.append(buffer.getvalue())
+    return files
+
+
+def files_of(corpus: Path | None) -> list[bytes]:
+    if corpus is None:
+        return drawn(40)
+    found = [path.read_bytes() for path in sorted(corpus.rglob("*")) if path.is_file()]
+    if not found:
+        raise typer.BadParameter(f"no files under {corpus}")
+    return found
+
+
+def mutated(files: list[bytes], seed: int) -> Iterator[bytes]:
+    """Without end: a file with bytes changed, cut out, doubled, moved, or swapped with another file's."""
+    chance = random.Random(seed)  # noqa: S311
+    while True:
+        data = bytearray(chance.choice(files))
+        for _ in range(chance.choice((1, 1, 2, 4, 16, 64))):
+            at, length = chance.randrange(len(data)), chance.choice((1, 2, 4, 64, 1024))
+            match chance.randrange(6):
+                case 0:
+                    data[at] = chance.randrange(256)
+                case 1:
+                    data[at] = chance.choice((0, 1, 0x7F, 0x80, 0xFF))
+                case 2:
+                    del data[at : at + length]
+                case 3:
+                    data[at:at] = data[at : at + length]
+                case 4:
+                    other = chance.choice(files)
+                    data[at : at + length] = other[at : at + length]
+                case 5:
+                    del data[at:]
+            data = data or bytearray(b"\0")
+        yield bytes(data)
+
+
+@app.command()
+def images(
+    count: Annotated[int, typer.Option(help="Mutated files.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Of the mutations.")] = 0,
+    allowed_mib: Annotated[float, typer.Option(help="Growth of memory after the first 500.")] = 50,
+    bundle: BundleOption = None,
+    corpus: Corpus = None,
+) -> None:
+    """Mutated image files through /v1/classify: every answer 200 or 4xx in the envelope, no crash, memory flat."""
+    statuses: Counter[str] = Counter()
+    mutants = itertools.islice(mutated(files_of(corpus), seed), count)
+    with serving(bundle) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        (worker,), start = server.workers, 0.0
+        for number, data in enumerate(track(mutants, "mutated images", total=count)):
+            answer = http.post("/v1/classify", files={"image": data})
+            code = "" if answer.status_code == 200 else " " + answer.json()["error"]["code"]
+            statuses[f"{answer.status_code}{code}"] += 1
+            if number == min(WARM_UP, count - 1):
+                start = server.resident_mib()
+        end = server.resident_mib()
+        same = [process.pid for process in server.workers] == [worker.pid]
+    for status, found in statuses.most_common():
+        print(f"{found:7,}  {status}")
+    print(f"memory {start:.0f} -> {end:.0f} MiB; the worker {'lived' if same else 'DIED'}")
+    if not same or end - start > allowed_mib or any(status[0] not in "24" for status in statuses):
+        raise typer.Exit(1)
+
+
+@app.command()
+def bursts(
+    requests: Annotated[int, typer.Option(help="In all.")] = 1024,
+    burst: Annotated[int, typer.Option(help="At once.")] = 64,
+    bundle: BundleOption = None,
+) -> None:
+    """Bursts of valid, invalid, slow and leaving clients: every valid request is answered as the engine alone would,
+    every invalid one 4xx."""
+    settings = Settings(bundle=bundle or DEMO_BUNDLE)
+    files = drawn(16)
+    expected = _expected(settings, files)
+    with serving(bundle) as server:
+        outcomes = asyncio.run(_bursts(server, files, expected, requests, burst))
+        print(f"memory {server.resident_mib():.0f} MiB")
+    for outcome, found in sorted(outcomes.items()):
+        print(f"{found:6,}  {outcome}")
+    if any(outcome.startswith("WRONG") for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def _expected(settings: Settings, files: list[bytes]) -> list[dict[str, float]]:
+    """Label -> logit of each file, by the engine alone, image by image."""
+    bundle = open_bundle(settings.bundle)
+    engine, limits = Engine(bundle, settings), ImageLimits(10**9, 10**5)
+    encoder, text = LabelEncoder(engine, 1000), bundle.manifest.text
+    labels = LabelSet(tuple(text.labels), encoder.encode(text.labels, text.templates))
+    answers = []
+    for file in files:
+        pixels = to_pixels(decode(file, limits), bundle.manifest.preprocessing, limits)
+        (parts,) = engine.explain(pixels[None])
+        found = predict(parts, labels, bundle.manifest.logit_scale, len(labels.labels))
+        answers.append({prediction.label: prediction.logit for prediction in found})
+    return answers
+
+
+async def _bursts(
+    server: Server, files: list[bytes], expected: list[dict[str, float]], requests: int, burst: int
+) -> Counter[str]:
+    chance = random.Random(0)  # noqa: S311
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    host, port = server.url.removeprefix("http://").split(":")
+    outcomes: Counter[str] = Counter()
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
+
+        async def valid(path: str, slow: bool) -> str:
+            number = chance.randrange(len(files))
+            body, headers = _multipart(files[number], '{"top_k": 100}')
+
+            async def drip() -> Any:
+                for at in range(0, len(body), len(body) // 8 + 1):
+                    await asyncio.sleep(0.05)
+                    yield body[at : at + len(body) // 8 + 1]
+
+            headers["content-length"] = str(len(body))
+            answer = await http.post(path, content=drip() if slow else body, headers=headers)
+            kind = f"valid{', slow' if slow else ''} {path}"
+            if answer.status_code != 200:
+                return f"WRONG: {kind}: {answer.status_code}"
+            found = {p["label"]: p["logit"] for p in answer.json()["predictions"]}
+            off = max(abs(found[label] - logit) for label, logit in expected[number].items())
+            return f"{kind}: 200" if off < 1e-4 else f"WRONG: {kind}: a logit is off by {off}"
+
+        async def invalid() -> str:
+            body, headers = chance.choice(
+                [
+                    _multipart(b"no image", "{}"),
+                    _multipart(files[0][:50], "{}"),
+                    _multipart(files[0], "{"),
+                    _multipart(files[0], '{"labels": []}'),
+                    _multipart(files[0], '{"explain": {"targets": ["nobody"]}}'),
+                    (b"{}", {"content-type": "application/json"}),
+                    (b"", {"content-type": "text/plain"}),
+                ]
+            )
+            status = (await http.post("/v1/attribute", content=body, headers=headers)).status_code
+            return f"{'' if 400 <= status < 500 else 'WRONG: '}invalid: {status}"
+
+        async def leaving() -> str:
+            """Sends all or half of a request and hangs up."""
+            body, headers = _multipart(files[0], "{}")
+            head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+            whole = (
+                f"POST /v1/attribute HTTP/1.1\r\nHost: h\r\n{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+            )
+            _, writer = await asyncio.open_connection(host, int(port))
+            writer.write(whole[: chance.choice((len(whole), len(whole) // 2))])
+            await writer.drain()
+            await asyncio.sleep(chance.choice((0, 0.01, 0.1)))
+            writer.close()
+            return "left"
+
+        for _ in track(range(requests // burst), f"bursts of {burst}"):
+            kinds = chance.choices("vaisl", (4, 2, 3, 2, 2), k=burst)
+            made = {
+                "v": lambda: valid("/v1/attribute", False),
+                "a": lambda: valid("/v1/classify", False),
+                "i": invalid,
+                "s": lambda: valid("/v1/attribute", True),
+                "l": leaving,
+            }
+            outcomes.update(await asyncio.gather(*(made[kind]() for kind in kinds)))
+    return outcomes
+
+
+def _multipart(image: bytes, request: str) -> tuple[bytes, dict[str, str]]:
+    parts = (
+        b'--x\r\nContent-Disposition: form-data; name="image"; filename="i"\r\n\r\n' + image,
+        b'\r\n--x\r\nContent-Disposition: form-data; name="request"\r\n\r\n' + request.encode(),
+        b"\r\n--x--\r\n",
+    )
+    return b"".join(parts), {"content-type": "multipart/form-data; boundary=x"}
+
+
+@app.command()
+def soak(
+    minutes: Annotated[float, typer.Option(help="Of load.")] = 30,
+    clients: Annotated[int, typer.Option(help="At once.")] = 4,
+    allowed_share: Annotated[float, typer.Option(help="Growth of memory after the first tenth of the time.")] = 0.05,
+    bundle: BundleOption = None,
+) -> None:
+    """Steady load of every kind of request, new labels in each: memory stays flat after the warm-up."""
+    with serving(bundle) as server:
+        count, readings = asyncio.run(_soak(server, drawn(16), minutes * 60, clients))
+    for seconds, mib in readings:
+        print(f"{seconds / 60:6.1f} min  {mib:7.1f} MiB")
+    settled = [mib for seconds, mib in readings if seconds >= minutes * 6]
+    growth = max(settled) / settled[0] - 1
+    print(f"{count:,} requests; largest growth after {minutes / 10:g} min {growth:+.1%}")
+    if growth > allowed_share:
+        raise typer.Exit(1)
+
+
+async def _soak(
+    server: Server, files: list[bytes], seconds: float, clients: int
+) -> tuple[int, list[tuple[float, float]]]:
+    start, count, numbers = time.monotonic(), 0, itertools.count()
+    readings: list[tuple[float, float]] = []
+    asked: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("/v1/attribute", {}),
+        ("/v1/attribute", {"explain": {"heatmap": True, "lens": True}}),
+        ("/v1/classify", {"labels": ["cat", "dog", "a thing of its own"]}),
+        ("/v1/embed", {"texts": ["a text of its own"]}),
+    )
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+
+        async def client() -> None:
+            nonlocal count
+            while time.monotonic() - start < seconds:
+                number = next(numbers)
+                path, request = asked[number % len(asked)]
+                text = json.dumps(request).replace("of its own", f"of its own {number % 5000}")
+                body, headers = _multipart(files[number % len(files)], text)
+                (await http.post(path, content=body, headers=headers)).raise_for_status()
+                count += 1
+
+        async def read() -> None:
+            while time.monotonic() - start < seconds:
+                readings.append((time.monotonic() - start, server.resident_mib()))
+                await asyncio.sleep(max(1.0, seconds / 60))
+
+        await asyncio.gather(read(), *(client() for _ in range(clients)))
+    readings.append((seconds, server.resident_mib()))
+    return count, readings
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,171 @@
+"""What the service adds to the engine: one client's latency, and throughput under load, beside bare engine calls.
+
+    python loadtests/random_bundle.py build/b32-random
+    python loadtests/overhead.py --bundle build/b32-random --photo photo.jpg
+
+Latency: request and bare call take turns on the same photo, medians of both. Throughput: full batches in a bare loop,
+then wrk's clients (a C program: a client in Python would take the processors that it measures), in rounds that take
+turns. The answers given under load are compared, number by number, with those of single requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import re
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import numpy as np
+import typer
+from PIL import Image
+from rich.progress import track
+
+from loadtests.server import Server, serving
+from models.bundle import open_bundle
+from service.engine import Engine
+from service.images import ImageLimits, decode, to_pixels
+from service.settings import DEMO_BUNDLE, Settings
+
+TOLERANCE = 1e-4
+_SCRIPT = """
+local file = io.open("{body}", "rb")
+wrk.method, wrk.body = "POST", file:read("*a")
+wrk.headers["Content-Type"] = "multipart/form-data; boundary=x"
+"""
+
+
+def main(
+    bundle: Annotated[Path | None, typer.Option(help="Default: the embedded one.")] = None,
+    photo: Annotated[Path | None, typer.Option(help="Default: a drawn picture of 224 x 224, as JPEG.")] = None,
+    pairs: Annotated[int, typer.Option(help="Requests, and bare calls, of one client.")] = 200,
+    seconds: Annotated[int, typer.Option(help="Of each round of load.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Of load and bare loop, in turns.")] = 5,
+    clients: Annotated[int, typer.Option(help="At once, under load.")] = 32,
+    path: Annotated[str, typer.Option(help="What is asked.")] = "/v1/attribute",
+) -> None:
+    """Print both ratios and the largest difference between answers."""
+    settings = Settings(bundle=bundle or DEMO_BUNDLE)
+    opened = open_bundle(settings.bundle)
+    image = photo.read_bytes() if photo else _drawn()
+    pixels = to_pixels(
+        decode(image, ImageLimits(10**9, 10**5)), opened.manifest.preprocessing, ImageLimits(10**9, 10**5)
+    )
+    engine = Engine(opened, settings)
+    engine.warm_up()
+    with serving(settings.bundle) as server:
+        asked, bare = _latency(server, path, image, engine, pixels[None], pairs)
+        print(
+            f"one client: p50 {asked:.2f} ms; bare engine call {bare:.2f} ms; "
+            f"ratio {asked / bare:.3f}, {asked - bare:+.2f} ms"
+        )
+        worst = asyncio.run(_compare(server, path, clients))
+        print(f"answers under load against single requests: largest difference {worst:.1e}")
+        if shutil.which("wrk"):
+            batch = np.repeat(pixels[None], settings.batch_size, 0)
+            found = list(_throughput(server, path, image, engine, batch, rounds, seconds, clients))
+            loads, loops = zip(*found, strict=True)
+            ratio = statistics.median(load / loop for load, loop in found)
+            print(
+                f"{clients} clients: {statistics.median(loads):.2f} images/s; bare loop in batches of {len(batch)} "
+                f"{statistics.median(loops):.2f} images/s; ratio {ratio:.3f}"
+            )
+        else:
+            print("wrk is not installed: no throughput")
+    if worst > TOLERANCE:
+        raise typer.Exit(1)
+
+
+def _drawn() -> bytes:
+    levels = np.random.default_rng(0).integers(0, 60, (224, 224, 3)) + np.linspace(0, 190, 224)[None, :, None]
+    buffer = io.BytesIO()
+    Image.fromarray(levels.astype(np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def _latency(server: Server, path: str, image: bytes, engine: Engine, pixels: Any, pairs: int) -> tuple[float, float]:
+    """Medians (of requests, of bare calls), in milliseconds."""
+    asked, bare = [], []
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        for number in track(range(pairs + 5), "one client", transient=True):
+            start = time.perf_counter()
+            http.post(path, files={"image": image}).raise_for_status()
+            between = time.perf_counter()
+            engine.explain(pixels)
+            end = time.perf_counter()
+            if number >= 5:
+                asked.append((between - start) * 1e3)
+                bare.append((end - between) * 1e3)
+    return statistics.median(asked), statistics.median(bare)
+
+
+def _throughput(
+    server: Server, path: str, image: bytes, engine: Engine, batch: Any, rounds: int, seconds: int, clients: int
+) -> Iterator[tuple[float, float]]:
+    """(images a second under load, of a bare loop), a round."""
+    with tempfile.TemporaryDirectory() as scratch:
+        body, script = Path(scratch) / "body", Path(scratch) / "post.lua"
+        head = b'--x\r\nContent-Disposition: form-data; name="image"; filename="i"\r\n\r\n'
+        body.write_bytes(head + image + b"\r\n--x--\r\n")
+        script.write_text(_SCRIPT.format(body=body))
+        command = [
+            "wrk",
+            "-t1",
+            f"-c{clients}",
+            f"-d{seconds}s",
+            "--timeout",
+            "60s",
+            "-s",
+            str(script),
+            server.url + path,
+        ]
+        for _ in track(range(rounds), "throughput", transient=True):
+            shown = subprocess.run([*command, server.url + path], capture_output=True, text=True, check=True).stdout  # noqa: S603
+            found = re.search(r"Requests/sec:\s+([\d.]+)", shown)
+            if found is None or "Non-2xx" in shown:
+                raise RuntimeError(shown)
+            start, images = time.perf_counter(), 0
+            while time.perf_counter() - start < seconds:
+                engine.explain(batch)
+                images += len(batch)
+            yield float(found[1]), images / (time.perf_counter() - start)
+
+
+async def _compare(server: Server, path: str, clients: int) -> float:
+    """The largest difference between any two numbers of the answers to 64 pictures, alone and all at once."""
+    random = np.random.default_rng(1)
+    pictures = []
+    for _ in range(64):
+        buffer = io.BytesIO()
+        Image.fromarray(random.integers(0, 255, (48, 48, 3), np.uint8)).resize((160, 120)).save(buffer, "PNG")
+        pictures.append(buffer.getvalue())
+    limits = httpx.Limits(max_connections=clients)
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
+
+        async def ask(picture: bytes) -> list[float]:
+            answer = (await http.post(path, files={"image": picture})).raise_for_status().json()
+            return _numbers(answer)
+
+        alone = [await ask(picture) for picture in pictures]
+        together = await asyncio.gather(*map(ask, pictures))
+    return max(abs(a - b) for one, other in zip(alone, together, strict=True) for a, b in zip(one, other, strict=True))
+
+
+def _numbers(answer: Any) -> list[float]:
+    """Every number of an answer, in order, but for the times."""
+    if isinstance(answer, dict):
+        return [number for key, value in answer.items() if key != "timings_ms" for number in _numbers(value)]
+    if isinstance(answer, list):
+        return [number for value in answer for number in _numbers(value)]
+    return [float(answer)] if isinstance(answer, int | float) else []
+
+
+if __name__ == "__main__":
+    typer.run(main)

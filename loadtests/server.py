@@ -1,0 +1,81 @@
+"""A server of one's own for the other load tests: `vitrine serve` in a process group that ends with the context."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from service import workers
+
+START_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def workers(self) -> list[psutil.Process]:
+        return workers.of(self.process.pid)
+
+    def resident_mib(self) -> float:
+        """Of all workers."""
+        return sum(worker.memory_info().rss for worker in self.workers) / 2**20
+
+
+@contextmanager
+def serving(bundle: Path | None, **settings: str) -> Iterator[Server]:
+    """A ready server. settings: `VITRINE_...` variables. Raises RuntimeError with its log if it does not start."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as home:
+        log = Path(home) / "serve.log"
+        command = [sys.executable, "vitrine.py", "serve", "--port", str(port)]
+        command += ["--bundle", str(bundle.resolve())] if bundle else []
+        with log.open("wb") as output:
+            process = subprocess.Popen(  # noqa: S603
+                command,
+                cwd=Path(__file__).resolve().parent.parent,
+                env={**os.environ, "BENTOML_HOME": home, **settings},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        server = Server(f"http://127.0.0.1:{port}", process, log)
+        try:
+            _wait_until_ready(server)
+            yield server
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(40)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _wait_until_ready(server: Server) -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end and server.process.poll() is None:
+        try:
+            if httpx.get(f"{server.url}/readyz", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise RuntimeError(f"the server did not become ready:\n{server.log.read_text()}")
