@@ -2,6 +2,7 @@
 
     python loadtests/abuse.py images --count 10000        # mutated image files: 4xx or 200, never 5xx; memory flat
     python loadtests/abuse.py bursts                      # valid, invalid, slow and leaving clients, 64 at once
+    python loadtests/abuse.py overload                    # far more clients than places
     python loadtests/abuse.py soak --minutes 30           # memory under steady load
 
 Each starts a server of its own on the embedded bundle (or --bundle) and ends with 1 if it did not hold.
@@ -227,6 +228,43 @@ def _multipart(image: bytes, request: str) -> tuple[bytes, dict[str, str]]:
         b"\r\n--x--\r\n",
     )
     return b"".join(parts), {"content-type": "multipart/form-data; boundary=x"}
+
+
+@app.command()
+def overload(
+    clients: Annotated[int, typer.Option(help="At once, without pause.")] = 100,
+    seconds: Annotated[float, typer.Option(help="Of overload.")] = 20,
+    bundle: BundleOption = None,
+) -> None:
+    """Far more clients than places: how soon the others are told (429), and what the admitted ones notice."""
+    with serving(bundle, VITRINE_QUEUE_SIZE="8", VITRINE_BATCH_SIZE="8", VITRINE_MAX_BATCH="8") as server:
+        light = asyncio.run(_hammer(server, 16, seconds / 4))
+        heavy = asyncio.run(_hammer(server, clients, seconds))
+    for name, found in ((f"{16} clients", light), (f"{clients} clients", heavy)):
+        for status, times in sorted(found.items()):
+            middle, late = np.percentile(times, [50, 99])
+            print(f"{name}: {status}: {len(times):6,} answers, median {middle:7.1f} ms, p99 {late:7.1f} ms")
+    if set(light) | set(heavy) != {200, 429}:
+        raise typer.Exit(1)
+
+
+async def _hammer(server: Server, clients: int, seconds: float) -> dict[int, list[float]]:
+    """Status -> milliseconds of every answer. Refused clients come again when Retry-After says so."""
+    (file,), times = drawn(1), dict[int, list[float]]()
+    body, headers = _multipart(file, "{}")
+    end = time.monotonic() + seconds
+    async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=None)) as http:
+
+        async def client() -> None:
+            while time.monotonic() < end:
+                start = time.perf_counter()
+                answer = await http.post("/v1/attribute", content=body, headers=headers)
+                times.setdefault(answer.status_code, []).append((time.perf_counter() - start) * 1e3)
+                if answer.status_code == 429:
+                    await asyncio.sleep(float(answer.headers["retry-after"]) * random.random())  # noqa: S311
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+    return times
 
 
 @app.command()

@@ -62,11 +62,8 @@ class Attributor:
     async def __aenter__(self) -> Attributor:
         settings = self.settings
         self._label_sets = await asyncio.to_thread(read_label_sets, settings.label_sets) if settings.label_sets else {}
-        _ = (
-            self.bundle.directions,
-            self.bundle.fold,
-            self.bundle.attention_fold,
-        )  # a damaged table is told now, not in the first answer
+        # a damaged table is told now, not in the first answer
+        _ = self.bundle.directions, self.bundle.fold, self.bundle.attention_fold
         self.engine = await asyncio.to_thread(Engine, self.bundle, settings)
         self.labels = LabelEncoder(self.engine, settings.label_cache)
         async with AsyncExitStack() as stack:  # a start that fails leaves no thread behind
@@ -147,15 +144,15 @@ class Attributor:
             raise ServiceError("missing_image", "send an image, `texts`, or both")
         timings: dict[str, float] = {}
         embedding = texts = None
-        if request.texts is not None:
-            self._check_texts(tuple(request.texts), ("{}",))
-            with stage("labels", timings):
-                texts = (await self.labels.resolve(tuple(request.texts), ("{}",), self.batcher.run)).embeddings
-        if image is not None:
-            with self._admitted():
+        with self._admitted():
+            if image is not None:
                 with stage("decode", timings):
                     pixels = await self._run(self._decode, image)
                 embedding = (await self._submit(pixels, timings)).embedding
+            if request.texts is not None:
+                self._check_texts(tuple(request.texts), ("{}",))
+                with stage("labels", timings):
+                    texts = (await self.labels.resolve(tuple(request.texts), ("{}",), self.batcher.run)).embeddings
         return EmbedResponse(
             request_id=request_id,
             model=self.model,

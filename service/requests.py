@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import json
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -16,6 +18,9 @@ from service.errors import ServiceError
 from service.schemas import AttributeRequest, BatchJson, validated
 
 Asked = TypeVar("Asked", bound=BaseModel)
+Parsed = TypeVar("Parsed")
+
+LARGE_BYTES = 256 * 2**10  # of JSON: a millisecond of parsing
 
 
 async def read_image(request: Request, shape: type[Asked], json_shape: type[BaseModel]) -> tuple[bytes, Asked]:
@@ -31,8 +36,7 @@ async def read_optional_image(
 ) -> tuple[bytes | None, Asked]:
     """The same, where an image is not needed."""
     if _is_json(request):
-        asked: Any = validated(json_shape, load_json(await request.body(), "the body"))
-        return None if asked.image_base64 is None else _image(asked.image_base64, "image_base64"), asked
+        return await _off_the_loop(_parse_image, await request.body(), json_shape)
     images, asked = await _read_multipart(request, shape, 1)
     return images[0] if images else None, asked
 
@@ -44,19 +48,33 @@ async def read_batch(request: Request, most: int) -> tuple[list[bytes | ServiceE
         if not parts:
             raise ServiceError("missing_image", "send at least one file part `image`")
         return parts, asked
-    body = validated(BatchJson, load_json(await request.body(), "the body"))
-    if len(body.images_base64) > most:
+    return await _off_the_loop(_parse_batch, await request.body(), most)
+
+
+async def _off_the_loop(parse: Callable[..., Parsed], body: bytes, *args: Any) -> Parsed:
+    """parse(body, *args), in a thread where it takes so long that others would notice."""
+    return await asyncio.to_thread(parse, body, *args) if len(body) > LARGE_BYTES else parse(body, *args)
+
+
+def _parse_image(body: bytes, json_shape: type[BaseModel]) -> tuple[bytes | None, Any]:
+    asked: Any = validated(json_shape, _load_json(body, "the body"))
+    return None if asked.image_base64 is None else _image(asked.image_base64, "image_base64"), asked
+
+
+def _parse_batch(body: bytes, most: int) -> tuple[list[bytes | ServiceError], AttributeRequest]:
+    asked = validated(BatchJson, _load_json(body, "the body"))
+    if len(asked.images_base64) > most:
         raise _too_many(most)
     images: list[bytes | ServiceError] = []
-    for number, text in enumerate(body.images_base64):
+    for number, text in enumerate(asked.images_base64):
         try:
             images.append(_image(text, f"images_base64[{number}]"))
         except ServiceError as error:
             images.append(error)
-    return images, body
+    return images, asked
 
 
-def load_json(text: str | bytes, where: str) -> Any:
+def _load_json(text: str | bytes, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # malformed, not UTF-8, integers of thousands of digits, too deep
@@ -113,7 +131,7 @@ async def _read_parts(form: FormData, shape: type[Asked], most: int) -> tuple[li
         raise _too_many(most)
     asked = form.get("request")
     text = await asked.read() if isinstance(asked, UploadFile) else (asked or "{}")
-    return images, validated(shape, load_json(text, "part `request`"))
+    return images, validated(shape, _load_json(text, "part `request`"))
 
 
 def _too_many(most: int) -> ServiceError:
