@@ -35,9 +35,10 @@ test: .venv/installed .venv-dev/installed
 	.venv-dev/bin/mypy
 	VITRINE_LIGHT_PYTHON=$(CURDIR)/.venv/bin/python .venv-dev/bin/pytest
 
-# Known vulnerabilities of the pinned versions. Versions of which the index knows nothing are listed as not audited.
+# Known vulnerabilities of the pinned versions; build/audit.json lists what was audited, if the public list was reached.
 audit: .venv-dev/installed
-	.venv-dev/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	@mkdir -p build
+	.venv-dev/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --format json --output build/audit.json
 
 # Pretraining and training take up what they find, and do nothing where they are done. The new bundle is made beside
 # the old one, which only moves away (to build/demo-before) once the new one is verified.

@@ -69,7 +69,7 @@ class Attributor:
         async with AsyncExitStack() as stack:  # a start that fails leaves no thread behind
             self._pool = stack.enter_context(ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode"))
             self.batcher = await stack.enter_async_context(
-                Batcher(self.engine.explain, settings.batch_size, settings.queue_size, settings.batch_wait_ms)
+                Batcher(self.engine.explain, settings.batch_size, settings.batch_wait_ms)
             )
             await self.batcher.run(self.engine.warm_up)
             await self.labels.add({DEFAULT: self.labels.named[DEFAULT], **self._label_sets}, self.batcher.run)

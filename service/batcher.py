@@ -1,17 +1,18 @@
-"""One thread for the engine, a bounded queue before it, batches of whatever waits.
+"""One thread for the engine, a queue before it (whose bound is `Attributor`'s admission), batches of whatever waits.
 
 Images that arrive while an inference runs form the next batch, so batches grow with the load and nobody waits for
 company (unless `wait_ms` says so, for GPUs whose inference is shorter than requests are apart). Since the graph does
-not depend on labels, requests with different labels and options share a batch.
+not depend on labels, requests with different labels and options share a batch. The engine's thread takes its batches
+itself: an event loop that is busy with answers would keep it waiting between two of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from models.ledger import Decomposition
 from service import metrics
-from service.errors import ServiceError, queue_full
+from service.errors import ServiceError
 
 
 class Inference(NamedTuple):
@@ -48,28 +49,28 @@ class Batcher:
         self,
         explain: Callable[[NDArray[np.float32], list[bool]], list[Decomposition]],
         batch_size: int,
-        queue_size: int,
         wait_ms: float = 0,
     ) -> None:
-        """batch_size: images in one inference, at most; queue_size: images that wait, at most; wait_ms: how long the
-        first of them waits for a full batch."""
-        self._explain, self._batch_size, self._queue_size, self._wait_ms = explain, batch_size, queue_size, wait_ms
+        """batch_size: images in one inference, at most; wait_ms: how long the first waits for a full batch."""
+        self._explain, self._batch_size, self._wait_ms = explain, batch_size, wait_ms
         self._queue: deque[_Waiting] = deque()
-        self._arrived, self._full = asyncio.Event(), asyncio.Event()
+        self._arrival = threading.Condition()  # guards the queue and what follows
+        self._scheduled = False  # `_work` is to come, or at it
         self._closing = False
-        self._idle = True
+        self._unanswered: set[asyncio.Future[Inference]] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
     async def __aenter__(self) -> Batcher:
-        self._task = asyncio.create_task(self._serve())
+        self._loop = asyncio.get_running_loop()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._closing = True
-        self._arrived.set()
-        self._full.set()
-        await self._task
-        self._thread.shutdown()
+        with self._arrival:
+            self._closing = True
+            self._arrival.notify()
+        while self._unanswered:
+            await asyncio.wait(self._unanswered)
+        await asyncio.to_thread(self._thread.shutdown)
 
     @property
     def waiting(self) -> int:
@@ -79,64 +80,74 @@ class Batcher:
     async def submit(self, pixels: NDArray[np.float32], details: bool = False) -> Inference:
         """Normalised pixels [3, H, W] to their decomposition, with `Details` if wanted.
 
-        Raises `ServiceError` queue_full at once when it is. A caller that is cancelled (by its deadline) leaves its
-        place unless its inference already runs.
+        A caller that is cancelled (by its deadline) leaves the queue unless its inference already runs. Raises
+        `ServiceError` not_ready once this batcher is being left.
         """
-        if self._closing:
-            raise ServiceError("not_ready", "the service is shutting down")
-        about_to_leave = self._batch_size if self._idle else 0  # the next batch, which `_serve` has yet to take
-        if len(self._queue) >= self._queue_size + about_to_leave:
-            raise queue_full()
-        waiting = _Waiting(pixels, details, asyncio.get_running_loop().create_future())
-        self._queue.append(waiting)
-        self._arrived.set()
-        if len(self._queue) >= self._batch_size:
-            self._full.set()
+        waiting = _Waiting(pixels, details, self._loop.create_future())
+        with self._arrival:
+            if self._closing:
+                raise ServiceError("not_ready", "the service is shutting down")
+            self._queue.append(waiting)
+            self._schedule()
+            self._arrival.notify()
+        self._unanswered.add(waiting.answer)
+        waiting.answer.add_done_callback(self._unanswered.discard)
         try:
             return await waiting.answer
         finally:
-            if waiting in self._queue:
-                self._queue.remove(waiting)
+            with self._arrival:
+                if waiting in self._queue:
+                    self._queue.remove(waiting)
 
     async def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Something else on the engine's thread (label encoding), in turn with the batches."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+        return await self._loop.run_in_executor(self._thread, function, *args)
 
-    async def _serve(self) -> None:
-        while self._queue or not self._closing:
-            await self._arrived.wait()
-            if self._wait_ms and self._queue and not self._closing:
-                await self._company()
+    def _schedule(self) -> None:
+        if self._queue and not self._scheduled:
+            self._scheduled = True
+            self._thread.submit(self._work)
+
+    def _work(self) -> None:
+        """One batch, on the engine's thread; what else waits for that thread comes before the next."""
+        with self._arrival:
+            if self._wait_ms:
+                self._wait_for_company()
             batch = [self._queue.popleft() for _ in range(min(self._batch_size, len(self._queue)))]
-            if not self._queue and not self._closing:
-                self._arrived.clear()
-            if batch:
-                self._idle = False
-                await self._answer(batch)
-                self._idle = True
-
-    async def _company(self) -> None:
-        """Wait for a full batch, but no longer than the first image may be kept."""
-        if len(self._queue) < self._batch_size:
-            self._full.clear()
-        kept_ms = (perf_counter() - self._queue[0].since) * 1e3
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._full.wait(), max(0.0, self._wait_ms - kept_ms) / 1e3)
-
-    async def _answer(self, batch: list[_Waiting]) -> None:
         start = perf_counter()
-        metrics.BATCH.observe(len(batch))
-        try:
-            pixels = np.stack([waiting.pixels for waiting in batch])
-            found = await self.run(self._explain, pixels, [waiting.details for waiting in batch])
-            if len(found) != len(batch):
-                raise RuntimeError(f"the engine gave {len(found)} answers for {len(batch)} images")
-        except Exception as error:  # noqa: BLE001  (handed to those who wait for it: this loop must go on)
-            for waiting in batch:
-                if not waiting.answer.done():
-                    waiting.answer.set_exception(error)
-            return
+        found: list[Decomposition] | Exception = []
+        if batch:
+            metrics.BATCH.observe(len(batch))
+            try:
+                found = self._infer(batch)
+            except Exception as error:  # noqa: BLE001  (handed to those who wait for it: this thread must go on)
+                found = error
         inference_ms = (perf_counter() - start) * 1e3
-        for waiting, parts in zip(batch, found, strict=True):
-            if not waiting.answer.done():
-                waiting.answer.set_result(Inference(parts, (start - waiting.since) * 1e3, inference_ms))
+        with self._arrival:
+            self._scheduled = False
+            self._schedule()
+        self._loop.call_soon_threadsafe(_answer, batch, found, start, inference_ms)
+
+    def _wait_for_company(self) -> None:
+        """Until there is a full batch, but no longer than the first image may be kept."""
+        while self._queue and len(self._queue) < self._batch_size and not self._closing:
+            left = self._wait_ms / 1e3 - (perf_counter() - self._queue[0].since)
+            if left <= 0 or not self._arrival.wait(left):
+                return
+
+    def _infer(self, batch: list[_Waiting]) -> list[Decomposition]:
+        pixels = np.stack([waiting.pixels for waiting in batch])
+        found = self._explain(pixels, [waiting.details for waiting in batch])
+        if len(found) != len(batch):
+            raise RuntimeError(f"the engine gave {len(found)} answers for {len(batch)} images")
+        return found
+
+
+def _answer(batch: list[_Waiting], found: list[Decomposition] | Exception, start: float, inference_ms: float) -> None:
+    for number, waiting in enumerate(batch):
+        if waiting.answer.done():  # cancelled meanwhile
+            continue
+        if isinstance(found, Exception):
+            waiting.answer.set_exception(found)
+        else:
+            waiting.answer.set_result(Inference(found[number], (start - waiting.since) * 1e3, inference_ms))

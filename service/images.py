@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -97,9 +98,15 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing, limits: ImageLim
         image = image.resize(target, FILTERS[preprocessing.interpolation])
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     image = image.crop((left, top, left + width, top + height))
-    mean, std = np.array(preprocessing.mean, np.float32), np.array(preprocessing.std, np.float32)
-    normalised = (np.asarray(image, dtype=np.float32) / np.float32(255) - mean) / std
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+    levels, table = np.asarray(image), _normalised_levels(preprocessing.mean, preprocessing.std)
+    return np.stack([table[channel][levels[:, :, channel]] for channel in range(3)])
+
+
+@cache
+def _normalised_levels(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
+    """What becomes of each level 0 to 255, by channel [3, 256]: quicker to look up than to reckon, and the same."""
+    levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
+    return np.ascontiguousarray(((levels - np.array(mean, np.float32)) / np.array(std, np.float32)).T)
 
 
 def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:

@@ -46,6 +46,7 @@ from service.settings import Settings
 Answer = TypeVar("Answer")
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+_NO_SECOND_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False}  # BentoML traces, we measure and log
 _POSTED = (400, 401, 413, 415, 429, 500, 503, 504)
 
 
@@ -62,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
             with workers.on_signal(signal.SIGHUP, serving.reload_by_signal):
                 yield
 
-    app = FastAPI(title="Vitrine", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Vitrine", lifespan=lifespan, docs_url=None, redoc_url=None, telemetry=_NO_SECOND_TELEMETRY)
     app.state.serving, app.state.settings = serving, settings
     app.add_middleware(Gate, max_body_bytes=settings.max_body_bytes)
     app.add_exception_handler(ServiceError, _on_service_error)
@@ -76,11 +77,13 @@ def create_app(settings: Settings) -> FastAPI:
         ("/v1/embed", embed, EmbedResponse, EmbedRequest, EmbedJson, "optional"),
     ):
         body = multipart_or_json(part, whole, images)
-        app.post(path, response_model=answer, responses=errors(*_POSTED), openapi_extra=body)(endpoint)
-    app.get("/v1/model", response_model=ModelResponse, responses=errors(401, 503))(model)
-    app.get("/v1/labels", response_model=LabelsResponse, responses=errors(401, 503))(labels)
+        app.post(path, response_model=answer, responses=errors(*_POSTED), openapi_extra=body, tags=["ask"])(endpoint)
+    app.get("/v1/model", response_model=ModelResponse, responses=errors(401, 503), tags=["know"])(model)
+    app.get("/v1/labels", response_model=LabelsResponse, responses=errors(401, 503), tags=["know"])(labels)
     if serving.admin_keys:
-        app.post("/admin/reload", response_model=ReloadResponse, responses=errors(401, 409, 503))(reload)
+        app.post("/admin/reload", response_model=ReloadResponse, responses=errors(401, 409, 503), tags=["operate"])(
+            reload
+        )
     app.get("/metrics", include_in_schema=False)(_metrics)
     add_docs(app)
     guarded = [path for path in app.openapi()["paths"] if path.startswith("/admin/") or serving.api_keys]

@@ -34,12 +34,12 @@ def image(number):
     return np.full((3, 2, 2), number, np.float32)
 
 
-def play(scene, batch_size=4, queue_size=100):
+def play(scene, batch_size=4):
     """Run `scene(batcher, engine)` within the batcher's life, at most 30 s; returns the engine."""
     engine = Engine()
 
     async def run():
-        async with asyncio.timeout(30), Batcher(engine.explain, batch_size, queue_size) as batcher:
+        async with asyncio.timeout(30), Batcher(engine.explain, batch_size) as batcher:
             try:
                 await scene(batcher, engine)
             finally:
@@ -94,20 +94,6 @@ def test_a_batch_size_of_one_batches_nothing():
     assert play(scene, batch_size=1).batches == [[0], [1], [2]]
 
 
-def test_an_idle_engines_next_batch_takes_no_place_in_the_queue():
-    """As many as may be admitted, all at once, before the first batch is taken."""
-
-    async def scene(batcher, engine):
-        engine.gate.set()
-        tasks = await submit(batcher, *range(6))
-        refused = (await asyncio.gather(*tasks, return_exceptions=True))[-1]
-        assert isinstance(refused, ServiceError)
-        assert refused.code == "queue_full"
-        assert await answers(tasks[:-1]) == list(range(5))
-
-    play(scene, batch_size=3, queue_size=2)
-
-
 def test_many_askers_get_their_own_answers():
     async def scene(batcher, engine):
         engine.gate.set()
@@ -119,25 +105,10 @@ def test_many_askers_get_their_own_answers():
 
         assert await asyncio.gather(*map(ask, numbers)) == numbers
 
-    engine = play(scene, batch_size=5, queue_size=500)
+    engine = play(scene, batch_size=5)
     assert max(map(len, engine.batches)) <= 5
     assert sorted(number for batch in engine.batches for number in batch) == list(range(500))
     assert len(engine.threads) == 1
-
-
-def test_a_full_queue_is_refused_at_once_and_taken_again_when_there_is_room():
-    async def scene(batcher, engine):
-        first, others = await submit_behind_a_running_one(batcher, engine, 1, 2)
-        with pytest.raises(ServiceError) as caught:
-            await batcher.submit(image(3))
-        assert caught.value.code == "queue_full"
-        assert caught.value.status == 429
-        assert int(caught.value.headers["Retry-After"]) >= 1
-        engine.gate.set()
-        assert await answers([first, *others]) == [0, 1, 2]
-        assert await answers(await submit(batcher, 4)) == [4]
-
-    play(scene, queue_size=2)
 
 
 def test_a_cancelled_waiter_leaves_its_batch_and_does_not_disturb_it():
@@ -179,7 +150,7 @@ def test_cancelled_waiters_give_their_places_in_the_queue_back():
         engine.gate.set()
         assert await answers([first, *others]) == [0, 3, 4]
 
-    play(scene, queue_size=2)
+    play(scene)
 
 
 def test_a_batch_whose_waiters_all_left_is_not_run():
@@ -295,7 +266,7 @@ def wait_for_company(scene, wait_ms, batch_size=3):
     engine.gate.set()
 
     async def run():
-        async with asyncio.timeout(30), Batcher(engine.explain, batch_size, 100, wait_ms) as batcher:
+        async with asyncio.timeout(30), Batcher(engine.explain, batch_size, wait_ms) as batcher:
             await scene(batcher)
 
     asyncio.run(run())

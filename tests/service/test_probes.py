@@ -124,6 +124,30 @@ def test_openapi_describes_the_answer_that_is_given(server, picture, openapi):
         check(refusal.json(), responses[str(refusal.status_code)]["content"]["application/json"]["schema"])
 
 
+def test_the_docs_page_needs_nobody_else(server):
+    page = server.http.get("/docs")
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/html")
+    assert page.headers["x-content-type-options"] == "nosniff"
+    policy = dict(part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
+    assert policy["script-src"] == "'self'"
+    assert "//" not in page.text
+    needed = re.findall(r'(?:src|href)="([^"]*)"', page.text)
+    assert len(needed) == 3
+    for file in needed:
+        found = server.http.get(f"/{file}")
+        assert found.status_code == 200
+        assert found.headers["content-type"].startswith(("text/css", "text/javascript"))
+    assert "<script>" not in page.text  # the policy would not let it run
+
+
+def test_a_file_that_is_not_there_is_told_in_the_envelope(server, refused):
+    refused(server.http.get("/docs/nothing.js"), 404, "not_found")
+    refused(server.http.get("/docs/../app.py"), 404, "not_found")
+    refused(server.http.post("/docs"), 405, "method_not_allowed")
+
+
 # Request ids
 
 
