@@ -3,6 +3,7 @@
     python loadtests/abuse.py images --count 10000        # mutated image files: 4xx or 200, never 5xx; memory flat
     python loadtests/abuse.py bursts                      # valid, invalid, slow and leaving clients, 64 at once
     python loadtests/abuse.py overload                    # far more clients than places
+    python loadtests/abuse.py recovery                    # kill -9 of the worker
     python loadtests/abuse.py soak --minutes 30           # memory under steady load
 
 Each starts a server of its own on the embedded bundle (or --bundle) and ends with 1 if it did not hold.
@@ -249,22 +250,81 @@ def overload(
 
 
 async def _hammer(server: Server, clients: int, seconds: float) -> dict[int, list[float]]:
-    """Status -> milliseconds of every answer. Refused clients come again when Retry-After says so."""
+    """Status -> milliseconds of every answer. Refused clients come again when Retry-After says so.
+
+    On bare streams: a client library would take more of the processors than the service does.
+    """
     (file,), times = drawn(1), dict[int, list[float]]()
     body, headers = _multipart(file, "{}")
+    host, port = server.url.removeprefix("http://").split(":")
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    whole = f"POST /v1/attribute HTTP/1.1\r\nHost: h\r\n{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
     end = time.monotonic() + seconds
-    async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=None)) as http:
 
-        async def client() -> None:
-            while time.monotonic() < end:
-                start = time.perf_counter()
-                answer = await http.post("/v1/attribute", content=body, headers=headers)
-                times.setdefault(answer.status_code, []).append((time.perf_counter() - start) * 1e3)
-                if answer.status_code == 429:
-                    await asyncio.sleep(float(answer.headers["retry-after"]) * random.random())  # noqa: S311
+    async def client() -> None:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        while time.monotonic() < end:
+            start = time.perf_counter()
+            writer.write(whole)
+            answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            status = int(answer.split()[1])
+            times.setdefault(status, []).append((time.perf_counter() - start) * 1e3)
+            await reader.readexactly(int(answer.partition("content-length: ")[2].split()[0]))
+            if status == 429:
+                after = float(answer.partition("retry-after: ")[2].split()[0])
+                await asyncio.sleep(after * (0.5 + random.random()))  # noqa: S311
+        writer.close()
 
-        await asyncio.gather(*(client() for _ in range(clients)))
+    await asyncio.gather(*(client() for _ in range(clients)))
     return times
+
+
+@app.command()
+def recovery(
+    clients: Annotated[int, typer.Option(help="At once, without pause.")] = 8,
+    within: Annotated[float, typer.Option(help="Seconds until there are answers again.")] = 10,
+    bundle: BundleOption = None,
+) -> None:
+    """kill -9 of the worker under load: how long until there are answers again, and how many requests were lost."""
+    with serving(bundle) as server:
+        gap, lost, answered = asyncio.run(_recover(server, clients))
+    print(
+        f"{answered:,} requests answered; {lost} of {clients} clients lost a request; answers again after {gap:.1f} s"
+    )
+    if gap > within or lost > clients:
+        raise typer.Exit(1)
+
+
+async def _recover(server: Server, clients: int) -> tuple[float, int, int]:
+    (file,), (worker,) = drawn(1), server.workers
+    body, headers = _multipart(file, "{}")
+    killed, back = asyncio.Event(), asyncio.Event()
+    moments, lost, answered = {"killed": 0.0, "back": 0.0}, 0, 0
+
+    async def client() -> None:
+        nonlocal lost, answered
+        while not back.is_set():
+            try:
+                async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
+                    start = time.monotonic()
+                    answer = await http.post("/v1/attribute", content=body, headers=headers)
+            except httpx.TransportError:
+                lost += 1
+                continue
+            answer.raise_for_status()
+            answered += 1
+            if killed.is_set() and start > moments["killed"] and not back.is_set():
+                moments["back"] = time.monotonic()
+                back.set()
+
+    async def kill() -> None:
+        await asyncio.sleep(3)
+        worker.kill()
+        moments["killed"] = time.monotonic()
+        killed.set()
+
+    await asyncio.gather(kill(), *(client() for _ in range(clients)))
+    return moments["back"] - moments["killed"], lost, answered
 
 
 @app.command()

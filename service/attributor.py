@@ -93,6 +93,11 @@ class Attributor:
         return self.settings.queue_size + self.settings.batch_size
 
     @property
+    def is_full(self) -> bool:
+        """Whether not even one more does."""
+        return self._in_flight >= self.capacity
+
+    @property
     def max_batch(self) -> int:
         """Images in one request."""
         return min(self.settings.max_batch, self.capacity)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import AbstractContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -17,7 +17,7 @@ from starlette.routing import Match
 
 from service import metrics, workers
 from service.attributor import Attributor
-from service.errors import ServiceError, error_response
+from service.errors import ServiceError, error_response, queue_full
 from service.keys import Keys
 from service.middleware import Gate
 from service.openapi import add_docs, ask_for_keys, errors, multipart_or_json
@@ -172,11 +172,15 @@ async def _metrics(request: Request) -> Response:
     return Response(await asyncio.to_thread(metrics.exposition), media_type=metrics.CONTENT_TYPE)
 
 
-def _served(request: Request) -> AbstractContextManager[Attributor]:
-    """A lease of the attributor, for those who may have it."""
+@contextmanager
+def _served(request: Request) -> Iterator[Attributor]:
+    """A lease of the attributor, for those who may have it, while it has places: no body is read for a refusal."""
     serving: Serving = request.app.state.serving
     _authorise(request, serving.api_keys)
-    return serving.lease()
+    with serving.lease() as attributor:
+        if request.method == "POST" and attributor.is_full:
+            raise queue_full()
+        yield attributor
 
 
 def _authorise(request: Request, keys: Keys) -> None:

@@ -86,6 +86,32 @@ def test_a_full_queue_is_said_at_once(bundle_path, picture, gate):
     assert int(refused.headers["retry-after"]) >= 1
 
 
+def test_a_full_service_reads_no_body_to_say_so(bundle_path, picture, gate):
+    app = create_app(Settings(bundle=bundle_path, queue_size=1, batch_size=1))
+
+    async def conversation(client):
+        gate.clear()
+        waiting = [asyncio.create_task(client.post("/v1/classify", files={"image": picture()})) for _ in range(2)]
+        while not app.state.serving.attributor.is_full:
+            await asyncio.sleep(0.01)
+
+        async def unread():
+            raise AssertionError("read")
+            yield b""
+
+        refused = []
+        for path in ("attribute", "attribute:batch", "classify", "embed"):
+            headers = {"content-type": "application/json"}
+            refused.append(await client.post(f"/v1/{path}", content=unread(), headers=headers))
+        known = [await client.get(f"/v1/{path}") for path in ("model", "labels")]
+        gate.set()
+        return refused, known, await asyncio.gather(*waiting)
+
+    refused, known, answered = talk_to(app, conversation)
+    assert [error_of(response) for response in refused] == [(429, "queue_full")] * 4
+    assert [response.status_code for response in (*known, *answered)] == [200] * 4
+
+
 def test_images_that_wait_for_decoding_are_counted_too(bundle_path, picture, monkeypatch):
     decode, gate = Attributor._decode, threading.Event()
     monkeypatch.setattr(Attributor, "_decode", lambda self, image: gate.wait(30) and decode(self, image))
