@@ -88,19 +88,9 @@ class Attributor:
         metrics.BUNDLE.labels(self.model.name, self.model.digest, self.engine.provider).set(0)
 
     @property
-    def capacity(self) -> int:
-        """Images that find a place at once."""
-        return self.settings.queue_size + self.settings.batch_size
-
-    @property
     def is_full(self) -> bool:
-        """Whether not even one more does."""
-        return self._in_flight >= self.capacity
-
-    @property
-    def max_batch(self) -> int:
-        """Images in one request."""
-        return min(self.settings.max_batch, self.capacity)
+        """Whether not one image more would find a place."""
+        return self._in_flight >= self.settings.capacity
 
     async def classify(self, image: bytes, request: ClassifyRequest, request_id: str) -> ClassifyResponse:
         """Predictions alone. Raises `ServiceError`."""
@@ -122,7 +112,8 @@ class Attributor:
     async def attribute_batch(
         self, images: Sequence[bytes | ServiceError], request: AttributeRequest, request_id: str
     ) -> BatchResponse:
-        """The same for each of at most `max_batch` images; an image that cannot be answered has its error in its place.
+        """The same for each of at most `settings.images_a_request` images; one that cannot be answered has its error in
+        its place.
 
         Raises `ServiceError` for what concerns all of them. They are admitted together or not at all.
         """
@@ -231,7 +222,7 @@ class Attributor:
     @contextmanager
     def _admitted(self, images: int = 1) -> Iterator[None]:
         """Places among the images being decoded, waiting or inferred. Raises `ServiceError` queue_full at once."""
-        if self._in_flight + images > self.capacity:
+        if self._in_flight + images > self.settings.capacity:
             raise queue_full()
         self._in_flight += images
         metrics.IN_FLIGHT.inc(images)

@@ -39,28 +39,22 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse} for status in statuses}
 
 
-def multipart_or_json(part: type[BaseModel], whole: type[BaseModel], image: str = "one") -> dict[str, Any]:
-    """A route's `openapi_extra`. part: of the part `request`; whole: of a JSON body; image: one, many or optional."""
-    file = {"type": "string", "format": "binary"}
+def multipart_or_json(part: type[BaseModel], whole: type[BaseModel], least: int, most: int) -> dict[str, Any]:
+    """A route's `openapi_extra`. part: of the part `request`; whole: of a JSON body; so many images it takes."""
+    image: dict[str, Any] = {"type": "string", "format": "binary"}
+    body = _inlined(whole.model_json_schema())
+    if most > 1:
+        image = {"type": "array", "items": image, "minItems": least, "maxItems": most}
+        body["properties"]["images_base64"]["maxItems"] = most
     multipart = {
         "type": "object",
-        "properties": {
-            "image": {"type": "array", "items": file, "minItems": 1} if image == "many" else file,
-            "request": _inlined(part.model_json_schema()),
-        },
-        "required": [] if image == "optional" else ["image"],
+        "properties": {"image": image, "request": _inlined(part.model_json_schema())},
+        "required": ["image"] if least else [],
         "additionalProperties": False,
     }
-    content = {
-        "multipart/form-data": {
-            "schema": multipart,
-            "encoding": {
-                "image": {"contentType": "application/octet-stream"},
-                "request": {"contentType": "application/json"},
-            },
-        },
-        "application/json": {"schema": _inlined(whole.model_json_schema())},
-    }
+    types = {"image": "application/octet-stream", "request": "application/json"}
+    encoding = {name: {"contentType": kind} for name, kind in types.items()}
+    content = {"multipart/form-data": {"schema": multipart, "encoding": encoding}, "application/json": {"schema": body}}
     return {"requestBody": {"required": True, "content": content}}
 
 

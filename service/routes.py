@@ -69,14 +69,14 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    one, many = "one", "many"
-    for path, endpoint, answer, part, whole, images in (
-        ("/v1/attribute", attribute, AttributeResponse, AttributeRequest, AttributeJson, one),
-        ("/v1/attribute:batch", attribute_batch, BatchResponse, AttributeRequest, BatchJson, many),
-        ("/v1/classify", classify, ClassifyResponse, ClassifyRequest, ClassifyJson, one),
-        ("/v1/embed", embed, EmbedResponse, EmbedRequest, EmbedJson, "optional"),
+    many = settings.images_a_request
+    for path, endpoint, answer, part, whole, least, most in (
+        ("/v1/attribute", attribute, AttributeResponse, AttributeRequest, AttributeJson, 1, 1),
+        ("/v1/attribute:batch", attribute_batch, BatchResponse, AttributeRequest, BatchJson, 1, many),
+        ("/v1/classify", classify, ClassifyResponse, ClassifyRequest, ClassifyJson, 1, 1),
+        ("/v1/embed", embed, EmbedResponse, EmbedRequest, EmbedJson, 0, 1),
     ):
-        body = multipart_or_json(part, whole, images)
+        body = multipart_or_json(part, whole, least, most)
         app.post(path, response_model=answer, responses=errors(*_POSTED), openapi_extra=body, tags=["ask"])(endpoint)
     app.get("/v1/model", response_model=ModelResponse, responses=errors(401, 503), tags=["know"])(model)
     app.get("/v1/labels", response_model=LabelsResponse, responses=errors(401, 503), tags=["know"])(labels)
@@ -106,7 +106,7 @@ async def attribute_batch(request: Request) -> Response:
     """The same for many images; each is answered or refused for itself."""
     with _served(request) as attributor:
         async with _deadline(request):
-            images, asked = await read_batch(request, attributor.max_batch)
+            images, asked = await read_batch(request, attributor.settings.images_a_request)
             answer = await _unless_gone(request, attributor.attribute_batch(images, asked, request.scope["request_id"]))
             _log(request, *(item.answer.predictions for item in answer.results if item.answer))
             return _json(answer)

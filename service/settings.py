@@ -93,6 +93,16 @@ class Settings(BaseSettings):
         default=1.0, ge=0, le=1, description="of the requests that bring no trace context, those that are traced"
     )
 
+    @property
+    def capacity(self) -> int:
+        """Images in hand at once: being decoded, waiting or inferred."""
+        return self.queue_size + self.batch_size
+
+    @property
+    def images_a_request(self) -> int:
+        """At most: a batch that no empty service could take would be refused for ever."""
+        return min(self.max_batch, self.capacity)
+
 
 def load_settings() -> Settings:
     """Settings from the environment. Raises `SettingsError` naming every wrong variable, unknown ones too."""
