@@ -307,11 +307,13 @@ def serve(
 ) -> None:
     """Serve a bundle over HTTP with BentoML (settings: service/README.md)."""
     os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # BentoML reads it when it is imported
+    from service.reload import read_keys
     from service.runtime import choose
     from service.settings import load_settings
 
     settings, opened = load_settings(), _open(bundle)
     choose(opened, settings)  # here, and not in a worker that the server would start again and again
+    read_keys(settings)
     os.environ["VITRINE_BUNDLE"] = str(opened.path.absolute())  # links stay: a reload follows them anew
     from service.supervisor import serve as run
 

@@ -34,7 +34,7 @@ class Serving:
         self._now: _Generation | None = None
         self._loading = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
-        self._read_keys()
+        self.api_keys, self.admin_keys = read_keys(settings)
 
     async def __aenter__(self) -> Serving:
         self._now = await self._load()
@@ -98,7 +98,7 @@ class Serving:
     async def _load_all(self) -> _Generation:
         made = await self._load()
         try:
-            self._read_keys()
+            self.api_keys, self.admin_keys = read_keys(self.settings)
         except SettingsError:
             await made.attributor.__aexit__()
             raise
@@ -120,10 +120,10 @@ class Serving:
             await generation.unused.wait()
         await generation.attributor.__aexit__()
 
-    def _read_keys(self) -> None:
-        settings = self.settings
-        both = (
-            Keys("api_keys", settings.api_keys, settings.api_keys_file),
-            Keys("admin_keys", settings.admin_keys, settings.admin_keys_file),
-        )
-        self.api_keys, self.admin_keys = both
+
+def read_keys(settings: Settings) -> tuple[Keys, Keys]:
+    """(of the API, of the administration). Raises `SettingsError`."""
+    return (
+        Keys("api_keys", settings.api_keys, settings.api_keys_file),
+        Keys("admin_keys", settings.admin_keys, settings.admin_keys_file),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydantic import (
     PositiveInt,
     SecretStr,
     ValidationError,
+    field_validator,
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -87,11 +89,24 @@ class Settings(BaseSettings):
     log_format: Literal["json", "text"] = Field(default="json", description="of the log lines on standard output")
     log_labels: bool = Field(default=False, description="log what was predicted; images are never logged")
     trace_endpoint: str | None = Field(
-        default=None, description="OTLP collector, `http://HOST:4318/v1/traces`; needs the extra `tracing`"
+        default=None,
+        pattern="^https?://.",
+        description="OTLP collector, `http://HOST:4318/v1/traces`; needs the extra `tracing`",
     )
     trace_share: float = Field(
         default=1.0, ge=0, le=1, description="of the requests that bring no trace context, those that are traced"
     )
+
+    @field_validator("trace_endpoint")
+    @classmethod
+    def _can_be_sent_to(cls, endpoint: str | None) -> str | None:
+        if endpoint:
+            try:
+                importlib.import_module("opentelemetry.exporter.otlp.proto.http")
+            except ModuleNotFoundError as error:
+                message = "the OpenTelemetry exporter is not installed: pip install 'vitrine[tracing]'"
+                raise ValueError(message) from error
+        return endpoint
 
     @property
     def capacity(self) -> int:
@@ -111,7 +126,10 @@ def load_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        problems = [f"{PREFIX}{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors()]
+        problems = [
+            f"{PREFIX}{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
         raise SettingsError("; ".join(problems)) from error
 
 

@@ -45,6 +45,12 @@ WRONG = {
     "VITRINE_DEADLINE_SECONDS": ["0", "-1", "nan", "inf", "soon"],
     "VITRINE_MAX_BODY_BYTES": ["16MiB", "0"],
     "VITRINE_LABEL_CACHE": ["0"],
+    "VITRINE_WORKERS": ["0"],
+    "VITRINE_BATCH_WAIT_MS": ["-1", "inf"],
+    "VITRINE_LOG_FORMAT": ["xml"],
+    "VITRINE_LOG_LABELS": ["perhaps"],
+    "VITRINE_TRACE_ENDPOINT": ["collector:4318"],
+    "VITRINE_TRACE_SHARE": ["1.1", "-0.1", "nan"],
 }
 
 
@@ -53,6 +59,26 @@ def test_a_wrong_value_is_refused_by_name(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=f"{name}='{re.escape(value)}'"):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("VITRINE_QUEUE_SZE", "did you mean VITRINE_QUEUE_SIZE?"),
+        ("VITRINE_APIKEYS", "did you mean VITRINE_API_KEYS?"),
+        ("VITRINE_XYZZY", "service/README.md lists them"),
+    ],
+)
+def test_a_name_that_is_no_setting_is_refused_with_the_nearest_one(monkeypatch, name, hint):
+    """It would be left out of account in silence, an API key's name too."""
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(SettingsError, match=rf"{name} is no setting.*{re.escape(hint)}"):
+        load_settings()
+
+
+def test_keys_are_not_shown_with_the_settings(monkeypatch):
+    monkeypatch.setenv("VITRINE_API_KEYS", "a-secret")
+    assert "a-secret" not in repr(load_settings()) + str(load_settings().model_dump())
 
 
 def test_all_wrong_values_are_named_at_once(monkeypatch):
@@ -69,8 +95,12 @@ def test_all_wrong_values_are_named_at_once(monkeypatch):
         ({"VITRINE_PROVIDER": "cuda"}, "VITRINE_PROVIDER"),
         ({"VITRINE_DEADLINE_SECONDS": "inf"}, "VITRINE_DEADLINE_SECONDS"),
         ({"VITRINE_BUNDLE": "/nowhere"}, "/nowhere"),
+        ({"VITRINE_API_KEYS_FILE": "/nowhere"}, "VITRINE_API_KEYS_FILE=/nowhere cannot be read"),
+        ({"VITRINE_ADMIN_KEYS": " , "}, "VITRINE_ADMIN_KEYS"),
+        ({"VITRINE_TRACE_ENDPOINT": "http://collector/v1/traces"}, "vitrine[tracing]"),
+        ({"VITRINE_BATCHSIZE": "1"}, "did you mean VITRINE_BATCH_SIZE?"),
     ],
-    ids=["no number", "no cuda here", "infinite", "no bundle"],
+    ids=["no number", "no cuda", "infinite", "no bundle", "no key file", "no key", "no exporter", "no setting"],
 )
 def test_wrong_settings_stop_serve_with_one_message(run_python, bundle_path, environment, named):
     finished = run_python("vitrine.py", "serve", "--port", 1, **{"VITRINE_BUNDLE": bundle_path, **environment})
