@@ -139,7 +139,8 @@ def _is_known(variable: str) -> bool:
 
 
 def _unknown(variables: Iterable[str]) -> Iterable[str]:
-    names = [f"{PREFIX}{name.upper()}" for name in Settings.model_fields]
+    names = [name.upper() for name in Settings.model_fields]
     for variable in variables:
-        like = difflib.get_close_matches(variable, names, 1)
-        yield f"{variable} is no setting" + (f"; did you mean {like[0]}?" if like else "; service/README.md lists them")
+        like = difflib.get_close_matches(variable.removeprefix(PREFIX).upper(), names, 1)
+        hint = f"did you mean {PREFIX}{like[0]}?" if like else "service/README.md lists them"
+        yield f"{variable} is no setting; {hint}"
