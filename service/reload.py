@@ -42,7 +42,8 @@ class Serving:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        now, self._now = self._now, None
+        async with self._loading:  # what is being loaded comes into service first, so that it is closed with the rest
+            now, self._now = self._now, None
         await asyncio.gather(*self._retiring)
         if now:
             await now.attributor.__aexit__()
@@ -57,7 +58,7 @@ class Serving:
         """The attributor for the whole of one request. Raises `ServiceError` not_ready."""
         generation = self._now
         if generation is None:
-            raise ServiceError("not_ready", "the bundle is still being loaded; see /readyz")
+            raise _not_ready()
         generation.users += 1
         try:
             yield generation.attributor
@@ -70,11 +71,12 @@ class Serving:
         """Load the bundle, the label sets and the keys that the settings name, as they are now, beside those in
         service, then let new requests have them: (those now, those before), which are closed after their last answer.
 
-        Raises one of `REFUSED`; everything is as before then.
+        Raises one of `REFUSED`, everything is as before then; or `ServiceError` not_ready where nothing is in service.
         """
         async with self._loading:
             before = self._now
-            assert before is not None
+            if before is None:
+                raise _not_ready()
             try:
                 now = await self._load_all()
             except REFUSED as error:
@@ -92,7 +94,7 @@ class Serving:
 
     async def reload_by_signal(self) -> None:
         """The same; a refusal is logged."""
-        with suppress(*REFUSED):
+        with suppress(*REFUSED, ServiceError):
             await self.reload()
 
     async def _load_all(self) -> _Generation:
@@ -119,6 +121,10 @@ class Serving:
             generation.unused.clear()  # it was unused now and then before
             await generation.unused.wait()
         await generation.attributor.__aexit__()
+
+
+def _not_ready() -> ServiceError:
+    return ServiceError("not_ready", "no bundle is in service, yet or any more; see /readyz")
 
 
 def read_keys(settings: Settings) -> tuple[Keys, Keys]:

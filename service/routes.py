@@ -157,8 +157,6 @@ async def reload(request: Request) -> Response:
     """Take over the bundle, label sets and keys that the settings name, as they are now, without losing a request."""
     serving = request.app.state.serving
     _authorise(request, serving.admin_keys)
-    with serving.lease():  # 503 while nothing is served
-        pass
     try:
         now, before = await serving.reload()
     except REFUSED as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
+import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -31,6 +31,8 @@ class ServeError(VitrineError):
 def serve(host: str, port: int) -> None:
     """Serve until SIGTERM or SIGINT; requests in flight are answered first. Raises `ServeError`."""
     _check_address(host, port)
+    failures: list[BaseException | None] = []
+    threading.excepthook = lambda thrown: failures.append(thrown.exc_value)
     server: Any = bentoml.serve("service.app:Vitrine", host=host, port=port, blocking=False)
     arbiter = server.arbiter
     signal.signal(signal.SIGHUP, lambda *_: _reload())  # in place of BentoML's
@@ -41,7 +43,8 @@ def serve(host: str, port: int) -> None:
         if _has_lost_one(arbiter):
             with suppress(RuntimeError):  # it is ending
                 arbiter.loop.add_callback(arbiter.manage_watchers)
-    sys.stdout.flush()
+    if failures:
+        raise ServeError(f"the server came to an end: {failures[0]}") from failures[0]
 
 
 def _check_address(host: str, port: int) -> None:
