@@ -113,7 +113,11 @@ class Batcher:
         with self._arrival:
             if self._wait_ms:
                 self._wait_for_company()
-            batch = [self._queue.popleft() for _ in range(min(self._batch_size, len(self._queue)))]
+            batch: list[_Waiting] = []
+            while self._queue and len(batch) < self._batch_size:
+                waiting = self._queue.popleft()
+                if not waiting.answer.done():  # cancelled, and the event loop has not come to take it out yet
+                    batch.append(waiting)
         start = perf_counter()
         found: list[Decomposition] | Exception = []
         if batch:
