@@ -88,6 +88,7 @@ class Batcher:
             if self._closing:
                 raise ServiceError("not_ready", "the service is shutting down")
             self._queue.append(waiting)
+            metrics.QUEUE.inc()
             self._schedule()
             self._arrival.notify()
         self._unanswered.add(waiting.answer)
@@ -98,6 +99,7 @@ class Batcher:
             with self._arrival:
                 if waiting in self._queue:
                     self._queue.remove(waiting)
+                    metrics.QUEUE.dec()
 
     async def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Something else on the engine's thread (label encoding), in turn with the batches."""
@@ -116,6 +118,7 @@ class Batcher:
             batch: list[_Waiting] = []
             while self._queue and len(batch) < self._batch_size:
                 waiting = self._queue.popleft()
+                metrics.QUEUE.dec()
                 if not waiting.answer.done():  # cancelled, and the event loop has not come to take it out yet
                     batch.append(waiting)
         start = perf_counter()

@@ -41,6 +41,7 @@ LAYER_SHARE = Histogram(
     buckets=(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1),
 )
 IN_FLIGHT = Gauge("vitrine_images_in_flight", "Images being decoded, waiting or inferred", multiprocess_mode="livesum")
+QUEUE = Gauge("vitrine_queue_images", "Images waiting for the engine", multiprocess_mode="livesum")
 BATCH = Histogram("vitrine_batch_images", "Images in an inference", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
 REJECTED = Counter("vitrine_rejected_total", "Requests, and images of a batch, refused", ["code"])
 LABELS = Counter("vitrine_labels_total", "Labels, by where their embeddings came from", ["source"])

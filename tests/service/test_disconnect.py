@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from prometheus_client import REGISTRY
 
 from service.engine import Engine
 from service.routes import create_app
@@ -70,11 +71,13 @@ def test_a_client_that_leaves_frees_its_place_in_the_queue(bundle_path, picture,
         app = create_app(Settings(bundle=bundle_path, queue_size=2, batch_size=1))
         async with app.router.lifespan_context(app):
             attributor = app.state.serving.attributor
+            queued = REGISTRY.get_sample_value("vitrine_queue_images")
             gate.clear()
             running = Client(app, picture())
             await until(lambda: attributor._in_flight == 1 and not attributor.batcher.waiting)
             waiting = [Client(app, picture(seed=seed)) for seed in (1, 2)]
             await until(lambda: attributor.batcher.waiting == 2)
+            assert REGISTRY.get_sample_value("vitrine_queue_images") == queued + 2
             waiting[0].leave()
             await until(lambda: attributor.batcher.waiting == 1)
             assert attributor._in_flight == 2
@@ -84,6 +87,8 @@ def test_a_client_that_leaves_frees_its_place_in_the_queue(bundle_path, picture,
             await asyncio.gather(*(client.task for client in (running, *waiting)))
             assert waiting[1].sent[0]["status"] == 200
             assert waiting[0].sent[0]["status"] == running.sent[0]["status"] == 499
+            assert REGISTRY.get_sample_value("vitrine_queue_images") == queued
+            assert REGISTRY.get_sample_value("vitrine_images_in_flight") == 0
 
     asyncio.run(scene())
 

@@ -147,4 +147,4 @@ def test_explanations_and_refusals_are_measured(server, picture, bundle):
     shares = [layer["share"] for layer in answer["explanations"][0]["layers"]]
     for layer in range(len(shares)):
         assert more("layer_share_count", layer=str(layer)) == 4
-    assert after["vitrine_images_in_flight", frozenset()] == 0
+    assert after["vitrine_images_in_flight", frozenset()] == after["vitrine_queue_images", frozenset()] == 0
