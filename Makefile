@@ -27,7 +27,7 @@ serve: .venv/installed $(PHOTO)
 	@echo
 	@echo "  curl --retry 9 --retry-connrefused -F image=@$(PHOTO) http://127.0.0.1:$(PORT)/v1/attribute"
 	@echo
-	@.venv/bin/vitrine serve --port $(PORT)
+	@VITRINE_LOG_FORMAT=$${VITRINE_LOG_FORMAT:-text} .venv/bin/vitrine serve --port $(PORT)
 
 test: .venv/installed .venv-dev/installed
 	.venv-dev/bin/ruff check .
