@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -43,6 +44,8 @@ from service.schemas import (
 )
 from service.settings import Settings
 
+Given = TypeVar("Given")
+Asked = TypeVar("Asked")
 Answer = TypeVar("Answer")
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
@@ -94,40 +97,44 @@ def create_app(settings: Settings) -> FastAPI:
 
 async def attribute(request: Request) -> Response:
     """Zero-shot prediction of one image, and the account of it."""
-    with _served(request) as attributor:
-        async with _deadline(request):
-            image, asked = await read_image(request, AttributeRequest, AttributeJson)
-            answer = await _unless_gone(request, attributor.attribute(image, asked, request.scope["request_id"]))
-            _log(request, answer.predictions)
-            return _json(answer)
+    reading = partial(read_image, request, AttributeRequest, AttributeJson)
+    answer = await _ask(request, reading, Attributor.attribute)
+    _log(request, answer.predictions)
+    return _json(answer)
 
 
 async def attribute_batch(request: Request) -> Response:
     """The same for many images; each is answered or refused for itself."""
-    with _served(request) as attributor:
-        async with _deadline(request):
-            images, asked = await read_batch(request, attributor.settings.images_a_request)
-            answer = await _unless_gone(request, attributor.attribute_batch(images, asked, request.scope["request_id"]))
-            _log(request, *(item.answer.predictions for item in answer.results if item.answer))
-            return _json(answer)
+    reading = partial(read_batch, request, request.app.state.settings.images_a_request)
+    answer = await _ask(request, reading, Attributor.attribute_batch)
+    _log(request, *(item.answer.predictions for item in answer.results if item.answer))
+    return _json(answer)
 
 
 async def classify(request: Request) -> Response:
     """Zero-shot prediction of one image."""
-    with _served(request) as attributor:
-        async with _deadline(request):
-            image, asked = await read_image(request, ClassifyRequest, ClassifyJson)
-            answer = await _unless_gone(request, attributor.classify(image, asked, request.scope["request_id"]))
-            _log(request, answer.predictions)
-            return _json(answer)
+    reading = partial(read_image, request, ClassifyRequest, ClassifyJson)
+    answer = await _ask(request, reading, Attributor.classify)
+    _log(request, answer.predictions)
+    return _json(answer)
 
 
 async def embed(request: Request) -> Response:
     """CLIP's embeddings of an image, of texts, or of both: vectors of length 1, whose products are cosines."""
+    reading = partial(read_optional_image, request, EmbedRequest, EmbedJson)
+    return _json(await _ask(request, reading, Attributor.embed))
+
+
+async def _ask(
+    request: Request,
+    read: Callable[[], Awaitable[tuple[Given, Asked]]],
+    answer: Callable[[Attributor, Given, Asked, str], Coroutine[Any, Any, Answer]],
+) -> Answer:
+    """The attributor's answer to what is read, within the deadline and while the client is there."""
     with _served(request) as attributor:
         async with _deadline(request):
-            image, asked = await read_optional_image(request, EmbedRequest, EmbedJson)
-            return _json(await _unless_gone(request, attributor.embed(image, asked, request.scope["request_id"])))
+            given, asked = await read()
+            return await _unless_gone(request, answer(attributor, given, asked, request.scope["request_id"]))
 
 
 async def model(request: Request) -> Response:

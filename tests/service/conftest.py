@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,6 +177,16 @@ def settings(bundle_path):
 @pytest.fixture(scope="session")
 def engine(bundle, settings):
     return Engine(bundle, settings)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """An event that every inference waits for; set until a test clears it."""
+    explain, gate = Engine.explain, threading.Event()
+    gate.set()
+    monkeypatch.setattr(Engine, "explain", lambda self, *batch: gate.wait(30) and explain(self, *batch))
+    yield gate
+    gate.set()
 
 
 @pytest.fixture(scope="session")

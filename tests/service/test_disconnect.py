@@ -2,25 +2,12 @@
 
 import asyncio
 import socket
-import threading
 import time
 
-import pytest
 from prometheus_client import REGISTRY
 
-from service.engine import Engine
 from service.routes import create_app
 from service.settings import Settings
-
-
-@pytest.fixture
-def gate(monkeypatch):
-    """An event that every inference waits for; set until a test clears it."""
-    explain, gate = Engine.explain, threading.Event()
-    gate.set()
-    monkeypatch.setattr(Engine, "explain", lambda self, *batch: gate.wait(30) and explain(self, *batch))
-    yield gate
-    gate.set()
 
 
 def multipart(image, path="/v1/attribute", cut=0):

@@ -50,16 +50,6 @@ def error_of(response):
     return response.status_code, error["code"]
 
 
-@pytest.fixture
-def gate(monkeypatch):
-    """An event that every inference waits for; set until a test clears it."""
-    explain, gate = Engine.explain, threading.Event()
-    gate.set()
-    monkeypatch.setattr(Engine, "explain", lambda self, *batch: gate.wait(30) and explain(self, *batch))
-    yield gate
-    gate.set()
-
-
 def test_a_full_queue_is_said_at_once(bundle_path, picture, gate):
     app = create_app(Settings(bundle=bundle_path, queue_size=1, batch_size=1))
 
