@@ -7,6 +7,7 @@ which take over a new bundle only once it is loaded (`service.reload`).
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -17,11 +18,13 @@ from typing import Any
 
 import bentoml
 import psutil
+from zmq import ZMQError
 
 from models.errors import VitrineError
 from service import workers
 
 LOOK_SECONDS = 0.25
+ATTEMPTS = 5
 
 
 class ServeError(VitrineError):
@@ -33,11 +36,8 @@ def serve(host: str, port: int) -> None:
     _check_address(host, port)
     failures: list[BaseException | None] = []
     threading.excepthook = lambda thrown: failures.append(thrown.exc_value)
-    server: Any = bentoml.serve("service.app:Vitrine", host=host, port=port, blocking=False)
-    arbiter = server.arbiter
+    arbiter = _start(host, port, failures)
     signal.signal(signal.SIGHUP, lambda *_: _reload())  # in place of BentoML's
-    while not arbiter.running and arbiter._thread.is_alive():
-        time.sleep(LOOK_SECONDS)
     while arbiter._thread.is_alive():
         time.sleep(LOOK_SECONDS)
         if _has_lost_one(arbiter):
@@ -45,6 +45,23 @@ def serve(host: str, port: int) -> None:
                 arbiter.loop.add_callback(arbiter.manage_watchers)
     if failures:
         raise ServeError(f"the server came to an end: {failures[0]}") from failures[0]
+
+
+def _start(host: str, port: int, failures: list[BaseException | None]) -> Any:
+    """BentoML's arbiter, once it runs, or has failed for good.
+
+    For its own ends it looks for free ports some moments before it takes them; one may be gone by then.
+    """
+    for _ in range(ATTEMPTS):
+        failures.clear()
+        server: Any = bentoml.serve("service.app:Vitrine", host=host, port=port, blocking=False)
+        arbiter = server.arbiter
+        while not arbiter.running and arbiter._thread.is_alive():
+            time.sleep(LOOK_SECONDS)
+        if not (failures and isinstance(failures[0], ZMQError) and failures[0].errno == errno.EADDRINUSE):
+            break
+        arbiter.sockets.close_all()
+    return arbiter
 
 
 def _check_address(host: str, port: int) -> None:

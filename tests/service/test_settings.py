@@ -97,10 +97,9 @@ def test_all_wrong_values_are_named_at_once(monkeypatch):
         ({"VITRINE_BUNDLE": "/nowhere"}, "/nowhere"),
         ({"VITRINE_API_KEYS_FILE": "/nowhere"}, "VITRINE_API_KEYS_FILE=/nowhere cannot be read"),
         ({"VITRINE_ADMIN_KEYS": " , "}, "VITRINE_ADMIN_KEYS"),
-        ({"VITRINE_TRACE_ENDPOINT": "http://collector/v1/traces"}, "vitrine[tracing]"),
         ({"VITRINE_BATCHSIZE": "1"}, "did you mean VITRINE_BATCH_SIZE?"),
     ],
-    ids=["no number", "no cuda", "infinite", "no bundle", "no key file", "no key", "no exporter", "no setting"],
+    ids=["no number", "no cuda", "infinite", "no bundle", "no key file", "no key", "no setting"],
 )
 def test_wrong_settings_stop_serve_with_one_message(run_python, bundle_path, environment, named):
     finished = run_python("vitrine.py", "serve", "--port", 1, **{"VITRINE_BUNDLE": bundle_path, **environment})
@@ -108,3 +107,13 @@ def test_wrong_settings_stop_serve_with_one_message(run_python, bundle_path, env
     assert finished.stderr.startswith("error: ")
     assert named in finished.stderr
     assert "Traceback" not in finished.stderr + finished.stdout
+
+
+def test_traces_without_an_exporter_stop_the_start(run_python, bundle_path):
+    if run_python("-c", "import opentelemetry.exporter.otlp.proto.http").returncode == 0:
+        pytest.skip("the exporter is installed beside the service")
+    environment = {"VITRINE_BUNDLE": bundle_path, "VITRINE_TRACE_ENDPOINT": "http://collector/v1/traces"}
+    finished = run_python("vitrine.py", "serve", "--port", 1, **environment)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: VITRINE_TRACE_ENDPOINT=")
+    assert "vitrine[tracing]" in finished.stderr
