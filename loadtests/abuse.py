@@ -12,14 +12,12 @@ Each starts a server of its own on the embedded bundle (or --bundle) and ends wi
 from __future__ import annotations
 
 import asyncio
-import io
 import itertools
 import json
 import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,9 +25,9 @@ from typing import Annotated, Any
 import httpx
 import numpy as np
 import typer
-from PIL import Image
 from rich.progress import track
 
+from loadtests.corpus import drawn, files_of, http_request, multipart, mutated
 from loadtests.server import Server, serving
 from models.bundle import open_bundle
 from service.engine import Engine
@@ -42,54 +40,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 BundleOption = Annotated[Path | None, typer.Option(help="Default: the embedded one.")]
 Corpus = Annotated[Path | None, typer.Option(help="Folder of real image files; default: drawn ones.")]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 WARM_UP = 500  # requests until memory is looked at
-
-
-def drawn(count: int, side: int = 96) -> list[bytes]:
-    """Image files in every format, with structure in them."""
-    generator, files = np.random.default_rng(0), []
-    for number in range(count):
-        levels = generator.integers(0, 100, (side, side + number % 40, 3))
-        levels += np.linspace(0, 155, levels.shape[1]).astype(int)[None, :, None]
-        buffer = io.BytesIO()
-        Image.fromarray(levels.astype(np.uint8)).save(buffer, FORMATS[number % len(FORMATS)])
-        files.append(buffer.getvalue())
-    return files
-
-
-def files_of(corpus: Path | None) -> list[bytes]:
-    if corpus is None:
-        return drawn(40)
-    found = [path.read_bytes() for path in sorted(corpus.rglob("*")) if path.is_file()]
-    if not found:
-        raise typer.BadParameter(f"no files under {corpus}")
-    return found
-
-
-def mutated(files: list[bytes], seed: int) -> Iterator[bytes]:
-    """Without end: a file with bytes changed, cut out, doubled, moved, or swapped with another file's."""
-    chance = random.Random(seed)  # noqa: S311
-    while True:
-        data = bytearray(chance.choice(files))
-        for _ in range(chance.choice((1, 1, 2, 4, 16, 64))):
-            at, length = chance.randrange(len(data)), chance.choice((1, 2, 4, 64, 1024))
-            match chance.randrange(6):
-                case 0:
-                    data[at] = chance.randrange(256)
-                case 1:
-                    data[at] = chance.choice((0, 1, 0x7F, 0x80, 0xFF))
-                case 2:
-                    del data[at : at + length]
-                case 3:
-                    data[at:at] = data[at : at + length]
-                case 4:
-                    other = chance.choice(files)
-                    data[at : at + length] = other[at : at + length]
-                case 5:
-                    del data[at:]
-            data = data or bytearray(b"\0")
-        yield bytes(data)
 
 
 @app.command()
@@ -166,7 +117,7 @@ async def _bursts(
 
         async def valid(path: str, slow: bool) -> str:
             number = chance.randrange(len(files))
-            body, headers = _multipart(files[number], '{"top_k": 100}')
+            body, headers = multipart(files[number], '{"top_k": 100}')
 
             async def drip() -> Any:
                 for at in range(0, len(body), len(body) // 8 + 1):
@@ -185,11 +136,11 @@ async def _bursts(
         async def invalid() -> str:
             body, headers = chance.choice(
                 [
-                    _multipart(b"no image", "{}"),
-                    _multipart(files[0][:50], "{}"),
-                    _multipart(files[0], "{"),
-                    _multipart(files[0], '{"labels": []}'),
-                    _multipart(files[0], '{"explain": {"targets": ["nobody"]}}'),
+                    multipart(b"no image", "{}"),
+                    multipart(files[0][:50], "{}"),
+                    multipart(files[0], "{"),
+                    multipart(files[0], '{"labels": []}'),
+                    multipart(files[0], '{"explain": {"targets": ["nobody"]}}'),
                     (b"{}", {"content-type": "application/json"}),
                     (b"", {"content-type": "text/plain"}),
                 ]
@@ -199,11 +150,7 @@ async def _bursts(
 
         async def leaving() -> str:
             """Sends all or half of a request and hangs up."""
-            body, headers = _multipart(files[0], "{}")
-            head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-            whole = (
-                f"POST /v1/attribute HTTP/1.1\r\nHost: h\r\n{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-            )
+            whole = http_request("/v1/attribute", *multipart(files[0], "{}"))
             _, writer = await asyncio.open_connection(host, int(port))
             writer.write(whole[: chance.choice((len(whole), len(whole) // 2))])
             await writer.drain()
@@ -222,15 +169,6 @@ async def _bursts(
             }
             outcomes.update(await asyncio.gather(*(made[kind]() for kind in kinds)))
     return outcomes
-
-
-def _multipart(image: bytes, request: str) -> tuple[bytes, dict[str, str]]:
-    parts = (
-        b'--x\r\nContent-Disposition: form-data; name="image"; filename="i"\r\n\r\n' + image,
-        b'\r\n--x\r\nContent-Disposition: form-data; name="request"\r\n\r\n' + request.encode(),
-        b"\r\n--x--\r\n",
-    )
-    return b"".join(parts), {"content-type": "multipart/form-data; boundary=x"}
 
 
 @app.command()
@@ -262,10 +200,8 @@ async def _hammer(server: Server, clients: int, seconds: float, herd: bool) -> d
     On bare streams: a client library would take more of the processors than the service does.
     """
     (file,), times = drawn(1), dict[int, list[float]]()
-    body, headers = _multipart(file, "{}")
+    whole = http_request("/v1/attribute", *multipart(file, "{}"))
     host, port = server.url.removeprefix("http://").split(":")
-    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    whole = f"POST /v1/attribute HTTP/1.1\r\nHost: h\r\n{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
     end = time.monotonic() + seconds
 
     async def client() -> None:
@@ -305,12 +241,12 @@ def recovery(
 
 async def _recover(server: Server, clients: int) -> tuple[float, int, int]:
     (file,), (worker,) = drawn(1), server.workers
-    body, headers = _multipart(file, "{}")
+    body, headers = multipart(file, "{}")
     killed, back = asyncio.Event(), asyncio.Event()
-    moments, lost, answered = {"killed": 0.0, "back": 0.0}, 0, 0
+    killed_at, back_at, lost, answered = 0.0, 0.0, 0, 0
 
     async def client() -> None:
-        nonlocal lost, answered
+        nonlocal lost, answered, back_at
         while not back.is_set():
             try:
                 async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
@@ -321,18 +257,19 @@ async def _recover(server: Server, clients: int) -> tuple[float, int, int]:
                 continue
             answer.raise_for_status()
             answered += 1
-            if killed.is_set() and start > moments["killed"] and not back.is_set():
-                moments["back"] = time.monotonic()
+            if killed.is_set() and start > killed_at and not back.is_set():
+                back_at = time.monotonic()
                 back.set()
 
     async def kill() -> None:
+        nonlocal killed_at
         await asyncio.sleep(3)
         worker.kill()
-        moments["killed"] = time.monotonic()
+        killed_at = time.monotonic()
         killed.set()
 
     await asyncio.gather(kill(), *(client() for _ in range(clients)))
-    return moments["back"] - moments["killed"], lost, answered
+    return back_at - killed_at, lost, answered
 
 
 @app.command()
@@ -373,7 +310,7 @@ async def _soak(
                 number = next(numbers)
                 path, request = asked[number % len(asked)]
                 text = json.dumps(request).replace("of its own", f"of its own {number % 5000}")
-                body, headers = _multipart(files[number % len(files)], text)
+                body, headers = multipart(files[number % len(files)], text)
                 (await http.post(path, content=body, headers=headers)).raise_for_status()
                 count += 1
 

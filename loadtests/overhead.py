@@ -28,6 +28,7 @@ import typer
 from PIL import Image
 from rich.progress import track
 
+from loadtests.corpus import multipart
 from loadtests.server import Server, serving
 from models.bundle import open_bundle
 from service.engine import Engine
@@ -55,9 +56,8 @@ def main(
     settings = Settings(bundle=bundle or DEMO_BUNDLE)
     opened = open_bundle(settings.bundle)
     image = photo.read_bytes() if photo else _drawn()
-    pixels = to_pixels(
-        decode(image, ImageLimits(10**9, 10**5)), opened.manifest.preprocessing, ImageLimits(10**9, 10**5)
-    )
+    limits = ImageLimits(settings.max_image_pixels, settings.max_image_side)
+    pixels = to_pixels(decode(image, limits), opened.manifest.preprocessing, limits)
     engine = Engine(opened, settings)
     engine.warm_up()
     with serving(settings.bundle) as server:
@@ -112,22 +112,12 @@ def _throughput(
     """(images a second under load, of a bare loop), a round."""
     with tempfile.TemporaryDirectory() as scratch:
         body, script = Path(scratch) / "body", Path(scratch) / "post.lua"
-        head = b'--x\r\nContent-Disposition: form-data; name="image"; filename="i"\r\n\r\n'
-        body.write_bytes(head + image + b"\r\n--x--\r\n")
+        body.write_bytes(multipart(image, "{}")[0])
         script.write_text(_SCRIPT.format(body=body))
-        command = [
-            "wrk",
-            "-t1",
-            f"-c{clients}",
-            f"-d{seconds}s",
-            "--timeout",
-            "60s",
-            "-s",
-            str(script),
-            server.url + path,
-        ]
+        options = ["-t1", f"-c{clients}", f"-d{seconds}s", "--timeout", "60s", "-s", str(script)]
+        command = ["wrk", *options, server.url + path]
         for _ in track(range(rounds), "throughput", transient=True):
-            shown = subprocess.run([*command, server.url + path], capture_output=True, text=True, check=True).stdout  # noqa: S603
+            shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603
             found = re.search(r"Requests/sec:\s+([\d.]+)", shown)
             if found is None or "Non-2xx" in shown:
                 raise RuntimeError(shown)

@@ -12,7 +12,6 @@ from pythonjsonlogger.json import JsonFormatter
 
 logger = logging.getLogger("bentoml.vitrine")  # BentoML sets up its own loggers and those under them
 
-_BENTOML_ADDS = ("color_message", "component", "levelname_bracketed", "service_name", "trace_msg")
 _TEXT = "%(asctime)s %(levelname)s %(message)s"
 
 
@@ -24,7 +23,7 @@ def configure(log_format: str) -> None:
             ["asctime", "levelname", "name", "message"],
             rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
             datefmt="%Y-%m-%dT%H:%M:%S%z",
-            reserved_attrs=[*logging.makeLogRecord({}).__dict__, "message", "asctime", *_BENTOML_ADDS],
+            reserved_attrs=[*logging.makeLogRecord({}).__dict__, "message", "asctime", "color_message"],
         )
     else:
         formatter = _Text(_TEXT, "%Y-%m-%dT%H:%M:%S%z")

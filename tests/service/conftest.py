@@ -15,10 +15,10 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
+from service import workers
 from service.engine import Engine
 from service.settings import Settings
 
@@ -94,11 +94,7 @@ class Server:
     @property
     def workers(self):
         """The processes that answer."""
-        return [
-            child
-            for child in psutil.Process(self.process.pid).children()
-            if "_bentoml_impl.worker.service" in child.cmdline()
-        ]
+        return workers.of(self.process.pid)
 
     def stop(self):
         self.http.close()
