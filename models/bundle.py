@@ -13,6 +13,7 @@
                          bundles older than these have none, and their graph no input `details`
     last_decoders.npy    optional, [(L - 1) F, d]: likewise, what a feature writes to the last MLP output
     fold.npy             [d + 1, D]: ln_post and projection as a matrix M [d, D] and a bias beta [D]
+    cards/               optional: what features fire on, in words, numbers and pictures (`models.cards`)
     label_sets/          optional: NAME.json (`models.label_sets`) and NAME.npy, the labels' unit embeddings [N, D]
     MODEL_CARD.md        written from the manifest
 
@@ -28,7 +29,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from models.errors import VitrineError
 from models.label_sets import LabelSetError, NamedLabels, read_label_set
+
+if TYPE_CHECKING:
+    from models.cards import Cards
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -48,6 +52,12 @@ REQUIRED = (
     "directions.npy",
     "fold.npy",
     "MODEL_CARD.md",
+)
+CARDS = (
+    "cards/features.parquet",
+    "cards/images.parquet",
+    "cards/reference_indices.npy",
+    "cards/reference_values.npy",
 )
 # Outputs of vision.onnx for `pixels` [B, 3, H, W]; R = 2L + 3 rows, see `models.ledger`.
 VISION_OUTPUTS = (
@@ -181,6 +191,29 @@ class Agreement(_Part):
         return self.top1 >= 0.99 and self.ledger_cosine >= 0.99 and self.top_features >= 0.9
 
 
+class LabelQuality(_Part):
+    """Whether automatic labels tell the images on which their features fire, on images that chose nothing."""
+
+    held_out_images: int
+    labelled: int  # features
+    measured: int  # of those, the ones that fire on enough of these images, and not on all
+    auroc_share: float | None  # of the measured: AUROC of 0.8 or better
+    auroc_share_shuffled: float | None  # the same with the labels dealt out at random among the labelled
+
+
+class CardsSummary(_Part):
+    """What the cards were made of, and how good their labels are."""
+
+    data: str
+    images: int  # that exemplars were chosen from
+    vocabulary: int  # words
+    features_cls: int  # features that are read at [CLS], the others at patches
+    thresholds: dict[str, float] | None  # of score, clarity and margin; None: none was good enough to label by
+    quality: LabelQuality
+    pictures: Literal["thumbnails", "means", "none"]
+    references: int  # images for retrieval
+
+
 class FileEntry(_Part):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: int
@@ -203,6 +236,7 @@ class Manifest(_Part):
     recipe: str  # the recipe's text, as it was used
     metrics: Metrics
     licence: str
+    cards: CardsSummary | None = None
     files: dict[str, FileEntry] = {}
 
     @field_validator("files")
@@ -247,6 +281,18 @@ class Bundle:
     def has_replacement(self) -> bool:
         """Whether there is a replacement.onnx."""
         return "replacement.onnx" in self.manifest.files
+
+    @cached_property
+    def cards(self) -> Cards | None:
+        """The feature cards, if there are any. Raises `BundleError` if they cannot be used."""
+        if self.manifest.cards is None:
+            return None
+        from models.cards import Cards, CardsError  # DuckDB, which a bundle without cards does not need
+
+        try:
+            return Cards(self.path, self.manifest.shape.layers, self.manifest.shape.features)
+        except CardsError as error:
+            raise BundleError(str(error)) from error
 
     @cached_property
     def attention_fold(self) -> NDArray[np.floating] | None:
@@ -297,7 +343,8 @@ def open_bundle(path: Path) -> Bundle:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise BundleError(f"{path / MANIFEST}: {problems}") from error
     variants = [vision_file(precision) for precision in manifest.precisions]
-    required = dict.fromkeys([*REQUIRED, *variants, *(f"{name}.data" for name in variants)])
+    cards = CARDS if manifest.cards else ()
+    required = dict.fromkeys([*REQUIRED, *variants, *(f"{name}.data" for name in variants), *cards])
     if missing := [name for name in required if name not in manifest.files]:
         raise BundleError(f"{path / MANIFEST} does not list {', '.join(missing)}")
     for name, entry in manifest.files.items():
@@ -384,12 +431,32 @@ never fired on val. zero_shot_top1: the CLIP's own, with the default templates.
 
 A ledger accounts for what *this CLIP* computed. It does not say that the prediction is right, and its features stand
 in for the MLPs only as well as `fidelity` in every answer says.
-
+{_cards(manifest.cards)}
 ## Recipe
 
 ```toml
 {manifest.recipe.strip()}
 ```
+"""
+
+
+def _cards(cards: CardsSummary | None) -> str:
+    if cards is None:
+        return ""
+    quality = cards.quality
+    checked = "none of them could be checked on held-out images"
+    if quality.auroc_share is not None:
+        checked = (
+            f"of the {quality.measured:,} that could be checked on {quality.held_out_images:,} held-out images, "
+            f"{quality.auroc_share:.1%} tell when their feature fires (AUROC of 0.8 or better; "
+            f"{quality.auroc_share_shuffled:.1%} with the same labels shuffled)"
+        )
+    return f"""
+## Feature cards
+
+From {cards.images:,} images of {cards.data} and {cards.vocabulary:,} words; pictures: {cards.pictures}.
+{quality.labelled:,} features have a label: {checked}.
+The others have none rather than a poor one.
 """
 
 

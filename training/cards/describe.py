@@ -1,0 +1,113 @@
+"""What is said of every feature, from the survey: where it is read, its label, and whether that can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.bundle import Bundle, LabelQuality
+from training.cards import labels as naming
+from training.cards.labels import Labels, Thresholds, Written
+from training.cards.quality import auroc, good_share, rank_images
+from training.cards.survey import CLS, PATCHES, Survey
+
+Columns = TypeVar("Columns", Labels, Written)
+
+
+@dataclass(frozen=True)
+class Described:
+    """Of all n = L * F features, layer by layer."""
+
+    reading: Tensor  # [L, F] CLS, or PATCHES where it hardly ever fires at [CLS]
+    exemplars: Tensor  # [L, F, K] image numbers
+    values: Tensor  # [L, F, K] signed activations; 0: no exemplar
+    label: Labels  # the best word of each
+    full: NDArray[np.bool_]  # [n] has K exemplars
+    labelled: NDArray[np.bool_]  # [n] the best word is good enough
+    thresholds: Thresholds
+    auroc: NDArray[np.float64]  # [n] of the best word, on the half of the held-out images that calibrated nothing
+    written: Written
+    written_floor: float  # score that the word a direction writes must reach
+    quality: LabelQuality
+
+
+def describe_features(survey: Survey, bundle: Bundle, words: Tensor, seed: int) -> Described:
+    """words: `training.cards.vocabulary.embed`."""
+    exemplars_wanted = survey.values.shape[-1]
+    reading = torch.where(survey.fires[CLS] < exemplars_wanted, PATCHES, CLS)
+    pick = reading[None, ..., None].expand(1, -1, -1, exemplars_wanted)
+    exemplars, values = (part.gather(0, pick)[0] for part in (survey.images.long(), survey.values))
+    weights = values.abs().flatten(0, 1)  # [n, K]
+    full = (weights > 0).all(-1).numpy()
+
+    count = survey.exemplar_images
+    centred = F.normalize(survey.embeddings - survey.embeddings[:count].mean(0), dim=-1)
+    label = _by_layer(
+        naming.describe(centred, of_layer.clamp_min(0), values[layer].abs(), words)
+        for layer, of_layer in enumerate(exemplars)
+    )
+    check = _Check(survey, reading, (centred[count:] @ words.T).numpy())
+    floor = naming.random_floor(centred[:count], weights[full], words, seed)
+    thresholds = naming.calibrate(Labels(*(part[full] for part in label)), check.auroc(label.word, 0)[full], floor)
+    labelled = full & thresholds.passed(label)
+
+    reported = check.auroc(label.word, 1)
+    shuffled = label.word.copy()
+    shuffled[labelled] = np.random.default_rng(seed).permutation(shuffled[labelled])
+    known = labelled & ~np.isnan(reported)
+    fold = torch.from_numpy(bundle.fold.astype(np.float32))
+    return Described(
+        reading=reading,
+        exemplars=exemplars,
+        values=values,
+        label=label,
+        full=full,
+        labelled=labelled,
+        thresholds=thresholds,
+        auroc=reported,
+        written=_by_layer(
+            naming.written(torch.from_numpy(np.array(rows, np.float32)) @ fold, words) for rows in bundle.directions
+        ),
+        written_floor=naming.written_floor(fold, words, seed),
+        quality=LabelQuality(
+            held_out_images=len(survey.held_out[1::2]),
+            labelled=int(labelled.sum()),
+            measured=int(known.sum()),
+            auroc_share=good_share(reported[known]),
+            auroc_share_shuffled=good_share(check.auroc(shuffled, 1)[known]),
+        ),
+    )
+
+
+class _Check:
+    """AUROC of words on the held-out images: the even ones (half 0) calibrate, the odd ones (half 1) report."""
+
+    def __init__(self, survey: Survey, reading: Tensor, similarity: NDArray[np.float32]) -> None:
+        """similarity [H, V] of the held-out images and the words."""
+        self.survey, self.reading = survey, reading
+        self._ranks = [rank_images(similarity[half::2]) for half in (0, 1)]
+
+    def auroc(self, words: NDArray[np.int64], half: int) -> NDArray[np.float64]:
+        """One word a feature [n] -> [n]."""
+        of_layer = words.reshape(self.reading.shape)
+        return np.concatenate(
+            [auroc(self._fires(layer)[half::2], self._ranks[half], word) for layer, word in enumerate(of_layer)]
+        )
+
+    def _fires(self, layer: int) -> NDArray[np.bool_]:
+        """On which images each feature fires where it is read [H, F]."""
+        cls, patches = (self.survey.fires_held_out(kind, layer) for kind in (CLS, PATCHES))
+        return torch.where(self.reading[layer] == CLS, cls, patches).numpy()
+
+
+def _by_layer(parts: Iterable[Columns]) -> Columns:
+    """Named columns of each layer, one after the other."""
+    columns = list(parts)
+    return type(columns[0])(*map(np.concatenate, zip(*columns, strict=True)))

@@ -1,0 +1,60 @@
+"""Small pictures of what the model saw: as they were cropped and resized, so that masks lie where they belong.
+
+They lie in a file while the survey runs, not in memory. Which of them come into the bundle is the user's choice, since
+data sets have licences: thumbnails of the images themselves, for each feature the mean of its exemplars, or nothing.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from models.bundle import Preprocessing
+
+Pictures = Literal["thumbnails", "means", "none"]
+SIZES: dict[Pictures, int] = {"thumbnails": 64, "means": 32, "none": 0}  # pixels of the longer side, at most
+QUALITY = 60  # of WebP
+
+
+class Album:
+    """Small pictures by image number, uint8 [N, h, w, 3], in a file that outlives an interruption."""
+
+    def __init__(self, file: Path, preprocessing: Preprocessing, count: int, kind: Pictures) -> None:
+        height, width = preprocessing.size
+        shrink = min(1.0, SIZES[kind] / max(height, width))
+        self.size = max(1, round(height * shrink)), max(1, round(width * shrink))
+        self._mean = torch.tensor(preprocessing.mean).view(3, 1, 1)
+        self._std = torch.tensor(preprocessing.std).view(3, 1, 1)
+        shape = (count, *self.size, 3)
+        exists = file.is_file() and np.load(file, mmap_mode="r").shape == shape
+        mode: Literal["r+", "w+"] = "r+" if exists else "w+"
+        self._pixels = np.lib.format.open_memmap(file, mode=mode, dtype=np.uint8, shape=shape)
+
+    def add(self, start: int, pixels: Tensor) -> None:
+        """Normalised pixels [B, 3, H, W] of the images from number `start` on; those beyond the album are left out."""
+        shown = (pixels[: max(0, len(self._pixels) - start)].cpu() * self._std + self._mean).clamp(0, 1)
+        small = F.interpolate(shown, self.size, mode="area") if len(shown) else shown
+        self._pixels[start : start + len(small)] = (small * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+    def picture(self, image: int) -> bytes:
+        """One image as WebP."""
+        return _webp(self._pixels[image])
+
+    def mean(self, images: NDArray[np.integer], weights: NDArray[np.floating]) -> bytes:
+        """The weighted mean of some images as WebP."""
+        mixed = np.average(self._pixels[images], axis=0, weights=weights)
+        return _webp(mixed.round().astype(np.uint8))
+
+
+def _webp(pixels: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "WEBP", quality=QUALITY, method=6)
+    return buffer.getvalue()

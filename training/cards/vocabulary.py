@@ -1,0 +1,91 @@
+"""Words that a feature may be labelled with.
+
+`labels` are the bundle's own, `imagenet` open_clip's names of ImageNet's classes, `colours` and `textures` lists of
+plain words; anything else is a text file with a word, or a few, a line ('#' begins a comment).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.nn.functional as F
+from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+from rich.progress import Progress
+from torch import Tensor, cat
+
+from models.clip import Clip
+from models.errors import VitrineError
+
+COLOURS = (
+    *("red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink", "brown", "black", "white", "gray"),
+    *("beige", "gold", "silver", "a bright background", "a dark background", "a black and white photo", "neon light"),
+)
+TEXTURES = (
+    *(
+        "stripes",
+        "dots",
+        "a checked pattern",
+        "a grid",
+        "a mesh",
+        "a knitted fabric",
+        "lace",
+        "fur",
+        "feathers",
+        "scales",
+    ),
+    *("leather", "wood grain", "stone", "brick", "rust", "glass", "metal", "plastic", "paper", "sand", "snow", "ice"),
+    *(
+        "water",
+        "waves",
+        "fire",
+        "smoke",
+        "clouds",
+        "sky",
+        "grass",
+        "leaves",
+        "flowers",
+        "bubbles",
+        "cracks",
+        "wrinkles",
+    ),
+    *("text", "numbers", "a face", "hands", "eyes", "a crowd", "a close-up", "a blurry photo", "a drawing", "a logo"),
+)
+NAMED = ("labels", "imagenet", "colours", "textures")
+
+
+class VocabularyError(VitrineError, ValueError):
+    """A vocabulary cannot be used; the message says which and why."""
+
+
+def read_vocabulary(sources: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """The words of all `sources`, each once, in order: `NAMED` ones or files. labels: the bundle's.
+
+    Raises `VocabularyError` for a file that cannot be read, or fewer than two words.
+    """
+    named = dict(zip(NAMED, (labels, IMAGENET_CLASSNAMES, COLOURS, TEXTURES), strict=True))
+    words: dict[str, None] = {}
+    for source in sources:
+        words |= dict.fromkeys(named[source] if source in named else _read(Path(source)))
+    if len(words) < 2:
+        raise VocabularyError(f"{', '.join(sources)}: {len(words)} words; a label must be chosen from two at least")
+    return list(words)
+
+
+def embed(clip: Clip, words: Sequence[str], templates: Sequence[str], progress: Progress) -> Tensor:
+    """Unit embeddings [V, D] about the vocabulary's mean, which tells nothing about any word."""
+    task = progress.add_task("vocabulary", total=len(words))
+    rows = []
+    for word in words:
+        rows.append(clip.encode_labels([word], list(templates)).float().cpu())
+        progress.advance(task)
+    embeddings = cat(rows)
+    return F.normalize(embeddings - embeddings.mean(0), dim=-1)
+
+
+def _read(file: Path) -> list[str]:
+    try:
+        lines = [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise VocabularyError(f"vocabulary {file}: {error}; a file, or one of {', '.join(NAMED)}") from error
+    return [line for line in lines if line]
