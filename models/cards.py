@@ -18,7 +18,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,18 +124,24 @@ class Cards:
         rows = self._rows(f"SELECT label, label_score FROM {self._table(FEATURES)} ORDER BY layer, index")  # noqa: S608
         if len(rows) != layers * features:
             raise CardsError(f"{path / FEATURES} has {len(rows):,} rows for {layers} layers of {features:,} features")
-        self._labels: list[tuple[str | None, float | None]] = [(label, score) for label, score in rows]
+        self.references = self._references()
+        [(images,)] = self._rows(f"SELECT count(*) FROM {self._table(IMAGES)}")  # noqa: S608
+        if images < len(self.references[0]):
+            raise CardsError(f"{path / IMAGES} has {images:,} rows for {len(self.references[0]):,} reference images")
+        self._labels: list[tuple[str | None, float | None]] = [
+            (label, score if label else None) for label, score in rows
+        ]
 
     def label(self, layer: int, index: int) -> tuple[str | None, float | None]:
         """(label, its score) of a feature, from memory."""
         return self._labels[layer * self.features + index]
 
-    def card(self, layer: int, index: int) -> Card | None:
-        """The card of a feature; None if there is no such feature."""
+    def card(self, layer: int, index: int) -> Card:
+        """The card of a feature. Raises `KeyError` if there is no such feature."""
         query = f"SELECT * FROM {self._table(FEATURES)} WHERE layer = ? AND index = ?"  # noqa: S608
         rows = self._rows(query, [layer, index], named=True)
         if not rows:
-            return None
+            raise KeyError((layer, index))
         fields = rows[0]
         fields["exemplars"] = [Exemplar(**exemplar) for exemplar in fields["exemplars"]]
         fields["coactive"] = [Coactive(**other) for other in fields["coactive"]]
@@ -166,15 +171,25 @@ class Cards:
         )
         return total, [Found(*row) for row in rows]
 
-    @cached_property
-    def references(self) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
-        """Codes at [CLS] of the reference images: features and activations [N, L, k], memory-mapped.
+    def similarities(
+        self, layer: int, indices: NDArray[np.integer], values: NDArray[np.floating]
+    ) -> NDArray[np.float32]:
+        """Cosine [N] of a code at [CLS] (features, activations [k]) and each reference image's, in one layer; 0 for an
+        image without any active feature."""
+        query = np.zeros(self.features, np.float32)
+        query[indices[values != 0]] = values[values != 0]
+        of_indices, of_values = (np.asarray(part[:, layer]) for part in self.references)
+        stored = of_values.astype(np.float32)
+        norms = np.linalg.norm(stored, axis=1) * np.linalg.norm(query)
+        return (query[of_indices] * stored).sum(1) / np.where(norms > 0, norms, 1)
 
-        Raises `CardsError`.
-        """
+    def _references(self) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
+        """Codes at [CLS] of the reference images: features and activations [N, L, k], memory-mapped."""
         indices, values = (self._array(name) for name in REFERENCES)
         if indices.shape != values.shape or indices.ndim != 3 or indices.shape[1] != self.layers:
             raise CardsError(f"{self.path / REFERENCES[0]}: codes {indices.shape}, {values.shape} do not fit")
+        if indices.size and int(indices.max()) >= self.features:
+            raise CardsError(f"{self.path / REFERENCES[0]} names a feature beyond the {self.features:,} there are")
         return indices, values
 
     def _array(self, name: str) -> NDArray[Any]:

@@ -23,6 +23,7 @@ from service.batcher import Batcher
 from service.engine import Engine
 from service.errors import ServiceError, queue_full
 from service.explain import account, check_explain, lens, matrix, predict
+from service.features import card, check_similar, search, similar
 from service.images import ImageLimits, decode, to_pixels
 from service.labels import LabelEncoder, LabelSet
 from service.schemas import (
@@ -31,16 +32,21 @@ from service.schemas import (
     Attribution,
     BatchItem,
     BatchResponse,
+    CardResponse,
     ClassifyRequest,
     ClassifyResponse,
     EmbedRequest,
     EmbedResponse,
     Explanation,
+    FeaturesQuery,
+    FeaturesResponse,
     Fidelity,
     ItemError,
     LensLayer,
     Model,
     Prediction,
+    SimilarRequest,
+    SimilarResponse,
 )
 from service.settings import Settings
 from service.stages import note, stage
@@ -64,6 +70,7 @@ class Attributor:
         self._label_sets = await asyncio.to_thread(read_label_sets, settings.label_sets) if settings.label_sets else {}
         # a damaged table is told now, not in the first answer
         _ = self.bundle.directions, self.bundle.fold, self.bundle.attention_fold
+        await asyncio.to_thread(getattr, self.bundle, "cards")
         self.engine = await asyncio.to_thread(Engine, self.bundle, settings)
         self.labels = LabelEncoder(self.engine, settings.label_cache)
         async with AsyncExitStack() as stack:  # a start that fails leaves no thread behind
@@ -156,6 +163,32 @@ class Attributor:
             text_embeddings=None if texts is None else texts.tolist(),
             timings_ms=timings,
         )
+
+    async def similar(self, image: bytes, request: SimilarRequest, request_id: str) -> SimilarResponse:
+        """The reference images with the nearest sparse codes. Raises `ServiceError`."""
+        check_similar(self.bundle, request)
+        timings: dict[str, float] = {}
+        with self._admitted():
+            with stage("decode", timings):
+                pixels = await self._run(self._decode, image)
+            parts = await self._submit(pixels, timings)
+        with stage("retrieve", timings):
+            layers = await self._run(similar, self.bundle, parts, request)
+        return SimilarResponse(
+            request_id=request_id,
+            model=self.model,
+            references=self.bundle.manifest.cards.references if self.bundle.manifest.cards else 0,
+            layers=layers,
+            timings_ms=timings,
+        )
+
+    async def card(self, layer: int, index: int) -> CardResponse:
+        """What is known of one feature. Raises `ServiceError`."""
+        return await self._run(card, self.bundle, self.model, layer, index)
+
+    async def search(self, query: FeaturesQuery) -> FeaturesResponse:
+        """A page of labelled features. Raises `ServiceError`."""
+        return await self._run(search, self.bundle, self.model, query)
 
     def _checked(self, request: AttributeRequest) -> tuple[tuple[str, ...], tuple[str, ...]]:
         texts = self._texts(request)

@@ -17,6 +17,7 @@ STATUS = {
     "unknown_label_set": 400,
     "unauthorized": 401,
     "not_found": 404,
+    "no_cards": 404,
     "method_not_allowed": 405,
     "bundle_refused": 409,
     "batch_too_large": 413,

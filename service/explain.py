@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +26,9 @@ from service.schemas import (
     Matrix,
     Prediction,
 )
+
+if TYPE_CHECKING:
+    from models.cards import Cards
 
 
 def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int, engine: Engine) -> None:
@@ -92,9 +97,7 @@ def _explanation(parts: Decomposition, labels: LabelSet, bundle: Bundle, explain
             share=float(abs(book.clt[layer]) / book.gross) if book.gross else 0.0,
             projection=float(parts.projection[layer]),
             drop_effect=float(effects[layer]),
-            features=_features(
-                parts.feature_indices[layer], parts.feature_values[layer], contributions[layer], explain.features
-            ),
+            features=_features(bundle.cards, parts, layer, contributions[layer], explain.features),
         )
         for layer in range(parts.layers)
     ]
@@ -120,11 +123,10 @@ def _heat_map(parts: Decomposition, bundle: Bundle, direction: NDArray[np.floati
     assert parts.details is not None
     assert bundle.attention_fold is not None
     found = heat_map(parts, parts.details, bundle.attention_fold, direction, bundle.manifest.logit_scale)
-    height, width = bundle.manifest.preprocessing.size
-    rows = round((found.patches.shape[1] * height / width) ** 0.5)  # patches are square
+    rows, columns = patch_grid(bundle)
     return HeatMap(
         rows=rows,
-        columns=found.patches.shape[1] // rows,
+        columns=columns,
         total=found.patches.sum(0).tolist(),
         patches=found.patches.tolist(),
         heads=found.heads.tolist(),
@@ -132,6 +134,14 @@ def _heat_map(parts: Decomposition, bundle: Bundle, direction: NDArray[np.floati
         constant=found.constant.tolist(),
         outliers=np.flatnonzero(found.outliers).tolist(),
     )
+
+
+def patch_grid(bundle: Bundle) -> tuple[int, int]:
+    """Rows and columns of patches in what the model sees."""
+    height, width = bundle.manifest.preprocessing.size
+    patches = bundle.manifest.shape.tokens - 1
+    rows = round((patches * height / width) ** 0.5)  # patches are square
+    return rows, patches // rows
 
 
 def lens(parts: Decomposition, labels: LabelSet, logit_scale: float) -> list[LensLayer]:
@@ -146,14 +156,24 @@ def lens(parts: Decomposition, labels: LabelSet, logit_scale: float) -> list[Len
 
 
 def _features(
-    indices: NDArray[np.integer], activations: NDArray[np.floating], contributions: NDArray[np.floating], count: int
+    cards: Cards | None, parts: Decomposition, layer: int, contributions: NDArray[np.floating], count: int
 ) -> list[Feature]:
-    """The `count` active features of largest |contribution|."""
+    """The `count` active features of a layer with the largest |contribution|, labelled where cards have a label."""
+    indices, activations = parts.feature_indices[layer], parts.feature_values[layer]
     order = [i for i in np.argsort(-np.abs(contributions), kind="stable") if activations[i] != 0]
-    return [
-        Feature(index=int(indices[i]), activation=float(activations[i]), contribution=float(contributions[i]))
-        for i in order[:count]
-    ]
+    found = []
+    for i in order[:count]:
+        label, score = cards.label(layer, int(indices[i])) if cards else (None, None)
+        found.append(
+            Feature(
+                index=int(indices[i]),
+                activation=float(activations[i]),
+                contribution=float(contributions[i]),
+                label=label,
+                label_score=score,
+            )
+        )
+    return found
 
 
 def _fidelity(parts: Decomposition, labels: LabelSet, bundle: Bundle, top1: int) -> Fidelity:

@@ -58,6 +58,23 @@ def multipart_or_json(part: type[BaseModel], whole: type[BaseModel], least: int,
     return {"requestBody": {"required": True, "content": content}}
 
 
+def query_of(shape: type[BaseModel]) -> dict[str, Any]:
+    """A route's `openapi_extra`: the query parameters that it reads as `shape`."""
+    schema = _inlined(shape.model_json_schema())
+    required = schema.get("required", [])
+    parameters = []
+    for name, field in schema["properties"].items():
+        description = field.pop("description", "")
+        options = field.pop("anyOf", None)  # a parameter is left out, never null
+        known = next((option for option in options if option.get("type") != "null"), {}) if options else field
+        for key in ("default", "title"):
+            field.pop(key, None)
+        parameters.append(
+            {"name": name, "in": "query", "required": name in required, "schema": known, "description": description}
+        )
+    return {"parameters": parameters}
+
+
 def ask_for_keys(app: FastAPI, paths: Collection[str]) -> None:
     """Say in the document that requests to these paths need a key."""
     document = app.openapi()

@@ -21,7 +21,7 @@ from service.attributor import Attributor
 from service.errors import ServiceError, error_response, queue_full
 from service.keys import Keys
 from service.middleware import Gate
-from service.openapi import add_docs, ask_for_keys, errors, multipart_or_json
+from service.openapi import add_docs, ask_for_keys, errors, multipart_or_json, query_of
 from service.reload import REFUSED, Serving
 from service.requests import read_batch, read_image, read_optional_image
 from service.schemas import (
@@ -30,17 +30,24 @@ from service.schemas import (
     AttributeResponse,
     BatchJson,
     BatchResponse,
+    CardResponse,
     ClassifyJson,
     ClassifyRequest,
     ClassifyResponse,
     EmbedJson,
     EmbedRequest,
     EmbedResponse,
+    FeaturesQuery,
+    FeaturesResponse,
     LabelSetResponse,
     LabelsResponse,
     ModelResponse,
     Prediction,
     ReloadResponse,
+    SimilarJson,
+    SimilarRequest,
+    SimilarResponse,
+    validated,
 )
 from service.settings import Settings
 
@@ -78,11 +85,26 @@ def create_app(settings: Settings) -> FastAPI:
         ("/v1/attribute:batch", attribute_batch, BatchResponse, AttributeRequest, BatchJson, 1, many),
         ("/v1/classify", classify, ClassifyResponse, ClassifyRequest, ClassifyJson, 1, 1),
         ("/v1/embed", embed, EmbedResponse, EmbedRequest, EmbedJson, 0, 1),
+        ("/v1/similar", similar, SimilarResponse, SimilarRequest, SimilarJson, 1, 1),
     ):
         body = multipart_or_json(part, whole, least, most)
         app.post(path, response_model=answer, responses=errors(*_POSTED), openapi_extra=body, tags=["ask"])(endpoint)
     app.get("/v1/model", response_model=ModelResponse, responses=errors(401, 503), tags=["know"])(model)
     app.get("/v1/labels", response_model=LabelsResponse, responses=errors(401, 503), tags=["know"])(labels)
+    app.get(
+        "/v1/features",
+        response_model=FeaturesResponse,
+        responses=errors(400, 401, 404, 503),
+        openapi_extra=query_of(FeaturesQuery),
+        tags=["know"],
+    )(features)
+    # The converters leave what is no number to the 404 of paths that there are not.
+    app.get(
+        "/v1/features/{layer:int}/{index:int}",
+        response_model=CardResponse,
+        responses=errors(401, 404, 503),
+        tags=["know"],
+    )(feature)
     if serving.admin_keys:
         app.post("/admin/reload", response_model=ReloadResponse, responses=errors(401, 409, 503), tags=["operate"])(
             reload
@@ -125,6 +147,12 @@ async def embed(request: Request) -> Response:
     return _json(await _ask(request, reading, Attributor.embed))
 
 
+async def similar(request: Request) -> Response:
+    """The reference images whose sparse codes are nearest to this image's, layer by layer."""
+    reading = partial(read_image, request, SimilarRequest, SimilarJson)
+    return _json(await _ask(request, reading, Attributor.similar))
+
+
 async def _ask(
     request: Request,
     read: Callable[[], Awaitable[tuple[Given, Asked]]],
@@ -158,6 +186,18 @@ async def labels(request: Request) -> Response:
             for name, named in attributor.labels.named.items()
         ]
         return _json(LabelsResponse(model=attributor.model, label_sets=sets))
+
+
+async def features(request: Request) -> Response:
+    """Labelled features, best label first; with `label`, those whose label contains it."""
+    with _served(request) as attributor:
+        return _json(await attributor.search(validated(FeaturesQuery, dict(request.query_params))))
+
+
+async def feature(request: Request, layer: int, index: int) -> Response:
+    """What is known of one feature: its label, if it earned one, exemplars, statistics."""
+    with _served(request) as attributor:
+        return _json(await attributor.card(layer, index))
 
 
 async def reload(request: Request) -> Response:

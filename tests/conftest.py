@@ -11,6 +11,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from rich.console import Console
 from safetensors.torch import save_file
 
 from models.bundle import Data, Metrics
@@ -18,6 +19,9 @@ from models.clip import load_clip
 from models.clt import Architecture, CrossLayerTranscoder
 from models.export import Provenance, export_bundle
 from models.graph import AttributionGraph
+from training.cards import labels
+from training.cards.build import Options, build_cards
+from training.checkpoint import CheckpointMeta, save_checkpoint
 from training.recipes import load_recipe
 
 torch.set_num_threads(1)  # these matrices are too small to share out
@@ -234,6 +238,25 @@ def bundle(clip, clt, cls_mean, provenance, tmp_path_factory):
     """The exported and opened bundle of `clip` and `clt`, with the replacement graph."""
     out = tmp_path_factory.mktemp("bundles") / "tiny"
     return export_bundle(clip, clt, cls_mean, provenance, out, replacement=True)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(recipe, clip, clt, cls_mean, tmp_path_factory):
+    """A finished run's checkpoint of `clt`, which `bundle` was exported from."""
+    meta = CheckpointMeta(step=24, steps=24, recipe=recipe, clip_sha256=clip.sha256, layers=3, width=32)
+    out = tmp_path_factory.mktemp("run")
+    return save_checkpoint(out, meta, clt, {"out_mean_cls": cls_mean}, {"step": torch.zeros(1)})
+
+
+@pytest.fixture(scope="session")
+def carded(checkpoint, bundle, clip, data_root, tmp_path_factory):
+    """`bundle` with cards and thumbnails. Its thresholds ask for nothing, so that these random weights have labels."""
+    out = tmp_path_factory.mktemp("carded") / "tiny"
+    options = Options(exemplars=4, shown=3, references=40, workers=0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, lax in (("PRECISION", 0.0), ("LEAST_LABELS", 0), ("RANDOM_QUANTILE", 0.0)):
+            patch.setattr(labels, name, lax)
+        return build_cards(clip, checkpoint, bundle, data_root, out, options, Console(quiet=True))
 
 
 # A CLT of every sparsifier, cross-layer and per-layer, with budgets that differ by layer and token type.

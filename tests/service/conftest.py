@@ -138,12 +138,12 @@ def start_server(light_python, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def server(bundle_path, start_server, tmp_path_factory):
-    """A `bentoml serve` on the tiny bundle, shared by all tests."""
+def server(carded, start_server, tmp_path_factory):
+    """A `bentoml serve` on the tiny bundle, with cards, shared by all tests."""
     label_sets = tmp_path_factory.mktemp("label-sets")
     (label_sets / "pets.json").write_text('{"labels": ["cat", "dog"], "templates": ["a photo of my {}"]}')
     command = ("-m", "bentoml", "serve", "service.app:Vitrine")
-    with start_server(command, VITRINE_BUNDLE=bundle_path, VITRINE_LABEL_SETS=label_sets) as running:
+    with start_server(command, VITRINE_BUNDLE=carded.path, VITRINE_LABEL_SETS=label_sets) as running:
         yield running
 
 

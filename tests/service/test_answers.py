@@ -292,12 +292,12 @@ def test_many_at_once_get_their_own_answers(server, picture):
         assert found[0]["ledger"]["clt"] == pytest.approx(expected[0]["ledger"]["clt"], abs=1e-4)
 
 
-def test_model_is_the_bundle_that_is_served(server, bundle, picture):
+def test_model_is_the_bundle_that_is_served(server, carded, picture):
     response = server.http.get("/v1/model")
     assert response.status_code == 200
     answer = response.json()
     assert set(answer) == {"name", "digest", "provider", "precision", "manifest"}
-    assert answer["digest"] == bundle.digest
+    assert answer["digest"] == carded.digest
     assert answer["provider"] == "CPUExecutionProvider"
-    assert answer["manifest"] == json.loads((bundle.path / "manifest.json").read_text())
+    assert answer["manifest"] == json.loads((carded.path / "manifest.json").read_text())
     assert server.attribute(picture())["model"] == {"name": answer["name"], "digest": answer["digest"]}

@@ -55,10 +55,10 @@ def test_refusals(server, refused, image, request_part, status, code):
     refused(server.post("/v1/embed", image, request_part), status, code)
 
 
-def test_labels_are_the_sets_that_may_be_named(server, bundle):
+def test_labels_are_the_sets_that_may_be_named(server, carded):
     answer = server.http.get("/v1/labels").json()
     sets = {found["name"]: (found["labels"], found["templates"]) for found in answer["label_sets"]}
-    text = bundle.manifest.text
+    text = carded.manifest.text
     assert sets["default"] == (list(text.labels), list(text.templates))
     assert sets["pets"] == (["cat", "dog"], ["a photo of my {}"])
-    assert answer["model"]["digest"] == bundle.digest
+    assert answer["model"]["digest"] == carded.digest

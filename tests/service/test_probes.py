@@ -26,7 +26,7 @@ def metrics(server):
     }
 
 
-def test_metrics_count_requests_stages_and_fidelity(server, picture, bundle):
+def test_metrics_count_requests_stages_and_fidelity(server, picture, carded):
     def value(series, **labels):
         return metrics(server).get((series, frozenset(labels.items())), 0)
 
@@ -41,7 +41,7 @@ def test_metrics_count_requests_stages_and_fidelity(server, picture, bundle):
         assert value("vitrine_stage_seconds_count", stage=stage) >= 1
     assert value("vitrine_fidelity_r2_count") >= answered + 1
     assert value("vitrine_error_share_count") >= answered + 1
-    info = {"name": bundle.manifest.name, "digest": bundle.digest, "provider": "CPUExecutionProvider"}
+    info = {"name": carded.manifest.name, "digest": carded.digest, "provider": "CPUExecutionProvider"}
     assert value("vitrine_bundle_info", **info) == 1
 
 
@@ -72,11 +72,14 @@ def test_openapi_is_a_sound_document_of_every_route(openapi):
         "/v1/attribute:batch": {"post"},
         "/v1/classify": {"post"},
         "/v1/embed": {"post"},
+        "/v1/features": {"get"},
+        "/v1/features/{layer}/{index}": {"get"},
         "/v1/labels": {"get"},
         "/v1/model": {"get"},
+        "/v1/similar": {"post"},
     }
     operations = [operation for item in openapi["paths"].values() for operation in item.values()]
-    assert len({operation["operationId"] for operation in operations}) == 6
+    assert len({operation["operationId"] for operation in operations}) == 9
     for operation in operations:
         assert all(response["description"] for response in operation["responses"].values())
         assert operation["responses"]["200"]["content"]["application/json"]["schema"]

@@ -23,7 +23,8 @@ from models.clip import Tower
 from models.clt import CrossLayerTranscoder
 from training.data import Images, load
 
-# Activations are counted in bins of equal ratio, fine enough for quantiles and histograms of any scale.
+# Activations are counted in bins of equal ratio, fine enough for quantiles and histograms of any scale; those below
+# the first bin or above the last (2^8) are counted there.
 BINS_AN_OCTAVE, LEAST = 16, 2.0**-8
 LOG_BINS = 16 * BINS_AN_OCTAVE
 CLS, PATCHES = 0, 1  # the two readings of a feature, see `models.cards`
@@ -204,7 +205,7 @@ def quantiles(bins: Tensor, at: tuple[float, ...]) -> Tensor:
     """Quantiles [..., Q] of what fell into bins [..., LOG_BINS], within half a bin (2 %); nan where nothing did."""
     total = bins.sum(-1, keepdim=True).double()
     cumulated = bins.cumsum(-1).double()
-    wanted = torch.tensor(at, dtype=torch.float64) * total
+    wanted = (torch.tensor(at, dtype=torch.float64) * total).clamp_min(1)  # the first one is there already
     place = torch.searchsorted(cumulated, wanted).clamp(max=LOG_BINS - 1)
     return centres()[place].where(total > 0, torch.nan)
 
