@@ -351,8 +351,30 @@ def verify(bundle: Annotated[Path, typer.Argument(help="Bundle directory.")]) ->
     labels = LabelEncoder(engine, capacity=1).encode(text.labels[:1], text.templates)
     if (directions.shape[2], labels.shape[1]) != fold.shape:
         raise BundleError(f"{bundle}: text.onnx, directions.npy and fold.npy do not fit one another")
+    _check_cards(opened)
     _print_bundle(opened, console)
     console.print("[green]all files as the manifest says; the graphs run and their rows add up")
+
+
+def _check_cards(bundle: Bundle) -> None:
+    """Read some cards of every layer. Raises `BundleError` if one names an image that is not there, or labels are not as counted."""
+    from models.bundle import BundleError
+    from models.cards import CardsError
+
+    cards, summary, shape = bundle.cards, bundle.manifest.cards, bundle.manifest.shape
+    if cards is None or summary is None:
+        return
+    try:
+        for layer in range(shape.layers):
+            for index in range(0, shape.features, max(1, shape.features // 4)):
+                cards.images([exemplar.image for exemplar in cards.card(layer, index).exemplars])
+    except CardsError as error:
+        raise BundleError(str(error)) from error
+    labelled, _ = cards.search(None, None, 0, 1)
+    if labelled != summary.quality.labelled:
+        raise BundleError(
+            f"{bundle.path}: {labelled:,} cards have a label, the manifest says {summary.quality.labelled:,}"
+        )
 
 
 @app.command(epilog="Example: vitrine serve --bundle models/demo --port 3000")

@@ -208,7 +208,8 @@ class CardsSummary(_Part):
     images: int  # that exemplars were chosen from
     vocabulary: int  # words
     features_cls: int  # features that are read at [CLS], the others at patches
-    thresholds: dict[str, float] | None  # of score, clarity and margin; None: none was good enough to label by
+    # By where features are read: what score, clarity and margin a label must reach; None: nothing was good enough.
+    thresholds: dict[Literal["cls", "patches"], dict[str, float] | None]
     quality: LabelQuality
     pictures: Literal["thumbnails", "means", "none"]
     references: int  # images for retrieval

@@ -76,7 +76,7 @@ class Card:
     mean_picture: bytes | None  # WebP, the exemplars' mean
     label: str | None  # what it fires on
     abstained: Abstention | None  # why there is no label
-    label_score: float | None  # cosine of the exemplars' mean embedding and the label's, both centred
+    label_score: float | None  # mean cosine of an exemplar and the label, both centred
     label_margin: float | None  # that score minus the runner-up's
     label_clarity: float | None  # mean cosine of any two exemplars, centred
     label_auroc: float | None  # how well the label tells the images on which it fires, on held-out ones; None: unknown
@@ -148,11 +148,13 @@ class Cards:
         return Card(**fields)
 
     def images(self, numbers: Sequence[int]) -> list[CardImage]:
-        """Rows of images.parquet, in the order asked for."""
+        """Rows of images.parquet, in the order asked for. Raises `CardsError` if one is not there."""
         if not numbers:
             return []
         query = f"SELECT image, name, class_name, picture FROM {self._table(IMAGES)} WHERE image IN ?"  # noqa: S608
         found = {image: CardImage(*fields) for image, *fields in self._rows(query, [list(set(numbers))])}
+        if missing := set(numbers) - set(found):
+            raise CardsError(f"{self.path / IMAGES} has no image {min(missing)}, which a card names")
         return [found[number] for number in numbers]
 
     def search(self, text: str | None, layer: int | None, offset: int, limit: int) -> tuple[int, list[Found]]:

@@ -347,7 +347,7 @@ class CardResponse(BaseModel):
     abstained: str | None = Field(
         description="why there is no label: too_few_exemplars, or a score, clarity or margin that is too low"
     )
-    label_score: float | None = Field(description="cosine of the exemplars' mean and the label, both centred")
+    label_score: float | None = Field(description="mean cosine of an exemplar and the label, both centred")
     label_margin: float | None = Field(description="that score minus the runner-up's")
     label_clarity: float | None = Field(description="how far exemplars agree: the mean cosine of two of them")
     label_auroc: float | None = Field(

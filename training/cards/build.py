@@ -21,8 +21,9 @@ from models.clip import Clip
 from models.clt import CrossLayerTranscoder
 from models.errors import VitrineError
 from training.cards.describe import describe_features
+from training.cards.labels import Thresholds
 from training.cards.pictures import Album, Pictures
-from training.cards.survey import CLS, Saver, Survey, batches
+from training.cards.survey import CLS, PATCHES, Saver, Survey, batches
 from training.cards.tables import write_features, write_images
 from training.cards.vocabulary import NAMED, embed, read_vocabulary
 from training.data import Images
@@ -89,13 +90,12 @@ def build_cards(
         train, order = orders[0]
         names = [_name(train, place, data_root) for place in order]
         write_images(target, survey, names, train.classes, shown, references, thumbnails)
-    thresholds = described.thresholds
     summary = CardsSummary(
         data=section.name,
         images=survey.exemplar_images,
         vocabulary=len(words),
         features_cls=int((described.reading == CLS).sum()),
-        thresholds=thresholds._asdict() if np.isfinite(thresholds.score) else None,
+        thresholds={"cls": _finite(described.thresholds[CLS]), "patches": _finite(described.thresholds[PATCHES])},
         quality=described.quality,
         pictures=options.pictures,
         references=references,
@@ -104,6 +104,10 @@ def build_cards(
     target.rename(out)
     shutil.rmtree(work)
     return Bundle(out, made.manifest, made.digest)
+
+
+def _finite(thresholds: Thresholds) -> dict[str, float] | None:
+    return thresholds._asdict() if np.isfinite(thresholds.score) else None
 
 
 def _check_origin(clip: Clip, clt: CrossLayerTranscoder, bundle: Bundle) -> None:

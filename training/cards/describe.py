@@ -31,7 +31,7 @@ class Described:
     label: Labels  # the best word of each
     full: NDArray[np.bool_]  # [n] has K exemplars
     labelled: NDArray[np.bool_]  # [n] the best word is good enough
-    thresholds: Thresholds
+    thresholds: tuple[Thresholds, Thresholds]  # by reading
     auroc: NDArray[np.float64]  # [n] of the best word, on the half of the held-out images that calibrated nothing
     written: Written
     written_floor: float  # score that the word a direction writes must reach
@@ -54,9 +54,13 @@ def describe_features(survey: Survey, bundle: Bundle, words: Tensor, seed: int) 
         for layer, of_layer in enumerate(exemplars)
     )
     check = _Check(survey, reading, (centred[count:] @ words.T).numpy())
-    floor = naming.random_floor(centred[:count], weights[full], words, seed)
-    thresholds = naming.calibrate(Labels(*(part[full] for part in label)), check.auroc(label.word, 0)[full], floor)
-    labelled = full & thresholds.passed(label)
+    calibrating = check.auroc(label.word, 0)
+    labelled, thresholds = np.zeros_like(full), []
+    for kind in (CLS, PATCHES):  # scores at patches are others than those at [CLS]
+        here = full & (reading == kind).flatten().numpy()
+        floor = naming.random_floor(centred[:count], weights[here], words, seed)
+        thresholds.append(naming.calibrate(Labels(*(part[here] for part in label)), calibrating[here], floor))
+        labelled |= here & thresholds[kind].passed(label)
 
     reported = check.auroc(label.word, 1)
     shuffled = label.word.copy()
@@ -70,7 +74,7 @@ def describe_features(survey: Survey, bundle: Bundle, words: Tensor, seed: int) 
         label=label,
         full=full,
         labelled=labelled,
-        thresholds=thresholds,
+        thresholds=(thresholds[CLS], thresholds[PATCHES]),
         auroc=reported,
         written=_by_layer(
             naming.written(torch.from_numpy(np.array(rows, np.float32)) @ fold, words) for rows in bundle.directions

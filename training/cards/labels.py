@@ -1,11 +1,12 @@
 """Words for features, and when to give none.
 
-A feature's exemplars are images; their mean embedding, weighted by activation and about the mean of all images, is
-compared with every word. What is said of the best word:
+A feature's exemplars are images; their mean embedding, weighted by activation, is compared with every word, images and
+words each about their mean. What is said of the best word:
 
-    score    cosine of that mean and the word          margin   to the runner-up
+    score    mean cosine of an exemplar and the word     margin   to the runner-up
     clarity  mean cosine of two exemplars: do they show the same thing?
 
+(The cosine of the *mean* and the word would be near 1 for any few images, in the few dimensions that images differ in.)
 Any set of images has a best word, so a label is given only above three thresholds. They are the lowest for which, on
 held-out images, at least `PRECISION` of the labels tell when their feature fires (`training.cards.quality`), and never
 below what sets of random images reach.
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from training.cards.quality import GOOD
 
-PRECISION = 0.9
+PRECISION = 0.85
 LEAST_LABELS = 20  # whose precision is measured, for it to mean anything
 RANDOM_SETS, RANDOM_QUANTILE = 10_000, 0.999
 _LEVELS = np.linspace(0, 0.9, 10)  # of features, at whose quantiles thresholds are tried
@@ -65,14 +66,14 @@ def describe(embeddings: Tensor, exemplars: Tensor, weights: Tensor, words: Tens
     """The best words.
 
     Args:
-        embeddings: of all images, about their mean, of length 1 [N, D].
+        embeddings: of all images, about their mean, then of length 1 [N, D].
         exemplars: places among them [n, K].
         weights: of each, 0 or more [n, K]; fewer than two above 0: everything is nan.
         words: `training.cards.vocabulary.embed` [V, D].
     """
     chosen = embeddings[exemplars]  # [n, K, D]
     used = (weights > 0).to(chosen.dtype)
-    mean = F.normalize((weights[..., None] * chosen).sum(1), dim=-1)
+    mean = (weights[..., None] * chosen).sum(1) / weights.sum(1, keepdim=True).clamp_min(1e-9)
     (best, second), places = _two(mean @ words.T)
     count = used.sum(1)
     together = (used[..., None] * chosen).sum(1).square().sum(-1)

@@ -184,7 +184,7 @@ def _abstained(described: Described, place: int) -> Abstention | None:
         return None
     if not described.full[place]:
         return "too_few_exemplars"
-    label, thresholds = described.label, described.thresholds
+    label, thresholds = described.label, described.thresholds[int(described.reading.flatten()[place])]
     if not label.score[place] >= thresholds.score:
         return "score"
     return "clarity" if not label.clarity[place] >= thresholds.clarity else "margin"

@@ -155,7 +155,7 @@ def test_pictures_are_a_choice(build, pictures):
 def test_random_weights_earn_no_label(build):
     """With the thresholds that hold: nothing could be checked on six images, so nothing is said."""
     made = build()
-    assert made.manifest.cards.thresholds is None
+    assert made.manifest.cards.thresholds == {"cls": None, "patches": None}
     assert made.manifest.cards.quality.labelled == 0
     assert made.manifest.cards.quality.auroc_share is None
     assert made.cards.search(None, None, 0, 10) == (0, [])
