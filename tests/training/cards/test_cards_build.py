@@ -109,34 +109,27 @@ def test_statistics_fit_one_another(carded):
                 assert card.label_score is None
 
 
-def test_an_interrupted_call_is_taken_up_to_the_same_bundle(build, tmp_path, monkeypatch, data_root):
-    whole = build()
-    digest = whole.digest
+@pytest.mark.parametrize("batches", [2, 6])  # within the exemplar images, within the held-out ones
+def test_an_interrupted_call_is_taken_up_to_the_same_bundle(build, tmp_path, monkeypatch, batches):
+    whole = build(batch_size=8)
     shutil.rmtree(tmp_path / "out")
     add, seen = Survey.add, []
 
     def torn(self, *batch):
-        add(self, *batch)
-        seen.append(len(batch[2]))
-        if len(seen) == 2:
-            self.save(tmp_path / "out.partial" / STATE, key(tmp_path))
+        if len(seen) == batches:
             raise KeyboardInterrupt
+        add(self, *batch)
+        seen.append(len(batch[-1]))
 
-    def key(tmp_path):
-        return taken["key"]
-
-    taken = {}
-    from training.cards import build as module
-
-    make_key = module._key
-    monkeypatch.setattr(module, "_key", lambda *args: taken.setdefault("key", make_key(*args)))
+    monkeypatch.setattr("training.cards.survey.SAVE_EVERY_SECONDS", 0)
     monkeypatch.setattr(Survey, "add", torn)
     with pytest.raises(KeyboardInterrupt):
-        build()
+        build(batch_size=8)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(Survey, "add", lambda self, *batch: (seen.append(len(batch[2])), add(self, *batch)))
-    assert build().digest == digest
-    assert sum(seen) == 40 + 12, "no image twice"
+    assert (tmp_path / "out.partial" / STATE).exists()
+    monkeypatch.setattr(Survey, "add", lambda self, *batch: (seen.append(len(batch[-1])), add(self, *batch)))
+    assert build(batch_size=8).digest == whole.digest
+    assert sum(seen) == 40 + 12, "no image twice, none left out"
 
 
 @pytest.mark.parametrize("pictures", ["thumbnails", "means", "none"])

@@ -1,0 +1,90 @@
+"""What feature cards cost an answer: one client asks two servers in turn, with the same bundle, with and without them.
+
+    python loadtests/cards.py --bundle models/demo
+
+Then what the cards' own routes take: a card, a search, similar images.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+from rich.progress import track
+
+from loadtests.corpus import drawn
+from loadtests.server import serving
+from models.bundle import Bundle, open_bundle, seal
+from service.settings import DEMO_BUNDLE
+
+WARM_UP = 20
+
+
+def main(
+    bundle: Annotated[Path, typer.Option(help="One with cards.")] = DEMO_BUNDLE,
+    pairs: Annotated[int, typer.Option(help="Requests to each of the two.")] = 500,
+) -> None:
+    """Print the ratio of the medians, and the medians of the cards' routes."""
+    opened = open_bundle(bundle)
+    if opened.manifest.cards is None:
+        raise typer.BadParameter(f"{bundle} has no cards", param_hint="--bundle")
+    with tempfile.TemporaryDirectory() as scratch:
+        bare = _without_cards(opened, Path(scratch) / "bare")
+        with serving(bundle) as with_cards, serving(bare) as without:
+            clients = [httpx.Client(base_url=server.url, timeout=60) for server in (with_cards, without)]
+            image = {"image": drawn(1)[0]}
+            asked = [partial(client.post, "/v1/attribute", files=image) for client in clients]
+            times = _in_turns(asked, pairs)
+            ours, theirs = map(statistics.median, times)
+            ratios = statistics.median(one / other for one, other in zip(*times, strict=True))
+            print(
+                f"/v1/attribute: {ours:.2f} ms with cards, {theirs:.2f} ms without: ratio {ours / theirs:.3f}; "
+                f"median of paired ratios {ratios:.3f}"
+            )
+            http, layers, features = clients[0], opened.manifest.shape.layers, opened.manifest.shape.features
+            routes: dict[str, Callable[[int], httpx.Response]] = {
+                "a card": lambda n: http.get(f"/v1/features/{n * 7 % layers}/{n * 131 % features}"),
+                "a search": lambda n: http.get("/v1/features", params={"label": "abcdefgh"[n % 8]}),
+                "similar images, all layers": lambda n: http.post("/v1/similar", files=image),
+            }
+            for name, ask in routes.items():
+                found = [_milliseconds(partial(ask, number)) for number in range(100)]
+                print(f"{name}: median {statistics.median(found):.1f} ms, largest {max(found):.1f} ms")
+            for client in clients:
+                client.close()
+
+
+def _without_cards(bundle: Bundle, out: Path) -> Path:
+    shutil.copytree(bundle.path, out, ignore=shutil.ignore_patterns("cards"))
+    seal(out, bundle.manifest.model_copy(update={"cards": None}))
+    return out
+
+
+def _in_turns(asked: Sequence[Callable[[], httpx.Response]], pairs: int) -> list[list[float]]:
+    """Milliseconds of each, asked one after the other; who comes first changes from pair to pair."""
+    times: list[list[float]] = [[] for _ in asked]
+    for number in track(range(pairs + WARM_UP), "pairs", transient=True):
+        order = range(len(asked)) if number % 2 else reversed(range(len(asked)))
+        for which in order:
+            took = _milliseconds(asked[which])
+            if number >= WARM_UP:
+                times[which].append(took)
+    return times
+
+
+def _milliseconds(ask: Callable[[], httpx.Response]) -> float:
+    start = time.perf_counter()
+    ask().raise_for_status()
+    return (time.perf_counter() - start) * 1e3
+
+
+if __name__ == "__main__":
+    typer.run(main)
