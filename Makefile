@@ -47,8 +47,10 @@ demo: .venv-dev/installed
 	$(VITRINE) train --recipe demo --data-root $(DATA) --out $(RUN)
 	test $(RUN)/evaluation/results.json -nt $(RUN)/log.jsonl || \
 	  $(VITRINE) evaluate --checkpoint $(RUN) --data-root $(DATA) --out $(RUN)/evaluation
-	rm -rf build/demo
-	$(VITRINE) export --checkpoint $(RUN) --data-root $(DATA) --out build/demo
+	rm -rf build/demo-plain build/demo
+	$(VITRINE) export --checkpoint $(RUN) --data-root $(DATA) --out build/demo-plain
+	$(VITRINE) cards --checkpoint $(RUN) --bundle build/demo-plain --data-root $(DATA) --out build/demo \
+	  --vocabulary training/vocabularies/demo.txt --pictures means
 	$(VITRINE) verify build/demo
 	if cmp -s build/demo/manifest.json models/demo/manifest.json; then echo "models/demo is this very bundle"; else \
 	  rm -rf build/demo-before && \

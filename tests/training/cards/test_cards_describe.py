@@ -12,7 +12,7 @@ from training.cards.survey import CLS, LOG_BINS, PATCHES, Survey
 
 WORDS, FEATURES, IMAGES, HELD_OUT, EXEMPLARS, WIDTH = 6, 240, 600, 240, 8, 16
 RANDOM = range(180, 240)  # features that fire on random images
-LIARS = range(160, 180)  # on the odd held-out images they fire where they should not
+LIARS = range(140, 180)  # on the odd held-out images they fire where they should not
 AT_PATCHES = range(0, 240, 4)  # features that never fire at [CLS]
 
 
@@ -86,7 +86,7 @@ def test_features_that_fire_on_random_images_are_not(described):
 
 def test_a_label_is_measured_on_images_that_did_not_calibrate_it(described):
     """The liars fooled the even held-out images; the odd ones tell."""
-    honest = [feature for feature in range(160) if described.labelled[feature]]
+    honest = [feature for feature in range(140) if described.labelled[feature]]
     assert described.labelled[list(LIARS)].any()
     assert (described.auroc[honest] > 0.95).all()
     assert (described.auroc[list(LIARS)] < 0.2).all()
