@@ -17,7 +17,19 @@ import vitrine
 from models.bundle import open_bundle, seal
 from service.schemas import AttributeResponse
 
-COMMANDS = ("pretrain", "train", "evaluate", "recipes", "export", "verify", "serve", "doctor", "replay", "attribute")
+COMMANDS = (
+    "pretrain",
+    "train",
+    "evaluate",
+    "recipes",
+    "export",
+    "cards",
+    "verify",
+    "serve",
+    "doctor",
+    "replay",
+    "attribute",
+)
 LABELS = ["red circle", "green square", "blue triangle"]
 
 
@@ -61,6 +73,13 @@ def photo(tmp_path_factory):
     path = tmp_path_factory.mktemp("photos") / "photo.png"
     Image.radial_gradient("L").convert("RGB").resize((60, 45)).save(path)
     return path
+
+
+@pytest.fixture
+def with_cards(monkeypatch, carded):
+    """The tiny bundle with cards in place of the one without."""
+    monkeypatch.setenv("VITRINE_BUNDLE", str(carded.path))
+    return carded
 
 
 @pytest.fixture
@@ -402,3 +421,57 @@ def test_train_and_export_say_what_is_missing(refused, recipe_path, tmp_path):
 
 def test_output_has_no_control_characters_where_there_is_no_terminal(run, photo):
     assert "\x1b" not in run("attribute", photo).output
+
+
+# Exports of an account, and cards
+
+
+def test_attribute_draws_a_page(run, photo, with_cards, tmp_path):
+    result = run("attribute", photo, "--contrast", LABELS[1], "--html", tmp_path / "out.html")
+    assert result.exit_code == 0
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert data["answer"]["explanations"][0]["contrast"] == LABELS[1]
+    assert data["answer"]["explanations"][0]["heatmap"]
+    listed = {
+        f"{layer['layer']}/{feature['index']}"
+        for layer in data["answer"]["explanations"][0]["layers"]
+        for feature in layer["features"]
+    }
+    assert set(data["cards"]) == listed
+    assert 3 < len(listed) <= 9
+    assert data["image"].startswith("data:image/png;base64,")
+
+
+def test_attribute_writes_graphs(run, photo, with_cards, tmp_path):
+    targets = ["--target", LABELS[0], "--target", LABELS[2]]
+    result = run("attribute", photo, *targets, "--top-k", 1, "--features", 1, "--graph", tmp_path / "out.json")
+    assert result.exit_code == 0
+    for name, label in (("out.json", LABELS[0]), ("out-2.json", LABELS[2])):
+        graph = json.loads((tmp_path / name).read_text(encoding="utf-8"))
+        kinds = [node["feature_type"] for node in graph["nodes"]]
+        assert kinds.count("embedding") == 17
+        assert kinds.count("cross layer transcoder") > 9, "all active features, whatever is printed"
+        assert label in graph["metadata"]["prompt"]
+    assert list((tmp_path / "out-features").glob("*.json"))
+
+
+def test_exports_without_cards(run, photo, tmp_path):
+    assert run("attribute", photo, "--html", tmp_path / "x.html", "--graph", tmp_path / "x.json").exit_code == 0
+    assert '"cards": {}' in (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert not (tmp_path / "x-features").exists()
+
+
+def test_a_graph_goes_to_a_name_that_viewers_read(refused, photo, tmp_path):
+    assert "viewers read NAME.json" in refused("attribute", photo, "--graph", tmp_path / "out.txt")
+
+
+def test_verify_counts_the_labels_of_cards(run, refused, with_cards, tmp_path):
+    result = run("verify", with_cards.path)
+    assert result.exit_code == 0
+    assert "features have a label" in result.output
+    quality = with_cards.manifest.cards.quality.model_copy(update={"labelled": 1})
+    summary = with_cards.manifest.cards.model_copy(update={"quality": quality})
+    other = Path(shutil.copytree(with_cards.path, tmp_path / "other"))
+    seal(other, with_cards.manifest.model_copy(update={"cards": summary}))
+    assert "the manifest says 1" in refused("verify", other)
