@@ -357,7 +357,7 @@ def verify(bundle: Annotated[Path, typer.Argument(help="Bundle directory.")]) ->
 
 
 def _check_cards(bundle: Bundle) -> None:
-    """Read some cards of every layer. Raises `BundleError` if one names an image that is not there, or labels are not as counted."""
+    """Read some cards of every layer. Raises `BundleError` if an image is missing, or labels are not as counted."""
     from models.bundle import BundleError
     from models.cards import CardsError
 
@@ -491,6 +491,14 @@ def attribute(
     svg: Annotated[
         typer.FileTextWrite | None, typer.Option(encoding="utf-8", help="The tables as a picture too, in this file.")
     ] = None,
+    html: Annotated[
+        typer.FileTextWrite | None,
+        typer.Option(encoding="utf-8", help="The account with photo, heat map and cards as one page, in this file."),
+    ] = None,
+    graph: Annotated[
+        Path | None,
+        typer.Option(help="The account as circuit-tracer and Neuronpedia read it, NAME.json; features beside it."),
+    ] = None,
 ) -> None:
     """Predict one image's label and print the account of it, without a server."""
     from service.render import draw_answer, print_answer
@@ -501,22 +509,51 @@ def attribute(
         fields["labels"] = labels.split(",")
     if target:
         fields["explain"]["targets"] = target
-    request = validated(AttributeRequest, fields)
-    answer = asyncio.run(_attribute(_open(bundle), image.read_bytes(), request))
+    request, opened = validated(AttributeRequest, fields), _open(bundle)
+    answer, page = asyncio.run(_attribute(opened, image, request, with_page=html is not None, graph=graph))
     if as_json:
         typer.echo(answer.model_dump_json(indent=2))
     else:
         print_answer(answer, _console())
     if svg is not None:
         svg.write(draw_answer(answer))
+    if html is not None:
+        html.write(page)
 
 
-async def _attribute(bundle: Bundle, image: bytes, request: AttributeRequest) -> AttributeResponse:
+async def _attribute(
+    bundle: Bundle, image: Path, request: AttributeRequest, *, with_page: bool, graph: Path | None
+) -> tuple[AttributeResponse, str]:
+    """(the answer, the page that shows it if it is wanted); the graph, which needs more of the account, is written."""
     from service.attributor import Attributor
+    from service.circuit import write_graphs
+    from service.page import draw_page
     from service.settings import load_settings
 
+    content, identity = image.read_bytes(), "command-line"
     async with Attributor(bundle, load_settings()) as attributor:
-        return await attributor.attribute(image, request, request_id="command-line")
+        answer = await attributor.attribute(content, request, identity)
+        page = ""
+        if with_page:
+            pictured = await attributor.attribute(
+                content, _asking(request, heatmap=attributor.engine.has_details), identity
+            )
+            layers = answer.explanations[0].layers if bundle.cards else []
+            listed = [(layer.layer, feature.index) for layer in layers for feature in layer.features]
+            cards = {f"{layer}/{index}": await attributor.card(layer, index) for layer, index in listed}
+            page = draw_page(pictured, content, cards, bundle.manifest.preprocessing)
+        if graph is not None:
+            labels = await attributor.label_set(request)
+            whole = _asking(request, heatmap=True, features=bundle.manifest.shape.k)
+            whole = whole.model_copy(update={"top_k": len(labels.labels)})  # the targets are among them all
+            found = await attributor.attribute(content, whole, identity)
+            write_graphs(graph, found, image.name, bundle, labels, bundle.cards)
+    return answer, page
+
+
+def _asking(request: AttributeRequest, **explain: Any) -> AttributeRequest:
+    """The same request, asking for more."""
+    return request.model_copy(update={"explain": request.explain.model_copy(update=explain)})
 
 
 def _open(bundle: Path | None) -> Bundle:

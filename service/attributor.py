@@ -182,6 +182,10 @@ class Attributor:
             timings_ms=timings,
         )
 
+    async def label_set(self, request: ClassifyRequest) -> LabelSet:
+        """The labels that a request would be answered with. Raises `ServiceError`."""
+        return await self.labels.resolve(*self._texts(request), self.batcher.run)
+
     async def card(self, layer: int, index: int) -> CardResponse:
         """What is known of one feature. Raises `ServiceError`."""
         return await self._run(card, self.bundle, self.model, layer, index)

@@ -22,6 +22,7 @@ from service.errors import ServiceError, error_response, queue_full
 from service.keys import Keys
 from service.middleware import Gate
 from service.openapi import add_docs, ask_for_keys, errors, multipart_or_json, query_of
+from service.page import add_page
 from service.reload import REFUSED, Serving
 from service.requests import read_batch, read_image, read_optional_image
 from service.schemas import (
@@ -111,6 +112,7 @@ def create_app(settings: Settings) -> FastAPI:
         )
     app.get("/metrics", include_in_schema=False)(_metrics)
     add_docs(app)
+    add_page(app)
     guarded = [path for path in app.openapi()["paths"] if path.startswith("/admin/") or serving.api_keys]
     ask_for_keys(app, guarded)
     app.add_route("/{path:path}", _elsewhere, methods=_METHODS, include_in_schema=False)

@@ -24,7 +24,11 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from models.errors import VitrineError
 
 PREFIX = "VITRINE_"
-ELSEWHERE = ("DATA", "LIGHT_PYTHON", "REQUIRE_BROWSER")  # variables with our prefix that belong to training and to the tests
+ELSEWHERE = (
+    "DATA",
+    "LIGHT_PYTHON",
+    "REQUIRE_BROWSER",
+)  # variables with our prefix that belong to training and to the tests
 DEMO_BUNDLE = Path(__file__).resolve().parent.parent / "models" / "demo"
 
 

@@ -1,0 +1,63 @@
+"use strict";
+/** An answer in its sections: predictions, account, trust, time. For the page and for saved accounts. */
+{
+  const { el, replace, percent } = Vitrine.dom;
+
+  /**
+   * @param {Object<string, HTMLElement>} sections predictions, account, trust, timings
+   * @param {Object} photo of `Vitrine.photo`
+   * @param {Object} options
+   * @param {?Object} options.preprocessing the manifest's
+   * @param {function(number, number)} options.onCard
+   * @param {function(number, number): boolean} options.hasCard
+   * @param {function(Object, string): ?function()} options.onExplain of (answer, label): explains it, null if it cannot
+   * @returns {{show: function(Object, ?Object, ?number)}} show: an answer, one of its explanations (default: the
+   *   first), and the milliseconds that it took as seen from here
+   */
+  function create(sections, photo, options) {
+    const open = new Set();
+    let asTable = false;
+
+    function show(answer, explanation = answer.explanations[0], seen = null) {
+      const { target } = explanation;
+      const found = answer.predictions.find(({ label }) => label === target);
+      const onExplain = (label) => options.onExplain(answer, label);
+      replace(sections.predictions, Vitrine.predictions.draw(answer.predictions, target, onExplain));
+      const mapped = photo.show(explanation, options.preprocessing());
+      replace(
+        sections.account,
+        Vitrine.account.draw(explanation, {
+          probability: found?.probability ?? null,
+          open,
+          asTable,
+          onTable: (numbers) => {
+            asTable = numbers;
+          },
+          onCard: options.onCard,
+          hasCard: options.hasCard,
+          onLayer: mapped ? photo.layer : null,
+        }),
+      );
+      replace(sections.trust, Vitrine.trust.draw(answer.fidelity));
+      replace(sections.timings, Vitrine.timings.draw(answer.timings_ms, seen));
+    }
+
+    return { show };
+  }
+
+  /** What a listener is told of an answer. @returns {string} */
+  function spoken(answer, explanation = answer.explanations[0]) {
+    const [best] = answer.predictions;
+    const trust = Vitrine.trust.overall(answer.fidelity);
+    const rather = explanation.contrast === null ? "" : ` rather than ${explanation.contrast}`;
+    const account = `The account says why ${explanation.target}${rather}.`;
+    return `${best.label}, ${percent(best.probability)}. ${account} Trust: ${trust}.`;
+  }
+
+  /** Which model answered. @returns {string} */
+  function origin({ model }) {
+    return `${model.name} · ${model.digest.replace("sha256:", "").slice(0, 12)}`;
+  }
+
+  Vitrine.answer = { create, spoken, origin };
+}

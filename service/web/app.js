@@ -1,0 +1,174 @@
+"use strict";
+/** The page: from a picture and labels to an answer on the screen. The newest request counts. */
+{
+  const { el, replace } = Vitrine.dom;
+  const { api } = Vitrine;
+  const at = (id) => document.getElementById(id);
+
+  const photo = Vitrine.photo.create(at("frame"), at("map"));
+  const labels = Vitrine.labels.create(at("labels-form"), () => ask(chosen));
+  const cards = Vitrine.cards.create({
+    card: (layer, index) => api.get(`v1/features/${layer}/${index}`),
+    search: (label, next) => api.get(next?.replace(/^\//, "") ?? `v1/features?label=${encodeURIComponent(label)}`),
+    hasCard: () => true,
+  });
+  const names = ["predictions", "account", "trust", "timings"];
+  const answers = Vitrine.answer.create(Object.fromEntries(names.map((name) => [name, at(name)])), photo, {
+    preprocessing: () => model?.manifest.preprocessing ?? null,
+    onCard: cards.open,
+    hasCard: () => true,
+    onExplain: (_, label) => () => ask({ ...chosen, target: label }),
+  });
+
+  let model = null; // the API's ModelResponse
+  let chosen = { picture: null, target: null, contrast: null }; // what was asked last; target null: the top-1
+  let running = null; // AbortController of the request in hand
+
+  document.body.append(Vitrine.waterfall.hatching());
+  Vitrine.picking.listen(
+    { file: at("file"), choosers: [at("choose"), at("choose-other")], examples: at("examples") },
+    (blob, name, mine) => ask({ picture: { blob, name, mine, isNew: true }, target: null, contrast: null }),
+    complain,
+  );
+  at("key-form").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    api.setKey(at("key").value);
+    at("key-form").hidden = true;
+    await start();
+    if (model !== null && chosen.picture !== null) ask(chosen);
+  });
+  at("contrast").addEventListener("change", (event) => ask({ ...chosen, contrast: event.target.value || null }));
+  at("similar-ask").addEventListener("click", findSimilar);
+  start();
+
+  async function start() {
+    try {
+      await know();
+      complain("");
+    } catch (error) {
+      refused(error);
+    }
+  }
+
+  /** What the page needs before any picture: the model and its label sets. */
+  async function know() {
+    const [served, { label_sets: sets }] = await Promise.all([api.get("v1/model"), api.get("v1/labels")]);
+    model = served;
+    at("model").textContent = `${model.name} · ${model.precision}`;
+    labels.offer(sets);
+  }
+
+  /** Ask about a picture; of a newer request this one's answer is not waited for. */
+  async function ask(wanted) {
+    running?.abort();
+    chosen = wanted;
+    const { picture } = wanted;
+    if (picture === null) return;
+    const mine = new AbortController();
+    running = mine;
+    busy(true, "Asking …");
+    try {
+      if (model === null) await know();
+      if (picture.isNew) await load(picture);
+      const request = asked(wanted);
+      const found = await api.post("v1/attribute", picture.blob, picture.name, request, {
+        signal: mine.signal,
+        onWait: (sentence) => busy(true, sentence),
+      });
+      performance.mark("vitrine:answer");
+      if (found.answer.model.digest !== model.digest) model = await api.get("v1/model"); // a new bundle is in service
+      if (mine === running) show(found, picture, request);
+    } catch (error) {
+      if (mine === running) refused(error);
+    }
+  }
+
+  /** The photo at once, before its answer: the old answer is not about it. */
+  async function load(picture) {
+    picture.isNew = false;
+    if (picture.url) URL.revokeObjectURL(picture.url);
+    photo.show(null, null);
+    at("answer").hidden = at("predictions").hidden = true;
+    picture.url = URL.createObjectURL(await Vitrine.still(picture.blob));
+    const visible = await photo.load(picture.url);
+    at("welcome").hidden = at("drop").hidden = at("no-photo").hidden = visible;
+    at("another").hidden = !visible;
+  }
+
+  /** The request's JSON. A target and a contrast last as long as they are among the labels. */
+  function asked({ target, contrast }) {
+    const named = labels.request();
+    if (named === null) throw new api.CallError("Name at least one label, or choose a set of them.", "no_labels");
+    const known = (label) => label !== null && labels.listed().includes(label);
+    const explain = {};
+    if (model.manifest.files["attention.npy"]) explain.heatmap = true;
+    if (known(target)) explain.targets = [target];
+    if (known(contrast) && contrast !== target) explain.contrast = contrast;
+    return Object.keys(explain).length ? { ...named, explain } : named;
+  }
+
+  function show({ answer, text, ms }, picture, request) {
+    const [explanation] = answer.explanations;
+    at("answer").hidden = at("predictions").hidden = false;
+    at("welcome").hidden = true;
+    answers.show(answer, explanation, ms);
+    offerContrasts(explanation);
+    Vitrine.save.forget();
+    const url = new URL("v1/attribute", document.baseURI).href;
+    const line = Vitrine.reproduce.curl({ url, file: picture.name, request, withKey: api.hasKey() });
+    const saved = picture.mine ? null : Vitrine.save.file(picture.blob, picture.name, `Save ${picture.name}`);
+    replace(
+      at("take"),
+      el("p", { class: "buttons" }, Vitrine.save.json(text, picture.name), saved),
+      el("p", {}, "The same request from a shell, in the photo's folder:"),
+      Vitrine.reproduce.line(line),
+      el("p", { class: "note" }, `Model ${Vitrine.answer.origin(answer)}. Request ${answer.request_id}.`),
+    );
+    replace(at("similar"));
+    complain("");
+    busy(false, Vitrine.answer.spoken(answer));
+    requestAnimationFrame(() => setTimeout(() => performance.measure("vitrine:account", "vitrine:answer")));
+  }
+
+  /** Every other label may be what the explained one is compared with; the likeliest stand first. */
+  function offerContrasts({ target, contrast }) {
+    const others = labels.listed().filter((label) => label !== target);
+    const option = (label) => el("option", { value: label }, label);
+    at("contrast").replaceChildren(el("option", { value: "" }, "nothing: its logit alone"), ...others.map(option));
+    at("contrast").value = contrast ?? "";
+  }
+
+  async function findSimilar() {
+    const { picture } = chosen;
+    const signal = running?.signal;
+    replace(at("similar"), el("p", { role: "status" }, "Comparing …"));
+    try {
+      const { answer } = await api.post("v1/similar", picture.blob, picture.name, { limit: 5 }, { signal });
+      replace(at("similar"), Vitrine.similar.draw(answer));
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      replace(at("similar"), el("p", { role: "alert", class: "error" }, error.message));
+    }
+  }
+
+  function refused(error) {
+    if (error.name === "AbortError") return;
+    if (!(error instanceof api.CallError)) console.error(error);
+    busy(false, "");
+    complain(error.message, error.requestId);
+    if (error.code !== "unauthorized") return;
+    at("key-form").hidden = false;
+    at("key").focus();
+  }
+
+  function complain(sentence, requestId = null) {
+    const id = requestId ? el("span", { class: "note" }, ` Request ${requestId}.`) : null;
+    replace(at("error"), sentence ? [el("span", {}, sentence), id] : []);
+  }
+
+  function busy(working, sentence) {
+    at("main").setAttribute("aria-busy", String(working));
+    at("status").textContent = sentence;
+    at("progress").textContent = working ? sentence : "";
+  }
+}

@@ -1,0 +1,81 @@
+"use strict";
+/** The labels that are asked about: a named set, or what stands in the field. */
+{
+  const { el } = Vitrine.dom;
+  const OWN = "";
+
+  /**
+   * Labels in a text, separated by commas or new lines; one in double quotes may hold either. Each counts once.
+   * @param {string} text
+   * @returns {string[]}
+   */
+  function parse(text) {
+    const found = text.matchAll(/\s*(?:"((?:[^"]|"")*)"[^,\n]*|([^,\n]*))(?:[,\n]|$)/g);
+    const labels = Array.from(found, ([, quoted, bare]) => (quoted?.replaceAll('""', '"') ?? bare).trim());
+    return [...new Set(labels.filter(Boolean))];
+  }
+
+  /** @param {string[]} labels @returns {string} a text that `parse` reads back */
+  function format(labels) {
+    return labels.map((label) => (/[",\n]/.test(label) ? `"${label.replaceAll('"', '""')}"` : label)).join(", ");
+  }
+
+  /**
+   * @param {HTMLFormElement} form
+   * @param {function()} onAsk told when it is to be asked again
+   * @returns {{offer: function(Object[]), request: function(): ?Object, listed: function(): string[]}}
+   *   offer: the API's label sets; request: the part of a request that names the labels, null if there are none;
+   *   listed: the labels themselves
+   */
+  function create(form, onAsk) {
+    const [select, text] = [form.elements.namedItem("set"), form.elements.namedItem("labels")];
+    let sets = [];
+
+    select.addEventListener("change", () => {
+      if (select.value !== OWN) text.value = format(chosen().labels);
+      onAsk();
+    });
+    text.addEventListener("input", () => {
+      select.value = OWN;
+    });
+    text.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+    });
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      onAsk();
+    });
+
+    function chosen() {
+      return sets.find(({ name }) => name === select.value);
+    }
+
+    function offer(given) {
+      sets = given;
+      const each = sets.map(({ name, labels }) => el("option", { value: name }, `${setName(name)} (${labels.length})`));
+      select.replaceChildren(...each, el("option", { value: OWN }, "your own, below"));
+      select.value = "default";
+      text.value = format(chosen().labels);
+    }
+
+    function setName(name) {
+      return name === "default" ? "the bundle's own" : name;
+    }
+
+    function request() {
+      const set = chosen();
+      if (set) return set.name === "default" ? {} : { label_set: set.name };
+      if (sets.length === 0) return {};
+      const labels = listed();
+      return labels.length ? { labels } : null;
+    }
+
+    function listed() {
+      return chosen()?.labels ?? parse(text.value);
+    }
+
+    return { offer, request, listed };
+  }
+
+  Vitrine.labels = { create, parse, format };
+}

@@ -1,0 +1,396 @@
+"""The page in use: feature cards, mistakes and refusals, keys, the keyboard alone, narrow screens, its own policy."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from browsing import card, changed, chromium, grave_violations, opened, shown, upload
+from playwright.sync_api import expect
+
+ROOT = Path(__file__).resolve().parents[2]
+WEB = ROOT / "service" / "web"
+MAX_BYTES = 150_000
+HOSTILE = "<img src=x onerror=\"document.title='hacked'\">"
+FOCUSED = "document.activeElement.innerText.trim() || document.activeElement.ariaLabel || ''"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+@pytest.fixture(scope="module")
+def service(start_server):
+    with start_server(VITRINE_BUNDLE=ROOT / "models" / "demo") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture
+def page(browser, service):
+    with opened(browser, service) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def photo(picture):
+    return picture("PNG", size=(90, 60))
+
+
+def with_cards(page, **fields):
+    """Cards for all features, in the place of the bundle's."""
+
+    def answer(route):
+        layer, index = map(int, route.request.url.split("/")[-2:])
+        route.fulfill(json=card(layer, index, **fields).model_dump(mode="json"))
+
+    page.route("**/v1/features/*/*", answer)
+
+
+def open_card(page, answer, layer=11):
+    """Open the first feature of a layer; its index."""
+    page.get_by_role("button", name=f"CLT {layer}").click()
+    page.locator(".features:not([hidden]) button.feature-name").first.click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    return answer["explanations"][0]["layers"][layer]["features"][0]["index"]
+
+
+# Cards
+
+
+def test_a_card_says_what_is_known(page, photo):
+    with_cards(page)
+    index = open_card(page, upload(page, photo))
+    dialog = page.get_by_role("dialog", name="stripes")
+    text = dialog.inner_text()
+    for part in (f"Layer 11, feature #{index}", "confident", "0.43", "0.12", "0.31", "0.93", "tiger", "3.10", "0.42"):
+        assert part in text, part
+    assert "5\u202f% below 0.20, 50\u202f% below 1.20, 95\u202f% below 3.90" in text
+    question = dialog.get_by_role("button", name="What is Held-out AUROC?")
+    assert "0.5 is a guess" not in text
+    question.press("Enter")
+    expect(dialog.get_by_text("0.5 is a guess")).to_be_visible()
+    expect(question).to_have_attribute("aria-expanded", "true")
+    exemplars = dialog.locator(".exemplar")
+    assert exemplars.locator("img").count() == 2
+    assert [exemplars.nth(place).locator("rect").count() for place in range(3)] == [64, 64, 0]
+    shades = (
+        exemplars.nth(0)
+        .locator("rect")
+        .evaluate_all("all => all.map((one) => Number(one.getAttribute('fill-opacity')))")
+    )
+    assert shades[63] == 0 < 0.5 < shades[0]  # bright where it fires
+    assert "most at row 8, column 8" in exemplars.nth(0).inner_text()
+    assert "fires at the class token alone" in exemplars.nth(2).inner_text()
+    assert dialog.locator("img.mean").evaluate("image => getComputedStyle(image).imageRendering") == "pixelated"
+    assert dialog.locator(".histogram > svg rect").count() == 3
+    dialog.get_by_text("Histogram as a table").click()
+    assert dialog.get_by_role("row", name="1.50 to 3.00 20").is_visible()
+
+
+def test_cards_lead_to_cards_and_back(page, photo):
+    with_cards(page)
+    found = {"layer": 3, "index": 4, "label": "stripes", "label_score": 0.4, "label_auroc": None, "frequency_cls": 0.01}
+    page_of = {"model": {"name": "demo", "digest": "x"}, "offset": 0, "limit": 1, "total": 2}
+    second = page_of | {"features": [found | {"index": 5}], "next": None}
+    first = page_of | {"features": [found], "next": "/v1/features?label=stripes&offset=1"}
+    page.route("**/v1/features?*", lambda route: route.fulfill(json=second if "offset" in route.request.url else first))
+    index = open_card(page, upload(page, photo))
+    dialog = page.get_by_role("dialog")
+    above = dialog.locator(".kicker")
+    back = dialog.get_by_role("button", name="Back")
+    expect(back).to_be_hidden()
+    dialog.get_by_role("button", name="#7 layer 10 #7").click()
+    expect(above).to_have_text("Layer 10, feature #7")
+    dialog.get_by_role("button", name="Other features labelled “stripes”").click()
+    expect(dialog.get_by_text("2 found")).to_be_visible()
+    dialog.get_by_role("button", name="More").click()
+    dialog.get_by_role("button", name="stripes layer 3 #5").click()
+    expect(above).to_have_text("Layer 3, feature #5")
+    for place in ("Features whose label contains", "Layer 10, feature #7", f"Layer 11, feature #{index}"):
+        back.click()
+        expect(above).to_have_text(place)
+    expect(back).to_be_hidden()
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("too_few_exemplars", "too few images"),
+        ("score", "near enough"),
+        ("clarity", "one thing"),
+        ("margin", "two words"),
+    ],
+)
+def test_a_card_without_a_label_says_why(page, photo, reason, said):
+    nothing = dict.fromkeys(("label", "label_score", "label_margin", "label_clarity", "label_auroc", "writes"))
+    empty = {"histogram": None, "exemplars": [], "mean_picture": None, "coactive": [], "quantiles": {}}
+    with_cards(page, abstained=reason, **nothing, **empty)
+    index = open_card(page, upload(page, photo))
+    dialog = page.get_by_role("dialog", name=f"#{index}")
+    expect(dialog.locator(".confidence")).to_contain_text(said)
+    assert dialog.get_by_role("button", name="Other features").count() == 0
+
+
+def test_a_bundle_without_cards_says_so(page, photo):
+    error = {"code": "no_cards", "message": "the bundle 'demo' has no feature cards", "details": [], "request_id": "x"}
+    page.route("**/v1/features/*/*", lambda route: route.fulfill(status=404, json={"error": error}))
+    open_card(page, upload(page, photo))
+    expect(page.get_by_role("dialog").get_by_role("alert")).to_have_text("The bundle 'demo' has no feature cards.")
+
+
+def test_similar_images_are_shown_layer_by_layer(page, photo):
+    images = [image.model_dump(include={"name", "class_name", "thumbnail"}) for image in card(0, 0).exemplars]
+    layers = [{"layer": layer, "images": [image | {"similarity": 0.875} for image in images]} for layer in (10, 11)]
+    model = {"name": "demo", "digest": "x"}
+    answer = {"request_id": "x", "model": model, "references": 5000, "layers": layers, "timings_ms": {}}
+    page.route("**/v1/similar", lambda route: route.fulfill(json=answer))
+    upload(page, photo)
+    page.get_by_role("button", name="Find them").click()
+    expect(page.locator("#similar")).to_contain_text("Of 5,000 reference images")
+    assert page.locator("#similar h3").all_inner_texts() == ["Layer 10", "Layer 11"]
+    assert page.locator(".neighbours li").count() == 6
+    assert page.locator(".neighbours img").count() == 4
+
+
+# Mistakes and refusals
+
+
+def test_what_is_no_image_is_told_in_a_sentence(page, photo):
+    page.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"not a picture"})
+    expect(page.locator("#error")).to_contain_text("no image in a supported format (JPEG, PNG, WEBP, GIF, BMP).")
+    assert page.locator("#answer").is_hidden()
+    upload(page, photo)
+    expect(page.locator("#error")).to_be_empty()
+
+
+def test_without_labels_nothing_is_asked(page, photo):
+    upload(page, photo)
+    requests = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.fill("#labels", " ,\n ,")
+    page.get_by_role("button", name="Ask with these labels").click()
+    expect(page.locator("#error")).to_have_text("Name at least one label, or choose a set of them.")
+    assert not requests
+
+
+def test_a_service_that_is_gone_is_told(page, photo):
+    page.route("**/v1/attribute", lambda route: route.abort("connectionrefused"))
+    page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": photo})
+    expect(page.locator("#error")).to_contain_text("cannot be reached")
+    page.unroute_all()
+    upload(page, photo)
+    expect(page.locator("#error")).to_be_empty()
+
+
+def refusing(page, status, code, times, **headers):
+    """The first `times` requests are refused; the list of those that came."""
+    seen = []
+
+    def answer(route):
+        seen.append(route.request.url)
+        error = {"code": code, "message": "too many images are waiting", "details": [], "request_id": "the-id"}
+        if len(seen) > times:
+            route.continue_()
+        else:
+            route.fulfill(status=status, headers=headers, json={"error": error})
+
+    page.route("**/v1/attribute", answer)
+    return seen
+
+
+def test_a_busy_service_is_asked_again(page, photo):
+    seen = refusing(page, 429, "queue_full", 1, **{"Retry-After": "1"})
+    page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": photo})
+    expect(page.locator("#status")).to_have_text("The service is busy; trying again in 1 s.")
+    expect(page.locator("#answer")).to_be_visible()
+    assert len(seen) == 2
+
+
+def test_not_for_ever(page, photo):
+    seen = refusing(page, 429, "queue_full", 99, **{"Retry-After": "0"})
+    page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": photo})
+    expect(page.locator("#error")).to_contain_text("still busy after 3 more tries")
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"), [(503, "not_ready", "not ready"), (413, "body_too_large", "Too many")]
+)
+def test_refusals_are_told_with_their_id(page, photo, status, code, said):
+    refusing(page, status, code, 1)
+    page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": photo})
+    expect(page.locator("#error")).to_contain_text(said)
+    expect(page.locator("#error")).to_contain_text("Request the-id.")
+
+
+def test_a_key_is_asked_for_and_kept_nowhere(browser, service, photo):
+    def guard(route):
+        if route.request.headers.get("authorization") == "Bearer the-key":
+            route.continue_()
+        else:
+            error = {"code": "unauthorized", "message": "send a valid key", "details": [], "request_id": "x"}
+            route.fulfill(status=401, json={"error": error})
+
+    with opened(browser, service) as page:
+        page.route("**/v1/**", guard)
+        page.reload()
+        field = page.get_by_label("Key of this service")
+        expect(field).to_be_focused()
+        field.fill("wrong")
+        field.press("Enter")
+        expect(page.locator("#error")).to_contain_text("asks for a key")
+        field.fill("the-key")
+        field.press("Enter")
+        expect(field).to_be_hidden()
+        upload(page, photo)
+        line = page.locator(".curl code").inner_text()
+        assert 'Authorization: Bearer $VITRINE_KEY"' in line
+        assert "the-key" not in page.content()
+        kept = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
+        assert json.loads(kept) == [{}, {}, ""]
+
+
+def test_nothing_that_comes_from_elsewhere_is_run(page, photo):
+    """Labels, file names, features and cards that would be markup stay texts."""
+
+    def put(answer):
+        for layer in answer["explanations"][0]["layers"]:
+            layer["features"][0].update(label=HOSTILE, label_score=0.5)
+        answer["timings_ms"][HOSTILE] = 1.0
+        answer["model"]["name"] = HOSTILE
+
+    changed(page, put)
+    with_cards(page, label=HOSTILE, writes={"label": HOSTILE, "score": 0.1, "margin": 0.1})
+    page.fill("#labels", f"{HOSTILE}, cat")
+    answer = upload(page, photo, f"{HOSTILE}.png")
+    open_card(page, answer)
+    assert page.get_by_role("dialog").get_by_text(HOSTILE).count() == 3  # label, written, the link to others
+    page.keyboard.press("Escape")
+    assert page.locator(".predictions").get_by_text(HOSTILE).is_visible()
+    assert page.locator("img[src=x]").count() == 0
+    assert page.title() == "Vitrine: a prediction and its account"
+
+
+# Hands and eyes
+
+
+def test_everything_is_done_with_the_keyboard(page):
+    """From the empty page to an account, a card and back, by Tab, Enter and Escape alone."""
+    with_cards(page)
+
+    def tab_to(name):
+        for _ in range(80):
+            page.keyboard.press("Tab")
+            if page.evaluate(FOCUSED).startswith(name):
+                outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+                assert outline == "solid", f"the focus on {name} cannot be seen"
+                return
+        pytest.fail(f"Tab does not come to {name}")
+
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.innerText") == "Skip to the account"
+    for _ in range(3):
+        page.keyboard.press("Tab")
+    with page.expect_response("**/v1/attribute") as asked:
+        page.keyboard.press("Enter")
+    assert shown(page, asked)["predictions"][0]["label"] == "airplane"
+    tab_to("Heat map of 8 by 8 patches")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".readout")).to_contain_text("Row 1, column 2")
+    tab_to("CLT 11")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    opener = page.evaluate("document.activeElement.dataset.key")
+    page.keyboard.press("Enter")
+    dialog = page.get_by_role("dialog", name="stripes")
+    expect(dialog).to_be_visible()
+    assert dialog.evaluate("dialog => dialog.contains(document.activeElement)")
+    tab_to("?")
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    assert page.evaluate("document.activeElement.dataset.key") == opener
+    expect(page.locator("#status")).to_contain_text("airplane, ")
+
+
+LOOKS = {
+    "light": {},
+    "dark": {"color_scheme": "dark"},
+    "narrow": {"viewport": {"width": 360, "height": 740}},
+    "narrow and dark": {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark", "reduced_motion": "reduce"},
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_axe_finds_nothing_grave_and_nothing_scrolls_sideways(browser, service, photo, look):
+    def fits():
+        width, scrolled = page.evaluate("[innerWidth, document.documentElement.scrollWidth]")
+        assert scrolled <= width
+
+    with opened(browser, service, **LOOKS[look]) as page:
+        with_cards(page)
+        assert not grave_violations(page)
+        fits()
+        page.fill("#labels", f"cat, dog, {'long' * 30}, {'many words ' * 12}")
+        answer = upload(page, photo)
+        page.select_option("#contrast", index=2)
+        expect(page.locator(".question em").nth(1)).to_be_visible()
+        fits()
+        open_card(page, answer)
+        page.get_by_role("button", name="What is Score?").click()
+        fits()
+        assert not grave_violations(page)
+        page.keyboard.press("Escape")
+        page.get_by_text("What the rows mean").click()
+        page.get_by_text("Patch values as a table").click()
+        assert not grave_violations(page)
+        page.get_by_role("button", name="Show as table").click()
+        fits()
+        page.set_input_files("#file", {"name": "a.txt", "mimeType": "text/plain", "buffer": b"text"})
+        expect(page.locator("#error")).not_to_be_empty()
+        assert not grave_violations(page)
+
+
+# What is served
+
+
+def test_the_page_and_its_files_have_a_strict_policy_and_are_not_fetched_twice(service):
+    for path in ("/", "/web/app.js", "/web/style.css", "/web/examples/ship.svg"):
+        answer = service.http.get(path)
+        assert answer.status_code == 200
+        assert answer.headers["content-security-policy"] == POLICY
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["cache-control"] == "no-cache"
+        etag = answer.headers["etag"]
+        assert hashlib.sha256(answer.content).hexdigest().startswith(etag.strip('"'))
+        again = service.http.get(path, headers={"If-None-Match": f'W/"other", {etag}'})
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", etag)
+        assert service.http.get(path, headers={"If-None-Match": '"other"'}).status_code == 200
+        head = service.http.head(path)
+        assert (head.status_code, head.content, head.headers["etag"]) == (200, b"", etag)
+
+
+def test_nothing_else_is_served(service):
+    for path in ("", "nothing.js", "../page.py", "%2e%2e/page.py", "saved.html", "index.html", "examples"):
+        answer = service.http.get(f"/web/{path}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found"), path
+    assert service.http.post("/").status_code == 405
+
+
+def test_the_page_is_small_and_writes_no_markup():
+    files = [path for path in WEB.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= MAX_BYTES
+    for path in files:
+        text = path.read_text()
+        for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+            assert way not in text, path
+        elsewhere = text.replace('"http://www.w3.org/2000/svg"', "")
+        assert "http://" not in elsewhere, path
+        assert "https://" not in elsewhere, path
+        assert " style=" not in text, path
