@@ -160,8 +160,8 @@ class LayerAccount(BaseModel):
 class HeatMap(BaseModel):
     """Where in the image the attention rows come from, in logits.
 
-    sum(patches[l]) + class_token[l] + constant[l] = ledger.attention[l], up to rounding (with the int8 graph: up to that
-    of its products of bytes); sum(heads[l]) is sum(patches[l]) again.
+    sum(patches[l]) + class_token[l] + constant[l] = ledger.attention[l], up to rounding (the int8 graph's: a few
+    thousandths); sum(heads[l]) is sum(patches[l]) again.
     """
 
     rows: int = Field(description="of patches")
