@@ -53,12 +53,7 @@ REQUIRED = (
     "fold.npy",
     "MODEL_CARD.md",
 )
-CARDS = (
-    "cards/features.parquet",
-    "cards/images.parquet",
-    "cards/reference_indices.npy",
-    "cards/reference_values.npy",
-)
+CARDS = ("cards/features.parquet", "cards/images.parquet", "cards/references.npz")
 # Outputs of vision.onnx for `pixels` [B, 3, H, W]; R = 2L + 3 rows, see `models.ledger`.
 VISION_OUTPUTS = (
     "embedding",  # [B, D]

@@ -1,12 +1,12 @@
 """Feature cards: what a feature fires on, in words, numbers and pictures. A bundle may hold them under cards/.
 
-    features.parquet       a row a feature, by layer and index: the fields of `Card`
-    images.parquet         a row an image that cards and retrieval name: the fields of `CardImage`
-    reference_indices.npy  [N, L, k] the codes at [CLS] of the first N of those images, for retrieval:
-    reference_values.npy   feature and activation, 0 in places not in use
+    features.parquet   a row a feature, by layer and index: the fields of `Card`
+    images.parquet     a row an image that cards and retrieval name: the fields of `CardImage`
+    references.npz     for retrieval, codes at [CLS] of the first N of those images: `indices` and `values` [N, L, k],
+                       0 in places not in use
 
-Written by `vitrine cards` (training/cards); read here with DuckDB, a row at a time, so that the tables of a large CLT
-stay on disk. No torch.
+Written by `vitrine cards` (training/cards). The Parquet tables are read with DuckDB, a row at a time, so that those of
+a large CLT stay on disk. No torch.
 
 A feature is *read* at [CLS], which is where answers explain it, or, if it hardly ever fires there, at the patches: its
 activation on an image is that at [CLS], or the largest over patches. Exemplars, quantiles, histogram and label are all
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import duckdb
 import numpy as np
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from models.bundle import CARDS
 from models.errors import VitrineError
 
-FEATURES, IMAGES, *REFERENCES = CARDS
+FEATURES, IMAGES, REFERENCES = CARDS
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 16  # of a card's histogram, of equal width from 0 to its largest |activation|
 
@@ -181,25 +182,24 @@ class Cards:
         image without any active feature."""
         query = np.zeros(self.features, np.float32)
         query[indices[values != 0]] = values[values != 0]
-        of_indices, of_values = (np.asarray(part[:, layer]) for part in self.references)
+        of_indices, of_values = (part[:, layer] for part in self.references)
         stored = of_values.astype(np.float32)
         norms = np.linalg.norm(stored, axis=1) * np.linalg.norm(query)
         return (query[of_indices] * stored).sum(1) / np.where(norms > 0, norms, 1)
 
     def _references(self) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
-        """Codes at [CLS] of the reference images: features and activations [N, L, k], memory-mapped."""
-        indices, values = (self._array(name) for name in REFERENCES)
-        if indices.shape != values.shape or indices.ndim != 3 or indices.shape[1] != self.layers:
-            raise CardsError(f"{self.path / REFERENCES[0]}: codes {indices.shape}, {values.shape} do not fit")
-        if indices.size and int(indices.max()) >= self.features:
-            raise CardsError(f"{self.path / REFERENCES[0]} names a feature beyond the {self.features:,} there are")
-        return indices, values
-
-    def _array(self, name: str) -> NDArray[Any]:
+        """Codes at [CLS] of the reference images: features and activations [N, L, k]."""
+        file = self.path / REFERENCES
         try:
-            return np.load(self.path / name, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise CardsError(f"{self.path / name} cannot be used: {error}") from error
+            with np.load(file, allow_pickle=False) as stored:
+                indices, values = stored["indices"], stored["values"]
+        except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
+            raise CardsError(f"{file} cannot be used: {error}") from error
+        if indices.shape != values.shape or indices.ndim != 3 or indices.shape[1] != self.layers:
+            raise CardsError(f"{file}: codes {indices.shape}, {values.shape} do not fit")
+        if indices.size and int(indices.max()) >= self.features:
+            raise CardsError(f"{file} names a feature beyond the {self.features:,} there are")
+        return indices, values
 
     def _table(self, name: str) -> str:
         quoted = str(self.path / name).replace("'", "''")

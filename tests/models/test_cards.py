@@ -112,7 +112,7 @@ def test_cards_of_another_shape_are_refused(carded):
         Cards(carded.path, 4, 64)
 
 
-@pytest.mark.parametrize("name", ["features.parquet", "images.parquet", "reference_indices.npy"])
+@pytest.mark.parametrize("name", ["features.parquet", "images.parquet", "references.npz"])
 def test_a_damaged_table_is_told_when_the_bundle_is_opened(carded, tmp_path, name):
     copy = shutil.copytree(carded.path, tmp_path / "copy")
     (copy / "cards" / name).write_bytes(b"nothing of the kind")

@@ -21,7 +21,7 @@ from models.bundle import Preprocessing
 
 Pictures = Literal["thumbnails", "means", "none"]
 SIZES: dict[Pictures, int] = {"thumbnails": 64, "means": 32, "none": 0}  # pixels of the longer side, at most
-QUALITY = 60  # of WebP
+QUALITY = 45  # of WebP
 
 
 class Album:

@@ -98,8 +98,8 @@ def write_images(
     pq.write_table(pa.table(table), bundle / IMAGES, compression="zstd", row_group_size=ROWS_A_GROUP)
     indices = survey.code_indices[:references].numpy()
     fits = np.uint16 if survey.fires.shape[-1] <= 2**16 else np.int32
-    np.save(bundle / REFERENCES[0], indices.astype(fits))
-    np.save(bundle / REFERENCES[1], survey.code_values[:references].numpy())
+    values = survey.code_values[:references].numpy()
+    np.savez_compressed(bundle / REFERENCES, indices=indices.astype(fits), values=values)
 
 
 def _rows(
