@@ -187,6 +187,7 @@ class Ours:
             attention_fold=np.load(folder / "attention.npy", mmap_mode="r"),
             fold=fold[:-1],
             beta=fold[-1],
+            cards=None,
             manifest=SimpleNamespace(logit_scale=LOGIT_SCALE, preprocessing=SimpleNamespace(size=pixels.shape[2:])),
         )
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models import ledger
-from models.bundle import Bundle
+from models.bundle import Bundle, Preprocessing
 from models.heatmap import heat_map
 from models.ledger import Decomposition
 from service.engine import Engine
@@ -123,7 +123,7 @@ def _heat_map(parts: Decomposition, bundle: Bundle, direction: NDArray[np.floati
     assert parts.details is not None
     assert bundle.attention_fold is not None
     found = heat_map(parts, parts.details, bundle.attention_fold, direction, bundle.manifest.logit_scale)
-    rows, columns = patch_grid(bundle)
+    rows, columns = patch_grid(bundle.manifest.preprocessing, found.patches.shape[1])
     return HeatMap(
         rows=rows,
         columns=columns,
@@ -136,10 +136,9 @@ def _heat_map(parts: Decomposition, bundle: Bundle, direction: NDArray[np.floati
     )
 
 
-def patch_grid(bundle: Bundle) -> tuple[int, int]:
-    """Rows and columns of patches in what the model sees."""
-    height, width = bundle.manifest.preprocessing.size
-    patches = bundle.manifest.shape.tokens - 1
+def patch_grid(preprocessing: Preprocessing, patches: int) -> tuple[int, int]:
+    """Rows and columns of the patches in what the model sees."""
+    height, width = preprocessing.size
     rows = round((patches * height / width) ** 0.5)  # patches are square
     return rows, patches // rows
 

@@ -47,7 +47,7 @@ def card(bundle: Bundle, model: Model, layer: int, index: int) -> CardResponse:
         )
     found = cards.card(layer, index)
     images = cards.images([exemplar.image for exemplar in found.exemplars])
-    rows, columns = patch_grid(bundle)
+    rows, columns = patch_grid(bundle.manifest.preprocessing, shape.tokens - 1)
     return CardResponse(
         model=model,
         layer=layer,
