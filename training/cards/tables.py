@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.progress import Progress
-from torch import Tensor
 
 from models.cards import BINS, FEATURES, IMAGES, QUANTILES, REFERENCES, Abstention
 from training.cards.coactivity import Together, coactive
@@ -172,11 +171,9 @@ def _exemplars(
 
 
 def _mean(described: Described, layer: int, index: int, album: Album | None) -> bytes | None:
-    values: Tensor = described.values[layer, index]
-    used = values != 0
-    if album is None or not used.any():
-        return None
-    return album.mean(described.exemplars[layer, index, used].numpy(), values[used].abs().numpy())
+    """None for a feature without all its exemplars, too: the mean of one or two images would show them."""
+    full = described.full.reshape(described.reading.shape)[layer, index]
+    return album.mean(described.exemplars[layer, index].numpy()) if album and full else None
 
 
 def _abstained(described: Described, place: int) -> Abstention | None:

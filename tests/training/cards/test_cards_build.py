@@ -139,7 +139,10 @@ def test_pictures_are_a_choice(build, pictures):
     means = [card.mean_picture for card in cards if card.mean_picture]
     images = made.cards.images(sorted({exemplar.image for card in cards for exemplar in card.exemplars}))
     thumbnails = [image.picture for image in images if image.picture]
-    assert bool(means) == (pictures == "means")
+    # one of fewer exemplars would show them
+    full = [card.abstained != "too_few_exemplars" for card in cards]
+    assert [card.mean_picture is not None for card in cards] == [pictures == "means" and enough for enough in full]
+    assert 20 < sum(full) < len(full)
     assert len(thumbnails) == (len(images) if pictures == "thumbnails" else 0)
     for picture in [*means, *thumbnails][:5]:
         assert Image.open(io.BytesIO(picture)).size == (32, 32)
