@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from models.bundle import Bundle
-    from service.schemas import AttributeRequest, AttributeResponse
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -320,61 +319,11 @@ def cards(
 @_mendable
 def verify(bundle: Annotated[Path, typer.Argument(help="Bundle directory.")]) -> None:
     """Check a bundle: every file's sha256, that its graphs run, and that the account adds up."""
-    import numpy as np
+    from service.verify import verify as run
 
-    from models.bundle import BundleError, open_bundle, vision_file
-    from service.engine import Engine
-    from service.labels import LabelEncoder
-    from service.runtime import choose
-    from service.settings import load_settings
-
-    opened, console = open_bundle(bundle), _console()
-    pixels = np.random.default_rng(0).standard_normal((2, 3, *opened.manifest.preprocessing.size), np.float32)
-    directions, fold = opened.directions, opened.fold
-    settings = load_settings().model_copy(update={"replacement": True})
-    runtime = choose(opened, settings.model_copy(update={"provider": "cpu", "precision": "fp32"}))
-    for precision in opened.manifest.precisions:
-        engine = Engine(opened, settings, replace(runtime, precision=precision))
-        found = engine.explain(pixels)
-        for parts in found:
-            off = float(np.abs(parts.rows.sum(0) - parts.embedding).max())
-            if not off <= 1e-4:
-                raise BundleError(f"{bundle}: the rows of {vision_file(precision)} miss its embedding by {off:.1e}")
-        if engine.can_replace and precision == "fp32":
-            embeddings, _ = engine.replace(pixels, np.zeros((opened.manifest.shape.layers, 2), bool))
-            off = float(np.abs(embeddings - np.stack([parts.embedding for parts in found])).max())
-            if not off <= 1e-4:
-                raise BundleError(
-                    f"{bundle}: with nothing replaced, replacement.onnx misses vision.onnx's embedding by {off:.1e}"
-                )
-    text = opened.manifest.text
-    labels = LabelEncoder(engine, capacity=1).encode(text.labels[:1], text.templates)
-    if (directions.shape[2], labels.shape[1]) != fold.shape:
-        raise BundleError(f"{bundle}: text.onnx, directions.npy and fold.npy do not fit one another")
-    _check_cards(opened)
+    opened, console = run(bundle), _console()
     _print_bundle(opened, console)
     console.print("[green]all files as the manifest says; the graphs run and their rows add up")
-
-
-def _check_cards(bundle: Bundle) -> None:
-    """Read some cards of every layer. Raises `BundleError` if an image is missing, or labels are not as counted."""
-    from models.bundle import BundleError
-    from models.cards import CardsError
-
-    cards, summary, shape = bundle.cards, bundle.manifest.cards, bundle.manifest.shape
-    if cards is None or summary is None:
-        return
-    try:
-        for layer in range(shape.layers):
-            for index in range(0, shape.features, max(1, shape.features // 4)):
-                cards.images([exemplar.image for exemplar in cards.card(layer, index).exemplars])
-    except CardsError as error:
-        raise BundleError(str(error)) from error
-    labelled, _ = cards.search(None, None, 0, 1)
-    if labelled != summary.quality.labelled:
-        raise BundleError(
-            f"{bundle.path}: {labelled:,} cards have a label, the manifest says {summary.quality.labelled:,}"
-        )
 
 
 @app.command(epilog="Example: vitrine serve --bundle models/demo --port 3000")
@@ -501,6 +450,7 @@ def attribute(
     ] = None,
 ) -> None:
     """Predict one image's label and print the account of it, without a server."""
+    from service.exports import account_for
     from service.render import draw_answer, print_answer
     from service.schemas import AttributeRequest, validated
 
@@ -510,7 +460,7 @@ def attribute(
     if target:
         fields["explain"]["targets"] = target
     request, opened = validated(AttributeRequest, fields), _open(bundle)
-    answer, page = asyncio.run(_attribute(opened, image, request, with_page=html is not None, graph=graph))
+    answer, page = asyncio.run(account_for(opened, image, request, with_page=html is not None, graph=graph))
     if as_json:
         typer.echo(answer.model_dump_json(indent=2))
     else:
@@ -519,41 +469,6 @@ def attribute(
         svg.write(draw_answer(answer))
     if html is not None:
         html.write(page)
-
-
-async def _attribute(
-    bundle: Bundle, image: Path, request: AttributeRequest, *, with_page: bool, graph: Path | None
-) -> tuple[AttributeResponse, str]:
-    """(the answer, the page that shows it if it is wanted); the graph, which needs more of the account, is written."""
-    from service.attributor import Attributor
-    from service.circuit import write_graphs
-    from service.page import draw_page
-    from service.settings import load_settings
-
-    content, identity = image.read_bytes(), "command-line"
-    async with Attributor(bundle, load_settings()) as attributor:
-        answer = await attributor.attribute(content, request, identity)
-        page = ""
-        if with_page:
-            pictured = await attributor.attribute(
-                content, _asking(request, heatmap=attributor.engine.has_details), identity
-            )
-            layers = answer.explanations[0].layers if bundle.cards else []
-            listed = [(layer.layer, feature.index) for layer in layers for feature in layer.features]
-            cards = {f"{layer}/{index}": await attributor.card(layer, index) for layer, index in listed}
-            page = draw_page(pictured, content, cards, bundle.manifest.preprocessing)
-        if graph is not None:
-            labels = await attributor.label_set(request)
-            whole = _asking(request, heatmap=True, features=bundle.manifest.shape.k)
-            whole = whole.model_copy(update={"top_k": len(labels.labels)})  # the targets are among them all
-            found = await attributor.attribute(content, whole, identity)
-            write_graphs(graph, found, image.name, bundle, labels, bundle.cards)
-    return answer, page
-
-
-def _asking(request: AttributeRequest, **explain: Any) -> AttributeRequest:
-    """The same request, asking for more."""
-    return request.model_copy(update={"explain": request.explain.model_copy(update=explain)})
 
 
 def _open(bundle: Path | None) -> Bundle:

@@ -20,6 +20,13 @@ from models.label_sets import DEFAULT, read_label_sets
 from models.ledger import Decomposition
 from service import metrics
 from service.batcher import Batcher
+from service.card_schemas import (
+    CardResponse,
+    FeaturesQuery,
+    FeaturesResponse,
+    SimilarRequest,
+    SimilarResponse,
+)
 from service.engine import Engine
 from service.errors import ServiceError, queue_full
 from service.explain import account, check_explain, lens, matrix, predict
@@ -32,21 +39,16 @@ from service.schemas import (
     Attribution,
     BatchItem,
     BatchResponse,
-    CardResponse,
     ClassifyRequest,
     ClassifyResponse,
     EmbedRequest,
     EmbedResponse,
     Explanation,
-    FeaturesQuery,
-    FeaturesResponse,
     Fidelity,
     ItemError,
     LensLayer,
     Model,
     Prediction,
-    SimilarRequest,
-    SimilarResponse,
 )
 from service.settings import Settings
 from service.stages import note, stage

@@ -11,9 +11,7 @@ import numpy as np
 from models.bundle import Bundle
 from models.cards import BINS, QUANTILES, Card, CardImage, Cards
 from models.ledger import Decomposition
-from service.errors import ServiceError
-from service.explain import patch_grid
-from service.schemas import (
+from service.card_schemas import (
     CardResponse,
     CoactiveFeature,
     Exemplar,
@@ -22,12 +20,14 @@ from service.schemas import (
     FeaturesResponse,
     Frequency,
     Histogram,
-    Model,
     SimilarImage,
     SimilarLayer,
     SimilarRequest,
     Written,
 )
+from service.errors import ServiceError
+from service.explain import patch_grid
+from service.schemas import Model
 
 
 def cards_of(bundle: Bundle) -> Cards:

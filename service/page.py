@@ -20,9 +20,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from models.bundle import Preprocessing
+from service.card_schemas import CardResponse
 from service.errors import ServiceError
 from service.images import SIGNATURES, ImageLimits, decode
-from service.schemas import AttributeResponse, CardResponse
+from service.schemas import AttributeResponse
 
 WEB = Path(__file__).parent / "web"
 TYPES = {

@@ -18,6 +18,14 @@ from starlette.routing import Match
 
 from service import metrics, workers
 from service.attributor import Attributor
+from service.card_schemas import (
+    CardResponse,
+    FeaturesQuery,
+    FeaturesResponse,
+    SimilarJson,
+    SimilarRequest,
+    SimilarResponse,
+)
 from service.errors import ServiceError, error_response, queue_full
 from service.keys import Keys
 from service.middleware import Gate
@@ -31,23 +39,17 @@ from service.schemas import (
     AttributeResponse,
     BatchJson,
     BatchResponse,
-    CardResponse,
     ClassifyJson,
     ClassifyRequest,
     ClassifyResponse,
     EmbedJson,
     EmbedRequest,
     EmbedResponse,
-    FeaturesQuery,
-    FeaturesResponse,
     LabelSetResponse,
     LabelsResponse,
     ModelResponse,
     Prediction,
     ReloadResponse,
-    SimilarJson,
-    SimilarRequest,
-    SimilarResponse,
     validated,
 )
 from service.settings import Settings

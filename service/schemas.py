@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
@@ -20,7 +20,9 @@ DETAILS = 20  # mistakes named in one answer
 MAX_FIELDS = 50  # far more than there are; beyond it unknown fields are not told one by one
 
 
-class _Request(BaseModel):
+class RequestShape(BaseModel):
+    """What every request is: without fields that are none."""
+
     model_config = ConfigDict(extra="forbid")
 
     @model_validator(mode="before")
@@ -31,7 +33,7 @@ class _Request(BaseModel):
         return fields
 
 
-class Explain(_Request):
+class Explain(RequestShape):
     """What to explain, and how far."""
 
     targets: Labels | None = Field(default=None, description="labels to explain; default: the top-1")
@@ -44,7 +46,7 @@ class Explain(_Request):
     matrix: bool = Field(default=False, description="how much of each layer's output every source layer writes")
 
 
-class ClassifyRequest(_Request):
+class ClassifyRequest(RequestShape):
     """Labels and templates; without either, the bundle's own."""
 
     labels: Labels | None = Field(default=None, examples=[["cat", "dog", "truck"]])
@@ -64,28 +66,7 @@ class AttributeRequest(ClassifyRequest):
     explain: Explain = Field(default=Explain(), examples=[{"contrast": "dog", "features": 3, "heatmap": True}])
 
 
-class SimilarRequest(_Request):
-    """Which of the nearest reference images."""
-
-    layers: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)] | None = Field(
-        default=None, description="layers whose code is compared; default: all"
-    )
-    limit: int = Field(default=5, ge=1, le=50, strict=True, description="images a layer")
-    offset: int = Field(default=0, ge=0, le=10**9, strict=True, description="nearer images that are left out")
-
-
-class FeaturesQuery(_Request):
-    """A search among labelled features, a page at a time."""
-
-    label: str | None = Field(
-        default=None, min_length=1, max_length=256, description="part of the label, in letters of either case"
-    )
-    layer: int | None = Field(default=None, ge=0, le=10_000, description="features of this layer alone")
-    offset: int = Field(default=0, ge=0, le=10**9, description="better features that are left out")
-    limit: int = Field(default=20, ge=1, le=100, description="features on a page")
-
-
-class EmbedRequest(_Request):
+class EmbedRequest(RequestShape):
     """An image, texts, or both."""
 
     texts: Labels | None = Field(default=None, examples=[["a photo of a cat"]], description="embedded as they are")
@@ -94,24 +75,20 @@ class EmbedRequest(_Request):
 Base64 = Annotated[str, Field(min_length=1, description="an image file, base64", json_schema_extra={"format": "byte"})]
 
 
-class _WithImage(BaseModel):
+class WithImage(BaseModel):
     image_base64: Base64
 
 
-class ClassifyJson(ClassifyRequest, _WithImage):
+class ClassifyJson(ClassifyRequest, WithImage):
     pass
 
 
-class AttributeJson(AttributeRequest, _WithImage):
+class AttributeJson(AttributeRequest, WithImage):
     pass
 
 
 class BatchJson(AttributeRequest):
     images_base64: Annotated[list[Base64], Field(min_length=1, fail_fast=True)]
-
-
-class SimilarJson(SimilarRequest, _WithImage):
-    pass
 
 
 class EmbedJson(EmbedRequest):
@@ -213,7 +190,9 @@ class Fidelity(BaseModel):
     reconstructed_top1_agrees: bool = Field(description="the top-1 stays when the error row is taken out")
 
 
-class _Answer(BaseModel):
+class AnswerShape(BaseModel):
+    """What every answer has."""
+
     request_id: str
     model: Model
 
@@ -221,7 +200,7 @@ class _Answer(BaseModel):
 TimingsMs = Annotated[dict[str, float], Field(description="of each stage, in milliseconds")]
 
 
-class ClassifyResponse(_Answer):
+class ClassifyResponse(AnswerShape):
     predictions: list[Prediction]
     timings_ms: TimingsMs
 
@@ -237,7 +216,7 @@ class Attribution(BaseModel):
     timings_ms: TimingsMs
 
 
-class AttributeResponse(Attribution, _Answer):
+class AttributeResponse(Attribution, AnswerShape):
     pass
 
 
@@ -255,11 +234,11 @@ class BatchItem(BaseModel):
     error: ItemError | None
 
 
-class BatchResponse(_Answer):
+class BatchResponse(AnswerShape):
     results: list[BatchItem] = Field(description="one per image, in the order of the request")
 
 
-class EmbedResponse(_Answer):
+class EmbedResponse(AnswerShape):
     embedding: list[float] | None = Field(description="of the image, of length 1")
     text_embeddings: list[list[float]] | None = Field(description="one per text, of length 1")
     timings_ms: TimingsMs
@@ -293,116 +272,6 @@ class ReloadResponse(BaseModel):
 
     model: Model
     previous: Model
-
-
-class ReferenceImage(BaseModel):
-    """An image of the data that the cards were made of."""
-
-    name: str
-    class_name: str
-    thumbnail: str | None = Field(description="data: URL of a small picture, if the bundle has them")
-
-
-class Exemplar(ReferenceImage):
-    """An image on which the feature fires most."""
-
-    activation: float
-    mask: list[float] = Field(
-        description="the feature's |activation| on every patch, row by row; all 0 where it fires at [CLS] alone"
-    )
-
-
-class Histogram(BaseModel):
-    edges: list[float] = Field(description="of the bins, one more than there are")
-    counts: list[int] = Field(description="images")
-
-
-class Frequency(BaseModel):
-    cls: float = Field(description="share of images on which it fires at [CLS]")
-    patches: float = Field(description="share of patches on which it fires")
-
-
-class Written(BaseModel):
-    """The label that a feature's direction adds most to, whatever the feature fires on."""
-
-    label: str
-    score: float = Field(description="cosine of the folded direction and the label, centred over the vocabulary")
-    margin: float = Field(description="to the runner-up")
-
-
-class CoactiveFeature(BaseModel):
-    layer: int
-    index: int
-    label: str | None
-    jaccard: float = Field(description="images on which both fire, as a part of those on which one does")
-
-
-class CardResponse(BaseModel):
-    """What is known of one feature."""
-
-    model: Model
-    layer: int
-    index: int
-    label: str | None = Field(description="what it fires on; null where that could not be said")
-    abstained: str | None = Field(
-        description="why there is no label: too_few_exemplars, or a score, clarity or margin that is too low"
-    )
-    label_score: float | None = Field(description="mean cosine of an exemplar and the label, both centred")
-    label_margin: float | None = Field(description="that score minus the runner-up's")
-    label_clarity: float | None = Field(description="how far exemplars agree: the mean cosine of two of them")
-    label_auroc: float | None = Field(
-        description="how well the label tells held-out images on which it fires from others: 0.5 is chance; null: "
-        "it fires on too few or on too many of them"
-    )
-    writes: Written | None
-    read_at: Literal["cls", "patches"] = Field(
-        description="where its activation is read: at [CLS], or, if it hardly fires there, the largest over patches"
-    )
-    frequency: Frequency
-    quantiles: dict[str, float] = Field(description="of its activation where it fires; empty if it never does")
-    histogram: Histogram | None = Field(description="of |activation|; null if it never fires")
-    exemplars: list[Exemplar] = Field(description="largest |activation| first")
-    mean_picture: str | None = Field(description="data: URL of the exemplars' mean, if the bundle has one")
-    rows: int = Field(description="of patches, in masks")
-    columns: int
-    coactive: list[CoactiveFeature]
-
-
-class FeatureLine(BaseModel):
-    layer: int
-    index: int
-    label: str
-    label_score: float
-    label_auroc: float | None
-    frequency_cls: float
-
-
-class FeaturesResponse(BaseModel):
-    """Labelled features, best label first."""
-
-    model: Model
-    total: int = Field(description="that were found, on all pages")
-    offset: int
-    limit: int
-    next: str | None = Field(description="path of the next page")
-    features: list[FeatureLine]
-
-
-class SimilarImage(ReferenceImage):
-    similarity: float = Field(description="cosine of the two codes at [CLS]")
-
-
-class SimilarLayer(BaseModel):
-    layer: int
-    images: list[SimilarImage]
-
-
-class SimilarResponse(_Answer):
-    """The reference images whose sparse codes are nearest, layer by layer, nearest first."""
-
-    references: int = Field(description="images that were compared with")
-    layers: list[SimilarLayer]
-    timings_ms: TimingsMs
 
 
 class ErrorBody(ItemError):

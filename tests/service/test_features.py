@@ -10,10 +10,11 @@ from PIL import Image
 
 from models.bundle import Bundle
 from service import features
+from service.card_schemas import SimilarRequest
 from service.errors import ServiceError
 from service.explain import account
 from service.labels import LabelEncoder, LabelSet
-from service.schemas import Explain, SimilarRequest
+from service.schemas import Explain
 
 
 @pytest.fixture(scope="module")
