@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
-from browsing import card, changed, chromium, grave_violations, opened, shown, upload
+from browsing import card, changed, grave_violations, opened, shown, upload
 from playwright.sync_api import expect
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 WEB = ROOT / "service" / "web"
 MAX_BYTES = 150_000
 HOSTILE = "<img src=x onerror=\"document.title='hacked'\">"
@@ -17,29 +17,6 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-
-
-@pytest.fixture(scope="module")
-def service(start_server):
-    with start_server(VITRINE_BUNDLE=ROOT / "models" / "demo") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as running:
-        yield running
-
-
-@pytest.fixture
-def page(browser, service):
-    with opened(browser, service) as page:
-        yield page
-
-
-@pytest.fixture(scope="module")
-def photo(picture):
-    return picture("PNG", size=(90, 60))
 
 
 def with_cards(page, **fields):

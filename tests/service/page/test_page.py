@@ -9,40 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browsing import changed, chromium, number, opened, shown, signed, upload
+from browsing import changed, number, shown, signed, upload
 from PIL import Image, ImageOps
 from playwright.sync_api import expect
 
 from models.bundle import Preprocessing, open_bundle
 from service.images import ImageLimits, to_pixels
 
-DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
-
-
-@pytest.fixture(scope="module")
-def service(start_server, tmp_path_factory):
-    """The service on the demo bundle, with a label set beside the bundle's own."""
-    sets = tmp_path_factory.mktemp("label-sets")
-    (sets / "pets.json").write_text('{"labels": ["cat", "dog"], "templates": ["a photo of my {}"]}')
-    with start_server(VITRINE_BUNDLE=DEMO, VITRINE_LABEL_SETS=sets) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as running:
-        yield running
-
-
-@pytest.fixture
-def page(browser, service):
-    with opened(browser, service) as page:
-        yield page
-
-
-@pytest.fixture(scope="module")
-def photo(picture):
-    return picture("PNG", size=(90, 60))
+DEMO = Path(__file__).resolve().parents[3] / "models" / "demo"
 
 
 def asks(page, act):

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from browsing import card, chromium, grave_violations, number, signed, visit
+from browsing import card, grave_violations, number, signed, visit
 from PIL import Image
 from playwright.sync_api import expect
 
@@ -17,12 +17,6 @@ from service.schemas import AttributeResponse
 
 LABELS = ["red circle", "</script><script>document.title='hacked'</script>", "<img src=x onerror=alert(1)>"]
 HOSTILE = LABELS[1]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

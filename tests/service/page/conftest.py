@@ -1,0 +1,38 @@
+"""A real service with the demo bundle, and a real browser.
+
+The browser is a module's: while Playwright runs, an event loop runs in this thread, and `asyncio.run` of other tests
+would find it.
+"""
+
+from pathlib import Path
+
+import pytest
+from browsing import chromium, opened
+
+DEMO = Path(__file__).resolve().parents[3] / "models" / "demo"
+
+
+@pytest.fixture(scope="session")
+def service(start_server, tmp_path_factory):
+    """The service on the demo bundle, with a label set beside the bundle's own."""
+    sets = tmp_path_factory.mktemp("label-sets")
+    (sets / "pets.json").write_text('{"labels": ["cat", "dog"], "templates": ["a photo of my {}"]}')
+    with start_server(VITRINE_BUNDLE=DEMO, VITRINE_LABEL_SETS=sets) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture
+def page(browser, service):
+    with opened(browser, service) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def photo(picture):
+    return picture("PNG", size=(90, 60))
