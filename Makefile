@@ -6,16 +6,21 @@ PORT ?= 3000
 # Data root of `make demo`: torchvision puts CIFAR-10 there, unless it has class folders cifar10/{train,val}/<class>/.
 DATA ?= data
 RUN ?= runs/demo
+# Of `make loadtest`: loadtests/profiles.py, requests a second, classify, attribute, batch, mixed or paired.
+LOAD ?= steady
+RATE ?= 20
+MIX ?= attribute
 
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PHOTO = build/cat.png
 VITRINE = .venv-dev/bin/vitrine
 
-.PHONY: help serve test audit demo clean
+.PHONY: help serve test audit demo loadtest clean
 
 help:
 	@echo "make serve   the service on the embedded bundle, http://127.0.0.1:$(PORT)  (light environment, no torch)"
 	@echo "make test    ruff, mypy, pytest  (full environment: torch and open_clip, about 5 GB)"
+	@echo "make loadtest  users on a service of their own, and a report: LOAD=step RATE=150 MIX=attribute"
 	@echo "make audit   the pinned versions against the public list of vulnerabilities"
 	@echo "make demo    the embedded bundle anew, from CIFAR-10 alone: hours; after an interruption it goes on"
 	@echo "             (DATA=$(DATA): where CIFAR-10 and the CLIP are put; RUN=$(RUN): the CLT's run)"
@@ -34,6 +39,10 @@ test: .venv/installed .venv-dev/installed
 	.venv-dev/bin/ruff format --check .
 	.venv-dev/bin/mypy
 	VITRINE_LIGHT_PYTHON=$(CURDIR)/.venv/bin/python .venv-dev/bin/pytest
+
+# Rows and report: build/loadtest. More: .venv-dev/bin/python loadtests/latency.py --help
+loadtest: .venv-dev/installed
+	.venv-dev/bin/python loadtests/latency.py --load $(LOAD) --rate $(RATE) --mix $(MIX)
 
 # Known vulnerabilities of the pinned versions; build/audit.json lists what was audited, if the public list was reached.
 audit: .venv-dev/installed

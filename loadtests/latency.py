@@ -1,0 +1,119 @@
+"""`make loadtest`: a service of one's own, users on it, and a report of what they saw.
+
+    python loadtests/latency.py --load step --rate 150 --out build/loadtest
+    python loadtests/latency.py --url http://gpu-node:3000 --load steady --rate 400 --max-p99 80
+
+The exit code is 1 where a threshold is missed: `--max-p99` (milliseconds), `--max-refused`, `--max-failed` (shares of
+all answers), `--min-answered` (share of what was offered). Loads: `loadtests/profiles.py`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loadtests.latency_report import write_report
+from loadtests.profiles import PROFILES
+from loadtests.rows import Row, StepFigures, by_step, knee, paired, read_rows
+from loadtests.server import serving
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(
+    load: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "steady",
+    rate: Annotated[float, typer.Option(min=1, help="Requests a second that the load is built on.")] = 20,
+    mix: Annotated[
+        str, typer.Option(help="classify, attribute, batch, mixed; paired: the first two in turns.")
+    ] = "attribute",
+    seconds: Annotated[float, typer.Option(min=0, help="Of every step; 0: the load's own.")] = 0,
+    bundle: Annotated[Path | None, typer.Option(help="To serve; default: the embedded one.")] = None,
+    url: Annotated[str | None, typer.Option(help="Of a service that runs already, in place of one of our own.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for rows.csv and report.html.")] = Path("build/loadtest"),
+    max_p99: Annotated[float | None, typer.Option(help="Milliseconds that 99 of 100 answers may take.")] = None,
+    max_refused: Annotated[float, typer.Option(help="Share of answers that may be 429.")] = 1.0,
+    max_failed: Annotated[float, typer.Option(help="Share of answers that may be neither 200 nor 429.")] = 0.0,
+    min_answered: Annotated[float, typer.Option(help="Share of what is offered that must be answered.")] = 0.0,
+) -> None:
+    """Load a service, and write what its clients saw."""
+    if load not in PROFILES:
+        raise typer.BadParameter(f"{load!r} is none of {', '.join(PROFILES)}", param_hint="--load")
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "rows.csv"
+    file.unlink(missing_ok=True)
+    with _service(bundle, url) as address:
+        _locust(address, mix, load, rate, seconds, file)
+    if not file.exists():
+        raise typer.Exit(1)  # locust has said why
+    rows = read_rows(file)
+    steps = by_step(rows)
+    if not steps:
+        typer.echo(f"error: {len(rows)} answers are too few to say anything; let the steps last longer", err=True)
+        raise typer.Exit(1)
+    report = write_report(out / "report.html", steps, rows, f"{mix}, {load} load, {rate:g} requests a second")
+    for step in steps:
+        shown = ", ".join(f"p{at} {value:.1f}" for at, value in step.percentiles.items())
+        print(
+            f"offered {step.offered}/s: answered {step.answered:.1f}/s, {step.refused} refused, {step.failed} failed; "
+            f"{shown} ms"
+        )
+    if (found := knee(steps)) and len(steps) > 1:
+        print(f"knee: {found.offered} requests a second")
+    if pair := paired(rows):
+        print(f"classify p50 {pair[0]:.2f} ms, attribute {pair[1]:.2f} ms: {pair[1] / pair[0] - 1:+.1%}")
+    print(report)
+    if missed := _missed(rows, steps, max_p99, max_refused, max_failed, min_answered):
+        typer.echo("missed: " + "; ".join(missed), err=True)
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _service(bundle: Path | None, url: str | None) -> Iterator[str]:
+    if url:
+        yield url.rstrip("/")
+    else:
+        with serving(bundle) as server:
+            yield server.url
+
+
+def _locust(url: str, mix: str, load: str, rate: float, seconds: float, rows: Path) -> None:
+    """In a process of its own: locust patches sockets and threads."""
+    command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtests/locustfile.py"), "--headless"]
+    command += ["--only-summary", "--host", url, "--stop-timeout", "30", "--exit-code-on-error", "0"]
+    command += ["--mix", mix, "--load", load, "--rate", str(rate), "--seconds", str(seconds), "--rows", str(rows)]
+    subprocess.run(command, cwd=ROOT, check=False)  # noqa: S603
+
+
+def _missed(
+    rows: list[Row],
+    steps: list[StepFigures],
+    max_p99: float | None,
+    max_refused: float,
+    max_failed: float,
+    min_answered: float,
+) -> list[str]:
+    """Thresholds that were not held, in words."""
+    refused = sum(row.status == 429 for row in rows) / len(rows)
+    failed = sum(row.status not in (200, 429) for row in rows) / len(rows)
+    worst = max(step.percentiles[99] for step in steps)
+    answered = min(step.answered / step.offered for step in steps)
+    found = []
+    if max_p99 is not None and not worst <= max_p99:
+        found.append(f"p99 {worst:.1f} ms, {max_p99:g} allowed")
+    if refused > max_refused:
+        found.append(f"{refused:.1%} refused, {max_refused:.1%} allowed")
+    if failed > max_failed:
+        found.append(f"{failed:.1%} failed, {max_failed:.1%} allowed")
+    if answered < min_answered:
+        found.append(f"{answered:.1%} of what was offered answered, {min_answered:.1%} wanted")
+    return found
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,123 @@
+"""Users of the service for locust: every request is one of a pinned set of pictures, in a pinned order.
+
+    locust -f loadtests/locustfile.py --headless --host http://127.0.0.1:3000 --mix attribute --load steady --rate 20
+
+A user asks once a second, whether the last answer was quick or slow (`constant_throughput`): so many users are an open
+load of so many requests a second, up to what they wait for. 429 is an answer of its own kind: it counts neither as a
+success nor as a failure. Every answer is written down (`--rows`), with the stages that the service says it took.
+`loadtests/latency.py` starts the service, runs this, and writes the report.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import time
+from itertools import count
+from typing import Any
+
+import gevent
+from locust import FastHttpUser, LoadTestShape, constant_throughput, events, task
+
+from loadtests.corpus import drawn, multipart
+from loadtests.profiles import PROFILES, users_at
+
+STAGES = ("decode", "labels", "queue", "inference", "ledger", "predict")
+COLUMNS = ("seconds", "offered", "name", "status", "milliseconds", *STAGES)
+BATCH = 8  # images in a batch request
+# What a request is drawn from: (path, weight), or in turns.
+MIXES: dict[str, list[tuple[str, int]]] = {
+    "classify": [("/v1/classify", 1)],
+    "attribute": [("/v1/attribute", 1)],
+    "batch": [("/v1/attribute:batch", 1)],
+    "mixed": [("/v1/attribute", 6), ("/v1/classify", 3), ("/v1/attribute:batch", 1)],
+    "paired": [("/v1/classify", 1), ("/v1/attribute", 1)],
+}
+SEED = 0
+PICTURES = drawn(40)
+_numbers, _users = count(), count()
+_rows: list[list[Any]] = []
+
+
+@events.init_command_line_parser.add_listener
+def _options(parser: Any) -> None:
+    parser.add_argument("--mix", choices=sorted(MIXES), default="attribute")
+    parser.add_argument("--load", choices=sorted(PROFILES), default="steady")
+    parser.add_argument("--rate", type=float, default=10.0, help="requests a second that the profile is built on")
+    parser.add_argument("--seconds", type=float, default=0.0, help="of one step; 0: the profile's own")
+    parser.add_argument("--rows", default="", help="CSV file for every answer")
+
+
+class Client(FastHttpUser):
+    """One user, who asks once a second."""
+
+    wait_time = constant_throughput(1)
+    connection_timeout = network_timeout = 60.0
+
+    def on_start(self) -> None:
+        self.chance = random.Random(SEED + next(_users))  # noqa: S311
+        gevent.sleep(self.chance.random())  # or all would ask in the same instant, once a second
+
+    @task
+    def ask(self) -> None:
+        options = self.environment.parsed_options
+        number = next(_numbers)
+        path = _path(options.mix, number, self.chance)
+        # A pair asks about one picture twice.
+        picture = PICTURES[(number // 2 if options.mix == "paired" else number) % len(PICTURES)]
+        body: Any  # locust's types know text alone
+        body, headers = multipart(picture, "{}") if path != "/v1/attribute:batch" else _batch(number)
+        runner = self.environment.runner
+        offered = runner.target_user_count if runner else 0
+        start = time.time()
+        with self.client.post(path, data=body, headers=headers, name=path, catch_response=True) as response:
+            took = (time.time() - start) * 1e3
+            stages = {}
+            if response.status_code == 200:
+                response.success()
+                answer = json.loads(response.text)
+                stages = answer.get("timings_ms", {})
+            elif response.status_code == 429:
+                response.success()  # told apart by its row, not by locust's failures
+            else:
+                response.failure(f"{response.status_code} {(response.text or '')[:200]}")
+            _rows.append([start, offered, path, response.status_code, took, *(stages.get(name) for name in STAGES)])
+
+
+class Shape(LoadTestShape):
+    """The profile as a number of users over time; one user is one request a second."""
+
+    def tick(self) -> tuple[int, float] | None:
+        assert self.runner is not None
+        options: Any = self.runner.environment.parsed_options
+        users = users_at(PROFILES[options.load], options.rate, options.seconds, self.get_run_time())
+        return None if users is None else (users, max(100.0, float(users)))
+
+
+@events.quitting.add_listener
+def _write(environment: Any, **_: Any) -> None:
+    """All rows, at the end: writing while asking would slow the asking."""
+    if environment.parsed_options.rows:
+        with open(environment.parsed_options.rows, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerows(_rows)
+
+
+def _path(mix: str, number: int, chance: random.Random) -> str:
+    if mix == "paired":
+        return MIXES[mix][number % 2][0]
+    paths, weights = zip(*MIXES[mix], strict=True)
+    return chance.choices(paths, weights)[0]
+
+
+def _batch(number: int) -> tuple[bytes, dict[str, str]]:
+    """A request with `BATCH` pictures."""
+    parts = b"".join(
+        b'--x\r\nContent-Disposition: form-data; name="image"; filename="i"\r\n\r\n'
+        + PICTURES[(number + place) % len(PICTURES)]
+        + b"\r\n"
+        for place in range(BATCH)
+    )
+    return parts + b"--x--\r\n", {"content-type": "multipart/form-data; boundary=x"}
