@@ -1,0 +1,103 @@
+"""Recording and alerting rules: valid, tested to fire and to be silent, and one set of them in both places."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from service import metrics
+from service.settings import Settings
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+RULES = DEPLOY / "prometheus" / "rules.yml"
+TESTS = DEPLOY / "prometheus" / "rules.test.yml"
+COMPONENTS = DEPLOY / "kubernetes" / "components"
+
+
+@pytest.fixture(scope="module")
+def groups():
+    return yaml.safe_load(RULES.read_text())["groups"]
+
+
+@pytest.fixture(scope="module")
+def rules(groups):
+    return [rule for group in groups for rule in group["rules"]]
+
+
+@pytest.fixture(scope="module")
+def alerts(rules):
+    return {rule["alert"]: rule for rule in rules if "alert" in rule}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("check", "rules", "--lint=all", "--lint-fatal", RULES), ("check", "config", RULES.with_name("prometheus.yml"))],
+)
+def test_prometheus_takes_the_files(find_program, arguments):
+    done = subprocess.run([find_program("promtool"), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_fires_when_it_must_and_is_silent_when_it_must(find_program):
+    done = subprocess.run([find_program("promtool"), "test", "rules", TESTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_alert_is_left_out_of_the_tests(alerts):
+    fired, asked = set(), False
+    for test in yaml.safe_load(TESTS.read_text())["tests"]:
+        for check in test["promql_expr_test"]:
+            asked |= check["expr"] == 'ALERTS{alertstate="firing"}' and check["exp_samples"] == []
+            for sample in check["exp_samples"]:
+                fired |= set(re.findall('alertname="([^"]*)"', sample["labels"]))
+    assert fired == set(alerts)
+    assert asked, "that nothing fires at all is asked too"
+
+
+def test_every_alert_says_what_happened_and_what_to_do(alerts):
+    for name, alert in alerts.items():
+        assert name.startswith("Vitrine")
+        assert alert["labels"]["severity"] in ("critical", "warning")
+        assert set(alert["annotations"]) == {"summary", "description", "runbook"}, name
+        assert alert["annotations"]["description"].endswith("."), name
+        assert alert["annotations"]["runbook"].endswith("."), name
+
+
+def test_rules_and_autoscalers_name_series_that_the_service_has(rules):
+    """promtool cannot know this: a misspelt series is just one that is never there."""
+    known = {rule["record"] for rule in rules if "record" in rule} | series()
+    expressions = [rule["expr"] for rule in rules]
+    scaled = yaml.safe_load((COMPONENTS / "keda" / "scaledobject.yaml").read_text())
+    expressions += [trigger["metadata"]["query"] for trigger in scaled["spec"]["triggers"]]
+    balanced = yaml.safe_load((COMPONENTS / "hpa" / "horizontalpodautoscaler.yaml").read_text())
+    expressions += [metric["pods"]["metric"]["name"] for metric in balanced["spec"]["metrics"]]
+    for expression in expressions:
+        assert set(re.findall(r"\bvitrine[_:][\w:]*", expression)) <= known, expression
+
+
+def series():
+    """The name of every series of service.metrics, as Prometheus stores it."""
+    names = set()
+    for collector in vars(metrics).values():
+        if isinstance(collector, metrics.Histogram):
+            names |= {f"{collector._name}_{part}" for part in ("bucket", "sum", "count")}
+        elif isinstance(collector, metrics.Counter):
+            names.add(f"{collector._name}_total")
+        elif isinstance(collector, metrics.Gauge):
+            names.add(collector._name)
+    return names
+
+
+def test_the_limits_are_those_of_the_settings(rules):
+    limits = {rule["record"]: rule["expr"] for rule in rules if rule.get("record", "").endswith(":limit")}
+    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    assert limits == {
+        "vitrine:queue_images:limit": f"vector({defaults['queue_size']})",
+        "vitrine:images_in_flight:limit": f"vector({defaults['queue_size'] + defaults['batch_size']})",
+    }
+
+
+def test_kubernetes_gets_the_same_rules(groups):
+    assert yaml.safe_load((COMPONENTS / "monitoring" / "prometheusrule.yaml").read_text())["spec"]["groups"] == groups
