@@ -1,0 +1,313 @@
+"""Carries out a Dockerfile without a container engine: a folder a stage, chroot for RUN, namespaces around the service.
+
+Only what deploy/Dockerfile says is understood; anything else is refused, never skipped. Needs root on Linux.
+"""
+
+import ast
+import configparser
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ENGINE_PATH = (
+    "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # what engines give where an image has none
+)
+TOOLS = ("apt-get", "chroot", "debootstrap", "ip", "mount", "nsenter", "unshare")
+NAMES = (Path("/etc/hosts"), Path("/etc/resolv.conf"))  # engines give every container theirs, with localhost in it
+# What an engine mounts for every container. The new mount namespace is private, so all of it goes with the process.
+MOUNTS = """
+mount --bind "$root" "$root"
+mount -t proc proc "$root/proc"
+mount -t tmpfs -o mode=755 tmpfs "$root/dev"
+for device in null:3 zero:5 full:7 random:8 urandom:9; do
+  mknod -m 666 "$root/dev/${device%:*}" c 1 "${device#*:}"
+done
+ln -s /proc/self/fd "$root/dev/fd"
+mkdir "$root/dev/shm"
+mount -t tmpfs -o mode=1777,size=64m tmpfs "$root/dev/shm"
+"""
+
+
+class NotUnderstoodError(Exception):
+    """The Dockerfile says something that is not carried out here."""
+
+
+class StepError(Exception):
+    """A step of the Dockerfile failed."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    word: str
+    flags: tuple[tuple[str, str], ...]  # of `--name=value`, in order
+    text: str
+
+    def flag(self, name):
+        return next((value for found, value in self.flags if found == name), None)
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    base: str
+    instructions: tuple[Instruction, ...]
+
+
+@dataclass
+class Image:
+    """What a stage leaves: its files, and how to start them."""
+
+    root: Path
+    environment: dict[str, str] = field(default_factory=lambda: {"PATH": ENGINE_PATH})
+    folder: str = "/"
+    user: str = "0:0"
+    entrypoint: list[str] = field(default_factory=list)
+    command: list[str] = field(default_factory=list)
+    healthcheck: list[str] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
+
+    def derive(self, root):
+        """The same, as the beginning of another stage, with files of its own."""
+        run("cp", "--archive", "--reflink=auto", self.root, root)
+        copied = {name: type(value)(value) for name, value in vars(self).items() if name != "root"}
+        return Image(root, **copied)
+
+
+def read(text):
+    """(the ARGs before the first FROM, the stages in order)."""
+    arguments, stages = {}, []
+    for instruction in _instructions(text):
+        if instruction.word == "FROM":
+            base, _, name = instruction.text.partition(" AS ")
+            stages.append((name or str(len(stages)), base, []))
+        elif stages:
+            stages[-1][2].append(instruction)
+        elif instruction.word == "ARG":
+            name, _, value = instruction.text.partition("=")
+            arguments[name] = value
+        else:
+            raise NotUnderstoodError(f"{instruction.word} before FROM")
+    return arguments, [Stage(name, base, tuple(found)) for name, base, found in stages]
+
+
+def _instructions(text):
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    for line in re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines():
+        word, rest = line.split(maxsplit=1)
+        flags = []
+        while found := re.match(r"--([\w-]+)=(\S+)\s+", rest):
+            flags.append((found[1], found[2]))
+            rest = rest[found.end() :]
+        yield Instruction(word, tuple(flags), rest)
+
+
+def fill(text, variables):
+    """Docker's own variables, `$NAME` and `${NAME}`; those of RUN are the shell's."""
+    return re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda found: variables.get(found[1] or found[2], ""), text)
+
+
+def ignored(path, patterns):
+    """Whether .dockerignore leaves this path out: the last line that matches it, or a folder above it, decides."""
+    above = ["/".join(path.parts[:depth]) for depth in range(1, len(path.parts) + 1)]
+    verdict = False
+    for pattern in patterns:
+        expression = _expression(pattern.removeprefix("!"))
+        if any(expression.fullmatch(one) for one in above):
+            verdict = not pattern.startswith("!")
+    return verdict
+
+
+def context_files(folder):
+    """What a build may COPY: the folder's files, less what its .dockerignore leaves out."""
+    lines = (folder / ".dockerignore").read_text().splitlines()
+    patterns = [line.strip("/") for line in lines if line and not line.startswith("#")]
+    if patterns[0] != "*":
+        raise NotUnderstoodError("a .dockerignore that does not leave out everything first")
+    wanted = {pattern[1:].split("/")[0] for pattern in patterns if pattern.startswith("!")}
+    everything = (path for top in sorted(wanted) for path in _files(folder / top))
+    return [path for path in (found.relative_to(folder) for found in everything) if not ignored(path, patterns)]
+
+
+def _files(path):
+    return (found for found in sorted(path.rglob("*")) if found.is_file()) if path.is_dir() else [path][: path.exists()]
+
+
+def _expression(pattern):
+    """As Go's filepath.Match, and `**/` for any folders."""
+    parts = re.split(r"(\*\*/|\*|\?)", pattern)
+    known = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
+    return re.compile("".join(known.get(part) or re.escape(part) for part in parts))
+
+
+class Build:
+    """Builds stages of a Dockerfile below `folder`, each once, and only those that are needed."""
+
+    def __init__(self, text, context, folder, bases, secrets, arguments=None):
+        """bases(name, root) makes the root of an image from elsewhere.
+
+        secrets: id -> (file, what the file names on this machine), there while a RUN that asks for the secret runs.
+        """
+        self.defaults, stages = read(text)
+        self.stages = {stage.name: stage for stage in stages}
+        self.context, self.files = context, context_files(context)
+        self.folder, self.bases, self.secrets = folder, bases, secrets
+        self.arguments = arguments or {}
+        self.images = {}
+
+    def image(self, name):
+        if name not in self.images:
+            self.images[name] = self._stage(self.stages[name]) if name in self.stages else self._base(name)
+        return self.images[name]
+
+    def _base(self, name):
+        root = self.folder / re.sub(r"\W", "-", name)
+        self.bases(name, root)
+        return Image(root)
+
+    def _stage(self, stage):
+        image = self.image(fill(stage.base, self.defaults | self.arguments)).derive(self.folder / f"stage-{stage.name}")
+        arguments = {}
+        for instruction in stage.instructions:
+            text = instruction.text
+            if instruction.word not in ("RUN", "CMD", "ENTRYPOINT", "HEALTHCHECK"):
+                text = fill(text, arguments | image.environment)
+            if instruction.word == "ARG":
+                name, _, value = text.partition("=")
+                arguments[name] = self.arguments.get(name, value)
+            elif instruction.word == "RUN":
+                self._run(image, instruction, arguments)
+            elif instruction.word == "COPY":
+                self._copy(image, instruction, shlex.split(text))
+            else:
+                _configure(image, instruction.word, text)
+        return image
+
+    def _run(self, image, instruction, arguments):
+        if image.user != "0:0":
+            raise NotUnderstoodError("RUN after USER")
+        binds = []
+        for name, value in instruction.flags:
+            mount = dict(part.split("=", 1) for part in value.split(","))
+            if name != "mount" or mount["type"] not in ("cache", "secret"):
+                raise NotUnderstoodError(f"RUN --{name}={value}")
+            if mount["type"] == "secret" and mount["id"] in self.secrets:
+                file, named = self.secrets[mount["id"]]
+                binds += [(file, mount["target"]), *((path, str(path)) for path in named)]
+        environment = arguments | image.environment
+        command = inside(image, ["/bin/sh", "-c", instruction.text], binds=binds, environment=environment)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise StepError(f"RUN {instruction.text}\n{done.stdout[-4000:]}")
+
+    def _copy(self, image, instruction, words):
+        *sources, target = words
+        if unknown := [name for name, _ in instruction.flags if name != "from"]:
+            raise NotUnderstoodError(f"COPY --{unknown[0]}")
+        into_folder = target.endswith("/") or len(sources) > 1
+        place = image.root / os.path.join(image.folder, target).lstrip("/")
+        for source in sources:
+            if origin := instruction.flag("from"):
+                shutil.copytree(self.image(origin).root / source.strip("/"), place, symlinks=True, dirs_exist_ok=True)
+                continue
+            expression = _expression(source.strip("/"))
+            found = 0
+            for path in self.files:
+                # A folder gives what is in it, a file itself.
+                heads = [path, *path.parents]
+                head = next((one for one in heads if expression.fullmatch(one.as_posix())), None)
+                if head is None:
+                    continue
+                found += 1
+                inner = path.relative_to(head) if head != path else Path(path.name if into_folder else "")
+                (place / inner).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(self.context / path, place / inner)
+            if not found:
+                raise StepError(f"COPY {source}: no such file in the context")
+
+
+def _configure(image, word, text):
+    if word == "ENV":
+        image.environment |= _pairs(text)
+    elif word == "LABEL":
+        image.labels |= _pairs(text)
+    elif word == "WORKDIR":
+        image.folder = os.path.join(image.folder, text)
+        (image.root / image.folder.lstrip("/")).mkdir(parents=True, exist_ok=True)
+    elif word == "USER":
+        image.user = text
+    elif word == "ENTRYPOINT":
+        image.entrypoint, image.command = json.loads(text), []
+    elif word == "CMD":
+        image.command = json.loads(text)
+    elif word == "HEALTHCHECK":
+        image.healthcheck = json.loads(text.removeprefix("CMD"))
+    elif word != "EXPOSE":  # which tells people something, and changes nothing
+        raise NotUnderstoodError(word)
+
+
+def _pairs(text):
+    return dict(word.split("=", 1) for word in shlex.split(text))
+
+
+def inside(image, command, *, binds=(), environment=None, user=None, sealed=False):
+    """The command line that runs this one in the image, as process 1. Nothing of this process's environment gets in.
+
+    sealed: as the service is run, with the files read-only but for a tmpfs at /tmp, and no network but loopback.
+    """
+    script = ["set -eu", f"root={shlex.quote(str(image.root))}", MOUNTS]
+    for source, target in [*((path, str(path)) for path in NAMES), *binds]:
+        place = f'"$root"{shlex.quote(target)}'
+        make = (
+            f"mkdir -p {place}" if source.is_dir() else f'mkdir -p "$(dirname {place})"; [ -e {place} ] || : > {place}'
+        )
+        script.append(f"{make}\nmount --bind -o ro {shlex.quote(str(source))} {place}")
+    if sealed:
+        script.append("ip link set lo up")
+        script.append('mount -t tmpfs -o mode=1777,size=64m tmpfs "$root/tmp"\nmount -o remount,bind,ro "$root"')
+    variables = [f"{key}={value}" for key, value in (environment or image.environment).items()]
+    started = ["env", "-i", *variables, "sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", image.folder, *command]
+    script.append(f'exec chroot --groups= --userspec={user or image.user} "$root" {shlex.join(started)}')
+    namespaces = ["--mount", "--pid", "--ipc", "--uts", *(["--net"] if sealed else [])]
+    return ["unshare", *namespaces, "--fork", "sh", "-c", "\n".join(script)]
+
+
+def debian(name, root):
+    """The root of the image debian:SUITE-slim, near enough: Debian's essential packages, from this machine's mirror."""
+    suite = re.fullmatch(r"debian:(\w+)-slim", name)
+    if not suite:
+        raise NotUnderstoodError(f"FROM {name}")
+    fields = "$(REPO_URI) $(CODENAME) $(COMPONENT)"
+    lines = run("apt-get", "indextargets", "--format", fields, "Created-By: Packages").splitlines()
+    sources = sorted({line for line in lines if line.split()[1].split("-")[0] == suite[1]})  # security's, too
+    mirror = next((uri for uri, codename, _ in map(str.split, sources) if codename == suite[1]), None)
+    if mirror is None:
+        raise StepError(f"this machine's apt knows no mirror of {suite[1]}")
+    run("debootstrap", "--variant=minbase", suite[1], root, mirror)
+    (root / "etc/apt/sources.list").write_text("".join(f"deb {source}\n" for source in sources))
+
+
+def pip_configuration(file):
+    """Writes what pip is told on this machine as a pip.conf; returns it with the local files and folders it names."""
+    lines = run(sys.executable, "-m", "pip", "config", "list").splitlines()
+    pairs = [line.split("=", 1) for line in lines]
+    config = configparser.RawConfigParser()
+    config["global"] = {key.split(".", 1)[1]: ast.literal_eval(value) for key, value in pairs}
+    with file.open("w") as out:
+        config.write(out)
+    words = " ".join(config["global"].values()).split()
+    paths = {Path(word.removeprefix("file://")) for word in words if word.removeprefix("file://").startswith("/")}
+    roots = {path.parent if path.name == "simple" else path for path in paths}  # an index's files lie beside its pages
+    return file, sorted(path for path in roots if path.exists())
+
+
+def run(*command):
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if done.returncode:
+        raise StepError(f"{shlex.join(map(str, command))}\n{(done.stdout + done.stderr)[-4000:]}")
+    return done.stdout
