@@ -90,11 +90,12 @@ def _explanation(parts: Decomposition, labels: LabelSet, bundle: Bundle, explain
     book = ledger.ledger(parts, direction, scale)
     contributions = ledger.feature_contributions(parts, bundle.directions, bundle.fold, direction, scale)
     effects = ledger.drop_effects(parts, labels.embeddings, target, bundle.beta, scale)
+    gross = book.gross
     layers = [
         LayerAccount(
             layer=layer,
             contribution=float(book.clt[layer]),
-            share=float(abs(book.clt[layer]) / book.gross) if book.gross else 0.0,
+            share=float(abs(book.clt[layer]) / gross) if gross else 0.0,
             projection=float(parts.projection[layer]),
             drop_effect=float(effects[layer]),
             features=_features(bundle.cards, parts, layer, contributions[layer], explain.features),
@@ -159,28 +160,25 @@ def _features(
 ) -> list[Feature]:
     """The `count` active features of a layer with the largest |contribution|, labelled where cards have a label."""
     indices, activations = parts.feature_indices[layer], parts.feature_values[layer]
-    order = [i for i in np.argsort(-np.abs(contributions), kind="stable") if activations[i] != 0]
+    order = np.argsort(-np.abs(contributions), kind="stable")
+    order = order[activations[order] != 0][:count]
+    columns = (indices[order].tolist(), activations[order].tolist(), contributions[order].tolist())
     found = []
-    for i in order[:count]:
-        label, score = cards.label(layer, int(indices[i])) if cards else (None, None)
+    for index, activation, contribution in zip(*columns, strict=True):
+        label, score = cards.label(layer, index) if cards else (None, None)
         found.append(
-            Feature(
-                index=int(indices[i]),
-                activation=float(activations[i]),
-                contribution=float(contributions[i]),
-                label=label,
-                label_score=score,
-            )
+            Feature(index=index, activation=activation, contribution=contribution, label=label, label_score=score)
         )
     return found
 
 
 def _fidelity(parts: Decomposition, labels: LabelSet, bundle: Bundle, top1: int) -> Fidelity:
     book = ledger.ledger(parts, labels.embeddings[top1], bundle.manifest.logit_scale)
+    gross = book.gross
     reconstructed = parts.without(np.array([parts.error_row]), bundle.beta)[0]
     return Fidelity(
         r2=parts.r2,
         cosine=parts.cosine,
-        error_share=abs(book.error) / book.gross if book.gross else 0.0,
+        error_share=abs(book.error) / gross if gross else 0.0,
         reconstructed_top1_agrees=int((labels.embeddings @ reconstructed).argmax()) == top1,
     )

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import duckdb
 import numpy as np
 import onnx
 import pytest
@@ -28,6 +29,7 @@ COMMANDS = (
     "serve",
     "doctor",
     "replay",
+    "bulk",
     "attribute",
 )
 LABELS = ["red circle", "green square", "blue triangle"]
@@ -251,6 +253,27 @@ def test_verify_refuses_tables_that_do_not_fit(refused, damaged, name):
 
 
 # attribute
+
+
+def test_bulk_writes_tables_and_takes_them_up(run, refused, photo, tmp_path):
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a", "c"):
+        shutil.copy(photo, folder / f"{name}.png")
+    (folder / "b.png").write_bytes(b"broken")
+    arguments = ("bulk", folder, "--out", out, "--labels", "cat,dog", "--top-k", 1, "--part-size", 2)
+    for _ in range(2):
+        assert run(*arguments).output.endswith(f"2 rows and 1 errors in {out}\n")
+    with duckdb.connect() as database:
+        rows = database.sql(f"SELECT id, name, len(predictions), ledger.target FROM '{out}/part-*.parquet' ORDER BY id")
+        (first, second), best = rows.fetchall(), {"cat", "dog"}
+        assert (first[:3], second[:3]) == ((0, "a.png", 1), (2, "c.png", 1))
+        assert {first[3], second[3]} <= best
+        problems = database.sql(f"SELECT name, code FROM '{out}/errors/*.parquet'").fetchall()
+    assert problems == [("b.png", "unsupported_image")]
+    assert "was begun with other options: top_k was 1 and is 2" in refused(*arguments, "--top-k", 2)
+    (tmp_path / "empty").mkdir()
+    assert "has no images" in refused("bulk", tmp_path / "empty", "--out", tmp_path / "other")
 
 
 def test_attribute_prints_a_table(run, photo):

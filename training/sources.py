@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import os
-import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
@@ -22,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
+from models.shards import expand_braces, members, read_at
 from training.data import DataError, Images, Listing
 from training.recipes import FolderSource, HuggingFaceSource, Source, TorchvisionSource, WebDatasetSource
 
@@ -250,28 +249,23 @@ class _WebDataset:
 
     def open(self, index: int) -> tuple[Image.Image, int]:
         sample = self.samples[index]
-        with sample.shard.open("rb") as file:
-            file.seek(sample.offset)
-            return Image.open(BytesIO(file.read(sample.size))), self.class_indices[index]
+        content = read_at(sample.shard, sample.offset, sample.size)
+        return Image.open(BytesIO(content)), self.class_indices[index]
 
 
 def _samples(shard: Path) -> Iterator[_Sample]:
     """A sample is the files that share their path up to the first dot of the name; those without image are left out."""
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[tuple[str, str], str] = {}
-    with tarfile.open(shard, "r:") as tar:  # not compressed, else there is no access by place
-        for member in tar:
-            folder, slash, file = member.name.rpartition("/")
-            stem, _, extension = file.partition(".")
-            key, extension = f"{folder}{slash}{stem}", extension.lower()
-            if extension in IMAGES:
-                images[key] = member
-            elif extension in ("cls", "txt") and (content := tar.extractfile(member)):
-                labels[key, extension] = content.read().decode(errors="replace").strip()
-    with shard.open("rb") as end:  # tarfile takes a file that is cut short between two members for a whole one
-        end.seek(-1024, os.SEEK_END)
-        if any(end.read()):
-            raise tarfile.ReadError("it is cut short")
+    for member in members(shard):
+        folder, slash, file = member.name.rpartition("/")
+        stem, _, extension = file.partition(".")
+        key, extension = f"{folder}{slash}{stem}", extension.lower()
+        if extension in IMAGES:
+            images[key] = member
+        elif extension in ("cls", "txt"):
+            content = read_at(shard, member.offset_data, member.size)
+            labels[key, extension] = content.decode(errors="replace").strip()
     for key, member in images.items():
         index, name = labels.get((key, "cls")), labels.get((key, "txt"))
         if index is None and name is None:
@@ -279,20 +273,6 @@ def _samples(shard: Path) -> Iterator[_Sample]:
         if index is not None and not index.isdecimal():
             raise DataError(f"{shard}: {key}.cls holds {index[:40]!r}, not the index of a class")
         yield _Sample(shard, key, member.offset_data, member.size, int(index) if index is not None else name or "")
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """As a shell does: "{000..002}" (numbers, zeros in front kept) and "{a,b}", any number of them, not nested."""
-    parts = []
-    for place, part in enumerate(re.split(r"\{([^{}]*)\}", pattern)):
-        if place % 2 == 0:  # between braces
-            parts.append([part])
-        elif numbers := re.fullmatch(r"(\d+)\.\.(\d+)", part):
-            first, last = numbers.groups()
-            parts.append([f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)])
-        else:
-            parts.append(part.split(","))
-    return ["".join(choice) for choice in itertools.product(*parts)]
 
 
 def _lines(file: Path) -> tuple[str, ...]:

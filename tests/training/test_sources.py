@@ -16,7 +16,7 @@ from PIL import Image
 
 from training.data import DataError, load
 from training.recipes import FolderSource, HuggingFaceSource, TorchvisionSource, WebDatasetSource
-from training.sources import TORCHVISION, expand_braces, open_images
+from training.sources import TORCHVISION, open_images
 
 NO_IMAGE = b"no image"
 
@@ -385,16 +385,3 @@ def test_missing_class_names_are_told(tmp_path):
     tar(tmp_path / "x.tar", {"1.png": b"", "1.cls": b"0"})
     with pytest.raises(DataError, match=f"class names cannot be read from {tmp_path}/names"):
         open_images(shards("x.tar", "names"), tmp_path, colour)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "expected"),
-    [
-        ("a-{08..11}.tar", ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]),
-        ("{a,b}/{0..1}.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),
-        ("plain.tar", ["plain.tar"]),
-        ("{a", ["{a"]),
-    ],
-)
-def test_braces_expand_as_in_a_shell(pattern, expected):
-    assert expand_braces(pattern) == expected

@@ -1,0 +1,181 @@
+"""What `vitrine bulk` makes of the engine's speed, and whether it keeps its word when it is killed.
+
+    python loadtests/random_bundle.py build/b32-random
+    python loadtests/bulk.py speed --bundle build/b32-random
+    python loadtests/bulk.py ray --bundle build/b32-random --small 128 --large 512
+    python loadtests/bulk.py kill --images 10000 --kills 3
+
+Speed: a bare loop of the engine on one batch, and bulk runs on drawn images in five formats from files to Parquet, in
+turns in one process; the ratio is the median of the rounds'. Ray: one process and Ray's, each with a small and a large
+job: the difference of the two leaves the start out. Kill: a run of its own process, killed with SIGKILL when a random
+share of it is done, then taken up.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import duckdb
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from loadtests.corpus import drawn
+from models.bundle import open_bundle
+from service.bulk.inputs import open_source
+from service.bulk.job import make_job
+from service.bulk.run import Work, Worker, bulk
+from service.bulk.tables import done_parts
+from service.schemas import AttributeRequest
+from service.settings import DEMO_BUNDLE, Settings
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+Bundle = Annotated[Path, typer.Option(help="Default: the embedded one.")]
+DISTINCT = 200  # drawn pictures, over and over
+PER_THOUSAND_BROKEN = 1
+
+
+@app.command()
+def speed(
+    bundle: Bundle = DEMO_BUNDLE,
+    images: Annotated[int, typer.Option(help="Of each round, for bulk and for the bare loop.")] = 256,
+    rounds: Annotated[int, typer.Option(help="Of both, in turns.")] = 7,
+    batch_size: Annotated[int, typer.Option(help="Of both.")] = 8,
+    side: Annotated[int, typer.Option(help="Of the drawn images, in pixels.")] = 224,
+) -> None:
+    """Images a second of bulk runs over those of a bare engine loop."""
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        _draw(place / "images", images, side)
+        work = _work(bundle, place / "images", place / "out", batch_size=batch_size, part_size=128)
+        work.out.mkdir()
+        worker = Worker(open_bundle(bundle), work)
+        size = worker.bundle.manifest.preprocessing.size
+        pixels = np.random.default_rng(0).standard_normal((batch_size, 3, *size), np.float32)
+        for _ in track(range(rounds), "rounds", transient=True):
+            start = time.perf_counter()
+            for _ in range(images // batch_size):
+                worker.engine.explain(pixels)
+            between = time.perf_counter()
+            done = sum(step.images for step in worker.run(range(work.job.parts)))
+            end = time.perf_counter()
+            found.append((done / (end - between), images // batch_size * batch_size / (between - start)))
+    bulks, loops = zip(*found, strict=True)
+    ratios = [one / other for one, other in found]
+    print(
+        f"bulk {statistics.median(bulks):.1f} images/s, bare loop in batches of {batch_size} "
+        f"{statistics.median(loops):.1f}; ratio {statistics.median(ratios):.3f} "
+        f"({min(ratios):.3f} to {max(ratios):.3f}, {rounds} rounds of {images} images)"
+    )
+
+
+@app.command()
+def ray(
+    bundle: Bundle = DEMO_BUNDLE,
+    small: Annotated[int, typer.Option(help="Images of the small job.")] = 1_000,
+    large: Annotated[int, typer.Option(help="Images of the large job.")] = 5_000,
+    workers: Annotated[int, typer.Option(help="Of Ray's.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Of both, in turns.")] = 3,
+    batch_size: Annotated[int, typer.Option(help="Of both.")] = 8,
+) -> None:
+    """Images a second of Ray's processes over those of one without Ray, the start left out."""
+    found = []
+    for _ in track(range(rounds), "rounds", transient=True):
+        one, several = (
+            (large - small) / (_seconds(bundle, large, batch_size, count) - _seconds(bundle, small, batch_size, count))
+            for count in (0, workers)
+        )
+        found.append((one, several))
+        print(f"one process {one:.1f} images/s, {workers} of Ray's {several:.1f}; ratio {several / one:.3f}")
+    print(f"median ratio {statistics.median(several / one for one, several in found):.3f}")
+
+
+@app.command()
+def kill(
+    bundle: Bundle = DEMO_BUNDLE,
+    images: Annotated[int, typer.Option(help="Sound ones; one in a thousand more is broken.")] = 10_000,
+    kills: Annotated[int, typer.Option(help="With SIGKILL, each at a random share.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+) -> None:
+    """Kill a run again and again, take it up, and count."""
+    chance = random.Random(seed)  # noqa: S311
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        broken = images * PER_THOUSAND_BROKEN // 1_000
+        _draw(place / "images", images, 96, broken)
+        command = [sys.executable, __file__, "run", str(place / "images"), str(place / "out"), "--bundle", str(bundle)]
+        parts = -(-(images + broken) // 512)
+        moments = sorted(chance.sample(range(1, parts - 1), kills))
+        for moment in moments:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # noqa: S603
+            while process.poll() is None and len(_done(place / "out")) < moment:
+                time.sleep(0.005)
+            time.sleep(chance.random())  # not at the rename, but anywhere in the part that follows
+            process.send_signal(signal.SIGKILL)
+            print(f"killed: {process.wait() == -signal.SIGKILL}, {len(_done(place / 'out'))} of {parts} parts done")
+        subprocess.run(command, check=True)  # noqa: S603
+        rows = _ids(place / "out")
+        problems = _ids(place / "out" / "errors")
+    distinct = len(set(rows + problems))
+    print(f"{len(rows):,} rows and {len(problems):,} errors, {distinct:,} distinct, of {images + broken:,} images")
+    if (len(rows), len(problems), distinct) != (images, broken, images + broken):
+        raise typer.Exit(1)
+
+
+@app.command(hidden=True)
+def run(folder: Path, out: Path, bundle: Bundle = DEMO_BUNDLE) -> None:
+    """The process that is killed."""
+    print(bulk(open_bundle(bundle), _work(bundle, folder, out), Console()))
+
+
+def _done(out: Path) -> set[int]:
+    return done_parts(out) if out.is_dir() else set()
+
+
+def _ids(folder: Path) -> list[int]:
+    with duckdb.connect() as database:
+        files = sorted(map(str, folder.glob("part-*.parquet")))
+        return [number for (number,) in database.read_parquet(files).select("id").fetchall()]
+
+
+def _seconds(bundle: Path, images: int, batch_size: int, workers: int) -> float:
+    """Of a whole run on drawn images, in parts of 64. workers: of Ray's; 0: without."""
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        _draw(place / "images", images, 224)
+        work = _work(bundle, place / "images", place / "out", batch_size=batch_size, part_size=64)
+        start = time.perf_counter()
+        bulk(open_bundle(bundle), work, Console(quiet=True), workers)
+        return time.perf_counter() - start
+
+
+def _work(bundle: Path, folder: Path, out: Path, batch_size: int = 8, part_size: int = 512) -> Work:
+    settings, source = Settings(bundle=bundle, batch_size=batch_size), open_source(str(folder))
+    job = make_job(open_bundle(bundle), settings, source, AttributeRequest(), path=str(folder), part_size=part_size)
+    return Work(job, source, out, settings)
+
+
+def _draw(folder: Path, count: int, side: int, broken: int = 0) -> None:
+    """Files of drawn pictures, the broken ones spread among them."""
+    folder.mkdir()
+    pictures = drawn(min(count, DISTINCT), side)
+    every = (count + broken) // broken if broken else 0
+    sound = 0
+    for number in range(count + broken):
+        is_broken = bool(every) and number % every == every - 1
+        (folder / f"{number:06}").write_bytes(b"" if is_broken else pictures[sound % len(pictures)])
+        sound += not is_broken
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,65 @@
+"""The pipeline of `run.py` in several processes, by Ray Data (the extra `bulk`): parts in, what was done out.
+
+Each process loads the bundle and writes the parts that it is given: no answer travels. Where they are on several
+machines, bundle, inputs and output must lie at the same paths on all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+
+from models.bundle import open_bundle
+from service.bulk.inputs import BulkError
+from service.bulk.run import Step, Work, Worker
+from service.runtime import available_processors
+
+
+class _Process:
+    """One of Ray's, with a `Worker` in it."""
+
+    def __init__(self, bundle: Path, work: Work) -> None:
+        opened = open_bundle(bundle)
+        if opened.digest != work.job.bundle:
+            raise BulkError(f"{bundle} is another bundle here than where the run was started")
+        self._worker = Worker(opened, work)
+
+    def __call__(self, parts: dict[str, Any]) -> dict[str, Any]:
+        steps = list(self._worker.run(parts["item"].tolist()))
+        return {name: np.array([sum(getattr(step, name) for step in steps)]) for name in Step._fields}
+
+
+def run(bundle: Path, work: Work, parts: list[int], workers: int) -> Iterator[Step]:
+    """Do these parts in `workers` processes; a step a part, in any order.
+
+    They share out the processors of the cluster that RAY_ADDRESS names, else of this machine; VITRINE_THREADS says
+    how many each takes instead.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        processors, _ = available_processors()
+        ray.init(num_cpus=max(processors, workers), include_dashboard=False, log_to_driver=False)
+    else:
+        ray.init(log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    threads = work.settings.threads or max(1, int(ray.cluster_resources()["CPU"]) // workers)
+    settings = work.settings.model_copy(update={"threads": threads})
+    shared = Work(work.job, work.source, work.out.resolve(), settings)
+    found = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
+        _Process,
+        fn_constructor_args=(bundle.resolve(), shared),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=threads,
+        num_gpus=0 if settings.provider == "cpu" else 1,
+    )
+    try:
+        for done in found.iter_rows():
+            yield Step(int(done["images"]), int(done["problems"]))
+    finally:
+        ray.shutdown()
