@@ -1,8 +1,13 @@
-"""The bundle in service and its successor: requests keep the one that they began with, so no answer mixes two."""
+"""The bundle in service and its successor: requests keep the one that they began with, so no answer mixes two.
+
+What is loaded by then is frozen (`gc.freeze`): a full collection over it holds the interpreter for 80 ms and more,
+every few seconds under load, and never finds anything. A bundle that has left service is thawed and collected once.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -39,9 +44,11 @@ class Serving:
     async def __aenter__(self) -> Serving:
         self._now = await self._load()
         self._announce(self._now.attributor)
+        gc.freeze()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        gc.unfreeze()
         async with self._loading:  # what is being loaded comes into service first, so that it is closed with the rest
             now, self._now = self._now, None
         await asyncio.gather(*self._retiring)
@@ -121,6 +128,10 @@ class Serving:
             generation.unused.clear()  # it was unused now and then before
             await generation.unused.wait()
         await generation.attributor.__aexit__()
+        del generation
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
 
 def _not_ready() -> ServiceError:
