@@ -21,7 +21,7 @@ import typer
 from loadtests.latency_report import write_report
 from loadtests.profiles import PROFILES
 from loadtests.rows import Row, StepFigures, by_step, knee, paired, read_rows
-from loadtests.server import serving
+from loadtests.server import Server, serving
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,8 +47,10 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     file = out / "rows.csv"
     file.unlink(missing_ok=True)
-    with _service(bundle, url) as address:
+    with _service(bundle, url) as (address, server):
+        before = server.processor_seconds() if server else 0.0
         _locust(address, mix, load, rate, seconds, file)
+        used = server.processor_seconds() - before if server else None
     if not file.exists():
         raise typer.Exit(1)  # locust has said why
     rows = read_rows(file)
@@ -56,7 +58,12 @@ def main(
     if not steps:
         typer.echo(f"error: {len(rows)} answers are too few to say anything; let the steps last longer", err=True)
         raise typer.Exit(1)
-    report = write_report(out / "report.html", steps, rows, f"{mix}, {load} load, {rate:g} requests a second")
+    what = f"{mix}, {load} load, {rate:g} requests a second"
+    if used is not None and (answers := sum(row.status == 200 for row in rows)):
+        cost = f"{used / answers * 1e3:.1f} ms of processor time in the service, an answer"
+        what = f"{what}; {cost}"
+        print(cost)
+    report = write_report(out / "report.html", steps, rows, what)
     for step in steps:
         shown = ", ".join(f"p{at} {value:.1f}" for at, value in step.percentiles.items())
         print(
@@ -74,12 +81,13 @@ def main(
 
 
 @contextmanager
-def _service(bundle: Path | None, url: str | None) -> Iterator[str]:
+def _service(bundle: Path | None, url: str | None) -> Iterator[tuple[str, Server | None]]:
+    """Its address, and itself if it is our own."""
     if url:
-        yield url.rstrip("/")
+        yield url.rstrip("/"), None
     else:
         with serving(bundle) as server:
-            yield server.url
+            yield server.url, server
 
 
 def _locust(url: str, mix: str, load: str, rate: float, seconds: float, rows: Path) -> None:

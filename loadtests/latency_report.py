@@ -39,7 +39,7 @@ svg {{ max-width: 100%; height: auto; }}
 <tbody>{rows}</tbody>
 </table>
 <p>Times are the client's, in milliseconds, of answers of status 200. A rate is kept up with if 95 % of it are answered
-and nothing is refused; the knee is the largest such rate with all smaller ones kept up with.</p>
+and nothing fails; the knee is the largest such rate with all smaller ones kept up with.</p>
 </body>
 </html>
 """

@@ -2,9 +2,11 @@
 
     locust -f loadtests/locustfile.py --headless --host http://127.0.0.1:3000 --mix attribute --load steady --rate 20
 
-A user asks once a second, whether the last answer was quick or slow (`constant_throughput`): so many users are an open
-load of so many requests a second, up to what they wait for. 429 is an answer of its own kind: it counts neither as a
-success nor as a failure. Every answer is written down (`--rows`), with the stages that the service says it took.
+A user asks once a second on average, 0.75 to 1.25 s after the last time, whether the last answer was quick or slow: so
+many users are an open load of so many requests a second, up to what they wait for, and independent of one another.
+(locust's own `constant_throughput` has users who start together ask together ever after: a herd a second.) 429 is an
+answer of its own kind: it counts neither as a success nor as a failure. Every answer is written down (`--rows`), with
+the stages that the service says it took.
 `loadtests/latency.py` starts the service, runs this, and writes the report.
 """
 
@@ -18,7 +20,7 @@ from itertools import count
 from typing import Any
 
 import gevent
-from locust import FastHttpUser, LoadTestShape, constant_throughput, events, task
+from locust import FastHttpUser, LoadTestShape, events, task
 
 from loadtests.corpus import drawn, multipart
 from loadtests.profiles import PROFILES, users_at
@@ -50,14 +52,20 @@ def _options(parser: Any) -> None:
 
 
 class Client(FastHttpUser):
-    """One user, who asks once a second."""
+    """One user, who asks once a second on average."""
 
-    wait_time = constant_throughput(1)
     connection_timeout = network_timeout = 60.0
 
     def on_start(self) -> None:
         self.chance = random.Random(SEED + next(_users))  # noqa: S311
-        gevent.sleep(self.chance.random())  # or all would ask in the same instant, once a second
+        self.due = time.time() + self.chance.random()
+        gevent.sleep(self.due - time.time())
+
+    def wait_time(self) -> float:
+        """Seconds until this user's next request; one who has been kept waiting asks at once, and not twice."""
+        now = time.time()
+        self.due = max(now, self.due + self.chance.uniform(0.75, 1.25))
+        return self.due - now
 
     @task
     def ask(self) -> None:

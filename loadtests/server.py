@@ -36,6 +36,12 @@ class Server:
         """Of all workers."""
         return sum(worker.memory_info().rss for worker in self.workers) / 2**20
 
+    def processor_seconds(self) -> float:
+        """That the parent and all workers have taken so far."""
+        parent = psutil.Process(self.process.pid)
+        times = [process.cpu_times() for process in (parent, *parent.children(recursive=True))]
+        return sum(time.user + time.system for time in times)
+
 
 @contextmanager
 def serving(bundle: Path | None, **settings: str) -> Iterator[Server]:

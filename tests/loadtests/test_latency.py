@@ -50,7 +50,14 @@ def test_refusals_are_no_failures_and_no_answers():
     (step,) = by_step(rows)
     assert (step.refused, step.failed) == (20, 10)
     assert step.answered == pytest.approx(10, rel=0.03)
-    assert not step.keeps_up
+    assert not step.keeps_up, "it failed"
+
+
+@pytest.mark.parametrize(("refused", "keeps_up"), [(0.4, True), (2, False)])
+def test_a_rate_is_kept_up_with_if_hardly_any_are_refused(refused, keeps_up):
+    rows = stretch(10, 0.0, 33, answered=10 - refused) + stretch(10, 0.05, 33, answered=refused, status=429)
+    (step,) = by_step(sorted(rows, key=lambda row: row.seconds))
+    assert step.keeps_up == keeps_up
 
 
 def test_the_knee_is_the_last_rate_that_was_kept_up_with():
@@ -73,6 +80,7 @@ def run(tmp_path, *options):
 def test_a_short_run_writes_rows_and_a_report(tmp_path):
     done = run(tmp_path, "--rate", "30", "--mix", "mixed")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "ms of processor time in the service, an answer" in done.stdout
     rows = read_rows(tmp_path / "rows.csv")
     assert {row.status for row in rows} == {200}
     assert {row.offered for row in rows} == {6}

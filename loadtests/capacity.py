@@ -1,0 +1,63 @@
+"""From what one image takes to processors, or GPUs, and money a day: the tables of deploy/CAPACITY.md.
+
+    python loadtests/capacity.py --milliseconds 110 --price 0.041
+    python loadtests/capacity.py --milliseconds 1.2 --price 1.0 --unit GPUs
+
+`--milliseconds` is what `loadtests/latency.py` prints: processor time in the service an answer (or a GPU's time).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, NamedTuple
+
+import typer
+
+DAY = 86_400
+IMAGES_A_DAY = (1_000_000, 100_000_000, 10_000_000_000)
+
+
+class Plan(NamedTuple):
+    """What a load takes."""
+
+    mean: float  # images a second
+    peak: float
+    units: int  # processors or GPUs, for the peak
+    dollars: float  # a day
+    scaled: float  # a day, with as many units as each hour needs
+
+
+def plan(images_a_day: float, milliseconds: float, price: float, peak: float = 2.0, load: float = 0.8) -> Plan:
+    """Units and money for images that take so many milliseconds of a unit each.
+
+    Args:
+        price: dollars an hour of a unit.
+        peak: busiest second over the mean one.
+        load: share of their time that units may be busy, before waiting grows.
+    """
+    mean = images_a_day / DAY
+    busy = milliseconds / 1e3 / load  # units that one image a second takes
+    units = math.ceil(mean * peak * busy)
+    return Plan(mean, mean * peak, units, units * price * 24, min(units, max(1.0, mean * busy)) * price * 24)
+
+
+def main(
+    milliseconds: Annotated[float, typer.Option(min=1e-6, help="Of a processor, or GPU, that an image takes.")],
+    price: Annotated[float, typer.Option(min=0, help="Dollars an hour of one.")],
+    peak: Annotated[float, typer.Option(min=1, help="Busiest second over the mean one.")] = 2.0,
+    load: Annotated[float, typer.Option(min=0.01, max=1, help="Share of their time that they may be busy.")] = 0.8,
+    unit: Annotated[str, typer.Option(help="What is counted.")] = "processors",
+) -> None:
+    """Print a table for 1 million, 100 million and 10 billion images a day."""
+    print(f"| images a day | mean, a second | peak | {unit} | $ a day | $ a day, scaled by the hour |")
+    print("|---|---|---|---|---|---|")
+    for images in IMAGES_A_DAY:
+        found = plan(images, milliseconds, price, peak, load)
+        print(
+            f"| {images:,} | {found.mean:,.1f} | {found.peak:,.1f} | {found.units:,} | {found.dollars:,.0f} "
+            f"| {found.scaled:,.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)
