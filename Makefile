@@ -15,11 +15,12 @@ PIP = -m pip install --quiet --disable-pip-version-check --constraint constraint
 PHOTO = build/cat.png
 VITRINE = .venv-dev/bin/vitrine
 
-.PHONY: help serve test audit demo loadtest clean
+.PHONY: help serve test test-image audit demo loadtest clean
 
 help:
 	@echo "make serve   the service on the embedded bundle, http://127.0.0.1:$(PORT)  (light environment, no torch)"
 	@echo "make test    ruff, mypy, pytest  (full environment: torch and open_clip, about 5 GB)"
+	@echo "make test-image  the Dockerfile's steps in a clean Debian root (as root; needs debootstrap, 5 minutes)"
 	@echo "make loadtest  users on a service of their own, and a report: LOAD=step RATE=150 MIX=attribute"
 	@echo "make audit   the pinned versions against the public list of vulnerabilities"
 	@echo "make demo    the embedded bundle anew, from CIFAR-10 alone: hours; after an interruption it goes on"
@@ -39,6 +40,10 @@ test: .venv/installed .venv-dev/installed
 	.venv-dev/bin/ruff format --check .
 	.venv-dev/bin/mypy
 	VITRINE_LIGHT_PYTHON=$(CURDIR)/.venv/bin/python .venv-dev/bin/pytest
+
+# As root, with Debian's debootstrap: deploy/Dockerfile's steps in a clean root, and the service in it.
+test-image: .venv-dev/installed
+	VITRINE_REQUIRE_CHROOT=1 .venv-dev/bin/pytest tests/deploy/test_dockerfile.py
 
 # Rows and report: build/loadtest. More: .venv-dev/bin/python loadtests/latency.py --help
 loadtest: .venv-dev/installed

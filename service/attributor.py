@@ -89,7 +89,9 @@ class Attributor:
         await self._running.aclose()
 
     def announce(self) -> None:
-        """Say in /metrics that this bundle is in service."""
+        """Say in /metrics that this bundle is in service, and how much it takes on."""
+        metrics.IN_FLIGHT_LIMIT.set(self.settings.capacity)
+        metrics.QUEUE_LIMIT.set(self.settings.queue_size)
         metrics.BUNDLE.labels(self.model.name, self.model.digest, self.engine.provider).set(1)
 
     def withdraw(self) -> None:

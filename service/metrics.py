@@ -42,6 +42,10 @@ LAYER_SHARE = Histogram(
 )
 IN_FLIGHT = Gauge("vitrine_images_in_flight", "Images being decoded, waiting or inferred", multiprocess_mode="livesum")
 QUEUE = Gauge("vitrine_queue_images", "Images waiting for the engine", multiprocess_mode="livesum")
+IN_FLIGHT_LIMIT = Gauge(
+    "vitrine_images_in_flight_limit", "Images that may be in flight; one more is refused", multiprocess_mode="livesum"
+)
+QUEUE_LIMIT = Gauge("vitrine_queue_images_limit", "Images that may wait", multiprocess_mode="livesum")
 BATCH = Histogram("vitrine_batch_images", "Images in an inference", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
 REJECTED = Counter("vitrine_rejected_total", "Requests, and images of a batch, refused", ["code"])
 LABELS = Counter("vitrine_labels_total", "Labels, by where their embeddings came from", ["source"])

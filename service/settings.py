@@ -28,6 +28,7 @@ ELSEWHERE = (
     "DATA",
     "LIGHT_PYTHON",
     "REQUIRE_BROWSER",
+    "REQUIRE_CHROOT",
     "REQUIRE_PROMETHEUS",
 )  # variables with our prefix that belong to training and to the tests
 DEMO_BUNDLE = Path(__file__).resolve().parent.parent / "models" / "demo"

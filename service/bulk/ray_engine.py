@@ -6,6 +6,7 @@ machines, bundle, inputs and output must lie at the same paths on all of them.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,9 +44,15 @@ def run(bundle: Path, work: Work, parts: list[int], workers: int) -> Iterator[St
     """
     if not os.environ.get("RAY_ADDRESS"):
         processors, _ = available_processors()
-        ray.init(num_cpus=max(processors, workers), include_dashboard=False, log_to_driver=False)
+        ray.init(
+            num_cpus=max(processors, workers),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
     else:
-        ray.init(log_to_driver=False)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # it tells of its plans, across our progress bar
     ray.data.DataContext.get_current().enable_progress_bars = False
     threads = work.settings.threads or max(1, int(ray.cluster_resources()["CPU"]) // workers)
     settings = work.settings.model_copy(update={"threads": threads})

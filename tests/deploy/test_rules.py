@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 from service import metrics
-from service.settings import Settings
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 RULES = DEPLOY / "prometheus" / "rules.yml"
@@ -88,15 +87,6 @@ def series():
         elif isinstance(collector, metrics.Gauge):
             names.add(collector._name)
     return names
-
-
-def test_the_limits_are_those_of_the_settings(rules):
-    limits = {rule["record"]: rule["expr"] for rule in rules if rule.get("record", "").endswith(":limit")}
-    defaults = {name: field.default for name, field in Settings.model_fields.items()}
-    assert limits == {
-        "vitrine:queue_images:limit": f"vector({defaults['queue_size']})",
-        "vitrine:images_in_flight:limit": f"vector({defaults['queue_size'] + defaults['batch_size']})",
-    }
 
 
 def test_kubernetes_gets_the_same_rules(groups):

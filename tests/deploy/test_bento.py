@@ -1,0 +1,109 @@
+"""bentofile.yaml: `bentoml build` works without a network, and the bento serves its own copy of code and bundle."""
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from PIL import Image
+from requirements import pins, plain
+
+ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS = 60  # a bound, not an expectation
+NOWHERE = "http://127.0.0.1:9"  # a proxy that answers nobody: whoever asks for a host's page gets none
+
+
+def environment(home):
+    """Without our settings and without the repository on the path; whatever is fetched is not to be had."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("VITRINE_", "PYTHONPATH"))}
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), NOWHERE)
+    pip = {"PIP_NO_INDEX": "1", "UV_OFFLINE": "1", "no_proxy": "127.0.0.1,localhost"}
+    return kept | proxies | pip | {"BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("bentoml")
+
+
+@pytest.fixture(scope="module")
+def bento(home):
+    """The bento's folder."""
+    command = [sys.executable, "-m", "bentoml", "build", "--output", "tag", "--version", "tried"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "__tag__:vitrine:tried" in done.stdout
+    return home / "bentos" / "vitrine" / "tried"
+
+
+def test_it_holds_the_service_and_the_demo_and_nothing_else(bento):
+    found = {path.relative_to(bento / "src").as_posix() for path in (bento / "src").rglob("*") if path.is_file()}
+    assert {"service/app.py", "service/web/index.html", "models/bundle.py", "models/demo/manifest.json"} <= found
+    assert {name.split("/")[0] for name in found} == {"LICENSE", "bentofile.yaml", "models", "service"}
+    assert not [name for name in found if "__pycache__" in name]
+
+
+def test_its_requirements_are_the_projects_as_they_are_pinned(bento):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    pinned = pins((ROOT / "constraints.txt").read_text().splitlines())
+    wanted = {plain(one) for one in project["dependencies"] + extras["cpu"] + extras["tracing"]}
+    stated = yaml.safe_load((ROOT / "bentofile.yaml").read_text())["python"]["packages"]
+    assert pins(stated) == {name: pinned[name] for name in wanted}
+    assert set(stated) <= set((bento / "env/python/requirements.txt").read_text().splitlines())
+
+
+def test_it_serves_what_it_holds(bento, home, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "bentoml", "serve", "vitrine:tried", "--host", "127.0.0.1", "--port", str(port)]
+    log = tmp_path / "log"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(command, cwd=tmp_path, env=environment(home), stdout=output, stderr=output) as process,
+    ):
+        try:
+            wait_until_ready(process, port, log)
+            drawn = io.BytesIO()
+            Image.linear_gradient("L").convert("RGB").save(drawn, "PNG")
+            body = json.dumps({"image_base64": base64.b64encode(drawn.getvalue()).decode()}).encode()
+            answer = json.loads(ask(port, "/v1/attribute", body))
+            assert answer["model"]["name"] == "demo"
+            assert len(answer["explanations"][0]["ledger"]["clt"]) == 12
+            # The bundle's tables stay mapped into memory: they say which copy is being served.
+            processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            mapped = {table.path for one in processes for table in one.memory_maps() if table.path.endswith(".npy")}
+            assert mapped
+            assert {Path(path).parent for path in mapped} == {bento / "src" / "models" / "demo"}
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(40) == 0, log.read_text()
+
+
+def wait_until_ready(process, port, log):
+    end = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < end:
+        try:
+            ask(port, "/readyz")
+            return
+        except OSError:
+            time.sleep(0.2)
+    pytest.fail(f"it did not become ready; its log:\n{log.read_text()}")
+
+
+def ask(port, path, body=None):
+    asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, {"Content-Type": "application/json"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=30) as response:
+        return response.read()

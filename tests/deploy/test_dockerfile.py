@@ -1,0 +1,229 @@
+"""deploy/Dockerfile: what it says; and its target `cpu`, carried out in a bare Debian and asked for an account.
+
+There the service runs as an engine would run it: as process 1 and the image's user, with read-only files but for /tmp,
+and with no network. That takes minutes, root, a mirror of Debian and a package index, and is left out unless
+VITRINE_REQUIRE_CHROOT is set, as `make test-image` does.
+"""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from importlib.metadata import distributions
+from pathlib import Path
+
+import psutil
+import pytest
+from dockerfile import TOOLS, Build, NotUnderstoodError, context_files, debian, inside, pip_configuration, read
+from PIL import Image as Picture
+from requirements import pins, plain
+
+from models.bundle import open_bundle
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCKERFILE = ROOT / "deploy" / "Dockerfile"
+START_SECONDS = 60  # a bound, not an expectation
+GRACE_SECONDS = 35  # compose.yaml's
+# Run by this Python in the service's network, which holds nothing but the two of them; a proxy would be another place.
+ASK = """
+import sys, urllib.request as url
+asked = url.Request(sys.argv[1], sys.stdin.buffer.read() or None, {"Content-Type": "application/json"})
+sys.stdout.buffer.write(url.build_opener(url.ProxyHandler({})).open(asked, timeout=30).read())
+"""
+
+
+@pytest.fixture(scope="module")
+def stages():
+    return {stage.name: stage for stage in read(DOCKERFILE.read_text())[1]}
+
+
+def instructions(stages, name, word):
+    """Of the stage and of those that it is made from."""
+    stage = stages.get(name)
+    own = [one for one in stage.instructions if one.word == word] if stage else []
+    return instructions(stages, stage.base, word) + own if stage else []
+
+
+def test_cpu_is_what_is_built_when_no_target_is_named(stages):
+    assert list(stages)[-2:] == ["gpu", "cpu"]
+
+
+def test_gpu_takes_cuda_and_cudnn_from_wheels(stages):
+    (install,) = (one.text for one in stages["build-gpu"].instructions if "pip" in one.text)
+    assert "'.[gpu,tracing]' 'onnxruntime-gpu[cuda,cudnn]'" in install
+    assert "--constraint constraints.txt" in install
+    assert stages["gpu"].base == stages["cpu"].base == "service"
+    assert not [one for stage in stages.values() for one in stage.instructions if "cuda" in stage.base]
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_a_target_ends_as_a_number_without_rights_in_exec_form(stages, target):
+    assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", instructions(stages, target, "USER")[-1].text)
+    for word in ("ENTRYPOINT", "CMD"):
+        assert isinstance(json.loads(instructions(stages, target, word)[-1].text), list)
+    assert [one.text for one in instructions(stages, target, "EXPOSE")] == ["3000"]
+
+
+def test_the_context_has_the_service_and_nothing_else():
+    found = {path.parts[0] for path in context_files(ROOT)}
+    files = {"LICENSE", "README.md", "constraints.txt", "pyproject.toml", "vitrine.py"}
+    assert files | {"models", "service"} <= found <= files | {"models", "service", "bundles"}
+    assert not [path for path in context_files(ROOT) if "__pycache__" in path.parts]
+
+
+def test_what_is_not_carried_out_is_refused(tmp_path):
+    build = Build("FROM there AS made\nVOLUME /data\n", ROOT, tmp_path, lambda name, root: root.mkdir(), {})
+    with pytest.raises(NotUnderstoodError, match="VOLUME"):
+        build.image("made")
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    if not os.environ.get("VITRINE_REQUIRE_CHROOT"):
+        pytest.skip("takes minutes: `make test-image`, as root")
+    assert os.geteuid() == 0, "only root can chroot"
+    assert not [tool for tool in TOOLS if not shutil.which(tool)], f"needs {', '.join(TOOLS)}"
+    folder = tmp_path_factory.mktemp("image")
+    try:
+        secrets = {"pip": pip_configuration(folder / "pip.conf")}
+        build = Build(DOCKERFILE.read_text(), ROOT, folder, debian, secrets)
+        yield build.image("cpu")
+    finally:
+        shutil.rmtree(folder)  # gigabytes
+
+
+class Container:
+    """A running image, seen from outside and, as by `docker exec`, from inside."""
+
+    def __init__(self, image, process, log):
+        self.image, self.process, self.log = image, process, log
+
+    @property
+    def first(self):
+        """Its process 1, the child of `unshare`."""
+        return psutil.Process(self.process.pid).children()[0]
+
+    def execute(self, *command, user=None):
+        uid, gid = (user or self.image.user).split(":")
+        enter = ["nsenter", f"--target={self.first.pid}", "--all", "--root", "--wd", f"-S{uid}", f"-G{gid}"]
+        variables = [f"{key}={value}" for key, value in self.image.environment.items()]
+        return subprocess.run([*enter, "env", "-i", *variables, *command], capture_output=True, text=True, timeout=30)
+
+    def ask(self, path, body=None):
+        enter = ["nsenter", f"--target={self.first.pid}", "--net", sys.executable, "-c", ASK]
+        sent = json.dumps(body).encode() if body else b""
+        done = subprocess.run([*enter, f"http://127.0.0.1:3000{path}"], input=sent, capture_output=True, timeout=60)
+        assert not done.returncode, done.stderr.decode() + self.log.read_text()
+        return done.stdout
+
+    def is_healthy(self):
+        """By the image's own HEALTHCHECK."""
+        return self.execute(*self.image.healthcheck).returncode == 0
+
+    def wait_until_healthy(self):
+        end = time.monotonic() + START_SECONDS
+        while self.process.poll() is None and time.monotonic() < end:
+            if psutil.Process(self.process.pid).children() and self.is_healthy():
+                return
+            time.sleep(0.5)
+        pytest.fail(f"it did not become healthy; its log:\n{self.log.read_text()}")
+
+
+@contextmanager
+def started(image, log):
+    with log.open("w") as output:
+        command = inside(image, [*image.entrypoint, *image.command], sealed=True)
+        with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
+            try:
+                container = Container(image, process, log)
+                container.wait_until_healthy()
+                yield container
+            finally:
+                if process.poll() is None:
+                    container.first.kill()  # with process 1 all the others end
+
+
+@pytest.fixture(scope="module")
+def container(image, tmp_path_factory):
+    with started(image, tmp_path_factory.mktemp("container") / "log") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def answer(container):
+    drawn = io.BytesIO()
+    Picture.linear_gradient("L").convert("RGB").save(drawn, "PNG")
+    body = {"image_base64": base64.b64encode(drawn.getvalue()).decode(), "explain": {"heatmap": True}}
+    return json.loads(container.ask("/v1/attribute", body))
+
+
+def test_it_gives_an_account_that_adds_up(answer):
+    assert answer["model"]["digest"] == open_bundle(ROOT / "models" / "demo").digest
+    (explained,) = answer["explanations"]
+    rows = [row for value in explained["ledger"].values() for row in (value if isinstance(value, list) else [value])]
+    assert sum(rows) == pytest.approx(explained["logit"], abs=1e-4)
+
+
+def test_the_page_and_the_metrics_are_there(container, answer):
+    assert b"<html" in container.ask("/")
+    assert b'vitrine_requests_total{endpoint="/v1/attribute",' in container.ask("/metrics")
+
+
+def test_no_process_is_root(container, answer):
+    processes = [container.first, *container.first.children(recursive=True)]
+    uid, gid = map(int, container.image.user.split(":"))
+    assert (
+        {process.uids().real for process in processes} == {process.uids().effective for process in processes} == {uid}
+    )
+    assert {process.gids().effective for process in processes} == {gid}
+    assert uid > 0
+
+
+def test_nothing_but_tmp_can_be_written(container, answer):
+    for folder in ("/", "/app", "/app/models", "/bundle", "/venv", "/etc", "/home", "/var/tmp", "/usr/lib"):
+        for user in (None, "0:0"):
+            refused = container.execute("touch", f"{folder}/new", user=user)
+            assert refused.returncode, folder
+        assert "Read-only file system" in refused.stderr  # even for root
+    assert container.execute("touch", "/tmp/new").returncode == 0
+
+
+def test_the_network_is_loopback_alone(container):
+    lines = container.execute("cat", "/proc/net/dev").stdout.splitlines()[2:]
+    assert [line.split(":")[0].strip() for line in lines] == ["lo"]
+
+
+def test_sigterm_ends_it(image, tmp_path):
+    with started(image, tmp_path / "log") as running:
+        running.first.send_signal(signal.SIGTERM)
+        assert running.process.wait(GRACE_SECONDS) == 0, running.log.read_text()
+
+
+def test_the_image_holds_the_pinned_versions_and_no_more(image):
+    (packages,) = (image.root / "venv/lib").glob("python3.*/site-packages")
+    pinned = pins((ROOT / "constraints.txt").read_text().splitlines())
+    found = {plain(one.name): one.version for one in distributions(path=[str(packages)])}
+    version = found.pop("vitrine")
+    assert version == image.labels["org.opencontainers.image.version"]
+    assert {name: pinned.get(name) for name in found} == found
+    assert "onnxruntime" in found
+    assert not found.keys() & {"torch", "onnxruntime-gpu", "pip", "setuptools", "pytest"}
+
+
+def test_the_image_has_no_training_no_tests_and_one_bundle(image):
+    assert sorted(path.name for path in (image.root / "app").iterdir()) == [
+        "__pycache__",
+        "models",
+        "service",
+        "vitrine.py",
+    ]
+    assert [path.relative_to(image.root) for path in image.root.glob("*/**/manifest.json")] == [
+        Path("bundle/manifest.json")
+    ]
