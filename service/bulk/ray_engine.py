@@ -40,32 +40,41 @@ def run(bundle: Path, work: Work, parts: list[int], workers: int) -> Iterator[St
     """Do these parts in `workers` processes; a step a part, in any order.
 
     They share out the processors of the cluster that RAY_ADDRESS names, else of this machine; VITRINE_THREADS says
-    how many each takes instead.
+    how many each takes instead. Raises `BulkError` where there is no such cluster, or it has not as many: Ray would
+    wait for them for ever.
     """
-    if not os.environ.get("RAY_ADDRESS"):
-        processors, _ = available_processors()
-        ray.init(
-            num_cpus=max(processors, workers),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
-    else:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)  # it tells of its plans, across our progress bar
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    threads = work.settings.threads or max(1, int(ray.cluster_resources()["CPU"]) // workers)
-    settings = work.settings.model_copy(update={"threads": threads})
-    shared = Work(work.job, work.source, work.out.resolve(), settings)
-    found = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
-        _Process,
-        fn_constructor_args=(bundle.resolve(), shared),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=threads,
-        num_gpus=0 if settings.provider == "cpu" else 1,
-    )
+    settings = work.settings
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     try:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+        else:
+            processors, _ = available_processors()
+            own = max(processors, workers * settings.threads, workers)
+            ray.init(num_cpus=own, include_dashboard=False, **quiet)
+    except ConnectionError as error:
+        raise BulkError(f"no Ray at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
+    try:
+        logging.getLogger("ray.data").setLevel(logging.WARNING)  # it tells of its plans, across our progress bar
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        there = ray.cluster_resources()
+        threads = settings.threads or max(1, int(there.get("CPU", 0)) // workers)
+        gpus = 0 if settings.provider == "cpu" else 1
+        for what, wanted in (("CPU", workers * threads), ("GPU", workers * gpus)):
+            if wanted > there.get(what, 0):
+                raise BulkError(
+                    f"--ray {workers} needs {wanted} {what}s and Ray has {there.get(what, 0):g}; take fewer"
+                )
+        settings = settings.model_copy(update={"threads": threads})
+        shared = Work(work.job, work.source, work.out.resolve(), settings)
+        found = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
+            _Process,
+            fn_constructor_args=(bundle.resolve(), shared),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=threads,
+            num_gpus=gpus,
+        )
         for done in found.iter_rows():
             yield Step(int(done["images"]), int(done["problems"]))
     finally:

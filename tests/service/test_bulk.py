@@ -518,3 +518,15 @@ def test_ray_writes_the_same(start, bundle_path, many, tmp_path):
     for row, expected in zip(read(out), read(tmp_path / "one"), strict=True):
         np.testing.assert_allclose(row["ledger"]["clt"], expected["ledger"]["clt"], rtol=0, atol=1e-5)
     assert read(out / "errors") == read(tmp_path / "one" / "errors")
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+def test_more_than_ray_has_is_refused_and_not_waited_for(photos, tmp_path, bundle_path):
+    asked = "Work(job, source, Path(out), settings)"
+    assert asked in CODE
+    code = CODE.replace(asked, asked.replace("settings", "settings.model_copy(update={'provider': 'cuda'})"))
+    command = [sys.executable, "-c", code, bundle_path, photos, tmp_path / "out", "0", "9"]
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert finished.returncode == 1
+    assert "BulkError: --ray 9 needs 9 GPUs and Ray has" in finished.stderr
