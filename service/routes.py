@@ -73,7 +73,7 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with serving:
-            with workers.on_signal(signal.SIGHUP, serving.reload_by_signal):
+            with workers.on_signal(signal.SIGHUP, serving.reload_by_signal), workers.end_with_parent():
                 yield
 
     app = FastAPI(title="Vitrine", lifespan=lifespan, docs_url=None, redoc_url=None, telemetry=_NO_SECOND_TELEMETRY)

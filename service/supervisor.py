@@ -34,6 +34,7 @@ class ServeError(VitrineError):
 def serve(host: str, port: int) -> None:
     """Serve until SIGTERM or SIGINT; requests in flight are answered first. Raises `ServeError`."""
     _check_address(host, port)
+    os.environ[workers.PARENT] = str(os.getpid())
     failures: list[BaseException | None] = []
     threading.excepthook = lambda thrown: failures.append(thrown.exc_value)
     arbiter = _start(host, port, failures)

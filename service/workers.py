@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 
 SCRIPT = "_bentoml_impl.worker.service"  # what BentoML starts a worker with: python -m SCRIPT
+PARENT = "_VITRINE_PARENT"  # the variable in which `vitrine serve` tells its workers its process id
+LOOK_SECONDS = 1.0
 
 
 def of(parent: int) -> list[psutil.Process]:
@@ -54,3 +56,25 @@ def on_signal(number: signal.Signals, action: Callable[[], Awaitable[Any]]) -> I
         yield
     finally:
         loop.remove_signal_handler(number)
+
+
+@contextmanager
+def end_with_parent() -> Iterator[None]:
+    """End this worker of `vitrine serve`, as SIGTERM would, once its parent has died without telling it to.
+
+    Nobody would look after it any more, and it would keep the port from the server that is started next.
+    """
+    if PARENT not in os.environ:
+        yield
+        return
+
+    async def watch() -> None:
+        while os.getppid() == int(os.environ[PARENT]):
+            await asyncio.sleep(LOOK_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watching = asyncio.ensure_future(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()

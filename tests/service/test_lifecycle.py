@@ -11,6 +11,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import psutil
 import pytest
 
 from models.bundle import Manifest, open_bundle, seal
@@ -209,6 +210,16 @@ def test_several_workers_share_the_port_and_a_reload(start_server, bundle, other
         new, end = open_bundle(other_bundle).digest, time.monotonic() + 30
         while {server.attribute(picture())["model"]["digest"] for _ in range(16)} != {new}:
             assert time.monotonic() < end
+
+
+def test_workers_end_with_a_parent_that_was_killed(start_server, bundle_path):
+    """They would keep the port, with nobody to look after them."""
+    with start_server(VITRINE_BUNDLE=bundle_path, VITRINE_WORKERS=2) as server:
+        orphans = server.workers
+        assert len(orphans) == 2
+        server.process.kill()
+        _, alive = psutil.wait_procs(orphans, timeout=30)
+        assert not alive
 
 
 def test_a_port_in_use_is_said_in_one_line(server, run_python, bundle_path):
