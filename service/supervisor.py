@@ -34,16 +34,16 @@ class ServeError(VitrineError):
 def serve(host: str, port: int) -> None:
     """Serve until SIGTERM or SIGINT; requests in flight are answered first. Raises `ServeError`."""
     _check_address(host, port)
-    os.environ[workers.PARENT] = str(os.getpid())
     failures: list[BaseException | None] = []
     threading.excepthook = lambda thrown: failures.append(thrown.exc_value)
-    arbiter = _start(host, port, failures)
-    signal.signal(signal.SIGHUP, lambda *_: _reload())  # in place of BentoML's
-    while arbiter._thread.is_alive():
-        time.sleep(LOOK_SECONDS)
-        if _has_lost_one(arbiter):
-            with suppress(RuntimeError):  # it is ending
-                arbiter.loop.add_callback(arbiter.manage_watchers)
+    with workers.told_their_parent():
+        arbiter = _start(host, port, failures)
+        signal.signal(signal.SIGHUP, lambda *_: _reload())  # in place of BentoML's
+        while arbiter._thread.is_alive():
+            time.sleep(LOOK_SECONDS)
+            if _has_lost_one(arbiter):
+                with suppress(RuntimeError):  # it is ending
+                    arbiter.loop.add_callback(arbiter.manage_watchers)
     if failures:
         raise ServeError(f"the server came to an end: {failures[0]}") from failures[0]
 

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 SCRIPT = "_bentoml_impl.worker.service"  # what BentoML starts a worker with: python -m SCRIPT
-PARENT = "_VITRINE_PARENT"  # the variable in which `vitrine serve` tells its workers its process id
+PARENT = "_VITRINE_PARENT"  # environment variable: the process id of the `vitrine serve` that started this worker
 LOOK_SECONDS = 1.0
 
 
@@ -56,6 +56,16 @@ def on_signal(number: signal.Signals, action: Callable[[], Awaitable[Any]]) -> I
         yield
     finally:
         loop.remove_signal_handler(number)
+
+
+@contextmanager
+def told_their_parent() -> Iterator[None]:
+    """What is started meanwhile knows that this process is its parent, even where it finds it dead already."""
+    os.environ[PARENT] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[PARENT]  # a `bentoml serve` that this process starts later has workers of another parent
 
 
 @contextmanager

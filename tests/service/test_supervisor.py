@@ -1,6 +1,7 @@
 """What `vitrine serve` does when BentoML's server cannot start; tests/service/test_lifecycle.py has the rest."""
 
 import errno
+import os
 import signal
 import threading
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from zmq import ZMQError
 
-from service import supervisor
+from service import supervisor, workers
 
 
 @pytest.fixture
@@ -59,3 +60,11 @@ def test_any_other_failure_is_told_at_once(start, failure):
 def test_it_is_not_tried_for_ever(start):
     with pytest.raises(supervisor.ServeError, match="Address already in use"):
         start(*[taken() for _ in range(100)])
+
+
+def test_its_environment_is_left_as_it_was(start):
+    """What tells workers of their parent would end those of another."""
+    start()
+    with pytest.raises(supervisor.ServeError):
+        start(ValueError("no service"))
+    assert workers.PARENT not in os.environ
