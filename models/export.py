@@ -90,10 +90,13 @@ def export_bundle(
         replacement: with replacement.onnx, of which most is L (L + 1) / 2 decoders of a byte a number.
 
     Raises:
-        ExportError: `out` exists (bundles are immutable), or the parity check failed.
+        ExportError: `out` exists (bundles are immutable), there are variants and no images to check them on, or the
+            parity check failed.
     """
     if out.exists():
         raise ExportError(f"{out} exists; a bundle is never changed, choose another place")
+    if variants and not calibration:
+        raise ExportError(f"{', '.join(variants)} must be checked against float32: give images for it")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         partial = Path(scratch) / out.name
@@ -149,8 +152,6 @@ def _gated(
     say: Callable[[str], object],
 ) -> Agreement | None:
     """Write a variant beside vision.onnx and measure it; None, and nothing written, if it fails its gate."""
-    if not calibration:
-        raise ExportError(f"{variant} must be checked against float32: give images for it")
     path = bundle / vision_file(variant)
     save_onnx(model, path, beside=bundle / "vision.onnx")
     tables = np.load(bundle / "directions.npy", mmap_mode="r"), np.load(bundle / "fold.npy")[:-1]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from models.bundle import REPLACED_INPUT, REPLACEMENT_OUTPUTS, BundleError, open_bundle
 from models.clip import Tower
-from models.export import ExportError, export_bundle
+from models.export import ExportError, check_replacement, export_bundle
 from models.replacement import Replacement
 from models.replacement_graph import ReplacementGraph
 from models.windows import TOKENS, replaced
@@ -134,17 +134,28 @@ def test_replacement_is_part_of_what_is_checked(bundle, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["embedding", "contributions"])
-def test_export_fails_where_the_file_differs(clip, clt, cls_mean, provenance, tmp_path, monkeypatch, what):
+def test_file_that_differs_from_torch_is_refused(bundle, clip, clt, monkeypatch, what):
+    replacing = ReplacementGraph(clip.tower, clt, torch.float32).eval()
+    check_replacement(clip, replacing, bundle.path / "replacement.onnx")
+    right = ReplacementGraph.forward
+
+    def other(self, pixels, mask):
+        embedding, scores = right(self, pixels, mask)
+        return (embedding + mask.any() * 0.01, scores) if what == "embedding" else (embedding, scores + 0.01)
+
+    monkeypatch.setattr(ReplacementGraph, "forward", other)
+    with pytest.raises(ExportError, match=f"{what} under replacement: relative difference"):
+        check_replacement(clip, replacing, bundle.path / "replacement.onnx")
+
+
+def test_export_fails_where_the_file_differs(clip, clt, cls_mean, provenance, tmp_path, monkeypatch):
     right = ReplacementGraph.forward
 
     def wrong(self, pixels, mask):
         embedding, scores = right(self, pixels, mask)
-        if torch.compiler.is_exporting():
-            off = mask.any() * 0.01
-            return (embedding + off, scores) if what == "embedding" else (embedding, scores + 0.01)
-        return embedding, scores
+        return embedding, scores + 0.01 * torch.compiler.is_exporting()
 
     monkeypatch.setattr(ReplacementGraph, "forward", wrong)
-    with pytest.raises(ExportError, match=f"{what} under replacement: relative difference"):
+    with pytest.raises(ExportError, match="contributions under replacement: relative difference"):
         export_bundle(clip, clt, cls_mean, provenance, tmp_path / "out", replacement=True)
     assert not (tmp_path / "out").exists()
