@@ -45,15 +45,15 @@ def run(bundle: Path, work: Work, parts: list[int], workers: int) -> Iterator[St
     """
     settings = work.settings
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    try:
-        if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
             ray.init(**quiet)
-        else:
-            processors, _ = available_processors()
-            own = max(processors, workers * settings.threads, workers)
-            ray.init(num_cpus=own, include_dashboard=False, **quiet)
-    except ConnectionError as error:
-        raise BulkError(f"no Ray at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
+        except ConnectionError as error:
+            raise BulkError(f"no Ray at RAY_ADDRESS={address}: {error}") from error
+    else:
+        processors, _ = available_processors()
+        own = max(processors, workers * settings.threads, workers)
+        ray.init(num_cpus=own, include_dashboard=False, **quiet)
     try:
         logging.getLogger("ray.data").setLevel(logging.WARNING)  # it tells of its plans, across our progress bar
         ray.data.DataContext.get_current().enable_progress_bars = False
