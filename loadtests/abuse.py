@@ -27,14 +27,14 @@ import numpy as np
 import typer
 from rich.progress import track
 
-from loadtests.corpus import drawn, files_of, http_request, multipart, mutated
-from loadtests.server import Server, serving
-from models.bundle import open_bundle
-from service.engine import Engine
-from service.explain import predict
-from service.images import ImageLimits, decode, to_pixels
-from service.labels import LabelEncoder, LabelSet
-from service.settings import DEMO_BUNDLE, Settings
+from corpus import drawn, files_of, http_request, multipart, mutated
+from server import Server, serving
+from vitrine.models.bundle.bundle import open_bundle
+from vitrine.service.answers.explain import predict
+from vitrine.service.engine.engine import Engine
+from vitrine.service.engine.images import ImageLimits, decode, to_pixels
+from vitrine.service.engine.labels import LabelEncoder, LabelSet
+from vitrine.service.operations.settings import DEMO_BUNDLE, Settings
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 BundleOption = Annotated[Path | None, typer.Option(help="Default: the embedded one.")]

@@ -29,14 +29,14 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from loadtests.corpus import drawn
-from models.bundle import open_bundle
-from service.bulk.inputs import open_source
-from service.bulk.job import make_job
-from service.bulk.run import Work, Worker, bulk
-from service.bulk.tables import done_parts
-from service.schemas import AttributeRequest
-from service.settings import DEMO_BUNDLE, Settings
+from corpus import drawn
+from vitrine.models.bundle.bundle import open_bundle
+from vitrine.service.offline.bulk.inputs import open_source
+from vitrine.service.offline.bulk.job import make_job
+from vitrine.service.offline.bulk.run import Work, Worker, bulk
+from vitrine.service.offline.bulk.tables import done_parts
+from vitrine.service.operations.settings import DEMO_BUNDLE, Settings
+from vitrine.service.schemas.schemas import AttributeRequest
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 Bundle = Annotated[Path, typer.Option(help="Default: the embedded one.")]

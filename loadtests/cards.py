@@ -20,10 +20,10 @@ import httpx
 import typer
 from rich.progress import track
 
-from loadtests.corpus import drawn
-from loadtests.server import serving
-from models.bundle import Bundle, open_bundle, seal
-from service.settings import DEMO_BUNDLE
+from corpus import drawn
+from server import serving
+from vitrine.models.bundle.bundle import Bundle, open_bundle, seal
+from vitrine.service.operations.settings import DEMO_BUNDLE
 
 WARM_UP = 20
 

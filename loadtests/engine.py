@@ -55,17 +55,17 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from models.bundle import DETAILS, DETAILS_INPUT, VISION_OUTPUTS
-from models.clip import Tower
-from models.clt import Architecture, Encoder
-from models.graph import AttributionGraph
-from models.ledger import Decomposition
-from models.onnx_file import save_onnx, to_onnx
-from models.variants import make_variant, preselect
-from service.explain import account
-from service.labels import LabelSet
-from service.runtime import PROVIDERS, available_processors
-from service.schemas import Explain
+from vitrine.models.account.ledger import Decomposition
+from vitrine.models.bundle.bundle import DETAILS, DETAILS_INPUT, VISION_OUTPUTS
+from vitrine.models.clip.tower import Tower
+from vitrine.models.dictionary.clt import Architecture, Encoder
+from vitrine.models.graph.attribution import AttributionGraph
+from vitrine.models.graph.onnx_file import save_onnx, to_onnx
+from vitrine.models.graph.variants import make_variant, preselect
+from vitrine.service.answers.explain import account
+from vitrine.service.engine.labels import LabelSet
+from vitrine.service.engine.runtime import PROVIDERS, available_processors
+from vitrine.service.schemas.schemas import Explain
 
 Device = Literal["cpu", "cuda"]
 Run = Callable[[], object]

@@ -18,10 +18,10 @@ from typing import Annotated
 
 import typer
 
-from loadtests.latency_report import write_report
-from loadtests.profiles import PROFILES
-from loadtests.rows import Row, StepFigures, by_step, knee, paired, read_rows
-from loadtests.server import Server, serving
+from latency_report import write_report
+from profiles import PROFILES
+from rows import Row, StepFigures, by_step, knee, paired, read_rows
+from server import Server, serving
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import matplotlib
 
-from loadtests.rows import PERCENTILES, Row, StepFigures, knee, paired
+from rows import PERCENTILES, Row, StepFigures, knee, paired
 
 matplotlib.use("svg")
 

@@ -22,8 +22,8 @@ from typing import Any
 import gevent
 from locust import FastHttpUser, LoadTestShape, events, task
 
-from loadtests.corpus import drawn, multipart
-from loadtests.profiles import PROFILES, users_at
+from corpus import drawn, multipart
+from profiles import PROFILES, users_at
 
 STAGES = ("decode", "labels", "queue", "inference", "ledger", "predict")
 COLUMNS = ("seconds", "offered", "name", "status", "milliseconds", *STAGES)

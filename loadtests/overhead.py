@@ -28,12 +28,12 @@ import typer
 from PIL import Image
 from rich.progress import track
 
-from loadtests.corpus import multipart
-from loadtests.server import Server, serving
-from models.bundle import open_bundle
-from service.engine import Engine
-from service.images import ImageLimits, decode, to_pixels
-from service.settings import DEMO_BUNDLE, Settings
+from corpus import multipart
+from server import Server, serving
+from vitrine.models.bundle.bundle import open_bundle
+from vitrine.service.engine.engine import Engine
+from vitrine.service.engine.images import ImageLimits, decode, to_pixels
+from vitrine.service.operations.settings import DEMO_BUNDLE, Settings
 
 TOLERANCE = 1e-4
 _SCRIPT = """

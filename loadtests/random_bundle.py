@@ -14,10 +14,10 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from models.bundle import Data, Metrics
-from models.clip import load_clip
-from models.clt import Architecture, CrossLayerTranscoder
-from models.export import Provenance, export_bundle
+from vitrine.models.bundle.bundle import Data, Metrics
+from vitrine.models.clip.tower import load_clip
+from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
+from vitrine.models.export.export import Provenance, export_bundle
 
 SHAPES = {"b32": "ViT-B-32", "b16": "ViT-B-16"}
 LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -1,4 +1,4 @@
-"""From the rows that the users wrote (`loadtests.locustfile`) to figures: by offered rate, by stage, by pair."""
+"""From the rows that the users wrote (`locustfile.py`) to figures: by offered rate, by stage, by pair."""
 
 from __future__ import annotations
 

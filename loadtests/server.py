@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from service import workers
+from vitrine.service.processes import workers
 
 START_SECONDS = 120
 
@@ -51,7 +51,7 @@ def serving(bundle: Path | None, **settings: str) -> Iterator[Server]:
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as home:
         log = Path(home) / "serve.log"
-        command = [sys.executable, "vitrine.py", "serve", "--port", str(port)]
+        command = [sys.executable, "-m", "vitrine", "serve", "--port", str(port)]
         command += ["--bundle", str(bundle.resolve())] if bundle else []
         with log.open("wb") as output:
             process = subprocess.Popen(  # noqa: S603

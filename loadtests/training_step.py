@@ -34,9 +34,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from models.clt import Architecture, CrossLayerTranscoder
-from models.sparsify import Kind
-from training.costs import GIB, Gpu, Matmul, step_memory, transcoder_work
+from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
+from vitrine.models.dictionary.sparsify import Kind
+from vitrine.training.recipes.costs import GIB, Gpu, Matmul, step_memory, transcoder_work
 
 Shape = Literal["demo", "b32", "b16"]
 Device = Literal["cpu", "cuda"]
@@ -307,7 +307,7 @@ def main(
     tflops, bandwidth = max(peaks, default=(0.0, 0.0))
     console.print(
         f"This machine, at best: {tflops:.2f} TFLOP/s in {matmul} products, {bandwidth:.0f} GB/s. "
-        "'of peak': the sparse step's time by training.costs at what was measured beside it, over what it took. "
+        "'of peak': the sparse step's time by training.recipes.costs at what was measured here, over what it took. "
         "'gradients differ by': the largest difference over a parameter's largest gradient. "
         "'does not fit': GiB as estimated beforehand."
     )

@@ -7,8 +7,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from models.errors import VitrineError
-from service import metrics
+from vitrine.models.errors import VitrineError
+from vitrine.service.operations import metrics
 
 STATUS = {
     "invalid_request": 400,

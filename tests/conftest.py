@@ -15,56 +15,19 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from safetensors.torch import save_file
 
-from models.bundle import Data, Metrics
-from models.clip import load_clip
-from models.clt import Architecture, CrossLayerTranscoder
-from models.export import Provenance, export_bundle
-from models.graph import AttributionGraph
-from training.cards import labels
-from training.cards.build import Options, build_cards
-from training.checkpoint import CheckpointMeta, save_checkpoint
-from training.recipes import load_recipe
+from common import LABELS, RECIPE, TINY_CLIP
+from vitrine.models.bundle.bundle import Data, Metrics
+from vitrine.models.clip.tower import load_clip
+from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
+from vitrine.models.export.export import Provenance, export_bundle
+from vitrine.models.graph.attribution import AttributionGraph
+from vitrine.training.cards import labels
+from vitrine.training.cards.build import Options, build_cards
+from vitrine.training.checkpoint import CheckpointMeta, save_checkpoint
+from vitrine.training.recipes.recipe import load_recipe
 
 torch.set_num_threads(1)  # these matrices are too small to share out
 gc.set_threshold(100_000, 20, 100)  # exports make millions of objects: looking through them took a sixth of the time
-
-LABELS = ("red circle", "green square", "blue triangle")
-TINY_CLIP = {
-    "embed_dim": 24,  # less than the width, as in every published CLIP
-    "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 3, "width": 32, "head_width": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
-RECIPE = """
-name = "tiny"
-
-[clip]
-config = "clip/tiny.json"
-weights = "clip/tiny.safetensors"
-
-[data]
-name = "drawn shapes"
-licence = "CC0-1.0"
-train = { kind = "folder", path = "train" }
-val = { kind = "folder", path = "val" }
-labels = ["red circle", "green square", "blue triangle"]
-templates = ["a photo of a {}", "a drawing of one {}"]
-
-[clt]
-features = 64
-k = 8
-
-[training]
-epochs = 4
-images_per_step = 8
-mixed_images = 16
-learning_rate = 1e-2
-warmup_steps = 2
-decay_share = 0.5
-cls_weight = 4
-normalisation_images = 32
-checkpoint_every = 3
-workers = 0
-"""
 
 
 @pytest.fixture(scope="session")

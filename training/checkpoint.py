@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.bundle import Metrics
-from models.clip import Clip
-from models.clt import CrossLayerTranscoder
-from models.errors import VitrineError
-from training.recipes import Recipe
+from vitrine.models.bundle.bundle import Metrics
+from vitrine.models.clip.tower import Clip
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.errors import VitrineError
+from vitrine.training.recipes.recipe import Recipe
 
 FORMAT = 2  # 1: the CLT in four tensors
 KEPT = 2  # older checkpoints of a run are removed

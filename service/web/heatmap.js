@@ -4,7 +4,7 @@
   const { el, svg, signed, sum, scroller } = Vitrine.dom;
 
   /**
-   * The part of an upright photo that the model sees, in the photo's pixels: `to_pixels` of service/images.py, undone.
+   * The part of an upright photo that the model sees, in the photo's pixels: `to_pixels` of service/engine/images.py, undone.
    * @param {number} width of the photo
    * @param {number} height
    * @param {{size: number[], resize_mode: string}} preprocessing the manifest's; size is [height, width]

@@ -135,7 +135,9 @@ def context_files(folder):
 
 
 def _files(path):
-    return (found for found in sorted(path.rglob("*")) if found.is_file()) if path.is_dir() else [path][: path.exists()]
+    if not path.is_dir():
+        return [path][: path.exists()]
+    return (found for found in sorted(path.rglob("*")) if found.is_file() or found.is_symlink())
 
 
 def _expression(pattern):
@@ -226,7 +228,7 @@ class Build:
                 found += 1
                 inner = path.relative_to(head) if head != path else Path(path.name if into_folder else "")
                 (place / inner).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(self.context / path, place / inner)
+                shutil.copy2(self.context / path, place / inner, follow_symlinks=False)
             if not found:
                 raise StepError(f"COPY {source}: no such file in the context")
 

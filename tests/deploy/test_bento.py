@@ -19,7 +19,8 @@ import yaml
 from PIL import Image
 from requirements import pins, plain
 
-ROOT = Path(__file__).resolve().parents[2]
+from common import ROOT
+
 START_SECONDS = 60  # a bound, not an expectation
 NOWHERE = "http://127.0.0.1:9"  # a proxy that answers nobody: whoever asks for a host's page gets none
 
@@ -49,8 +50,8 @@ def bento(home):
 
 def test_it_holds_the_service_and_the_demo_and_nothing_else(bento):
     found = {path.relative_to(bento / "src").as_posix() for path in (bento / "src").rglob("*") if path.is_file()}
-    assert {"service/app.py", "service/web/index.html", "models/bundle.py", "models/demo/manifest.json"} <= found
-    assert {name.split("/")[0] for name in found} == {"LICENSE", "bentofile.yaml", "models", "service"}
+    assert {"service/app.py", "service/web/index.html", "models/bundle/bundle.py", "models/demo/manifest.json"} <= found
+    assert {name.split("/")[0] for name in found} == {"LICENSE", "bentofile.yaml", "models", "service", "vitrine"}
     assert not [name for name in found if "__pycache__" in name]
 
 

@@ -1,12 +1,12 @@
 """deploy/compose.yaml: what it names is there, and the parts find each other."""
 
-from pathlib import Path
-
 import pytest
 import yaml
 from dockerfile import read
 
-DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+from common import ROOT
+
+DEPLOY = ROOT / "deploy"
 
 
 @pytest.fixture(scope="module")

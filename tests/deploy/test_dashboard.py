@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -18,7 +17,8 @@ import pytest
 import yaml
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
+from common import ROOT
+
 DEPLOY = ROOT / "deploy"
 START_SECONDS = 60
 IMAGES = 160  # the rules of an hour want more than a hundred
@@ -80,8 +80,8 @@ def service(tmp_path_factory):
     home, address = tmp_path_factory.mktemp("service"), f"127.0.0.1:{free_port()}"
     host, port = address.split(":")
     python = os.environ.get("VITRINE_LIGHT_PYTHON", sys.executable)
-    command = (python, "vitrine.py", "serve", "--host", host, "--port", port)
-    environment = {"PYTHONPATH": str(ROOT), "BENTOML_HOME": str(home)}
+    command = (python, "-m", "vitrine", "serve", "--host", host, "--port", port)
+    environment = {"BENTOML_HOME": str(home)}
     with running(command, f"http://{address}/readyz", home / "log", **environment) as process:
         yield address, process
 

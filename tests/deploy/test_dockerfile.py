@@ -25,9 +25,9 @@ from dockerfile import TOOLS, Build, NotUnderstoodError, context_files, debian, 
 from PIL import Image as Picture
 from requirements import pins, plain
 
-from models.bundle import open_bundle
+from common import ROOT
+from vitrine.models.bundle.bundle import open_bundle
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 START_SECONDS = 60  # a bound, not an expectation
 GRACE_SECONDS = 35  # compose.yaml's
@@ -57,7 +57,7 @@ def test_cpu_is_what_is_built_when_no_target_is_named(stages):
 
 def test_gpu_takes_cuda_and_cudnn_from_wheels(stages):
     (install,) = (one.text for one in stages["build-gpu"].instructions if "pip" in one.text)
-    assert "'.[gpu,tracing]' 'onnxruntime-gpu[cuda,cudnn]'" in install
+    assert "--requirement gpu.txt 'onnxruntime-gpu[cuda,cudnn]'" in install
     assert "--constraint constraints.txt" in install
     assert stages["gpu"].base == stages["cpu"].base == "service"
     assert not [one for stage in stages.values() for one in stage.instructions if "cuda" in stage.base]
@@ -73,8 +73,8 @@ def test_a_target_ends_as_a_number_without_rights_in_exec_form(stages, target):
 
 def test_the_context_has_the_service_and_nothing_else():
     found = {path.parts[0] for path in context_files(ROOT)}
-    files = {"LICENSE", "README.md", "constraints.txt", "pyproject.toml", "vitrine.py"}
-    assert files | {"models", "service"} <= found <= files | {"models", "service", "bundles"}
+    always = {"LICENSE", "README.md", "constraints.txt", "pyproject.toml", "models", "service", "vitrine"}
+    assert always <= found <= always | {"bundles"}
     assert not [path for path in context_files(ROOT) if "__pycache__" in path.parts]
 
 
@@ -187,7 +187,7 @@ def test_no_process_is_root(container, answer):
 
 
 def test_nothing_but_tmp_can_be_written(container, answer):
-    for folder in ("/", "/app", "/app/models", "/bundle", "/venv", "/etc", "/home", "/var/tmp", "/usr/lib"):
+    for folder in ("/", "/bundle", "/venv", "/venv/bin", "/etc", "/home", "/var/tmp", "/usr/lib"):
         for user in (None, "0:0"):
             refused = container.execute("touch", f"{folder}/new", user=user)
             assert refused.returncode, folder
@@ -218,11 +218,12 @@ def test_the_image_holds_the_pinned_versions_and_no_more(image):
 
 
 def test_the_image_has_no_training_no_tests_and_one_bundle(image):
-    assert sorted(path.name for path in (image.root / "app").iterdir()) == [
+    (code,) = (image.root / "venv/lib").glob("python3.*/site-packages/vitrine")
+    assert sorted(path.name for path in code.iterdir() if path.is_dir()) == [
         "__pycache__",
+        "commands",
         "models",
         "service",
-        "vitrine.py",
     ]
     assert [path.relative_to(image.root) for path in image.root.glob("*/**/manifest.json")] == [
         Path("bundle/manifest.json")

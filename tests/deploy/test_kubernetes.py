@@ -11,9 +11,10 @@ import pytest
 import yaml
 from kustomize import render
 
-from service.settings import PREFIX, Settings
+from common import ROOT
+from vitrine.service.operations.settings import PREFIX, Settings
 
-DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 OVERLAYS = ("cpu", "gpu")
 VERSIONS = ("1.30", "1.37")  # the oldest that we mean to work with, and the newest of which schemas are at hand

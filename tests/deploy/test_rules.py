@@ -2,14 +2,14 @@
 
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
 
-from service import metrics
+from common import ROOT
+from vitrine.service.operations import metrics
 
-DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+DEPLOY = ROOT / "deploy"
 RULES = DEPLOY / "prometheus" / "rules.yml"
 TESTS = DEPLOY / "prometheus" / "rules.test.yml"
 COMPONENTS = DEPLOY / "kubernetes" / "components"
@@ -77,7 +77,7 @@ def test_rules_and_autoscalers_name_series_that_the_service_has(rules):
 
 
 def series():
-    """The name of every series of service.metrics, as Prometheus stores it."""
+    """The name of every series of vitrine.service.operations.metrics, as Prometheus stores it."""
     names = set()
     for collector in vars(metrics).values():
         if isinstance(collector, metrics.Histogram):

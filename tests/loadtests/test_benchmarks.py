@@ -4,9 +4,9 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from common import ROOT
+
 VARIANTS = {
     "plain", "plain int8", "ledger", "ledger int8", "ledger, details", "account", "account, heatmap", "torch", "hooks",
     "input x gradient", "integrated gradients",

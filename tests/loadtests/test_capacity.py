@@ -2,7 +2,7 @@
 
 import pytest
 
-from loadtests.capacity import plan
+from capacity import plan
 
 
 def test_a_plan_by_hand():

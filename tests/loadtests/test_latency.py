@@ -3,14 +3,12 @@
 import csv
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from loadtests.profiles import PROFILES, Step, users_at
-from loadtests.rows import OTHER, Row, by_step, knee, paired, read_rows
-
-ROOT = Path(__file__).parents[2]
+from common import ROOT
+from profiles import PROFILES, Step, users_at
+from rows import OTHER, Row, by_step, knee, paired, read_rows
 
 
 def stretch(offered, start, seconds, answered=None, status=200, took=10.0, name="/v1/attribute"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.clt import Architecture, CrossLayerTranscoder
+from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
 
 
 @pytest.fixture(scope="session")

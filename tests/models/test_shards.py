@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.shards import expand_braces
+from vitrine.models.shards import expand_braces
 
 
 @pytest.mark.parametrize(

@@ -11,18 +11,17 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
-from service import workers
-from service.engine import Engine
-from service.settings import Settings
+from common import ROOT
+from vitrine.service.engine.engine import Engine
+from vitrine.service.operations.settings import Settings
+from vitrine.service.processes import workers
 
-ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 60  # a bound, not an expectation: it starts in about 5
 
 
@@ -47,7 +46,7 @@ def _environment(**more):
     """This process's, without its own settings of Vitrine."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("VITRINE_")}
     inherited.pop("PROMETHEUS_MULTIPROC_DIR", None)
-    return inherited | {"PYTHONPATH": str(ROOT), "BENTOML_DO_NOT_TRACK": "True"} | {k: str(v) for k, v in more.items()}
+    return inherited | {"BENTOML_DO_NOT_TRACK": "True"} | {k: str(v) for k, v in more.items()}
 
 
 class Server:
@@ -115,7 +114,7 @@ def start_server(light_python, tmp_path_factory):
     """
 
     @contextmanager
-    def start(command=("vitrine.py", "serve"), python=light_python, **environment):
+    def start(command=("-m", "vitrine", "serve"), python=light_python, **environment):
         home, port = tmp_path_factory.mktemp("bentoml"), _free_port()
         log = home / "serve.log"
         with log.open("w") as output:
@@ -142,7 +141,7 @@ def server(carded, start_server, tmp_path_factory):
     """A `bentoml serve` on the tiny bundle, with cards, shared by all tests."""
     label_sets = tmp_path_factory.mktemp("label-sets")
     (label_sets / "pets.json").write_text('{"labels": ["cat", "dog"], "templates": ["a photo of my {}"]}')
-    command = ("-m", "bentoml", "serve", "service.app:Vitrine")
+    command = ("-m", "bentoml", "serve", "vitrine.service.app:Vitrine")
     with start_server(command, VITRINE_BUNDLE=carded.path, VITRINE_LABEL_SETS=label_sets) as running:
         yield running
 

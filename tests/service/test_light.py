@@ -5,7 +5,7 @@ import os
 import pytest
 
 TRAINING_ONLY = ("torch", "torchvision", "open_clip", "onnx", "safetensors")
-IMPORTS = "import service, service.app, vitrine, models.bundle, models.ledger, service.render, sys"
+IMPORTS = "import sys, vitrine.commands, vitrine.service.app, vitrine.service.exports.render"
 
 
 def test_nothing_of_the_service_imports_torch(run_python, bundle_path):

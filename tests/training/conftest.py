@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from models.clip import Taps
-from training.data import Images
+from vitrine.models.clip.tower import Taps
+from vitrine.training.data.images import Images
 
 
 class Numbers:

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from models.bundle import Metrics
-from training.checkpoint import (
+from vitrine.models.bundle.bundle import Metrics
+from vitrine.training.checkpoint import (
     KEPT,
     CheckpointError,
     CheckpointMeta,

@@ -8,5 +8,5 @@
     pictures      what the model saw, as small pictures
     build         all of it: a checkpoint, its bundle and its data to a bundle with cards
 
-Tables: `models.cards`. L layers, F features a layer, B images of a batch, T tokens, P patches, D embedding size.
+Tables: `models.bundle.cards`. L layers, F features a layer, B images of a batch, T tokens, P patches, D embedding size.
 """

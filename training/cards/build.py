@@ -16,19 +16,19 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from models.bundle import Bundle, CardsSummary, file_sha256, seal
-from models.clip import Clip
-from models.clt import CrossLayerTranscoder
-from models.errors import VitrineError
-from training.cards.describe import describe_features
-from training.cards.labels import Thresholds
-from training.cards.pictures import Album, Pictures
-from training.cards.survey import CLS, PATCHES, Saver, Survey, batches
-from training.cards.tables import write_features, write_images
-from training.cards.vocabulary import NAMED, embed, read_vocabulary
-from training.data import Images
-from training.evaluate import open_checkpoint
-from training.sources import open_images
+from vitrine.models.bundle.bundle import Bundle, CardsSummary, file_sha256, seal
+from vitrine.models.clip.tower import Clip
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.errors import VitrineError
+from vitrine.training.cards.describe import describe_features
+from vitrine.training.cards.labels import Thresholds
+from vitrine.training.cards.pictures import Album, Pictures
+from vitrine.training.cards.survey import CLS, PATCHES, Saver, Survey, batches
+from vitrine.training.cards.tables import write_features, write_images
+from vitrine.training.cards.vocabulary import NAMED, embed, read_vocabulary
+from vitrine.training.data.images import Images
+from vitrine.training.data.sources import open_images
+from vitrine.training.evaluation.evaluate import open_checkpoint
 
 STATE = "survey.safetensors"
 Order = tuple[Images, list[int]]  # a source and which of its images, in which order

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.bundle import Bundle, LabelQuality
-from training.cards import labels as naming
-from training.cards.labels import Labels, Thresholds, Written
-from training.cards.quality import auroc, good_share, rank_images
-from training.cards.survey import CLS, PATCHES, Survey
+from vitrine.models.bundle.bundle import Bundle, LabelQuality
+from vitrine.training.cards import labels as naming
+from vitrine.training.cards.labels import Labels, Thresholds, Written
+from vitrine.training.cards.quality import auroc, good_share, rank_images
+from vitrine.training.cards.survey import CLS, PATCHES, Survey
 
 Columns = TypeVar("Columns", Labels, Written)
 

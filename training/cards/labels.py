@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.cards.quality import GOOD
+from vitrine.training.cards.quality import GOOD
 
 PRECISION = 0.85
 LEAST_LABELS = 20  # whose precision is measured, for it to mean anything

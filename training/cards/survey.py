@@ -19,15 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.clip import Tower
-from models.clt import CrossLayerTranscoder
-from training.data import Images, load
+from vitrine.models.clip.tower import Tower
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.training.data.images import Images, load
 
 # Activations are counted in bins of equal ratio, fine enough for quantiles and histograms of any scale; those below
 # the first bin or above the last (2^8) are counted there.
 BINS_AN_OCTAVE, LEAST = 16, 2.0**-8
 LOG_BINS = 16 * BINS_AN_OCTAVE
-CLS, PATCHES = 0, 1  # the two readings of a feature, see `models.cards`
+CLS, PATCHES = 0, 1  # the two readings of a feature, see `models.bundle.cards`
 SAVE_EVERY_SECONDS = 120.0
 
 

@@ -1,4 +1,4 @@
-"""The cards' tables, from what was seen and said: `models.cards` says what is in them and reads them."""
+"""The cards' tables, from what was seen and said: `models.bundle.cards` says what is in them and reads them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.progress import Progress
 
-from models.cards import BINS, FEATURES, IMAGES, QUANTILES, REFERENCES, Abstention
-from training.cards.coactivity import Together, coactive
-from training.cards.describe import Described
-from training.cards.pictures import Album
-from training.cards.survey import CLS, PATCHES, Survey, histogram, quantiles
+from vitrine.models.bundle.cards import BINS, FEATURES, IMAGES, QUANTILES, REFERENCES, Abstention
+from vitrine.training.cards.coactivity import Together, coactive
+from vitrine.training.cards.describe import Described
+from vitrine.training.cards.pictures import Album
+from vitrine.training.cards.survey import CLS, PATCHES, Survey, histogram, quantiles
 
 # Rows read at once for one card: few, since masks and pictures come along.
 ROWS_A_GROUP = 256

@@ -14,8 +14,8 @@ from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from rich.progress import Progress
 from torch import Tensor, cat
 
-from models.clip import Clip
-from models.errors import VitrineError
+from vitrine.models.clip.tower import Clip
+from vitrine.models.errors import VitrineError
 
 COLOURS = (
     *("red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink", "brown", "black", "white", "gray"),

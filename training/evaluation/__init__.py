@@ -1,1 +1,1 @@
-"""What `vitrine evaluate` measures, one experiment a room; `training.evaluate` runs them in as few passes as it can."""
+"""What `vitrine evaluate` measures, an experiment a file; `evaluate` runs them in as few passes as it can."""

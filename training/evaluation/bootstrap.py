@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from training.evaluation.results import Estimate
+from vitrine.training.evaluation.results import Estimate
 
 Array = NDArray[np.float64]
 

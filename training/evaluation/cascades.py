@@ -1,4 +1,4 @@
-"""What CLIP still predicts under cascaded replacement, window by window (`models.windows`)."""
+"""What CLIP still predicts under cascaded replacement, window by window (`models.account.windows`)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from models.replacement import Known, Replacement
-from models.windows import TOKENS, Tokens
-from training.evaluation.bootstrap import Bootstrap
-from training.evaluation.results import Cascade, Estimate
+from vitrine.models.account.windows import TOKENS, Tokens
+from vitrine.models.dictionary.replacement import Known, Replacement
+from vitrine.training.evaluation.bootstrap import Bootstrap
+from vitrine.training.evaluation.results import Cascade, Estimate
 
 
 def divergence(own: Tensor, found: Tensor) -> Tensor:

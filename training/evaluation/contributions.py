@@ -25,8 +25,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from models.clt import CrossLayerTranscoder, SortedCode
-from models.windows import Tokens
+from vitrine.models.account.windows import Tokens
+from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
 
 CLS, PATCHES = 0, 1  # places of the token types in sums
 

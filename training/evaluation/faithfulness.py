@@ -20,10 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from training.evaluation.bootstrap import Bootstrap
-from training.evaluation.cascades import divergence
-from training.evaluation.contributions import scores
-from training.evaluation.results import Curve, Faithfulness, Spread
+from vitrine.training.evaluation.bootstrap import Bootstrap
+from vitrine.training.evaluation.cascades import divergence
+from vitrine.training.evaluation.contributions import scores
+from vitrine.training.evaluation.results import Curve, Faithfulness, Spread
 
 Ranking = Literal["cls", "all"]
 RANKINGS: tuple[Ranking, ...] = ("cls", "all")

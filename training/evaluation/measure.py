@@ -18,18 +18,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from models.clip import Clip, Taps
-from models.clt import CrossLayerTranscoder, SortedCode
-from models.replacement import Known, Replacement
-from models.sparsify import Code
-from models.windows import TOKENS, Tokens
-from training.activations import activations
-from training.evaluation.cascades import Cascades
-from training.evaluation.contributions import CLS, PATCHES, ScoreMean, add_codes, by_type, centred, mean_contributions
-from training.evaluation.faithfulness import RANKINGS, Interventions, ranked
-from training.evaluation.held_out import HeldOut
-from training.evaluation.reconstruction import Reconstruction
-from training.evaluation.retrieval import Gallery
+from vitrine.models.account.windows import TOKENS, Tokens
+from vitrine.models.clip.tower import Clip, Taps
+from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
+from vitrine.models.dictionary.replacement import Known, Replacement
+from vitrine.models.dictionary.sparsify import Code
+from vitrine.training.data.activations import activations
+from vitrine.training.data.held_out import HeldOut
+from vitrine.training.evaluation.cascades import Cascades
+from vitrine.training.evaluation.contributions import (
+    CLS,
+    PATCHES,
+    ScoreMean,
+    add_codes,
+    by_type,
+    centred,
+    mean_contributions,
+)
+from vitrine.training.evaluation.faithfulness import RANKINGS, Interventions, ranked
+from vitrine.training.evaluation.reconstruction import Reconstruction
+from vitrine.training.evaluation.retrieval import Gallery
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.clt import CrossLayerTranscoder, SortedCode
-from models.windows import TOKENS, Tokens
-from training.evaluation.bootstrap import Bootstrap
-from training.evaluation.results import LayerFigures, TokenFigures
+from vitrine.models.account.windows import TOKENS, Tokens
+from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
+from vitrine.training.evaluation.bootstrap import Bootstrap
+from vitrine.training.evaluation.results import LayerFigures, TokenFigures
 
 
 class Reconstruction:

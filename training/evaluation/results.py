@@ -10,9 +10,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from models.bundle import ClipIdentity
-from models.windows import Tokens
-from training.recipes import Recipe
+from vitrine.models.account.windows import Tokens
+from vitrine.models.bundle.bundle import ClipIdentity
+from vitrine.training.recipes.recipe import Recipe
 
 FORMAT = 1
 Matrix = list[list[float]]

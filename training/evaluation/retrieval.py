@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from models.sparsify import Code
-from training.evaluation.bootstrap import Bootstrap
-from training.evaluation.results import Neighbours, Retrieval
+from vitrine.models.dictionary.sparsify import Code
+from vitrine.training.evaluation.bootstrap import Bootstrap
+from vitrine.training.evaluation.results import Neighbours, Retrieval
 
 NEAREST = 5
 QUERIES = 1000

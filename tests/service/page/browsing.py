@@ -11,7 +11,7 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from service.card_schemas import CardResponse
+from vitrine.service.schemas.features import CardResponse
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WATCH = """document.addEventListener("securitypolicyviolation",

@@ -4,12 +4,12 @@ The browser is a module's: while Playwright runs, an event loop runs in this thr
 would find it.
 """
 
-from pathlib import Path
-
 import pytest
 from browsing import chromium, opened
 
-DEMO = Path(__file__).resolve().parents[3] / "models" / "demo"
+from common import ROOT
+
+DEMO = ROOT / "models" / "demo"
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,11 @@ from browsing import changed, number, shown, signed, upload
 from PIL import Image, ImageOps
 from playwright.sync_api import expect
 
-from models.bundle import Preprocessing, open_bundle
-from service.images import ImageLimits, to_pixels
+from common import ROOT
+from vitrine.models.bundle.bundle import Preprocessing, open_bundle
+from vitrine.service.engine.images import ImageLimits, to_pixels
 
-DEMO = Path(__file__).resolve().parents[3] / "models" / "demo"
+DEMO = ROOT / "models" / "demo"
 
 
 def asks(page, act):

@@ -11,9 +11,9 @@ from browsing import card, grave_violations, number, signed, visit
 from PIL import Image
 from playwright.sync_api import expect
 
-from service.errors import ServiceError
-from service.page import draw_page
-from service.schemas import AttributeResponse
+from vitrine.service.errors import ServiceError
+from vitrine.service.http.page import draw_page
+from vitrine.service.schemas.schemas import AttributeResponse
 
 LABELS = ["red circle", "</script><script>document.title='hacked'</script>", "<img src=x onerror=alert(1)>"]
 HOSTILE = LABELS[1]

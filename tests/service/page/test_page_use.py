@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import pytest
 from browsing import card, changed, grave_violations, opened, shown, upload
 from playwright.sync_api import expect
 
-ROOT = Path(__file__).resolve().parents[3]
+from common import ROOT
+
 WEB = ROOT / "service" / "web"
 MAX_BYTES = 150_000
 HOSTILE = "<img src=x onerror=\"document.title='hacked'\">"

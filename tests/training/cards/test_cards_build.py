@@ -11,12 +11,12 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-import vitrine
-from models.bundle import BundleError, open_bundle, seal
-from training.cards import labels
-from training.cards.build import STATE, CardsBuildError, Options, build_cards
-from training.cards.survey import Survey
-from training.data import DataError
+from vitrine.commands import app
+from vitrine.models.bundle.bundle import BundleError, open_bundle, seal
+from vitrine.training.cards import labels
+from vitrine.training.cards.build import STATE, CardsBuildError, Options, build_cards
+from vitrine.training.cards.survey import Survey
+from vitrine.training.data.images import DataError
 
 OPTIONS = Options(images=40, exemplars=4, shown=3, references=20, codes=30, workers=0, batch_size=16)
 QUIET = Console(quiet=True)
@@ -46,15 +46,15 @@ def test_the_command(checkpoint, bundle_path, data_root, tmp_path):
         0,
     ]
     arguments = ["cards", "--checkpoint", checkpoint, "--bundle", bundle_path, "--data-root", data_root]
-    result = CliRunner().invoke(vitrine.app, [str(a) for a in [*arguments, "--out", tmp_path / "out", *options]])
+    result = CliRunner().invoke(app, [str(a) for a in [*arguments, "--out", tmp_path / "out", *options]])
     assert result.exit_code == 0, result.output
     made = open_bundle(tmp_path / "out").manifest.cards
     assert (made.images, made.vocabulary, made.pictures, made.references) == (30, 22, "means", 30)
     assert "features have a label" in result.output
     assert not (tmp_path / "out.partial").exists()
-    again = CliRunner().invoke(vitrine.app, [str(a) for a in [*arguments, "--out", tmp_path / "out", *options]])
+    again = CliRunner().invoke(app, [str(a) for a in [*arguments, "--out", tmp_path / "out", *options]])
     assert (again.exit_code, "is there already" in again.output) == (1, True)
-    wrong = CliRunner().invoke(vitrine.app, [str(a) for a in [*arguments, "--out", "x", "--pictures", "all"]])
+    wrong = CliRunner().invoke(app, [str(a) for a in [*arguments, "--out", "x", "--pictures", "all"]])
     assert wrong.exit_code == 2
 
 
@@ -121,7 +121,7 @@ def test_an_interrupted_call_is_taken_up_to_the_same_bundle(build, tmp_path, mon
         add(self, *batch)
         seen.append(len(batch[-1]))
 
-    monkeypatch.setattr("training.cards.survey.SAVE_EVERY_SECONDS", 0)
+    monkeypatch.setattr("vitrine.training.cards.survey.SAVE_EVERY_SECONDS", 0)
     monkeypatch.setattr(Survey, "add", torn)
     with pytest.raises(KeyboardInterrupt):
         build(batch_size=8)
@@ -166,7 +166,7 @@ def test_the_summary_counts_what_the_cards_say(carded):
 
 def test_label_quality_is_measured_on_images_that_calibrated_nothing(build, monkeypatch):
     """With one image enough to measure by, the share in the manifest is that of the labels' own AUROC."""
-    monkeypatch.setattr("training.cards.quality.LEAST_IMAGES", 1)
+    monkeypatch.setattr("vitrine.training.cards.quality.LEAST_IMAGES", 1)
     for name, lax in (("PRECISION", 0.0), ("LEAST_LABELS", 0), ("RANDOM_QUANTILE", 0.0)):
         monkeypatch.setattr(labels, name, lax)
     made = build()

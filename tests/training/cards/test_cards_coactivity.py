@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from training.cards import coactivity
-from training.cards.coactivity import LEAST_TOGETHER, coactive
+from vitrine.training.cards import coactivity
+from vitrine.training.cards.coactivity import LEAST_TOGETHER, coactive
 
 
 def test_it_is_the_jaccard_index_of_all_pairs(monkeypatch):

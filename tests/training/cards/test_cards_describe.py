@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.cards.describe import describe_features
-from training.cards.survey import CLS, LOG_BINS, PATCHES, Survey
+from vitrine.training.cards.describe import describe_features
+from vitrine.training.cards.survey import CLS, LOG_BINS, PATCHES, Survey
 
 WORDS, FEATURES, IMAGES, HELD_OUT, EXEMPLARS, WIDTH = 6, 240, 600, 240, 8, 16
 RANDOM = range(180, 240)  # features that fire on random images

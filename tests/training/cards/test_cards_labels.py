@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.cards import labels as module
-from training.cards.labels import Labels, Thresholds, calibrate, describe, random_floor, written, written_floor
+from vitrine.training.cards import labels as module
+from vitrine.training.cards.labels import Labels, Thresholds, calibrate, describe, random_floor, written, written_floor
 
 WORDS = torch.eye(3)  # three words at right angles
 HALF = 2**-0.5

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
-from training.cards.quality import LEAST_IMAGES, auroc, good_share, rank_images
+from vitrine.training.cards.quality import LEAST_IMAGES, auroc, good_share, rank_images
 
 
 def test_it_is_torchmetrics_auroc():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from training.cards import survey as module
-from training.cards.survey import CLS, LOG_BINS, PATCHES, Survey, centres, histogram, quantiles
+from vitrine.training.cards import survey as module
+from vitrine.training.cards.survey import CLS, LOG_BINS, PATCHES, Survey, centres, histogram, quantiles
 
 IMAGES, HELD_OUT, EXEMPLARS, CODES = 23, 9, 4, 10
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from training.cards.vocabulary import NAMED, VocabularyError, embed, read_vocabulary
+from vitrine.training.cards.vocabulary import NAMED, VocabularyError, embed, read_vocabulary
 
 
 def test_every_word_once_in_order(tmp_path):

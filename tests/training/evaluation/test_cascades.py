@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from models.replacement import Known, Replaced
-from training.evaluation.bootstrap import Bootstrap
-from training.evaluation.cascades import Cascades, divergence
+from vitrine.models.dictionary.replacement import Known, Replaced
+from vitrine.training.evaluation.bootstrap import Bootstrap
+from vitrine.training.evaluation.cascades import Cascades, divergence
 
 
 def test_divergence_by_hand():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.evaluation.contributions import ScoreMean, add_codes, by_type, centred, mean_contributions, scores
+from vitrine.training.evaluation.contributions import ScoreMean, add_codes, by_type, centred, mean_contributions, scores
 
 CLS_OF_FOUR = torch.tensor([True, False, True, False])
 

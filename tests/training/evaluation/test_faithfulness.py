@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from training.evaluation.bootstrap import Bootstrap
-from training.evaluation.faithfulness import Interventions, keep_masks, ranked
+from vitrine.training.evaluation.bootstrap import Bootstrap
+from vitrine.training.evaluation.faithfulness import Interventions, keep_masks, ranked
 
 
 def test_the_largest_score_ranks_first():

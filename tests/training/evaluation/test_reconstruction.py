@@ -4,9 +4,9 @@ import pytest
 import torch
 from torchmetrics import R2Score
 
-from models.windows import TOKENS
-from training.evaluation.bootstrap import Bootstrap
-from training.evaluation.reconstruction import Reconstruction, chosen_tokens
+from vitrine.models.account.windows import TOKENS
+from vitrine.training.evaluation.bootstrap import Bootstrap
+from vitrine.training.evaluation.reconstruction import Reconstruction, chosen_tokens
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy import sparse
 
-from models.sparsify import Code
-from training.evaluation import retrieval
-from training.evaluation.retrieval import Gallery, nearest
+from vitrine.models.dictionary.sparsify import Code
+from vitrine.training.evaluation import retrieval
+from vitrine.training.evaluation.retrieval import Gallery, nearest
 
 ROWS = np.array(
     [

@@ -1,0 +1,176 @@
+"""The additive account of a logit: which parts of the network made it, in logits, adding up exactly. numpy only.
+
+The [CLS] residual before ln_post is a sum of components, r = sum_m c_m, in this order (L layers, R = 2L + 3 rows):
+
+    0            prior      class token and position: the same for every image
+    1 .. L       attention  what each block's attention wrote to [CLS]
+    L+1 .. 2L    clt        what the features of each source layer wrote, sum_{j >= i} z_i W^{i->j}
+    2L+1         bias       the CLT's decoder biases, and ln_post's bias beta
+    2L+2         error      what the MLPs wrote and the CLT did not: true MLP outputs - CLT outputs
+
+ln_post and the projection are affine once this image's standard deviation sigma is known (`Tower.fold`), and so is
+the division by the embedding's norm |z|. So each component has a row in embedding space,
+
+    row_m = c_m M / (sigma |z|)     (+ beta / |z| for the bias),      sum_m row_m = z / |z|,
+
+and for any label with unit text embedding t, s <t, row_m> is its contribution to the logit s <t, z/|z|>.
+Removing a component is exact too (`without`): sigma and |z| are recomputed for the residual that is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Details:
+    """What the vision graph returns for one image on request: where attention looked, how the prediction forms."""
+
+    lens: Array  # [L, D] unit: the embedding of the [CLS] residual after each block
+    attention_weights: Array  # [L, H, T] of [CLS], over all tokens
+    attention_values: Array  # [L, T, d] what each token offered, heads side by side, without the bias
+    token_norms: Array  # [T] |residual| before the last block
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """What the vision graph returns for one image: independent of any label."""
+
+    embedding: Array  # [D] unit
+    rows: Array  # [R, D], summing to the embedding
+    sigma: float  # ln_post's standard deviation of this residual
+    sigma_without: Array  # [R] the same, with component m taken out
+    norm: float  # |z|, of the embedding before normalisation
+    feature_indices: NDArray[np.integer]  # [L, k]
+    feature_values: Array  # [L, k] activations z, 0 where unused
+    projection: Array  # [L] the paper's C_{i -> L-1} for [CLS], summing to 1, or all 0 where y is
+    r2: float  # of what the MLPs add to the embedding, about its mean over the training images
+    cosine: float  # the same, CLT against truth
+    details: Details | None = None
+
+    @classmethod
+    def of_image(cls, outputs: Mapping[str, Array], image: int, with_details: bool = False) -> Decomposition:
+        """One image of a batch's outputs, by the vision graph's names (`models.bundle.bundle.VISION_OUTPUTS`)."""
+
+        def part(name: str) -> Array:
+            return outputs[name][image]
+
+        return cls(
+            embedding=part("embedding"),
+            rows=part("rows"),
+            sigma=float(part("sigma")),
+            sigma_without=part("sigma_without"),
+            norm=float(part("norm")),
+            feature_indices=outputs["feature_indices"][image],
+            feature_values=part("feature_values"),
+            projection=part("projection"),
+            r2=float(part("fidelity")[0]),
+            cosine=float(part("fidelity")[1]),
+            details=Details(**{field.name: part(field.name) for field in fields(Details)}) if with_details else None,
+        )
+
+    @property
+    def layers(self) -> int:
+        return (len(self.rows) - 3) // 2
+
+    def clt_row(self, layer: int) -> int:
+        """Index of source layer `layer`'s row."""
+        return 1 + self.layers + layer
+
+    @property
+    def bias_row(self) -> int:
+        return 2 * self.layers + 1
+
+    @property
+    def error_row(self) -> int:
+        return 2 * self.layers + 2
+
+    def without(self, rows: NDArray[np.integer], beta: Array) -> Array:
+        """Unit embeddings [len(rows), D] of the residual with each of `rows` taken out, one at a time.
+
+        beta [D] is ln_post's bias in embedding space, which stays.
+        """
+        constant = beta / self.norm  # part of the bias row, but no part of the residual: it stays
+        taken = self.rows[rows] - constant * (rows == self.bias_row)[:, None]
+        rest = self.embedding - constant - taken
+        left = rest * (self.sigma / self.sigma_without[rows])[:, None] + constant
+        return left / np.linalg.norm(left, axis=-1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The account of one logit (or of a difference of two), in logits."""
+
+    logit: float
+    prior: float
+    attention: Array  # [L]
+    clt: Array  # [L]
+    bias: float
+    error: float
+    remainder: float  # logit - sum of all rows: rounding alone
+
+    @property
+    def gross(self) -> float:
+        """Sum of |row|: what shares are parts of."""
+        return float(
+            abs(self.prior) + np.abs(self.attention).sum() + np.abs(self.clt).sum() + abs(self.bias) + abs(self.error)
+        )
+
+
+def logits(embedding: Array, labels: Array, logit_scale: float) -> Array:
+    """s <t, z/|z|> for unit label embeddings [N, D] -> [N]; embeddings [B, D] -> [B, N]."""
+    return logit_scale * (embedding @ labels.T)
+
+
+def probabilities(values: Array) -> Array:
+    """Softmax over the last axis, in float64."""
+    shifted = np.asarray(values, dtype=np.float64)
+    shifted = np.exp(shifted - shifted.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def ledger(parts: Decomposition, direction: Array, logit_scale: float) -> Ledger:
+    """The account of s <direction, z/|z|>: a label's embedding, or t_A - t_B for "why A rather than B"."""
+    layers = parts.layers
+    row = logit_scale * (parts.rows.astype(np.float64) @ direction.astype(np.float64))
+    logit = logit_scale * float(parts.embedding.astype(np.float64) @ direction.astype(np.float64))
+    return Ledger(
+        logit=logit,
+        prior=float(row[0]),
+        attention=row[1 : 1 + layers],
+        clt=row[1 + layers : 1 + 2 * layers],
+        bias=float(row[-2]),
+        error=float(row[-1]),
+        remainder=logit - float(row.sum()),
+    )
+
+
+def feature_contributions(
+    parts: Decomposition, directions: Array, fold: Array, direction: Array, logit_scale: float
+) -> Array:
+    """Contribution of every active feature [L, k] to s <direction, z/|z|>; a layer's add up to its clt row.
+
+    directions [L, F, d]: what one unit of a feature adds to the residual; fold [d, D]: `Tower.fold`'s M.
+    The label is folded back into residual space once, so that no D-dimensional table is needed.
+    """
+    in_residual = fold @ direction  # [d]
+    written = directions[np.arange(parts.layers)[:, None], parts.feature_indices]  # [L, k, d]
+    per_unit = written.astype(np.float32, copy=False) @ in_residual.astype(np.float32)
+    return logit_scale / (parts.sigma * parts.norm) * parts.feature_values * per_unit
+
+
+def drop_effects(parts: Decomposition, labels: Array, target: int, beta: Array, logit_scale: float) -> Array:
+    """Change of the target's probability [L] when a source layer's component is taken out of the final residual.
+
+    Direct effects: ln_post, projection and norm are recomputed, later layers are not.
+    """
+    rows = parts.clt_row(0) + np.arange(parts.layers)
+    before = probabilities(logits(parts.embedding, labels, logit_scale))[target]
+    after = probabilities(logits(parts.without(rows, beta), labels, logit_scale))[:, target]
+    return after - before

@@ -1,0 +1,1 @@
+"""A CLIP and its dictionary written as a bundle, checked against torch."""

@@ -1,0 +1,224 @@
+"""The fused vision graph: CLIP's prediction and its account in one pass, for export to ONNX.
+
+Only [CLS] is explained at serving time, so of every layer the encoders read one token; decoders of a source layer
+are summed over their targets once (`CrossLayerTranscoder.directions`), so decoding reads k rows a layer. Nothing
+here depends on labels. Outputs: `models.bundle.bundle.VISION_OUTPUTS`; mathematics: `models.account.ledger`. Then come
+`DETAILS`, which the exported graph computes on request alone (`models.graph.onnx_file`).
+
+All layers are encoded by one top-k, whatever the sparsifier: `_encode` is what `models.dictionary.sparsify` does
+to [CLS] outside training, for layers of different budgets at once. It goes in two steps, for at a batch of one it is
+reading the encoders that an account costs: one product over all features finds four times as many candidates as there
+are places, and their pre-activations are then computed anew, from their own rows. So the first product may be coarse
+(`models.graph.variants.preselect` makes it one of bytes) and what comes out is what the exact encoders say.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrine.models.clip.attention import Attention, linear
+from vitrine.models.clip.tower import Tower
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
+
+CANDIDATES = 4  # features looked at closely, for each place of a code
+
+
+class AttributionGraph(nn.Module):
+    """A tower and its CLT as one module: pixels [B, 3, H, W] -> the tensors of `VISION_OUTPUTS` and `DETAILS`.
+
+    Args:
+        tower: the CLIP's vision tower.
+        clt: the CLT on raw activations.
+        cls_mean: mean MLP output of [CLS] over the training images [L, d], the centre of the fidelity's R^2.
+        tables: precision of the CLT's weights; float16 halves the bundle, and every row is still exact, since
+            the error row takes up whatever the CLT does not write.
+    """
+
+    fold: Tensor
+    beta: Tensor
+    prior: Tensor
+    threshold: Tensor | None  # [L, F]; None where a rank decides
+    usable: Tensor | None  # [L, k] bool; None where every layer has all k places
+    directions: Tensor
+    last_decoders: Tensor
+    bias: Tensor
+    cls_mean: Tensor
+    offsets: Tensor
+    encoder_rows: Tensor  # [L * F, d], in `tables`
+    encoder_biases: Tensor
+
+    def __init__(self, tower: Tower, clt: CrossLayerTranscoder, cls_mean: Tensor, tables: torch.dtype) -> None:
+        super().__init__()
+        if (clt.layers, clt.width) != (tower.layers, tower.width):
+            raise ValueError(
+                f"the CLT has {clt.layers} layers of width {clt.width}, the tower {tower.layers} of {tower.width}"
+            )
+        sparsifiers = [encoder.sparsifier for encoder in clt.encoders]
+        self.tower, self.layers, self.features, self.signed = tower, clt.layers, clt.features, sparsifiers[0].signed
+        self.places = tuple(int(sparsifier.inference_places()) for sparsifier in sparsifiers)  # of each layer
+        self.k = max(self.places)
+        thresholds = [sparsifier.inference_threshold() for sparsifier in sparsifiers]
+        last = clt.layers - 1  # after the last attention nothing but [CLS] is read
+        self.attention = nn.ModuleList(Attention(block, layer == last) for layer, block in enumerate(tower.blocks))
+        fold, beta = tower.fold()
+        self.register_buffer("fold", fold)
+        self.register_buffer("beta", beta)
+        self.register_buffer("prior", tower.prior().detach())
+        self.encoders = served_encoders(clt, tables)
+        self.candidates = min(self.features, CANDIDATES * self.k)
+        encoders = clt.encoders
+        self.register_buffer("encoder_rows", torch.cat([encoder.weight.detach() for encoder in encoders]).to(tables))
+        biases = torch.stack([encoder.bias.detach() for encoder in encoders])
+        self.register_buffer("encoder_biases", biases.to(tables).float())  # [L, F]
+        by_rank = any(threshold is None for threshold in thresholds)
+        self.register_buffer("threshold", None if by_rank else torch.stack(thresholds).to(tables).float())
+        usable = torch.arange(self.k) < torch.tensor(self.places)[:, None]
+        self.register_buffer("usable", None if usable.all() else usable)
+        self.register_buffer("directions", clt.directions().to(tables).flatten(0, 1))  # [L * F, d]
+        # Onto the last MLP the last source layer writes its directions, and per-layer transcoders nothing else.
+        earlier = clt.writers(clt.layers - 1)[: clt.layers - 1 if clt.architecture.cross_layer else 0]
+        self.register_buffer("last_decoders", earlier.to(tables).flatten(0, 1))  # [(L - 1) * F, d], or [0, d]
+        self.register_buffer("bias", clt.decoder_biases().sum(0))
+        self.register_buffer("cls_mean", cls_mean.sum(0) @ fold)
+        self.register_buffer("offsets", torch.arange(clt.layers)[:, None] * clt.features)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        tower = self.tower
+        stream = before_last = tower.embed(pixels)
+        mlp_ins, attn_outs, mlp_outs, residuals, weights, offered = [], [], [], [], [], []
+        for layer in range(self.layers):
+            last = layer == self.layers - 1
+            if last:
+                before_last = stream
+            attended = self.attention[layer](stream)
+            stream = (stream[:, :1] if last else stream) + attended.out
+            mlp_in, mlp_out = tower.mlp(layer, stream)
+            stream = stream + mlp_out
+            mlp_ins.append(mlp_in[:, :1])
+            attn_outs.append(attended.out[:, 0])
+            mlp_outs.append(mlp_out[:, 0])
+            residuals.append(stream[:, 0])
+            weights.append(attended.weights[:, :, 0])
+            offered.append(attended.values)
+        residual = stream[:, 0]
+
+        indices, values = self._encode(mlp_ins)
+        written = self._decode(self.directions, indices, values)  # [B, L, d]
+        onto_last = written[:, -1:]
+        if earlier := len(self.last_decoders) // self.features:  # layers
+            before = self._decode(self.last_decoders, indices[:, :earlier], values[:, :earlier])
+            onto_last = torch.cat([before, onto_last], dim=1)
+        projection = F.pad(projection_scores(onto_last, 1), (self.layers - onto_last.shape[1], 0))
+
+        error = torch.stack(mlp_outs).sum(0) - written.sum(1) - self.bias
+        batch = pixels.shape[0]
+        components = torch.cat(
+            [
+                self.prior.expand(batch, 1, -1),
+                torch.stack(attn_outs, dim=1),
+                written,
+                self.bias.expand(batch, 1, -1),
+                error[:, None],
+            ],
+            dim=1,
+        )  # [B, R, d]
+
+        z = tower.head(residual)
+        norm = z.norm(dim=-1)
+        sigma = self._sigma(residual)
+        folded = components @ self.fold  # [B, R, D]
+        rows = folded / sigma[:, None, None]
+        rows = torch.cat([rows[:, :-2], rows[:, -2:-1] + self.beta, rows[:, -1:]], dim=1) / norm[:, None, None]
+        return (
+            z / norm[:, None],
+            rows,
+            sigma,
+            self._sigma(residual[:, None] - components),
+            norm,
+            indices,
+            values,
+            projection,
+            self._fidelity(folded),
+            F.normalize(tower.head(torch.stack(residuals, dim=1)), dim=-1),
+            torch.stack(weights, dim=1),
+            torch.stack(offered, dim=1),
+            before_last.norm(dim=-1),
+        )
+
+    def _encode(self, mlp_in: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """[CLS] of every layer, L times [B, 1, d], to its code, [B, L, k] each."""
+        coarse = torch.cat([encoder(x) for encoder, x in zip(self.encoders, mlp_in, strict=True)], dim=1)
+        rank = coarse if self.threshold is None else coarse - self.threshold
+        found = (rank.abs() if self.signed else rank).topk(self.candidates, dim=-1).indices  # [B, L, C]
+        rows = self._rows(self.encoder_rows, found)  # [B, L, C, d]
+        exact = torch.matmul(rows, torch.cat(mlp_in, dim=1)[..., None])[..., 0]
+
+        def of_found(table: Tensor) -> Tensor:
+            """[L, F] -> [B, L, C]"""
+            return table.flatten().index_select(0, (found + self.offsets).flatten()).view(found.shape)
+
+        exact = exact + of_found(self.encoder_biases)
+        threshold = None if self.threshold is None else of_found(self.threshold)
+        places, values = sparse_code(exact, self.k, threshold, self.signed, self.usable)
+        return found.gather(-1, places), values
+
+    def _decode(self, table: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+        """sum_k z * table[feature], for each of the source layers that `indices` has: [B, layers, d]."""
+        return torch.matmul(values[:, :, None], self._rows(table, indices))[:, :, 0]
+
+    def _rows(self, table: Tensor, indices: Tensor) -> Tensor:
+        """A row a feature of a [layers * F, d] table, for each of the layers that `indices` has: [B, layers, k, d]."""
+        places = (indices + self.offsets[: indices.shape[1]]).flatten()
+        return table.index_select(0, places).float().view(*indices.shape, -1)
+
+    def _sigma(self, residual: Tensor) -> Tensor:
+        """ln_post's standard deviation of [..., d]."""
+        return (residual.var(dim=-1, unbiased=False) + self.tower.visual.ln_post.eps).sqrt()
+
+    def _fidelity(self, folded: Tensor) -> Tensor:
+        """(R^2, cosine) [B, 2] of what the CLT adds to the embedding, against what the MLPs add."""
+        clt = folded[:, 1 + self.layers : 2 + 2 * self.layers].sum(1)  # features and decoder biases
+        error = folded[:, -1]
+        mlp = clt + error
+        r2 = 1 - error.square().sum(-1) / (mlp - self.cls_mean).square().sum(-1)
+        return torch.stack([r2, F.cosine_similarity(mlp, clt, dim=-1)], dim=-1)
+
+
+def served_encoders(clt: CrossLayerTranscoder, tables: torch.dtype) -> nn.ModuleList:
+    """Every source layer's x -> pre-activations, its numbers rounded to `tables`: kept so where rows are looked up, in
+    float32 where, as here, a product reads all of it."""
+    return nn.ModuleList(
+        linear(encoder.weight.detach().to(tables).float(), encoder.bias.detach().to(tables).float())
+        for encoder in clt.encoders
+    )
+
+
+def sparse_code(
+    preactivations: Tensor, k: int, threshold: Tensor | None, signed: bool, usable: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Pre-activations [..., F] to (features, activations) [..., k] each, as the sparsifier does outside training.
+
+    threshold [..., F] decides, or where it is None the rank, by magnitude if `signed`; usable [..., k] bool says which
+    places may be used, None: all.
+    """
+    if threshold is not None:
+        margin, indices = (preactivations - threshold).topk(k, dim=-1)
+        values = preactivations.gather(-1, indices).where(margin > 0, 0.0)
+    elif signed:
+        indices = preactivations.abs().topk(k, dim=-1).indices
+        values = preactivations.gather(-1, indices)
+    else:
+        best, indices = preactivations.topk(k, dim=-1)
+        values = best.relu()
+    return indices, values if usable is None else values.where(usable, 0.0)
+
+
+def projection_scores(parts: Tensor, dim: int) -> Tensor:
+    """The paper's C_{i->j} of a token (arXiv 2604.13304): <c_i, y> / |y|^2 for y = sum_i c_i, the c_i along `dim`.
+
+    [..., d] -> [...], summing to 1 along `dim`; all 0 where no feature that writes there is active, so that y = 0.
+    """
+    total = parts.sum(dim, keepdim=True)
+    return (parts * total).sum(-1) / total.square().sum(-1).clamp_min(1e-12)

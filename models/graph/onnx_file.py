@@ -1,0 +1,221 @@
+"""A torch module as an ONNX file: external data, parts on request, and nothing of the machine that exported it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper
+from onnx.external_data_helper import ExternalDataInfo, set_external_data
+from torch import Tensor, nn
+
+from vitrine.models.errors import VitrineError
+
+OPSET = 20
+SHARED = ("directions", "last_decoders")
+EXTERNAL_FROM = 1024  # bytes; smaller tensors stay inside the .onnx file
+
+
+class ExportError(VitrineError):
+    """The exported graphs do not do what the torch modules do; nothing was written. The message says what differs."""
+
+
+def to_onnx(
+    module: nn.Module,
+    example: Tensor,
+    input_name: str,
+    outputs: Sequence[str],
+    on_request: Sequence[str] = (),
+    flag: str = "",
+    fixed: Mapping[str, Tensor] | None = None,
+) -> onnx.ModelProto:
+    """Export with a dynamic batch; weights are constants of the model.
+
+    `fixed`: further inputs, without a batch. The module's last outputs, `on_request`, are computed where the boolean
+    input `flag` is true; else their batch is 0.
+    """
+    fixed = fixed or {}
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            module,
+            (example, *fixed.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[input_name, *fixed],
+            output_names=[*outputs, *on_request],
+            dynamic_shapes=({0: torch.export.Dim("batch")}, *[None] * len(fixed)),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    _strip(model)
+    if on_request:
+        _compute_on_request(model, on_request, flag)
+    return model
+
+
+def save_onnx(model: onnx.ModelProto, path: Path, beside: Path | None = None) -> None:
+    """Write a model, which this changes. Large tensors go to `path`.data; the tables of `SHARED` are read from NAME.npy
+    beside it, which every variant of the model reads, and what the model `beside` has too, from its file."""
+    for tensor in model.graph.initializer:
+        if tensor.name in SHARED and (file := path.with_name(f"{tensor.name}.npy")).exists():
+            _point_at_npy(tensor, file)
+    _store_rows_once(model)
+    _store_halves_losslessly(model)
+    if beside:
+        _read_from(model, beside)
+    onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=EXTERNAL_FROM)
+    path.with_name(f"{path.name}.data").chmod(0o644)  # onnx makes it the owner's alone; services run as others
+
+
+def _compute_on_request(model: onnx.ModelProto, names: Sequence[str], flag: str) -> None:
+    """Put what only the outputs `names` need into an `If` on the new input `flag`.
+
+    A session computes every output of its graph whether it is fetched or not; a branch that is not taken costs nothing.
+    The branch reads what it shares with the other outputs from the graph around it.
+    """
+    graph = model.graph
+    needed = {output.name for output in graph.output} - set(names)
+    shared, apart = [], []
+    for node in reversed(graph.node):  # each stands before its readers
+        if needed.isdisjoint(node.output):
+            apart.append(node)
+        else:
+            shared.append(node)
+            needed.update(node.input)
+    made = {output for node in apart for output in node.output}
+    if missing := [name for name in names if name not in made]:
+        raise ExportError(f"{', '.join(missing)} cannot be left to a request: the other outputs need it")
+    asked = {name: f"{name}.asked" for name in names}
+    for node in apart:
+        for values in (node.input, node.output):
+            values[:] = [asked.get(value, value) for value in values]
+
+    infos = {output.name: output.type.tensor_type for output in graph.output}
+    empty = []
+    for name in names:
+        shape = [0, *(dimension.dim_value for dimension in infos[name].shape.dim[1:])]
+        nothing = helper.make_tensor(f"{name}.nothing", infos[name].elem_type, shape, [])
+        empty.append(helper.make_node("Constant", [], [f"{name}.not_asked"], value=nothing))
+
+    def results(suffix: str) -> list[onnx.ValueInfoProto]:
+        return [helper.make_tensor_value_info(f"{name}.{suffix}", infos[name].elem_type, None) for name in names]
+
+    choice = helper.make_node(
+        "If",
+        [flag],
+        list(names),
+        then_branch=helper.make_graph(apart[::-1], "asked", [], results("asked")),
+        else_branch=helper.make_graph(empty, "not_asked", [], results("not_asked")),
+    )
+    graph.input.append(helper.make_tensor_value_info(flag, TensorProto.BOOL, []))
+    del graph.node[:]
+    graph.node.extend([*shared[::-1], choice])
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Drop what the exporter notes for its own debugging: stack traces with the paths of the exporting machine."""
+    graph = model.graph
+    del graph.value_info[:]
+    for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        del part.metadata_props[:]
+        part.ClearField("doc_string")
+
+
+def _store_rows_once(model: onnx.ModelProto) -> None:
+    """Of a table that is only looked up, and most of whose rows repeat, keep each row once, and its place for each.
+
+    The token embeddings of a CLIP of few words are 0 for all the others.
+    """
+    graph = model.graph
+    tables = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2 and tensor.dims[0]}
+    for node in graph.node:
+        inner = [name for attribute in node.attribute for part in attribute.g.node for name in part.input]
+        looked_up = node.op_type == "Gather" and not any(attribute.i for attribute in node.attribute)  # axis 0
+        for name in [*inner, *node.input[looked_up:]]:
+            tables.pop(name, None)
+    nodes = []
+    for node in graph.node:
+        tensor = tables.get(node.input[0]) if node.op_type == "Gather" else None
+        if tensor is not None and tensor.data_location != TensorProto.EXTERNAL:
+            rows, places = np.unique(onnx.numpy_helper.to_array(tensor), axis=0, return_inverse=True)
+            if 2 * len(rows) <= len(places):
+                name, place = tensor.name, f"{node.output[0]}.place"
+                del tables[name]
+                graph.initializer.append(onnx.numpy_helper.from_array(places.astype(np.int32), f"{name}.places"))
+                tensor.CopyFrom(onnx.numpy_helper.from_array(rows, name))
+                nodes.append(helper.make_node("Gather", [f"{name}.places", node.input[1]], [place]))
+                node.input[1] = place
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _store_halves_losslessly(model: onnx.ModelProto) -> None:
+    """Keep float32 tensors whose every value is a float16 as such, with a Cast (folded when a session is made).
+
+    Many published CLIP weights are float16; their bundles need half the space, bit for bit the same.
+    """
+    graph = model.graph
+    casts = []
+    for tensor in graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or tensor.data_location == TensorProto.EXTERNAL:
+            continue  # what lies in a file of its own stays as it is there
+        values = onnx.numpy_helper.to_array(tensor)
+        with np.errstate(over="ignore"):
+            halves = values.astype(np.float16)
+        if values.nbytes < EXTERNAL_FROM or not np.array_equal(halves.astype(np.float32), values):
+            continue
+        name = tensor.name
+        tensor.CopyFrom(onnx.numpy_helper.from_array(halves, f"{name}.half"))
+        casts.append(helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _point_at_npy(tensor: TensorProto, file: Path) -> None:
+    """Let an ONNX tensor read its bytes from a .npy file that holds the same values."""
+    mapped = np.load(file, mmap_mode="r")
+    if mapped.nbytes != len(tensor.raw_data) or mapped.tobytes() != tensor.raw_data:
+        raise ExportError(f"{tensor.name} and {file.name} hold different values")
+    set_external_data(tensor, file.name, offset=mapped.offset, length=mapped.nbytes)
+    tensor.ClearField("raw_data")
+
+
+def _read_from(model: onnx.ModelProto, other: Path) -> None:
+    """Let tensors read their bytes from the file of another model in the same folder that has the very same ones."""
+    places: dict[bytes, ExternalDataInfo] = {}
+    for tensor in onnx.load(other, load_external_data=False).graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            entry = ExternalDataInfo(tensor)
+            with (other.parent / entry.location).open("rb") as file:
+                file.seek(entry.offset or 0)
+                places[hashlib.sha256(file.read(entry.length or -1)).digest()] = entry
+    for tensor in model.graph.initializer:
+        if found := places.get(hashlib.sha256(tensor.raw_data).digest()):
+            set_external_data(tensor, found.location, offset=found.offset, length=found.length)
+            tensor.ClearField("raw_data")
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter's warnings are about its own internals; the parity check is what we go by."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

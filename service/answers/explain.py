@@ -1,0 +1,184 @@
+"""From one image's decomposition and a label set to the answer: predictions, ledgers, layers, features, fidelity."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitrine.models.account import ledger
+from vitrine.models.account.heatmap import heat_map
+from vitrine.models.account.ledger import Decomposition
+from vitrine.models.bundle.bundle import Bundle, Preprocessing
+from vitrine.service.engine.engine import Engine
+from vitrine.service.engine.labels import LabelSet
+from vitrine.service.errors import ServiceError
+from vitrine.service.schemas.schemas import (
+    Explain,
+    Explanation,
+    Feature,
+    Fidelity,
+    HeatMap,
+    LayerAccount,
+    LedgerAccount,
+    LensLayer,
+    Matrix,
+    Prediction,
+)
+
+if TYPE_CHECKING:
+    from vitrine.models.bundle.cards import Cards
+
+
+def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int, engine: Engine) -> None:
+    """Raise `ServiceError` invalid_request if `explain` names what is not among the labels, what the bundle cannot
+    answer, or too much."""
+    bundle = engine.bundle
+    if (explain.heatmap or explain.lens) and bundle.attention_fold is None:
+        raise ServiceError(
+            "invalid_request",
+            f"the bundle {bundle.manifest.name!r} is older than heat maps and the lens: export it again",
+        )
+    if explain.matrix and not engine.can_replace:
+        reason = (
+            "VITRINE_REPLACEMENT=false" if bundle.has_replacement else "its recipe has no `bundle.replacement = true`"
+        )
+        raise ServiceError(
+            "invalid_request", f"`explain.matrix` needs the replacement graph of {bundle.manifest.name!r}: {reason}"
+        )
+    if explain.targets and len(explain.targets) > max_targets:
+        raise ServiceError(
+            "invalid_request", f"{len(explain.targets)} targets; at most {max_targets} are explained at once"
+        )
+    known = set(labels)
+    if unknown := [label for label in (*(explain.targets or ()), explain.contrast) if label and label not in known]:
+        raise ServiceError("invalid_request", f"not among the labels: {', '.join(map(repr, unknown[:5]))}")
+
+
+def matrix(contributions: NDArray[np.floating]) -> Matrix:
+    """Of one image's C [2, L, L]."""
+    of_cls, of_patches = contributions.tolist()
+    return Matrix(cls=of_cls, patches=of_patches)
+
+
+def predict(parts: Decomposition, labels: LabelSet, logit_scale: float, top_k: int) -> list[Prediction]:
+    """The `top_k` labels of largest logit; probabilities are over all labels."""
+    values = ledger.logits(parts.embedding, labels.embeddings, logit_scale)
+    share = ledger.probabilities(values)
+    order = np.argsort(-values, kind="stable")[:top_k]
+    return [Prediction(label=labels.labels[i], probability=float(share[i]), logit=float(values[i])) for i in order]
+
+
+def account(
+    parts: Decomposition, labels: LabelSet, bundle: Bundle, explain: Explain
+) -> tuple[list[Explanation], Fidelity]:
+    """One explanation per target, and how far to trust them."""
+    scale = bundle.manifest.logit_scale
+    values = ledger.logits(parts.embedding, labels.embeddings, scale)
+    top1 = int(values.argmax())
+    targets = [labels.labels.index(target) for target in explain.targets or [labels.labels[top1]]]
+    explanations = [_explanation(parts, labels, bundle, explain, target) for target in targets]
+    return explanations, _fidelity(parts, labels, bundle, top1)
+
+
+def _explanation(parts: Decomposition, labels: LabelSet, bundle: Bundle, explain: Explain, target: int) -> Explanation:
+    scale = bundle.manifest.logit_scale
+    direction = labels.embeddings[target]
+    if explain.contrast is not None:
+        direction = direction - labels.embeddings[labels.labels.index(explain.contrast)]
+    book = ledger.ledger(parts, direction, scale)
+    contributions = ledger.feature_contributions(parts, bundle.directions, bundle.fold, direction, scale)
+    effects = ledger.drop_effects(parts, labels.embeddings, target, bundle.beta, scale)
+    gross = book.gross
+    layers = [
+        LayerAccount(
+            layer=layer,
+            contribution=float(book.clt[layer]),
+            share=float(abs(book.clt[layer]) / gross) if gross else 0.0,
+            projection=float(parts.projection[layer]),
+            drop_effect=float(effects[layer]),
+            features=_features(bundle.cards, parts, layer, contributions[layer], explain.features),
+        )
+        for layer in range(parts.layers)
+    ]
+    return Explanation(
+        target=labels.labels[target],
+        contrast=explain.contrast,
+        logit=book.logit,
+        ledger=LedgerAccount(
+            prior=book.prior,
+            attention=book.attention.tolist(),
+            clt=book.clt.tolist(),
+            bias=book.bias,
+            error=book.error,
+            remainder=book.remainder,
+        ),
+        layers=layers,
+        heatmap=_heat_map(parts, bundle, direction) if explain.heatmap else None,
+    )
+
+
+def _heat_map(parts: Decomposition, bundle: Bundle, direction: NDArray[np.floating]) -> HeatMap:
+    """The attention rows split. `check_explain` has made sure that both tables are there."""
+    assert parts.details is not None
+    assert bundle.attention_fold is not None
+    found = heat_map(parts, parts.details, bundle.attention_fold, direction, bundle.manifest.logit_scale)
+    rows, columns = patch_grid(bundle.manifest.preprocessing, found.patches.shape[1])
+    return HeatMap(
+        rows=rows,
+        columns=columns,
+        total=found.patches.sum(0).tolist(),
+        patches=found.patches.tolist(),
+        heads=found.heads.tolist(),
+        class_token=found.class_token.tolist(),
+        constant=found.constant.tolist(),
+        outliers=np.flatnonzero(found.outliers).tolist(),
+    )
+
+
+def patch_grid(preprocessing: Preprocessing, patches: int) -> tuple[int, int]:
+    """Rows and columns of the patches in what the model sees."""
+    height, width = preprocessing.size
+    rows = round((patches * height / width) ** 0.5)  # patches are square
+    return rows, patches // rows
+
+
+def lens(parts: Decomposition, labels: LabelSet, logit_scale: float) -> list[LensLayer]:
+    """The prediction as it stands after each layer, for an image whose `details` were asked for."""
+    assert parts.details is not None
+    share = ledger.probabilities(ledger.logits(parts.details.lens, labels.embeddings, logit_scale))  # [L, N]
+    entropies = -np.where(share > 0, share * np.log(np.where(share > 0, share, 1)), 0).sum(-1)
+    return [
+        LensLayer(layer=layer, label=labels.labels[best], probability=float(share[layer, best]), entropy=float(entropy))
+        for layer, (best, entropy) in enumerate(zip(share.argmax(-1), entropies, strict=True))
+    ]
+
+
+def _features(
+    cards: Cards | None, parts: Decomposition, layer: int, contributions: NDArray[np.floating], count: int
+) -> list[Feature]:
+    """The `count` active features of a layer with the largest |contribution|, labelled where cards have a label."""
+    indices, activations = parts.feature_indices[layer], parts.feature_values[layer]
+    order = np.argsort(-np.abs(contributions), kind="stable")
+    order = order[activations[order] != 0][:count]
+    columns = (indices[order].tolist(), activations[order].tolist(), contributions[order].tolist())
+    found = []
+    for index, activation, contribution in zip(*columns, strict=True):
+        label, score = cards.label(layer, index) if cards else (None, None)
+        found.append(
+            Feature(index=index, activation=activation, contribution=contribution, label=label, label_score=score)
+        )
+    return found
+
+
+def _fidelity(parts: Decomposition, labels: LabelSet, bundle: Bundle, top1: int) -> Fidelity:
+    book = ledger.ledger(parts, labels.embeddings[top1], bundle.manifest.logit_scale)
+    gross = book.gross
+    reconstructed = parts.without(np.array([parts.error_row]), bundle.beta)[0]
+    return Fidelity(
+        r2=parts.r2,
+        cosine=parts.cosine,
+        error_share=abs(book.error) / gross if gross else 0.0,
+        reconstructed_top1_agrees=int((labels.embeddings @ reconstructed).argmax()) == top1,
+    )

@@ -1,0 +1,156 @@
+"""From the bundle's cards to answers: one feature's card, a search by label, similar images by code."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+
+from vitrine.models.account.ledger import Decomposition
+from vitrine.models.bundle.bundle import Bundle
+from vitrine.models.bundle.cards import BINS, QUANTILES, Card, CardImage, Cards
+from vitrine.service.answers.explain import patch_grid
+from vitrine.service.errors import ServiceError
+from vitrine.service.schemas.features import (
+    CardResponse,
+    CoactiveFeature,
+    Exemplar,
+    FeatureLine,
+    FeaturesQuery,
+    FeaturesResponse,
+    Frequency,
+    Histogram,
+    SimilarImage,
+    SimilarLayer,
+    SimilarRequest,
+    Written,
+)
+from vitrine.service.schemas.schemas import Model
+
+
+def cards_of(bundle: Bundle) -> Cards:
+    """Raises `ServiceError` no_cards."""
+    if bundle.cards is None:
+        name = bundle.manifest.name
+        raise ServiceError("no_cards", f"the bundle {name!r} has no feature cards; `vitrine cards` makes them")
+    return bundle.cards
+
+
+def card(bundle: Bundle, model: Model, layer: int, index: int) -> CardResponse:
+    """One feature's card. Raises `ServiceError` no_cards, or not_found for a feature that there is not."""
+    cards, shape = cards_of(bundle), bundle.manifest.shape
+    if not (0 <= layer < shape.layers and 0 <= index < shape.features):
+        raise ServiceError(
+            "not_found", f"there are layers 0 to {shape.layers - 1}, each with features 0 to {shape.features - 1}"
+        )
+    found = cards.card(layer, index)
+    images = cards.images([exemplar.image for exemplar in found.exemplars])
+    rows, columns = patch_grid(bundle.manifest.preprocessing, shape.tokens - 1)
+    return CardResponse(
+        model=model,
+        layer=layer,
+        index=index,
+        label=found.label,
+        abstained=found.abstained,
+        label_score=found.label_score,
+        label_margin=found.label_margin,
+        label_clarity=found.label_clarity,
+        label_auroc=found.label_auroc,
+        writes=_written(found),
+        read_at=found.read_at,
+        frequency=Frequency(cls=found.frequency_cls, patches=found.frequency_patches),
+        quantiles={f"{at:g}": value for at, value in zip(QUANTILES, found.quantiles, strict=False)},
+        histogram=_histogram(found),
+        exemplars=[
+            Exemplar(
+                **_reference(image),
+                activation=exemplar.activation,
+                mask=(np.frombuffer(exemplar.mask, np.uint8) * (found.mask_scale / 255)).round(4).tolist(),
+            )
+            for exemplar, image in zip(found.exemplars, images, strict=True)
+        ],
+        mean_picture=_url(found.mean_picture),
+        rows=rows,
+        columns=columns,
+        coactive=[
+            CoactiveFeature(
+                layer=other.layer,
+                index=other.index,
+                label=cards.label(other.layer, other.index)[0],
+                jaccard=other.jaccard,
+            )
+            for other in found.coactive
+        ],
+    )
+
+
+def search(bundle: Bundle, model: Model, query: FeaturesQuery) -> FeaturesResponse:
+    """A page of labelled features. Raises `ServiceError` no_cards."""
+    total, found = cards_of(bundle).search(query.label, query.layer, query.offset, query.limit)
+    beyond = query.offset + len(found)
+    more = query.model_copy(update={"offset": beyond}).model_dump(exclude_none=True)
+    return FeaturesResponse(
+        model=model,
+        total=total,
+        offset=query.offset,
+        limit=query.limit,
+        next=f"/v1/features?{urlencode(more)}" if found and beyond < total else None,
+        features=[FeatureLine(**vars(line)) for line in found],
+    )
+
+
+def check_similar(bundle: Bundle, request: SimilarRequest) -> None:
+    """Raise `ServiceError` no_cards, or invalid_request for layers that there are not, or named twice."""
+    cards, layers = cards_of(bundle), request.layers or []
+    if not len(cards.references[0]):
+        raise ServiceError("no_cards", f"the cards of {bundle.manifest.name!r} have no reference images")
+    if unknown := [layer for layer in layers if layer >= cards.layers]:
+        raise ServiceError("invalid_request", f"layers: there is no layer {unknown[0]}, only 0 to {cards.layers - 1}")
+    if len(set(layers)) < len(layers):
+        raise ServiceError("invalid_request", "layers must differ from one another")
+
+
+def similar(bundle: Bundle, parts: Decomposition, request: SimilarRequest) -> list[SimilarLayer]:
+    """The reference images of the nearest codes at [CLS], layer by layer, equal ones in their order."""
+    cards = cards_of(bundle)
+    layers = request.layers or range(parts.layers)
+    found = []
+    for layer in layers:
+        near = cards.similarities(layer, parts.feature_indices[layer], parts.feature_values[layer])
+        order = np.argsort(-near, kind="stable")[request.offset : request.offset + request.limit]
+        found.append((layer, order.tolist(), near[order].tolist()))
+    wanted = sorted({image for _, order, _ in found for image in order})
+    images = dict(zip(wanted, cards.images(wanted), strict=True))
+    return [
+        SimilarLayer(
+            layer=layer,
+            images=[
+                SimilarImage(**_reference(images[image]), similarity=similarity)
+                for image, similarity in zip(order, near, strict=True)
+            ],
+        )
+        for layer, order, near in found
+    ]
+
+
+def _written(card: Card) -> Written | None:
+    if card.writes is None or card.writes_score is None or card.writes_margin is None:
+        return None
+    return Written(label=card.writes, score=card.writes_score, margin=card.writes_margin)
+
+
+def _histogram(card: Card) -> Histogram | None:
+    if not card.histogram:
+        return None
+    return Histogram(edges=np.linspace(0, card.largest, BINS + 1).tolist(), counts=card.histogram)
+
+
+def _reference(image: CardImage) -> dict[str, Any]:
+    return {"name": image.name, "class_name": image.class_name, "thumbnail": _url(image.picture)}
+
+
+def _url(picture: bytes | None) -> str | None:
+    """As the pages' policy lets them show it: no second request, nothing to fetch from anybody."""
+    return None if picture is None else "data:image/webp;base64," + base64.b64encode(picture).decode()

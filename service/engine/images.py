@@ -1,0 +1,148 @@
+"""From the bytes of a request to the pixels of the graph, refusing what is no image before any work is done on it.
+
+The pixels equal open_clip's evaluation transform, number by number, for RGB and grey images. Palettes, alpha, CMYK
+and 16 bits become RGB *before* resizing (open_clip resizes first, which blends palette indices).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from vitrine.models.bundle.bundle import Preprocessing
+from vitrine.models.errors import DAMAGED_IMAGE
+from vitrine.service.errors import ServiceError
+
+# A supported format's first bytes: what starts so and cannot be opened is damaged, everything else is no such image.
+SIGNATURES = {
+    "JPEG": re.compile(rb"\xff\xd8\xff"),
+    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "WEBP": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "GIF": re.compile(rb"GIF8[79]a"),
+    "BMP": re.compile(rb"BM"),
+}
+# Scans of a JPEG, at most: each goes over the whole picture, so a small file could keep a thread for minutes.
+MAX_SCANS = 100
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")  # followed by a segment: no stuffing, padding, restart
+_UPRIGHT = {  # EXIF orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+# Our own limits, from settings, are checked on the header; Pillow's would raise while the header is being read.
+Image.MAX_IMAGE_PIXELS = None
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    pixels: int
+    side: int
+
+
+def decode(data: bytes, limits: ImageLimits) -> Image.Image:
+    """The first frame of an image file as upright RGB.
+
+    Raises `ServiceError`: unsupported_image (no JPEG, PNG, WebP, GIF or BMP), image_too_large (by its header, before
+    decoding), invalid_image (empty, damaged).
+    """
+    if not data:
+        raise ServiceError("invalid_image", "the image is empty (0 bytes)")
+    try:
+        image = Image.open(io.BytesIO(data), formats=list(SIGNATURES))
+    except DAMAGED_IMAGE as error:
+        if looks_like := [name for name, start in SIGNATURES.items() if start.match(data)]:
+            raise ServiceError("invalid_image", f"the {looks_like[0]} image's header is damaged") from error
+        formats = ", ".join(SIGNATURES)
+        message = f"the {len(data):,} bytes are no image in a supported format ({formats})"
+        raise ServiceError("unsupported_image", message) from error
+    with image:
+        _check_size(image.size, limits)
+        if SIGNATURES["JPEG"].match(data) and _jpeg_scans(data) > MAX_SCANS:
+            raise ServiceError("invalid_image", f"the JPEG image has more than {MAX_SCANS} scans")
+        try:
+            return _to_rgb(image)
+        except DAMAGED_IMAGE as error:
+            raise ServiceError("invalid_image", f"the {image.format} image is damaged or incomplete") from error
+
+
+def to_pixels(image: Image.Image, preprocessing: Preprocessing, limits: ImageLimits) -> NDArray[np.float32]:
+    """RGB image to normalised pixels [3, H, W], as open_clip does.
+
+    Raises `ServiceError` image_too_large for an image so elongated that resizing it would exceed the pixel limit.
+    """
+    height, width = preprocessing.size
+    if preprocessing.resize_mode == "squash":
+        target = (width, height)
+    else:
+        short, long = sorted(image.size)
+        resized_long = int(height * long / short)
+        if resized_long * height > limits.pixels:
+            raise ServiceError(
+                "image_too_large", f"an image of {image.width} x {image.height} is too elongated; crop it first"
+            )
+        target = (height, resized_long) if image.width <= image.height else (resized_long, height)
+    if image.size != target:
+        image = image.resize(target, FILTERS[preprocessing.interpolation])
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    image = image.crop((left, top, left + width, top + height))
+    levels, table = np.asarray(image), _normalised_levels(preprocessing.mean, preprocessing.std)
+    return np.stack([table[channel][levels[:, :, channel]] for channel in range(3)])
+
+
+@cache
+def _normalised_levels(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
+    """What becomes of each level 0 to 255, by channel [3, 256]: quicker to look up than to reckon, and the same."""
+    levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
+    return np.ascontiguousarray(((levels - np.array(mean, np.float32)) / np.array(std, np.float32)).T)
+
+
+def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ServiceError("invalid_image", f"the image has {width} x {height} pixels")
+    if max(width, height) > limits.side or width * height > limits.pixels:
+        raise ServiceError(
+            "image_too_large",
+            f"the image has {width:,} x {height:,} pixels; "
+            f"allowed are {limits.side:,} a side and {limits.pixels:,} in all",
+        )
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """Scans of a JPEG's first picture. What lies inside segments (a thumbnail) or after it (a film) does not count."""
+    scans, at = 0, 2
+    while (marker := _JPEG_MARKER.search(data, at)) and marker[0] != b"\xff\xd9":  # end of image
+        scans += marker[0] == b"\xff\xda"  # start of scan
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    orientation = _orientation(image)
+    upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+    if upright.mode.startswith("I"):  # 16 bits a channel: keep the upper 8
+        levels = np.asarray(upright) >> 8
+        upright = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> Any:
+    """The EXIF orientation; upright where the EXIF block cannot be read, for the picture itself is sound."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except DAMAGED_IMAGE:
+        return None

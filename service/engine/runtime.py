@@ -1,0 +1,151 @@
+"""What a bundle's graphs run on, and why: provider, precision, threads. Decided once, before anything is loaded.
+
+Nothing falls back silently: what is set and cannot be had stops the start with a sentence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort
+
+from vitrine.models.bundle.bundle import Bundle, Precision
+from vitrine.models.errors import VitrineError
+from vitrine.service.operations.settings import Settings
+
+# What ONNX Runtime raises for a file that is no graph, or none that it can run; they share no base of their own.
+_UNUSABLE = (
+    ort.Fail,
+    ort.InvalidArgument,
+    ort.InvalidGraph,
+    ort.InvalidProtobuf,
+    ort.NoSuchFile,
+    ort.NotImplemented,
+    ort.RuntimeException,
+)
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+# Byte products with 32-bit sums: without them int8 is no faster.
+INT8_FLAGS = {"avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX VNNI", "amx_int8": "AMX", "asimddp": "Arm dot products"}
+
+
+class EngineError(VitrineError):
+    """The graphs cannot run as set; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How sessions are made, with the reason of each choice."""
+
+    provider: str  # ONNX Runtime's name
+    precision: Precision  # of the vision graph
+    threads: int  # of one inference on the CPU
+    options: Mapping[str, Mapping[str, Any]]  # of the provider, and of those it may hand nodes to, in order
+    reasons: Mapping[str, str]  # field -> why
+
+
+def choose(bundle: Bundle, settings: Settings) -> Runtime:
+    """Raises `EngineError` for what is set and cannot be had."""
+    provider = wanted_provider(settings)
+    precision, why_precision = _precision(bundle, settings)
+    available, why_threads = available_processors()
+    return Runtime(
+        provider,
+        precision,
+        settings.threads or max(1, available // settings.workers),
+        _options(settings),
+        {
+            "provider": f"VITRINE_PROVIDER={settings.provider}",
+            "precision": why_precision,
+            "threads": f"VITRINE_THREADS={settings.threads}"
+            if settings.threads
+            else why_threads + (f", by {settings.workers} workers" if settings.workers > 1 else ""),
+        },
+    )
+
+
+def open_session(path: Path, runtime: Runtime) -> onnxruntime.InferenceSession:
+    """Raises `EngineError` if the file cannot be used, or not with that provider."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = runtime.threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=list(runtime.options.items()))
+    except _UNUSABLE as error:
+        raise EngineError(f"{path} cannot be used: {error}") from error
+    if session.get_providers()[0] != runtime.provider:
+        raise EngineError(
+            f"{runtime.provider} could not be used for {path.name}; ONNX Runtime would use {session.get_providers()[0]}"
+        )
+    return session
+
+
+def wanted_provider(settings: Settings) -> str:
+    """ONNX Runtime's name of the set provider. Raises `EngineError` if the installed onnxruntime lacks it."""
+    wanted, present = PROVIDERS[settings.provider], onnxruntime.get_available_providers()
+    if wanted not in present:
+        raise EngineError(
+            f"VITRINE_PROVIDER={settings.provider}, but the installed onnxruntime has only {', '.join(present)}; "
+            "install vitrine[gpu] in place of vitrine[cpu], or set VITRINE_PROVIDER=cpu"
+        )
+    return wanted
+
+
+def available_processors() -> tuple[int, str]:
+    """(processors that this process may use, why): its affinity, or the container's quota if that is less.
+
+    ONNX Runtime looks at the machine's processors alone, and runs slower for it in a container with a quota.
+    """
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max" and (allowed := max(1, int(limit) // int(period))) < processors:
+            return allowed, f"the container's quota, of {processors} processors"
+    return processors, "the processors that this process may use"
+
+
+def int8_instructions() -> str | None:
+    """The name of this CPU's instructions for int8, None if it has none that are known."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    return next((name for flag, name in INT8_FLAGS.items() if flag in flags), None)
+
+
+def _precision(bundle: Bundle, settings: Settings) -> tuple[Precision, str]:
+    present, on_cpu, wanted = bundle.manifest.precisions, settings.provider == "cpu", settings.precision
+    if wanted != "auto":
+        if wanted not in present:
+            raise EngineError(
+                f"VITRINE_PRECISION={wanted}, but the bundle {bundle.manifest.name} has only {', '.join(present)}"
+            )
+        if wanted != "fp32" and (wanted == "int8") != on_cpu:
+            place = "for the CPU" if wanted == "int8" else "for GPUs"
+            raise EngineError(f"VITRINE_PRECISION={wanted} is {place}, and VITRINE_PROVIDER={settings.provider}")
+        return wanted, f"VITRINE_PRECISION={wanted}"
+    if not on_cpu:
+        return ("fp16", "auto: a GPU") if "fp16" in present else ("fp32", "auto: the bundle has no fp16")
+    instructions = int8_instructions()
+    if instructions is None:
+        return "fp32", "auto: this CPU has no instructions for int8"
+    if "int8" not in present:
+        return "fp32", f"auto: this CPU has {instructions}, but the bundle no int8"
+    return "int8", f"auto: this CPU has {instructions}"
+
+
+def _options(settings: Settings) -> dict[str, dict[str, Any]]:
+    if settings.provider == "cpu":
+        return {PROVIDERS["cpu"]: {}}
+    cuda: dict[str, Any] = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
+    if settings.gpu_memory_bytes:
+        cuda["gpu_mem_limit"] = settings.gpu_memory_bytes
+    if settings.provider == "cuda":
+        return {PROVIDERS["cuda"]: cuda}
+    tensorrt: dict[str, Any] = {}
+    if settings.tensorrt_cache:  # building its engines takes minutes
+        tensorrt = {"trt_engine_cache_enable": True, "trt_engine_cache_path": str(settings.tensorrt_cache)}
+    return {PROVIDERS["tensorrt"]: tensorrt, PROVIDERS["cuda"]: cuda}  # TensorRT leaves to CUDA what it cannot do

@@ -1,0 +1,56 @@
+"""The account of one image without a server: the answer, and what shows it elsewhere, a page or a graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vitrine.models.bundle.bundle import Bundle
+from vitrine.service.answers.attributor import Attributor
+from vitrine.service.exports.circuit import write_graphs
+from vitrine.service.http.page import draw_page
+from vitrine.service.operations.settings import load_settings
+from vitrine.service.schemas.schemas import AttributeRequest, AttributeResponse
+
+IDENTITY = "command-line"
+
+
+async def account_for(
+    bundle: Bundle, image: Path, request: AttributeRequest, *, with_page: bool = False, graph: Path | None = None
+) -> tuple[AttributeResponse, str]:
+    """(the answer; the page that shows it, if it is wanted). graph: where to write its graph, NAME.json.
+
+    Page and graph need more of the account than was asked for, and ask for it themselves. Raises `ServiceError`,
+    `CircuitError`.
+    """
+    content = image.read_bytes()
+    async with Attributor(bundle, load_settings()) as attributor:
+        answer = await attributor.attribute(content, request, IDENTITY)
+        page = await _page(attributor, content, request) if with_page else ""
+        if graph is not None:
+            labels = await attributor.label_set(request)
+            whole = _asking(request, heatmap=True, features=bundle.manifest.shape.k)
+            whole = whole.model_copy(update={"top_k": len(labels.labels)})  # the targets are among them all
+            found = await attributor.attribute(content, whole, IDENTITY)
+            write_graphs(graph, found, image.name, bundle, labels, bundle.cards)
+    return answer, page
+
+
+async def _page(attributor: Attributor, content: bytes, request: AttributeRequest) -> str:
+    """With a heat map, if the bundle can draw one, and the cards of all features that are listed."""
+    bundle = attributor.bundle
+    answer = await attributor.attribute(content, _asking(request, heatmap=attributor.engine.has_details), IDENTITY)
+    listed = {
+        (layer.layer, feature.index)
+        for explanation in answer.explanations
+        for layer in explanation.layers
+        for feature in layer.features
+    }
+    wanted = sorted(listed) if bundle.cards else []
+    cards = {f"{layer}/{index}": await attributor.card(layer, index) for layer, index in wanted}
+    return draw_page(answer, content, cards, bundle.manifest.preprocessing)
+
+
+def _asking(request: AttributeRequest, **explain: Any) -> AttributeRequest:
+    """The same request, asking for more."""
+    return request.model_copy(update={"explain": request.explain.model_copy(update=explain)})

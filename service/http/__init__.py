@@ -1,0 +1,1 @@
+"""The HTTP surface: routes, bodies, middleware, the OpenAPI document, the page."""

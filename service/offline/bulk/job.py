@@ -1,0 +1,163 @@
+"""What a bulk run is to do, as `job.json` beside its output: a resume must do the same, or the output would be of two.
+
+How it is done (batches, threads, Ray) is not part of it: answers are the same to rounding.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from vitrine.models.bundle.bundle import Bundle
+from vitrine.models.bundle.label_sets import DEFAULT, read_label_sets
+from vitrine.service.engine.runtime import choose
+from vitrine.service.errors import ServiceError
+from vitrine.service.offline.bulk.inputs import BulkError, Source
+from vitrine.service.offline.bulk.tables import replace_durably
+from vitrine.service.operations.settings import Settings
+from vitrine.service.schemas.schemas import AttributeRequest
+
+FILE = "job.json"
+_SHOWN = 60  # characters of a value that differs
+
+
+class Inputs(BaseModel):
+    kind: str
+    path: str
+    column: str | None
+    images: int
+    digest: str
+
+
+class Job(BaseModel):
+    """Everything that an answer, or its place in the output, depends on."""
+
+    bundle: str  # digest
+    precision: str
+    labels: tuple[str, ...]
+    templates: tuple[str, ...]
+    inputs: Inputs
+    top_k: int
+    features: int
+    part_size: int
+    max_image_pixels: int
+    max_image_side: int
+
+    @property
+    def parts(self) -> int:
+        """How many there are; the last one may be smaller."""
+        return -(-self.inputs.images // self.part_size)
+
+    def bounds(self, part: int) -> tuple[int, int]:
+        """Numbers of a part's first image and of the one after its last."""
+        return part * self.part_size, min((part + 1) * self.part_size, self.inputs.images)
+
+
+def make_job(
+    bundle: Bundle,
+    settings: Settings,
+    source: Source,
+    request: AttributeRequest,
+    *,
+    path: str,
+    column: str | None = None,
+    part_size: int = 512,
+) -> Job:
+    """The job of answering `request` for every image of `source`, which was opened as `path` and `column`.
+
+    Raises `ServiceError` for labels that there are not, `EngineError` for a precision that the bundle has not.
+    """
+    labels, templates = _texts(bundle, settings, request)
+    return Job(
+        bundle=bundle.digest,
+        precision=choose(bundle, settings).precision,
+        labels=labels,
+        templates=templates,
+        inputs=Inputs(
+            kind=source.kind, path=str(Path(path).resolve()), column=column, images=len(source), digest=source.digest()
+        ),
+        top_k=request.top_k,
+        features=request.explain.features,
+        part_size=part_size,
+        max_image_pixels=settings.max_image_pixels,
+        max_image_side=settings.max_image_side,
+    )
+
+
+@contextmanager
+def claimed(out: Path, job: Job) -> Iterator[None]:
+    """Hold `out` for this job; nobody else can meanwhile. Made if it is not there, taken up if it is.
+
+    Raises:
+        BulkError: it was begun with other options, another run is at it, or it holds something else.
+    """
+    if job.inputs.kind == "folder" and out.resolve().is_relative_to(job.inputs.path):
+        raise BulkError(f"{out} lies in the folder that is read, {job.inputs.path}; write elsewhere")
+    if out.is_dir() and not (out / FILE).exists() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise BulkError(f"{out} is not empty and has no {FILE}; give a new folder, or one of a run to take up")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise BulkError(f"{out} cannot be written: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel gives it back, however the process ends
+        except BlockingIOError as error:
+            raise BulkError(f"another run writes to {out}; wait for it, or write elsewhere") from error
+        _take_up(out / FILE, job)
+        yield
+
+
+def _take_up(file: Path, job: Job) -> None:
+    if not file.exists():
+        written = file.with_name(f".{FILE}")
+        written.write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        replace_durably(written, file)
+        return
+    try:
+        begun = Job.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise BulkError(f"{file} is none of this version's: {error.errors()[0]['msg']}; write elsewhere") from error
+    if others := _differences(_flat(begun), _flat(job)):
+        raise BulkError(
+            f"{file.parent} was begun with other options: {'; '.join(others)}. "
+            "Give the same ones to take it up, or write elsewhere"
+        )
+
+
+def _flat(job: Job) -> dict[str, Any]:
+    fields = job.model_dump()
+    return fields | {f"inputs.{name}": value for name, value in fields.pop("inputs").items()}
+
+
+def _differences(begun: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [f"{name} was {_short(begun[name])} and is {_short(now[name])}" for name in now if begun[name] != now[name]]
+
+
+def _short(value: Any) -> str:
+    text = ", ".join(value) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _texts(bundle: Bundle, settings: Settings, request: AttributeRequest) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(labels, templates), defaults filled in. The service's limits do not bind whoever runs the machine."""
+    text = bundle.manifest.text
+    named = {name: found for name, (found, _) in bundle.label_sets.items()}
+    if settings.label_sets:
+        named |= read_label_sets(settings.label_sets)
+    if request.labels is not None and request.label_set is not None:
+        raise ServiceError("invalid_request", "give labels or a label set, not both")
+    labels, templates = text.labels, text.templates
+    if (name := request.label_set or DEFAULT) != DEFAULT:
+        if name not in named:
+            raise ServiceError("unknown_label_set", f"no label set {name!r}; there are: {', '.join([DEFAULT, *named])}")
+        labels, templates = named[name].labels, named[name].templates or templates
+    if request.templates is not None:
+        templates = tuple(request.templates)
+    return tuple(request.labels or labels), tuple(templates)

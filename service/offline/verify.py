@@ -1,0 +1,66 @@
+"""Whether a bundle is sound: its files, that its graphs run and their rows add up, that its cards can be read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from vitrine.models.bundle.bundle import Bundle, BundleError, open_bundle, vision_file
+from vitrine.service.engine.engine import Engine
+from vitrine.service.engine.labels import LabelEncoder
+from vitrine.service.engine.runtime import choose
+from vitrine.service.operations.settings import load_settings
+
+TOLERANCE = 1e-4  # of unit embeddings
+CARDS_A_LAYER = 4  # that are read
+
+
+def verify(path: Path) -> Bundle:
+    """The opened bundle. Raises `BundleError` for the first thing that is wrong with it."""
+    bundle = open_bundle(path)
+    pixels = np.random.default_rng(0).standard_normal((2, 3, *bundle.manifest.preprocessing.size), np.float32)
+    directions, fold = bundle.directions, bundle.fold  # before the graph, whose words for a damaged table are worse
+    settings = load_settings().model_copy(update={"replacement": True})
+    runtime = choose(bundle, settings.model_copy(update={"provider": "cpu", "precision": "fp32"}))
+    for precision in bundle.manifest.precisions:
+        engine = Engine(bundle, settings, replace(runtime, precision=precision))
+        found = engine.explain(pixels)
+        for parts in found:
+            off = float(np.abs(parts.rows.sum(0) - parts.embedding).max())
+            if not off <= TOLERANCE:
+                raise BundleError(f"{path}: the rows of {vision_file(precision)} miss its embedding by {off:.1e}")
+        if engine.can_replace and precision == "fp32":
+            embeddings, _ = engine.replace(pixels, np.zeros((bundle.manifest.shape.layers, 2), bool))
+            off = float(np.abs(embeddings - np.stack([parts.embedding for parts in found])).max())
+            if not off <= TOLERANCE:
+                raise BundleError(
+                    f"{path}: with nothing replaced, replacement.onnx misses vision.onnx's embedding by {off:.1e}"
+                )
+    text = bundle.manifest.text
+    labels = LabelEncoder(engine, capacity=1).encode(text.labels[:1], text.templates)
+    if (directions.shape[2], labels.shape[1]) != fold.shape:
+        raise BundleError(f"{path}: text.onnx, directions.npy and fold.npy do not fit one another")
+    _check_cards(bundle)
+    return bundle
+
+
+def _check_cards(bundle: Bundle) -> None:
+    """Read some cards of every layer, with their images, and count the labels."""
+    cards, summary, shape = bundle.cards, bundle.manifest.cards, bundle.manifest.shape
+    if cards is None or summary is None:
+        return
+    from vitrine.models.bundle.cards import CardsError  # DuckDB, which a bundle without cards does not need
+
+    try:
+        for layer in range(shape.layers):
+            for index in range(0, shape.features, max(1, shape.features // CARDS_A_LAYER)):
+                cards.images([exemplar.image for exemplar in cards.card(layer, index).exemplars])
+        labelled, _ = cards.search(None, None, 0, 1)
+    except CardsError as error:
+        raise BundleError(str(error)) from error
+    if labelled != summary.quality.labelled:
+        raise BundleError(
+            f"{bundle.path}: {labelled:,} cards have a label, the manifest says {summary.quality.labelled:,}"
+        )

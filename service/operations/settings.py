@@ -1,0 +1,162 @@
+"""Every setting of the service, read from the environment (`VITRINE_<NAME>`). service/README.md lists them all."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from vitrine.models.errors import VitrineError
+
+PREFIX = "VITRINE_"
+ELSEWHERE = (
+    "DATA",
+    "LIGHT_PYTHON",
+    "REQUIRE_BROWSER",
+    "REQUIRE_CHROOT",
+    "REQUIRE_PROMETHEUS",
+)  # variables with our prefix that belong to training and to the tests
+DEMO_BUNDLE = Path(__file__).resolve().parents[2] / "models" / "demo"
+
+
+class SettingsError(VitrineError):
+    """A setting has a wrong value; the message names the variable."""
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore")
+
+    bundle: Path = Field(default=DEMO_BUNDLE, description="directory of the bundle to serve")
+    label_sets: Path | None = Field(
+        default=None, description="directory of named label sets, NAME.json each; encoded before the service is ready"
+    )
+    provider: Literal["cpu", "cuda", "tensorrt"] = Field(
+        default="cpu", description="where the graphs run; a provider that is not there stops the start"
+    )
+    precision: Literal["fp32", "int8", "fp16", "auto"] = Field(
+        default="fp32",
+        description="of the vision graph: int8 for CPUs, fp16 for GPUs, where the bundle has them; auto: the fastest",
+    )
+    replacement: bool = Field(
+        default=True, description="load the bundle's replacement graph, where it has one, for `explain.matrix`"
+    )
+    gpu_memory_bytes: NonNegativeInt = Field(default=0, description="the most that CUDA may take; 0: no limit")
+    tensorrt_cache: Path | None = Field(
+        default=None, description="directory where TensorRT keeps its engines, which take minutes to build"
+    )
+    workers: PositiveInt = Field(
+        default=1, description="processes, each with the whole bundle; one makes the best use of the processors"
+    )
+    threads: NonNegativeInt = Field(
+        default=0, description="threads of one inference; 0: the processors that this container may use, by workers"
+    )
+    decode_threads: PositiveInt = Field(default=2, description="threads that decode images and write accounts")
+    batch_size: PositiveInt = Field(default=8, description="images in one inference, at most")
+    batch_wait_ms: NonNegativeFloat = Field(
+        default=0,
+        allow_inf_nan=False,
+        description="how long the first image waits for a full batch; 0: not at all",
+    )
+    queue_size: PositiveInt = Field(default=256, description="images waiting; more are answered 429 at once")
+    deadline_seconds: PositiveFloat = Field(
+        default=30.0, allow_inf_nan=False, description="a request that takes longer is answered 504"
+    )
+    max_body_bytes: PositiveInt = Field(default=16 * 2**20, description="larger request bodies are answered 413")
+    max_image_pixels: PositiveInt = Field(default=40_000_000, description="larger images are answered 413, undecoded")
+    max_image_side: PositiveInt = Field(default=16_384, description="pixels a side, likewise")
+    max_batch: PositiveInt = Field(default=64, description="images in one `/v1/attribute:batch`; more are answered 413")
+    max_labels: PositiveInt = Field(default=2_048, description="labels in one request")
+    max_label_chars: PositiveInt = Field(default=256, description="characters in one label, and in one template")
+    max_templates: PositiveInt = Field(default=128, description="templates in one request")
+    max_prompts: PositiveInt = Field(default=16_384, description="labels times templates in one request")
+    max_targets: PositiveInt = Field(default=32, description="labels explained in one request")
+    label_cache: PositiveInt = Field(default=65_536, description="label embeddings kept in memory")
+    api_keys: SecretStr | None = Field(
+        default=None, description="keys, separated by commas, one of which `/v1/` then asks for"
+    )
+    api_keys_file: Path | None = Field(default=None, description="more of them, one a line; read again by a reload")
+    admin_keys: SecretStr | None = Field(default=None, description="keys for `/admin/`, which is not there without")
+    admin_keys_file: Path | None = Field(default=None, description="more of them, likewise")
+    log_format: Literal["json", "text"] = Field(default="json", description="of the log lines on standard output")
+    log_labels: bool = Field(default=False, description="log what was predicted; images are never logged")
+    trace_endpoint: str | None = Field(
+        default=None,
+        pattern="^https?://.",
+        description="OTLP collector, `http://HOST:4318/v1/traces`; needs the extra `tracing`",
+    )
+    trace_share: float = Field(
+        default=1.0, ge=0, le=1, description="of the requests that bring no trace context, those that are traced"
+    )
+
+    @field_validator("trace_endpoint")
+    @classmethod
+    def _can_be_sent_to(cls, endpoint: str | None) -> str | None:
+        if endpoint:
+            try:
+                importlib.import_module("opentelemetry.exporter.otlp.proto.http")
+            except ModuleNotFoundError as error:
+                message = "the OpenTelemetry exporter is not installed: pip install 'vitrine[tracing]'"
+                raise ValueError(message) from error
+        return endpoint
+
+    @property
+    def capacity(self) -> int:
+        """Images in hand at once: being decoded, waiting or inferred."""
+        return self.queue_size + self.batch_size
+
+    @property
+    def images_a_request(self) -> int:
+        """At most: a batch that no empty service could take would be refused for ever."""
+        return min(self.max_batch, self.capacity)
+
+
+def load_settings() -> Settings:
+    """Settings from the environment. Raises `SettingsError` naming every wrong variable, unknown ones too."""
+    if unknown := [name for name in os.environ if name.startswith(PREFIX) and not _is_known(name)]:
+        raise SettingsError("; ".join(_unknown(unknown)))
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = [
+            f"{PREFIX}{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
+        raise SettingsError("; ".join(problems)) from error
+
+
+def make_paths_absolute(settings: Settings) -> None:
+    """Name every path of the settings absolutely in the environment: the workers run in another directory.
+
+    Links stay links: a reload follows them anew.
+    """
+    for name, value in settings:
+        if isinstance(value, Path):
+            os.environ[f"{PREFIX}{name.upper()}"] = str(value.absolute())
+
+
+def _is_known(variable: str) -> bool:
+    name = variable.removeprefix(PREFIX)
+    return name in ELSEWHERE or name.lower() in Settings.model_fields
+
+
+def _unknown(variables: Iterable[str]) -> Iterable[str]:
+    names = [name.upper() for name in Settings.model_fields]
+    for variable in variables:
+        like = difflib.get_close_matches(variable.removeprefix(PREFIX).upper(), names, 1)
+        hint = f"did you mean {PREFIX}{like[0]}?" if like else "service/README.md lists them"
+        yield f"{variable} is no setting; {hint}"

@@ -1,0 +1,1 @@
+"""The processes of a server: the parent that supervises, and its workers."""

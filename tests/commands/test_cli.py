@@ -1,0 +1,501 @@
+"""The `vitrine` command, in this process; as a process of its own where that matters."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import duckdb
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from common import ROOT
+from vitrine.commands import app
+from vitrine.models.bundle.bundle import open_bundle, seal
+from vitrine.service.schemas.schemas import AttributeResponse
+
+COMMANDS = (
+    "pretrain",
+    "train",
+    "evaluate",
+    "recipes",
+    "export",
+    "cards",
+    "verify",
+    "serve",
+    "doctor",
+    "replay",
+    "bulk",
+    "attribute",
+)
+LABELS = ["red circle", "green square", "blue triangle"]
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch, bundle_path):
+    """The tiny bundle instead of the demo, wide output, nothing else of this machine's settings."""
+    monkeypatch.setenv("VITRINE_BUNDLE", str(bundle_path))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+@pytest.fixture
+def run():
+    """run(*arguments) -> typer's result. Any exception but an exit is the test's failure."""
+
+    def invoke(*arguments):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return invoke
+
+
+@pytest.fixture
+def refused(run):
+    """refused(*arguments) -> the message of a command that must fail with 1 and one sentence."""
+
+    def invoke(*arguments):
+        result = run(*arguments)
+        assert result.exit_code == 1, result.output
+        assert result.stderr.startswith("error: ")
+        assert "Traceback" not in result.output
+        return result.stderr
+
+    return invoke
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photos") / "photo.png"
+    Image.radial_gradient("L").convert("RGB").resize((60, 45)).save(path)
+    return path
+
+
+@pytest.fixture
+def with_cards(monkeypatch, carded):
+    """The tiny bundle with cards in place of the one without."""
+    monkeypatch.setenv("VITRINE_BUNDLE", str(carded.path))
+    return carded
+
+
+@pytest.fixture
+def damaged(bundle_path, tmp_path):
+    """A copy of the bundle, to be damaged."""
+    return Path(shutil.copytree(bundle_path, tmp_path / "damaged"))
+
+
+# Help
+
+
+def test_help_names_every_command(run):
+    result = run("--help")
+    assert result.exit_code == 0
+    assert all(command in result.output for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_commands_help_has_an_example(run, command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: vitrine {command}" in result.output
+
+
+def test_the_examples_options_exist(run):
+    for command in COMMANDS:
+        output = run(command, "--help").output
+        example = output[output.index("Example:") :]
+        for option in (word for word in example.split() if word.startswith("--")):
+            assert f"{option} " in output[: output.index("Example:")], f"{command} {option}"
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["verify"], ["attribute"], ["verify", "--nonsense", "x"]])
+def test_wrong_use_is_said_and_exits_with_2(run, arguments):
+    assert run(*arguments).exit_code == 2
+
+
+def test_the_command_runs_as_a_process(bundle_path, photo):
+    """As installed: a traceback would show here, and the exit code is the process's."""
+    root = ROOT
+    for arguments, code in ((["verify", bundle_path], 0), (["verify", root], 1)):
+        command = [sys.executable, "-m", "vitrine", *map(str, arguments)]
+        finished = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+        assert finished.returncode == code
+        assert "Traceback" not in finished.stderr + finished.stdout
+    assert finished.stderr.startswith("error: ")
+    assert "manifest.json is missing" in finished.stderr
+
+
+# doctor
+
+
+def test_doctor_says_what_will_be_used_and_why(run, monkeypatch):
+    monkeypatch.setenv("VITRINE_THREADS", "1")
+    monkeypatch.setenv("VITRINE_PRECISION", "auto")
+    result = run("doctor")
+    assert result.exit_code == 0
+    lines = {line.split()[0]: line for line in result.output.splitlines() if line.strip()}
+    assert "CPUExecutionProvider" in lines["provider"]
+    assert "VITRINE_PROVIDER=cpu" in lines["provider"]
+    assert "fp32" in lines["precision"]
+    assert "auto: this CPU has" in lines["precision"]
+    assert "VITRINE_THREADS=1" in lines["threads"]
+    assert "one image took" in lines["the"]
+
+
+def test_doctor_names_what_cannot_be_had(refused, monkeypatch):
+    monkeypatch.setenv("VITRINE_PRECISION", "int8")
+    assert "VITRINE_PRECISION=int8, but the bundle tiny has only fp32" in refused("doctor")
+    assert "VITRINE_PRECISION=int8, but the bundle tiny has only fp32" in refused("serve")
+
+
+# replay
+
+
+def test_replay_prints_and_writes_its_figures(run, data_root, tmp_path):
+    result = run("replay", data_root / "val", "--images", 6, "--json", tmp_path / "figures.json")
+    assert result.exit_code == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["images"], len(figures["rows"])) == (6, 9)
+    assert f"6 images, 3 labels; CLIP's own top-1 {figures['top1']:.2%}" in result.output
+    lines = [line.split() for line in result.output.splitlines()]
+    for row in figures["rows"]:
+        points = 100 * (row["top1"] - figures["top1"])
+        numbers = f"{row['top1']:.2%}", f"{points:+.2f}", f"{row['agreement']:.2%}", f"{row['divergence']:.4f}"
+        assert [str(row["first"]), "to", "2", row["tokens"], *numbers] in lines
+
+
+def test_replay_of_nothing_is_refused(refused, tmp_path):
+    assert "has no images" in refused("replay", tmp_path)
+
+
+# verify
+
+
+def test_verify_accepts_a_good_bundle(run, bundle):
+    result = run("verify", bundle.path)
+    assert result.exit_code == 0
+    assert bundle.manifest.name in result.output
+    assert bundle.digest[:19] in result.output
+
+
+def test_verify_names_a_replacement_graph_of_another_clip(refused, damaged, bundle):
+    """Well-formed and listed, but with the head of another CLIP."""
+    model = onnx.load(damaged / "replacement.onnx")
+    projection = next(tensor for tensor in model.graph.initializer if tensor.name.startswith("tower.visual.proj"))
+    values = onnx.numpy_helper.to_array(projection)
+    projection.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(values[::-1]), projection.name))
+    onnx.save_model(model, damaged / "replacement.onnx", save_as_external_data=True, location="replacement.onnx.data")
+    seal(damaged, bundle.manifest)
+    assert "with nothing replaced, replacement.onnx misses vision.onnx's embedding by" in refused("verify", damaged)
+
+
+@pytest.mark.parametrize(
+    "name", ["vision.onnx", "vision.onnx.data", "text.onnx.data", "tokenizer.json", "directions.npy", "MODEL_CARD.md"]
+)
+def test_verify_names_a_damaged_file(refused, damaged, name):
+    file = damaged / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert f"{name} does not have the manifest's sha256" in refused("verify", damaged)
+
+
+def test_verify_names_a_truncated_and_a_missing_file(refused, damaged):
+    file = damaged / "fold.npy"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "fold.npy has" in refused("verify", damaged)
+    file.unlink()
+    assert "fold.npy is missing" in refused("verify", damaged)
+
+
+@pytest.mark.parametrize(
+    "manifest", [b"", b"{", b"[]", b"\xff\xfe", b'{"format_version": 99}', b'{"format_version": 1}']
+)
+def test_verify_refuses_a_manifest_that_is_none(refused, damaged, manifest):
+    (damaged / "manifest.json").write_bytes(manifest)
+    assert "damaged" in refused("verify", damaged)
+
+
+def test_verify_refuses_what_is_no_bundle(refused, photo, tmp_path):
+    assert "no directory" in refused("verify", photo)
+    assert "no directory" in refused("verify", tmp_path / "nowhere")
+    assert "is no bundle" in refused("verify", tmp_path)
+
+
+def reseal(path):
+    """Write the manifest anew over changed files, as someone would who damages a bundle on purpose."""
+    from vitrine.models.bundle.bundle import Manifest, seal
+
+    raw = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").unlink()
+    seal(path, Manifest.model_validate(raw))
+
+
+@pytest.mark.parametrize("name", ["vision.onnx", "text.onnx", "tokenizer.json", "fold.npy", "directions.npy"])
+def test_verify_refuses_files_that_cannot_be_used_whatever_the_manifest_says(refused, damaged, name):
+    (damaged / name).write_bytes(b"not what it was")
+    reseal(damaged)
+    assert name in refused("verify", damaged)
+
+
+@pytest.mark.parametrize("name", ["fold.npy", "directions.npy"])
+def test_verify_refuses_tables_that_do_not_fit(refused, damaged, name):
+    table = np.load(damaged / name)
+    np.save(damaged / name, np.concatenate([table, table[:1]]))
+    reseal(damaged)
+    assert name in refused("verify", damaged)
+
+
+# attribute
+
+
+def test_bulk_writes_tables_and_takes_them_up(run, refused, photo, tmp_path):
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a", "c"):
+        shutil.copy(photo, folder / f"{name}.png")
+    (folder / "b.png").write_bytes(b"broken")
+    arguments = ("bulk", folder, "--out", out, "--labels", "cat,dog", "--top-k", 1, "--part-size", 2)
+    for _ in range(2):
+        assert run(*arguments).output.endswith(f"2 rows and 1 errors in {out}\n")
+    with duckdb.connect() as database:
+        rows = database.sql(f"SELECT id, name, len(predictions), ledger.target FROM '{out}/part-*.parquet' ORDER BY id")
+        (first, second), best = rows.fetchall(), {"cat", "dog"}
+        assert (first[:3], second[:3]) == ((0, "a.png", 1), (2, "c.png", 1))
+        assert {first[3], second[3]} <= best
+        problems = database.sql(f"SELECT name, code FROM '{out}/errors/*.parquet'").fetchall()
+    assert problems == [("b.png", "unsupported_image")]
+    assert "was begun with other options: top_k was 1 and is 2" in refused(*arguments, "--top-k", 2)
+    (tmp_path / "empty").mkdir()
+    assert "has no images" in refused("bulk", tmp_path / "empty", "--out", tmp_path / "other")
+
+
+def test_attribute_prints_a_table(run, photo):
+    result = run("attribute", photo)
+    assert result.exit_code == 0
+    assert all(label in result.output for label in LABELS)
+    for row in (
+        "prior",
+        "attention 0",
+        "attention 2",
+        "CLT 0",
+        "CLT 2",
+        "bias",
+        "error",
+        "remainder",
+        "logit",
+        "Fidelity",
+    ):
+        assert row in result.output
+
+
+def test_attributes_table_shows_labels_as_they_are(run, photo):
+    labels = "[bold]cat,[/foo],:smile:,[link=x]"
+    result = run("attribute", photo, "--labels", labels, "--target", "[/foo]", "--contrast", "[bold]cat")
+    assert result.exit_code == 0
+    assert all(label in result.output for label in labels.split(","))
+    assert "Why [/foo] rather than [bold]cat" in result.output
+
+
+def test_attribute_draws_a_picture_that_needs_no_network(run, photo, tmp_path):
+    result = run(
+        "attribute",
+        photo,
+        "--labels",
+        "cat,dog",
+        "--contrast",
+        "dog",
+        "--target",
+        "cat",
+        "--svg",
+        tmp_path / "answer.svg",
+    )
+    assert result.exit_code == 0
+    picture = ElementTree.parse(tmp_path / "answer.svg")
+    words = "".join(picture.getroot().itertext()).replace("\N{NO-BREAK SPACE}", " ")
+    assert "rather than dog: the account of its logit" in words
+    assert "remainder" in words
+    assert "url(http" not in (tmp_path / "answer.svg").read_text()
+
+    result = run("attribute", photo, "--svg", tmp_path / "nowhere" / "answer.svg")
+    assert result.exit_code == 1
+    assert "No such file" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--labels", "cat, dog", "--contrast", "dog", "--top-k", "1", "--features", "2"]]
+)
+def test_attributes_json_is_the_services_answer(run, photo, arguments):
+    result = run("attribute", photo, "--json", *arguments)
+    assert result.exit_code == 0
+    answer = json.loads(result.stdout)
+    assert AttributeResponse.model_validate(answer).model_dump(mode="json") == answer
+    for explanation in answer["explanations"]:
+        ledger = explanation["ledger"]
+        rows = [ledger["prior"], *ledger["attention"], *ledger["clt"], ledger["bias"], ledger["error"]]
+        assert sum(rows) + ledger["remainder"] == pytest.approx(explanation["logit"])
+
+
+def test_attributes_options_are_the_requests_fields(run, photo):
+    arguments = ["--labels", "cat,dog,car", "--target", "car", "--target", "cat", "--top-k", "2", "--features", "1"]
+    answer = json.loads(run("attribute", photo, "--json", *arguments).stdout)
+    assert len(answer["predictions"]) == 2
+    assert [explanation["target"] for explanation in answer["explanations"]] == ["car", "cat"]
+    assert max(len(layer["features"]) for layer in answer["explanations"][0]["layers"]) == 1
+
+
+def test_attribute_takes_a_bundle(run, photo, bundle_path, monkeypatch):
+    monkeypatch.setenv("VITRINE_BUNDLE", "/nowhere")
+    assert run("attribute", photo, "--bundle", bundle_path).exit_code == 0
+
+
+def test_attribute_refuses_what_is_no_image(refused, tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("no image")
+    assert "no image in a supported format" in refused("attribute", text)
+    text.write_text("")
+    assert "empty" in refused("attribute", text)
+
+
+def test_attribute_refuses_a_damaged_image(refused, photo, tmp_path):
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(photo.read_bytes()[:300])
+    assert "damaged or incomplete" in refused("attribute", cut)
+
+
+def test_attribute_refuses_what_is_not_among_the_labels(refused, photo):
+    assert "'zebra'" in refused("attribute", photo, "--contrast", "zebra")
+    assert "'zebra'" in refused("attribute", photo, "--labels", "cat,dog", "--target", "zebra")
+
+
+@pytest.mark.parametrize("labels", ["", "cat,,dog", "cat,cat", "cat, "])
+def test_attribute_refuses_bad_labels(refused, photo, labels):
+    assert "labels" in refused("attribute", photo, "--labels", labels)
+
+
+def test_attribute_refuses_a_missing_image_bundle_or_number(run, refused, photo, tmp_path):
+    assert run("attribute", tmp_path / "nowhere.png").exit_code == 2
+    assert run("attribute", tmp_path).exit_code == 2
+    assert run("attribute", photo, "--top-k", "0").exit_code == 2
+    assert "nowhere" in refused("attribute", photo, "--bundle", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("command", ["attribute", "verify", "serve"])
+def test_wrong_settings_are_named(refused, photo, bundle_path, monkeypatch, command):
+    monkeypatch.setenv("VITRINE_BATCH_SIZE", "many")
+    argument = {"attribute": [photo], "verify": [bundle_path], "serve": []}[command]
+    assert "VITRINE_BATCH_SIZE='many'" in refused(command, *argument)
+
+
+# serve
+
+
+def test_serve_starts_nothing_with_a_damaged_bundle(refused, damaged):
+    (damaged / "fold.npy").unlink()
+    assert "fold.npy is missing" in refused("serve", "--bundle", damaged)
+
+
+# train, export
+
+
+def test_from_recipe_to_answer(run, recipe_path, data_root, photo, tmp_path):
+    runs, bundle = tmp_path / "run", tmp_path / "bundle"
+    trained = run("train", "--recipe", recipe_path, "--data-root", data_root, "--out", runs, "--max-steps", "3")
+    assert (trained.exit_code, "checkpoint" in trained.output) == (0, True)
+    trained = run("train", "--recipe", recipe_path, "--data-root", data_root, "--out", runs)
+    assert (trained.exit_code, "checkpoint" in trained.output) == (0, True)
+    assert run("export", "--checkpoint", runs, "--data-root", data_root, "--out", bundle).exit_code == 0
+    assert run("verify", bundle).exit_code == 0
+    assert open_bundle(bundle).manifest.metrics.r2 is not None
+    answer = json.loads(run("attribute", photo, "--bundle", bundle, "--json").stdout)
+    assert {prediction["label"] for prediction in answer["predictions"]} == set(LABELS)
+    assert answer["model"]["digest"] == open_bundle(bundle).digest
+
+
+def test_export_overwrites_nothing(refused, run, recipe_path, data_root, tmp_path):
+    run("train", "--recipe", recipe_path, "--data-root", data_root, "--out", tmp_path / "run", "--max-steps", "1")
+    (tmp_path / "bundle").mkdir()
+    message = refused(
+        "export", "--checkpoint", tmp_path / "run", "--data-root", data_root, "--out", tmp_path / "bundle"
+    )
+    assert "exists" in message
+
+
+@pytest.mark.parametrize("content", [None, "", "name = ", "name = 1", "[clip]\nname = 'x'"])
+def test_train_names_what_is_wrong_with_a_recipe(refused, data_root, tmp_path, content):
+    recipe = tmp_path / "recipe.toml"
+    if content is not None:
+        recipe.write_text(content)
+    message = refused("train", "--recipe", recipe, "--data-root", data_root, "--out", tmp_path / "run")
+    assert "recipe.toml" in message
+
+
+def test_train_and_export_say_what_is_missing(refused, recipe_path, tmp_path):
+    out = tmp_path / "run"
+    assert str(tmp_path) in refused("train", "--recipe", recipe_path, "--data-root", tmp_path, "--out", out)
+    assert "nowhere" in refused("export", "--checkpoint", tmp_path / "nowhere", "--out", out)
+
+
+def test_output_has_no_control_characters_where_there_is_no_terminal(run, photo):
+    assert "\x1b" not in run("attribute", photo).output
+
+
+# Exports of an account, and cards
+
+
+def test_attribute_draws_a_page(run, photo, with_cards, tmp_path):
+    result = run("attribute", photo, "--contrast", LABELS[1], "--html", tmp_path / "out.html")
+    assert result.exit_code == 0
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert data["answer"]["explanations"][0]["contrast"] == LABELS[1]
+    assert data["answer"]["explanations"][0]["heatmap"]
+    listed = {
+        f"{layer['layer']}/{feature['index']}"
+        for layer in data["answer"]["explanations"][0]["layers"]
+        for feature in layer["features"]
+    }
+    assert set(data["cards"]) == listed
+    assert 3 < len(listed) <= 9
+    assert data["image"].startswith("data:image/png;base64,")
+
+
+def test_attribute_writes_graphs(run, photo, with_cards, tmp_path):
+    targets = ["--target", LABELS[0], "--target", LABELS[2]]
+    result = run("attribute", photo, *targets, "--top-k", 1, "--features", 1, "--graph", tmp_path / "out.json")
+    assert result.exit_code == 0
+    for name, label in (("out.json", LABELS[0]), ("out-2.json", LABELS[2])):
+        graph = json.loads((tmp_path / name).read_text(encoding="utf-8"))
+        kinds = [node["feature_type"] for node in graph["nodes"]]
+        assert kinds.count("embedding") == 17
+        assert kinds.count("cross layer transcoder") > 9, "all active features, whatever is printed"
+        assert label in graph["metadata"]["prompt"]
+    assert list((tmp_path / "out-features").glob("*.json"))
+
+
+def test_exports_without_cards(run, photo, tmp_path):
+    assert run("attribute", photo, "--html", tmp_path / "x.html", "--graph", tmp_path / "x.json").exit_code == 0
+    assert '"cards": {}' in (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert not (tmp_path / "x-features").exists()
+
+
+def test_a_graph_goes_to_a_name_that_viewers_read(refused, photo, tmp_path):
+    assert "viewers read NAME.json" in refused("attribute", photo, "--graph", tmp_path / "out.txt")
+
+
+def test_verify_counts_the_labels_of_cards(run, refused, with_cards, tmp_path):
+    result = run("verify", with_cards.path)
+    assert result.exit_code == 0
+    assert "features have a label" in result.output
+    quality = with_cards.manifest.cards.quality.model_copy(update={"labelled": 1})
+    summary = with_cards.manifest.cards.model_copy(update={"quality": quality})
+    other = Path(shutil.copytree(with_cards.path, tmp_path / "other"))
+    seal(other, with_cards.manifest.model_copy(update={"cards": summary}))
+    assert "the manifest says 1" in refused("verify", other)

@@ -1,0 +1,42 @@
+"""What many tests name: the repository, and the recipe of the tiny CLIP and its CLT."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LABELS = ("red circle", "green square", "blue triangle")
+TINY_CLIP = {
+    "embed_dim": 24,  # less than the width, as in every published CLIP
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 3, "width": 32, "head_width": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+RECIPE = """
+name = "tiny"
+
+[clip]
+config = "clip/tiny.json"
+weights = "clip/tiny.safetensors"
+
+[data]
+name = "drawn shapes"
+licence = "CC0-1.0"
+train = { kind = "folder", path = "train" }
+val = { kind = "folder", path = "val" }
+labels = ["red circle", "green square", "blue triangle"]
+templates = ["a photo of a {}", "a drawing of one {}"]
+
+[clt]
+features = 64
+k = 8
+
+[training]
+epochs = 4
+images_per_step = 8
+mixed_images = 16
+learning_rate = 1e-2
+warmup_steps = 2
+decay_share = 0.5
+cls_weight = 4
+normalisation_images = 32
+checkpoint_every = 3
+workers = 0
+"""

@@ -1,0 +1,305 @@
+"""The queue before the engine. `explain` is played by an engine that tests hold up and let go."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from vitrine.service.engine.batcher import Batcher
+from vitrine.service.errors import ServiceError
+
+
+class Engine:
+    """Answers each image with its first pixel. Waits for `gate`; notes every batch; `fails` is raised or returned."""
+
+    def __init__(self):
+        self.batches, self.threads, self.fails = [], set(), []
+        self.busy, self.gate = threading.Event(), threading.Event()
+
+    def explain(self, pixels, details):
+        self.busy.set()
+        assert self.gate.wait(30)
+        self.threads.add(threading.get_ident())
+        self.batches.append([int(image.flat[0]) for image in pixels])
+        if self.fails:
+            failure = self.fails.pop(0)
+            if isinstance(failure, Exception):
+                raise failure
+            return failure
+        return self.batches[-1]
+
+
+def image(number):
+    return np.full((3, 2, 2), number, np.float32)
+
+
+def play(scene, batch_size=4):
+    """Run `scene(batcher, engine)` within the batcher's life, at most 30 s; returns the engine."""
+    engine = Engine()
+
+    async def run():
+        async with asyncio.timeout(30), Batcher(engine.explain, batch_size) as batcher:
+            try:
+                await scene(batcher, engine)
+            finally:
+                engine.gate.set()
+
+    asyncio.run(run())
+    return engine
+
+
+async def submit(batcher, *numbers):
+    """Tasks that wait for their answers, in the queue in this order."""
+    tasks = [asyncio.create_task(batcher.submit(image(number))) for number in numbers]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def submit_behind_a_running_one(batcher, engine, *numbers):
+    """The same, behind an image 0 whose inference is held up."""
+    (first,) = await submit(batcher, 0)
+    await asyncio.to_thread(engine.busy.wait, 30)
+    return first, await submit(batcher, *numbers)
+
+
+async def answers(tasks):
+    return [inference.parts for inference in await asyncio.gather(*tasks)]
+
+
+def test_an_image_alone_is_not_kept_waiting_for_company():
+    async def scene(batcher, engine):
+        engine.gate.set()
+        assert await answers(await submit(batcher, 7)) == [7]
+
+    assert play(scene).batches == [[7]]
+
+
+def test_images_that_wait_for_a_busy_engine_are_batched_up_to_the_batch_size():
+    async def scene(batcher, engine):
+        first, others = await submit_behind_a_running_one(batcher, engine, *range(1, 11))
+        assert batcher.waiting == 10
+        engine.gate.set()
+        assert await answers([first, *others]) == list(range(11))
+
+    assert play(scene, batch_size=4).batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
+
+
+def test_a_batch_size_of_one_batches_nothing():
+    async def scene(batcher, engine):
+        first, others = await submit_behind_a_running_one(batcher, engine, 1, 2)
+        engine.gate.set()
+        await answers([first, *others])
+
+    assert play(scene, batch_size=1).batches == [[0], [1], [2]]
+
+
+def test_many_askers_get_their_own_answers():
+    async def scene(batcher, engine):
+        engine.gate.set()
+        numbers = np.random.default_rng(0).permutation(500).tolist()
+
+        async def ask(number):
+            await asyncio.sleep(0.0001 * (number % 7))
+            return (await batcher.submit(image(number))).parts
+
+        assert await asyncio.gather(*map(ask, numbers)) == numbers
+
+    engine = play(scene, batch_size=5)
+    assert max(map(len, engine.batches)) <= 5
+    assert sorted(number for batch in engine.batches for number in batch) == list(range(500))
+    assert len(engine.threads) == 1
+
+
+def test_a_cancelled_waiter_leaves_its_batch_and_does_not_disturb_it():
+    async def scene(batcher, engine):
+        first, (one, two, three) = await submit_behind_a_running_one(batcher, engine, 1, 2, 3)
+        two.cancel()
+        engine.gate.set()
+        assert await answers([first, one, three]) == [0, 1, 3]
+        with pytest.raises(asyncio.CancelledError):
+            await two
+
+    assert play(scene).batches == [[0], [1, 3]]
+
+
+@pytest.mark.parametrize("failure", [None, RuntimeError("out of memory")], ids=["it works", "it fails"])
+def test_a_waiter_cancelled_during_its_inference_does_not_disturb_the_others(failure):
+    async def scene(batcher, engine):
+        first, others = await submit_behind_a_running_one(batcher, engine, 1)
+        engine.fails = [failure] if failure else []
+        first.cancel()
+        await asyncio.sleep(0)
+        engine.gate.set()
+        assert await answers(others) == [1]
+        with pytest.raises(asyncio.CancelledError):
+            await first
+
+    assert play(scene).batches == [[0], [1]]
+
+
+def test_cancelled_waiters_give_their_places_in_the_queue_back():
+    async def scene(batcher, engine):
+        first, gone = await submit_behind_a_running_one(batcher, engine, 1, 2)
+        for task in gone:
+            task.cancel()
+        await asyncio.sleep(0)
+        assert batcher.waiting == 0
+        others = await submit(batcher, 3, 4)
+        await asyncio.sleep(0)
+        engine.gate.set()
+        assert await answers([first, *others]) == [0, 3, 4]
+
+    play(scene)
+
+
+def test_a_batch_whose_waiters_all_left_is_not_run():
+    async def scene(batcher, engine):
+        first, gone = await submit_behind_a_running_one(batcher, engine, 1, 2)
+        for task in gone:
+            task.cancel()
+        engine.gate.set()
+        assert await answers([first, *await submit(batcher, 3)]) == [0, 3]
+
+    assert play(scene).batches == [[0], [3]]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("out of memory"), [1]], ids=["an error", "too few answers"])
+def test_a_failed_batch_is_told_to_all_its_waiters_and_the_next_works(failure):
+    async def scene(batcher, engine):
+        first, others = await submit_behind_a_running_one(batcher, engine, 1, 2, 3, 4, 5)
+        engine.fails = [[0], failure]
+        engine.gate.set()
+        assert await answers([first]) == [0]
+        async with asyncio.timeout(5):
+            found = await asyncio.gather(*others, return_exceptions=True)
+        assert all(isinstance(result, Exception) for result in found[:4])
+        assert found[4].parts == 5
+        assert await answers(await submit(batcher, 6)) == [6]
+
+    assert play(scene, batch_size=4).batches == [[0], [1, 2, 3, 4], [5], [6]]
+
+
+def test_images_of_different_sizes_fail_together_and_the_next_works():
+    async def scene(batcher, engine):
+        _, (good,) = await submit_behind_a_running_one(batcher, engine, 1)
+        odd = asyncio.create_task(batcher.submit(np.zeros((3, 5, 5), np.float32)))
+        await asyncio.sleep(0)
+        engine.gate.set()
+        found = await asyncio.gather(good, odd, return_exceptions=True)
+        assert [type(result) for result in found] == [ValueError, ValueError]
+        assert await answers(await submit(batcher, 2)) == [2]
+
+    play(scene)
+
+
+def test_other_work_runs_on_the_engines_thread_in_turn():
+    async def scene(batcher, engine):
+        first, others = await submit_behind_a_running_one(batcher, engine, 1, 2)
+        work = asyncio.create_task(batcher.run(lambda a, b: (a + b, threading.get_ident()), 2, 3))
+        await asyncio.sleep(0)
+        assert not work.done()
+        engine.gate.set()
+        total, thread = await work
+        assert await answers([first, *others]) == [0, 1, 2]
+        assert total == 5
+        assert engine.threads == {thread}
+
+    play(scene)
+
+
+def test_other_works_error_reaches_its_asker_alone():
+    async def scene(batcher, engine):
+        engine.gate.set()
+        with pytest.raises(ZeroDivisionError):
+            await batcher.run(lambda: 1 / 0)
+        assert await answers(await submit(batcher, 1)) == [1]
+
+    play(scene)
+
+
+def test_queue_and_inference_are_timed_apart():
+    async def scene(batcher, engine):
+        first, others = await submit_behind_a_running_one(batcher, engine, 1, 2)
+        engine.gate.set()
+        inferences = await asyncio.gather(first, *others)
+        assert all(inference.queue_ms >= 0 and inference.inference_ms > 0 for inference in inferences)
+        assert inferences[1].inference_ms == inferences[2].inference_ms
+
+    play(scene)
+
+
+def test_nobody_waits_for_ever_when_the_batcher_closes():
+    async def run():
+        engine = Engine()
+        async with Batcher(engine.explain, 1, 10) as batcher:
+            running, waiting = await submit_behind_a_running_one(batcher, engine, 1, 2)
+            threading.Timer(0.2, engine.gate.set).start()
+        done, pending = await asyncio.wait([running, *waiting], timeout=5)
+        for task in pending:
+            task.cancel()
+        return done, pending
+
+    done, pending = asyncio.run(run())
+    assert not pending
+    assert len(done) == 3
+
+
+def test_a_closed_batcher_takes_nothing_new():
+    async def run():
+        engine = Engine()
+        engine.gate.set()
+        async with Batcher(engine.explain, 1, 10) as batcher:
+            pass
+        with pytest.raises(ServiceError) as caught:
+            await asyncio.wait_for(batcher.submit(image(1)), 5)
+        return caught.value.code
+
+    assert asyncio.run(run()) == "not_ready"
+
+
+# batch_wait_ms
+
+
+def wait_for_company(scene, wait_ms, batch_size=3):
+    engine = Engine()
+    engine.gate.set()
+
+    async def run():
+        async with asyncio.timeout(30), Batcher(engine.explain, batch_size, wait_ms) as batcher:
+            await scene(batcher)
+
+    asyncio.run(run())
+    return engine.batches
+
+
+def test_the_first_image_waits_for_a_full_batch():
+    async def scene(batcher):
+        tasks = await submit(batcher, 1)
+        await asyncio.sleep(0.02)
+        tasks += await submit(batcher, 2)
+        await asyncio.sleep(0.02)
+        tasks += await submit(batcher, 3, 4)
+        assert await answers(tasks) == [1, 2, 3, 4]
+
+    assert wait_for_company(scene, wait_ms=500)[0] == [1, 2, 3]
+
+
+def test_a_full_batch_does_not_wait():
+    async def scene(batcher):
+        async with asyncio.timeout(10):
+            assert await answers(await submit(batcher, 1, 2, 3)) == [1, 2, 3]
+
+    assert wait_for_company(scene, wait_ms=60_000) == [[1, 2, 3]]
+
+
+def test_nobody_waits_longer_than_that_nor_while_the_service_ends():
+    async def scene(batcher):
+        assert await answers(await submit(batcher, 7)) == [7]
+
+    assert wait_for_company(scene, wait_ms=30) == [[7]]
+
+    async def ending(batcher):
+        await submit(batcher, 8)
+
+    assert wait_for_company(ending, wait_ms=60_000) == [[8]]

@@ -1,0 +1,212 @@
+"""Label texts to embeddings: the same as the CLIP's own, each encoded once."""
+
+import asyncio
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from vitrine.models.bundle.label_sets import NamedLabels
+from vitrine.service.engine.labels import PROMPTS_A_CALL, LabelEncoder
+
+TEMPLATES = ("a photo of a {}", "{}", "two {}, or one {}.")
+LABELS = ("cat", "Fire  Truck", "naïve café", "猫", "it's", "a" * 256, "<|endoftext|>")
+
+
+@pytest.fixture
+def encoder(engine):
+    return LabelEncoder(engine, 1000)
+
+
+@pytest.fixture
+def encoded(encoder, monkeypatch):
+    """How often each label was encoded."""
+    counts, encode = Counter(), encoder.encode
+
+    def counting(labels, templates):
+        counts.update(labels)
+        return encode(labels, templates)
+
+    monkeypatch.setattr(encoder, "encode", counting)
+    return counts
+
+
+async def run(function, *arguments):
+    """Runs elsewhere: other tasks get their turn first."""
+    await asyncio.sleep(0)
+    return await asyncio.to_thread(function, *arguments)
+
+
+def resolve(encoder, labels, templates=TEMPLATES):
+    return asyncio.run(encoder.resolve(tuple(labels), tuple(templates), run))
+
+
+@pytest.mark.parametrize("templates", [("{}",), TEMPLATES])
+@pytest.mark.parametrize("labels", [LABELS[:1], LABELS])
+def test_embeddings_equal_the_clips_own(clip, encoder, labels, templates):
+    found = resolve(encoder, labels, templates)
+    assert found.labels == labels
+    assert found.embeddings.dtype == np.float32
+    expected = clip.encode_labels(list(labels), list(templates)).numpy()
+    np.testing.assert_allclose(found.embeddings, expected, rtol=0, atol=1e-5)
+
+
+def test_embeddings_are_unit(encoder):
+    np.testing.assert_allclose(np.linalg.norm(resolve(encoder, LABELS).embeddings, axis=1), 1, atol=1e-6)
+
+
+def test_the_bundles_default_labels_and_templates_are_known(encoder, bundle):
+    assert encoder.default_labels == bundle.manifest.text.labels
+    assert encoder.default_templates == bundle.manifest.text.templates
+
+
+PETS = NamedLabels(labels=("cat", "dog"))
+TREES = NamedLabels(labels=("oak", "elm"), templates=("a {} tree",))
+
+
+def test_named_sets_are_encoded_once_and_never_forgotten(engine, bundle, monkeypatch):
+    encoder = LabelEncoder(engine, 1)  # a cache that holds next to nothing
+    asyncio.run(encoder.add({"pets": PETS, "trees": TREES}, run))
+    calls, encode = [], encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda *texts: calls.append(texts) or encode(*texts))
+    assert list(encoder.named) == ["default", "pets", "trees"]
+    assert encoder.named["pets"].templates == bundle.manifest.text.templates
+    for name, given in (("pets", PETS), ("trees", TREES)):
+        named = encoder.named[name]
+        found = resolve(encoder, named.labels, named.templates)
+        fresh = LabelEncoder(engine, 10).encode(given.labels, named.templates)
+        np.testing.assert_allclose(found.embeddings, fresh, rtol=0, atol=1e-6)
+    assert calls == []
+    resolve(encoder, PETS.labels, TREES.templates)  # other templates: another set
+    assert len(calls) > 0
+
+
+def test_the_bundles_sets_are_known_without_encoding(engine, monkeypatch):
+    embeddings = np.eye(2, 24, dtype=np.float32)
+    monkeypatch.setitem(vars(engine.bundle), "label_sets", {"pets": (PETS, embeddings)})
+    encoder = LabelEncoder(engine, 10)
+    monkeypatch.setattr(encoder, "encode", None)
+    found = resolve(encoder, PETS.labels, encoder.default_templates)
+    assert (found.labels, encoder.named["pets"].labels) == (PETS.labels, PETS.labels)
+    np.testing.assert_array_equal(found.embeddings, embeddings)
+
+
+@pytest.mark.parametrize("templates", [1, 3, PROMPTS_A_CALL, 2 * PROMPTS_A_CALL])
+def test_large_sets_are_encoded_in_small_calls(encoder, engine, monkeypatch, templates):
+    calls, encode_text = [], engine.encode_text
+    monkeypatch.setattr(engine, "encode_text", lambda tokens: calls.append(len(tokens)) or encode_text(tokens))
+    labels = [f"label {i}" for i in range(70)]
+    found = resolve(encoder, labels, [f"{{}} {i}" for i in range(templates)])
+    assert found.embeddings.shape == (70, 24)
+    assert max(calls) <= max(PROMPTS_A_CALL, templates)
+    assert sum(calls) == 70 * templates
+    alone = resolve(LabelEncoder(engine, 10), labels[69:], [f"{{}} {i}" for i in range(templates)])
+    np.testing.assert_allclose(found.embeddings[69:], alone.embeddings, atol=1e-6)
+
+
+def test_a_set_asked_for_again_is_not_encoded_again(encoder, encoded):
+    first = resolve(encoder, LABELS)
+    second = resolve(encoder, LABELS)
+    assert encoded == dict.fromkeys(LABELS, 1)
+    assert np.array_equal(first.embeddings, second.embeddings)
+
+
+def test_labels_are_shared_between_sets(encoder, encoded):
+    first = resolve(encoder, ["cat", "dog"])
+    second = resolve(encoder, ["car", "dog", "cat"])
+    assert encoded == {"cat": 1, "dog": 1, "car": 1}
+    assert second.labels == ("car", "dog", "cat")
+    assert np.array_equal(second.embeddings[[2, 1]], first.embeddings)
+
+
+def test_other_templates_are_other_embeddings(encoder, encoded):
+    first, second = resolve(encoder, ["cat"], ["{}"]), resolve(encoder, ["cat"], ["no {}"])
+    assert encoded == {"cat": 2}
+    assert not np.allclose(first.embeddings, second.embeddings)
+    assert np.array_equal(resolve(encoder, ["cat"], ["{}"]).embeddings, first.embeddings)
+
+
+def test_order_is_kept(encoder):
+    labels = tuple(sorted(LABELS))
+    forwards, backwards = resolve(encoder, labels), resolve(encoder, labels[::-1])
+    assert backwards.labels == labels[::-1]
+    assert np.array_equal(forwards.embeddings, backwards.embeddings[::-1])
+
+
+def test_new_labels_asked_for_at_once_are_encoded_once(encoder, encoded):
+    async def ask():
+        sets = [("cat", "dog"), ("cat", "dog"), ("dog", "cat", "car"), ("car",)]
+        return await asyncio.gather(*(encoder.resolve(labels, TEMPLATES, run) for labels in sets))
+
+    pair, same, three, one = asyncio.run(ask())
+    assert encoded == {"cat": 1, "dog": 1, "car": 1}
+    assert np.array_equal(pair.embeddings, same.embeddings)
+    assert np.array_equal(three.embeddings[[1, 0]], pair.embeddings)
+    assert np.array_equal(three.embeddings[2:], one.embeddings)
+
+
+def test_many_new_labels_do_not_hold_up_a_few(encoder):
+    """2,048 labels under 128 templates are 262,144 texts; who asks for two new labels meanwhile gets them first."""
+
+    async def scene():
+        many = asyncio.create_task(encoder.resolve(tuple(f"label {i}" for i in range(2000)), TEMPLATES, run))
+        await asyncio.sleep(0.01)
+        await encoder.resolve(("cat", "dog"), TEMPLATES, run)
+        first = not many.done()
+        await many
+        return first
+
+    assert asyncio.run(scene())
+
+
+def test_after_a_failure_the_encoder_works(encoder, monkeypatch):
+    encode = encoder.encode
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(encoder, "encode", fail)
+    with pytest.raises(RuntimeError):
+        resolve(encoder, LABELS)
+    monkeypatch.setattr(encoder, "encode", encode)
+    assert resolve(encoder, LABELS).embeddings.shape == (len(LABELS), 24)
+
+
+def test_after_a_cancelled_request_the_encoder_works(encoder):
+    async def scene():
+        async def slow(function, *arguments):
+            await asyncio.sleep(60)
+
+        first = asyncio.create_task(encoder.resolve(LABELS, TEMPLATES, slow))
+        second = asyncio.create_task(encoder.resolve(LABELS, TEMPLATES, run))
+        await asyncio.sleep(0)
+        first.cancel()
+        async with asyncio.timeout(30):
+            return await second
+
+    assert asyncio.run(scene()).embeddings.shape == (len(LABELS), 24)
+
+
+@pytest.mark.parametrize("capacity", [1, 3, len(LABELS) - 1])
+def test_a_cache_smaller_than_the_set_answers_right(engine, capacity):
+    expected = resolve(LabelEncoder(engine, 1000), LABELS).embeddings
+    small = LabelEncoder(engine, capacity)
+    for _ in range(2):
+        np.testing.assert_allclose(resolve(small, LABELS).embeddings, expected, atol=1e-6)
+        np.testing.assert_allclose(resolve(small, LABELS[2:4]).embeddings, expected[2:4], atol=1e-6)
+
+
+def test_the_cache_keeps_no_more_than_it_may(engine):
+    encoder = LabelEncoder(engine, 10)
+    for start in range(0, 100, 5):
+        resolve(encoder, [f"label {i}" for i in range(start, start + 5)])
+    assert len(encoder._labels) <= 10
+    assert sum(len(made.labels) for made in encoder._sets.values()) <= 10
+
+
+def test_a_kept_embedding_keeps_no_others_in_memory(engine):
+    """The embeddings of one call are one array; a view of one of them would keep all."""
+    encoder = LabelEncoder(engine, 1)
+    resolve(encoder, [f"label {i}" for i in range(20)])
+    (kept,) = encoder._labels.values()
+    assert kept.base is None or kept.base.nbytes == kept.nbytes

@@ -1,0 +1,153 @@
+"""Replaying the replacement from a bundle and a folder, against the torch model on the same images."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from vitrine.models.account.windows import TOKENS
+from vitrine.models.bundle.bundle import REPLACED_INPUT
+from vitrine.models.dictionary.replacement import Replacement
+from vitrine.service.engine.engine import Engine
+from vitrine.service.engine.images import ImageLimits, decode, to_pixels
+from vitrine.service.engine.labels import LabelEncoder
+from vitrine.service.offline.replay import ReplayError, find_images, print_replay, replay
+from vitrine.service.operations.settings import Settings
+
+LIMITS = ImageLimits(10_000, 100)
+LABELS = ["blue triangle", "green square", "red circle"]
+
+
+@pytest.fixture(scope="module")
+def found(engine, data_root):
+    return replay(engine, data_root / "val", LIMITS)
+
+
+@pytest.fixture(scope="module")
+def expected(clip, clt, data_root, bundle):
+    """{(first, tokens): log-probabilities [12, 3] of the torch model}, CLIP's own under None; truth [12]."""
+    files, labels = find_images(data_root / "val")
+    pixels = torch.stack([clip.transform()(Image.open(file)) for file in files])
+    templates = bundle.manifest.text.templates
+    directions = clip.logit_scale * clip.encode_labels(labels, list(templates))
+    model = Replacement(clip.tower, clt)
+
+    def classify(residual):
+        return (torch.nn.functional.normalize(clip.tower.head(residual[:, 0]), dim=-1) @ directions.T).log_softmax(-1)
+
+    logs = {None: classify(clip.tower(pixels).residual_out)}
+    for first in range(3):
+        for tokens in TOKENS:
+            logs[first, tokens] = classify(model(pixels, range(first, 3), tokens).residual)
+    return logs, torch.tensor([labels.index(file.parent.name) for file in files])
+
+
+def test_figures_are_the_torch_models(found, expected, engine):
+    logs, truth = expected
+    assert (found.images, found.labels, found.unreadable, found.bundle) == (12, LABELS, [], engine.bundle.digest)
+    assert found.top1 == pytest.approx((logs[None].argmax(-1) == truth).double().mean().item())
+    assert [(row.first, row.tokens) for row in found.rows] == [key for key in logs if key]
+    own = logs[None].double()
+    for row in found.rows:
+        theirs = logs[row.first, row.tokens].double()
+        divergence = (own.exp() * (own - theirs)).sum(-1).mean().item()
+        assert row.divergence == pytest.approx(divergence, rel=0.05, abs=1e-4)  # decoders of a byte a number
+        assert row.top1 == pytest.approx((theirs.argmax(-1) == truth).double().mean().item(), abs=1 / 12 + 1e-9)
+        assert row.agreement == pytest.approx((theirs.argmax(-1) == own.argmax(-1)).double().mean().item(), abs=0.09)
+    assert max(row.divergence for row in found.rows) > 0.01
+
+
+def test_accuracies_by_hand(engine, data_root, monkeypatch):
+    """Of three labels with 4 images each: CLIP takes the second for the first, the replacement takes all
+    for the first, but leaves CLIP's word for it where only patches are replaced."""
+    manifest = engine.bundle.manifest
+    names = LabelEncoder(engine, 3).encode(LABELS, manifest.text.templates)
+    truths = []  # of the batches, each of which comes first with nothing replaced
+
+    def replace(pixels, mask):
+        if not mask.any():
+            first = sum(map(len, truths))
+            truths.append(np.arange(first, first + len(pixels)) // 4)
+        own = np.where(truths[-1] == 1, 0, truths[-1])
+        chosen = np.zeros_like(own) if mask[:, 0].any() else own
+        return names[chosen], np.zeros((len(pixels), 2, 3, 3), np.float32)
+
+    monkeypatch.setattr(engine, "replace", replace)
+    found = replay(engine, data_root / "val", LIMITS)
+    assert found.top1 == pytest.approx(2 / 3)
+    for row in found.rows:
+        if row.tokens == "patches":
+            assert (row.top1, row.agreement, row.divergence) == (found.top1, 1, 0)
+        else:
+            assert (row.top1, row.agreement) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+            assert row.divergence > 0
+
+
+def test_matrix_is_the_mean_over_images_of_clip_itself(found, engine, data_root):
+    files, _ = find_images(data_root / "val")
+    scores = []
+    for file in files:
+        pixels = to_pixels(decode(file.read_bytes(), LIMITS), engine.bundle.manifest.preprocessing, LIMITS)
+        scores.append(engine.replace(pixels[None], np.zeros((3, 2), bool))[1][0])
+    np.testing.assert_allclose([found.matrix.cls, found.matrix.patches], np.mean(scores, axis=0), rtol=0, atol=1e-5)
+
+
+def test_images_without_labels_have_no_accuracy(engine, data_root, tmp_path):
+    for file in (data_root / "val" / "red circle").iterdir():
+        shutil.copy(file, tmp_path)
+    found = replay(engine, tmp_path, LIMITS)
+    assert found.images == 4
+    assert found.labels == list(engine.bundle.manifest.text.labels)
+    assert found.top1 is None
+    assert all(row.top1 is None and 0 <= row.agreement <= 1 for row in found.rows)
+
+
+def test_broken_images_are_named_and_left_out(engine, data_root, tmp_path, capsys):
+    shutil.copytree(data_root / "val", tmp_path / "val")
+    for name in ("blue triangle/broken.png", "red circle/notes.txt"):
+        (tmp_path / "val" / name).write_bytes(b"\x89PNG\r\n\x1a\nno")
+    (tmp_path / "val" / "green square" / ".hidden").write_bytes(b"x")
+    found, whole = replay(engine, tmp_path / "val", LIMITS), replay(engine, data_root / "val", LIMITS)
+    assert found.rows == whole.rows
+    assert [line.split(": ", 1)[1] for line in found.unreadable] == ["the PNG image's header is damaged"] * 2
+    assert "broken.png" in found.unreadable[0]
+    print_replay(found, Console(width=300))
+    assert "left out: " in (shown := capsys.readouterr().out)
+    assert "notes.txt: the PNG image's header is damaged" in shown
+
+
+def test_a_sample_is_of_the_seed(engine, data_root):
+    seen = []
+    run = engine._replacement.run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            engine, "_replacement", SimpleNamespace(run=lambda names, feeds: seen.append(feeds) or run(names, feeds))
+        )
+        for seed in (1, 1, 2):
+            assert replay(engine, data_root / "val", LIMITS, count=3, seed=seed).images == 3
+    first, again, other = (feeds["pixels"] for feeds in seen if not feeds[REPLACED_INPUT].any())
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_what_cannot_be_replayed(engine, any_bundle, data_root, tmp_path):
+    with pytest.raises(ReplayError, match=r"has no replacement graph: export it with `bundle\.replacement = true`"):
+        replay(Engine(any_bundle, Settings()), data_root / "val", LIMITS)
+    with pytest.raises(ReplayError, match="nowhere is no directory"):
+        replay(engine, tmp_path / "nowhere", LIMITS)
+    with pytest.raises(ReplayError, match="has no images: put them there, or into one folder a label"):
+        replay(engine, tmp_path, LIMITS)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_bytes(b"")
+    with pytest.raises(ReplayError, match=r"has no usable image; the first: .*x\.png: the image is empty"):
+        replay(engine, tmp_path, LIMITS)
+
+
+def test_json_is_what_is_printed(found):
+    again = type(found).model_validate(json.loads(found.model_dump_json()))
+    assert again == found

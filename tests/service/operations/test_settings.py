@@ -1,0 +1,120 @@
+"""The settings: documented one by one, and wrong ones stop the start with a sentence."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from common import ROOT
+from vitrine.service.operations.settings import DEMO_BUNDLE, Settings, SettingsError, load_settings
+
+README = ROOT / "service" / "README.md"
+
+
+def documented():
+    """Variable -> default, of service/README.md's table."""
+    rows = re.findall(r"^\| *`(VITRINE_\w+)` *\| *([^|]*?) *\| *([^|]*?) *\|$", README.read_text(), re.MULTILINE)
+    assert len({name for name, _, _ in rows}) == len(rows)
+    assert all(meaning for _, _, meaning in rows)
+    return {name: default.replace("`", "").replace(",", "") for name, default, _ in rows}
+
+
+def test_the_readme_lists_every_setting_with_its_default():
+    defaults = {name: "" if field.default is None else field.default for name, field in Settings.model_fields.items()}
+    actual = {f"VITRINE_{name.upper()}": str(default) for name, default in defaults.items()}
+    assert actual.pop("VITRINE_BUNDLE") == str(DEMO_BUNDLE)
+    assert documented() == actual | {"VITRINE_BUNDLE": "models/demo"}
+    assert DEMO_BUNDLE.parts[-2:] == ("models", "demo")
+
+
+def test_every_setting_has_a_description():
+    assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_settings_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("VITRINE_BATCH_SIZE", "3")
+    monkeypatch.setenv("VITRINE_BUNDLE", "elsewhere")
+    monkeypatch.setenv("BATCH_SIZE", "4")
+    settings = load_settings()
+    assert (settings.batch_size, settings.bundle) == (3, Path("elsewhere"))
+
+
+WRONG = {
+    "VITRINE_BATCH_SIZE": ["many", "0", "-1", "1.5", ""],
+    "VITRINE_THREADS": ["-1"],
+    "VITRINE_PROVIDER": ["tpu", "CUDA"],
+    "VITRINE_DEADLINE_SECONDS": ["0", "-1", "nan", "inf", "soon"],
+    "VITRINE_MAX_BODY_BYTES": ["16MiB", "0"],
+    "VITRINE_LABEL_CACHE": ["0"],
+    "VITRINE_WORKERS": ["0"],
+    "VITRINE_BATCH_WAIT_MS": ["-1", "inf"],
+    "VITRINE_LOG_FORMAT": ["xml"],
+    "VITRINE_LOG_LABELS": ["perhaps"],
+    "VITRINE_TRACE_ENDPOINT": ["collector:4318"],
+    "VITRINE_TRACE_SHARE": ["1.1", "-0.1", "nan"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_wrong_value_is_refused_by_name(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=f"{name}='{re.escape(value)}'"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("VITRINE_QUEUE_SZE", "did you mean VITRINE_QUEUE_SIZE?"),
+        ("VITRINE_APIKEYS", "did you mean VITRINE_API_KEYS?"),
+        ("VITRINE_XYZZY", "service/README.md lists them"),
+    ],
+)
+def test_a_name_that_is_no_setting_is_refused_with_the_nearest_one(monkeypatch, name, hint):
+    """It would be left out of account in silence, an API key's name too."""
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(SettingsError, match=rf"{name} is no setting.*{re.escape(hint)}"):
+        load_settings()
+
+
+def test_keys_are_not_shown_with_the_settings(monkeypatch):
+    monkeypatch.setenv("VITRINE_API_KEYS", "a-secret")
+    assert "a-secret" not in repr(load_settings()) + str(load_settings().model_dump())
+
+
+def test_all_wrong_values_are_named_at_once(monkeypatch):
+    monkeypatch.setenv("VITRINE_BATCH_SIZE", "many")
+    monkeypatch.setenv("VITRINE_PROVIDER", "tpu")
+    with pytest.raises(SettingsError, match=r"VITRINE_PROVIDER.*VITRINE_BATCH_SIZE"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"VITRINE_BATCH_SIZE": "many"}, "VITRINE_BATCH_SIZE"),
+        ({"VITRINE_PROVIDER": "cuda"}, "VITRINE_PROVIDER"),
+        ({"VITRINE_DEADLINE_SECONDS": "inf"}, "VITRINE_DEADLINE_SECONDS"),
+        ({"VITRINE_BUNDLE": "/nowhere"}, "/nowhere"),
+        ({"VITRINE_API_KEYS_FILE": "/nowhere"}, "VITRINE_API_KEYS_FILE=/nowhere cannot be read"),
+        ({"VITRINE_ADMIN_KEYS": " , "}, "VITRINE_ADMIN_KEYS"),
+        ({"VITRINE_BATCHSIZE": "1"}, "did you mean VITRINE_BATCH_SIZE?"),
+    ],
+    ids=["no number", "no cuda", "infinite", "no bundle", "no key file", "no key", "no setting"],
+)
+def test_wrong_settings_stop_serve_with_one_message(run_python, bundle_path, environment, named):
+    finished = run_python("-m", "vitrine", "serve", "--port", 1, **{"VITRINE_BUNDLE": bundle_path, **environment})
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: ")
+    assert named in finished.stderr
+    assert "Traceback" not in finished.stderr + finished.stdout
+
+
+def test_traces_without_an_exporter_stop_the_start(run_python, bundle_path):
+    if run_python("-c", "import opentelemetry.exporter.otlp.proto.http").returncode == 0:
+        pytest.skip("the exporter is installed beside the service")
+    environment = {"VITRINE_BUNDLE": bundle_path, "VITRINE_TRACE_ENDPOINT": "http://collector/v1/traces"}
+    finished = run_python("-m", "vitrine", "serve", "--port", 1, **environment)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: VITRINE_TRACE_ENDPOINT=")
+    assert "vitrine[tracing]" in finished.stderr

@@ -1,0 +1,207 @@
+"""Which token is where, steps that need not know their past, a normalisation that can be folded away."""
+
+import numpy as np
+import pytest
+import torch
+
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.training.data.activations import Activations, Normalisation, activations, steps, stream
+from vitrine.training.data.images import Plan
+from vitrine.training.data.sources import open_images
+from vitrine.training.recipes.recipe import FolderSource
+
+TRAIN = FolderSource(kind="folder", path="train")  # 48 images
+
+
+@pytest.fixture(scope="module")
+def batches(clip, make_pixels):
+    """Four batches of different sizes."""
+    pixels = make_pixels(14).split([3, 4, 5, 2])
+    return list(stream(clip.tower, ((part, torch.zeros(len(part))) for part in pixels)))
+
+
+@pytest.fixture(scope="module")
+def normalisation(batches):
+    return Normalisation.estimate(batches)
+
+
+def test_tokens_lie_image_by_image_with_cls_first(clip, make_pixels):
+    pixels = make_pixels(3)
+    taps, found = clip.tower(pixels), activations(clip.tower(pixels))
+    assert found.is_cls.nonzero().flatten().tolist() == [0, 17, 34]
+    for image, token in ((0, 0), (1, 0), (1, 5), (2, 16)):
+        place = image * 17 + token
+        torch.testing.assert_close(found.mlp_in[:, place], taps.mlp_in[:, image, token], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.mlp_out[:, place], taps.mlp_out[:, image, token], rtol=1e-5, atol=1e-5)
+
+
+def marks(step):
+    """The (image, token) of a marking tower's step, checked to be the same in both layers and on both sides."""
+    assert step.mlp_in.dtype == step.mlp_out.dtype == torch.float32
+    torch.testing.assert_close(step.mlp_in[1], step.mlp_in[0] + 1000)
+    torch.testing.assert_close(step.mlp_out, -step.mlp_in)
+    assert torch.equal(step.is_cls, step.mlp_in[0, :, 1] == 0)
+    return [tuple(mark) for mark in step.mlp_in[0].int().tolist()]
+
+
+def test_steps_serve_the_plans_tokens(numbers, marking_tower):
+    plan = Plan(images=23, images_per_step=3, mixed_images=6, seed=0, epochs=2)
+    found = [marks(step) for step in steps(marking_tower, numbers(23), plan, workers=0)]
+    expected = []
+    for visit in plan.visits():
+        images = plan.chunk(visit.chunk)
+        for places in plan.tokens(visit, 5):
+            expected.append([(images[place // 5], place % 5) for place in places.tolist()])
+    assert found == expected
+    for epoch in (found[:7], found[7:]):
+        assert len({mark for step in epoch for mark in step}) == 7 * 3 * 5
+    assert {len(batch) for batch in marking_tower.batches} == {3}
+
+
+def test_unmixed_steps_are_whole_images(numbers, marking_tower):
+    plan = Plan(images=11, images_per_step=3, mixed_images=3, seed=0, epochs=2)
+    for step, images in zip(steps(marking_tower, numbers(11), plan, workers=0), plan.batches(), strict=True):
+        assert marks(step) == [(image, token) for image in images for token in range(5)]
+
+
+@pytest.mark.parametrize("mixed_images", [8, 32])
+@pytest.mark.parametrize("skip", [1, 3, 4, 5, 6, 9, 11, 12])  # chunks end at 4 or 2, 6, 10 or 8, 12
+def test_a_run_that_is_taken_up_sees_the_same_bits(clip, data_root, mixed_images, skip):
+    plan = Plan(images=48, images_per_step=8, mixed_images=mixed_images, seed=0, epochs=2)
+    images = open_images(TRAIN, data_root, clip.transform())
+    whole = list(steps(clip.tower, images, plan, workers=0))
+    taken_up = list(steps(clip.tower, images, plan, workers=0, skip=skip))
+    assert len(taken_up) == 12 - skip
+    for one, two in zip(whole[skip:], taken_up, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_only_the_chunk_of_the_first_step_is_computed_again(numbers, marking_tower):
+    plan = Plan(images=24, images_per_step=3, mixed_images=12, seed=0, epochs=1)
+    assert len(list(steps(marking_tower, numbers(24), plan, workers=0, skip=6))) == 2
+    assert sum(map(len, marking_tower.batches)) == 12
+
+
+def test_worker_processes_change_nothing(clip, data_root):
+    plan = Plan(images=48, images_per_step=8, mixed_images=16, seed=0, epochs=1)
+    images = open_images(TRAIN, data_root, clip.transform())
+    here, there = (list(steps(clip.tower, images, plan, workers=workers, skip=2)) for workers in (0, 1))
+    assert len(here) == 4
+    for one, two in zip(here, there, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("mixed_images", [4, 12])
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_together_see_the_tokens_of_one(numbers, marking_tower, mixed_images, world):
+    plan = Plan(images=30, images_per_step=4, mixed_images=mixed_images, seed=0, epochs=2)
+    one = [marks(step) for step in steps(marking_tower, numbers(30), plan, workers=0, skip=3)]
+    parts = []
+    for rank in range(world):
+        marking_tower.batches.clear()
+        mine = steps(marking_tower, numbers(30), plan, workers=0, skip=3, rank=rank, world=world)
+        parts.append([marks(step) for step in mine])
+        assert max(map(len, marking_tower.batches)) <= 2
+        assert sum(map(len, marking_tower.batches)) <= 28 * 2 * 0.6  # about its share, not all
+    for whole, *shares in zip(one, *parts, strict=True):
+        assert sorted(mark for share in shares for mark in share) == sorted(whole)
+
+
+def test_broken_images_do_not_change_the_length_of_a_step(numbers, marking_tower):
+    plan = Plan(images=12, images_per_step=4, mixed_images=8, seed=0, epochs=1)
+    images = numbers(12, broken={5, 6}, max_broken=0.2)
+    found = [marks(step) for step in steps(marking_tower, images, plan, workers=0)]
+    assert [len(step) for step in found] == [20, 20, 20]
+    assert images.broken.keys() == {"number 5", "number 6"}
+    served = sorted(mark for step in found for mark in step)
+    assert served == sorted((7 if n in (5, 6) else n, token) for n in range(12) for token in range(5))
+
+
+def test_towers_precision_is_the_callers_choice(clip, data_root):
+    plan = Plan(images=48, images_per_step=8, mixed_images=16, seed=0, epochs=1)
+    images = open_images(TRAIN, data_root, clip.transform())
+    full = next(steps(clip.tower, images, plan, workers=0))
+    half = next(steps(clip.tower, images, plan, workers=0, context=lambda: torch.autocast("cpu", torch.bfloat16)))
+    assert half.mlp_in.dtype == half.mlp_out.dtype == torch.float32
+    assert not torch.equal(full.mlp_in, half.mlp_in)
+    assert torch.cosine_similarity(full.mlp_in, half.mlp_in, dim=-1).min() > 0.99
+
+
+def test_nothing_lies_on_disk_by_default(numbers, marking_tower, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    list(steps(marking_tower, numbers(8), Plan(8, 2, 4, 0, epochs=2), workers=0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_estimate_is_numpys_over_all_tokens(batches, normalisation):
+    for name, mean, scale in (
+        ("mlp_in", normalisation.in_mean, normalisation.in_scale),
+        ("mlp_out", normalisation.out_mean, normalisation.out_scale),
+    ):
+        every = np.concatenate([getattr(batch, name).numpy() for batch in batches], axis=1).astype(np.float64)
+        assert every.shape == (3, 14 * 17, 32)
+        expected = every.mean(1)
+        np.testing.assert_allclose(mean, expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(scale, np.sqrt(((every - expected[:, None]) ** 2).mean((1, 2))), rtol=1e-5)
+    cls = np.concatenate([batch.mlp_out[:, batch.is_cls].numpy() for batch in batches], axis=1)
+    assert cls.shape == (3, 14, 32)
+    np.testing.assert_allclose(normalisation.out_mean_cls, cls.mean(1), rtol=0, atol=1e-6)
+
+
+def test_normalised_activations_have_mean_0_and_scale_1(batches, normalisation):
+    every = [torch.cat(parts, 1) for parts in list(zip(*batches, strict=True))[:2]]
+    for normalised in (normalisation.inputs(every[0]), normalisation.targets(every[1])):
+        torch.testing.assert_close(normalised.mean(1), torch.zeros(3, 32), rtol=0, atol=1e-5)
+        torch.testing.assert_close(normalised.square().mean((1, 2)), torch.ones(3))
+
+
+def test_estimate_by_hand():
+    x = torch.tensor([[[1.0, 10.0], [3.0, 10.0]]])  # one layer, two tokens, width 2
+    found = Normalisation.estimate([Activations(x, 2 * x, torch.tensor([True, False]))])
+    assert found.in_mean.tolist() == [[2, 10]]
+    assert found.in_scale.tolist() == pytest.approx([0.5**0.5])  # deviations -1, 1, 0, 0
+    assert found.out_mean.tolist() == [[4, 20]]
+    assert found.out_scale.tolist() == pytest.approx([2 * 0.5**0.5])
+    assert found.out_mean_cls.tolist() == [[2, 20]]
+
+
+def test_estimate_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no activations"):
+        Normalisation.estimate([])
+
+
+@pytest.mark.parametrize("cross_layer", [True, False])
+@pytest.mark.parametrize("sparsifier", ["relu_topk", "abs_topk", "jumprelu", "batch_topk"])
+def test_folded_clt_does_on_raw_activations_what_the_other_does_on_normalised_ones(
+    batches, normalisation, make_clt, clip, sparsifier, cross_layer
+):
+    clt = make_clt(clip, k_cls=5, sparsifier=sparsifier, cross_layer=cross_layer)
+    for layer, encoder in enumerate(clt.encoders):  # thresholds as training leaves them, different everywhere
+        for name, tensor in encoder.sparsifier.state_dict().items():
+            start = -2.0 if name == "log_threshold" else 0.1 * (layer + 1)
+            tensor.copy_(torch.linspace(start, start + 0.5, tensor.numel()))
+    folded = normalisation.fold_into(clt)
+    assert not folded.training
+    for batch in batches:
+        expected, output = clt(normalisation.inputs(batch.mlp_in), batch.is_cls)
+        found, raw_output = folded(batch.mlp_in, batch.is_cls)
+        for one, two in zip(expected, found, strict=True):
+            assert one.values.count_nonzero() > 0
+            torch.testing.assert_close(_dense(one), _dense(two), rtol=0, atol=1e-4)
+        torch.testing.assert_close(normalisation.targets(raw_output), output, rtol=0, atol=1e-4)
+
+
+def _dense(code):
+    return torch.zeros(len(code.indices), 64).scatter_add(1, code.indices, code.values)
+
+
+def test_folding_leaves_the_trained_clt_alone(normalisation, make_clt, clip):
+    clt = make_clt(clip, seed=5)
+    before = {name: tensor.clone() for name, tensor in clt.state_dict().items()}
+    folded = normalisation.fold_into(clt.bfloat16())
+    assert isinstance(folded, CrossLayerTranscoder)
+    for name, tensor in clt.state_dict().items():
+        assert torch.equal(tensor, before[name].bfloat16())
+        assert folded.state_dict()[name].dtype == torch.float32
+        assert not torch.equal(tensor.float(), folded.state_dict()[name])
+    assert normalisation.fold_into(clt.train()).training

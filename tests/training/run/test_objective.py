@@ -1,0 +1,121 @@
+"""The losses, against float64 loops over tokens and layers."""
+
+import pytest
+import torch
+
+from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
+from vitrine.training.data.activations import Activations, Normalisation
+from vitrine.training.recipes.recipe import TrainingSection
+from vitrine.training.run.objective import Reconstruction, StepSize
+
+LAYERS, WIDTH, FEATURES, TOKENS, IMAGES = 3, 6, 10, 4, 5
+COUNT = IMAGES * TOKENS
+
+
+def make(sparsifier="relu_topk", seed=0, **settings):
+    """(objective on a random CLT and normalisation, batch of 5 images of 4 tokens), all float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    clt = CrossLayerTranscoder(Architecture(LAYERS, WIDTH, FEATURES, (3, 2, 4), (2, 2, 3), sparsifier))
+    clt.initialise(generator)
+    for parameter in clt.parameters():
+        parameter.data.add_(0.1 * random(*parameter.shape))
+    normalisation = Normalisation(
+        random(LAYERS, WIDTH), random(LAYERS).exp(), random(LAYERS, WIDTH), random(LAYERS).exp(), random(LAYERS, WIDTH)
+    )
+    for field, tensor in vars(normalisation).items():
+        setattr(normalisation, field, tensor.double())
+    batch = Activations(
+        random(LAYERS, COUNT, WIDTH).double(), random(LAYERS, COUNT, WIDTH).double(), torch.arange(COUNT) % TOKENS == 0
+    )
+    objective = Reconstruction(clt.double(), normalisation, TrainingSection(**settings), StepSize(IMAGES, TOKENS))
+    return objective, batch
+
+
+def normalised(objective, batch):
+    norm = objective.normalisation
+    x = torch.stack([(batch.mlp_in[i] - norm.in_mean[i]) / norm.in_scale[i] for i in range(LAYERS)])
+    y = torch.stack([(batch.mlp_out[i] - norm.out_mean[i]) / norm.out_scale[i] for i in range(LAYERS)])
+    return x, y
+
+
+def squared_errors(objective, batch):
+    """[L, N], by dense products."""
+    x, y = normalised(objective, batch)
+    codes = [encoder.encode_dense(x[layer], batch.is_cls) for layer, encoder in enumerate(objective.clt.encoders)]
+    found = torch.stack([decoder.decode_dense(codes) for decoder in objective.clt.decoders])
+    return (found - y).square().mean(-1), codes
+
+
+def test_reconstruction_weighs_cls():
+    objective, batch = make(cls_weight=7)
+    errors, codes = squared_errors(objective, batch)
+    weights = [7 if token % TOKENS == 0 else 1 for token in range(COUNT)]
+    expected = sum(errors[layer, token] * weights[token] for layer in range(LAYERS) for token in range(COUNT)) / (
+        LAYERS * sum(weights)
+    )
+    losses = objective(batch, pressure=1.0)
+    torch.testing.assert_close(losses.total, expected)
+    torch.testing.assert_close(losses.unexplained, errors.mean(1))
+    l0 = [(code.values != 0).sum(1).double().mean() for code in codes]
+    torch.testing.assert_close(losses.active, torch.stack(l0))
+
+
+def test_gradient_is_that_of_the_dense_loss():
+    objective, batch = make(cls_weight=7)
+    names, parameters = zip(*objective.clt.named_parameters(), strict=True)
+    errors, _ = squared_errors(objective, batch)
+    weights = torch.where(batch.is_cls, 7.0, 1.0).double()
+    expected = torch.autograd.grad((errors * weights).sum(1).mean() / weights.sum(), parameters)
+    found = torch.autograd.grad(objective(batch).total, parameters)
+    for name, ours, theirs in zip(names, found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_together_do_what_one_does(world):
+    """Each has some of the tokens; gradients are averaged, measures summed."""
+    objective, batch = make(cls_weight=7)
+    parameters = list(objective.clt.parameters())
+    whole = objective(batch)
+    expected = torch.autograd.grad(whole.total, parameters)
+    objective.size = StepSize(IMAGES, TOKENS, world)
+    share = torch.arange(COUNT) % 7 % world  # uneven
+    parts = [
+        Activations(*(part[..., share == rank, :] if part.ndim == 3 else part[share == rank] for part in batch))
+        for rank in range(world)
+    ]
+    found = [objective(part) for part in parts]
+    gradients = [torch.autograd.grad(losses.total, parameters) for losses in found]
+    for ours, theirs in zip(zip(*gradients, strict=True), expected, strict=True):
+        torch.testing.assert_close(torch.stack(ours).mean(0), theirs)
+    torch.testing.assert_close(torch.stack([losses.unexplained for losses in found]).sum(0), whole.unexplained)
+    torch.testing.assert_close(torch.stack([losses.active for losses in found]).sum(0), whole.active)
+    assert torch.equal(torch.stack([losses.fired for losses in found]).any(0), whole.fired)
+
+
+def test_fired_are_the_features_with_an_activation():
+    objective, batch = make()
+    _, codes = squared_errors(objective, batch)
+    fired = torch.zeros(LAYERS, FEATURES, dtype=torch.bool)
+    for layer, code in enumerate(codes):
+        for token in range(COUNT):
+            for feature, value in zip(code.indices[token], code.values[token], strict=True):
+                fired[layer, feature] |= bool(value != 0)
+    assert torch.equal(objective(batch).fired, fired)
+
+
+def test_jumprelu_is_drawn_to_its_targets_per_layer_and_token_type():
+    objective, batch = make("jumprelu", sparsity_weight=3.0)
+    objective.clt.calibrate(normalised(objective, batch)[0])
+    _, codes = squared_errors(objective, batch)
+    terms = []
+    for layer, (k, k_cls) in enumerate(zip((3, 2, 4), (2, 2, 3), strict=True)):
+        active = (codes[layer].values > 0).sum(1).double()
+        terms += [(active[~batch.is_cls].mean() / k - 1) ** 2, (active[batch.is_cls].mean() / k_cls - 1) ** 2]
+    plain, pressed = objective(batch, pressure=0.0), objective(batch, pressure=0.5)
+    torch.testing.assert_close(pressed.total - plain.total, 0.5 * 3.0 * torch.stack(terms).mean())
+    assert torch.stack(terms).mean() > 0.001

@@ -1,0 +1,289 @@
+"""The four kinds of sources that a recipe may name, each as a `Listing`: any image by its number.
+
+Access by number is what makes a run exact to take up. That is why WebDataset shards are read through an index of
+their members, built once with `tarfile`, and not as the stream that the webdataset library makes of them: a stream's
+shuffling has a past that a checkpoint would have to hold.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torchvision
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+
+from vitrine.models.shards import expand_braces, members, read_at
+from vitrine.training.data.images import DataError, Images, Listing
+from vitrine.training.recipes.recipe import FolderSource, HuggingFaceSource, Source, TorchvisionSource, WebDatasetSource
+
+_BY_FLAG = ({"train": True}, {"train": False})
+# torchvision's classification sets whose classes have names: what makes the train split, what val.
+TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "CIFAR10": _BY_FLAG,
+    "CIFAR100": _BY_FLAG,
+    "FashionMNIST": _BY_FLAG,
+    "KMNIST": _BY_FLAG,
+    "MNIST": _BY_FLAG,
+    "Country211": ({"split": "train"}, {"split": "valid"}),
+    "DTD": ({"split": "train"}, {"split": "val"}),
+    "FGVCAircraft": ({"split": "train"}, {"split": "val"}),
+    "Flowers102": ({"split": "train"}, {"split": "val"}),
+    "Food101": ({"split": "train"}, {"split": "test"}),
+    "Imagenette": ({"split": "train"}, {"split": "val"}),
+    "OxfordIIITPet": ({"split": "trainval"}, {"split": "test"}),
+    "RenderedSST2": ({"split": "train"}, {"split": "val"}),
+    "STL10": ({"split": "train"}, {"split": "test"}),
+}
+IMAGES = ("jpg", "jpeg", "png", "webp")  # in WebDataset shards
+
+
+def open_images(
+    source: Source, data_root: Path, transform: Callable[[Image.Image], Tensor], max_broken: float = 0.0
+) -> Images:
+    """The images of a source; paths in it are relative to `data_root`.
+
+    Args:
+        transform: RGB image -> pixels [3, H, W].
+        max_broken: share of unreadable images at which `Images` gives up; 0: at the first.
+
+    Raises:
+        DataError: nothing there, a failed download, an unknown name or column; the message names what there is.
+    """
+    listing: Listing
+    match source:
+        case FolderSource():
+            listing = _folder(data_root / source.path)
+        case TorchvisionSource():
+            listing = _torchvision(source, data_root)
+        case HuggingFaceSource():
+            listing = _HuggingFace(source, data_root)
+        case WebDatasetSource():
+            listing = _WebDataset(source, data_root)
+    if not len(listing):
+        raise DataError(f"no images in {listing.title}")
+    return Images(listing, transform, max_broken)
+
+
+class _Torchvision:
+    """A data set of torchvision's, its transform left out."""
+
+    def __init__(self, dataset: Any, title: str) -> None:
+        self.dataset, self.title = dataset, title
+        # Imagenette has several names a class.
+        self.classes = tuple(name if isinstance(name, str) else name[0] for name in dataset.classes)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        is_folder = isinstance(self.dataset, ImageFolder)
+        return self.dataset.samples[index][0] if is_folder else f"{self.title} row {index}"
+
+    def open(self, index: int) -> tuple[Image.Image, int]:
+        image, class_index = self.dataset[index]
+        return image, int(class_index)
+
+
+def _folder(root: Path) -> _Torchvision:
+    try:
+        return _Torchvision(ImageFolder(str(root), loader=Image.open), str(root))
+    except OSError as error:
+        raise DataError(f"no images under {root}: {error}") from error
+
+
+def _torchvision(source: TorchvisionSource, data_root: Path) -> _Torchvision:
+    if source.name not in TORCHVISION:
+        near = difflib.get_close_matches(source.name, TORCHVISION, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(TORCHVISION)}"
+        raise DataError(f"{source.name} is none of torchvision's classification sets; {hint}")
+    if (folder := data_root / source.name.lower() / source.split).is_dir():
+        return _spoken(_folder(folder))  # the same images as class folders, where they are not to be downloaded
+    dataset = getattr(torchvision.datasets, source.name)
+    options = TORCHVISION[source.name][source.split == "val"]
+    title = f"{source.name}[{source.split}]"
+    try:
+        return _spoken(_Torchvision(dataset(str(data_root), **options), title))
+    except (OSError, RuntimeError):
+        pass  # not there, or not whole
+    try:
+        return _spoken(_Torchvision(dataset(str(data_root), download=True, **options), title))
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{title} is not in {data_root} and cannot be downloaded: {error}; "
+            f"put there what torchvision would have put there, or class folders into {folder}"
+        ) from error
+
+
+def _spoken(listing: _Torchvision) -> _Torchvision:
+    """Class names as one would say them to a CLIP: aquarium fish, not aquarium_fish."""
+    listing.classes = tuple(name.replace("_", " ") for name in listing.classes)
+    return listing
+
+
+class _HuggingFace:
+    """A data set that `datasets.load_dataset` reads, from a folder or from the hub; images are decoded when asked for.
+
+    The label column holds a class (named by its ClassLabel, else by the values themselves, sorted), or objects with
+    `bbox` and `category`: then the class is that of the largest box, and images without any object are left out.
+    """
+
+    def __init__(self, source: HuggingFaceSource, data_root: Path) -> None:
+        import datasets  # not at the top: pandas and pyarrow come with it
+
+        self.title, self.column = f"{source.id}[{source.split}]", source.image
+        folder = data_root / source.id
+        try:
+            rows = datasets.load_dataset(str(folder) if folder.exists() else source.id, split=source.split)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(
+                f"{self.title} cannot be loaded, neither as the folder {folder} nor from the Hugging Face hub: {error}"
+            ) from error
+        for column in (source.image, source.label):
+            if column not in rows.column_names:
+                raise DataError(f"{self.title} has no column {column!r}; it has {', '.join(rows.column_names)}")
+        if not isinstance(rows.features[source.image], datasets.Image):
+            raise DataError(f"{self.title}: column {source.image!r} is no image but {rows.features[source.image]}")
+        self.rows = rows.cast_column(source.image, datasets.Image(decode=False))
+
+        feature = rows.features[source.label]
+        values = rows.select_columns([source.label])[:][source.label]
+        fields = getattr(feature, "feature", feature)  # objects are a dict of lists or a list of dicts
+        if isinstance(fields, dict):
+            if missing := {"bbox", "category"} - fields.keys():
+                raise DataError(f"{self.title}: column {source.label!r} has no {' and no '.join(sorted(missing))}")
+            values = _largest_objects(values)
+            feature = getattr(fields["category"], "feature", fields["category"])
+        self.numbers = [row for row, value in enumerate(values) if value is not None]
+        found = [value for value in values if value is not None]
+        if isinstance(feature, datasets.ClassLabel):
+            self.classes, self.class_indices = tuple(feature.names), found
+        else:
+            self.classes, self.class_indices = _classes(found)
+        if found and min(self.class_indices) < 0:  # the hub's way to withhold a test split's labels
+            raise DataError(f"{self.title}: column {source.label!r} has no classes (-1); choose another split")
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, index: int) -> str:
+        return f"{self.title} row {self.numbers[index]}"
+
+    def open(self, index: int) -> tuple[Image.Image, int]:
+        image = self.rows[self.numbers[index]][self.column] or {}
+        if image.get("bytes") is None and image.get("path") is None:
+            raise ValueError("the row has no image")
+        file = image["path"] if image["bytes"] is None else BytesIO(image["bytes"])
+        return Image.open(file), self.class_indices[index]
+
+
+def _largest_objects(rows: Sequence[Any]) -> list[Any]:
+    """The category of the largest box of each row; None for a row without objects.
+
+    Boxes are x, y, width, height (as COCO's) or x0, y0, x1, y1 (as in the hub's copy of COCO): corners, if that is
+    possible for every box of the data set.
+    """
+    objects = []
+    for row in rows:
+        if isinstance(row, list):
+            objects.append([(one["bbox"], one["category"]) for one in row])
+        else:
+            objects.append(list(zip(row["bbox"], row["category"], strict=True)) if row else [])
+    corners = all(x1 >= x0 and y1 >= y0 for (x0, y0, x1, y1), _ in itertools.chain.from_iterable(objects))
+
+    def area(one: tuple[Sequence[float], Any]) -> float:
+        x, y, right, lower = one[0]
+        return (right - x) * (lower - y) if corners else right * lower
+
+    return [max(found, key=area)[1] if found else None for found in objects]
+
+
+class _Sample(NamedTuple):
+    shard: Path
+    key: str
+    offset: int
+    size: int
+    label: int | str  # index (.cls) or class name (.txt)
+
+
+class _WebDataset:
+    """Samples of tar shards; nothing but their places is kept, so worker processes share no open file."""
+
+    def __init__(self, source: WebDatasetSource, data_root: Path) -> None:
+        self.title = str(data_root / source.shards)
+        self.samples: list[_Sample] = []
+        for name in dict.fromkeys(expand_braces(source.shards)):
+            shard = data_root / name
+            try:
+                self.samples += _samples(shard)
+            except (OSError, tarfile.TarError) as error:
+                raise DataError(f"{shard} is no readable tar file: {error}; make or fetch it again") from error
+        labels = [sample.label for sample in self.samples]
+        if len({type(label) for label in labels}) > 1:
+            raise DataError(f"{self.title}: some samples have .cls and others only .txt; give all of them the same")
+        known = _lines(data_root / source.classes) if source.classes else None
+        if any(isinstance(label, str) for label in labels):
+            self.classes, self.class_indices = _classes(labels, known)
+        else:
+            self.class_indices = [int(label) for label in labels]
+            self.classes = known or tuple(str(number) for number in range(max(self.class_indices, default=-1) + 1))
+        for sample, class_index in zip(self.samples, self.class_indices, strict=True):
+            if not 0 <= class_index < len(self.classes):
+                raise DataError(
+                    f"{sample.shard}: {sample.key} is of class {sample.label!r}, which is none of the "
+                    f"{len(self.classes)} classes of {source.classes or self.title}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name(self, index: int) -> str:
+        return f"{self.samples[index].shard}: {self.samples[index].key}"
+
+    def open(self, index: int) -> tuple[Image.Image, int]:
+        sample = self.samples[index]
+        content = read_at(sample.shard, sample.offset, sample.size)
+        return Image.open(BytesIO(content)), self.class_indices[index]
+
+
+def _samples(shard: Path) -> Iterator[_Sample]:
+    """A sample is the files that share their path up to the first dot of the name; those without image are left out."""
+    images: dict[str, tarfile.TarInfo] = {}
+    labels: dict[tuple[str, str], str] = {}
+    for member in members(shard):
+        folder, slash, file = member.name.rpartition("/")
+        stem, _, extension = file.partition(".")
+        key, extension = f"{folder}{slash}{stem}", extension.lower()
+        if extension in IMAGES:
+            images[key] = member
+        elif extension in ("cls", "txt"):
+            content = read_at(shard, member.offset_data, member.size)
+            labels[key, extension] = content.decode(errors="replace").strip()
+    for key, member in images.items():
+        index, name = labels.get((key, "cls")), labels.get((key, "txt"))
+        if index is None and name is None:
+            raise DataError(f"{shard}: {key} has neither .cls (an index) nor .txt (a class name)")
+        if index is not None and not index.isdecimal():
+            raise DataError(f"{shard}: {key}.cls holds {index[:40]!r}, not the index of a class")
+        yield _Sample(shard, key, member.offset_data, member.size, int(index) if index is not None else name or "")
+
+
+def _lines(file: Path) -> tuple[str, ...]:
+    try:
+        return tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"class names cannot be read from {file}: {error}") from error
+
+
+def _classes(values: Sequence[Any], known: tuple[str, ...] | None = None) -> tuple[tuple[str, ...], list[int]]:
+    """(names, an index for each value); -1 for a value that is not among the known names."""
+    distinct = known or sorted(set(values))
+    index = {value: number for number, value in enumerate(distinct)}
+    return tuple(map(str, distinct)), [index.get(value, -1) for value in values]

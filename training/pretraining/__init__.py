@@ -1,0 +1,1 @@
+"""A small CLIP trained from scratch, for the demo."""

@@ -1,0 +1,325 @@
+"""A small CLIP from scratch, on labelled images: open_clip's model and schedule, sentences as the classifier.
+
+For the embedded bundle, which is made of nothing but CIFAR-10 (`training/recipes/clip/demo.toml`). With ten classes a
+contrastive batch is full of equal captions, which open_clip's `ClipLoss` would push apart. So images are compared
+with every sentence there is, in a template drawn anew each step: class names, or class names on a background of
+every colour. Its softmax is the one that zero-shot classification uses.
+
+<out>/<name>.json, model.safetensors      the CLIP, float16, as `[clip] config, weights` of a recipe takes it
+      pretrain.json, state-N.safetensors  what resuming reads; a run goes on from its last whole epoch, the N-th
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transformer import PatchDropout
+from open_clip_train.scheduler import cosine_lr
+from PIL import Image
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import BatchSampler, RandomSampler
+from torchvision.transforms import v2
+
+from vitrine.models.clip.tower import Tower
+from vitrine.training.checkpoint import CheckpointError, load_tensors, section
+from vitrine.training.data.images import DataError, Images, Listing, load
+from vitrine.training.data.sources import open_images
+from vitrine.training.pretraining.captions import COLOURS, background_colour, class_prompts, coloured_prompts
+from vitrine.training.pretraining.mimetic import mimetic_start
+from vitrine.training.recipes.recipe import RecipeError, Section, Share, Source, Template
+from vitrine.training.run.trainer import TrainingDiverged
+
+WEIGHTS = "model.safetensors"
+RECORD = "pretrain.json"
+
+
+class ModelSection(Section):
+    """open_clip's own configuration of a model."""
+
+    embed_dim: PositiveInt
+    vision_cfg: dict[str, Any]
+    text_cfg: dict[str, Any]
+
+    @field_validator("vision_cfg")
+    @classmethod
+    def _square(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(value.get("image_size"), int):
+            raise ValueError("image_size must be one number of pixels: images are square")
+        return value
+
+
+class PretrainData(Section):
+    """Labelled images. Of another size than the model's they are scaled by the shorter edge, and the middle cut out."""
+
+    train: Source
+    val: Source
+    labels: tuple[str, ...] = Field(min_length=1, description="in the order of the data's classes")
+    templates: tuple[Template, ...] = Field(min_length=1)
+
+
+class PretrainTraining(Section):
+    seed: int = 0
+    epochs: PositiveInt
+    images_per_step: PositiveInt = 128
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: float = Field(default=0.05, ge=0)
+    warmup_share: Share = 0.05
+    label_smoothing: Share = 0.1
+    patches_dropped: float = Field(
+        default=0.5, ge=0, lt=1, description="share of patches left out; a ViT learns nearly as much"
+    )
+    all_patches_share: Share = Field(default=0.125, description="last share of the run, which sees every patch")
+    crop_padding: int = Field(default=4, ge=0, description="pixels by which images are shifted at most")
+    workers: int = Field(default=1, ge=0, description="processes that decode images")
+
+
+class PretrainRecipe(Section):
+    name: str = Field(pattern=r"^\w[\w.-]*$", description="of the configuration's file, and for open_clip of the model")
+    model: ModelSection
+    data: PretrainData
+    training: PretrainTraining
+
+
+class EpochResult(BaseModel):
+    loss: float
+    top1: float  # zero-shot, on val
+
+
+class Record(BaseModel):
+    """pretrain.json."""
+
+    recipe: PretrainRecipe
+    epochs: list[EpochResult]
+
+
+def pretrain(recipe: PretrainRecipe, data_root: Path, out: Path, console: Console) -> Path:
+    """Train the CLIP, or take up the run that `out` holds. Returns the weights' file.
+
+    The same recipe gives the same weights on the same machine, however often the run is interrupted.
+
+    Raises:
+        CheckpointError: `out` holds another run, or a damaged one.
+        DataError: the images cannot be used, or are too few.
+        RecipeError: open_clip cannot build the model, or data and labels do not fit one another.
+        TrainingDiverged: the loss is no number any more.
+    """
+    settings, size = recipe.training, recipe.model.vision_cfg["image_size"]
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is no folder; choose another place")
+    done = _recorded(recipe, out)
+    if len(done) == settings.epochs:
+        console.print(f"{out} holds all {settings.epochs} epochs")
+        return out / WEIGHTS
+    val = open_images(recipe.data.val, data_root, _pixels(size))
+    train = _training_images(recipe, data_root, val.classes)
+    run = _Run(recipe, steps_per_epoch=len(train) // settings.images_per_step)
+    if done:
+        run.restore(load_tensors(out / _state(len(done))), len(done))
+        console.print(f"taking up {out} after epoch {len(done)} of {settings.epochs}")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{recipe.name}.json").write_text(recipe.model.model_dump_json(indent=2))
+    for epoch in range(len(done), settings.epochs):
+        torch.manual_seed(settings.seed * 1_000_003 + epoch)  # order, crops, flips and dropped patches
+        order = BatchSampler(RandomSampler(train), settings.images_per_step, drop_last=True)
+        batches = load(train, order, settings.workers)
+        title = f"epoch {epoch + 1}/{settings.epochs}"
+        losses = [run.step(*batch) for batch in track(batches, title, run.steps_per_epoch, console=console)]
+        done.append(EpochResult(loss=sum(losses) / len(losses), top1=run.top1(val)))
+        run.save(out, done)
+        console.print(f"{title}: loss {done[-1].loss:.4f}, zero-shot top-1 {done[-1].top1:.4f}")
+    return out / WEIGHTS
+
+
+class _Run:
+    """Model, optimiser and schedule."""
+
+    def __init__(self, recipe: PretrainRecipe, steps_per_epoch: int) -> None:
+        self.recipe, settings = recipe, recipe.training
+        torch.manual_seed(settings.seed)
+        self.model = _build(recipe)
+        self.patch_dropout = self.model.visual.patch_dropout = PatchDropout(settings.patches_dropped)
+        mimetic_start(self.model.visual, torch.Generator().manual_seed(settings.seed))
+        self.tokenizer = open_clip.SimpleTokenizer(context_length=self.model.context_length)
+        decayed = [p for p in self.model.parameters() if p.ndim >= 2]
+        others = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
+        self.steps_per_epoch, self.steps = steps_per_epoch, steps_per_epoch * settings.epochs
+        warmup = int(settings.warmup_share * self.steps)
+        self.schedule = cosine_lr(self.optimiser, settings.learning_rate, warmup, self.steps)
+        self.done = 0
+
+    def step(self, pixels: Tensor, places: Tensor) -> float:
+        """One optimiser step on pixels [B, 3, H, W], each image's place [B] among the coloured sentences; the loss."""
+        settings, labels = self.recipe.training, self.recipe.data.labels
+        self.schedule(self.done)
+        late = self.done >= self.steps * (1 - settings.all_patches_share)
+        self.patch_dropout.prob = 0.0 if late else settings.patches_dropped
+        drawn = random.Random(settings.seed * 1_000_003 + self.done)  # noqa: S311  (no secret)
+        template, coloured = drawn.choice(self.recipe.data.templates), drawn.random() < 0.5
+        prompts, truth = class_prompts(labels, template), places // len(COLOURS)
+        if coloured:
+            prompts, truth = coloured_prompts(labels, template), places
+
+        self.model.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            image = self.model.encode_image(pixels, normalize=True)
+            text = self.model.encode_text(self.tokenizer(prompts), normalize=True)
+        logits = self.model.logit_scale.exp() * image.float() @ text.float().T
+        loss = cross_entropy(logits, truth, label_smoothing=settings.label_smoothing)
+        if not math.isfinite(loss.item()):
+            raise TrainingDiverged(f"the loss is {loss.item()} at step {self.done}; lower the learning rate")
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=torch.tensor(100.0).log())  # as CLIP does
+        self.done += 1
+        return loss.item()
+
+    @torch.no_grad()
+    def top1(self, val: Images) -> float:
+        """Zero-shot accuracy, the templates' unit embeddings averaged."""
+        self.model.eval()
+        text = torch.stack(
+            [
+                self.model.encode_text(self.tokenizer(class_prompts(self.recipe.data.labels, template)), normalize=True)
+                for template in self.recipe.data.templates
+            ]
+        ).mean(0)
+        every = torch.arange(len(val)).split(250)
+        hits = [
+            (self.model.encode_image(pixels) @ text.T).argmax(-1) == classes
+            for pixels, classes in load(val, [batch.tolist() for batch in every], self.recipe.training.workers)
+        ]
+        return torch.cat(hits).double().mean().item()
+
+    def save(self, out: Path, done: list[EpochResult]) -> None:
+        """State, weights, and last the record, which names the state that counts; each replaced in one step.
+
+        Killed in between, the run goes on from the epoch before: its state is removed only after the new record.
+        """
+        weights = {key: tensor.contiguous() for key, tensor in self.model.state_dict().items()}
+        state = {f"model.{key}": tensor for key, tensor in weights.items()}
+        for index, moments in self.optimiser.state_dict()["state"].items():
+            state |= {f"adam.{index}.{key}": tensor for key, tensor in moments.items()}
+        record = Record(recipe=self.recipe, epochs=done)
+        for name, write in (
+            (_state(len(done)), lambda path: save_file(state, path)),
+            (WEIGHTS, lambda path: save_file(self._published(weights), path)),
+            (RECORD, lambda path: path.write_text(record.model_dump_json(indent=2))),
+        ):
+            write(out / f".{name}")
+            os.replace(out / f".{name}", out / name)
+        for old in out.glob(_state("*")):
+            if old.name != _state(len(done)):
+                old.unlink()
+
+    def _published(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """In float16, and 0 for tokens that no sentence has: what they would say is left from the random start."""
+        halves = {key: tensor.half() for key, tensor in weights.items()}
+        data = self.recipe.data
+        makers = itertools.product((class_prompts, coloured_prompts), data.templates)
+        seen = self.tokenizer([prompt for make, template in makers for prompt in make(data.labels, template)]).unique()
+        table = halves["token_embedding.weight"]
+        halves["token_embedding.weight"] = torch.zeros_like(table).index_copy(0, seen, table[seen])
+        return halves
+
+    def restore(self, state: dict[str, Tensor], epochs: int) -> None:
+        """Weights, Adam's moments and the place in the schedule, as they were after so many epochs."""
+        self.model.load_state_dict(section(state, "model"))
+        adam = self.optimiser.state_dict()
+        for key, tensor in section(state, "adam").items():
+            index, name = key.split(".")
+            adam["state"].setdefault(int(index), {})[name] = tensor
+        self.optimiser.load_state_dict(adam)
+        self.done = epochs * self.steps_per_epoch
+
+
+def _state(epochs: int | str) -> str:
+    return f"state-{epochs}.safetensors"
+
+
+def _recorded(recipe: PretrainRecipe, out: Path) -> list[EpochResult]:
+    """The whole epochs of this very run that `out` holds."""
+    if not (out / RECORD).exists():
+        return []
+    try:
+        record = Record.model_validate_json((out / RECORD).read_text())
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{out / RECORD} is none of Vitrine's; choose an empty folder: {error}") from error
+    if record.recipe != recipe:
+        raise CheckpointError(f"{out} holds a run of another recipe; choose an empty folder")
+    return record.epochs
+
+
+def _build(recipe: PretrainRecipe) -> Any:
+    """open_clip's model, if it is one that Vitrine can explain and that can read the sentences."""
+    try:
+        model = open_clip.CLIP(**recipe.model.model_dump())
+    except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+        raise RecipeError(f"open_clip cannot build [model]: {error}") from error
+    Tower(model.visual)  # refuses what has no exact account
+    tokenizer = open_clip.SimpleTokenizer()
+    if model.vocab_size < tokenizer.vocab_size:
+        raise RecipeError(f"model.text_cfg.vocab_size must be {tokenizer.vocab_size}, open_clip's own tokens")
+    for template in recipe.data.templates:
+        for prompt in coloured_prompts(recipe.data.labels, template):
+            needed = len(tokenizer.encode(prompt)) + 2  # start and end
+            if needed > model.context_length:
+                raise RecipeError(f"model.text_cfg.context_length is too short for {prompt!r}: {needed} tokens")
+    return model
+
+
+def _training_images(recipe: PretrainRecipe, data_root: Path, classes: tuple[str, ...]) -> Images:
+    """Images shifted and mirrored at random. Their class: place among the coloured sentences (`_Coloured`)."""
+    data, settings, size = recipe.data, recipe.training, recipe.model.vision_cfg["image_size"]
+    found = open_images(data.train, data_root, lambda image: torch.tensor(background_colour(image)))
+    if found.classes != classes:
+        raise RecipeError(f"data.val has other classes ({', '.join(classes)}) than data.train's {found.title}")
+    if len(classes) != len(data.labels):
+        raise RecipeError(f"data.labels has {len(data.labels)} names, {found.title} has {len(classes)} classes")
+    if len(found) < settings.images_per_step:
+        raise DataError(
+            f"{found.title} has {len(found)} images, fewer than one step's {settings.images_per_step}: "
+            "give more images or lower training.images_per_step"
+        )
+    every = torch.arange(len(found)).split(500)
+    colours = torch.cat([some for some, _ in load(found, [batch.tolist() for batch in every], settings.workers)])
+    sized = v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])  # as `_pixels`
+    shifted = v2.Compose([v2.RandomCrop(size, settings.crop_padding), v2.RandomHorizontalFlip()])
+    return Images(_Coloured(found.listing, colours.tolist()), v2.Compose([sized, shifted, _pixels(size)]))
+
+
+class _Coloured:
+    """A listing's images, as their class the place of their own sentence among `coloured_prompts`."""
+
+    def __init__(self, listing: Listing, colours: list[int]) -> None:
+        self.listing, self.colours = listing, colours
+        self.title, self.classes, self.name = listing.title, listing.classes, listing.name
+
+    def __len__(self) -> int:
+        return len(self.listing)
+
+    def open(self, index: int) -> tuple[Image.Image, int]:
+        image, class_index = self.listing.open(index)
+        return image, class_index * len(COLOURS) + self.colours[index]
+
+
+def _pixels(size: int) -> Any:
+    return open_clip.image_transform(
+        size, is_train=False, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD
+    )

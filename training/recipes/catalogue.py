@@ -1,0 +1,211 @@
+"""The recipes that come with Vitrine: found by name, listed with what they cost."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from vitrine.training.recipes.clip_shape import UnknownShape
+from vitrine.training.recipes.costs import GIB, GPUS, Costs, Matmul, Work, cache_bytes, estimate
+from vitrine.training.recipes.recipe import Recipe, RecipeError, load_recipe
+
+SHIPPED = Path(__file__).parent
+MATMULS: tuple[Matmul, ...] = ("fp32", "tf32", "bf16")
+UNKNOWN = "?"
+
+
+def shipped() -> list[Path]:
+    """The recipes that come with Vitrine, by name."""
+    return sorted(SHIPPED.glob("*.toml"))
+
+
+def find_recipe(name_or_path: str | Path) -> Path:
+    """A shipped recipe by its name, or any by its path. Raises `RecipeError` with the nearest name."""
+    known = {path.stem: path for path in shipped()}
+    if found := known.get(str(name_or_path)):
+        return found
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(path.stem, known, n=1)
+    raise RecipeError(
+        f"recipe {name_or_path}: neither a file nor one that comes with Vitrine"
+        + (f"; did you mean {near[0]}?" if near else "; `vitrine recipes` lists those")
+    )
+
+
+def costs_of(recipe: Recipe, data_root: Path) -> Costs | str:
+    """The estimate, or why there is none."""
+    try:
+        return estimate(recipe, data_root)
+    except UnknownShape as error:
+        return str(error)
+
+
+def describe(path: Path, data_root: Path, share: float) -> dict[str, Any]:
+    """One recipe and its costs for `--json`: numbers in bytes, FLOPs and hours, None where unknown."""
+    recipe = load_recipe(path)
+    costs = costs_of(recipe, data_root)
+    fields: dict[str, Any] = {
+        "name": recipe.name,
+        "path": str(path),
+        "clip": recipe.clip.name or recipe.clip.config,
+        "data": recipe.data.name,
+        "sparsifier": recipe.clt.sparsifier,
+        "cross_layer": recipe.clt.cross_layer,
+        "features": recipe.clt.features,
+        "k": list(recipe.clt.k),
+    }
+    if isinstance(costs, str):
+        return {**fields, "costs": None, "unknown": costs}
+    return {
+        **fields,
+        "costs": {
+            "parameters": costs.architecture.parameters,
+            "images": costs.images,
+            "tokens_an_image": costs.clip.tokens,
+            "memory_bytes": {**costs.memory, "total": costs.total_memory},
+            "step": [part._asdict() for part in costs.step],
+            "flops": costs.flops,
+            "bytes": costs.bytes,
+            "cache_bytes": costs.cache,
+            "share_of_peak": share,
+            "hours": {gpu.name: costs.hours(gpu, share) for gpu in GPUS},
+            "fits": {gpu.name: costs.fits(gpu) for gpu in GPUS},
+        },
+    }
+
+
+def print_list(data_root: Path, share: float, console: Console) -> None:
+    """All shipped recipes, one a line; a narrow terminal leaves out what their names say."""
+    listed = [(recipe, costs_of(recipe, data_root)) for recipe in map(load_recipe, shipped())]
+    table = _list_table(listed, share, wide=True)
+    if console.measure(table, options=console.options.update(width=1000)).maximum > console.width:
+        table = _list_table(listed, share, wide=False)
+    console.print(table)
+    _explain(share, console)
+    for recipe, costs in listed:
+        if isinstance(costs, str):
+            console.print(f"{UNKNOWN}  {recipe.name}: {costs}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _list_table(listed: list[tuple[Recipe, Costs | str]], share: float, wide: bool) -> Table:
+    table = _table("recipe", *(("CLIP", "data", "sparsifier") if wide else ()))
+    for heading in (
+        "F",
+        "k",
+        "M params" if wide else "M",
+        "GiB",
+        "PFLOP",
+        *(f"h {gpu.name}" if wide else gpu.name.replace(" ", "\n") for gpu in GPUS),
+    ):
+        table.add_column(heading, justify="right")
+    for recipe, costs in listed:
+        sparsifier = recipe.clt.sparsifier + ("" if recipe.clt.cross_layer else ", per layer")
+        table.add_row(
+            recipe.name,
+            *((recipe.clip.name or "its own", recipe.data.name, sparsifier) if wide else ()),
+            f"{recipe.clt.features:,}",
+            "–".join(str(bound) for bound in sorted({min(recipe.clt.k), max(recipe.clt.k)})),
+            *([UNKNOWN] * (3 + len(GPUS)) if isinstance(costs, str) else _numbers(costs, share)),
+        )
+    return table
+
+
+def print_one(path: Path, data_root: Path, share: float, console: Console) -> None:
+    """One recipe in detail."""
+    recipe = load_recipe(path)
+    costs = costs_of(recipe, data_root)
+    plain: dict[str, Any] = {"soft_wrap": True, "highlight": False, "markup": False}
+    console.print(recipe.name, style="bold", **plain)
+    console.print(path, **plain)
+    if isinstance(costs, str):
+        console.print(f"costs unknown: {costs}", **plain)
+        return
+    shape, clip = costs.architecture, costs.clip
+    console.print(
+        f"{shape.layers} layers of width {shape.width}, {clip.tokens} tokens an image; {shape.features:,} features a "
+        f"layer, {shape.sparsifier}; {_millions(shape.parameters)} parameters trained, CLIP has "
+        f"{_millions(clip.parameters)}",
+        **plain,
+    )
+    images = "an unknown number of" if costs.images is None else f"{costs.images:,}"
+    settings = recipe.training
+    console.print(
+        f"{settings.epochs} epochs of {images} images, {settings.images_per_step * clip.tokens:,} tokens a step",
+        **plain,
+    )
+    console.print(_memory_table(costs), _step_table(costs.step))
+    if costs.images is None:
+        console.print("hours: unknown, since the images cannot be counted")
+        return
+    console.print(_hours_table(costs, share))
+    _explain(share, console)
+    float32, bfloat16 = (cache_bytes(costs.images, clip, kind) / 1e9 for kind in ("float32", "bfloat16"))
+    console.print(f"activation cache, if wanted: {float32:,.0f} GB as float32, {bfloat16:,.0f} GB as bfloat16", **plain)
+
+
+def _numbers(costs: Costs, share: float) -> list[str]:
+    flops = None if costs.flops is None else costs.flops / 1e15
+    hours = [_short(costs.hours(gpu, share)) if costs.fits(gpu) else "–" for gpu in GPUS]
+    return [f"{costs.architecture.parameters / 1e6:,.0f}", f"{costs.total_memory / GIB:.1f}", _short(flops), *hours]
+
+
+def _memory_table(costs: Costs) -> Table:
+    table = _table("memory", justify="GiB")
+    for name, size in (*costs.memory.items(), ("in all", costs.total_memory)):
+        table.add_row(name, f"{size / GIB:.2f}")
+    return table
+
+
+def _step_table(step: tuple[Work, ...]) -> Table:
+    table = _table("one step", justify="GFLOP")
+    table.add_column("GB moved", justify="right")
+    for part in step:
+        table.add_row(part.name, f"{part.flops / 1e9:,.0f}", f"{part.bytes / 1e9:,.1f}")
+    return table
+
+
+def _hours_table(costs: Costs, share: float) -> Table:
+    """Hours by GPU and precision of matrix products; the recipe's own is marked."""
+    table = _table("hours of the run")
+    for matmul in MATMULS:
+        table.add_column(matmul + (" (the recipe's)" if matmul == costs.matmul else ""), justify="right")
+    table.add_column("memory", justify="right")
+    for gpu in GPUS:
+        hours = [_short(costs.hours(gpu, share, matmul)) for matmul in MATMULS]
+        table.add_row(gpu.name, *hours, f"{gpu.memory:.0f} GiB" + ("" if costs.fits(gpu) else ": does not fit"))
+    return table
+
+
+def _table(*headings: str, justify: str | None = None) -> Table:
+    table = Table(*headings, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    if justify:
+        table.add_column(justify, justify="right")
+    return table
+
+
+def _explain(share: float, console: Console) -> None:
+    console.print(
+        f"Estimates by counting, nothing was run. M: million parameters; hours at {share:.0%} of a GPU's data-sheet "
+        "peaks, – where its memory does not suffice, without decoding images.",
+        highlight=False,
+    )
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.0f} M"
+
+
+def _short(number: float | None) -> str:
+    """Two digits, or all of a large number."""
+    if number is None:
+        return UNKNOWN
+    if number < 0.01:
+        return "<.01"
+    return f"{number:,.0f}" if number >= 10 else f"{number:.1f}" if number >= 1 else f"{number:.2f}"

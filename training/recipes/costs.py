@@ -1,0 +1,282 @@
+"""What a recipe costs, from the recipe alone: parameters, memory, FLOPs, bytes moved, hours on named GPUs.
+
+These are estimates, made by counting, before anything has run:
+
+- memory: float32 weights, gradients and Adam's two moments; CLIP's weights; the tensors that a step holds at once;
+  the mixing buffer. No allocator's losses, no workspaces.
+- work: each part of a step has FLOPs and bytes, and takes max(FLOPs / peak, bytes / bandwidth) of a GPU's data sheet
+  (the roofline), both peaks at a `share` that is assumed, not measured. The product that finds the active features
+  and CLIP itself are dense; all else of a CLT gathers and sums rows, where bandwidth decides. A row is counted as
+  read each time it is used; caches make that cheaper.
+- not counted: decoding images, reading the disk, the final evaluation, starting up.
+
+N tokens a step, L layers, F features a layer, d width, K places of a code (`models.dictionary.sparsify`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from vitrine.models.dictionary.clt import Architecture
+from vitrine.training.recipes.clip_shape import ClipShape, clip_shape
+from vitrine.training.recipes.recipe import (
+    CascadeSection,
+    FolderSource,
+    HuggingFaceSource,
+    Recipe,
+    Source,
+    TorchvisionSource,
+)
+
+Matmul = Literal["bf16", "tf32", "fp32"]
+GIB = 1024**3
+FLOAT = 4  # bytes of a float32
+
+# Images of the data sets that recipes name, by split: their papers and cards.
+KNOWN_IMAGES = {
+    "CIFAR10": {"train": 50_000, "val": 10_000},
+    "CIFAR100": {"train": 50_000, "val": 10_000},
+    "uoft-cs/cifar10": {"train": 50_000, "test": 10_000},
+    "clane9/imagenet-100": {"train": 126_689, "validation": 5_000},
+    "detection-datasets/coco": {"train": 118_287, "val": 5_000},  # COCO 2017's; this copy may lack a few
+}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # torchvision's
+
+# Bytes that a place of a code costs in a step: feature 8, pre-activation 4, activation 4, the gradients of both 8,
+# and its place and token sorted by feature 16.
+PLACE = 40
+# [L, N, d] tensors that a step holds at its peak: CLIP's two, the same normalised, outputs, a layer's products before
+# they are summed (at most one such tensor in all), the error and its gradient, the outputs' gradient.
+STEP_TENSORS = 9
+# Numbers of size d that one block of the tower reads and writes for a token: norms, projections, GELU, residuals.
+BLOCK_TRAFFIC = 34
+# Times each parameter is read or written by an optimiser step: the norm of the gradient 1, clipping 2, fused Adam 7.
+OPTIMISER_TRAFFIC = 10
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peaks of one GPU as its data sheet gives them, without sparsity."""
+
+    name: str
+    bf16: float  # TFLOP/s, tensor cores
+    tf32: float  # TFLOP/s, tensor cores
+    fp32: float  # TFLOP/s, outside the tensor cores
+    bandwidth: float  # TB/s
+    memory: float  # GiB
+
+
+GPUS = (
+    Gpu("H200", 989, 494, 67, 4.8, 141),  # NVIDIA H200 data sheet, SXM
+    Gpu("H100", 989, 494, 67, 3.35, 80),  # NVIDIA H100 data sheet, SXM
+    Gpu("A100", 312, 156, 19.5, 2.039, 80),  # NVIDIA A100 data sheet, 80 GB SXM
+    Gpu("L4", 121, 60, 30.3, 0.3, 24),  # NVIDIA L4 data sheet
+    Gpu("RTX 4090", 165.2, 82.6, 82.6, 1.008, 24),  # NVIDIA Ada GPU architecture, appendix A; FP32 accumulation
+)
+
+
+class Work(NamedTuple):
+    """One part of a step."""
+
+    name: str
+    flops: float
+    bytes: float
+    dense: bool  # matrix products, for the tensor cores; else float32
+
+    def seconds(self, gpu: Gpu, matmul: Matmul, share: float) -> float:
+        """By the roofline."""
+        peak = getattr(gpu, matmul) if self.dense else gpu.fp32
+        return max(self.flops / (peak * 1e12), self.bytes / (gpu.bandwidth * 1e12)) / share
+
+
+class Phase(NamedTuple):
+    """Equal steps."""
+
+    name: str
+    steps: int
+    work: tuple[Work, ...]  # of one step
+
+    @property
+    def flops(self) -> float:
+        return self.steps * sum(part.flops for part in self.work)
+
+    @property
+    def bytes(self) -> float:
+        return self.steps * sum(part.bytes for part in self.work)
+
+    def seconds(self, gpu: Gpu, matmul: Matmul, share: float) -> float:
+        return self.steps * sum(part.seconds(gpu, matmul, share) for part in self.work)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The estimate. What depends on the number of images is None where that is not known."""
+
+    architecture: Architecture
+    clip: ClipShape
+    matmul: Matmul  # what the recipe's precision makes of matrix products
+    images: int | None  # to train on
+    memory: dict[str, int]  # bytes, by what holds them
+    step: tuple[Work, ...]  # of reconstruction
+    phases: tuple[Phase, ...] | None  # of the run
+    cache: int | None  # bytes on disk that the recipe's activation cache takes; 0 for none
+
+    @property
+    def total_memory(self) -> int:
+        """Bytes."""
+        return sum(self.memory.values())
+
+    @property
+    def flops(self) -> float | None:
+        """Of the run."""
+        return None if self.phases is None else sum(phase.flops for phase in self.phases)
+
+    @property
+    def bytes(self) -> float | None:
+        """Moved to and from memory by the run."""
+        return None if self.phases is None else sum(phase.bytes for phase in self.phases)
+
+    def fits(self, gpu: Gpu) -> bool:
+        return self.total_memory <= gpu.memory * GIB
+
+    def hours(self, gpu: Gpu, share: float, matmul: Matmul | None = None) -> float | None:
+        """Of the run on one such GPU, at that share of its peaks, fitting or not."""
+        if self.phases is None:
+            return None
+        return sum(phase.seconds(gpu, matmul or self.matmul, share) for phase in self.phases) / 3600
+
+
+def estimate(recipe: Recipe, data_root: Path) -> Costs:
+    """What training `recipe` costs. Raises `UnknownShape` if its CLIP's configuration cannot be read, and
+    `RecipeError` if its k names another number of layers."""
+    settings = recipe.training
+    clip = clip_shape(recipe.clip, data_root)
+    architecture = recipe.clt.architecture(clip.layers, clip.width)
+    images = count_images(recipe.data.train, data_root)
+    step = (
+        _tower(clip, settings.images_per_step),
+        *transcoder_work(architecture, settings.images_per_step * clip.tokens),
+        _optimiser(architecture),
+    )
+    return Costs(
+        architecture=architecture,
+        clip=clip,
+        matmul="bf16" if settings.precision == "bf16-mixed" else "fp32",
+        images=images,
+        memory=_memory(recipe, architecture, clip),
+        step=step,
+        phases=None if images is None else tuple(_phases(recipe, images, clip, architecture, step)),
+        cache=None if images is None else cache_bytes(images, clip, settings.cache),
+    )
+
+
+def _phases(
+    recipe: Recipe, images: int, clip: ClipShape, architecture: Architecture, step: tuple[Work, ...]
+) -> Iterator[Phase]:
+    settings = recipe.training
+    steps = images // settings.images_per_step
+    measured = min(images, settings.normalisation_images) // settings.images_per_step
+    yield Phase("normalisation", max(1, measured), step[:1])
+    if settings.cache == "none":
+        yield Phase("reconstruction", steps * settings.epochs, step)
+    else:
+        yield Phase("reconstruction, first epoch", steps, step)
+        yield Phase("reconstruction from the cache", steps * (settings.epochs - 1), step[1:])
+    if recipe.cascade is not None:
+        yield Phase("cascade", recipe.cascade.steps, _cascade_step(recipe.cascade, architecture, clip))
+
+
+def places(architecture: Architecture) -> tuple[int, ...]:
+    """K of each layer, as `models.dictionary.sparsify` has it: twice the budget where k is an average."""
+    spare = 2 if architecture.sparsifier in ("jumprelu", "batch_topk") else 1
+    budgets = zip(architecture.k, architecture.k_cls, strict=True)
+    return tuple(min(architecture.features, spare * max(pair)) for pair in budgets)
+
+
+def cache_bytes(images: int, clip: ClipShape, kind: Literal["none", "float32", "bfloat16"]) -> int:
+    """What the MLPs read and write for every token, on disk."""
+    size = {"none": 0, "float32": FLOAT, "bfloat16": 2}[kind]
+    return images * clip.tokens * 2 * clip.layers * clip.width * size
+
+
+def count_images(source: Source, data_root: Path) -> int | None:
+    """Images of a source: known, or counted in the folder; None where neither is possible."""
+    if isinstance(source, FolderSource):
+        files = (data_root / source.path).rglob("*")
+        return sum(file.suffix.lower() in IMAGE_SUFFIXES for file in files) or None
+    if isinstance(source, TorchvisionSource):
+        return KNOWN_IMAGES.get(source.name, {}).get(source.split)
+    if isinstance(source, HuggingFaceSource) and (split := re.fullmatch(r"(\w+)(?:\[:(\d+)\])?", source.split)):
+        known = KNOWN_IMAGES.get(source.id, {}).get(split[1])
+        return known if known is None or split[2] is None else min(known, int(split[2]))
+    return None
+
+
+def _tower(clip: ClipShape, images: int) -> Work:
+    """CLIP's vision tower, forward."""
+    traffic = clip.layers * clip.tokens * BLOCK_TRAFFIC * clip.width
+    return Work("CLIP", images * clip.forward, FLOAT * (images * traffic + clip.vision_parameters), dense=True)
+
+
+def transcoder_work(architecture: Architecture, tokens: int) -> tuple[Work, ...]:
+    """A CLT's part of a step, encode and decode, forward and backward, over that many tokens."""
+    layers, features, width = architecture.layers, architecture.features, architecture.width
+    table, output = features * width, tokens * width
+    rows = [tokens * k * width for k in places(architecture)]  # numbers gathered from one decoder, by source layer
+    writes = [rows[source] for target in range(layers) for source in architecture.sources(target)]
+    encoder = layers * (table + output + 3 * tokens * features)  # pre-activations: written once, read twice to select
+    product = 2 * tokens * features * width * layers
+    return (
+        Work("find active features", product, FLOAT * encoder, dense=True),
+        Work("decode", 2 * sum(writes), FLOAT * (sum(writes) + len(writes) * output), dense=False),
+        Work(
+            "decode, backward",  # of the activations and of the decoders
+            4 * sum(writes),
+            FLOAT * (2 * sum(writes) + len(writes) * (output + table)),
+            dense=False,
+        ),
+        Work("encode, backward", 2 * sum(rows), FLOAT * (sum(rows) + layers * table), dense=False),
+    )
+
+
+def _optimiser(architecture: Architecture) -> Work:
+    """Clipping and Adam: about a dozen operations a parameter, and far more traffic."""
+    parameters = architecture.parameters
+    return Work("clip and Adam", 12 * parameters, FLOAT * OPTIMISER_TRAFFIC * parameters, dense=False)
+
+
+def _cascade_step(cascade: CascadeSection, architecture: Architecture, clip: ClipShape) -> tuple[Work, ...]:
+    """CLIP as the teacher; the tower with its MLPs replaced, forward and backward; the CLT on both, where wanted."""
+    images = cascade.images_per_step
+    teacher, transcoder = _tower(clip, images), transcoder_work(architecture, images * clip.tokens)
+    # backward, to the inputs alone: a linear map costs its forward again, a product of two activations twice that
+    attention = images * (2 * clip.attention_projections + 3 * clip.attention_products)
+    replaced = Work("replaced tower", attention, 3 * teacher.bytes, dense=True)
+    inputs = transcoder[-1]._replace(name="encode, backward to the inputs")
+    clean = transcoder if cascade.clean_weight else ()
+    return (teacher, replaced, *clean, *transcoder, inputs, _optimiser(architecture))
+
+
+def _memory(recipe: Recipe, architecture: Architecture, clip: ClipShape) -> dict[str, int]:
+    settings, weights = recipe.training, FLOAT * architecture.parameters
+    mixed = settings.mixed_images if settings.mixed_images > settings.images_per_step else 0
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "Adam's moments": 2 * weights,
+        "CLIP": FLOAT * clip.parameters,
+        "one step's tensors": step_memory(architecture, settings.images_per_step * clip.tokens),
+        "mixing buffer": cache_bytes(mixed, clip, "float32"),
+    }
+
+
+def step_memory(architecture: Architecture, tokens: int) -> int:
+    """Bytes of the tensors that a step over that many tokens holds at once, parameters aside."""
+    streams = STEP_TENSORS * FLOAT * architecture.layers * tokens * architecture.width
+    codes = PLACE * tokens * sum(places(architecture))
+    preactivations = 2 * FLOAT * tokens * architecture.features  # of one layer, and the copy that is selected from
+    return streams + codes + preactivations

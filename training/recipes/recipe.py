@@ -1,0 +1,287 @@
+"""A recipe is one TOML file: which CLIP, which images, which CLT, how it is trained. It *is* the configuration.
+
+Paths in a recipe are relative to the data root given on the command line, so a recipe holds for every machine.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from vitrine.models.dictionary.clt import Architecture
+from vitrine.models.dictionary.sparsify import Kind
+from vitrine.models.errors import VitrineError
+
+Template = Annotated[str, Field(pattern=r"\{\}")]
+Share = Annotated[float, Field(ge=0, le=1)]
+Budget = Annotated[
+    tuple[PositiveInt, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda value: (value,) if isinstance(value, int) else value),
+]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class RecipeError(VitrineError, ValueError):
+    """The recipe cannot be used; the message says which key and why."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClipSection(Section):
+    """The CLIP to explain, as `models.clip.tower.load_clip` takes it."""
+
+    name: str | None = Field(default=None, description="open_clip's name, or hf-hub:org/model")
+    weights: str | None = Field(default=None, description="open_clip's tag, or a checkpoint file under the data root")
+    config: str | None = Field(default=None, description="open_clip model configuration under the data root")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> ClipSection:
+        if (self.name is None) == (self.config is None):
+            raise ValueError("give either `name` (known to open_clip) or `config` (a file)")
+        return self
+
+
+class FolderSource(Section):
+    """Class folders: path/<class>/*.jpg."""
+
+    kind: Literal["folder"]
+    path: str = Field(description="folder under the data root")
+
+
+class TorchvisionSource(Section):
+    """One of torchvision's data sets, downloaded under the data root if it is not there.
+
+    Class folders <name in small letters>/<split>/<class>/ under the data root are taken in its place.
+    """
+
+    kind: Literal["torchvision"]
+    name: str = Field(description="class name in torchvision.datasets, as CIFAR100")
+    split: Literal["train", "val"] = Field(description="val: what torchvision calls test or val")
+
+
+class HuggingFaceSource(Section):
+    """A data set of the Hugging Face hub, or a folder that `datasets.load_dataset` reads."""
+
+    kind: Literal["huggingface"]
+    id: str = Field(description="as clane9/imagenet-100, or a folder under the data root")
+    split: str
+    image: str = Field(default="image", description="column of the image")
+    label: str = Field(
+        default="label", description="column of the class; `objects` for detection sets: the class of the largest box"
+    )
+
+
+class WebDatasetSource(Section):
+    """Tar shards in WebDataset's layout: key.jpg (png, webp) with key.cls (an index) or key.txt (a class name)."""
+
+    kind: Literal["webdataset"]
+    shards: str = Field(description="under the data root, as shards/train-{000000..000099}.tar")
+    classes: str | None = Field(default=None, description="text file under the data root, one class name a line")
+
+
+Source = Annotated[FolderSource | TorchvisionSource | HuggingFaceSource | WebDatasetSource, Field(discriminator="kind")]
+
+
+class DataSection(Section):
+    """Images to train on and to measure on, and the labels that the bundle offers by default."""
+
+    name: str = Field(description="for people: stands in the bundle's manifest and card")
+    licence: str = Field(default="unknown", description="of the images")
+    train: Source = Field(description="images to train on")
+    val: Source = Field(description="images to measure on")
+    labels: tuple[str, ...] | None = Field(default=None, min_length=1, description="default: val's own class names")
+    templates: tuple[Template, ...] = Field(
+        default=("a photo of a {}.",), min_length=1, description="sentences with {}, averaged as CLIP does"
+    )
+    max_broken: Share = Field(default=0.01, description="share of unreadable images at which a run gives up")
+
+
+class CltSection(Section):
+    """The Cross-Layer Transcoder."""
+
+    features: PositiveInt = Field(description="F, features a layer")
+    k: Budget = Field(
+        description="active features a token (jumprelu, batch_topk: on average); one number, or one a layer"
+    )
+    k_cls: Budget | None = Field(default=None, description="the same for [CLS]; default: k")
+    sparsifier: Kind = Field(default="relu_topk", description="relu_topk, abs_topk, jumprelu or batch_topk")
+    cross_layer: bool = Field(default=True, description="false: per-layer transcoders, the baseline")
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> CltSection:
+        for name in ("k", "k_cls"):
+            for k in getattr(self, name) or ():
+                if k > self.features:
+                    raise ValueError(f"{name} = {k} is larger than features = {self.features}")
+        return self
+
+    def architecture(self, layers: int, width: int) -> Architecture:
+        """For a tower of that many layers. Raises `RecipeError` if k names another number of layers."""
+        k = self._per_layer("k", self.k, layers)
+        k_cls = k if self.k_cls is None else self._per_layer("k_cls", self.k_cls, layers)
+        return Architecture(layers, width, self.features, k, k_cls, self.sparsifier, self.cross_layer)
+
+    @staticmethod
+    def _per_layer(name: str, budget: Budget, layers: int) -> tuple[int, ...]:
+        if len(budget) == 1:
+            return budget * layers
+        if len(budget) != layers:
+            raise RecipeError(f"clt.{name} has {len(budget)} numbers, the CLIP has {layers} layers")
+        return budget
+
+
+class TrainingSection(Section):
+    """Reconstruction: every MLP's output from what the MLPs read."""
+
+    seed: int = Field(default=0, description="of the first weights and of the order of images and tokens")
+    epochs: PositiveInt = Field(default=1, description="passes over the images")
+    images_per_step: PositiveInt = Field(default=32, description="a step sees the tokens of so many images")
+    mixed_images: PositiveInt = Field(
+        default=256, description="tokens of so many images are shuffled together; images_per_step: whole images a step"
+    )
+    learning_rate: PositiveFloat = Field(default=1e-3, description="of Adam, at its highest")
+    beta2: float = Field(
+        default=0.999, gt=0, lt=1, description="of Adam: how long squared gradients are remembered, a share a step"
+    )
+    warmup_steps: int = Field(default=100, ge=0, description="steps in which the rate rises to it")
+    decay_share: float = Field(
+        default=1.0, gt=0, le=1, description="last share of the run in which the rate falls to 0"
+    )
+    gradient_clip: PositiveFloat = Field(default=1.0, description="largest norm of a step's gradient")
+    cls_weight: PositiveFloat = Field(default=1.0, description="weight of [CLS] in the loss; a patch weighs 1")
+    k_start: PositiveFloat = Field(default=1.0, ge=1, description="k begins at so many times its value")
+    k_anneal_share: Share = Field(default=0.0, description="first share of the run in which k falls to its value")
+    sparsity_weight: PositiveFloat = Field(default=1.0, description="jumprelu: weight of the loss on L0")
+    sparsity_ramp_share: Share = Field(
+        default=0.5, description="jumprelu: first share of the run in which that weight rises from 0"
+    )
+    revive_after: PositiveInt = Field(
+        default=200_000, description="tokens without firing after which a feature counts as dead"
+    )
+    revive_rate: float = Field(
+        default=1.0,
+        ge=0,
+        description="learning rates a step by which a dead feature's bias rises until it fires; 0: none",
+    )
+    revive_share: Share = Field(default=0.7, description="first share of the run in which dead features are revived")
+    precision: Literal["32-true", "bf16-mixed"] = Field(
+        default="32-true", description="bf16-mixed: the CLIP's and the encoders' products in bfloat16"
+    )
+    normalisation_images: PositiveInt = Field(
+        default=1024, description="images over which the activations' scale is estimated"
+    )
+    checkpoint_every: PositiveInt = Field(default=500, description="steps between checkpoints")
+    workers: int = Field(default=1, ge=0, description="processes that decode images")
+    cache: Literal["none", "float32", "bfloat16"] = Field(
+        default="none", description="keep activations on disk, in the run's folder, from the first epoch on"
+    )
+
+    @model_validator(mode="after")
+    def _whole_steps(self) -> TrainingSection:
+        if self.mixed_images % self.images_per_step:
+            raise ValueError(
+                f"mixed_images = {self.mixed_images} is no multiple of images_per_step = {self.images_per_step}"
+            )
+        return self
+
+
+class CascadeSection(Section):
+    """Fine-tuning in replacement mode: the whole cascade keeps CLIP's predictions."""
+
+    steps: PositiveInt = Field(description="after the reconstruction's")
+    images_per_step: PositiveInt = Field(default=32, description="whole images")
+    learning_rate: PositiveFloat = Field(default=1e-4, description="of Adam, at its highest; falls to 0 by a cosine")
+    warmup_steps: int = Field(default=100, ge=0, description="steps in which the rate rises to it")
+    clean_weight: float = Field(default=1.0, ge=0, description="reconstruction on CLIP's own activations, as before")
+    replaced_weight: float = Field(default=0.25, ge=0, description="reconstruction under replaced inputs")
+    prediction_weight: float = Field(default=0.05, ge=0, description="divergence of the zero-shot distribution")
+
+
+class BundleSection(Section):
+    """What `vitrine export` makes of the trained CLT."""
+
+    description: str = Field(default="A CLIP and its Cross-Layer Transcoder.", description="for the model card")
+    licence: str = Field(default="unstated", description="of the bundle")
+    tables: Literal["float32", "float16"] = Field(default="float32", description="precision of the CLT in the bundle")
+    variants: tuple[Literal["int8", "fp16"], ...] = Field(
+        default=("int8", "fp16"),
+        description="faster vision graphs, each written if it agrees with float32 on val images",
+    )
+    replacement: bool = Field(
+        default=False, description="the replacement graph: `explain.matrix`, `vitrine replay`; every decoder, in bytes"
+    )
+
+
+class Recipe(Section):
+    name: str
+    clip: ClipSection
+    data: DataSection
+    clt: CltSection
+    training: TrainingSection = TrainingSection()
+    cascade: CascadeSection | None = None
+    bundle: BundleSection = BundleSection()
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe. Raises `RecipeError` naming every wrong key, with the nearest right one."""
+    return read_toml(path, Recipe)
+
+
+def read_toml(path: Path, kind: type[Model]) -> Model:
+    """Read and check a TOML file as `kind`. Raises `RecipeError` naming every wrong key, with the nearest right one."""
+    try:
+        return kind.model_validate(tomllib.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise RecipeError(f"recipe {path} does not exist") from error
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} is not TOML: {error}") from error
+    except ValidationError as error:
+        lines = [_explain(kind, problem["loc"], problem["type"], problem["msg"]) for problem in error.errors()]
+        raise RecipeError(f"recipe {path}:\n  " + "\n  ".join(dict.fromkeys(lines))) from error
+
+
+def _explain(root: type[BaseModel], location: tuple[int | str, ...], kind: str, message: str) -> str:
+    section, path, index = root, [], 0
+    while index < len(location) - 1:
+        part = str(location[index])
+        path.append(part)
+        inner = _models(section.model_fields[part].annotation) if part in section.model_fields else []
+        if len(inner) > 1:  # a union: pydantic puts the chosen member's tag in between
+            index += 1
+            inner = [model for model in inner if get_args(model.model_fields["kind"].annotation) == (location[index],)]
+        if inner:
+            section = inner[0]
+        index += 1
+    key = str(location[-1])
+    where = ".".join([*path, key] if index < len(location) else path)
+    if kind != "extra_forbidden":
+        return f"{where}: {message}"
+    near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
+    return f"{where}: no such key" + (
+        f"; did you mean `{near[0]}`?" if near else f" (keys: {', '.join(section.model_fields)})"
+    )
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models(inner)]

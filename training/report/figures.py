@@ -1,0 +1,252 @@
+"""The report's figures as inline SVG that follows the page's light or dark colours.
+
+Matplotlib writes colours into the SVG; two stand-ins among them are replaced afterwards by what the page says: `_INK`
+by the text's colour, `_LINE` by `var(--line)`. Text stays text. Ids get the figure's name in front, so that several
+figures can lie on one page.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from vitrine.models.account.windows import TOKENS
+from vitrine.training.evaluation.results import Cascade, Estimate, Matrix, Results, Spread
+from vitrine.training.report import paper
+from vitrine.training.report.tables import RANKING_NAMES, TOKEN_NAMES
+
+_INK, _LINE = "#010203", "#fdfcfb"
+_COLOURS = {"all": "#2a9d8f", "cls": "#e07a1f", "patches": "#7c6bd6", "image": "#d6457f", "random": "#8a8f98"}
+_MARKERS = {"all": "o", "cls": "s", "patches": "^", "image": "D"}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _INK,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _LINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": _LINE,
+    "ytick.color": _LINE,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+}
+# Nothing is drawn where C = 0, so that the page's ground is the middle of the scale, light or dark.
+_BLUE, _ORANGE = (0.20, 0.45, 0.85), (0.93, 0.52, 0.08)
+_SIGNED = LinearSegmentedColormap.from_list(
+    "signed", [(0.0, (*_BLUE, 0.95)), (0.5, (*_BLUE, 0.0)), (0.5, (*_ORANGE, 0.0)), (1.0, (*_ORANGE, 0.95))]
+)
+
+
+def reconstruction(results: Results) -> str:
+    """R^2 by layer and token type; the comparison's dashed."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(1, height=3.2)
+        sets = [(results.reconstruction, "-", "")]
+        if results.comparison:
+            sets.append((results.comparison.reconstruction, ":", f", {results.comparison.name}"))
+        for found, style, suffix in sets:
+            for tokens in TOKENS:
+                values = [layer.r2 for layer in found[tokens].layers]
+                _line(axes[0], values, tokens, TOKEN_NAMES[tokens] + suffix, style)
+        _by_layer(axes[0], results.layers, "R²")
+        figure.legend(loc="outside upper left", ncols=3, fontsize=9)
+        return _svg(figure, "reconstruction", "R² by layer for all tokens, [CLS] and patches")
+
+
+def sparsity(results: Results) -> str:
+    """L0 and dead features by layer."""
+    with matplotlib.rc_context(_STYLE):
+        figure, (left, right) = _figure(2, height=2.8)
+        for tokens in ("cls", "patches"):
+            layers = results.reconstruction[tokens].layers
+            _line(left, [layer.l0 for layer in layers], tokens, TOKEN_NAMES[tokens])
+        left.set_ylim(bottom=0)
+        left.legend(fontsize=9, loc="lower right")
+        dead = [100 * layer.dead_share for layer in results.reconstruction["all"].layers]
+        right.bar(range(results.layers), dead, color=_COLOURS["random"])
+        right.set_ylim(0, max(5.0, *dead) * 1.05)
+        _by_layer(left, results.layers, "active features a token")
+        _by_layer(right, results.layers, "dead features, %")
+        return _svg(figure, "sparsity", "Active features a token, and share of dead features, by layer")
+
+
+def cascades(results: Results) -> str:
+    """Change of top-1 under replacement, with paired intervals, and the paper's range for all tokens."""
+    with matplotlib.rc_context(_STYLE):
+        figure, (axes,) = _figure(1, height=3.8)
+        axes.axhline(0, color=_INK, linewidth=0.8, linestyle=":", label="CLIP itself")
+        windows = list(dict.fromkeys(cascade.window for cascade in results.cascades))
+        sets: list[tuple[list[Cascade], list[Estimate], str | None, str]] = []
+        sets.append((results.cascades, [cascade.difference for cascade in results.cascades], None, ""))
+        if rival := results.comparison:
+            changes = [cascade.difference for cascade in rival.cascades]
+            sets.append((rival.cascades, changes, "none", f", {rival.name}"))
+        for shift, (found, changes, face, suffix) in enumerate(sets):
+            for at, tokens in enumerate(TOKENS):
+                shown = [(c, change) for c, change in zip(found, changes, strict=True) if c.tokens == tokens]
+                places = [windows.index(c.window) + (at - 1) * 0.2 + shift * 0.08 for c, _ in shown]
+                _errors(axes, places, [change for _, change in shown], tokens, TOKEN_NAMES[tokens] + suffix, face)
+        label: str | None = "the paper, all tokens"
+        for cascade in results.cascades:
+            change = paper.cascade_change(results.layers, cascade.first, cascade.tokens)
+            if change and cascade.tokens == "all":
+                look: dict[str, Any] = {"color": _COLOURS["random"], "alpha": 0.3, "linewidth": 0, "label": label}
+                axes.bar(windows.index(cascade.window) - 0.36, change[1] - change[0], 0.12, change[0], **look)
+                label = None
+        axes.set_xticks(range(len(windows)), windows)
+        axes.set_xlim(-0.5, len(windows) - 0.5)
+        axes.set(xlabel="layers replaced", ylabel="change of top-1, points")
+        axes.grid(axis="x", visible=False)
+        figure.legend(loc="outside upper left", ncols=5, fontsize=9)
+        return _svg(figure, "cascades", "Change of zero-shot top-1 by window of replaced layers, and tokens")
+
+
+def contributions(results: Results) -> str:
+    """C as heat maps: [CLS] and patches, raw and centred."""
+    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
+        figure, axes = _figure(4, height=8.6, columns=2)
+        figure.set_layout_engine("constrained", hspace=0.06)
+        shown: list[tuple[str, Matrix]] = []
+        for tokens in ("cls", "patches"):
+            found = results.contributions[tokens]
+            shown += [(f"{TOKEN_NAMES[tokens]}, raw", found.raw), (f"{TOKEN_NAMES[tokens]}, centred", found.centred)]
+        for panel, (title, matrix) in zip(axes, shown, strict=True):
+            _heat_map(panel, np.array(matrix), title)
+        return _svg(figure, "contributions", "Contribution scores of every source layer to every target layer")
+
+
+def faithfulness(results: Results) -> str:
+    """Top-1 and divergence with the k best source layers kept, or dropped; random orders as a band."""
+    with matplotlib.rc_context(_STYLE):
+        figure, panels = _figure(4, height=5.6, columns=2)
+        found = results.faithfulness
+        for axes, name in zip(panels, ("keep", "drop", "keep_divergence", "drop_divergence"), strict=True):
+            scale = 1 if name.endswith("divergence") else 100
+            _band(axes, getattr(found, f"random_{name}"), scale)
+            if scale == 100:
+                own = 100 * results.baseline.value
+                axes.axhline(own, color=_INK, linewidth=0.8, linestyle=":", label="CLIP itself")
+            for curve in found.curves:
+                values = [scale * getattr(point, "value", point) for point in getattr(curve, name)]
+                _line(axes, values, curve.ranking, RANKING_NAMES[curve.ranking])
+            axes.set_xticks(range(results.layers + 1))
+            axes.set_xlabel(f"best-ranked source layers {'kept' if name.startswith('keep') else 'dropped'}")
+        panels[0].set_ylabel("zero-shot top-1, %")
+        panels[2].set_ylabel("divergence, nats")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=5, fontsize=9)
+        what = "Zero-shot top-1, and divergence from CLIP's prediction, by number of source layers kept, and dropped"
+        return _svg(figure, "faithfulness", what)
+
+
+def _band(axes: Axes, spreads: list[Spread], scale: float) -> None:
+    """Random orders: their mean, and lowest to highest."""
+    if spreads:
+        places, colour = range(len(spreads)), _COLOURS["random"]
+        lowest = [scale * spread.lowest for spread in spreads]
+        highest = [scale * spread.highest for spread in spreads]
+        axes.fill_between(places, lowest, highest, alpha=0.22, linewidth=0, color=colour)
+        means = [scale * spread.mean for spread in spreads]
+        axes.plot(places, means, linestyle="--", label="random order", color=colour)
+
+
+def retrieval(results: Results) -> str:
+    """Share of neighbours of the query's class, by layer."""
+    found = results.retrieval
+    assert found is not None
+    with matplotlib.rc_context(_STYLE):
+        figure, (axes,) = _figure(1, height=2.8)
+        _errors(axes, list(range(results.layers)), found.layers, "cls", "sparse code at [CLS]", None)
+        axes.plot([100 * share.value for share in found.layers], color=_COLOURS["cls"], linewidth=1)
+        axes.axhline(100 * found.embedding.value, color=_COLOURS["all"], linewidth=1.2, label="CLIP's embedding")
+        axes.axhline(100 * found.chance, color=_COLOURS["random"], linewidth=1.2, linestyle="--", label="chance")
+        axes.set_ylim(0, 100)
+        _by_layer(axes, results.layers, "same class, %")
+        figure.legend(loc="outside upper left", ncols=3, fontsize=9)
+        return _svg(figure, "retrieval", "Share of the nearest images that have the query's class, by layer")
+
+
+def _figure(panels: int, height: float, columns: int | None = None) -> tuple[Figure, list[Axes]]:
+    columns = columns or panels
+    figure = Figure(figsize=(8.6, height), layout="constrained")
+    axes = figure.subplots(panels // columns, columns, squeeze=False)
+    return figure, list(axes.flat)
+
+
+def _line(axes: Axes, values: Sequence[float], kind: str, label: str, style: str = "-") -> None:
+    marker: dict[str, Any] = {"marker": _MARKERS[kind], "markersize": 4.5}
+    axes.plot(range(len(values)), values, color=_COLOURS[kind], linestyle=style, label=label, **marker)
+
+
+def _errors(
+    axes: Axes, places: Sequence[float], found: list[Estimate], kind: str, label: str, face: str | None
+) -> None:
+    values = np.array([100 * estimate.value for estimate in found])
+    reach = [values - [100 * e.low for e in found], [100 * e.high for e in found] - values]
+    look: dict[str, Any] = {
+        "fmt": _MARKERS[kind],
+        "markersize": 5.5,
+        "markerfacecolor": face,
+        "elinewidth": 1.2,
+        "capsize": 2.5,
+    }
+    axes.errorbar(places, values, np.maximum(reach, 0), color=_COLOURS[kind], label=label, **look)
+
+
+def _by_layer(axes: Axes, layers: int, label: str) -> None:
+    axes.set_xticks(range(layers))
+    axes.set(xlabel="layer", ylabel=label)
+
+
+def _heat_map(axes: Axes, matrix: np.ndarray, title: str) -> None:
+    layers = len(matrix)
+    reach = max(0.05, float(np.abs(matrix).max()))
+    masked = np.ma.masked_where(np.triu(np.ones_like(matrix), 1) > 0, matrix)
+    axes.pcolormesh(masked, cmap=_SIGNED, norm=TwoSlopeNorm(0, -reach, reach), edgecolors="none")
+    if layers <= 16:
+        for target, source in zip(*np.tril_indices(layers), strict=True):
+            text = f"{matrix[target, source]:.2f}".replace("0.", ".").replace("-", "−")
+            axes.text(source + 0.5, target + 0.5, text, ha="center", va="center", fontsize=6.5)
+    ticks = np.arange(0, layers, 1 if layers <= 16 else 4)
+    axes.set_xticks(ticks + 0.5, ticks)
+    axes.set_yticks(ticks + 0.5, ticks)
+    axes.invert_yaxis()
+    axes.set_aspect("equal")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=11)
+    axes.set(xlabel="source layer", ylabel="target layer")
+
+
+def _svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as an <svg> element."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(url\(#|href="#)', rf"\1{name}-", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)  # the page decides
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"font-family: [^;]*; ", "", svg)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # would hold for the whole page
+    svg = svg.replace(_INK, "currentColor").replace(_LINE, "var(--line)")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)

@@ -1,0 +1,142 @@
+"""report.html: one file with every figure, readable without network or scripts, by light and in the dark."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from vitrine.models.clip.tower import Clip
+from vitrine.training.data.held_out import HeldOut
+from vitrine.training.evaluation.results import Results
+from vitrine.training.report import figures
+from vitrine.training.report.tables import Sheet, percent, points, sheets, signed
+
+SECTIONS = {
+    "reconstruction": "Reconstruction",
+    "replacement": "Replacement",
+    "contributions": "Contributions",
+    "faithfulness": "Faithfulness",
+    "retrieval": "Retrieval",
+    "provenance": "What was measured",
+    "definitions": "Definitions",
+}
+DEFINITIONS = {
+    "Cross-Layer Transcoder (CLT)": "Sparse stand-ins for all MLPs of a transformer at once. The code z_i of source "
+    "layer i is made from what MLP i reads, and adds to the output of every MLP from i on: y_j = b_j + Σ z_i W(i→j).",
+    "R²": "1 − Σ|y − y′|² / Σ|y − mean y|², over tokens and dimensions, for the MLP's output y and the CLT's y′; [CLS] "
+    "and patches about their own means. A CLT's R² is the mean over layers.",
+    "L0, dead features": "Active features a token; share of features that fired for no token measured here.",
+    "Cascaded replacement": "The MLPs of a window of layers are replaced by the CLT, and every later layer reads the "
+    "replaced stream. Layers before the window read CLIP's own stream and still write into the window.",
+    "Divergence": "Kullback-Leibler, of the zero-shot distribution over the labels from CLIP's own; mean over images.",
+    "Contribution score C(i→j)": "Mean over tokens of ⟨c, y⟩/|y|² with c = z_i W(i→j) and y = Σ c over i ≤ j, without "
+    "the bias. Centred: c and y less their means over the data set, by pair of layers and token type.",
+    "Drop and keep": "The last MLP's output at [CLS] is the bias and what some source layers write, on CLIP's own "
+    "stream. Dropped layers are left out; kept ones alone are left in.",
+    "Retrieval": "Cosine of the sparse codes at [CLS] of one layer; the query itself is left out.",
+    "Intervals": "Percentile bootstrap over images, 95 %. All figures share the resamples, so that differences are "
+    "paired by image.",
+    "The paper's figures": "arXiv 2604.13304, CLIP B/32 and B/16 on CIFAR-100, COCO and ImageNet-100: lowest to "
+    "highest of its cells, for its own CLIPs and data. Accuracies under replacement and R² were read off its charts.",
+}
+_THUMBNAIL = 96  # pixels
+
+
+def write_report(results: Results, thumbnails: dict[int, str], path: Path) -> None:
+    """The report; `thumbnails`: the images that retrieval shows, by their place in the data set, as data URIs."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=False
+    )
+    drawn = ["reconstruction", "sparsity", "cascades", "contributions", "faithfulness"]
+    drawn += ["retrieval"] if results.retrieval else []
+    page = environment.get_template("report.html.j2").render(
+        results=results,
+        sections=[(name, title) for name, title in SECTIONS.items() if name != "retrieval" or results.retrieval],
+        key_figures=_key_figures(results),
+        figures={name: Markup(getattr(figures, name)(results)) for name in drawn},  # noqa: S704  (our own SVG)
+        tables=sheets(results) | {"provenance": _provenance(results)},
+        examples=_examples(results, thumbnails),
+        recipe=tomli_w.dumps(results.recipe.model_dump(mode="json", exclude_none=True)),
+        definitions=DEFINITIONS.items(),
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def draw_thumbnails(results: Results, images: HeldOut, clip: Clip) -> dict[int, str]:
+    """Data URIs of all images that the report shows, as CLIP sees them: cropped and resized."""
+    examples = results.retrieval.examples if results.retrieval else []
+    wanted = sorted({image for e in examples for layer in e.layers for image in layer} | {e.query for e in examples})
+    mean, std = (torch.tensor(clip.preprocess[key])[:, None, None] for key in ("mean", "std"))
+    return {at: _data_uri(pixels * std + mean) for at, pixels in zip(wanted, images.pixels(wanted), strict=True)}
+
+
+def _data_uri(colours: torch.Tensor) -> str:
+    """An image [3, H, W] with values in [0, 1] as a JPEG in a data URI."""
+    array = (colours.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    image, buffer = Image.fromarray(array), io.BytesIO()
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    image.save(buffer, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _key_figures(results: Results) -> list[tuple[str, str, str]]:
+    """(name, figure, note) for the head of the page."""
+    whole = results.cascade(0, results.layers - 1, "all")
+    at_cls, curve = results.reconstruction["cls"], results.faithfulness.curve("cls")
+    return [
+        ("R², all tokens", f"{results.reconstruction['all'].r2.value:.3f}", "mean over layers"),
+        ("R², [CLS]", f"{at_cls.r2.value:.3f}", "mean over layers"),
+        ("CLIP's top-1", f"{results.baseline.value:.1%}", percent(results.baseline).split(" ", 1)[1]),
+        ("every MLP replaced", f"{whole.top1.value:.1%}", f"{points(whole.difference)} points"),
+        ("keep the first four", signed(curve.keep_top4.value), "points, last layer"),
+        ("drop the first", signed(curve.drop_top1.value), "points, last layer"),
+    ]
+
+
+def _provenance(results: Results) -> Sheet:
+    seeds = results.seeds
+    rows = [
+        ["CLIP", f"{results.clip.name} ({results.clip.weights})"],
+        ["CLIP's sha256", results.clip.sha256],
+        ["checkpoint", f"{results.recipe.name}, step {results.step:,}"],
+        ["checkpoint's sha256", results.checkpoint_sha256],
+        ["images", f"{results.images:,} of {results.recipe.data.name}, val"],
+        ["labels", ", ".join(results.labels)],
+        ["seeds", f"sample {seeds.sample}, bootstrap {seeds.bootstrap}, random orders {seeds.orders}"],
+        ["bootstrap", f"{results.resamples:,} resamples"],
+    ]
+    if rival := results.comparison:
+        kind = "cross-layer" if rival.cross_layer else "per-layer"
+        rows.append([f"compared with {rival.name} ({kind})", rival.checkpoint_sha256])
+    return Sheet("What these figures belong to.", ["what", "which"], rows, text=2)
+
+
+def _examples(results: Results, thumbnails: dict[int, str]) -> list[dict[str, Any]]:
+    """Queries and their neighbours at four layers, the first and the last among them."""
+    last = results.layers - 1
+    shown = sorted({round(last * third / 3) for third in range(4)})
+    return [
+        {
+            "label": example.label,
+            "image": thumbnails[example.query],
+            "layers": [
+                {
+                    "number": layer,
+                    "images": [
+                        {"image": thumbnails[at], "label": label, "same": label == example.label}
+                        for at, label in zip(example.layers[layer], example.labels[layer], strict=True)
+                    ],
+                }
+                for layer in shown
+            ],
+        }
+        for example in (results.retrieval.examples if results.retrieval else [])
+    ]

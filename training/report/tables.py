@@ -1,0 +1,198 @@
+"""Results as tables, the paper's figures beside ours where they are of the same kind; for the terminal and
+the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vitrine.models.account.windows import TOKENS
+from vitrine.training.evaluation.faithfulness import TOP
+from vitrine.training.evaluation.results import Estimate, LayerFigures, Results, TokenFigures
+from vitrine.training.report import paper
+
+TOKEN_NAMES = {"all": "all", "cls": "[CLS]", "patches": "patches"}
+RANKING_NAMES = {"all": "C, all tokens", "cls": "C, [CLS]", "image": "C, image by image"}
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of texts; the first `text` columns are words, the others figures."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
+    text: int = 1
+
+
+def sheets(results: Results) -> dict[str, Sheet]:
+    """Every table, in the order in which it is shown."""
+    found = {
+        "reconstruction": reconstruction(results),
+        "cascades": cascades(results),
+        "contributions": contributions(results),
+        "faithfulness": faithfulness(results),
+    }
+    if results.retrieval:
+        found["retrieval"] = retrieval(results)
+    return found
+
+
+def print_sheets(results: Results, console: Console) -> None:
+    """Every table, in the terminal."""
+    for sheet in sheets(results).values():
+        table = Table(title=Text(sheet.caption, style="bold"), title_justify="left", box=None, pad_edge=False)
+        for at, name in enumerate(sheet.columns):
+            table.add_column(Text(name), justify="left" if at < sheet.text else "right")
+        for row in sheet.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+        console.print()
+
+
+def reconstruction(results: Results) -> Sheet:
+    """By layer, and the mean over layers."""
+    found, rival = results.reconstruction, results.comparison
+    columns = ["layer", *(f"R² {TOKEN_NAMES[tokens]}" for tokens in TOKENS)]
+    columns += ["cosine", "MSE", "L0 [CLS]", "L0 patches", "dead"]
+    if rival:
+        columns += [f"R² all, {rival.name}", f"R² [CLS], {rival.name}"]
+    rows = []
+    for layer in [*range(results.layers), None]:
+        own = {tokens: _of_layer(found[tokens], layer) for tokens in TOKENS}
+        row = [f"{own[tokens].r2:.4f}" for tokens in TOKENS]
+        row += [f"{own['all'].cosine:.4f}", f"{own['all'].mse:.2e}"]
+        row += [f"{own['cls'].l0:.1f}", f"{own['patches'].l0:.1f}", f"{own['all'].dead_share:.1%}"]
+        if rival:
+            row += [f"{_of_layer(rival.reconstruction[tokens], layer).r2:.4f}" for tokens in ("all", "cls")]
+        rows.append(["mean" if layer is None else str(layer), *row])
+    known = paper.R2.get(results.recipe.clt.sparsifier)
+    beside = f" The paper's R²: {known[0]:.3f} to {known[1]:.3f}." if known else ""
+    r2 = found["all"].r2
+    return Sheet(
+        f"Reconstruction on {results.images:,} images. "
+        f"Mean R² {r2.value:.4f} [{r2.low:.4f}, {r2.high:.4f}].{beside} Cosine, MSE and dead features: all tokens.",
+        columns,
+        rows,
+    )
+
+
+def _of_layer(figures: TokenFigures, layer: int | None) -> LayerFigures:
+    """A layer's figures; None: the means over layers."""
+    if layer is not None:
+        return figures.layers[layer]
+    return LayerFigures(r2=figures.r2.value, **figures.model_dump(include={"mse", "cosine", "l0", "dead_share"}))
+
+
+def cascades(results: Results) -> Sheet:
+    """Every window and token choice."""
+    rival = results.comparison
+    columns = ["layers replaced", "tokens", "top-1", "change", "the paper's change", "same prediction", "divergence"]
+    if rival:
+        columns += [f"top-1 of {rival.name}", f"ours minus {rival.name}"]
+    rows = [
+        [
+            cascade.window,
+            TOKEN_NAMES[cascade.tokens],
+            percent(cascade.top1),
+            points(cascade.difference),
+            _from_to(paper.cascade_change(results.layers, cascade.first, cascade.tokens)),
+            f"{cascade.agreement.value:.1%}",
+            f"{cascade.divergence.value:.4f}",
+            *([percent(rival.cascades[at].top1), points(rival.gains[at])] if rival else []),
+        ]
+        for at, cascade in enumerate(results.cascades)
+    ]
+    return Sheet(
+        f"Cascaded replacement: zero-shot top-1, CLIP itself {percent(results.baseline)}. Changes in points, "
+        "divergence from CLIP's own distribution in nats.",
+        columns,
+        rows,
+        text=2,
+    )
+
+
+def faithfulness(results: Results) -> Sheet:
+    """The paper's two interventions on the last layer, with their baselines."""
+    found, own = results.faithfulness, results.baseline.value
+    columns = ["ranked by", "drop the first", "the paper's", "keep the first four", "the paper's"]
+    columns += ["harm, top-1", "harm, divergence"]
+    rows = []
+    for curve in found.curves:
+        harms = found.harm_in_top1(curve.ranking), found.harm_in_divergence(curve.ranking)
+        rows.append(
+            [
+                RANKING_NAMES[curve.ranking],
+                points(curve.drop_top1),
+                _from_to(paper.intervention_change(curve.ranking, "drop_top1")),
+                points(curve.keep_top4),
+                _from_to(paper.intervention_change(curve.ranking, "keep_top4")),
+                *("–" if harm is None else f"{harm:.1f} ×" for harm in harms),
+            ]
+        )
+    if found.random_orders:
+        kept, dropped = found.random_keep[min(TOP, results.layers)], found.random_drop[1]
+        ours = [f"{signed(spread.mean - own)} ± {100 * spread.deviation:.2f}" for spread in (dropped, kept)]
+        rows.append([f"{found.random_orders} random orders", ours[0], "", ours[1], "", "", ""])
+    whole = found.curves[0].drop[0].value
+    rows.append(["any one layer, mean", signed(found.drop_one_mean.value - own), "", "", "", "1.0 ×", "1.0 ×"])
+    return Sheet(
+        f"Layer {results.layers - 1}'s MLP output at [CLS] from some source layers: change of top-1 in points. "
+        f"From all of them: {signed(whole - own)}. Harm: of dropping the first, against dropping any one layer.",
+        columns,
+        rows,
+    )
+
+
+def contributions(results: Results) -> Sheet:
+    """C onto the last layer."""
+    last = results.layers - 1
+    columns: dict[str, list[float]] = {}
+    for tokens in ("cls", "patches"):
+        scores = results.contributions[tokens]
+        columns |= {
+            f"{TOKEN_NAMES[tokens]} raw": scores.raw[last],
+            f"{TOKEN_NAMES[tokens]} centred": scores.centred[last],
+        }
+        if results.layers == paper.LAYERS:
+            columns[f"the paper's {TOKEN_NAMES[tokens]} raw"] = list(paper.ONTO_LAST[tokens])
+    rows = [[str(layer), *(f"{column[layer]:.3f}" for column in columns.values())] for layer in range(results.layers)]
+    return Sheet(f"C onto layer {last}, by source layer.", ["source layer", *columns], rows)
+
+
+def retrieval(results: Results) -> Sheet:
+    """By layer, with CLIP's embedding and chance."""
+    found = results.retrieval
+    assert found is not None
+    rows = [[f"layer {layer}", percent(share)] for layer, share in enumerate(found.layers)]
+    rows += [["CLIP's embedding", percent(found.embedding)], ["chance", f"{found.chance:.1%}"]]
+    return Sheet(
+        f"Retrieval by sparse code at [CLS]: share of the {found.k} nearest images that have the query's class, "
+        f"{found.queries:,} queries.",
+        ["nearest by", "same class"],
+        rows,
+    )
+
+
+def percent(estimate: Estimate) -> str:
+    """76.5% [73.8, 79.1]."""
+    return f"{estimate.value:.1%} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+
+
+def points(estimate: Estimate) -> str:
+    """−0.40 [−1.00, +0.20], in percentage points."""
+    return f"{signed(estimate.value)} [{signed(estimate.low)}, {signed(estimate.high)}]"
+
+
+def signed(share: float) -> str:
+    """A difference of shares, in percentage points."""
+    text = f"{100 * share:+.2f}"
+    return "0.00" if text[1:] == "0.00" else text.replace("-", "−")
+
+
+def _from_to(change: tuple[float, float] | None) -> str:
+    """Points, to the precision of what was read off a chart."""
+    return "" if change is None else " to ".join(f"{end:+.1f}".replace("-", "−") for end in change)

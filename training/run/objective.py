@@ -1,0 +1,86 @@
+"""What training minimises on CLIP's own activations: the share of variance left unexplained, and what keeps
+codes sparse.
+
+    reconstruction   mean over layers and tokens of |y - y'|^2 / d on normalised outputs; [CLS] weighs `cls_weight`
+    sparsity         jumprelu alone: mean over layers and token types of (L0 / target - 1)^2 (arXiv 2407.14435, 5.3)
+
+Everything is a sum over the tokens at hand divided by the number of tokens of the whole step, so data-parallel
+processes that average their gradients do what one process does.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
+from vitrine.training.data.activations import Activations, Normalisation
+from vitrine.training.recipes.recipe import TrainingSection
+
+
+class Losses(NamedTuple):
+    """Of one step. Sums over processes give the step's own; `total` is what to take the gradient of."""
+
+    total: Tensor  # [] times the number of processes, whose gradients are averaged
+    unexplained: Tensor  # [L] share of variance unexplained, every token alike
+    active: Tensor  # [L] active features a token
+    fired: Tensor  # [L, F] bool
+
+
+class StepSize(NamedTuple):
+    """Of the whole step, over all processes."""
+
+    images: int
+    tokens: int  # a image
+    processes: int = 1
+
+    def weight(self, cls_weight: float) -> float:
+        """Sum of the tokens' weights."""
+        return self.images * (self.tokens - 1 + cls_weight)
+
+
+class Reconstruction(nn.Module):
+    """The objective as a module, so that a distributed engine can wrap it: batch -> `Losses`."""
+
+    def __init__(
+        self, clt: CrossLayerTranscoder, normalisation: Normalisation, settings: TrainingSection, size: StepSize
+    ) -> None:
+        super().__init__()
+        self.clt, self.normalisation, self.settings, self.size = clt, normalisation, settings, size
+
+    def forward(self, batch: Activations, pressure: float = 0.0) -> Losses:
+        """pressure: from 0 to 1, how much of the sparsity loss counts."""
+        settings, size = self.settings, self.size
+        inputs, targets = self.normalisation.inputs(batch.mlp_in), self.normalisation.targets(batch.mlp_out)
+        codes, outputs = self.clt(inputs, batch.is_cls)
+        error = (outputs - targets).square().mean(-1)  # [L, N]
+        total = self.weighted(error, batch.is_cls)
+        if self.clt.architecture.sparsifier == "jumprelu" and pressure:
+            total = total + pressure * settings.sparsity_weight * self._excess(codes, batch.is_cls) / size.processes
+        count = size.images * size.tokens
+        return Losses(
+            total * size.processes,
+            error.detach().sum(1) / count,
+            torch.stack([code.active.detach().sum() for code in codes]) / count,
+            torch.stack([_fired(code, self.clt.features) for code in codes]),
+        )
+
+    def weighted(self, error: Tensor, is_cls: Tensor) -> Tensor:
+        """This process's part of the step's mean error over layers and tokens [L, N]; [CLS] weighs `cls_weight`."""
+        cls_weight = self.settings.cls_weight
+        return (error * torch.where(is_cls, cls_weight, 1.0)).sum(1).mean() / self.size.weight(cls_weight)
+
+    def _excess(self, codes: list[SortedCode], is_cls: Tensor) -> Tensor:
+        """(L0 / target - 1)^2, mean over layers and token types; of the tokens at hand."""
+        architecture, terms = self.clt.architecture, []
+        for chosen, targets in ((~is_cls, architecture.k), (is_cls, architecture.k_cls)):
+            if chosen.any():
+                terms += [(code.active[chosen].mean() / k - 1).square() for code, k in zip(codes, targets, strict=True)]
+        return torch.stack(terms).mean()
+
+
+def _fired(code: SortedCode, features: int) -> Tensor:
+    fired = torch.zeros(features, dtype=torch.bool, device=code.indices.device)
+    return fired.index_fill_(0, code.indices[code.values != 0], True)

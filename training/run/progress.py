@@ -1,0 +1,149 @@
+"""What one sees of a run: progress bar, log.jsonl, TensorBoard, Weights & Biases if wanted. First process only."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch.utils.tensorboard import SummaryWriter
+
+from vitrine.models.errors import VitrineError
+
+EVERY = 20  # steps between two points of a curve
+
+
+class StepMetrics(NamedTuple):
+    """Of one step, over all processes."""
+
+    loss: float  # what was minimised
+    r2: float  # 1 - share of variance unexplained, all tokens, mean over layers; in a cascade: under replacement
+    l0: float  # active features a token and layer
+    dead: int  # features that have not fired for `revive_after` tokens
+    rate: float  # learning rate
+    r2_by_layer: list[float]
+    l0_by_layer: list[float]
+
+
+class Report:
+    """Made by `follow`; `add` is called once a step."""
+
+    def __init__(self, bar: Progress, task: TaskID, log: Any, board: SummaryWriter | None, remote: Any) -> None:
+        self.bar, self.task, self.log, self.board, self.remote = bar, task, log, board, remote
+        self.shown = ""
+        self._since = (time.perf_counter(), 0)
+
+    def add(self, step: int, metrics: StepMetrics, tokens: int) -> None:
+        """step: how many are done; tokens: of this step."""
+        self.shown = f"loss {metrics.loss:.4f}  R² {metrics.r2:.4f}  L0 {metrics.l0:.1f}  dead {metrics.dead:,}"
+        self.bar.update(self.task, completed=step, shown=self.shown)
+        if self.log is None:
+            return
+        short = {key: value for key, value in metrics._asdict().items() if not isinstance(value, list)}
+        self.log.write(json.dumps({"step": step, **short}) + "\n")
+        start, seen = self._since
+        self._since = (start, seen + tokens)
+        if step % EVERY:
+            return
+        curves = {**short, "tokens_per_second": (seen + tokens) / (time.perf_counter() - start)}
+        for layer, (r2, l0) in enumerate(zip(metrics.r2_by_layer, metrics.l0_by_layer, strict=True)):
+            curves |= {f"r2/layer_{layer:02}": r2, f"l0/layer_{layer:02}": l0}
+        self._since = (time.perf_counter(), 0)
+        assert self.board is not None
+        for name, value in curves.items():
+            self.board.add_scalar(name, value, step)
+        if self.remote is not None:
+            self.remote.log(curves, step=step)
+
+    def flush(self) -> None:
+        if self.log is not None:
+            self.log.flush()
+
+
+@contextmanager
+def follow(
+    out: Path, step: int, steps: int, console: Console, *, first: bool, wandb_project: str | None, name: str
+) -> Iterator[Report]:
+    """A `Report` on a run that goes on from `step`. On processes other than the first it writes nothing.
+
+    Raises `VitrineError` if Weights & Biases is wanted and not there, or refuses.
+    """
+    with ExitStack() as stack:
+        log, board, remote = None, None, None
+        if first:
+            out.mkdir(parents=True, exist_ok=True)
+            remote = stack.enter_context(_wandb(wandb_project, name, out)) if wandb_project else None
+            # The point of `step` itself is in the checkpoint that is taken up: what comes after it is made again.
+            board = stack.enter_context(SummaryWriter(str(out / "tensorboard"), purge_step=step + 1))
+            log = stack.enter_context(_log(out / "log.jsonl", step))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        bar = stack.enter_context(Progress(*columns, console=console, disable=not first))
+        task = bar.add_task("train", total=steps, completed=step, shown="")
+        yield Report(bar, task, log, board, remote)
+
+
+@contextmanager
+def _log(file: Path, step: int) -> Iterator[Any]:
+    """log.jsonl, one line a step, without those that were made after the checkpoint a run is taken up from."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    kept = [line for line in lines if _whole(line) and json.loads(line)["step"] <= step]
+    if kept != lines:
+        partial = file.with_name(f".{file.name}")
+        partial.write_text("".join(kept))
+        os.replace(partial, file)
+    with file.open("a") as log:
+        yield log
+
+
+def _whole(line: str) -> bool:
+    """Whether a process was not killed while it wrote this line."""
+    return line.endswith("\n")
+
+
+@contextmanager
+def _wandb(project: str, name: str, out: Path) -> Iterator[Any]:
+    """A run of Weights & Biases, the same one for as long as `out` is: its id is kept there.
+
+    Points that were sent before a kill are not sent again; they are the same numbers.
+    """
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        if error.name != "wandb":
+            raise
+        raise VitrineError("wandb is not installed: pip install 'vitrine[wandb]', or leave --wandb out") from error
+    file = out / "wandb-id.txt"
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex[:12])
+    try:
+        run = wandb.init(project=project, name=name, dir=str(out), id=file.read_text().strip(), resume="allow")
+    except wandb.Error as error:
+        raise VitrineError(f"Weights & Biases refuses: {error}; mend that, or leave --wandb out") from error
+    exit_code = 1
+    try:
+        yield run
+        exit_code = 0
+    finally:  # not wandb's own `with`, which prints a traceback
+        run.finish(exit_code=exit_code)

@@ -1,0 +1,263 @@
+"""A run from its recipe: stream activations, train phase by phase, write checkpoints, take up what was interrupted.
+
+A run has one phase or two: reconstruction (`training.run.objective`), then, if the recipe has a [cascade], fine-tuning
+in the MLPs' place (`training.run.cascade`). It is a function of its recipe alone: which tokens make up a step depends
+on the seed and the step's number, nothing else is random after the initial weights, and a checkpoint holds everything
+that the next step depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning_fabric import Fabric
+from rich.console import Console
+from torch import Tensor
+
+from vitrine.models.clip.tower import Clip
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.training.checkpoint import (
+    CheckpointError,
+    CheckpointMeta,
+    checkpoints,
+    load_clt,
+    load_tensors,
+    read_meta,
+    save_checkpoint,
+    section,
+    write_meta,
+)
+from vitrine.training.data.activations import Normalisation, steps, stream
+from vitrine.training.data.cache import ActivationCache, open_cache
+from vitrine.training.data.held_out import held_out
+from vitrine.training.data.images import Plan, load
+from vitrine.training.data.sources import open_images
+from vitrine.training.evaluation.evaluate import evaluate_summary
+from vitrine.training.recipes.recipe import CascadeSection, Recipe, TrainingSection
+from vitrine.training.run.cascade import Cascade
+from vitrine.training.run.objective import Reconstruction, StepSize
+from vitrine.training.run.parallel import make_fabric, whole
+from vitrine.training.run.progress import follow
+from vitrine.training.run.trainer import Trainer
+
+
+def train(
+    recipe: Recipe,
+    clip: Clip,
+    data_root: Path,
+    out: Path,
+    console: Console,
+    fabric: Fabric | None = None,
+    *,
+    max_steps: int | None = None,
+    wandb_project: str | None = None,
+) -> Path:
+    """Train `recipe`'s CLT on `clip`, or take up the run that `out` holds. Returns the last checkpoint.
+
+    A run that reaches its end is measured on the val split. `max_steps` ends this call early, with a checkpoint; the
+    schedule stays the whole run's. With several processes every one of them calls this.
+    Raises `CheckpointError` if `out` holds another run, `TrainingDiverged` if the loss is no number any more.
+    """
+    fabric = fabric or make_fabric(precision=recipe.training.precision)
+    run = _Run(recipe, clip, data_root, out, console if fabric.is_global_zero else Console(quiet=True), fabric)
+    stop = min(run.steps, run.done + max_steps) if max_steps else run.steps
+    with follow(
+        out,
+        run.done,
+        run.steps,
+        run.console,
+        first=fabric.is_global_zero,
+        wandb_project=wandb_project,
+        name=recipe.name,
+    ) as report:
+        trainer = None
+        for phase in run.phases:
+            if run.done >= min(phase.end, stop):
+                continue
+            trainer = run.enter(phase, trainer)
+            for batch in islice(run.batches(phase), stop - run.done):
+                metrics = trainer.train_step(batch)
+                run.done += 1
+                report.add(run.done, metrics, trainer.size.images * trainer.size.tokens)
+                if run.done % recipe.training.checkpoint_every == 0 or run.done in (stop, phase.end):
+                    report.flush()
+                    run.save(trainer)
+                    if not console.is_terminal:
+                        run.console.print(f"step {run.done:,}/{run.steps:,}  {report.shown}")
+    checkpoint = checkpoints(out)[-1]
+    if run.done == run.steps and run.meta.metrics.r2 is None and fabric.is_global_zero:
+        run.measure(checkpoint)
+    fabric.barrier()
+    return checkpoint
+
+
+class _Phase(NamedTuple):
+    settings: TrainingSection | CascadeSection
+    start: int  # in steps of the run
+    end: int
+
+
+class _Run:
+    """What a run consists of: images, CLT, normalisation, phases, and how far it has come."""
+
+    def __init__(
+        self, recipe: Recipe, clip: Clip, data_root: Path, out: Path, console: Console, fabric: Fabric
+    ) -> None:
+        self.recipe, self.clip, self.out, self.console, self.fabric = recipe, clip, out, console, fabric
+        settings, tower = recipe.training, clip.tower
+        self.images = open_images(recipe.data.train, data_root, clip.transform(), recipe.data.max_broken)
+        self.val = held_out(recipe.data, data_root, clip)  # hours later would be too late to learn of it
+        self.plan = Plan(
+            len(self.images), settings.images_per_step, settings.mixed_images, settings.seed, settings.epochs
+        )
+        self.phases = [_Phase(settings, 0, self.plan.steps)]
+        if recipe.cascade is not None:
+            self.phases.append(_Phase(recipe.cascade, self.plan.steps, self.plan.steps + recipe.cascade.steps))
+        self.steps = self.phases[-1].end
+        self.clt = CrossLayerTranscoder(recipe.clt.architecture(tower.layers, tower.width))
+        self.meta = CheckpointMeta(
+            step=0,
+            steps=self.steps,
+            recipe=recipe,
+            clip_sha256=clip.sha256,
+            layers=tower.layers,
+            width=tower.width,
+            labels=self.val.labels,
+            train_images=len(self.images),
+        )
+        clip.tower.to(fabric.device)
+        self.done = 0
+        self.tensors: dict[str, Tensor] = {}  # of the checkpoint that was taken up, for the first trainer
+        if found := checkpoints(out):
+            self._take_up(found[-1])
+        else:
+            self._begin()
+
+    def enter(self, phase: _Phase, before: Trainer | None) -> Trainer:
+        """The trainer of a phase, as far as that phase has come.
+
+        Adam's moments come along from the trainer before it: they hold the scale of every feature's gradient, which a
+        rare feature would take many steps to learn anew.
+        """
+        recipe, fabric, tower = self.recipe, self.fabric, self.clip.tower
+        state, self.tensors = self.tensors if before is None else before.state(), {}
+        self._unwrap()
+        objective: Reconstruction | Cascade
+        size = StepSize(phase.settings.images_per_step, tower.tokens, fabric.world_size)
+        objective = Reconstruction(self.clt, self.normalisation, recipe.training, size)
+        if isinstance(phase.settings, CascadeSection):
+            labels = self.clip.encode_labels(list(self.val.labels), list(recipe.data.templates)).to(fabric.device)
+            objective = Cascade(tower, objective, phase.settings, labels, self.clip.logit_scale)
+        trainer = Trainer(fabric, objective, phase.settings, phase.end - phase.start)
+        if state:
+            trainer.restore(state, self.done - phase.start)
+        return trainer
+
+    def batches(self, phase: _Phase) -> Iterator[Any]:
+        """What the phase's objective takes, from the run's present step on: this process's share of each step."""
+        fabric, settings, skip = self.fabric, self.recipe.training, self.done - phase.start
+        if isinstance(phase.settings, TrainingSection):
+            return steps(
+                self.clip.tower,
+                self.images,
+                self.plan,
+                workers=settings.workers,
+                skip=skip,
+                rank=fabric.global_rank,
+                world=fabric.world_size,
+                cache=self._cache(),
+                context=fabric.autocast,
+            )
+        size = phase.settings.images_per_step
+        epochs = -(-phase.settings.steps // (len(self.images) // size))
+        plan = Plan(len(self.images), size, size, settings.seed + 1, epochs)
+        whole_images = plan.batches(skip, fabric.global_rank, fabric.world_size)
+        return (pixels.to(fabric.device) for pixels, _ in load(self.images, whole_images, settings.workers))
+
+    def save(self, trainer: Trainer) -> None:
+        """A checkpoint of now: every process takes part, the first one writes."""
+        state = {f"clt.{name}": tensor for name, tensor in self._weights().items()}
+        state |= {f"normalisation.{name}": whole(tensor) for name, tensor in asdict(self.normalisation).items()}
+        state |= trainer.state()
+        if not self.fabric.is_global_zero:
+            return
+        self.meta = self.meta.model_copy(update={"step": self.done, "broken": dict(self.images.broken)})
+        save_checkpoint(self.out, self.meta, *self._folded(state), state)
+
+    def measure(self, checkpoint: Path) -> None:
+        """Fill in the finished run's metrics."""
+        clt, _, meta = load_clt(checkpoint)
+        self.clip.tower.to("cpu")
+        metrics = evaluate_summary(self.clip, clt, self.val, self.recipe.data.templates, self.console)
+        write_meta(checkpoint, meta.model_copy(update={"metrics": metrics, "val_images": len(self.val)}))
+
+    def _begin(self) -> None:
+        settings, size = self.recipe.training, self.recipe.training.images_per_step
+        self.clt.initialise(torch.Generator().manual_seed(settings.seed))
+        wanted = max(1, min(settings.normalisation_images, len(self.images)) // size)
+        plan = Plan(len(self.images), size, size, settings.seed + 2, epochs=1)
+        data = load(self.images, islice(plan.batches(), wanted), settings.workers)
+        with self.console.status(f"estimating the activations' scale over {wanted * size:,} images"):
+            batches = stream(self.clip.tower, data, self.fabric.autocast)
+            first = next(batches)
+            self.normalisation = Normalisation.estimate(chain([first], batches))
+        self.clt.to(self.fabric.device).calibrate(self.normalisation.inputs(first.mlp_in))
+
+    def _take_up(self, checkpoint: Path) -> None:
+        """Weights, normalisation and step of a checkpoint of this very run."""
+        saved, ours = read_meta(checkpoint), self.meta
+        same = {
+            "CLIP": saved.clip_sha256 == ours.clip_sha256,
+            "[data]": (saved.recipe.data, saved.train_images) == (ours.recipe.data, ours.train_images),
+            "[clt]": saved.recipe.clt == ours.recipe.clt,
+            "[training]": saved.recipe.training == ours.recipe.training,
+        }
+        if saved.step > self.phases[0].end:  # a finished reconstruction may be given a cascade afterwards
+            same["[cascade]"] = saved.recipe.cascade == ours.recipe.cascade
+        if other := [name for name, is_same in same.items() if not is_same]:
+            raise CheckpointError(f"{checkpoint} was trained with another {', '.join(other)}; choose an empty --out")
+        self.tensors = load_tensors(checkpoint / "state.safetensors")
+        self.clt.load_state_dict(section(self.tensors, "clt"))
+        self.normalisation = Normalisation(**section(self.tensors, "normalisation")).to(self.fabric.device)
+        self.images.note(saved.broken)
+        if saved.step == self.steps:  # finished, and perhaps measured
+            self.meta = ours.model_copy(update={"metrics": saved.metrics, "val_images": saved.val_images})
+        self.done = saved.step
+        self.console.print(f"taking up {checkpoint} at step {self.done:,} of {self.steps:,}")
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: whole(tensor) for name, tensor in self.clt.state_dict().items()}
+
+    def _unwrap(self) -> None:
+        """A CLT without what the phase before made of it: sharded weights, hooks, widened codes."""
+        weights = self._weights()
+        self.clt = CrossLayerTranscoder(self.clt.architecture)
+        self.clt.load_state_dict(weights)
+
+    def _cache(self) -> ActivationCache | None:
+        settings, fabric = self.recipe.training, self.fabric
+        if settings.cache == "none":
+            return None
+        return open_cache(
+            self.out / "activations",
+            settings.cache,
+            clip=self.clip,
+            source=self.recipe.data.train,
+            plan=self.plan,
+            precision=settings.precision,
+            rank=fabric.global_rank,
+            world=fabric.world_size,
+            say=self.console.print,
+        )
+
+    def _folded(self, state: dict[str, Tensor]) -> tuple[CrossLayerTranscoder, dict[str, Tensor]]:
+        """The CLT on raw activations, and what else a bundle needs."""
+        clt = CrossLayerTranscoder(self.clt.architecture)
+        clt.load_state_dict(section(state, "clt"))
+        normalisation = Normalisation(**section(state, "normalisation"))
+        return normalisation.fold_into(clt), {"out_mean_cls": normalisation.out_mean_cls}

@@ -1,0 +1,131 @@
+"""One phase of training: an objective, its optimiser, one step after the other."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from vitrine.models.errors import VitrineError
+from vitrine.training.checkpoint import section
+from vitrine.training.recipes.recipe import CascadeSection, TrainingSection
+from vitrine.training.run.cascade import Cascade
+from vitrine.training.run.objective import Losses, Reconstruction
+from vitrine.training.run.parallel import like, whole
+from vitrine.training.run.progress import StepMetrics
+from vitrine.training.run.schedules import learning_rate, ramp, widening
+
+
+class TrainingDiverged(VitrineError):
+    """The loss is no longer a number; the last checkpoint is still good."""
+
+
+class Trainer:
+    """One phase: an objective under training, its optimiser, and how long each feature has been silent."""
+
+    def __init__(
+        self, fabric: Fabric, objective: Reconstruction | Cascade, phase: TrainingSection | CascadeSection, steps: int
+    ) -> None:
+        self.fabric, self.phase, self.steps, self.step = fabric, phase, steps, 0
+        reconstruction = objective if isinstance(objective, Reconstruction) else objective.reconstruction
+        self.clt, self.settings, self.size = reconstruction.clt, reconstruction.settings, reconstruction.size
+        self.objective: Any = fabric.setup_module(objective)
+        self.parameters = dict(self.clt.named_parameters())
+        betas = (0.9, self.settings.beta2)
+        self.adam = torch.optim.Adam(self.parameters.values(), lr=phase.learning_rate, betas=betas, fused=True)
+        self.optimiser: Any = fabric.setup_optimizers(self.adam)
+        self.silent = torch.zeros(self.clt.layers, self.clt.features, dtype=torch.long, device=fabric.device)
+
+    @property
+    def dead(self) -> Tensor:
+        """[L, F] features that have not fired for `revive_after` tokens."""
+        return self.silent >= self.settings.revive_after
+
+    def train_step(self, batch: Any) -> StepMetrics:
+        """One optimiser step. Raises `TrainingDiverged` before any weight is spoilt."""
+        rate, dead = self._prepare(), self.dead
+        losses: Losses = self.objective(batch, self._pressure())
+        metrics, fired = self._reduce(losses, rate, int(dead.sum()))
+        if not math.isfinite(metrics.loss):
+            raise TrainingDiverged(f"loss is {metrics.loss} at step {self.step}; lower the learning rate")
+        self.optimiser.zero_grad(set_to_none=True)
+        self.fabric.backward(losses.total)
+        norm = self.fabric.clip_gradients(
+            self.objective, self.optimiser, max_norm=self.settings.gradient_clip, error_if_nonfinite=False
+        )
+        if norm is None or not torch.isfinite(whole(norm)):
+            raise TrainingDiverged(f"the gradient is {norm} at step {self.step}; lower the learning rate")
+        if metrics.dead:
+            self._lift(dead, rate)
+        self.optimiser.step()
+        self.silent = (self.silent + self.size.images * self.size.tokens).masked_fill(fired, 0)
+        self.step += 1
+        return metrics
+
+    def _prepare(self) -> float:
+        """Set this step's learning rate and width of the code."""
+        phase, settings = self.phase, self.settings
+        decay = phase.decay_share if isinstance(phase, TrainingSection) else 1.0
+        rate = learning_rate(self.step, self.steps, phase.learning_rate, phase.warmup_steps, decay)
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        if isinstance(phase, TrainingSection) and settings.k_start > 1:
+            self.clt.widen(widening(self.step, self.steps, settings.k_start, settings.k_anneal_share))
+        return rate
+
+    @torch.no_grad()
+    def _lift(self, dead: Tensor, rate: float) -> None:
+        """Revive: the bias of a dead feature rises by `revive_rate` learning rates a step until it fires again.
+
+        In the first `revive_share` of the reconstruction: what comes back later has no time left to learn, and takes
+        places in the code from features that have. After the pre-activation loss of "Circuit tracing" (Ameisen et al.
+        2025), for the bias alone. Not a gradient: Adam would remember it for thousands of steps, in which the bias of a
+        feature that is back could not fall; some fired on every fifth token for the rest of the run. AuxK (arXiv
+        2406.04093), a loss that turns dead features towards what the others leave unexplained, revived no more than
+        died meanwhile (training/RESULTS.md).
+        """
+        phase = self.phase
+        if not isinstance(phase, TrainingSection) or self.step >= phase.revive_share * self.steps:
+            return
+        step = phase.revive_rate * rate
+        for encoder, silent in zip(self.clt.encoders, dead, strict=True):
+            encoder.bias.add_(like(step * silent.to(encoder.bias.dtype), encoder.bias))
+
+    def _pressure(self) -> float:
+        """How much of the sparsity loss counts."""
+        if not isinstance(self.phase, TrainingSection):
+            return 1.0
+        return ramp(self.step, self.steps, self.settings.sparsity_ramp_share)
+
+    def _reduce(self, losses: Losses, rate: float, dead: int) -> tuple[StepMetrics, Tensor]:
+        """Metrics of the whole step and which features fired in it, over all processes."""
+        parts: Any = torch.cat([losses.total.detach()[None] / self.size.processes, losses.unexplained, losses.active])
+        fired: Any = losses.fired.long()
+        if self.fabric.world_size > 1:
+            parts = self.fabric.all_reduce(parts, reduce_op="sum")
+            fired = self.fabric.all_reduce(fired, reduce_op="sum")
+        loss, unexplained, active = parts.split([1, self.clt.layers, self.clt.layers])
+        r2 = 1 - unexplained
+        return StepMetrics(
+            loss.item(), r2.mean().item(), active.mean().item(), dead, rate, r2.tolist(), active.tolist()
+        ), fired > 0
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything of this phase that the next step depends on, besides weights and normalisation."""
+        tensors = {"silent": self.silent.cpu()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.adam.state[parameter].items():
+                tensors[f"adam.{name}.{key}"] = whole(value)
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Go on where `state` was taken, after `step` steps of this phase."""
+        self.step = step
+        self.silent.copy_(tensors["silent"])
+        for key, value in section(tensors, "adam").items():
+            name, moment = key.rsplit(".", 1)
+            parameter = self.parameters[name]
+            self.adam.state[parameter][moment] = like(value, parameter)

@@ -1,0 +1,45 @@
+"""The `vitrine` command. Every sub-command imports what it needs when it runs: serving never loads torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import typer
+
+from vitrine.commands.attribute import attribute
+from vitrine.commands.bulk import bulk
+from vitrine.commands.cards import cards
+from vitrine.commands.common import errors_as_messages
+from vitrine.commands.doctor import doctor
+from vitrine.commands.evaluate import evaluate
+from vitrine.commands.export import export
+from vitrine.commands.pretrain import pretrain
+from vitrine.commands.recipes import recipes
+from vitrine.commands.replay import replay
+from vitrine.commands.serve import serve
+from vitrine.commands.train import train
+from vitrine.commands.verify import verify
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="CLIP predictions with an exact account of what made them: train, evaluate, export, verify, serve, attribute.",
+)
+EXAMPLES: dict[Callable[..., None], str] = {
+    pretrain: "vitrine pretrain --recipe training/recipes/clip/demo.toml --data-root data --out data/demo-clip",
+    train: "vitrine train --recipe demo --data-root data --out runs/demo",
+    evaluate: "vitrine evaluate --checkpoint runs/demo --data-root data --baseline runs/per-layer",
+    recipes: "vitrine recipes b32-cifar100-relu_topk",
+    export: "vitrine export --checkpoint runs/demo --data-root data --out bundles/demo",
+    cards: "vitrine cards --checkpoint runs/b32 --bundle bundles/b32 --out bundles/b32-cards",
+    verify: "vitrine verify models/demo",
+    serve: "vitrine serve --bundle models/demo --port 3000",
+    doctor: "vitrine doctor --bundle bundles/b32",
+    replay: "vitrine replay photos --bundle models/demo --images 200",
+    bulk: "vitrine bulk photos --out answers --labels cat,dog",
+    attribute: "vitrine attribute photo.jpg --labels cat,dog,truck --contrast dog",
+}
+for command, example in EXAMPLES.items():
+    app.command(epilog=f"Example: {example}")(errors_as_messages(command))

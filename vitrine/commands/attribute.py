@@ -1,0 +1,54 @@
+"""`vitrine attribute`: one image's account, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitrine.commands.common import BundlePath, new_console, open_bundle_or_default
+
+
+def attribute(
+    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JPEG, PNG, WebP, GIF or BMP.")],
+    labels: Annotated[str | None, typer.Option(help="Comma-separated; default: the bundle's labels.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Label to explain (repeatable); default: top-1.")] = None,
+    contrast: Annotated[str | None, typer.Option(help="Explain each target rather than this label.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Predictions listed.")] = 5,
+    features: Annotated[int, typer.Option(min=0, help="Features listed per layer.")] = 3,
+    bundle: BundlePath = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The service's JSON instead of tables.")] = False,
+    svg: Annotated[
+        typer.FileTextWrite | None, typer.Option(encoding="utf-8", help="The tables as a picture too, in this file.")
+    ] = None,
+    html: Annotated[
+        typer.FileTextWrite | None,
+        typer.Option(encoding="utf-8", help="The account with photo, heat map and cards as one page, in this file."),
+    ] = None,
+    graph: Annotated[
+        Path | None,
+        typer.Option(help="The account as circuit-tracer and Neuronpedia read it, NAME.json; features beside it."),
+    ] = None,
+) -> None:
+    """Predict one image's label and print the account of it, without a server."""
+    from vitrine.service.exports.account import account_for
+    from vitrine.service.exports.render import draw_answer, print_answer
+    from vitrine.service.schemas.schemas import AttributeRequest, validated
+
+    fields: dict[str, Any] = {"top_k": top_k, "explain": {"contrast": contrast, "features": features}}
+    if labels is not None:
+        fields["labels"] = labels.split(",")
+    if target:
+        fields["explain"]["targets"] = target
+    request, opened = validated(AttributeRequest, fields), open_bundle_or_default(bundle)
+    answer, page = asyncio.run(account_for(opened, image, request, with_page=html is not None, graph=graph))
+    if as_json:
+        typer.echo(answer.model_dump_json(indent=2))
+    else:
+        print_answer(answer, new_console())
+    if svg is not None:
+        svg.write(draw_answer(answer))
+    if html is not None:
+        html.write(page)

@@ -1,0 +1,46 @@
+"""`vitrine bulk`: many images into Parquet tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitrine.commands.common import BundlePath, new_console, open_bundle_or_default
+
+
+def bulk(
+    inputs: Annotated[str, typer.Argument(help="A folder, a list (text file), x.parquet or 'x-{000..003}.tar'.")],
+    out: Annotated[Path, typer.Option(help="Folder of Parquet parts; a run found there is taken up.")],
+    column: Annotated[str | None, typer.Option(help="Of Parquet inputs: image bytes, or paths.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Comma-separated; default: the bundle's labels.")] = None,
+    label_set: Annotated[str | None, typer.Option(help="A named label set instead.")] = None,
+    template: Annotated[
+        list[str] | None, typer.Option(help="Sentence with {} (repeatable); default: the bundle's.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Predictions listed.")] = 5,
+    features: Annotated[int, typer.Option(min=0, help="Features listed, of all layers together.")] = 5,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: VITRINE_BATCH_SIZE.")] = None,
+    part_size: Annotated[int, typer.Option(min=1, help="Images in one Parquet file.")] = 512,
+    ray: Annotated[int, typer.Option(min=0, help="Processes of Ray's (vitrine[bulk]); 0: this one alone.")] = 0,
+    bundle: BundlePath = None,
+) -> None:
+    """Account for many images, without a server: Parquet tables. Run it again to take up a run that was cut off."""
+    from vitrine.service.offline.bulk.inputs import open_source
+    from vitrine.service.offline.bulk.job import make_job
+    from vitrine.service.offline.bulk.run import Work
+    from vitrine.service.offline.bulk.run import bulk as run
+    from vitrine.service.operations.settings import load_settings
+    from vitrine.service.schemas.schemas import AttributeRequest, validated
+
+    fields: dict[str, Any] = {"label_set": label_set, "templates": template, "top_k": top_k}
+    fields |= {"explain": {"features": features}, "labels": labels.split(",") if labels is not None else None}
+    request, settings = validated(AttributeRequest, fields), load_settings()
+    opened, console = open_bundle_or_default(bundle), new_console()
+    if batch_size is not None:
+        settings = settings.model_copy(update={"batch_size": batch_size})
+    source = open_source(inputs, column)
+    job = make_job(opened, settings, source, request, path=inputs, column=column, part_size=part_size)
+    found = run(opened, Work(job, source, out, settings), console, ray)
+    console.print(f"{found.rows:,} rows and {found.problems:,} errors in {out}", highlight=False)

@@ -1,0 +1,65 @@
+"""`vitrine cards`: what every feature fires on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitrine.commands.common import DataRoot, load_clip_of, new_console, print_bundle
+
+
+def cards(
+    checkpoint: Annotated[Path, typer.Option(help="A run's folder (its newest checkpoint) or one checkpoint.")],
+    bundle: Annotated[Path, typer.Option(help="The bundle that was exported from it.")],
+    out: Annotated[Path, typer.Option(help="The bundle to write, with cards; an interrupted call is taken up.")],
+    data_root: DataRoot = Path("data"),
+    images: Annotated[int, typer.Option(min=2, help="Train images that exemplars are chosen from.")] = 15_000,
+    held_out: Annotated[
+        int, typer.Option(min=4, help="Val images: half calibrate the labels, half check them.")
+    ] = 5_000,
+    vocabulary: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="labels, imagenet, colours, textures, or a file with a word a line (repeatable); default: all."
+        ),
+    ] = None,
+    pictures: Annotated[
+        str, typer.Option(help="thumbnails of the images, means of a feature's exemplars, or none: mind their licence.")
+    ] = "thumbnails",
+    references: Annotated[int, typer.Option(min=0, help="Images that /v1/similar finds the nearest among.")] = 2_000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the samples and the random sets that labels must beat.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+) -> None:
+    """Describe what every feature fires on: labels where they are earned, exemplars, statistics; checked on val."""
+    from typing import get_args
+
+    import torch
+
+    from vitrine.models.bundle.bundle import open_bundle
+    from vitrine.training.cards.build import Options, build_cards
+    from vitrine.training.cards.pictures import Pictures
+    from vitrine.training.checkpoint import latest, read_meta
+
+    if pictures not in get_args(Pictures):
+        raise typer.BadParameter(f"{pictures!r} is none of {', '.join(get_args(Pictures))}", param_hint="--pictures")
+    found, console = latest(checkpoint), new_console()
+    clip = load_clip_of(read_meta(found).recipe, data_root)
+    clip.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options = Options(
+        images=images,
+        held_out=held_out,
+        pictures=pictures,  # type: ignore[arg-type]
+        references=references,
+        batch_size=batch_size,
+        workers=workers,
+        seed=seed,
+    )
+    if vocabulary:
+        options = replace(options, vocabulary=tuple(vocabulary))
+    made = build_cards(clip, found, open_bundle(bundle), data_root, out, options, console)
+    print_bundle(made, console)

@@ -1,0 +1,111 @@
+"""What the commands share: options, errors as messages, the bundle and the CLIP that they are about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vitrine.models.errors import VitrineError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vitrine.models.bundle.bundle import Bundle
+
+TRAINING_PACKAGES = {
+    "datasets",
+    "jinja2",
+    "lightning_fabric",
+    "matplotlib",
+    "onnx",
+    "open_clip",
+    "open_clip_train",
+    "pyarrow",
+    "safetensors",
+    "scipy",
+    "tensorboard",
+    "tomli_w",
+    "torch",
+    "torchmetrics",
+    "torchvision",
+}
+
+DataRoot = Annotated[
+    Path, typer.Option("--data-root", envvar="VITRINE_DATA", help="Folder that the recipe's paths are relative to.")
+]
+BundlePath = Annotated[
+    Path | None, typer.Option("--bundle", help="Bundle directory; default: VITRINE_BUNDLE, or the embedded demo.")
+]
+
+
+def errors_as_messages(command: Callable[..., None]) -> Callable[..., None]:
+    """Print Vitrine's own errors as one message, without a traceback, and exit with 1."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except VitrineError as error:
+            typer.secho(f"error: {error}", fg="red", err=True)
+            raise typer.Exit(1) from error
+        except ModuleNotFoundError as error:
+            if error.name not in TRAINING_PACKAGES:
+                raise
+            typer.secho(
+                f"error: {error.name} is not installed; this command needs vitrine[cpu,training]", fg="red", err=True
+            )
+            raise typer.Exit(1) from error
+
+    return run
+
+
+def open_bundle_or_default(bundle: Path | None) -> Bundle:
+    from vitrine.models.bundle.bundle import open_bundle
+    from vitrine.service.operations.settings import load_settings
+
+    return open_bundle(bundle or load_settings().bundle)
+
+
+def load_clip_of(recipe: Any, data_root: Path) -> Any:
+    """The recipe's CLIP; its weights are a file under the data root if there is one of that name, else a tag."""
+    from vitrine.models.clip.tower import load_clip
+
+    clip = recipe.clip
+    config = data_root / clip.config if clip.config else None
+    weights = clip.weights
+    if weights and (data_root / weights).is_file():
+        weights = str(data_root / weights)
+    return load_clip(clip.name, weights, config)
+
+
+def print_bundle(bundle: Bundle, console: Console) -> None:
+    manifest, shape = bundle.manifest, bundle.manifest.shape
+    plain: dict[str, Any] = {"soft_wrap": True, "highlight": False, "markup": False}
+    console.print(f"{manifest.name} {bundle.digest[:19]}…  {bundle.path}", style="bold", **plain)
+    console.print(
+        f"  CLIP {manifest.clip.name} ({manifest.clip.weights}), {shape.layers} layers; "
+        f"CLT {shape.features:,} features a layer, at most {shape.k} active ({manifest.sparsifier}); "
+        f"trained on {manifest.data.name}; {', '.join(manifest.precisions)}",
+        **plain,
+    )
+    if manifest.cards is not None:
+        quality = manifest.cards.quality
+        checked = (
+            ""
+            if quality.auroc_share is None
+            else (
+                f"; of {quality.measured:,} checked on held-out images {quality.auroc_share:.1%} tell when they fire "
+                f"({quality.auroc_share_shuffled:.1%} shuffled)"
+            )
+        )
+        console.print(f"  cards: {quality.labelled:,} features have a label{checked}", **plain)
+
+
+def new_console() -> Console:
+    from rich.console import Console
+
+    return Console()

@@ -1,0 +1,47 @@
+"""`vitrine doctor`: what the service would run on, and why."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+from vitrine.commands.common import BundlePath, new_console, open_bundle_or_default
+
+
+def doctor(bundle: BundlePath = None) -> None:
+    """What the service would run on with the present settings, and why; then one inference to prove it."""
+    import numpy as np
+    import onnxruntime
+    from rich import box
+    from rich.table import Table
+
+    from vitrine.models.bundle.bundle import vision_file
+    from vitrine.service.engine.engine import Engine
+    from vitrine.service.engine.runtime import available_processors, int8_instructions
+    from vitrine.service.operations.settings import load_settings
+
+    settings, opened, console = load_settings(), open_bundle_or_default(bundle), new_console()
+    engine = Engine(opened, settings)
+    runtime = engine.runtime
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("what", "is", "because"):
+        table.add_column(heading, overflow="fold")
+    processors, why = available_processors()
+    rows = [
+        ("bundle", f"{opened.manifest.name} {opened.digest[:19]}…", str(opened.path)),
+        ("ONNX Runtime", onnxruntime.__version__, f"has {', '.join(onnxruntime.get_available_providers())}"),
+        ("provider", runtime.provider, runtime.reasons["provider"]),
+        ("precision", runtime.precision, runtime.reasons["precision"]),
+        ("graph", vision_file(runtime.precision), f"the bundle has {', '.join(opened.manifest.precisions)}"),
+        ("int8 instructions", int8_instructions() or "none", "/proc/cpuinfo"),
+        ("processors", str(processors), why),
+        ("threads", str(runtime.threads), runtime.reasons["threads"]),
+        ("batches", ", ".join(map(str, engine.batches)), f"warmed up; VITRINE_BATCH_SIZE={settings.batch_size}"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    engine.warm_up()
+    pixels = np.zeros((1, 3, *opened.manifest.preprocessing.size), np.float32)
+    start = perf_counter()
+    engine.explain(pixels)
+    console.print(f"[green]the graphs run; one image took {(perf_counter() - start) * 1e3:.1f} ms")

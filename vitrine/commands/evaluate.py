@@ -1,0 +1,52 @@
+"""`vitrine evaluate`: how well a CLT stands in for the MLPs, as tables and a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitrine.commands.common import DataRoot, load_clip_of, new_console
+
+
+def evaluate(
+    checkpoint: Annotated[Path, typer.Option(help="A run's folder (its newest checkpoint) or one checkpoint.")],
+    data_root: DataRoot = Path("data"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for results.json and report.html; default: evaluation/ in the checkpoint."),
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=2, help="A random sample of so many val images; default: all.")
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="Another run on the same CLIP to compare with: per-layer transcoders.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 50,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the sample, the bootstrap and the random orders.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+) -> None:
+    """Measure a CLT as the paper does, on val images: results.json, tables, and a report to look at."""
+    import torch
+
+    from vitrine.training.checkpoint import latest, read_meta
+    from vitrine.training.data.held_out import held_out
+    from vitrine.training.evaluation.evaluate import evaluate as run
+    from vitrine.training.report.report import draw_thumbnails, write_report
+    from vitrine.training.report.tables import print_sheets
+
+    found, other = latest(checkpoint), latest(baseline) if baseline else None
+    recipe, console = read_meta(found).recipe, new_console()
+    clip = load_clip_of(recipe, data_root)
+    options = {"batch_size": batch_size, "workers": workers}
+    chosen = held_out(recipe.data, data_root, clip, images=images, seed=seed, **options)
+    clip.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    results = run(clip, found, chosen, console, other=other, seed=seed)
+    out = out or found / "evaluation"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(results.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_report(results, draw_thumbnails(results, chosen, clip), out / "report.html")
+    print_sheets(results, console)
+    console.print(f"{out / 'results.json'}, {out / 'report.html'}", soft_wrap=True, highlight=False)

@@ -1,0 +1,73 @@
+"""`vitrine export`: CLIP and CLT as a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitrine.commands.common import DataRoot, load_clip_of, new_console, print_bundle
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Option(help="A run's folder (its newest checkpoint) or one checkpoint.")],
+    out: Annotated[Path, typer.Option(help="The bundle to write; must not exist.")],
+    data_root: DataRoot = Path("data"),
+    label_sets: Annotated[
+        Path | None, typer.Option(help='Folder of NAME.json, {"labels": [...]}: named label sets for the bundle.')
+    ] = None,
+    calibration_images: Annotated[
+        int, typer.Option(min=2, help="Val images on which int8 and fp16 must agree with float32.")
+    ] = 512,
+) -> None:
+    """Write CLIP and CLT as a bundle, checked against torch."""
+    import tomli_w
+
+    from vitrine.models.bundle.bundle import Data
+    from vitrine.models.bundle.label_sets import read_label_sets
+    from vitrine.models.export.export import Provenance, export_bundle
+    from vitrine.training.checkpoint import check_clip, latest, load_clt
+    from vitrine.training.data.held_out import held_out
+
+    named = read_label_sets(label_sets) if label_sets else {}
+    found = latest(checkpoint)
+    clt, cls_mean, meta = load_clt(found)
+    recipe, console = meta.recipe, new_console()
+    clip = load_clip_of(recipe, data_root)
+    check_clip(found, meta, clip)
+    if meta.metrics.r2 is None:
+        console.print(f"[yellow]{found} is unfinished (step {meta.step} of {meta.steps}): the bundle has no metrics")
+    data = Data(
+        name=recipe.data.name,
+        licence=recipe.data.licence,
+        train_images=meta.train_images,
+        val_images=meta.val_images,
+    )
+    provenance = Provenance(
+        name=recipe.name,
+        description=recipe.bundle.description,
+        labels=meta.labels,
+        templates=recipe.data.templates,
+        data=data,
+        recipe=tomli_w.dumps(recipe.model_dump(exclude_none=True)),
+        metrics=meta.metrics,
+        licence=recipe.bundle.licence,
+    )
+    variants = recipe.bundle.variants
+    val = held_out(recipe.data, data_root, clip, images=calibration_images, batch_size=16) if variants else None
+    with console.status("exporting and checking against torch"):
+        bundle = export_bundle(
+            clip,
+            clt,
+            cls_mean,
+            provenance,
+            out,
+            recipe.bundle.tables,
+            named,
+            variants,
+            [pixels for pixels, _ in val.batches()] if val else [],
+            recipe.bundle.replacement,
+            console.print,
+        )
+    print_bundle(bundle, console)

@@ -1,0 +1,31 @@
+"""`vitrine recipes`: what comes with Vitrine, and what it would cost to train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitrine.commands.common import DataRoot, new_console
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="One in detail: a shipped one's name, or a TOML file.")] = None,
+    data_root: DataRoot = Path("data"),
+    share: Annotated[float, typer.Option(min=0.01, max=1, help="Of a GPU's peaks that a run reaches.")] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+) -> None:
+    """List the recipes that come with Vitrine: parameters, memory, FLOPs and hours on named GPUs, as estimates."""
+    import json
+
+    from vitrine.training.recipes.catalogue import describe, find_recipe, print_list, print_one, shipped
+
+    path = find_recipe(name) if name else None
+    if as_json:
+        found = describe(path, data_root, share) if path else [describe(one, data_root, share) for one in shipped()]
+        typer.echo(json.dumps(found, indent=2))
+    elif path:
+        print_one(path, data_root, share, new_console())
+    else:
+        print_list(data_root, share, new_console())

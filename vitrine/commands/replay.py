@@ -1,0 +1,42 @@
+"""`vitrine replay`: predictions with CLIP's MLPs replaced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitrine.commands.common import BundlePath, new_console, open_bundle_or_default
+
+
+def replay(
+    folder: Annotated[Path, typer.Argument(help="Of images, or of one folder of images a label.")],
+    bundle: BundlePath = None,
+    images: Annotated[int | None, typer.Option(min=1, help="A random sample of so many; default: all.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here, with C's matrix.")] = None,
+) -> None:
+    """Predict images with CLIP's MLPs replaced by the bundle's features: how well do these stand for those, there?"""
+    from rich.progress import track
+
+    from vitrine.service.engine.engine import Engine
+    from vitrine.service.engine.images import ImageLimits
+    from vitrine.service.offline.replay import print_replay
+    from vitrine.service.offline.replay import replay as run
+    from vitrine.service.operations.settings import load_settings
+
+    settings, console = load_settings(), new_console()
+    engine = Engine(open_bundle_or_default(bundle), settings.model_copy(update={"replacement": True}))
+    limits = ImageLimits(settings.max_image_pixels, settings.max_image_side)
+    found = run(
+        engine,
+        folder,
+        limits,
+        images,
+        seed,
+        lambda batches: track(batches, "replay", console=console, transient=True),
+    )
+    if json_file is not None:
+        json_file.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    print_replay(found, console)

@@ -1,0 +1,47 @@
+"""`vitrine train`: a CLT on a CLIP's activations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitrine.commands.common import DataRoot, load_clip_of, new_console
+
+
+def train(
+    recipe: Annotated[str, typer.Option(help="A recipe's name (see vitrine recipes), or its file.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; a run found there is taken up.")],
+    data_root: DataRoot = Path("data"),
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps, with a checkpoint.")] = None,
+    devices: Annotated[
+        int, typer.Option(min=1, help="GPUs (or CPU processes). On several machines start this with torchrun.")
+    ] = 1,
+    shard: Annotated[
+        bool, typer.Option(help="Share weights out over the devices, for CLTs too large for one.")
+    ] = False,
+    accelerator: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    wandb: Annotated[str | None, typer.Option(help="Log to this Weights & Biases project, too.")] = None,
+) -> None:
+    """Train a CLT on a CLIP's activations; resumes by itself. Curves: tensorboard --logdir OUT."""
+    from vitrine.training.recipes.catalogue import find_recipe
+    from vitrine.training.recipes.recipe import load_recipe
+    from vitrine.training.run.parallel import make_fabric
+    from vitrine.training.run.run import train as run
+
+    loaded, console = load_recipe(find_recipe(recipe)), new_console()
+    fabric = make_fabric(devices, shard, loaded.training.precision, accelerator)
+    fabric.launch()
+    checkpoint = run(
+        loaded,
+        load_clip_of(loaded, data_root),
+        data_root,
+        out,
+        console,
+        fabric,
+        max_steps=max_steps,
+        wandb_project=wandb,
+    )
+    if fabric.is_global_zero:
+        console.print(f"checkpoint: {checkpoint}")
