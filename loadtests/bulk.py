@@ -33,10 +33,11 @@ from corpus import drawn
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.service.offline.bulk.inputs import open_source
 from vitrine.service.offline.bulk.job import make_job
-from vitrine.service.offline.bulk.run import Work, Worker, bulk
+from vitrine.service.offline.bulk.run import bulk
 from vitrine.service.offline.bulk.tables import done_parts
+from vitrine.service.offline.bulk.work import Work, Worker
 from vitrine.service.operations.settings import DEMO_BUNDLE, Settings
-from vitrine.service.schemas.schemas import AttributeRequest
+from vitrine.service.schemas.attribute import AttributeRequest
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 Bundle = Annotated[Path, typer.Option(help="Default: the embedded one.")]

@@ -56,7 +56,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from vitrine.models.account.ledger import Decomposition
-from vitrine.models.bundle.bundle import DETAILS, DETAILS_INPUT, VISION_OUTPUTS
+from vitrine.models.bundle.layout import DETAILS, DETAILS_INPUT, VISION_OUTPUTS
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import Architecture, Encoder
 from vitrine.models.graph.attribution import AttributionGraph
@@ -65,7 +65,7 @@ from vitrine.models.graph.variants import make_variant, preselect
 from vitrine.service.answers.explain import account
 from vitrine.service.engine.labels import LabelSet
 from vitrine.service.engine.runtime import PROVIDERS, available_processors
-from vitrine.service.schemas.schemas import Explain
+from vitrine.service.schemas.attribute import Explain
 
 Device = Literal["cpu", "cuda"]
 Run = Callable[[], object]

@@ -14,8 +14,8 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from vitrine.models.bundle.bundle import Data, Metrics
-from vitrine.models.clip.tower import load_clip
+from vitrine.models.bundle.manifest import Data, Metrics
+from vitrine.models.clip.loading import load_clip
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
 from vitrine.models.export.export import Provenance, export_bundle
 

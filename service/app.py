@@ -1,4 +1,4 @@
-"""The BentoML service: process, workers and probes are BentoML's, everything else is `service.http.routes`.
+"""The BentoML service: process, workers and probes are BentoML's, everything else is `service.http.application`.
 
 bentoml serve vitrine.service.app:Vitrine
 
@@ -17,7 +17,7 @@ from bentoml._internal.server.http import traffic
 from opentelemetry import trace
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vitrine.service.http.routes import create_app
+from vitrine.service.http.application import create_app
 from vitrine.service.operations import logs
 from vitrine.service.operations.settings import load_settings
 
@@ -34,7 +34,7 @@ else:  # BentoML would record three spans of every request all the same, for nob
 
 
 class Untimed:
-    """In the place of BentoML's time limit; `service.http.routes` has the deadline.
+    """In the place of BentoML's time limit; `service.http.application` has the deadline.
 
     BentoML sets a timer for every request and never takes it back: each keeps the request's context and span in memory
     for a minute, thousands of them under load, and every full collection goes through them all with the interpreter
@@ -66,7 +66,7 @@ class Front:
 @bentoml.service(
     name="vitrine",
     workers=settings.workers,
-    metrics={"enabled": False},  # `service.http.routes` has /metrics
+    metrics={"enabled": False},  # `service.http.application` has /metrics
     logging={"access": {"enabled": False}},  # `service.http.middleware` has its own
     **tracing,
 )
@@ -92,12 +92,12 @@ class Vitrine:
     @bentoml.api(route="/v1/attribute")
     def attribute(self, image: Path, request: dict[str, Any] = {}) -> dict[str, Any]:  # noqa: B006
         """Zero-shot prediction of one image, and the account of it."""
-        raise NotImplementedError("service.http.routes answers this")
+        raise NotImplementedError("service.http.application answers this")
 
     @bentoml.api(route="/v1/classify")
     def classify(self, image: Path, request: dict[str, Any] = {}) -> dict[str, Any]:  # noqa: B006
         """Zero-shot prediction of one image."""
-        raise NotImplementedError("service.http.routes answers this")
+        raise NotImplementedError("service.http.application answers this")
 
 
 service: Any = Vitrine  # what the decorator makes of the class

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-
 from vitrine.models.errors import VitrineError
-from vitrine.service.operations import metrics
 
 STATUS = {
     "invalid_request": 400,
@@ -56,12 +52,3 @@ def queue_full() -> ServiceError:
     return ServiceError(
         "queue_full", "too many images are waiting; try again in a second", headers={"Retry-After": "1"}
     )
-
-
-def error_response(request: Request, error: ServiceError) -> Response:
-    """The envelope, with the status that belongs to the code."""
-    metrics.REJECTED.labels(error.code).inc()
-    request.scope.setdefault("vitrine.log", {})["error"] = error.code
-    request_id = request.scope.get("request_id", "")
-    body = {"code": error.code, "message": error.message, "details": error.details, "request_id": request_id}
-    return JSONResponse({"error": body}, status_code=error.status, headers=error.headers)

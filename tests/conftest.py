@@ -16,8 +16,8 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from common import LABELS, RECIPE, TINY_CLIP
-from vitrine.models.bundle.bundle import Data, Metrics
-from vitrine.models.clip.tower import load_clip
+from vitrine.models.bundle.manifest import Data, Metrics
+from vitrine.models.clip.loading import load_clip
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
 from vitrine.models.export.export import Provenance, export_bundle
 from vitrine.models.graph.attribution import AttributionGraph

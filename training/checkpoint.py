@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitrine.models.bundle.bundle import Metrics
-from vitrine.models.clip.tower import Clip
+from vitrine.models.bundle.manifest import Metrics
+from vitrine.models.clip.loading import Clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.errors import VitrineError
 from vitrine.training.recipes.recipe import Recipe

@@ -56,7 +56,7 @@ class Decomposition:
 
     @classmethod
     def of_image(cls, outputs: Mapping[str, Array], image: int, with_details: bool = False) -> Decomposition:
-        """One image of a batch's outputs, by the vision graph's names (`models.bundle.bundle.VISION_OUTPUTS`)."""
+        """One image of a batch's outputs, by the vision graph's names (`models.bundle.layout.VISION_OUTPUTS`)."""
 
         def part(name: str) -> Array:
             return outputs[name][image]

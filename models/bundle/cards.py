@@ -26,7 +26,7 @@ import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
-from vitrine.models.bundle.bundle import CARDS
+from vitrine.models.bundle.layout import CARDS
 from vitrine.models.errors import VitrineError
 
 FEATURES, IMAGES, REFERENCES = CARDS

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vitrine.models.bundle.bundle import Agreement, CardsSummary, Manifest, Shape, Variant
+    from vitrine.models.bundle.layout import Variant
+    from vitrine.models.bundle.manifest import Agreement, CardsSummary, Manifest, Shape
 
 
 def model_card(manifest: Manifest) -> str:

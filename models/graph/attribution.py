@@ -2,7 +2,7 @@
 
 Only [CLS] is explained at serving time, so of every layer the encoders read one token; decoders of a source layer
 are summed over their targets once (`CrossLayerTranscoder.directions`), so decoding reads k rows a layer. Nothing
-here depends on labels. Outputs: `models.bundle.bundle.VISION_OUTPUTS`; mathematics: `models.account.ledger`. Then come
+here depends on labels. Outputs: `models.bundle.layout.VISION_OUTPUTS`; mathematics: `models.account.ledger`. Then come
 `DETAILS`, which the exported graph computes on request alone (`models.graph.onnx_file`).
 
 All layers are encoded by one top-k, whatever the sparsifier: `_encode` is what `models.dictionary.sparsify` does

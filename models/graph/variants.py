@@ -26,7 +26,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from vitrine.models.account.ledger import Array, Decomposition, feature_contributions, logits
-from vitrine.models.bundle.bundle import DETAILS_INPUT, VISION_OUTPUTS, Agreement, Variant
+from vitrine.models.bundle.layout import DETAILS_INPUT, VISION_OUTPUTS, Variant
+from vitrine.models.bundle.manifest import Agreement
 
 EXACT = ("proj", "fold")  # weights of products that no variant touches
 TOP_FEATURES = 10

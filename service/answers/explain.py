@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from vitrine.models.account import ledger
 from vitrine.models.account.heatmap import heat_map
 from vitrine.models.account.ledger import Decomposition
-from vitrine.models.bundle.bundle import Bundle, Preprocessing
+from vitrine.models.bundle.bundle import Bundle
+from vitrine.models.bundle.manifest import Preprocessing
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.labels import LabelSet
 from vitrine.service.errors import ServiceError
-from vitrine.service.schemas.schemas import (
+from vitrine.service.schemas.attribute import (
     Explain,
     Explanation,
     Feature,
@@ -24,8 +25,8 @@ from vitrine.service.schemas.schemas import (
     LedgerAccount,
     LensLayer,
     Matrix,
-    Prediction,
 )
+from vitrine.service.schemas.classify import Prediction
 
 if TYPE_CHECKING:
     from vitrine.models.bundle.cards import Cards

@@ -1,4 +1,4 @@
-"""From the bundle's cards to answers: one feature's card, a search by label, similar images by code."""
+"""From the bundle's cards to answers: one feature's card, a search by label."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from urllib.parse import urlencode
 
 import numpy as np
 
-from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.cards import BINS, QUANTILES, Card, CardImage, Cards
 from vitrine.service.answers.explain import patch_grid
 from vitrine.service.errors import ServiceError
+from vitrine.service.schemas.base import Model
 from vitrine.service.schemas.features import (
     CardResponse,
     CoactiveFeature,
@@ -22,12 +22,8 @@ from vitrine.service.schemas.features import (
     FeaturesResponse,
     Frequency,
     Histogram,
-    SimilarImage,
-    SimilarLayer,
-    SimilarRequest,
     Written,
 )
-from vitrine.service.schemas.schemas import Model
 
 
 def cards_of(bundle: Bundle) -> Cards:
@@ -65,7 +61,7 @@ def card(bundle: Bundle, model: Model, layer: int, index: int) -> CardResponse:
         histogram=_histogram(found),
         exemplars=[
             Exemplar(
-                **_reference(image),
+                **reference(image),
                 activation=exemplar.activation,
                 mask=(np.frombuffer(exemplar.mask, np.uint8) * (found.mask_scale / 255)).round(4).tolist(),
             )
@@ -101,40 +97,6 @@ def search(bundle: Bundle, model: Model, query: FeaturesQuery) -> FeaturesRespon
     )
 
 
-def check_similar(bundle: Bundle, request: SimilarRequest) -> None:
-    """Raise `ServiceError` no_cards, or invalid_request for layers that there are not, or named twice."""
-    cards, layers = cards_of(bundle), request.layers or []
-    if not len(cards.references[0]):
-        raise ServiceError("no_cards", f"the cards of {bundle.manifest.name!r} have no reference images")
-    if unknown := [layer for layer in layers if layer >= cards.layers]:
-        raise ServiceError("invalid_request", f"layers: there is no layer {unknown[0]}, only 0 to {cards.layers - 1}")
-    if len(set(layers)) < len(layers):
-        raise ServiceError("invalid_request", "layers must differ from one another")
-
-
-def similar(bundle: Bundle, parts: Decomposition, request: SimilarRequest) -> list[SimilarLayer]:
-    """The reference images of the nearest codes at [CLS], layer by layer, equal ones in their order."""
-    cards = cards_of(bundle)
-    layers = request.layers or range(parts.layers)
-    found = []
-    for layer in layers:
-        near = cards.similarities(layer, parts.feature_indices[layer], parts.feature_values[layer])
-        order = np.argsort(-near, kind="stable")[request.offset : request.offset + request.limit]
-        found.append((layer, order.tolist(), near[order].tolist()))
-    wanted = sorted({image for _, order, _ in found for image in order})
-    images = dict(zip(wanted, cards.images(wanted), strict=True))
-    return [
-        SimilarLayer(
-            layer=layer,
-            images=[
-                SimilarImage(**_reference(images[image]), similarity=similarity)
-                for image, similarity in zip(order, near, strict=True)
-            ],
-        )
-        for layer, order, near in found
-    ]
-
-
 def _written(card: Card) -> Written | None:
     if card.writes is None or card.writes_score is None or card.writes_margin is None:
         return None
@@ -147,7 +109,8 @@ def _histogram(card: Card) -> Histogram | None:
     return Histogram(edges=np.linspace(0, card.largest, BINS + 1).tolist(), counts=card.histogram)
 
 
-def _reference(image: CardImage) -> dict[str, Any]:
+def reference(image: CardImage) -> dict[str, Any]:
+    """The fields of a `ReferenceImage`."""
     return {"name": image.name, "class_name": image.class_name, "thumbnail": _url(image.picture)}
 
 

@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.account.ledger import Decomposition
-from vitrine.models.bundle.bundle import (
+from vitrine.models.bundle.bundle import Bundle
+from vitrine.models.bundle.layout import (
     DETAILS,
     DETAILS_INPUT,
     REPLACED_INPUT,
     REPLACEMENT_OUTPUTS,
     VISION_OUTPUTS,
-    Bundle,
     vision_file,
 )
 from vitrine.service.engine.runtime import PROVIDERS, Runtime, choose, open_session

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from vitrine.models.bundle.bundle import Preprocessing
+from vitrine.models.bundle.manifest import Preprocessing
 from vitrine.models.errors import DAMAGED_IMAGE
 from vitrine.service.errors import ServiceError
 

@@ -14,7 +14,8 @@ from typing import Any
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
-from vitrine.models.bundle.bundle import Bundle, Precision
+from vitrine.models.bundle.bundle import Bundle
+from vitrine.models.bundle.layout import Precision
 from vitrine.models.errors import VitrineError
 from vitrine.service.operations.settings import Settings
 

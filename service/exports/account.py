@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from vitrine.models.bundle.bundle import Bundle
+from vitrine.service.answers.attribute import answer_attribute
 from vitrine.service.answers.attributor import Attributor
-from vitrine.service.exports.circuit import write_graphs
-from vitrine.service.http.page import draw_page
+from vitrine.service.answers.features import card
+from vitrine.service.exports.circuit_tracer import write_graphs
+from vitrine.service.exports.page import draw_page
 from vitrine.service.operations.settings import load_settings
-from vitrine.service.schemas.schemas import AttributeRequest, AttributeResponse
+from vitrine.service.schemas.attribute import AttributeRequest, AttributeResponse
 
 IDENTITY = "command-line"
 
@@ -25,13 +27,13 @@ async def account_for(
     """
     content = image.read_bytes()
     async with Attributor(bundle, load_settings()) as attributor:
-        answer = await attributor.attribute(content, request, IDENTITY)
+        answer = await answer_attribute(attributor, content, request, IDENTITY)
         page = await _page(attributor, content, request) if with_page else ""
         if graph is not None:
             labels = await attributor.label_set(request)
             whole = _asking(request, heatmap=True, features=bundle.manifest.shape.k)
             whole = whole.model_copy(update={"top_k": len(labels.labels)})  # the targets are among them all
-            found = await attributor.attribute(content, whole, IDENTITY)
+            found = await answer_attribute(attributor, content, whole, IDENTITY)
             write_graphs(graph, found, image.name, bundle, labels, bundle.cards)
     return answer, page
 
@@ -39,7 +41,9 @@ async def account_for(
 async def _page(attributor: Attributor, content: bytes, request: AttributeRequest) -> str:
     """With a heat map, if the bundle can draw one, and the cards of all features that are listed."""
     bundle = attributor.bundle
-    answer = await attributor.attribute(content, _asking(request, heatmap=attributor.engine.has_details), IDENTITY)
+    answer = await answer_attribute(
+        attributor, content, _asking(request, heatmap=attributor.engine.has_details), IDENTITY
+    )
     listed = {
         (layer.layer, feature.index)
         for explanation in answer.explanations
@@ -47,7 +51,10 @@ async def _page(attributor: Attributor, content: bytes, request: AttributeReques
         for feature in layer.features
     }
     wanted = sorted(listed) if bundle.cards else []
-    cards = {f"{layer}/{index}": await attributor.card(layer, index) for layer, index in wanted}
+    cards = {
+        f"{layer}/{index}": await attributor.in_thread(card, bundle, attributor.model, layer, index)
+        for layer, index in wanted
+    }
     return draw_page(answer, content, cards, bundle.manifest.preprocessing)
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vitrine.service.schemas.schemas import AttributeResponse, Explanation
+from vitrine.service.schemas.attribute import AttributeResponse, Explanation
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _HALF = 14  # characters on either side of zero

@@ -10,7 +10,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vitrine.service.errors import ServiceError, error_response
+from vitrine.service.errors import ServiceError
+from vitrine.service.http.errors import error_response
 from vitrine.service.operations import metrics
 from vitrine.service.operations.logs import logger, trace_id
 

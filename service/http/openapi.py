@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
-from vitrine.service.schemas.schemas import ErrorResponse
+from vitrine.service.schemas.base import ErrorResponse
 
 PAGE_HEADERS = {
     "Content-Security-Policy": (

@@ -1,31 +1,21 @@
-"""The page at `/`: a photo in, the prediction and its account on the screen; and the same account as a file of its own.
+"""The page at `/`: a photo in, the prediction and its account on the screen.
 
-The page's files lie in `service/web`: plain scripts and styles, without a library. It needs nobody but this service,
-and its policy lets it reach nobody else.
+It needs nobody but this service, and its policy lets it reach nobody else. Its files are those of `service.web`.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import html
-import io
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import FastAPI
-from PIL import ExifTags, Image, UnidentifiedImageError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from vitrine.models.bundle.bundle import Preprocessing
-from vitrine.service.engine.images import SIGNATURES, ImageLimits, decode
 from vitrine.service.errors import ServiceError
-from vitrine.service.schemas.features import CardResponse
-from vitrine.service.schemas.schemas import AttributeResponse
+from vitrine.service.web import FOLDER
 
-WEB = Path(__file__).parents[1] / "web"
 TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -41,41 +31,6 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
 }
-STYLES = ("style.css", "figures.css", "card.css")
-# What draws an answer, in the order in which the scripts need one another; the page has more, which ask for it.
-DRAWING = (
-    "dom.js",
-    "waterfall.js",
-    "account.js",
-    "heatmap.js",
-    "photo.js",
-    "predictions.js",
-    "trust.js",
-    "timings.js",
-    "card-figures.js",
-    "card.js",
-    "cards.js",
-    "answer.js",
-    "save.js",
-)
-_ANY_SIZE = ImageLimits(pixels=2**63, side=2**31)  # the image has been answered, so it was not too large
-_SAVED = """<!DOCTYPE html>
-<html lang="en-GB">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-<script type="application/json" id="data">{data}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
 
 
 @dataclass(frozen=True)
@@ -91,7 +46,7 @@ def add_page(app: FastAPI) -> None:
     The files are read here, once: so they and their ETags stay the same while the process lives, and no path leads to
     any other file.
     """
-    files = {path.relative_to(WEB).as_posix(): _read(path) for path in WEB.rglob("*") if path.suffix in TYPES}
+    files = {path.relative_to(FOLDER).as_posix(): _read(path) for path in FOLDER.rglob("*") if path.suffix in TYPES}
     index = files.pop("index.html")
     del files["saved.html"]
 
@@ -108,47 +63,9 @@ def add_page(app: FastAPI) -> None:
     app.api_route("/web/{path:path}", methods=["GET", "HEAD"], include_in_schema=False)(file)
 
 
-def draw_page(
-    answer: AttributeResponse, image: bytes, cards: Mapping[str, CardResponse], preprocessing: Preprocessing
-) -> str:
-    """One HTML file with the account of `answer`, which needs no network and opens from a disk.
-
-    Args:
-        answer: with a heat map, if one is to be drawn over the photo.
-        image: the file that was asked about, in any format that the service reads.
-        cards: of features, by "layer/index"; those that are listed and have none are no buttons.
-        preprocessing: the bundle's, which says what part of the photo the model saw.
-
-    Raises `ServiceError` unsupported_image.
-    """
-    known = ", ".join(f'"{name}": {card.model_dump_json()}' for name, card in cards.items())
-    data = (
-        f'{{"answer": {answer.model_dump_json()}, "preprocessing": {preprocessing.model_dump_json()}, '
-        f'"image": "{_data_url(_still(image))}", "cards": {{{known}}}}}'
-    )
-    script = "\n".join(_text(name) for name in (*DRAWING, "saved.js"))
-    style = "\n".join(_text(name) for name in STYLES)
-    policy = (
-        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    return _SAVED.format(
-        policy=policy,
-        title=html.escape(f"{answer.predictions[0].label}: the account of a prediction"),
-        style=style,
-        body=_text("saved.html"),
-        data=data.replace("<", "\\u003c"),  # or a label with </script> in it would end the element
-        script=script,
-    )
-
-
 def _read(path: Path) -> _File:
     content = path.read_bytes()
     return _File(content, TYPES[path.suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
-
-
-def _text(name: str) -> str:
-    return (WEB / name).read_text(encoding="utf-8")
 
 
 def _response(request: Request, file: _File) -> Response:
@@ -157,28 +74,3 @@ def _response(request: Request, file: _File) -> Response:
     if file.etag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
     return Response(file.content, media_type=file.kind, headers=headers)
-
-
-def _still(image: bytes) -> bytes:
-    """What the service read of the file, where a browser would play it, or, some of them, not turn it upright."""
-    try:
-        with Image.open(io.BytesIO(image), formats=["GIF", "WEBP"]) as found:
-            if not getattr(found, "is_animated", False) and found.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-                return image
-    except UnidentifiedImageError:  # a format that browsers show as the service reads it
-        return image
-    drawn = io.BytesIO()
-    decode(image, _ANY_SIZE).save(drawn, "PNG")
-    return drawn.getvalue()
-
-
-def _data_url(image: bytes) -> str:
-    name = next((name for name, start in SIGNATURES.items() if start.match(image)), None)
-    if name is None:
-        raise ServiceError("unsupported_image", f"the image is in none of the formats {', '.join(SIGNATURES)}")
-    return f"data:image/{name.lower()};base64,{base64.b64encode(image).decode()}"
-
-
-def _hash(text: str) -> str:
-    """As a policy names an inline script or style. `text` stands in the page exactly so."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -15,7 +15,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from vitrine.service.errors import ServiceError
-from vitrine.service.schemas.schemas import AttributeRequest, BatchJson, validated
+from vitrine.service.schemas.attribute import AttributeRequest
+from vitrine.service.schemas.base import validated
+from vitrine.service.schemas.batch import BatchJson
 
 Asked = TypeVar("Asked", bound=BaseModel)
 Parsed = TypeVar("Parsed")

@@ -24,7 +24,7 @@ from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.images import ImageLimits, decode, to_pixels
 from vitrine.service.engine.labels import LabelEncoder
 from vitrine.service.errors import ServiceError
-from vitrine.service.schemas.schemas import Matrix
+from vitrine.service.schemas.attribute import Matrix
 
 
 class ReplayError(VitrineError, ValueError):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vitrine.models.bundle.bundle import Bundle, BundleError, open_bundle, vision_file
+from vitrine.models.bundle.bundle import Bundle, BundleError, open_bundle
+from vitrine.models.bundle.layout import vision_file
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.labels import LabelEncoder
 from vitrine.service.engine.runtime import choose

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from vitrine.service.schemas.schemas import AnswerShape, Model, RequestShape, TimingsMs, WithImage
+from vitrine.service.schemas.base import AnswerShape, Model, RequestShape, TimingsMs, WithImage
 
 
 class SimilarRequest(RequestShape):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from common import ROOT
 from vitrine.commands import app
 from vitrine.models.bundle.bundle import open_bundle, seal
-from vitrine.service.schemas.schemas import AttributeResponse
+from vitrine.service.schemas.attribute import AttributeResponse
 
 COMMANDS = (
     "pretrain",
@@ -231,7 +231,8 @@ def test_verify_refuses_what_is_no_bundle(refused, photo, tmp_path):
 
 def reseal(path):
     """Write the manifest anew over changed files, as someone would who damages a bundle on purpose."""
-    from vitrine.models.bundle.bundle import Manifest, seal
+    from vitrine.models.bundle.bundle import seal
+    from vitrine.models.bundle.manifest import Manifest
 
     raw = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").unlink()

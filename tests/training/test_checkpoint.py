@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from vitrine.models.bundle.bundle import Metrics
+from vitrine.models.bundle.manifest import Metrics
 from vitrine.training.checkpoint import (
     KEPT,
     CheckpointError,

@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vitrine.models.bundle.bundle import Bundle, CardsSummary, file_sha256, seal
-from vitrine.models.clip.tower import Clip
+from vitrine.models.bundle.bundle import Bundle, file_sha256, seal
+from vitrine.models.bundle.manifest import CardsSummary
+from vitrine.models.clip.loading import Clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.errors import VitrineError
 from vitrine.training.cards.describe import describe_features

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitrine.models.bundle.bundle import Bundle, LabelQuality
+from vitrine.models.bundle.bundle import Bundle
+from vitrine.models.bundle.manifest import LabelQuality
 from vitrine.training.cards import labels as naming
 from vitrine.training.cards.labels import Labels, Thresholds, Written
 from vitrine.training.cards.quality import auroc, good_share, rank_images

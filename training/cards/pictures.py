@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vitrine.models.bundle.bundle import Preprocessing
+from vitrine.models.bundle.manifest import Preprocessing
 
 Pictures = Literal["thumbnails", "means", "none"]
 SIZES: dict[Pictures, int] = {"thumbnails": 64, "means": 32, "none": 0}  # pixels of the longer side, at most

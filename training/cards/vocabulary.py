@@ -14,7 +14,7 @@ from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from rich.progress import Progress
 from torch import Tensor, cat
 
-from vitrine.models.clip.tower import Clip
+from vitrine.models.clip.loading import Clip
 from vitrine.models.errors import VitrineError
 
 COLOURS = (

@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitrine.models.clip.tower import Clip, Tower
+from vitrine.models.clip.loading import Clip
+from vitrine.models.clip.tower import Tower
 from vitrine.models.errors import VitrineError
 from vitrine.training.data.images import Plan
 from vitrine.training.recipes.recipe import Source

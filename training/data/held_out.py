@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitrine.models.clip.tower import Clip
+from vitrine.models.clip.loading import Clip
 from vitrine.training.data.images import DataError, Images, load
 from vitrine.training.data.sources import open_images
 from vitrine.training.recipes.recipe import DataSection

@@ -15,8 +15,9 @@ from pathlib import Path
 from rich.console import Console
 
 from vitrine.models.account.windows import TOKENS, paper_windows
-from vitrine.models.bundle.bundle import ClipIdentity, Metrics, file_sha256
-from vitrine.models.clip.tower import Clip
+from vitrine.models.bundle.bundle import file_sha256
+from vitrine.models.bundle.manifest import ClipIdentity, Metrics
+from vitrine.models.clip.loading import Clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.training.checkpoint import CheckpointMeta, check_clip, load_clt
 from vitrine.training.data.held_out import HeldOut

@@ -19,7 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from vitrine.models.account.windows import TOKENS, Tokens
-from vitrine.models.clip.tower import Clip, Taps
+from vitrine.models.clip.loading import Clip
+from vitrine.models.clip.tower import Taps
 from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
 from vitrine.models.dictionary.replacement import Known, Replacement
 from vitrine.models.dictionary.sparsify import Code

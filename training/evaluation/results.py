@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from vitrine.models.account.windows import Tokens
-from vitrine.models.bundle.bundle import ClipIdentity
+from vitrine.models.bundle.manifest import ClipIdentity
 from vitrine.training.recipes.recipe import Recipe
 
 FORMAT = 1

@@ -44,7 +44,7 @@ class Section(BaseModel):
 
 
 class ClipSection(Section):
-    """The CLIP to explain, as `models.clip.tower.load_clip` takes it."""
+    """The CLIP to explain, as `models.clip.loading.load_clip` takes it."""
 
     name: str | None = Field(default=None, description="open_clip's name, or hf-hub:org/model")
     weights: str | None = Field(default=None, description="open_clip's tag, or a checkpoint file under the data root")

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from vitrine.models.clip.tower import Clip
+from vitrine.models.clip.loading import Clip
 from vitrine.training.data.held_out import HeldOut
 from vitrine.training.evaluation.results import Results
 from vitrine.training.report import figures

@@ -19,7 +19,7 @@ from lightning_fabric import Fabric
 from rich.console import Console
 from torch import Tensor
 
-from vitrine.models.clip.tower import Clip
+from vitrine.models.clip.loading import Clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.training.checkpoint import (
     CheckpointError,

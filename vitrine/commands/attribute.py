@@ -35,7 +35,8 @@ def attribute(
     """Predict one image's label and print the account of it, without a server."""
     from vitrine.service.exports.account import account_for
     from vitrine.service.exports.render import draw_answer, print_answer
-    from vitrine.service.schemas.schemas import AttributeRequest, validated
+    from vitrine.service.schemas.attribute import AttributeRequest
+    from vitrine.service.schemas.base import validated
 
     fields: dict[str, Any] = {"top_k": top_k, "explain": {"contrast": contrast, "features": features}}
     if labels is not None:

@@ -29,10 +29,11 @@ def bulk(
     """Account for many images, without a server: Parquet tables. Run it again to take up a run that was cut off."""
     from vitrine.service.offline.bulk.inputs import open_source
     from vitrine.service.offline.bulk.job import make_job
-    from vitrine.service.offline.bulk.run import Work
     from vitrine.service.offline.bulk.run import bulk as run
+    from vitrine.service.offline.bulk.work import Work
     from vitrine.service.operations.settings import load_settings
-    from vitrine.service.schemas.schemas import AttributeRequest, validated
+    from vitrine.service.schemas.attribute import AttributeRequest
+    from vitrine.service.schemas.base import validated
 
     fields: dict[str, Any] = {"label_set": label_set, "templates": template, "top_k": top_k}
     fields |= {"explain": {"features": features}, "labels": labels.split(",") if labels is not None else None}

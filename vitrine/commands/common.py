@@ -72,7 +72,7 @@ def open_bundle_or_default(bundle: Path | None) -> Bundle:
 
 def load_clip_of(recipe: Any, data_root: Path) -> Any:
     """The recipe's CLIP; its weights are a file under the data root if there is one of that name, else a tag."""
-    from vitrine.models.clip.tower import load_clip
+    from vitrine.models.clip.loading import load_clip
 
     clip = recipe.clip
     config = data_root / clip.config if clip.config else None

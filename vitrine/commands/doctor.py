@@ -14,7 +14,7 @@ def doctor(bundle: BundlePath = None) -> None:
     from rich import box
     from rich.table import Table
 
-    from vitrine.models.bundle.bundle import vision_file
+    from vitrine.models.bundle.layout import vision_file
     from vitrine.service.engine.engine import Engine
     from vitrine.service.engine.runtime import available_processors, int8_instructions
     from vitrine.service.operations.settings import load_settings

@@ -24,8 +24,8 @@ def export(
     """Write CLIP and CLT as a bundle, checked against torch."""
     import tomli_w
 
-    from vitrine.models.bundle.bundle import Data
     from vitrine.models.bundle.label_sets import read_label_sets
+    from vitrine.models.bundle.manifest import Data
     from vitrine.models.export.export import Provenance, export_bundle
     from vitrine.training.checkpoint import check_clip, latest, load_clt
     from vitrine.training.data.held_out import held_out

@@ -20,7 +20,7 @@ from vitrine.service.errors import ServiceError
 from vitrine.service.offline.bulk.inputs import BulkError, Source
 from vitrine.service.offline.bulk.tables import replace_durably
 from vitrine.service.operations.settings import Settings
-from vitrine.service.schemas.schemas import AttributeRequest
+from vitrine.service.schemas.attribute import AttributeRequest
 
 FILE = "job.json"
 _SHOWN = 60  # characters of a value that differs

@@ -1,4 +1,4 @@
-"""The pipeline of `run.py` in several processes, by Ray Data (the extra `bulk`): parts in, what was done out.
+"""The pipeline of `work.py` in several processes, by Ray Data (the extra `bulk`): parts in, what was done out.
 
 Each process loads the bundle and writes the parts that it is given: no answer travels. Where they are on several
 machines, bundle, inputs and output must lie at the same paths on all of them.
@@ -19,7 +19,7 @@ import ray.data
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.service.engine.runtime import available_processors
 from vitrine.service.offline.bulk.inputs import BulkError
-from vitrine.service.offline.bulk.run import Step, Work, Worker
+from vitrine.service.offline.bulk.work import Step, Work, Worker
 
 
 class _Process:

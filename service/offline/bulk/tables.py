@@ -24,7 +24,8 @@ from vitrine.models.bundle.bundle import Bundle
 from vitrine.service.answers.explain import account, predict
 from vitrine.service.engine.labels import LabelSet
 from vitrine.service.offline.bulk.inputs import DUCKDB
-from vitrine.service.schemas.schemas import Explain, Feature, Fidelity, LedgerAccount, Prediction
+from vitrine.service.schemas.attribute import Explain, Feature, Fidelity, LedgerAccount
+from vitrine.service.schemas.classify import Prediction
 
 ERRORS = "errors"
 _PART = re.compile(r"part-(\d{6,})\.parquet")

@@ -8,7 +8,7 @@ import torch
 
 from vitrine.models.account.heatmap import heat_map, outliers
 from vitrine.models.account.ledger import Decomposition, Details, ledger
-from vitrine.models.bundle.bundle import DETAILS, VISION_OUTPUTS
+from vitrine.models.bundle.layout import DETAILS, VISION_OUTPUTS
 from vitrine.models.clip.tower import Tower
 from vitrine.models.graph.attribution import AttributionGraph
 

@@ -21,7 +21,7 @@ from vitrine.models.account.ledger import (
     logits,
     probabilities,
 )
-from vitrine.models.bundle.bundle import DETAILS, VISION_OUTPUTS
+from vitrine.models.bundle.layout import DETAILS, VISION_OUTPUTS
 from vitrine.models.clip.tower import Tower
 from vitrine.models.graph.attribution import AttributionGraph
 

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from common import ROOT
-from vitrine.models.bundle.bundle import MANIFEST, REQUIRED, BundleError, Metrics, model_card, open_bundle, seal
+from vitrine.models.bundle.bundle import BundleError, open_bundle, seal
+from vitrine.models.bundle.layout import MANIFEST, REQUIRED
+from vitrine.models.bundle.manifest import Metrics
+from vitrine.models.bundle.model_card import model_card
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from open_clip.transformer import QuickGELU
 from PIL import Image
 
 from vitrine.models.clip.attention import Attention
-from vitrine.models.clip.tower import ClipError, Tower, UnsupportedTower, load_clip, model_sha256
+from vitrine.models.clip.loading import ClipError, load_clip, model_sha256
+from vitrine.models.clip.tower import Tower, UnsupportedTower
 
 
 @pytest.fixture

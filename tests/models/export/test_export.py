@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from common import ROOT
-from vitrine.models.bundle.bundle import DETAILS, DETAILS_INPUT, VISION_OUTPUTS, open_bundle
+from vitrine.models.bundle.bundle import open_bundle
+from vitrine.models.bundle.layout import DETAILS, DETAILS_INPUT, VISION_OUTPUTS
 from vitrine.models.clip.tokens import TokenizerMismatch, check_tokenizer, convert_tokenizer
 from vitrine.models.export import export
-from vitrine.models.export.export import ExportError, check_text, check_vision, export_bundle
+from vitrine.models.export.export import export_bundle
+from vitrine.models.export.parity import check_text, check_vision
 from vitrine.models.graph import onnx_file
 from vitrine.models.graph.attribution import AttributionGraph
+from vitrine.models.graph.onnx_file import ExportError
 
 
 def run(path, pixels, details=True):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from vitrine.models.bundle.bundle import VISION_OUTPUTS
+from vitrine.models.bundle.layout import VISION_OUTPUTS
 from vitrine.models.export import export
-from vitrine.models.export.export import ExportError, _check_code, check_vision
+from vitrine.models.export.parity import _check_code, check_vision
+from vitrine.models.graph.onnx_file import ExportError
 
 
 def outputs(*codes):

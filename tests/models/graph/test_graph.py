@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from vitrine.models.bundle.bundle import DETAILS, VISION_OUTPUTS
+from vitrine.models.bundle.layout import DETAILS, VISION_OUTPUTS
 from vitrine.models.clip.tower import Tower
 from vitrine.models.graph.attribution import AttributionGraph
 

@@ -9,18 +9,12 @@ import onnxruntime
 import pytest
 import torch
 
-from vitrine.models.bundle.bundle import (
-    DETAILS,
-    DETAILS_INPUT,
-    VISION_OUTPUTS,
-    Agreement,
-    BundleError,
-    open_bundle,
-    seal,
-)
+from vitrine.models.bundle.bundle import BundleError, open_bundle, seal
+from vitrine.models.bundle.layout import DETAILS, DETAILS_INPUT, VISION_OUTPUTS
+from vitrine.models.bundle.manifest import Agreement
 from vitrine.models.export import export
-from vitrine.models.export.export import ExportError, export_bundle
-from vitrine.models.graph.onnx_file import to_onnx
+from vitrine.models.export.export import export_bundle
+from vitrine.models.graph.onnx_file import ExportError, to_onnx
 from vitrine.models.graph.variants import make_variant, measure, preselect
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vitrine.models.account.heatmap import heat_map
 from vitrine.models.account.ledger import Decomposition, ledger
-from vitrine.models.bundle.bundle import DETAILS, VISION_OUTPUTS
+from vitrine.models.bundle.layout import DETAILS, VISION_OUTPUTS
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
 from vitrine.models.graph.attribution import AttributionGraph

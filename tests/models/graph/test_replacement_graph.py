@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from vitrine.models.account.windows import TOKENS, replaced
-from vitrine.models.bundle.bundle import REPLACED_INPUT, REPLACEMENT_OUTPUTS, BundleError, open_bundle
+from vitrine.models.bundle.bundle import BundleError, open_bundle
+from vitrine.models.bundle.layout import REPLACED_INPUT, REPLACEMENT_OUTPUTS
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.replacement import Replacement
-from vitrine.models.export.export import ExportError, check_replacement, export_bundle
+from vitrine.models.export.export import export_bundle
+from vitrine.models.export.parity import check_replacement
+from vitrine.models.graph.onnx_file import ExportError
 from vitrine.models.graph.replacement import ReplacementGraph
 
 IMAGES = 3

@@ -13,7 +13,7 @@ from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.labels import LabelSet
 from vitrine.service.errors import ServiceError
 from vitrine.service.operations.settings import Settings
-from vitrine.service.schemas.schemas import Explain
+from vitrine.service.schemas.attribute import Explain
 
 NAMES = ("cat", "dog", "car", "tree")
 

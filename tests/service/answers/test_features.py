@@ -13,8 +13,8 @@ from vitrine.service.answers import features
 from vitrine.service.answers.explain import account
 from vitrine.service.engine.labels import LabelEncoder, LabelSet
 from vitrine.service.errors import ServiceError
+from vitrine.service.schemas.attribute import Explain
 from vitrine.service.schemas.features import SimilarRequest
-from vitrine.service.schemas.schemas import Explain
 
 
 @pytest.fixture(scope="module")

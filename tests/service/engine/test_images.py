@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vitrine.models.bundle.bundle import Preprocessing
+from vitrine.models.bundle.manifest import Preprocessing
 from vitrine.service.engine.images import SIGNATURES, ImageLimits, decode, to_pixels
 from vitrine.service.errors import ServiceError
 

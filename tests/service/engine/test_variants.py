@@ -11,7 +11,8 @@ from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.labels import LabelSet
 from vitrine.service.exports.render import print_answer
 from vitrine.service.operations.settings import Settings
-from vitrine.service.schemas.schemas import AttributeResponse, Explain, Model
+from vitrine.service.schemas.attribute import AttributeResponse, Explain
+from vitrine.service.schemas.base import Model
 
 NAMES = ("cat", "dog", "car")
 IMAGES = 4

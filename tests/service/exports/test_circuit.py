@@ -12,8 +12,9 @@ import pytest
 from common import ROOT
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.bundle.cards import Card, Exemplar
+from vitrine.service.answers.attribute import answer_attribute
 from vitrine.service.answers.attributor import Attributor
-from vitrine.service.exports.circuit import (
+from vitrine.service.exports.circuit_tracer import (
     CircuitError,
     attribution_graph,
     feature_details,
@@ -21,7 +22,7 @@ from vitrine.service.exports.circuit import (
     write_graphs,
 )
 from vitrine.service.operations.settings import Settings
-from vitrine.service.schemas.schemas import (
+from vitrine.service.schemas.attribute import (
     AttributeRequest,
     AttributeResponse,
     Explanation,
@@ -30,9 +31,9 @@ from vitrine.service.schemas.schemas import (
     HeatMap,
     LayerAccount,
     LedgerAccount,
-    Model,
-    Prediction,
 )
+from vitrine.service.schemas.base import Model
+from vitrine.service.schemas.classify import Prediction
 
 DEMO = ROOT / "models/demo"
 NUMBER = (int, float)
@@ -122,7 +123,7 @@ def ask(bundle, image, **explain):
     async def run():
         async with Attributor(bundle, Settings(bundle=bundle.path)) as attributor:
             given = {"top_k": 1000, "explain": {"features": 1000, "heatmap": True, **explain}}
-            answer = await attributor.attribute(image, AttributeRequest.model_validate(given), "test")
+            answer = await answer_attribute(attributor, image, AttributeRequest.model_validate(given), "test")
             labels = attributor.labels
             return answer, await labels.resolve(labels.default_labels, labels.default_templates, attributor.batcher.run)
 

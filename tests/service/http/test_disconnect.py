@@ -6,7 +6,7 @@ import time
 
 from prometheus_client import REGISTRY
 
-from vitrine.service.http.routes import create_app
+from vitrine.service.http.application import create_app
 from vitrine.service.operations.settings import Settings
 
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from prometheus_client import REGISTRY
 
-from vitrine.models.bundle.bundle import BundleError, Manifest, seal
+from vitrine.models.bundle.bundle import BundleError, seal
 from vitrine.models.bundle.label_sets import LabelSetError
+from vitrine.models.bundle.manifest import Manifest
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.engine.engine import Engine
-from vitrine.service.http.routes import create_app
+from vitrine.service.http.application import create_app
 from vitrine.service.operations.settings import Settings
 
 
@@ -103,8 +104,8 @@ def test_a_full_service_reads_no_body_to_say_so(bundle_path, picture, gate):
 
 
 def test_images_that_wait_for_decoding_are_counted_too(bundle_path, picture, monkeypatch):
-    decode, gate = Attributor._decode, threading.Event()
-    monkeypatch.setattr(Attributor, "_decode", lambda self, image: gate.wait(30) and decode(self, image))
+    decode, gate = Attributor.decode, threading.Event()
+    monkeypatch.setattr(Attributor, "decode", lambda self, image: gate.wait(30) and decode(self, image))
     app = create_app(Settings(bundle=bundle_path, queue_size=2, batch_size=1, decode_threads=1))
 
     async def conversation(client):
@@ -176,7 +177,7 @@ def test_an_unforeseen_error_is_logged_under_its_request_id_and_not_told(bundle_
     async def fail(*_):
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr(Attributor, "attribute", fail)
+    monkeypatch.setattr(Attributor, "infer", fail)
     app = create_app(Settings(bundle=bundle_path))
     response = talk_to(app, lambda client: client.post("/v1/attribute", files={"image": picture()}))
     assert error_of(response) == (500, "internal")

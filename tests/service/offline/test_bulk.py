@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from vitrine.service.answers.attribute import answer_attribute
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.errors import ServiceError
 from vitrine.service.offline.bulk import inputs, run, tables
 from vitrine.service.offline.bulk.inputs import BulkError, open_source
 from vitrine.service.offline.bulk.job import Job, claimed, make_job
-from vitrine.service.offline.bulk.run import Summary, Work, bulk
+from vitrine.service.offline.bulk.run import Summary, bulk
+from vitrine.service.offline.bulk.work import Work
 from vitrine.service.operations.settings import Settings
-from vitrine.service.schemas.schemas import AttributeRequest, Explain
+from vitrine.service.schemas.attribute import AttributeRequest, Explain
 
 SETTINGS = Settings(batch_size=4)
 COUNT = 10  # pictures in `photos`
@@ -86,7 +88,7 @@ def test_answers_are_those_of_the_service(carded, start, photos, tmp_path):
 
     async def answers():
         async with Attributor(carded, SETTINGS) as attributor:
-            return [await attributor.attribute((photos / row["name"]).read_bytes(), asked, "x") for row in rows]
+            return [await answer_attribute(attributor, (photos / row["name"]).read_bytes(), asked, "x") for row in rows]
 
     labelled = 0
     for row, answer in zip(rows, asyncio.run(answers()), strict=True):
@@ -396,8 +398,9 @@ from vitrine.models.bundle.bundle import open_bundle
 from vitrine.service.offline.bulk import tables
 from vitrine.service.offline.bulk.inputs import open_source
 from vitrine.service.offline.bulk.job import make_job
-from vitrine.service.offline.bulk.run import Work, bulk
-from vitrine.service.schemas.schemas import AttributeRequest
+from vitrine.service.offline.bulk.work import Work
+from vitrine.service.offline.bulk.run import bulk
+from vitrine.service.schemas.attribute import AttributeRequest
 from vitrine.service.operations.settings import Settings
 
 bundle, inputs, out, dies_at, ray_workers = sys.argv[1:]

@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from vitrine.models.account.windows import TOKENS
-from vitrine.models.bundle.bundle import REPLACED_INPUT
+from vitrine.models.bundle.layout import REPLACED_INPUT
 from vitrine.models.dictionary.replacement import Replacement
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.images import ImageLimits, decode, to_pixels

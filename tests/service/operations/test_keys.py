@@ -6,7 +6,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from vitrine.service.http.routes import create_app
+from vitrine.service.http.application import create_app
 from vitrine.service.operations.keys import Keys
 from vitrine.service.operations.settings import Settings, SettingsError
 

@@ -14,7 +14,8 @@ from PIL import Image, ImageOps
 from playwright.sync_api import expect
 
 from common import ROOT
-from vitrine.models.bundle.bundle import Preprocessing, open_bundle
+from vitrine.models.bundle.bundle import open_bundle
+from vitrine.models.bundle.manifest import Preprocessing
 from vitrine.service.engine.images import ImageLimits, to_pixels
 
 DEMO = ROOT / "models" / "demo"

@@ -12,8 +12,8 @@ from PIL import Image
 from playwright.sync_api import expect
 
 from vitrine.service.errors import ServiceError
-from vitrine.service.http.page import draw_page
-from vitrine.service.schemas.schemas import AttributeResponse
+from vitrine.service.exports.page import draw_page
+from vitrine.service.schemas.attribute import AttributeResponse
 
 LABELS = ["red circle", "</script><script>document.title='hacked'</script>", "<img src=x onerror=alert(1)>"]
 HOSTILE = LABELS[1]

@@ -14,7 +14,8 @@ import httpx
 import psutil
 import pytest
 
-from vitrine.models.bundle.bundle import Manifest, open_bundle, seal
+from vitrine.models.bundle.bundle import open_bundle, seal
+from vitrine.models.bundle.manifest import Manifest
 
 WITHIN_SECONDS = 10  # a killed worker is replaced
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitrine.models.bundle.bundle import Preprocessing
+from vitrine.models.bundle.manifest import Preprocessing
 from vitrine.training.cards.pictures import Album
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from common import LABELS, RECIPE, ROOT, TINY_CLIP
 from vitrine.commands import app
 from vitrine.commands.common import load_clip_of
-from vitrine.models.clip.tower import UnsupportedTower, load_clip
+from vitrine.models.clip.loading import load_clip
+from vitrine.models.clip.tower import UnsupportedTower
 from vitrine.training.checkpoint import CheckpointError
 from vitrine.training.data.images import DataError
 from vitrine.training.data.sources import open_images

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from vitrine.models.clip.tower import load_clip
+from vitrine.models.clip.loading import load_clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.dictionary.replacement import Replacement
 from vitrine.training.checkpoint import CheckpointError, checkpoints, latest, load_clt, load_tensors, read_meta

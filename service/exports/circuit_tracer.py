@@ -28,7 +28,7 @@ from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.cards import QUANTILES, Card, Cards
 from vitrine.models.errors import VitrineError
 from vitrine.service.engine.labels import LabelSet
-from vitrine.service.schemas.schemas import AttributeResponse, Explanation, HeatMap
+from vitrine.service.schemas.attribute import AttributeResponse, Explanation, HeatMap
 
 DEFINITION = (
     "A link is a direct effect on the logit, in logits: what its source wrote to [CLS]'s residual, through ln_post and "

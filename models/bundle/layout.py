@@ -1,0 +1,52 @@
+"""What lies in a bundle: its files, and the inputs and outputs of its graphs, by name and shape."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+MANIFEST = "manifest.json"
+REQUIRED = (
+    "vision.onnx",
+    "vision.onnx.data",
+    "text.onnx",
+    "text.onnx.data",
+    "tokenizer.json",
+    "directions.npy",
+    "fold.npy",
+    "MODEL_CARD.md",
+)
+CARDS = ("cards/features.parquet", "cards/images.parquet", "cards/references.npz")
+# Outputs of vision.onnx for `pixels` [B, 3, H, W]; R = 2L + 3 rows, see `models.account.ledger`.
+VISION_OUTPUTS = (
+    "embedding",  # [B, D]
+    "rows",  # [B, R, D]
+    "sigma",  # [B]
+    "sigma_without",  # [B, R]
+    "norm",  # [B]
+    "feature_indices",  # [B, L, k] int64
+    "feature_values",  # [B, L, k] 0 in places not in use
+    "projection",  # [B, L] summing to 1, or all 0
+    "fidelity",  # [B, 2]: r2, cosine
+)
+# On request alone, where the input `details` is true (else B is 0): see `models.account.ledger.Details`.
+DETAILS_INPUT = "details"  # [] bool
+DETAILS = (
+    "lens",  # [B, L, D]
+    "attention_weights",  # [B, L, H, T]
+    "attention_values",  # [B, L, T, d]
+    "token_norms",  # [B, T]
+)
+# Inputs of replacement.onnx besides `pixels`, and its outputs.
+REPLACED_INPUT = "replaced"  # [L, 2] bool: `models.account.windows.replaced`
+REPLACEMENT_OUTPUTS = (
+    "embedding",  # [B, D]
+    "contributions",  # [B, 2, L, L]: C of [CLS] and in the mean over patches; by target, then by source
+)
+
+Variant = Literal["int8", "fp16"]
+Precision = Literal["fp32", "int8", "fp16"]
+
+
+def vision_file(precision: Precision) -> str:
+    """The file of the vision graph in that precision."""
+    return "vision.onnx" if precision == "fp32" else f"vision.{precision}.onnx"

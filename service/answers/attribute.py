@@ -1,0 +1,109 @@
+"""Predictions and the account of them, of one image or of many."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from vitrine.models.account.ledger import Decomposition
+from vitrine.models.bundle.bundle import Bundle
+from vitrine.service.answers.attributor import Attributor
+from vitrine.service.answers.explain import account, check_explain, lens, matrix, predict
+from vitrine.service.answers.texts import Texts
+from vitrine.service.engine.labels import LabelSet
+from vitrine.service.errors import ServiceError
+from vitrine.service.operations import metrics
+from vitrine.service.operations.stages import stage
+from vitrine.service.schemas.attribute import (
+    AttributeRequest,
+    AttributeResponse,
+    Attribution,
+    Explanation,
+    Fidelity,
+    LensLayer,
+)
+from vitrine.service.schemas.base import ItemError
+from vitrine.service.schemas.batch import BatchItem, BatchResponse
+from vitrine.service.schemas.classify import Prediction
+
+
+async def answer_attribute(
+    attributor: Attributor, image: bytes, request: AttributeRequest, request_id: str
+) -> AttributeResponse:
+    """Predictions and their account. Raises `ServiceError`."""
+    texts = _checked(attributor, request)
+    with attributor.admitted():
+        found = await _attribute(attributor, image, request, *texts)
+    return AttributeResponse(request_id=request_id, model=attributor.model, **dict(found))
+
+
+async def answer_batch(
+    attributor: Attributor, images: Sequence[bytes | ServiceError], request: AttributeRequest, request_id: str
+) -> BatchResponse:
+    """The same for each of at most `settings.images_a_request` images; one that cannot be answered has its error in
+    its place.
+
+    Raises `ServiceError` for what concerns all of them. They are admitted together or not at all.
+    """
+    texts = _checked(attributor, request)
+
+    async def item(image: bytes | ServiceError) -> BatchItem:
+        try:
+            if isinstance(image, ServiceError):
+                raise image
+            return BatchItem(status=200, answer=await _attribute(attributor, image, request, *texts), error=None)
+        except ServiceError as error:
+            metrics.REJECTED.labels(error.code).inc()
+            problem = ItemError(code=error.code, message=error.message, details=error.details)
+            return BatchItem(status=error.status, answer=None, error=problem)
+
+    with attributor.admitted(len(images)):
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(item(image)) for image in images]
+    return BatchResponse(request_id=request_id, model=attributor.model, results=[task.result() for task in tasks])
+
+
+def _checked(attributor: Attributor, request: AttributeRequest) -> Texts:
+    texts = attributor.texts(request)
+    check_explain(request.explain, texts[0], attributor.settings.max_targets, attributor.engine)
+    return texts
+
+
+async def _attribute(
+    attributor: Attributor, image: bytes, request: AttributeRequest, labels: tuple[str, ...], templates: tuple[str, ...]
+) -> Attribution:
+    timings, explain = dict[str, float](), request.explain
+    parts, label_set, contributions = await attributor.infer(
+        image, labels, templates, timings, explain.heatmap or explain.lens, explain.matrix
+    )
+    with stage("ledger", timings):
+        predictions, explanations, lens_layers, fidelity = await attributor.in_thread(
+            _account, attributor.bundle, parts, label_set, request
+        )
+    _observe(explanations, fidelity)
+    return Attribution(
+        predictions=predictions,
+        explanations=explanations,
+        lens=lens_layers,
+        matrix=None if contributions is None else matrix(contributions),
+        fidelity=fidelity,
+        timings_ms=timings,
+    )
+
+
+def _account(
+    bundle: Bundle, parts: Decomposition, labels: LabelSet, request: AttributeRequest
+) -> tuple[list[Prediction], list[Explanation], list[LensLayer] | None, Fidelity]:
+    scale = bundle.manifest.logit_scale
+    predictions = predict(parts, labels, scale, request.top_k)
+    explanations, fidelity = account(parts, labels, bundle, request.explain)
+    return predictions, explanations, lens(parts, labels, scale) if request.explain.lens else None, fidelity
+
+
+def _observe(explanations: list[Explanation], fidelity: Fidelity) -> None:
+    """What an account says about the bundle, for those who watch over many."""
+    metrics.FIDELITY_R2.observe(fidelity.r2)
+    metrics.ERROR_SHARE.observe(fidelity.error_share)
+    metrics.AGREES.labels(str(fidelity.reconstructed_top1_agrees).lower()).inc()
+    for layer in explanations[0].layers:  # of the first target: the layers are as many series as there should be
+        metrics.LAYER_SHARE.labels(layer.layer).observe(layer.share)

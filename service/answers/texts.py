@@ -1,0 +1,46 @@
+"""The labels and templates of a request: defaults filled in, within the limits."""
+
+from __future__ import annotations
+
+from vitrine.models.bundle.label_sets import DEFAULT
+from vitrine.service.engine.labels import LabelEncoder
+from vitrine.service.errors import ServiceError
+from vitrine.service.operations.settings import Settings
+from vitrine.service.schemas.classify import ClassifyRequest
+
+Texts = tuple[tuple[str, ...], tuple[str, ...]]  # labels, templates
+
+
+def texts_of(request: ClassifyRequest, encoder: LabelEncoder, settings: Settings) -> Texts:
+    """(labels, templates) of a request, defaults filled in, within the limits. Raises `ServiceError`."""
+    if request.labels is not None and request.label_set is not None:
+        raise ServiceError("invalid_request", "give `labels` or `label_set`, not both")
+    name = request.label_set or DEFAULT
+    if (named := encoder.named.get(name)) is None:
+        known = ", ".join(encoder.named)
+        raise ServiceError("unknown_label_set", f"no label set {name[:100]!r}; there are: {known}")
+    if request.labels is None and request.templates is None:  # encoded already, whatever its size
+        return named.labels, named.templates or encoder.default_templates
+    labels = tuple(request.labels or named.labels)
+    templates = tuple(request.templates or encoder.default_templates)
+    check_texts(labels, templates, settings)
+    return labels, templates
+
+
+def check_texts(labels: tuple[str, ...], templates: tuple[str, ...], settings: Settings) -> None:
+    """Raises `ServiceError` beyond the limits."""
+    if len(labels) > settings.max_labels:
+        raise ServiceError("invalid_request", f"{len(labels):,} labels; at most {settings.max_labels:,} are taken")
+    if len(templates) > settings.max_templates:
+        raise ServiceError("invalid_request", f"{len(templates)} templates; at most {settings.max_templates} are taken")
+    if len(labels) * len(templates) > settings.max_prompts:
+        raise ServiceError(
+            "invalid_request",
+            f"{len(labels):,} labels under {len(templates)} templates are {len(labels) * len(templates):,} texts; "
+            f"at most {settings.max_prompts:,} are taken",
+        )
+    if too_long := [text for text in (*labels, *templates) if len(text) > settings.max_label_chars]:
+        raise ServiceError(
+            "invalid_request",
+            f"a label or template has {len(too_long[0]):,} characters; at most {settings.max_label_chars} are taken",
+        )

@@ -1,0 +1,73 @@
+"""What the service knows: its bundle, its label sets, its features."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from vitrine.service.answers.features import card, search
+from vitrine.service.http.asking import json_response, served
+from vitrine.service.http.openapi import errors, query_of
+from vitrine.service.schemas.base import validated
+from vitrine.service.schemas.bundle import LabelSetResponse, LabelsResponse, ModelResponse
+from vitrine.service.schemas.features import (
+    CardResponse,
+    FeaturesQuery,
+    FeaturesResponse,
+)
+
+
+def add_knowledge(app: FastAPI) -> None:
+    """`/v1/model`, `/v1/labels`, `/v1/features`, `/v1/features/{layer}/{index}`."""
+    app.get("/v1/model", response_model=ModelResponse, responses=errors(401, 503), tags=["know"])(model)
+    app.get("/v1/labels", response_model=LabelsResponse, responses=errors(401, 503), tags=["know"])(labels)
+    app.get(
+        "/v1/features",
+        response_model=FeaturesResponse,
+        responses=errors(400, 401, 404, 503),
+        openapi_extra=query_of(FeaturesQuery),
+        tags=["know"],
+    )(features)
+    # The converters leave what is no number to the 404 of paths that there are not.
+    app.get(
+        "/v1/features/{layer:int}/{index:int}",
+        response_model=CardResponse,
+        responses=errors(401, 404, 503),
+        tags=["know"],
+    )(feature)
+
+
+async def model(request: Request) -> Response:
+    """The bundle that is being served, with its manifest."""
+    with served(request) as attributor:
+        return json_response(
+            ModelResponse(
+                **attributor.model.model_dump(),
+                provider=attributor.engine.provider,
+                precision=attributor.engine.runtime.precision,
+                manifest=attributor.bundle.manifest.model_dump(mode="json"),
+            )
+        )
+
+
+async def labels(request: Request) -> Response:
+    """The named label sets."""
+    with served(request) as attributor:
+        sets = [
+            LabelSetResponse(name=name, labels=list(named.labels), templates=list(named.templates or ()))
+            for name, named in attributor.labels.named.items()
+        ]
+        return json_response(LabelsResponse(model=attributor.model, label_sets=sets))
+
+
+async def features(request: Request) -> Response:
+    """Labelled features, best label first; with `label`, those whose label contains it."""
+    with served(request) as attributor:
+        query = validated(FeaturesQuery, dict(request.query_params))
+        return json_response(await attributor.in_thread(search, attributor.bundle, attributor.model, query))
+
+
+async def feature(request: Request, layer: int, index: int) -> Response:
+    """What is known of one feature: its label, if it earned one, exemplars, statistics."""
+    with served(request) as attributor:
+        return json_response(await attributor.in_thread(card, attributor.bundle, attributor.model, layer, index))

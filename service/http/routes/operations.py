@@ -1,0 +1,42 @@
+"""What operators ask for: another bundle, the metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from vitrine.service.answers.reload import REFUSED, Serving
+from vitrine.service.errors import ServiceError
+from vitrine.service.http.asking import authorise, json_response
+from vitrine.service.http.openapi import errors
+from vitrine.service.operations import metrics
+from vitrine.service.processes import workers
+from vitrine.service.schemas.bundle import ReloadResponse
+
+
+def add_operations(app: FastAPI, serving: Serving) -> None:
+    """`/admin/reload`, where there is a key for it, and `/metrics`."""
+    if serving.admin_keys:
+        statuses = errors(401, 409, 503)
+        app.post("/admin/reload", response_model=ReloadResponse, responses=statuses, tags=["operate"])(reload)
+    app.get("/metrics", include_in_schema=False)(metrics_route)
+
+
+async def reload(request: Request) -> Response:
+    """Take over the bundle, label sets and keys that the settings name, as they are now, without losing a request."""
+    serving = request.app.state.serving
+    authorise(request, serving.admin_keys)
+    try:
+        now, before = await serving.reload()
+    except REFUSED as error:
+        raise ServiceError("bundle_refused", f"{error}; {serving.attributor.model.digest} stays in service") from error
+    workers.signal_others(signal.SIGHUP)
+    return json_response(ReloadResponse(model=now.model, previous=before.model))
+
+
+async def metrics_route(request: Request) -> Response:
+    """Prometheus' text format. Ours, since BentoML's own series are labelled by raw path, junk paths included."""
+    return Response(await asyncio.to_thread(metrics.exposition), media_type=metrics.CONTENT_TYPE)

@@ -1,0 +1,149 @@
+"""The work on parts of a bulk run: read and decode in threads, infer in full batches, account in threads, write.
+
+Inference has the main thread and gives the interpreter away while it runs, so that the threads decode what comes next
+and account for what has been. Memory is bounded: a few batches of pixels and two parts of answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitrine.models.bundle.bundle import Bundle
+from vitrine.service.engine.engine import Engine
+from vitrine.service.engine.images import ImageLimits, decode, to_pixels
+from vitrine.service.engine.labels import LabelEncoder
+from vitrine.service.errors import ServiceError
+from vitrine.service.offline.bulk.inputs import Item, Source
+from vitrine.service.offline.bulk.job import Job
+from vitrine.service.offline.bulk.tables import Problem, row, write_part
+from vitrine.service.operations.settings import Settings
+
+AHEAD = 4  # batches that are decoded, or about to be, while one is inferred
+
+
+class Step(NamedTuple):
+    """What has been done since the last one."""
+
+    images: int
+    problems: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every process that works on a job is given. Can be pickled."""
+
+    job: Job
+    source: Source
+    out: Path
+    settings: Settings
+
+
+class _Decoded(NamedTuple):
+    item: Item
+    pixels: NDArray[np.float32]
+
+
+class Worker:
+    """A bundle and its labels, loaded, for the parts of one job. Raises `EngineError`."""
+
+    def __init__(self, bundle: Bundle, work: Work) -> None:
+        self.bundle, self.work, job = bundle, work, work.job
+        self._limits = ImageLimits(job.max_image_pixels, job.max_image_side)
+        _ = bundle.directions, bundle.fold, bundle.cards  # read here, and not by several threads at once
+        self.engine = Engine(bundle, work.settings.model_copy(update={"replacement": False}))
+        encoder = LabelEncoder(self.engine, capacity=len(job.labels))
+        self.labels = asyncio.run(encoder.resolve(job.labels, job.templates, _at_once))
+        self.engine.warm_up()
+
+    def run(self, parts: Iterable[int]) -> Iterator[Step]:
+        """Do these parts, one after the other; a step a batch."""
+        bounds = {part: self.work.job.bounds(part) for part in parts}
+        items = itertools.chain.from_iterable(self.work.source.items(*limits) for limits in bounds.values())
+        # threads: (decode and account), (write)
+        pool = ThreadPoolExecutor(self.work.settings.decode_threads, thread_name_prefix="decode")
+        writer = ThreadPoolExecutor(1, thread_name_prefix="write")
+        writing: Future[None] | None = None
+        try:
+            decoded = self._decoded(items, pool)
+            for part, (start, stop) in bounds.items():
+                rows: list[Future[str]] = []
+                problems: list[Problem] = []
+                yield from self._answer(itertools.islice(decoded, stop - start), pool, rows, problems)
+                if writing is not None:
+                    writing.result()  # at most one part waits to be written while another is made
+                writing = writer.submit(_write, self.work.out, part, rows, problems)
+            if writing is not None:
+                writing.result()
+        finally:
+            for threads in (pool, writer):
+                threads.shutdown(cancel_futures=True)
+
+    def _decoded(self, items: Iterable[Item], pool: ThreadPoolExecutor) -> Iterator[_Decoded | Problem]:
+        """In the order of the items, some batches ahead."""
+        waiting: deque[Future[_Decoded | Problem]] = deque()
+        for item in items:
+            waiting.append(pool.submit(self._decode, item))
+            if len(waiting) > AHEAD * self.work.settings.batch_size:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _decode(self, item: Item) -> _Decoded | Problem:
+        try:
+            image = decode(item.read(), self._limits)
+            return _Decoded(item, to_pixels(image, self.bundle.manifest.preprocessing, self._limits))
+        except ServiceError as error:
+            code, message = error.code, error.message
+        except OSError as error:
+            code, message = "unreadable", f"the file cannot be read: {error.strerror or error}"
+        return Problem(id=item.id, name=item.name, code=code, message=message)
+
+    def _answer(
+        self,
+        part: Iterable[_Decoded | Problem],
+        pool: ThreadPoolExecutor,
+        rows: list[Future[str]],
+        problems: list[Problem],
+    ) -> Iterator[Step]:
+        """Infer a part in full batches, what is broken left out; `rows` and `problems` are added to."""
+        batch: list[_Decoded] = []
+        for found in part:
+            if isinstance(found, Problem):
+                problems.append(found)
+                yield Step(1, 1)
+                continue
+            batch.append(found)
+            if len(batch) == self.work.settings.batch_size:
+                rows += self._infer(batch, pool)
+                yield Step(len(batch), 0)
+                batch = []
+        if batch:
+            rows += self._infer(batch, pool)
+            yield Step(len(batch), 0)
+
+    def _infer(self, batch: list[_Decoded], pool: ThreadPoolExecutor) -> list[Future[str]]:
+        job = self.work.job
+        found = self.engine.explain(np.stack([decoded.pixels for decoded in batch]))
+        return [
+            pool.submit(row, item.id, item.name, parts, self.labels, self.bundle, job.top_k, job.features)
+            for (item, _), parts in zip(batch, found, strict=True)
+        ]
+
+
+def _write(out: Path, part: int, rows: list[Future[str]], problems: list[Problem]) -> None:
+    write_part(out, part, (found.result() for found in rows), (problem.model_dump_json() for problem in problems))
+
+
+async def _at_once(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The label encoder's `run`: there is nobody else who could wait."""
+    return function(*arguments)

@@ -1,0 +1,85 @@
+"""What all requests and answers share, and how a request's mistakes are named."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from vitrine.service.errors import ServiceError
+
+Shape = TypeVar("Shape", bound=BaseModel)
+Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Template = Annotated[str, StringConstraints(pattern=r"\{\}")]
+
+
+# The first wrong item is told, not each of millions.
+Labels = Annotated[list[Label], Field(min_length=1, fail_fast=True)]
+Templates = Annotated[list[Template], Field(min_length=1, fail_fast=True)]
+DETAILS = 20  # mistakes named in one answer
+MAX_FIELDS = 50  # far more than there are; beyond it unknown fields are not told one by one
+
+
+class RequestShape(BaseModel):
+    """What every request is: without fields that are none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
+            raise ValueError(f"{len(fields):,} fields; there are only {', '.join(cls.model_fields)}")
+        return fields
+
+
+Base64 = Annotated[str, Field(min_length=1, description="an image file, base64", json_schema_extra={"format": "byte"})]
+
+
+class WithImage(BaseModel):
+    image_base64: Base64
+
+
+class Model(BaseModel):
+    name: str
+    digest: str = Field(description="sha256 of the bundle's manifest, and so of everything in it")
+
+
+class AnswerShape(BaseModel):
+    """What every answer has."""
+
+    request_id: str
+    model: Model
+
+
+TimingsMs = Annotated[dict[str, float], Field(description="of each stage, in milliseconds")]
+
+
+class ItemError(BaseModel):
+    code: str
+    message: str
+    details: list[dict[str, Any]]
+
+
+class ErrorBody(ItemError):
+    request_id: str
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorBody
+
+
+def validated(shape: type[Shape], fields: Any) -> Shape:
+    """`fields` as `shape`. Raises `ServiceError` naming the first mistakes."""
+    try:
+        return shape.model_validate(fields)
+    except ValidationError as error:
+        mistakes = error.errors(include_url=False, include_context=False, include_input=False)[:DETAILS]
+    details = [
+        {"field": ".".join(map(str, e["loc"]))[:100], "problem": e["msg"].removeprefix("Value error, ")[:300]}
+        for e in mistakes
+    ]
+    field, problem = details[0]["field"], details[0]["problem"]
+    if field in ("image_base64", "images_base64") and problem == "Field required":
+        raise ServiceError("missing_image", f"`{field}` is missing", details)
+    raise ServiceError("invalid_request", f"{field or 'the request'}: {problem}", details)

@@ -1,0 +1,39 @@
+"""What is being served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from vitrine.service.schemas.base import Model
+
+
+class ModelResponse(BaseModel):
+    """The bundle that is being served."""
+
+    name: str
+    digest: str
+    provider: str
+    precision: str
+    manifest: dict[str, Any]
+
+
+class LabelSetResponse(BaseModel):
+    name: str
+    labels: list[str]
+    templates: list[str]
+
+
+class LabelsResponse(BaseModel):
+    """What `label_set` may name. `default` is what a request without labels gets."""
+
+    model: Model
+    label_sets: list[LabelSetResponse]
+
+
+class ReloadResponse(BaseModel):
+    """The bundle that is served from now on, and the one before it."""
+
+    model: Model
+    previous: Model

@@ -1,0 +1,38 @@
+"""A prediction alone."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field, field_validator
+
+from vitrine.service.schemas.base import AnswerShape, Labels, RequestShape, Templates, TimingsMs, WithImage
+
+
+class ClassifyRequest(RequestShape):
+    """Labels and templates; without either, the bundle's own."""
+
+    labels: Labels | None = Field(default=None, examples=[["cat", "dog", "truck"]])
+    label_set: str | None = Field(default=None, description="a named label set; `default` is the bundle's")
+    templates: Templates | None = Field(default=None, examples=[["a photo of a {}"]])
+    top_k: int = Field(default=5, ge=1, strict=True, description="predictions listed, largest logit first")
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: list[str] | None) -> list[str] | None:
+        if labels and len(set(labels)) < len(labels):
+            raise ValueError("labels must differ from one another")
+        return labels
+
+
+class ClassifyJson(ClassifyRequest, WithImage):
+    pass
+
+
+class Prediction(BaseModel):
+    label: str
+    probability: float
+    logit: float
+
+
+class ClassifyResponse(AnswerShape):
+    predictions: list[Prediction]
+    timings_ms: TimingsMs

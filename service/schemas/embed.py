@@ -1,0 +1,23 @@
+"""Embeddings of an image and of texts."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from vitrine.service.schemas.base import AnswerShape, Base64, Labels, RequestShape, TimingsMs
+
+
+class EmbedRequest(RequestShape):
+    """An image, texts, or both."""
+
+    texts: Labels | None = Field(default=None, examples=[["a photo of a cat"]], description="embedded as they are")
+
+
+class EmbedJson(EmbedRequest):
+    image_base64: Base64 | None = None
+
+
+class EmbedResponse(AnswerShape):
+    embedding: list[float] | None = Field(description="of the image, of length 1")
+    text_embeddings: list[list[float]] | None = Field(description="one per text, of length 1")
+    timings_ms: TimingsMs
