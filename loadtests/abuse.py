@@ -27,7 +27,7 @@ import numpy as np
 import typer
 from rich.progress import track
 
-from corpus import drawn, files_of, http_request, multipart, mutated
+from corpus import drawn_images, http_request, image_files, multipart, mutated_files
 from server import Server, serving
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.service.answers.explain import predict
@@ -40,7 +40,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 BundleOption = Annotated[Path | None, typer.Option(help="Default: the embedded one.")]
 Corpus = Annotated[Path | None, typer.Option(help="Folder of real image files; default: drawn ones.")]
 
-WARM_UP = 500  # requests until memory is looked at
+WARM_UP = 500  # requests before memory is measured
 
 
 @app.command()
@@ -53,7 +53,7 @@ def images(
 ) -> None:
     """Mutated image files through /v1/classify: every answer 200 or 4xx in the envelope, no crash, memory flat."""
     statuses: Counter[str] = Counter()
-    mutants = itertools.islice(mutated(files_of(corpus), seed), count)
+    mutants = itertools.islice(mutated_files(image_files(corpus), seed), count)
     with serving(bundle) as server, httpx.Client(base_url=server.url, timeout=60) as http:
         (worker,), start = server.workers, 0.0
         for number, data in enumerate(track(mutants, "mutated images", total=count)):
@@ -64,8 +64,8 @@ def images(
                 start = server.resident_mib()
         end = server.resident_mib()
         same = [process.pid for process in server.workers] == [worker.pid]
-    for status, found in statuses.most_common():
-        print(f"{found:7,}  {status}")
+    for status, total in statuses.most_common():
+        print(f"{total:7,}  {status}")
     print(f"memory {start:.0f} -> {end:.0f} MiB; the worker {'lived' if same else 'DIED'}")
     if not same or end - start > allowed_mib or any(status[0] not in "24" for status in statuses):
         raise typer.Exit(1)
@@ -80,19 +80,19 @@ def bursts(
     """Bursts of valid, invalid, slow and leaving clients: every valid request is answered as the engine alone would,
     every invalid one 4xx."""
     settings = Settings(bundle=bundle or DEMO_BUNDLE)
-    files = drawn(16)
+    files = drawn_images(16)
     expected = _expected(settings, files)
     with serving(bundle) as server:
         outcomes = asyncio.run(_bursts(server, files, expected, requests, burst))
         print(f"memory {server.resident_mib():.0f} MiB")
-    for outcome, found in sorted(outcomes.items()):
-        print(f"{found:6,}  {outcome}")
+    for outcome, total in sorted(outcomes.items()):
+        print(f"{total:6,}  {outcome}")
     if any(outcome.startswith("WRONG") for outcome in outcomes):
         raise typer.Exit(1)
 
 
 def _expected(settings: Settings, files: list[bytes]) -> list[dict[str, float]]:
-    """Label -> logit of each file, by the engine alone, image by image."""
+    """Label -> logit of each file, from the engine alone, one image at a time."""
     bundle = open_bundle(settings.bundle)
     engine, limits = Engine(bundle, settings), ImageLimits(10**9, 10**5)
     encoder, text = LabelEncoder(engine, 1000), bundle.manifest.text
@@ -101,8 +101,8 @@ def _expected(settings: Settings, files: list[bytes]) -> list[dict[str, float]]:
     for file in files:
         pixels = to_pixels(decode(file, limits), bundle.manifest.preprocessing, limits)
         (parts,) = engine.explain(pixels[None])
-        found = predict(parts, labels, bundle.manifest.logit_scale, len(labels.labels))
-        answers.append({prediction.label: prediction.logit for prediction in found})
+        predictions = predict(parts, labels, bundle.manifest.logit_scale, len(labels.labels))
+        answers.append({prediction.label: prediction.logit for prediction in predictions})
     return answers
 
 
@@ -129,9 +129,9 @@ async def _bursts(
             kind = f"valid{', slow' if slow else ''} {path}"
             if answer.status_code != 200:
                 return f"WRONG: {kind}: {answer.status_code}"
-            found = {p["label"]: p["logit"] for p in answer.json()["predictions"]}
-            off = max(abs(found[label] - logit) for label, logit in expected[number].items())
-            return f"{kind}: 200" if off < 1e-4 else f"WRONG: {kind}: a logit is off by {off}"
+            logits = {p["label"]: p["logit"] for p in answer.json()["predictions"]}
+            difference = max(abs(logits[label] - logit) for label, logit in expected[number].items())
+            return f"{kind}: 200" if difference < 1e-4 else f"WRONG: {kind}: a logit is off by {difference}"
 
         async def invalid() -> str:
             body, headers = chance.choice(
@@ -150,9 +150,9 @@ async def _bursts(
 
         async def leaving() -> str:
             """Sends all or half of a request and hangs up."""
-            whole = http_request("/v1/attribute", *multipart(files[0], "{}"))
+            payload = http_request("/v1/attribute", *multipart(files[0], "{}"))
             _, writer = await asyncio.open_connection(host, int(port))
-            writer.write(whole[: chance.choice((len(whole), len(whole) // 2))])
+            writer.write(payload[: chance.choice((len(payload), len(payload) // 2))])
             await writer.drain()
             await asyncio.sleep(chance.choice((0, 0.01, 0.1)))
             writer.close()
@@ -160,14 +160,14 @@ async def _bursts(
 
         for _ in track(range(requests // burst), f"bursts of {burst}"):
             kinds = chance.choices("vaisl", (4, 2, 3, 2, 2), k=burst)
-            made = {
+            clients = {
                 "v": lambda: valid("/v1/attribute", False),
                 "a": lambda: valid("/v1/classify", False),
                 "i": invalid,
                 "s": lambda: valid("/v1/attribute", True),
                 "l": leaving,
             }
-            outcomes.update(await asyncio.gather(*(made[kind]() for kind in kinds)))
+            outcomes.update(await asyncio.gather(*(clients[kind]() for kind in kinds)))
     return outcomes
 
 
@@ -180,27 +180,27 @@ def overload(
 ) -> None:
     """Far more clients than places: how soon the others are told (429), and what the admitted ones notice."""
     with serving(bundle, VITRINE_QUEUE_SIZE="8", VITRINE_BATCH_SIZE="8", VITRINE_MAX_BATCH="8") as server:
-        with suppress(PermissionError):  # the clients stand for other machines
+        with suppress(PermissionError):  # the clients represent other machines
             os.nice(-10)
         light = asyncio.run(_hammer(server, 16, seconds / 4, herd))
         heavy = asyncio.run(_hammer(server, clients, seconds, herd))
-    for name, found in ((f"{16} clients", light), (f"{clients} clients", heavy)):
-        for status, times in sorted(found.items()):
-            middle, later, late = np.percentile(times, [50, 95, 99])
-            soon = np.mean(np.array(times) <= 50)
-            quantiles = f"median {middle:6.1f}, p95 {later:6.1f}, p99 {late:6.1f} ms"
-            print(f"{name}: {status}: {len(times):6,} answers; {quantiles}; {soon:.1%} within 50 ms")
+    for name, times_by_status in ((f"{16} clients", light), (f"{clients} clients", heavy)):
+        for status, times in sorted(times_by_status.items()):
+            p50, p95, p99 = np.percentile(times, [50, 95, 99])
+            prompt = np.mean(np.array(times) <= 50)
+            quantiles = f"median {p50:6.1f}, p95 {p95:6.1f}, p99 {p99:6.1f} ms"
+            print(f"{name}: {status}: {len(times):6,} answers; {quantiles}; {prompt:.1%} within 50 ms")
     if set(light) | set(heavy) != {200, 429}:
         raise typer.Exit(1)
 
 
 async def _hammer(server: Server, clients: int, seconds: float, herd: bool) -> dict[int, list[float]]:
-    """Status -> milliseconds of every answer. Refused clients come again when Retry-After says so.
+    """Status -> milliseconds of every answer. Refused clients retry after Retry-After.
 
-    On bare streams: a client library would take more of the processors than the service does.
+    Uses bare streams: a client library would need more processor time than the service does.
     """
-    (file,), times = drawn(1), dict[int, list[float]]()
-    whole = http_request("/v1/attribute", *multipart(file, "{}"))
+    (file,), times = drawn_images(1), dict[int, list[float]]()
+    payload = http_request("/v1/attribute", *multipart(file, "{}"))
     host, port = server.url.removeprefix("http://").split(":")
     end = time.monotonic() + seconds
 
@@ -209,7 +209,7 @@ async def _hammer(server: Server, clients: int, seconds: float, herd: bool) -> d
         reader, writer = await asyncio.open_connection(host, int(port))
         while time.monotonic() < end:
             start = time.perf_counter()
-            writer.write(whole)
+            writer.write(payload)
             answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
             status = int(answer.split()[1])
             times.setdefault(status, []).append((time.perf_counter() - start) * 1e3)
@@ -240,7 +240,7 @@ def recovery(
 
 
 async def _recover(server: Server, clients: int) -> tuple[float, int, int]:
-    (file,), (worker,) = drawn(1), server.workers
+    (file,), (worker,) = drawn_images(1), server.workers
     body, headers = multipart(file, "{}")
     killed, back = asyncio.Event(), asyncio.Event()
     killed_at, back_at, lost, answered = 0.0, 0.0, 0, 0
@@ -281,7 +281,7 @@ def soak(
 ) -> None:
     """Steady load of every kind of request, new labels in each: memory stays flat after the warm-up."""
     with serving(bundle) as server:
-        count, readings = asyncio.run(_soak(server, drawn(16), minutes * 60, clients))
+        count, readings = asyncio.run(_soak(server, drawn_images(16), minutes * 60, clients))
     for seconds, mib in readings:
         print(f"{seconds / 60:6.1f} min  {mib:7.1f} MiB")
     settled = [mib for seconds, mib in readings if seconds >= minutes * 6]
@@ -296,7 +296,7 @@ async def _soak(
 ) -> tuple[int, list[tuple[float, float]]]:
     start, count, numbers = time.monotonic(), 0, itertools.count()
     readings: list[tuple[float, float]] = []
-    asked: tuple[tuple[str, dict[str, Any]], ...] = (
+    requests: tuple[tuple[str, dict[str, Any]], ...] = (
         ("/v1/attribute", {}),
         ("/v1/attribute", {"explain": {"heatmap": True, "lens": True}}),
         ("/v1/classify", {"labels": ["cat", "dog", "a thing of its own"]}),
@@ -308,7 +308,7 @@ async def _soak(
             nonlocal count
             while time.monotonic() - start < seconds:
                 number = next(numbers)
-                path, request = asked[number % len(asked)]
+                path, request = requests[number % len(requests)]
                 text = json.dumps(request).replace("of its own", f"of its own {number % 5000}")
                 body, headers = multipart(files[number % len(files)], text)
                 (await http.post(path, content=body, headers=headers)).raise_for_status()

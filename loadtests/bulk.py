@@ -1,14 +1,14 @@
-"""What `vitrine bulk` makes of the engine's speed, and whether it keeps its word when it is killed.
+"""How much of the engine's speed `vitrine bulk` reaches, and whether killed runs resume without loss.
 
     python loadtests/random_bundle.py build/b32-random
     python loadtests/bulk.py speed --bundle build/b32-random
     python loadtests/bulk.py ray --bundle build/b32-random --small 128 --large 512
     python loadtests/bulk.py kill --images 10000 --kills 3
 
-Speed: a bare loop of the engine on one batch, and bulk runs on drawn images in five formats from files to Parquet, in
-turns in one process; the ratio is the median of the rounds'. Ray: one process and Ray's, each with a small and a large
-job: the difference of the two leaves the start out. Kill: a run of its own process, killed with SIGKILL when a random
-share of it is done, then taken up.
+Speed: a bare loop of the engine on one batch, and bulk runs on drawn images in five formats from files to Parquet,
+alternating in one process; the ratio is the median over the rounds. Ray: one process and Ray's, each with a small and a
+large job: the difference of the two excludes the start-up. Kill: a run in a separate process, killed with SIGKILL when
+a random share of it is done, then resumed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from corpus import drawn
+from corpus import drawn_images
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.service.offline.bulk.inputs import open_source
 from vitrine.service.offline.bulk.job import make_job
@@ -41,7 +41,7 @@ from vitrine.service.schemas.attribute import AttributeRequest
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 Bundle = Annotated[Path, typer.Option(help="Default: the embedded one.")]
-DISTINCT = 200  # drawn pictures, over and over
+DISTINCT = 200  # drawn pictures, repeated
 PER_THOUSAND_BROKEN = 1
 
 
@@ -54,11 +54,11 @@ def speed(
     side: Annotated[int, typer.Option(help="Of the drawn images, in pixels.")] = 224,
 ) -> None:
     """Images a second of bulk runs over those of a bare engine loop."""
-    found = []
+    rates = []
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        _draw(place / "images", images, side)
-        work = _work(bundle, place / "images", place / "out", batch_size=batch_size, part_size=128)
+        root = Path(scratch)
+        _draw(root / "images", images, side)
+        work = _work(bundle, root / "images", root / "out", batch_size=batch_size, part_size=128)
         work.out.mkdir()
         worker = Worker(open_bundle(bundle), work)
         size = worker.bundle.manifest.preprocessing.size
@@ -70,9 +70,9 @@ def speed(
             between = time.perf_counter()
             done = sum(step.images for step in worker.run(range(work.job.parts)))
             end = time.perf_counter()
-            found.append((done / (end - between), images // batch_size * batch_size / (between - start)))
-    bulks, loops = zip(*found, strict=True)
-    ratios = [one / other for one, other in found]
+            rates.append((done / (end - between), images // batch_size * batch_size / (between - start)))
+    bulks, loops = zip(*rates, strict=True)
+    ratios = [bulk_rate / loop_rate for bulk_rate, loop_rate in rates]
     print(
         f"bulk {statistics.median(bulks):.1f} images/s, bare loop in batches of {batch_size} "
         f"{statistics.median(loops):.1f}; ratio {statistics.median(ratios):.3f} "
@@ -90,15 +90,15 @@ def ray(
     batch_size: Annotated[int, typer.Option(help="Of both.")] = 8,
 ) -> None:
     """Images a second of Ray's processes over those of one without Ray, the start left out."""
-    found = []
+    rates = []
     for _ in track(range(rounds), "rounds", transient=True):
         one, several = (
             (large - small) / (_seconds(bundle, large, batch_size, count) - _seconds(bundle, small, batch_size, count))
             for count in (0, workers)
         )
-        found.append((one, several))
+        rates.append((one, several))
         print(f"one process {one:.1f} images/s, {workers} of Ray's {several:.1f}; ratio {several / one:.3f}")
-    print(f"median ratio {statistics.median(several / one for one, several in found):.3f}")
+    print(f"median ratio {statistics.median(several / one for one, several in rates):.3f}")
 
 
 @app.command()
@@ -111,22 +111,22 @@ def kill(
     """Kill a run again and again, take it up, and count."""
     chance = random.Random(seed)  # noqa: S311
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
+        root = Path(scratch)
         broken = images * PER_THOUSAND_BROKEN // 1_000
-        _draw(place / "images", images, 96, broken)
-        command = [sys.executable, __file__, "run", str(place / "images"), str(place / "out"), "--bundle", str(bundle)]
+        _draw(root / "images", images, 96, broken)
+        command = [sys.executable, __file__, "run", str(root / "images"), str(root / "out"), "--bundle", str(bundle)]
         parts = -(-(images + broken) // 512)
         moments = sorted(chance.sample(range(1, parts - 1), kills))
         for moment in moments:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # noqa: S603
-            while process.poll() is None and len(_done(place / "out")) < moment:
+            while process.poll() is None and len(_done(root / "out")) < moment:
                 time.sleep(0.005)
-            time.sleep(chance.random())  # not at the rename, but anywhere in the part that follows
+            time.sleep(chance.random())  # not right at the rename, but anywhere in the next part
             process.send_signal(signal.SIGKILL)
-            print(f"killed: {process.wait() == -signal.SIGKILL}, {len(_done(place / 'out'))} of {parts} parts done")
+            print(f"killed: {process.wait() == -signal.SIGKILL}, {len(_done(root / 'out'))} of {parts} parts done")
         subprocess.run(command, check=True)  # noqa: S603
-        rows = _ids(place / "out")
-        problems = _ids(place / "out" / "errors")
+        rows = _ids(root / "out")
+        problems = _ids(root / "out" / "errors")
     distinct = len(set(rows + problems))
     print(f"{len(rows):,} rows and {len(problems):,} errors, {distinct:,} distinct, of {images + broken:,} images")
     if (len(rows), len(problems), distinct) != (images, broken, images + broken):
@@ -150,11 +150,11 @@ def _ids(folder: Path) -> list[int]:
 
 
 def _seconds(bundle: Path, images: int, batch_size: int, workers: int) -> float:
-    """Of a whole run on drawn images, in parts of 64. workers: of Ray's; 0: without."""
+    """Duration of a whole run on drawn images, in parts of 64. workers: Ray's; 0: without Ray."""
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        _draw(place / "images", images, 224)
-        work = _work(bundle, place / "images", place / "out", batch_size=batch_size, part_size=64)
+        root = Path(scratch)
+        _draw(root / "images", images, 224)
+        work = _work(bundle, root / "images", root / "out", batch_size=batch_size, part_size=64)
         start = time.perf_counter()
         bulk(open_bundle(bundle), work, Console(quiet=True), workers)
         return time.perf_counter() - start
@@ -167,15 +167,15 @@ def _work(bundle: Path, folder: Path, out: Path, batch_size: int = 8, part_size:
 
 
 def _draw(folder: Path, count: int, side: int, broken: int = 0) -> None:
-    """Files of drawn pictures, the broken ones spread among them."""
+    """Writes files of drawn pictures, with the broken ones spread among them."""
     folder.mkdir()
-    pictures = drawn(min(count, DISTINCT), side)
-    every = (count + broken) // broken if broken else 0
-    sound = 0
+    pictures = drawn_images(min(count, DISTINCT), side)
+    interval = (count + broken) // broken if broken else 0
+    valid = 0
     for number in range(count + broken):
-        is_broken = bool(every) and number % every == every - 1
-        (folder / f"{number:06}").write_bytes(b"" if is_broken else pictures[sound % len(pictures)])
-        sound += not is_broken
+        is_broken = bool(interval) and number % interval == interval - 1
+        (folder / f"{number:06}").write_bytes(b"" if is_broken else pictures[valid % len(pictures)])
+        valid += not is_broken
 
 
 if __name__ == "__main__":

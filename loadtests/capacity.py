@@ -1,4 +1,4 @@
-"""From what one image takes to processors, or GPUs, and money a day: the tables of deploy/CAPACITY.md.
+"""From the cost of one image to processors or GPUs, and dollars a day: the tables of deploy/CAPACITY.md.
 
     python loadtests/capacity.py --milliseconds 110 --price 0.041
     python loadtests/capacity.py --milliseconds 1.2 --price 1.0 --unit GPUs
@@ -18,7 +18,7 @@ IMAGES_A_DAY = (1_000_000, 100_000_000, 10_000_000_000)
 
 
 class Plan(NamedTuple):
-    """What a load takes."""
+    """Resources and cost of a load."""
 
     mean: float  # images a second
     peak: float
@@ -28,7 +28,7 @@ class Plan(NamedTuple):
 
 
 def plan(images_a_day: float, milliseconds: float, price: float, peak: float = 2.0, load: float = 0.8) -> Plan:
-    """Units and money for images that take so many milliseconds of a unit each.
+    """Units and cost for images that each take `milliseconds` of a unit.
 
     Args:
         price: dollars an hour of a unit.
@@ -36,7 +36,7 @@ def plan(images_a_day: float, milliseconds: float, price: float, peak: float = 2
         load: share of their time that units may be busy, before waiting grows.
     """
     mean = images_a_day / DAY
-    busy = milliseconds / 1e3 / load  # units that one image a second takes
+    busy = milliseconds / 1e3 / load  # units that one image a second needs
     units = math.ceil(mean * peak * busy)
     return Plan(mean, mean * peak, units, units * price * 24, min(units, max(1.0, mean * busy)) * price * 24)
 
@@ -52,10 +52,10 @@ def main(
     print(f"| images a day | mean, a second | peak | {unit} | $ a day | $ a day, scaled by the hour |")
     print("|---|---|---|---|---|---|")
     for images in IMAGES_A_DAY:
-        found = plan(images, milliseconds, price, peak, load)
+        figures = plan(images, milliseconds, price, peak, load)
         print(
-            f"| {images:,} | {found.mean:,.1f} | {found.peak:,.1f} | {found.units:,} | {found.dollars:,.0f} "
-            f"| {found.scaled:,.0f} |"
+            f"| {images:,} | {figures.mean:,.1f} | {figures.peak:,.1f} | {figures.units:,} | {figures.dollars:,.0f} "
+            f"| {figures.scaled:,.0f} |"
         )
 
 

@@ -1,8 +1,8 @@
-"""What feature cards cost an answer: one client asks two servers in turn, with the same bundle, with and without them.
+"""Latency cost of feature cards: one client queries two servers in turn, on one bundle with and without cards.
 
     python loadtests/cards.py --bundle models/demo
 
-Then what the cards' own routes take: a card, a search, similar images.
+Then the latency of the cards' own routes: a card, a search, similar images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import httpx
 import typer
 from rich.progress import track
 
-from corpus import drawn
+from corpus import drawn_images
 from server import serving
 from vitrine.models.bundle.bundle import Bundle, open_bundle, seal
 from vitrine.service.operations.settings import DEMO_BUNDLE
@@ -40,13 +40,13 @@ def main(
         bare = _without_cards(opened, Path(scratch) / "bare")
         with serving(bundle) as with_cards, serving(bare) as without:
             clients = [httpx.Client(base_url=server.url, timeout=60) for server in (with_cards, without)]
-            image = {"image": drawn(1)[0]}
-            asked = [partial(client.post, "/v1/attribute", files=image) for client in clients]
-            times = _in_turns(asked, pairs)
-            ours, theirs = map(statistics.median, times)
+            image = {"image": drawn_images(1)[0]}
+            requests = [partial(client.post, "/v1/attribute", files=image) for client in clients]
+            times = _in_turns(requests, pairs)
+            with_ms, bare_ms = map(statistics.median, times)
             ratios = statistics.median(one / other for one, other in zip(*times, strict=True))
             print(
-                f"/v1/attribute: {ours:.2f} ms with cards, {theirs:.2f} ms without: ratio {ours / theirs:.3f}; "
+                f"/v1/attribute: {with_ms:.2f} ms with cards, {bare_ms:.2f} ms without: ratio {with_ms / bare_ms:.3f}; "
                 f"median of paired ratios {ratios:.3f}"
             )
             http, layers, features = clients[0], opened.manifest.shape.layers, opened.manifest.shape.features
@@ -55,9 +55,9 @@ def main(
                 "a search": lambda n: http.get("/v1/features", params={"label": "abcdefgh"[n % 8]}),
                 "similar images, all layers": lambda n: http.post("/v1/similar", files=image),
             }
-            for name, ask in routes.items():
-                found = [_milliseconds(partial(ask, number)) for number in range(100)]
-                print(f"{name}: median {statistics.median(found):.1f} ms, largest {max(found):.1f} ms")
+            for name, send in routes.items():
+                durations = [_milliseconds(partial(send, number)) for number in range(100)]
+                print(f"{name}: median {statistics.median(durations):.1f} ms, largest {max(durations):.1f} ms")
             for client in clients:
                 client.close()
 
@@ -68,21 +68,21 @@ def _without_cards(bundle: Bundle, out: Path) -> Path:
     return out
 
 
-def _in_turns(asked: Sequence[Callable[[], httpx.Response]], pairs: int) -> list[list[float]]:
-    """Milliseconds of each, asked one after the other; who comes first changes from pair to pair."""
-    times: list[list[float]] = [[] for _ in asked]
+def _in_turns(requests: Sequence[Callable[[], httpx.Response]], pairs: int) -> list[list[float]]:
+    """Milliseconds of each request, sent in turns; which comes first changes from pair to pair."""
+    times: list[list[float]] = [[] for _ in requests]
     for number in track(range(pairs + WARM_UP), "pairs", transient=True):
-        order = range(len(asked)) if number % 2 else reversed(range(len(asked)))
+        order = range(len(requests)) if number % 2 else reversed(range(len(requests)))
         for which in order:
-            took = _milliseconds(asked[which])
+            took = _milliseconds(requests[which])
             if number >= WARM_UP:
                 times[which].append(took)
     return times
 
 
-def _milliseconds(ask: Callable[[], httpx.Response]) -> float:
+def _milliseconds(send: Callable[[], httpx.Response]) -> float:
     start = time.perf_counter()
-    ask().raise_for_status()
+    send().raise_for_status()
     return (time.perf_counter() - start) * 1e3
 
 

@@ -1,4 +1,4 @@
-"""What the load tests send: image files, sound and damaged, and the bytes of requests."""
+"""Input of the load tests: valid and damaged image files, and the bytes of requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
-def drawn(count: int, side: int = 96) -> list[bytes]:
+def drawn_images(count: int, side: int = 96) -> list[bytes]:
     """Image files in every format, with structure in them."""
     generator, files = np.random.default_rng(0), []
     for number in range(count):
@@ -26,18 +26,18 @@ def drawn(count: int, side: int = 96) -> list[bytes]:
     return files
 
 
-def files_of(corpus: Path | None) -> list[bytes]:
-    """Every file of a folder, or drawn ones."""
+def image_files(corpus: Path | None) -> list[bytes]:
+    """Every file of a folder; drawn images if there is no folder."""
     if corpus is None:
-        return drawn(40)
-    found = [path.read_bytes() for path in sorted(corpus.rglob("*")) if path.is_file()]
-    if not found:
+        return drawn_images(40)
+    files = [path.read_bytes() for path in sorted(corpus.rglob("*")) if path.is_file()]
+    if not files:
         raise typer.BadParameter(f"no files under {corpus}")
-    return found
+    return files
 
 
-def mutated(files: list[bytes], seed: int) -> Iterator[bytes]:
-    """Without end: a file with bytes changed, cut out, doubled, moved, or swapped with another file's."""
+def mutated_files(files: list[bytes], seed: int) -> Iterator[bytes]:
+    """Endless: a file with bytes changed, cut out, doubled, moved, or replaced with another file's."""
     chance = random.Random(seed)  # noqa: S311
     while True:
         data = bytearray(chance.choice(files))
@@ -72,6 +72,6 @@ def multipart(image: bytes, request: str) -> tuple[bytes, dict[str, str]]:
 
 
 def http_request(path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
-    """The whole of a POST, for a bare connection."""
+    """A complete POST request, for a bare connection."""
     lines = [f"POST {path} HTTP/1.1", "Host: h", *(f"{name}: {value}" for name, value in headers.items())]
     return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body

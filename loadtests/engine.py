@@ -1,17 +1,17 @@
-"""What an account costs: our vision graph beside plain CLIP and beside the usual ways to explain it, in one paired run.
+"""Cost of an account: our vision graph against plain CLIP and the usual ways to explain it, in one paired run.
 
     python loadtests/engine.py --quick
     python loadtests/engine.py --shape b32 --features 6144 --features 24576 --batch 1 --batch 8 --pairs 20
     python loadtests/engine.py --shape b32 --scaling                     (over F, k, labels and targets)
     python loadtests/engine.py --shape b16 --json rows.json
 
-Weights and pixels are random: speed does not depend on them. In each round every variant runs once, in an order
-of chance, on the same pixels; figures are medians, ratios are medians of the rounds' ratios to plain CLIP in the same
-ONNX Runtime.
+Weights and pixels are random: speed does not depend on them. In each round every variant runs once, in random order,
+on the same pixels; figures are medians, ratios are medians of the rounds' ratios to plain CLIP in the same ONNX
+Runtime.
 
     plain, plain int8         CLIP's image encoder as an ONNX graph
-    ledger, ledger int8       the same with everything that an account is made of
-    ledger, details           with what heat maps and the lens need, too
+    ledger, ledger int8       the same with all outputs that an account needs
+    ledger, details           also with the outputs for heat maps and the lens
     account                   ledger, and the account of the top-1 among ten labels, in numpy
     account, heatmap          with a heat map
     torch                     open_clip's encode_image
@@ -40,7 +40,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads would spin into ONNX Runtime's turn
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's threads spin while ONNX Runtime runs
 
 import numpy as np
 import onnxruntime
@@ -77,7 +77,7 @@ QUICK: dict[str, Any] = {
 
 
 class Shape(StrEnum):
-    """Of a CLIP: open_clip's ViT-B-32 and ViT-B-16, and a small one."""
+    """Shape of a CLIP: open_clip's ViT-B-32 and ViT-B-16, and a small one."""
 
     QUICK = "quick"
     B32 = "b32"
@@ -96,7 +96,7 @@ class Case:
 
 
 class RandomClt:
-    """What `AttributionGraph` reads of a CLT, without the decoders that only training and replacement need."""
+    """The parts of a CLT that `AttributionGraph` reads: no decoders, which only training and replacement need."""
 
     def __init__(self, layers: int, width: int, features: int, k: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -119,7 +119,7 @@ class RandomClt:
 
 
 class _Plain(nn.Module):
-    """Pixels to unit embeddings, by open_clip's own modules."""
+    """Pixels to unit embeddings, with open_clip's own modules."""
 
     def __init__(self, visual: Any) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class _Plain(nn.Module):
 
 
 def load(shape: Shape) -> Any:
-    """open_clip's model of that shape, random weights."""
+    """open_clip's model of this shape, with random weights."""
     torch.manual_seed(0)
     logging.disable(logging.WARNING)  # open_clip warns that there are no weights
     model = open_clip.CLIP(**QUICK) if shape == Shape.QUICK else open_clip.create_model(f"ViT-B-{shape[1:]}")
@@ -138,7 +138,7 @@ def load(shape: Shape) -> Any:
 
 
 def graphs(cache: Path, shape: Shape, features: int, k: int) -> tuple[Path, Path]:
-    """(folder of the plain graphs, folder of ours), exported if they are not there."""
+    """(folder of the plain graphs, folder of our graphs), exported if missing."""
     plain, ours = cache / f"{shape}-plain", cache / f"{shape}-{features}-{k}"
     if not (plain / "int8.onnx").exists():
         plain.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def graphs(cache: Path, shape: Shape, features: int, k: int) -> tuple[Path, Path
 def _write(model: Any, folder: Path) -> None:
     int8 = make_variant(model, "int8")
     save_onnx(preselect(model), folder / "fp32.onnx")
-    save_onnx(int8, folder / "int8.onnx")  # last: its presence says that all are there
+    save_onnx(int8, folder / "int8.onnx")  # last: its presence marks the folder as complete
 
 
 def _example(model: Any) -> Tensor:
@@ -169,15 +169,15 @@ def _example(model: Any) -> Tensor:
 
 
 def session(path: Path, device: Device, threads: int) -> onnxruntime.InferenceSession:
-    """As the service makes them."""
+    """An inference session as the service creates it."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(path, options, providers=[PROVIDERS[device]])
 
 
-class Ours:
-    """The exported graph and what the service does with its outputs."""
+class ExportedGraph:
+    """The exported graph, and what the service computes from its outputs."""
 
     def __init__(self, folder: Path, file: str, pixels: NDArray[np.float32], device: Device, threads: int) -> None:
         self.session, self.pixels = session(folder / file, device, threads), pixels
@@ -195,19 +195,19 @@ class Ours:
         names = (*VISION_OUTPUTS, *DETAILS) if details else VISION_OUTPUTS
         feeds = {"pixels": self.pixels, DETAILS_INPUT: np.array(details)}
         outputs = dict(zip(names, self.session.run(names, feeds), strict=True))
-        return [Decomposition.of_image(outputs, image, details) for image in range(len(self.pixels))]
+        return [Decomposition.from_batch(outputs, image, details) for image in range(len(self.pixels))]
 
     def accounts(self, labels: int = 10, targets: int = 1, heatmap: bool = False) -> Run:
-        """A call that explains `targets` of so many cached labels, for every image."""
-        made = np.random.default_rng(1).standard_normal((labels, self.tables.fold.shape[1]), np.float32)
+        """A call that explains `targets` of `labels` cached labels, for every image."""
+        embeddings = np.random.default_rng(1).standard_normal((labels, self.tables.fold.shape[1]), np.float32)
         names = tuple(f"label {index}" for index in range(labels))
-        label_set = LabelSet(names, made / np.linalg.norm(made, axis=1, keepdims=True))
+        label_set = LabelSet(names, embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True))
         explain = Explain(targets=list(names[:targets]) if targets > 1 else None, heatmap=heatmap)
         return lambda: [account(parts, label_set, self.tables, explain) for parts in self.graph(heatmap)]
 
 
 def peers(model: Any, clt: RandomClt, pixels: NDArray[np.float32], device: Device) -> dict[str, Run]:
-    """The usual ways, in PyTorch."""
+    """The usual explanation methods, in PyTorch."""
     model, x = model.to(device), torch.from_numpy(pixels).to(device)
     labels = nn.functional.normalize(torch.randn(10, model.visual.proj.shape[1], device=device), dim=-1)
     blocks = model.visual.transformer.resblocks
@@ -223,19 +223,19 @@ def peers(model: Any, clt: RandomClt, pixels: NDArray[np.float32], device: Devic
 
     def hooks() -> Tensor:
         """Every MLP's input and output by hooks; codes of all tokens; one dense product for each pair of layers."""
-        read: list[Tensor] = []
-        handles = [block.ln_2.register_forward_hook(lambda _m, _i, out: read.append(out)) for block in blocks]
-        handles += [block.mlp.register_forward_hook(lambda _m, _i, out: read.append(out)) for block in blocks]
+        captured: list[Tensor] = []
+        handles = [block.ln_2.register_forward_hook(lambda _m, _i, out: captured.append(out)) for block in blocks]
+        handles += [block.mlp.register_forward_hook(lambda _m, _i, out: captured.append(out)) for block in blocks]
         with torch.no_grad():
             logits(x)
             for handle in handles:
                 handle.remove()
             codes = []
-            for (weight, bias), mlp_in in zip(encoders, read[::2], strict=True):
+            for (weight, bias), mlp_in in zip(encoders, captured[::2], strict=True):
                 preactivations = mlp_in.flatten(0, 1) @ weight.T + bias
                 best = preactivations.topk(k, dim=-1)
                 codes.append(torch.zeros_like(preactivations).scatter_(-1, best.indices, best.values.relu()))
-            # one table a source stands for its decoders onto every target: the same products, less memory
+            # one table per source replaces its decoders onto every target: the same products, less memory
             written = [sum(codes[i] @ table[i] for i in range(j + 1)) for j in range(len(blocks))]
             return _wait(torch.stack([torch.as_tensor(part) for part in written]))
 
@@ -258,9 +258,9 @@ def peers(model: Any, clt: RandomClt, pixels: NDArray[np.float32], device: Devic
 
 
 def rounds(runs: dict[str, Run], pairs: int, title: str) -> dict[str, list[float]]:
-    """Milliseconds of every variant in every round, after one round that is not counted.
+    """Milliseconds of every variant in every round, after one warm-up round.
 
-    Each round has an order of its own: none is always the one that finds the caches as the slowest left them.
+    Each round has its own order: no variant always runs with the caches as the slowest one left them.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     chance = random.Random(0)  # noqa: S311
@@ -274,22 +274,22 @@ def rounds(runs: dict[str, Run], pairs: int, title: str) -> dict[str, list[float
 
 
 def rows(case: Case, times: dict[str, list[float]], base: str = "plain") -> Iterable[dict[str, Any]]:
-    """One a variant: {variant, shape, features, k, batch, median_ms, ratio_to_plain}."""
-    for name, found in times.items():
-        ratio = statistics.median(a / b for a, b in zip(found, times[base], strict=True))
-        yield {"variant": name, **vars(case), "median_ms": statistics.median(found), "ratio_to_plain": ratio}
+    """One row per variant: {variant, shape, features, k, batch, median_ms, ratio_to_plain}."""
+    for name, milliseconds in times.items():
+        ratio = statistics.median(a / b for a, b in zip(milliseconds, times[base], strict=True))
+        yield {"variant": name, **vars(case), "median_ms": statistics.median(milliseconds), "ratio_to_plain": ratio}
 
 
 def compare(case: Case, cache: Path, pairs: int, threads: int, device: Device, slow: bool) -> list[dict[str, Any]]:
-    """The table of one case; `slow`: with the ways that run a graph in PyTorch."""
+    """The rows of one case; `slow`: include the methods in PyTorch."""
     plain, ours = graphs(cache, case.shape, case.features, case.k)
     model = load(case.shape)
     pixels = np.random.default_rng(0).standard_normal((case.batch, *_example(model).shape[1:]), np.float32)
     runs: dict[str, Run] = {}
     for suffix, file in (("", "fp32.onnx"), (" int8", "int8.onnx")) if device == "cpu" else (("", "fp32.onnx"),):
-        made = session(plain / file, device, threads)
-        runs[f"plain{suffix}"] = lambda made=made: made.run(["embedding"], {"pixels": pixels})  # type: ignore[misc]
-        engine = Ours(ours, file, pixels, device, threads)
+        baseline = session(plain / file, device, threads)
+        runs[f"plain{suffix}"] = lambda baseline=baseline: baseline.run(["embedding"], {"pixels": pixels})  # type: ignore[misc]
+        engine = ExportedGraph(ours, file, pixels, device, threads)
         runs[f"ledger{suffix}"] = engine.graph
         if not suffix:
             runs["ledger, details"] = lambda engine=engine: engine.graph(True)  # type: ignore[misc]
@@ -303,10 +303,10 @@ def compare(case: Case, cache: Path, pairs: int, threads: int, device: Device, s
 
 
 def scale_labels(case: Case, cache: Path, pairs: int, threads: int, device: Device) -> list[dict[str, Any]]:
-    """Accounts of more labels and targets; ratios are to ten labels and one target."""
+    """Rows for more labels and targets; ratios are relative to ten labels and one target."""
     _, ours = graphs(cache, case.shape, case.features, case.k)
     pixels = np.random.default_rng(0).standard_normal((case.batch, *_example(load(case.shape)).shape[1:]), np.float32)
-    engine = Ours(ours, "fp32.onnx", pixels, device, threads)
+    engine = ExportedGraph(ours, "fp32.onnx", pixels, device, threads)
     runs = {
         f"account, {labels:,} labels, {targets} target{'s' * (targets > 1)}": engine.accounts(labels, targets)
         for labels, targets in ((10, 1), (100, 1), (1000, 1), (10, 10), (1000, 32))
@@ -315,7 +315,7 @@ def scale_labels(case: Case, cache: Path, pairs: int, threads: int, device: Devi
 
 
 def memory(cache: Path, case: Case, threads: int) -> dict[str, Any]:
-    """Peak resident memory of a process that has our graph alone and runs it, beside the size of its weights."""
+    """Peak resident memory of a process that only loads and runs our graph, and the size of the graph's weights."""
     _, ours = graphs(cache, case.shape, case.features, case.k)
     side = _example(load(case.shape)).shape[-1]
     code = (
@@ -337,11 +337,11 @@ def memory(cache: Path, case: Case, threads: int) -> dict[str, Any]:
     }
 
 
-def show(console: Console, found: list[dict[str, Any]]) -> None:
+def show(console: Console, results: list[dict[str, Any]]) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("variant", "shape", "F", "k", "batch", "median, ms", "ratio"):
         table.add_column(heading, justify="left" if heading in ("variant", "shape") else "right")
-    for row in found:
+    for row in results:
         numbers = (f"{row['features']:,}", str(row["k"]), str(row["batch"]), f"{row['median_ms']:.2f}")
         table.add_row(row["variant"], row["shape"], *numbers, f"{row['ratio_to_plain']:.3f}")
     console.print(table)
@@ -366,26 +366,26 @@ def main(
     if quick:
         shape, features, k, batch, pairs = [Shape.QUICK], [1024], [16], [1, 8], 5
     threads = threads or available_processors()[0]
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for case in itertools.starmap(Case, itertools.product(shape, features, k, batch)):
-        some = compare(case, cache, pairs, threads, device, slow=case.batch <= peers_at)
-        show(console, some)
-        found += some
+        case_rows = compare(case, cache, pairs, threads, device, slow=case.batch <= peers_at)
+        show(console, case_rows)
+        results += case_rows
     if scaling:
-        for size, code in ((1536, 32), (6144, 16), (6144, 32), (6144, 64), (24576, 32)):
-            case = Case(shape[0], size, code, 1)
-            some = compare(case, cache, pairs, threads, device, slow=False)
-            found += some
-            show(console, some)
+        for size, budget in ((1536, 32), (6144, 16), (6144, 32), (6144, 64), (24576, 32)):
+            case = Case(shape[0], size, budget, 1)
+            case_rows = compare(case, cache, pairs, threads, device, slow=False)
+            results += case_rows
+            show(console, case_rows)
     first = Case(shape[0], features[0], k[0], 1)
     labels = scale_labels(first, cache, pairs, threads, device)
     show(console, labels)
-    used = memory(cache, first, threads)
+    usage = memory(cache, first, threads)
     console.print(
-        f"memory: {used['peak_bytes'] / 2**20:,.0f} MiB for {used['weights_bytes'] / 2**20:,.0f} MiB of weights"
+        f"memory: {usage['peak_bytes'] / 2**20:,.0f} MiB for {usage['weights_bytes'] / 2**20:,.0f} MiB of weights"
     )
     if json_file:
-        json_file.write_text(json.dumps([*found, *labels, used], indent=1))
+        json_file.write_text(json.dumps([*results, *labels, usage], indent=1))
 
 
 if __name__ == "__main__":

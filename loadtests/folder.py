@@ -37,16 +37,16 @@ def main(
     good = [(path, answer.json()) for path, answer in zip(images, answers, strict=True) if answer.status_code == 200]
     print(f"{len(images)} images: " + ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items())))
     remainder = max(abs(e["ledger"]["remainder"]) for _, answer in good for e in answer["explanations"])
-    off = max(abs(_sum_of_rows(e["ledger"]) - e["logit"]) for _, answer in good for e in answer["explanations"])
+    difference = max(abs(_sum_of_rows(e["ledger"]) - e["logit"]) for _, answer in good for e in answer["explanations"])
     r2 = sorted(answer["fidelity"]["r2"] for _, answer in good)
     print(
-        f"largest |remainder| {remainder:.1e}, largest |sum of rows - logit| {off:.1e}, "
+        f"largest |remainder| {remainder:.1e}, largest |sum of rows - logit| {difference:.1e}, "
         f"median R2 {r2[len(r2) // 2]:.3f}"
     )
     if classes:
-        right = sum(answer["predictions"][0]["label"] == path.parent.name for path, answer in good)
-        print(f"zero-shot top-1 {right / len(good):.4f}")
-    if statuses != {200: len(images)} or remainder > 1e-3 or off > 1e-3:
+        correct = sum(answer["predictions"][0]["label"] == path.parent.name for path, answer in good)
+        print(f"zero-shot top-1 {correct / len(good):.4f}")
+    if statuses != {200: len(images)} or remainder > 1e-3 or difference > 1e-3:
         raise typer.Exit(1)
 
 

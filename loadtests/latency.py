@@ -1,10 +1,10 @@
-"""`make loadtest`: a service of one's own, users on it, and a report of what they saw.
+"""`make loadtest`: starts a service, puts users on it, and reports what they saw.
 
     python loadtests/latency.py --load step --rate 150 --out build/loadtest
     python loadtests/latency.py --url http://gpu-node:3000 --load steady --rate 400 --max-p99 80
 
-The exit code is 1 where a threshold is missed: `--max-p99` (milliseconds), `--max-refused`, `--max-failed` (shares of
-all answers), `--min-answered` (share of what was offered). Loads: `loadtests/profiles.py`.
+The exit code is 1 if a threshold is missed: `--max-p99` (milliseconds), `--max-refused`, `--max-failed` (shares of
+all answers), `--min-answered` (share of the offered requests). Loads: `loadtests/profiles.py`.
 """
 
 from __future__ import annotations
@@ -52,26 +52,26 @@ def main(
         _locust(address, mix, load, rate, seconds, file)
         used = server.processor_seconds() - before if server else None
     if not file.exists():
-        raise typer.Exit(1)  # locust has said why
+        raise typer.Exit(1)  # locust has logged the reason
     rows = read_rows(file)
     steps = by_step(rows)
     if not steps:
         typer.echo(f"error: {len(rows)} answers are too few to say anything; let the steps last longer", err=True)
         raise typer.Exit(1)
-    what = f"{mix}, {load} load, {rate:g} requests a second"
+    title = f"{mix}, {load} load, {rate:g} requests a second"
     if used is not None and (answers := sum(row.status == 200 for row in rows)):
         cost = f"{used / answers * 1e3:.1f} ms of processor time in the service, an answer"
-        what = f"{what}; {cost}"
+        title = f"{title}; {cost}"
         print(cost)
-    report = write_report(out / "report.html", steps, rows, what)
+    report = write_report(out / "report.html", steps, rows, title)
     for step in steps:
         shown = ", ".join(f"p{at} {value:.1f}" for at, value in step.percentiles.items())
         print(
             f"offered {step.offered}/s: answered {step.answered:.1f}/s, {step.refused} refused, {step.failed} failed; "
             f"{shown} ms"
         )
-    if (found := knee(steps)) and len(steps) > 1:
-        print(f"knee: {found.offered} requests a second")
+    if (limit := knee(steps)) and len(steps) > 1:
+        print(f"knee: {limit.offered} requests a second")
     if pair := paired(rows):
         print(f"classify p50 {pair[0]:.2f} ms, attribute {pair[1]:.2f} ms: {pair[1] / pair[0] - 1:+.1%}")
     print(report)
@@ -82,7 +82,7 @@ def main(
 
 @contextmanager
 def _service(bundle: Path | None, url: str | None) -> Iterator[tuple[str, Server | None]]:
-    """Its address, and itself if it is our own."""
+    """The service's address, and the server if it was started here."""
     if url:
         yield url.rstrip("/"), None
     else:
@@ -91,7 +91,7 @@ def _service(bundle: Path | None, url: str | None) -> Iterator[tuple[str, Server
 
 
 def _locust(url: str, mix: str, load: str, rate: float, seconds: float, rows: Path) -> None:
-    """In a process of its own: locust patches sockets and threads."""
+    """Runs locust in a separate process: it patches sockets and threads."""
     command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtests/locustfile.py"), "--headless"]
     command += ["--only-summary", "--host", url, "--stop-timeout", "30", "--exit-code-on-error", "0"]
     command += ["--mix", mix, "--load", load, "--rate", str(rate), "--seconds", str(seconds), "--rows", str(rows)]
@@ -106,21 +106,21 @@ def _missed(
     max_failed: float,
     min_answered: float,
 ) -> list[str]:
-    """Thresholds that were not held, in words."""
+    """Descriptions of the missed thresholds."""
     refused = sum(row.status == 429 for row in rows) / len(rows)
     failed = sum(row.status not in (200, 429) for row in rows) / len(rows)
     worst = max(step.percentiles[99] for step in steps)
     answered = min(step.answered / step.offered for step in steps)
-    found = []
+    missed = []
     if max_p99 is not None and not worst <= max_p99:
-        found.append(f"p99 {worst:.1f} ms, {max_p99:g} allowed")
+        missed.append(f"p99 {worst:.1f} ms, {max_p99:g} allowed")
     if refused > max_refused:
-        found.append(f"{refused:.1%} refused, {max_refused:.1%} allowed")
+        missed.append(f"{refused:.1%} refused, {max_refused:.1%} allowed")
     if failed > max_failed:
-        found.append(f"{failed:.1%} failed, {max_failed:.1%} allowed")
+        missed.append(f"{failed:.1%} failed, {max_failed:.1%} allowed")
     if answered < min_answered:
-        found.append(f"{answered:.1%} of what was offered answered, {min_answered:.1%} wanted")
-    return found
+        missed.append(f"{answered:.1%} of what was offered answered, {min_answered:.1%} wanted")
+    return missed
 
 
 if __name__ == "__main__":

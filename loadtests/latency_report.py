@@ -45,8 +45,8 @@ and nothing fails; the knee is the largest such rate with all smaller ones kept 
 """
 
 
-def write_report(path: Path, steps: list[StepFigures], rows: list[Row], what: str) -> Path:
-    """Plots and a table; returns `path`."""
+def write_report(path: Path, steps: list[StepFigures], rows: list[Row], title: str) -> Path:
+    """Writes plots and a table; returns `path`."""
     steps = sorted(steps, key=lambda step: step.offered)
     figures = [_percentiles(steps), _answered(steps), _stages(steps)] if len(steps) > 1 else [_stages(steps)]
     lines = "".join(
@@ -55,15 +55,15 @@ def write_report(path: Path, steps: list[StepFigures], rows: list[Row], what: st
         + "</tr>"
         for step in steps
     )
-    found, pair = knee(steps), paired(rows)
-    verdict = f"Knee: {found.offered} requests a second." if found else "Not even the smallest rate was kept up with."
+    limit, pair = knee(steps), paired(rows)
+    verdict = f"Knee: {limit.offered} requests a second." if limit else "Not even the smallest rate was kept up with."
     if pair:
         verdict += (
             f" Under the same load, classify takes {pair[0]:.1f} ms and attribute {pair[1]:.1f} ms at the median: "
             f"{pair[1] / pair[0] - 1:+.1%}."
         )
     heads = "".join(f"<th>p{at}</th>" for at in PERCENTILES)
-    page = _PAGE.format(what=html.escape(what), verdict=verdict, figures="".join(figures), heads=heads, rows=lines)
+    page = _PAGE.format(what=html.escape(title), verdict=verdict, figures="".join(figures), heads=heads, rows=lines)
     path.write_text(page, encoding="utf-8")
     return path
 
@@ -110,11 +110,11 @@ def _stages(steps: list[StepFigures]) -> str:
 
 
 def _figure(title: str, draw: Callable[[pyplot.Axes], None]) -> str:
-    """A heading and an inline SVG, whose text is its title."""
+    """A heading and an inline SVG, both with this title."""
     figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
     draw(axes)
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", metadata={"Title": title, "Date": None})
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Title": title, "Date": None})
     pyplot.close(figure)
-    text = drawn.getvalue()
+    text = buffer.getvalue()
     return f"<h2>{html.escape(title)}</h2>{text[text.index('<svg') :]}"

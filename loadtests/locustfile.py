@@ -1,12 +1,12 @@
-"""Users of the service for locust: every request is one of a pinned set of pictures, in a pinned order.
+"""The service's users for locust: every request sends one of a fixed set of pictures, in a fixed order.
 
     locust -f loadtests/locustfile.py --headless --host http://127.0.0.1:3000 --mix attribute --load steady --rate 20
 
-A user asks once a second on average, 0.75 to 1.25 s after the last time, whether the last answer was quick or slow: so
-many users are an open load of so many requests a second, up to what they wait for, and independent of one another.
-(locust's own `constant_throughput` has users who start together ask together ever after: a herd a second.) 429 is an
-answer of its own kind: it counts neither as a success nor as a failure. Every answer is written down (`--rows`), with
-the stages that the service says it took.
+A user sends one request a second on average, 0.75 to 1.25 s after its previous one, whether that was answered quickly
+or slowly: N users are an open load of N requests a second, unless they have to wait, and independent of one another.
+(With locust's own `constant_throughput`, users that start together keep sending together: one burst a second.) A 429
+counts neither as a success nor as a failure. Every answer is recorded (`--rows`), with the stage times that the service
+reports.
 `loadtests/latency.py` starts the service, runs this, and writes the report.
 """
 
@@ -22,13 +22,13 @@ from typing import Any
 import gevent
 from locust import FastHttpUser, LoadTestShape, events, task
 
-from corpus import drawn, multipart
+from corpus import drawn_images, multipart
 from profiles import PROFILES, users_at
 
 STAGES = ("decode", "labels", "queue", "inference", "ledger", "predict")
 COLUMNS = ("seconds", "offered", "name", "status", "milliseconds", *STAGES)
 BATCH = 8  # images in a batch request
-# What a request is drawn from: (path, weight), or in turns.
+# What requests are drawn from: (path, weight); `paired` alternates instead.
 MIXES: dict[str, list[tuple[str, int]]] = {
     "classify": [("/v1/classify", 1)],
     "attribute": [("/v1/attribute", 1)],
@@ -37,7 +37,7 @@ MIXES: dict[str, list[tuple[str, int]]] = {
     "paired": [("/v1/classify", 1), ("/v1/attribute", 1)],
 }
 SEED = 0
-PICTURES = drawn(40)
+PICTURES = drawn_images(40)
 _numbers, _users = count(), count()
 _rows: list[list[Any]] = []
 
@@ -52,7 +52,7 @@ def _options(parser: Any) -> None:
 
 
 class Client(FastHttpUser):
-    """One user, who asks once a second on average."""
+    """One user, with one request a second on average."""
 
     connection_timeout = network_timeout = 60.0
 
@@ -62,7 +62,7 @@ class Client(FastHttpUser):
         gevent.sleep(self.due - time.time())
 
     def wait_time(self) -> float:
-        """Seconds until this user's next request; one who has been kept waiting asks at once, and not twice."""
+        """Seconds until this user's next request. A late user sends at once, but does not catch up on missed ones."""
         now = time.time()
         self.due = max(now, self.due + self.chance.uniform(0.75, 1.25))
         return self.due - now
@@ -72,9 +72,9 @@ class Client(FastHttpUser):
         options = self.environment.parsed_options
         number = next(_numbers)
         path = _path(options.mix, number, self.chance)
-        # A pair asks about one picture twice.
+        # A pair sends the same picture twice.
         picture = PICTURES[(number // 2 if options.mix == "paired" else number) % len(PICTURES)]
-        body: Any  # locust's types know text alone
+        body: Any  # locust's types allow only text
         body, headers = multipart(picture, "{}") if path != "/v1/attribute:batch" else _batch(number)
         runner = self.environment.runner
         offered = runner.target_user_count if runner else 0
@@ -87,7 +87,7 @@ class Client(FastHttpUser):
                 answer = json.loads(response.text)
                 stages = answer.get("timings_ms", {})
             elif response.status_code == 429:
-                response.success()  # told apart by its row, not by locust's failures
+                response.success()  # identified by its row, not among locust's failures
             else:
                 response.failure(f"{response.status_code} {(response.text or '')[:200]}")
             _rows.append([start, offered, path, response.status_code, took, *(stages.get(name) for name in STAGES)])
@@ -105,7 +105,7 @@ class Shape(LoadTestShape):
 
 @events.quitting.add_listener
 def _write(environment: Any, **_: Any) -> None:
-    """All rows, at the end: writing while asking would slow the asking."""
+    """Writes all rows at the end: writing during the run would slow the requests."""
     if environment.parsed_options.rows:
         with open(environment.parsed_options.rows, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)

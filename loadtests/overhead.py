@@ -1,11 +1,11 @@
-"""What the service adds to the engine: one client's latency, and throughput under load, beside bare engine calls.
+"""The service's overhead: one client's latency, and throughput under load, against bare engine calls.
 
     python loadtests/random_bundle.py build/b32-random
     python loadtests/overhead.py --bundle build/b32-random --photo photo.jpg
 
-Latency: request and bare call take turns on the same photo, medians of both. Throughput: full batches in a bare loop,
-then wrk's clients (a C program: a client in Python would take the processors that it measures), in rounds that take
-turns. The answers given under load are compared, number by number, with those of single requests.
+Latency: requests and bare calls alternate on the same photo, medians of both. Throughput: full batches in a bare loop,
+then wrk's clients (a C program: a client in Python would use the processors that it measures), in alternating rounds.
+The answers under load are compared, number by number, with those of single requests.
 """
 
 from __future__ import annotations
@@ -61,18 +61,18 @@ def main(
     engine = Engine(opened, settings)
     engine.warm_up()
     with serving(settings.bundle) as server:
-        asked, bare = _latency(server, path, image, engine, pixels[None], pairs)
+        served, bare = _latency(server, path, image, engine, pixels[None], pairs)
         print(
-            f"one client: p50 {asked:.2f} ms; bare engine call {bare:.2f} ms; "
-            f"ratio {asked / bare:.3f}, {asked - bare:+.2f} ms"
+            f"one client: p50 {served:.2f} ms; bare engine call {bare:.2f} ms; "
+            f"ratio {served / bare:.3f}, {served - bare:+.2f} ms"
         )
         worst = asyncio.run(_compare(server, path, clients))
         print(f"answers under load against single requests: largest difference {worst:.1e}")
         if shutil.which("wrk"):
             batch = np.repeat(pixels[None], settings.batch_size, 0)
-            found = list(_throughput(server, path, image, engine, batch, rounds, seconds, clients))
-            loads, loops = zip(*found, strict=True)
-            ratio = statistics.median(load / loop for load, loop in found)
+            rates = list(_throughput(server, path, image, engine, batch, rounds, seconds, clients))
+            loads, loops = zip(*rates, strict=True)
+            ratio = statistics.median(load / loop for load, loop in rates)
             print(
                 f"{clients} clients: {statistics.median(loads):.2f} images/s; bare loop in batches of {len(batch)} "
                 f"{statistics.median(loops):.2f} images/s; ratio {ratio:.3f}"
@@ -92,7 +92,7 @@ def _drawn() -> bytes:
 
 def _latency(server: Server, path: str, image: bytes, engine: Engine, pixels: Any, pairs: int) -> tuple[float, float]:
     """Medians (of requests, of bare calls), in milliseconds."""
-    asked, bare = [], []
+    served, bare = [], []
     with httpx.Client(base_url=server.url, timeout=60) as http:
         for number in track(range(pairs + 5), "one client", transient=True):
             start = time.perf_counter()
@@ -101,15 +101,15 @@ def _latency(server: Server, path: str, image: bytes, engine: Engine, pixels: An
             engine.explain(pixels)
             end = time.perf_counter()
             if number >= 5:
-                asked.append((between - start) * 1e3)
+                served.append((between - start) * 1e3)
                 bare.append((end - between) * 1e3)
-    return statistics.median(asked), statistics.median(bare)
+    return statistics.median(served), statistics.median(bare)
 
 
 def _throughput(
     server: Server, path: str, image: bytes, engine: Engine, batch: Any, rounds: int, seconds: int, clients: int
 ) -> Iterator[tuple[float, float]]:
-    """(images a second under load, of a bare loop), a round."""
+    """(images a second under load, in a bare loop), per round."""
     with tempfile.TemporaryDirectory() as scratch:
         body, script = Path(scratch) / "body", Path(scratch) / "post.lua"
         body.write_bytes(multipart(image, "{}")[0])
@@ -118,18 +118,18 @@ def _throughput(
         command = ["wrk", *options, server.url + path]
         for _ in track(range(rounds), "throughput", transient=True):
             shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603
-            found = re.search(r"Requests/sec:\s+([\d.]+)", shown)
-            if found is None or "Non-2xx" in shown:
+            match = re.search(r"Requests/sec:\s+([\d.]+)", shown)
+            if match is None or "Non-2xx" in shown:
                 raise RuntimeError(shown)
             start, images = time.perf_counter(), 0
             while time.perf_counter() - start < seconds:
                 engine.explain(batch)
                 images += len(batch)
-            yield float(found[1]), images / (time.perf_counter() - start)
+            yield float(match[1]), images / (time.perf_counter() - start)
 
 
 async def _compare(server: Server, path: str, clients: int) -> float:
-    """The largest difference between any two numbers of the answers to 64 pictures, alone and all at once."""
+    """The largest difference between the same numbers of the answers to 64 pictures, alone and all at once."""
     random = np.random.default_rng(1)
     pictures = []
     for _ in range(64):
@@ -149,7 +149,7 @@ async def _compare(server: Server, path: str, clients: int) -> float:
 
 
 def _numbers(answer: Any) -> list[float]:
-    """Every number of an answer, in order, but for the times."""
+    """Every number of an answer, in order, except the times."""
     if isinstance(answer, dict):
         return [number for key, value in answer.items() if key != "timings_ms" for number in _numbers(value)]
     if isinstance(answer, list):

@@ -1,4 +1,4 @@
-"""A bundle of a published CLIP's shape with random weights: for speed, which does not depend on them.
+"""A bundle of a published CLIP's shape with random weights: to measure speed, which does not depend on them.
 
 python loadtests/random_bundle.py build/b32-random --shape b32 --features 6144 --k 32
 """

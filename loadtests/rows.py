@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-KEPT_UP = 0.95  # of what is offered must be answered, for a rate to be within the knee
-SETTLING = 3.0  # seconds at the start of every step that count for nothing
+KEPT_UP = 0.95  # share of what is offered that must be answered, for a rate to be within the knee
+SETTLING = 3.0  # seconds at the start of every step that are ignored
 PERCENTILES = (50, 90, 95, 99)
-OTHER = "way and waiting"  # what the client saw and no stage of the service took
+OTHER = "way and waiting"  # the client's time that no stage of the service accounts for
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Row:
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What was seen at one offered rate. Times are milliseconds of the requests that were answered 200."""
+    """Figures at one offered rate. Times are milliseconds of the requests that were answered with 200."""
 
     offered: int
     seconds: float
-    answered: float  # of 200, a second
+    answered: float  # answers of status 200, a second
     refused: int  # 429
     failed: int  # anything else
     percentiles: dict[int, float]
@@ -41,17 +41,17 @@ class StepFigures:
 
     @property
     def keeps_up(self) -> bool:
-        """Whether the service answered what was offered, but for a few that came together and were refused."""
+        """Whether the service answered what was offered, except for a few that arrived together and were refused."""
         return not self.failed and self.answered >= KEPT_UP * self.offered
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Every answer, by when it was asked for."""
+    """Every answer, in the order in which the requests were sent."""
     rows = []
     with file.open(newline="", encoding="utf-8") as opened:
         for line in csv.DictReader(opened):
-            known = ("seconds", "offered", "name", "status", "milliseconds")
-            seconds, offered, name, status, took = (line.pop(column) for column in known)
+            columns = ("seconds", "offered", "name", "status", "milliseconds")
+            seconds, offered, name, status, took = (line.pop(column) for column in columns)
             stages = {stage: float(value) for stage, value in line.items() if value}
             rows.append(Row(float(seconds), int(offered), name, int(status), float(took), stages))
     return sorted(rows, key=lambda row: row.seconds)
@@ -68,13 +68,13 @@ def by_step(rows: list[Row]) -> list[StepFigures]:
 
 
 def knee(steps: list[StepFigures]) -> StepFigures | None:
-    """The largest rate that was kept up with, all smaller ones too; None if not even the smallest was."""
-    found = None
+    """The largest rate up to which the service keeps up with every rate; None if it fails at the smallest."""
+    largest = None
     for step in sorted(steps, key=lambda step: step.offered):
         if not step.keeps_up:
             break
-        found = step
-    return found
+        largest = step
+    return largest
 
 
 def paired(rows: list[Row]) -> tuple[float, float] | None:
@@ -91,25 +91,25 @@ def _figures(stretch: list[Row]) -> StepFigures:
     begin = stretch[0].seconds + SETTLING
     settled = [row for row in stretch if row.seconds >= begin]
     seconds = max(1.0, stretch[-1].seconds - begin)
-    right = [row for row in settled if row.status == 200]
-    times = np.array([row.milliseconds for row in right]) if right else np.array([np.nan])
+    successful = [row for row in settled if row.status == 200]
+    times = np.array([row.milliseconds for row in successful]) if successful else np.array([np.nan])
     refused = sum(row.status == 429 for row in settled)
     return StepFigures(
         offered=stretch[0].offered,
         seconds=seconds,
-        answered=len(right) / seconds,
+        answered=len(successful) / seconds,
         refused=refused,
-        failed=len(settled) - len(right) - refused,
+        failed=len(settled) - len(successful) - refused,
         percentiles={at: float(np.percentile(times, at)) for at in PERCENTILES},
-        stages=_stages(right),
+        stages=_stages(successful),
     )
 
 
-def _stages(right: list[Row]) -> dict[str, float]:
-    """Mean milliseconds of each stage, and what the stages leave of the client's time."""
+def _stages(successful: list[Row]) -> dict[str, float]:
+    """Mean milliseconds of each stage, and the rest of the client's time."""
     sums: dict[str, float] = defaultdict(float)
-    for row in right:
+    for row in successful:
         for stage, took in row.stages.items():
             sums[stage] += took
         sums[OTHER] += max(0.0, row.milliseconds - sum(row.stages.values()))
-    return {stage: total / len(right) for stage, total in sums.items()}
+    return {stage: total / len(successful) for stage, total in sums.items()}

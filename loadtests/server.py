@@ -1,4 +1,4 @@
-"""A server of one's own for the other load tests: `vitrine serve` in a process group that ends with the context."""
+"""A server for the other load tests: `vitrine serve` in its own process group, which ends with the context."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Server:
 
     @property
     def workers(self) -> list[psutil.Process]:
-        return workers.of(self.process.pid)
+        return workers.worker_processes(self.process.pid)
 
     def resident_mib(self) -> float:
-        """Of all workers."""
+        """Resident memory of all workers, in MiB."""
         return sum(worker.memory_info().rss for worker in self.workers) / 2**20
 
     def processor_seconds(self) -> float:
-        """That the parent and all workers have taken so far."""
+        """Processor time that the parent and all workers have used so far."""
         parent = psutil.Process(self.process.pid)
         times = [process.cpu_times() for process in (parent, *parent.children(recursive=True))]
         return sum(time.user + time.system for time in times)

@@ -6,7 +6,7 @@
     python loadtests/training_step.py --features 768 --features 1536 --k 16 --k 32     (a grid: every combination)
 
 A step is encode, decode, loss, backward; fused Adam is timed beside it. Weights and tokens are random: speed does not
-depend on them, but for caches, where random features are the worst case. Sparse and dense run in turns, on the same
+depend on them, except for caches, where random features are the worst case. Sparse and dense alternate on the same
 tokens and weights; medians of the pairs. Peak memory comes from one process for each configuration and each side.
 """
 
@@ -69,14 +69,14 @@ class Configuration:
 
     @property
     def dense_bytes(self) -> int:
-        """What the dense step holds at its peak: Adam's four tables, and one [N, F] code for every decoder."""
+        """Peak memory of the dense step: Adam's four tables, and one [N, F] code for every decoder."""
         pairs = self.layers * (self.layers + 1) // 2
         codes = 4 * self.tokens * self.features * (pairs + 4)
         return 16 * self.architecture.parameters + step_memory(self.architecture, self.tokens) + codes
 
 
 class Step:
-    """A CLT, its optimiser, and random tokens that stay the same."""
+    """A CLT, its optimiser, and random tokens that do not change."""
 
     def __init__(self, configuration: Configuration) -> None:
         self.configuration, device = configuration, torch.device(configuration.device)
@@ -116,7 +116,7 @@ class Step:
 
 
 def compare(configuration: Configuration, sides: tuple[Side, ...]) -> dict[str, Any]:
-    """Medians of the pairs after one that is not counted, and the largest difference of the gradients."""
+    """Medians of the pairs after one warm-up pair, and the largest difference of the gradients."""
     step = Step(configuration)
     row: dict[str, Any] = {"gradient_difference": _gradient_difference(step) if len(sides) == 2 else None}
     timed: dict[Side, list[tuple[float, float]]] = {side: [] for side in sides}
@@ -132,9 +132,9 @@ def compare(configuration: Configuration, sides: tuple[Side, ...]) -> dict[str, 
         row["dense_over_sparse_with_adam"] = statistics.median(sum(slow) / sum(fast) for fast, slow in paired)
     machine = _machine(configuration)
     work = transcoder_work(configuration.architecture, configuration.tokens)
-    least = sum(part.seconds(machine, configuration.matmul, 1.0) for part in work)
+    minimum = sum(part.seconds(machine, configuration.matmul, 1.0) for part in work)
     row["machine_tflops"], row["machine_gb_per_second"] = machine.fp32, machine.bandwidth * 1e3
-    row["sparse_share_of_peak"] = least / row["sparse_seconds"]
+    row["sparse_share_of_peak"] = minimum / row["sparse_seconds"]
     return row
 
 
@@ -165,7 +165,7 @@ def peak_memory(configuration: Configuration, side: Side) -> dict[str, Any]:
 
 
 def _machine(configuration: Configuration) -> Gpu:
-    """This machine's peaks as measured here and now: a large matrix product, a large copy."""
+    """This machine's peaks, measured now: a large matrix product, a large copy."""
     device = configuration.device
     size = 8192 if device == "cuda" else 1024
     square = torch.randn(size, size, device=device).to(torch.bfloat16 if configuration.matmul == "bf16" else None)
@@ -193,7 +193,7 @@ def _now(device: Device) -> float:
 
 
 def _free_bytes(device: Device) -> int:
-    """Memory that a process may still take."""
+    """Memory that a process may still allocate."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     meminfo = Path("/proc/meminfo")
@@ -204,29 +204,29 @@ def _free_bytes(device: Device) -> int:
 
 
 def _work(task: str) -> None:
-    """What one process does: its task as JSON, its result as JSON on standard output."""
+    """The work of one process: takes its task as JSON, prints its result as JSON on standard output."""
     fields = json.loads(task)
-    configuration, doing = Configuration(**fields["configuration"]), fields["doing"]
+    configuration, job = Configuration(**fields["configuration"]), fields["doing"]
     torch.set_float32_matmul_precision("high" if configuration.matmul == "tf32" else "highest")
-    if doing in ("compare", "dense") and configuration.dense_bytes > 0.8 * _free_bytes(configuration.device):
+    if job in ("compare", "dense") and configuration.dense_bytes > 0.8 * _free_bytes(configuration.device):
         result: dict[str, Any] = {"does_not_fit": True}
-    elif doing == "compare":
+    elif job == "compare":
         result = compare(configuration, SIDES)
-    elif doing == "time":
+    elif job == "time":
         result = compare(configuration, ("sparse",))
     else:
-        result = peak_memory(configuration, doing)
+        result = peak_memory(configuration, job)
     typer.echo(json.dumps(result))
 
 
 def measure(configuration: Configuration) -> dict[str, Any]:
-    """One row: both sides in turns, then each side's peak memory in a process of its own."""
+    """One row: both sides in turns, then each side's peak memory in a separate process."""
 
-    def process(doing: str) -> dict[str, Any]:
-        task = json.dumps({"configuration": asdict(configuration), "doing": doing})
+    def process(job: str) -> dict[str, Any]:
+        task = json.dumps({"configuration": asdict(configuration), "doing": job})
         command = [sys.executable, __file__, "--worker", task]
         finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
-        if finished.returncode == -9:  # killed for memory
+        if finished.returncode == -9:  # killed for lack of memory
             return {"does_not_fit": True}
         finished.check_returncode()
         return dict(json.loads(finished.stdout.splitlines()[-1]))
@@ -291,8 +291,8 @@ def main(
     if worker:
         _work(worker)
         return
-    own = SHAPES[shape]
-    axes = (layers or [own[0]], width or [own[1]], features or [own[2]], k or [32], tokens or [8 * own[3]])
+    base = SHAPES[shape]
+    axes = (layers or [base[0]], width or [base[1]], features or [base[2]], k or [32], tokens or [8 * base[3]])
     grid = QUICK if quick else tuple(itertools.product(*axes))
     console = Console()
     rows = []

@@ -1,10 +1,10 @@
-"""What all of Vitrine's own errors share, and what damaged images raise."""
+"""The base class of Vitrine's errors, and the exceptions raised for damaged images."""
 
 import struct
 import zlib
 
-# What Pillow's decoders raise on damaged files.
-DAMAGED_IMAGE = (
+# Raised by Pillow's decoders on damaged files.
+DAMAGED_IMAGE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -19,4 +19,4 @@ DAMAGED_IMAGE = (
 
 
 class VitrineError(Exception):
-    """Something that the user can mend; the message says what is wrong and what to do. The command prints it bare."""
+    """An error that the user can fix. The message says what is wrong and what to do; the CLI prints only that."""

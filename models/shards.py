@@ -1,6 +1,6 @@
-"""WebDataset shards: tar files, several of them by one pattern, read by the places of their members.
+"""WebDataset shards: tar files, selected by one pattern, whose members are read by offset.
 
-Access by place instead of by stream: an image has the same number in every run, and processes share no open file.
+Random access instead of streaming: an image has the same number in every run, and processes share no open file.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """As a shell does: "{000..002}" (numbers, zeros in front kept) and "{a,b}", any number of them, not nested."""
+    """Expand braces as a shell does: "{000..002}" (leading zeros kept) and "{a,b}"; any number, not nested."""
     parts = []
-    for place, part in enumerate(re.split(r"\{([^{}]*)\}", pattern)):
-        if place % 2 == 0:  # between braces
+    for index, part in enumerate(re.split(r"\{([^{}]*)\}", pattern)):
+        if index % 2 == 0:  # outside braces
             parts.append([part])
         elif numbers := re.fullmatch(r"(\d+)\.\.(\d+)", part):
             first, last = numbers.groups()
@@ -29,20 +29,20 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def members(shard: Path) -> Iterator[tarfile.TarInfo]:
-    """The files in a shard. Raises OSError, or tarfile.TarError where it is no tar file, compressed or cut short."""
-    with tarfile.open(shard, "r:") as tar:  # not compressed, else there is no access by place
+    """The files in a shard. Raises OSError, or tarfile.TarError if it is not a tar file, compressed or truncated."""
+    with tarfile.open(shard, "r:") as tar:  # uncompressed only: compression rules out random access
         for member in tar:
             if member.isreg():
                 yield member
-            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps them all, at a kilobyte each
-    with shard.open("rb") as end:  # tarfile takes a file that is cut short between two members for a whole one
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all, at a kilobyte each
+    with shard.open("rb") as end:  # tarfile does not notice a file truncated between two members
         end.seek(-1024, os.SEEK_END)
         if any(end.read()):
             raise tarfile.ReadError("it is cut short")
 
 
 def read_at(shard: Path, offset: int, size: int) -> bytes:
-    """A member's bytes (`TarInfo.offset_data`, `TarInfo.size`)."""
+    """The bytes of a member (`TarInfo.offset_data`, `TarInfo.size`)."""
     with shard.open("rb") as file:
         file.seek(offset)
         return file.read(size)

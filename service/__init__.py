@@ -1,1 +1,1 @@
-"""Online: a bundle behind HTTP. Runs without torch: numpy, ONNX Runtime, Pillow, FastAPI, BentoML."""
+"""Serves a bundle over HTTP. Runs without torch: numpy, ONNX Runtime, Pillow, FastAPI, BentoML."""

@@ -1,8 +1,8 @@
-"""The BentoML service: process, workers and probes are BentoML's, everything else is `service.http.application`.
+"""The BentoML service. BentoML provides the process, workers and probes, `service.http.application` the rest.
 
 bentoml serve vitrine.service.app:Vitrine
 
-or `vitrine serve`, which also looks after the workers (`service.processes.supervisor`).
+or `vitrine serve`, which also supervises the workers (`service.processes.supervisor`).
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from vitrine.service.operations.settings import load_settings
 settings = load_settings()
 logs.configure(settings.log_format)
 app = create_app(settings)
-BENTOML = ("/livez", "/readyz", "/healthz", "/schema.json")
+BENTOML_PATHS = ("/livez", "/readyz", "/healthz", "/schema.json")
 tracing: dict[str, Any] = {}
 if settings.trace_endpoint:
     exporter = {"protocol": "http", "endpoint": settings.trace_endpoint}
     tracing = {"tracing": {"exporter_type": "otlp", "sample_rate": settings.trace_share, "otlp": exporter}}
-else:  # BentoML would record three spans of every request all the same, for nobody; the caller's trace is still known
+else:  # BentoML would still record three spans per request, which nobody reads; the caller's trace stays known
     os.environ["OTEL_SDK_DISABLED"] = "true"
 
 
-class Untimed:
-    """In the place of BentoML's time limit; `service.http.application` has the deadline.
+class NoTimeout:
+    """Replaces BentoML's timeout middleware; `service.http.asking` enforces the deadline.
 
-    BentoML sets a timer for every request and never takes it back: each keeps the request's context and span in memory
-    for a minute, thousands of them under load, and every full collection goes through them all with the interpreter
-    held, for a quarter of a second.
+    BentoML sets a timer for every request and never cancels it. Each timer keeps the request's context and span in
+    memory for a minute, thousands of them under load, and every full garbage collection traverses them all while
+    holding the GIL, for a quarter of a second.
     """
 
     def __init__(self, app: ASGIApp, timeout: float) -> None:
@@ -48,43 +48,46 @@ class Untimed:
         await self.app(scope, receive, send)
 
 
-traffic.TimeoutMiddleware = Untimed  # type: ignore[misc, assignment]
+traffic.TimeoutMiddleware = NoTimeout  # type: ignore[misc, assignment]
 
 
-class Front:
-    """All but BentoML's probes and schema is answered by our routes, and by nobody before them: not by BentoML's own
-    way of reading files, which would fetch a URL if it got one in place of a file."""
+class DispatchMiddleware:
+    """Sends every request except BentoML's probes and schema straight to our routes.
 
-    def __init__(self, bento: ASGIApp) -> None:
-        self.bento = bento
+    BentoML's own file handling must not see them: it would fetch a URL sent instead of a file.
+    """
+
+    def __init__(self, bentoml_app: ASGIApp) -> None:
+        self.bentoml_app = bentoml_app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        ours = scope["type"] == "http" and scope["path"] not in BENTOML
-        await (app if ours else self.bento)(scope, receive, send)
+        is_own = scope["type"] == "http" and scope["path"] not in BENTOML_PATHS
+        await (app if is_own else self.bentoml_app)(scope, receive, send)
 
 
 @bentoml.service(
     name="vitrine",
     workers=settings.workers,
     metrics={"enabled": False},  # `service.http.application` has /metrics
-    logging={"access": {"enabled": False}},  # `service.http.middleware` has its own
+    logging={"access": {"enabled": False}},  # `service.http.middleware` writes its own access log
     **tracing,
 )
 @bentoml.asgi_app(app)
 class Vitrine:
-    """Readiness is the app's: a bundle opened, checked and warmed up.
+    """Ready once the app has opened, checked and warmed up a bundle.
 
-    The methods below are what BentoML's own client learns from /schema.json; their requests go through `Front`.
+    The methods below describe the API to BentoML's own client, in /schema.json; their requests go through
+    `DispatchMiddleware`.
     """
 
     def __init__(self) -> None:
-        self.traces = BentoMLContainer.tracer_provider.get()
-        trace.set_tracer_provider(self.traces)  # so that stages join its spans
+        self.tracer_provider = BentoMLContainer.tracer_provider.get()
+        trace.set_tracer_provider(self.tracer_provider)  # so that stages are part of its spans
 
     @bentoml.on_shutdown
-    def send_last_traces(self) -> None:
-        """A worker ends by a signal, which would leave those of the last seconds unsent."""
-        self.traces.force_flush(timeout_millis=3_000)
+    def flush_traces(self) -> None:
+        """Send the traces of the last seconds, which are lost otherwise when a signal ends the worker."""
+        self.tracer_provider.force_flush(timeout_millis=3_000)
 
     def __is_ready__(self) -> bool:
         return app.state.serving.attributor is not None
@@ -100,5 +103,5 @@ class Vitrine:
         raise NotImplementedError("service.http.application answers this")
 
 
-service: Any = Vitrine  # what the decorator makes of the class
-service.add_asgi_middleware(Front)
+service: Any = Vitrine  # the decorator replaces the class
+service.add_asgi_middleware(DispatchMiddleware)

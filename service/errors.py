@@ -1,4 +1,4 @@
-"""Everything that can go wrong in a request: one type, one body {"error": {code, message, details, request_id}}."""
+"""Errors of a request: one exception type, one body {"error": {code, message, details, request_id}}."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STATUS = {
     "unsupported_media_type": 415,
     "unsupported_image": 415,
     "queue_full": 429,
-    "client_gone": 499,  # nginx' number; nobody reads the answer, logs and metrics count it
+    "client_gone": 499,  # nginx's code; nobody reads the answer, but logs and metrics count it
     "internal": 500,
     "not_ready": 503,
     "deadline_exceeded": 504,
@@ -30,7 +30,7 @@ STATUS = {
 
 
 class ServiceError(VitrineError):
-    """A request that cannot be answered. `code` is one of `STATUS`; `message` says what was wrong and what to do."""
+    """A request that cannot be answered. `code` is one of `STATUS`; `message` says what is wrong and what to do."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class ServiceError(VitrineError):
 
 
 def queue_full() -> ServiceError:
-    """The answer to overload."""
+    """The error for overload."""
     return ServiceError(
         "queue_full", "too many images are waiting; try again in a second", headers={"Retry-After": "1"}
     )

@@ -1,4 +1,4 @@
-"""What many tests name: the repository, and the recipe of the tiny CLIP and its CLT."""
+"""Shared constants: the repository's path, and the recipe of the tiny CLIP and its CLT."""
 
 from pathlib import Path
 

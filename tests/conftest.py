@@ -1,6 +1,6 @@
-"""A CLIP of three layers, a CLT for it, a bundle and some drawn images: all made here in seconds, from seeds alone.
+"""A CLIP of three layers, a CLT for it, a bundle and some drawn images: all created here in seconds, from seeds only.
 
-open_clip starts LayerNorms at gamma 1 and beta 0 and biases at 0, where many mistakes cannot be seen; so every
+open_clip initialises LayerNorms with gamma 1 and beta 0, and biases with 0, which hides many mistakes. So every
 parameter is moved away from its initial value.
 """
 
@@ -26,13 +26,13 @@ from vitrine.training.cards.build import Options, build_cards
 from vitrine.training.checkpoint import CheckpointMeta, save_checkpoint
 from vitrine.training.recipes.recipe import load_recipe
 
-torch.set_num_threads(1)  # these matrices are too small to share out
-gc.set_threshold(100_000, 20, 100)  # exports make millions of objects: looking through them took a sixth of the time
+torch.set_num_threads(1)  # these matrices are too small to parallelise
+gc.set_threshold(100_000, 20, 100)  # exports create millions of objects: scanning them took a sixth of the time
 
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
-    """A data root as recipes know it: `train/<class>/*.png`, `val/<class>/*.png`, and the CLIPs under `clip/`."""
+    """A data root as recipes expect it: `train/<class>/*.png`, `val/<class>/*.png`, and the CLIPs under `clip/`."""
     root = tmp_path_factory.mktemp("data")
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 16), ("val", 4)):
@@ -45,7 +45,7 @@ def data_root(tmp_path_factory):
 
 
 def _draw(label, generator):
-    """A 40 x 36 picture of the shape that `label` names, somewhere on a noisy ground."""
+    """A 40 x 36 picture of the shape that `label` names, somewhere on a noisy background."""
     colour, shape = label.split()
     noise = torch.randint(0, 120, (36, 40, 3), generator=generator, dtype=torch.uint8)
     image = Image.fromarray(noise.numpy())
@@ -98,7 +98,7 @@ def _random_weights(config):
 
 @pytest.fixture(scope="session")
 def make_clip(write_clip):
-    """make_clip(**overrides) -> the CLIP of `write_clip`, loaded as any CLIP is. Made once: do not change it."""
+    """make_clip(**overrides) -> the CLIP of `write_clip`, loaded in the usual way. Created once: do not change it."""
 
     @cache
     def load(config, weights):
@@ -148,9 +148,9 @@ def make_clt():
                 encoder.bias.normal_(mean=mean, std=0.2, generator=generator)
                 decoder.bias.normal_(std=0.2, generator=generator)
                 for name, tensor in encoder.sparsifier.state_dict().items():
-                    if name == "log_threshold":  # of thresholds between 0.05 and 0.5
+                    if name == "log_threshold":  # thresholds between 0.05 and 0.5
                         tensor.uniform_(-3, -0.7, generator=generator)
-                    else:  # BatchTopK's, of patches and [CLS]
+                    else:  # BatchTopK's, for patches and [CLS]
                         tensor.uniform_(0.05, 0.5, generator=generator)
         return clt.eval().requires_grad_(False)
 
@@ -207,7 +207,7 @@ def bundle(clip, clt, cls_mean, provenance, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def checkpoint(recipe, clip, clt, cls_mean, tmp_path_factory):
-    """A finished run's checkpoint of `clt`, which `bundle` was exported from."""
+    """A finished run's checkpoint of `clt`, from which `bundle` was exported."""
     meta = CheckpointMeta(step=24, steps=24, recipe=recipe, clip_sha256=clip.sha256, layers=3, width=32)
     out = tmp_path_factory.mktemp("run")
     return save_checkpoint(out, meta, clt, {"out_mean_cls": cls_mean}, {"step": torch.zeros(1)})
@@ -215,12 +215,12 @@ def checkpoint(recipe, clip, clt, cls_mean, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def carded(checkpoint, bundle, clip, data_root, tmp_path_factory):
-    """`bundle` with cards and thumbnails. Its thresholds ask for nothing, so that these random weights have labels."""
+    """`bundle` with cards and thumbnails. Label thresholds are off, so that features of random weights get labels."""
     out = tmp_path_factory.mktemp("carded") / "tiny"
     options = Options(exemplars=4, shown=3, references=40, workers=0)
     with pytest.MonkeyPatch.context() as patch:
-        for name, lax in (("PRECISION", 0.0), ("LEAST_LABELS", 0), ("RANDOM_QUANTILE", 0.0)):
-            patch.setattr(labels, name, lax)
+        for name, threshold in (("PRECISION", 0.0), ("MIN_LABELS", 0), ("RANDOM_QUANTILE", 0.0)):
+            patch.setattr(labels, name, threshold)
         return build_cards(clip, checkpoint, bundle, data_root, out, options, Console(quiet=True))
 
 
@@ -248,20 +248,20 @@ EXPORTED = ("relu_topk", "abs_topk", "jumprelu", "batch_topk", "per-layer relu_t
 
 @pytest.fixture(scope="session", params=EXPORTED)
 def exported_clt(request, make_clt, clip):
-    """The CLT that `any_bundle` was made of: every sparsifier, and per-layer transcoders."""
+    """The CLT that `any_bundle` was exported from: every sparsifier, and per-layer transcoders."""
     return make_clt(clip, seed=1, **CLT_VARIANTS[request.param])
 
 
 @pytest.fixture(scope="session")
 def any_bundle(exported_clt, clip, cls_mean, provenance, tmp_path_factory):
-    """The exported and opened bundle of `exported_clt`; of jumprelu with tables in float16."""
+    """The exported and opened bundle of `exported_clt`; jumprelu's has float16 tables."""
     tables = "float16" if exported_clt.architecture.sparsifier == "jumprelu" else "float32"
     return export_bundle(clip, exported_clt, cls_mean, provenance, tmp_path_factory.mktemp("variants") / "x", tables)
 
 
 @pytest.fixture(scope="session")
 def bundle_path(bundle):
-    """Where `bundle` lies; copy it before you change anything in it."""
+    """The folder of `bundle`; copy it before changing anything in it."""
     return bundle.path
 
 

@@ -1,1 +1,1 @@
-"""Offline: recipes -> activations -> Cross-Layer Transcoder checkpoints -> metrics. Serving never imports this."""
+"""Offline: recipes -> activations -> Cross-Layer Transcoder checkpoints -> metrics. Never imported by serving."""

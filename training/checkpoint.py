@@ -1,7 +1,7 @@
-"""Checkpoints: weights as safetensors beside one JSON, written whole or not at all.
+"""Checkpoints: weights as safetensors beside one JSON file, written atomically.
 
-<out>/step-00001500/clt.safetensors     the CLT on raw activations: what evaluation and export read
-                    state.safetensors   normalised weights, Adam's moments, normalisation, silent features: for resuming
+<out>/step-00001500/clt.safetensors     the CLT on raw activations, read by evaluation and export
+                    state.safetensors   for resuming: normalised weights, Adam's moments, normalisation, silent features
                     checkpoint.json     recipe, step, CLIP, metrics
 """
 
@@ -23,7 +23,7 @@ from vitrine.models.errors import VitrineError
 from vitrine.training.recipes.recipe import Recipe
 
 FORMAT = 2  # 1: the CLT in four tensors
-KEPT = 2  # older checkpoints of a run are removed
+CHECKPOINTS_KEPT = 2  # checkpoints kept per run; older ones are removed
 
 
 class CheckpointError(VitrineError, ValueError):
@@ -42,7 +42,7 @@ class CheckpointMeta(BaseModel):
     clip_sha256: str
     layers: int
     width: int
-    labels: tuple[str, ...] = ()  # the recipe's, or the data set's own
+    labels: tuple[str, ...] = ()  # from the recipe, or else from the data set
     train_images: int = 0
     val_images: int = 0
     broken: dict[str, str] = {}  # images that could not be read, and why
@@ -52,7 +52,10 @@ class CheckpointMeta(BaseModel):
 def save_checkpoint(
     out: Path, meta: CheckpointMeta, clt: CrossLayerTranscoder, extras: dict[str, Tensor], state: dict[str, Tensor]
 ) -> Path:
-    """Write a new `out/step-N` (first under another name, so that a kill leaves no half one) and drop old ones."""
+    """Write a new `out/step-N` and remove old checkpoints.
+
+    It is written under a temporary name and then renamed, so that a kill leaves no incomplete checkpoint.
+    """
     target = out / f"step-{meta.step:08d}"
     partial = out / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -61,20 +64,20 @@ def save_checkpoint(
     save_file({k: v.contiguous() for k, v in state.items()}, partial / "state.safetensors")
     write_meta(partial, meta)
     os.replace(partial, target)
-    for old in checkpoints(out)[:-KEPT]:
+    for old in checkpoints(out)[:-CHECKPOINTS_KEPT]:
         shutil.rmtree(old)
     return target
 
 
 def write_meta(checkpoint: Path, meta: CheckpointMeta) -> None:
-    """checkpoint.json, replaced in one step."""
+    """Write checkpoint.json, replacing it atomically."""
     partial = checkpoint / ".checkpoint.json"
     partial.write_text(meta.model_dump_json(indent=2))
     os.replace(partial, checkpoint / "checkpoint.json")
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     return sorted(path for path in out.glob("step-*") if (path / "checkpoint.json").is_file())
 
 
@@ -82,18 +85,18 @@ def latest(path: Path) -> Path:
     """`path` itself if it is a checkpoint, else the newest under it. Raises `CheckpointError` if there is none."""
     if (path / "checkpoint.json").is_file():
         return path
-    if found := checkpoints(path):
-        return found[-1]
+    if saved := checkpoints(path):
+        return saved[-1]
     raise CheckpointError(f"no checkpoint in {path}: expected step-*/checkpoint.json")
 
 
 def read_meta(checkpoint: Path) -> CheckpointMeta:
-    """checkpoint.json, checked: its format first, as other formats have other fields."""
+    """Read and validate checkpoint.json; the format is checked first, as other formats have other fields."""
     text = (checkpoint / "checkpoint.json").read_text()
     try:
-        found = _Format.model_validate_json(text).format
-        if found != FORMAT:
-            raise CheckpointError(f"{checkpoint} has format {found}; this version reads {FORMAT}")
+        version = _Format.model_validate_json(text).format
+        if version != FORMAT:
+            raise CheckpointError(f"{checkpoint} has format {version}; this version reads {FORMAT}")
         return CheckpointMeta.model_validate_json(text)
     except ValidationError as error:
         raise CheckpointError(f"{checkpoint}/checkpoint.json is not one of Vitrine's: {error}") from error
@@ -110,7 +113,7 @@ class _Format(BaseModel):
 
 
 def load_clt(checkpoint: Path) -> tuple[CrossLayerTranscoder, Tensor, CheckpointMeta]:
-    """(CLT on raw activations, mean [CLS] output [L, d], what is known of them)."""
+    """(CLT on raw activations, mean [CLS] output [L, d], metadata)."""
     meta = read_meta(checkpoint)
     tensors = load_tensors(checkpoint / "clt.safetensors")
     out_mean_cls = tensors.pop("out_mean_cls")
@@ -120,12 +123,12 @@ def load_clt(checkpoint: Path) -> tuple[CrossLayerTranscoder, Tensor, Checkpoint
 
 
 def section(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors whose keys begin with `name.`, without that."""
+    """The tensors whose keys begin with `name.`, with that prefix removed."""
     return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file, or `CheckpointError`."""
+    """Read a safetensors file. Raises `CheckpointError` if that fails."""
     try:
         return load_file(path)
     except (FileNotFoundError, SafetensorError) as error:

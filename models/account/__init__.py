@@ -1,1 +1,1 @@
-"""Accounts of a logit and of what its parts would change, in numpy alone: ledger, heat map, windows of layers."""
+"""Accounts of a logit and of the effect of removing its parts: ledger, heat map, windows of layers. numpy only."""

@@ -1,4 +1,4 @@
-"""The additive account of a logit: which parts of the network made it, in logits, adding up exactly. numpy only.
+"""The additive account of a logit: what each part of the network contributed, with an exact sum. numpy only.
 
 The [CLS] residual before ln_post is a sum of components, r = sum_m c_m, in this order (L layers, R = 2L + 3 rows):
 
@@ -6,15 +6,15 @@ The [CLS] residual before ln_post is a sum of components, r = sum_m c_m, in this
     1 .. L       attention  what each block's attention wrote to [CLS]
     L+1 .. 2L    clt        what the features of each source layer wrote, sum_{j >= i} z_i W^{i->j}
     2L+1         bias       the CLT's decoder biases, and ln_post's bias beta
-    2L+2         error      what the MLPs wrote and the CLT did not: true MLP outputs - CLT outputs
+    2L+2         error      what the MLPs wrote but the CLT did not: true MLP outputs - CLT outputs
 
 ln_post and the projection are affine once this image's standard deviation sigma is known (`Tower.fold`), and so is
-the division by the embedding's norm |z|. So each component has a row in embedding space,
+the division by the norm |z| of the embedding. So each component has a row in embedding space,
 
     row_m = c_m M / (sigma |z|)     (+ beta / |z| for the bias),      sum_m row_m = z / |z|,
 
 and for any label with unit text embedding t, s <t, row_m> is its contribution to the logit s <t, z/|z|>.
-Removing a component is exact too (`without`): sigma and |z| are recomputed for the residual that is left.
+Removing a component is exact too (`without`): sigma and |z| are recomputed for the remaining residual.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Array = NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Details:
-    """What the vision graph returns for one image on request: where attention looked, how the prediction forms."""
+    """What the vision graph returns for one image on request: attention, and the prediction after each block."""
 
     lens: Array  # [L, D] unit: the embedding of the [CLS] residual after each block
     attention_weights: Array  # [L, H, T] of [CLS], over all tokens
-    attention_values: Array  # [L, T, d] what each token offered, heads side by side, without the bias
+    attention_values: Array  # [L, T, d] the values of each token, heads side by side, without the bias
     token_norms: Array  # [T] |residual| before the last block
 
 
@@ -44,19 +44,19 @@ class Decomposition:
 
     embedding: Array  # [D] unit
     rows: Array  # [R, D], summing to the embedding
-    sigma: float  # ln_post's standard deviation of this residual
-    sigma_without: Array  # [R] the same, with component m taken out
+    sigma: float  # standard deviation of this residual in ln_post
+    sigma_without: Array  # [R] the same with component m removed
     norm: float  # |z|, of the embedding before normalisation
     feature_indices: NDArray[np.integer]  # [L, k]
     feature_values: Array  # [L, k] activations z, 0 where unused
-    projection: Array  # [L] the paper's C_{i -> L-1} for [CLS], summing to 1, or all 0 where y is
-    r2: float  # of what the MLPs add to the embedding, about its mean over the training images
-    cosine: float  # the same, CLT against truth
+    projection: Array  # [L] the paper's C_{i -> L-1} for [CLS], summing to 1, or all 0 where y is 0
+    r2: float  # of what the MLPs add to the embedding, relative to its mean over the training images
+    cosine: float  # of the same quantity, CLT against the true MLPs
     details: Details | None = None
 
     @classmethod
-    def of_image(cls, outputs: Mapping[str, Array], image: int, with_details: bool = False) -> Decomposition:
-        """One image of a batch's outputs, by the vision graph's names (`models.bundle.layout.VISION_OUTPUTS`)."""
+    def from_batch(cls, outputs: Mapping[str, Array], image: int, with_details: bool = False) -> Decomposition:
+        """One image of batched outputs, keyed by the vision graph's names (`models.bundle.layout.VISION_OUTPUTS`)."""
 
         def part(name: str) -> Array:
             return outputs[name][image]
@@ -80,7 +80,7 @@ class Decomposition:
         return (len(self.rows) - 3) // 2
 
     def clt_row(self, layer: int) -> int:
-        """Index of source layer `layer`'s row."""
+        """Index of the row of source layer `layer`."""
         return 1 + self.layers + layer
 
     @property
@@ -92,15 +92,15 @@ class Decomposition:
         return 2 * self.layers + 2
 
     def without(self, rows: NDArray[np.integer], beta: Array) -> Array:
-        """Unit embeddings [len(rows), D] of the residual with each of `rows` taken out, one at a time.
+        """Unit embeddings [len(rows), D] of the residual with each of `rows` removed, one at a time.
 
-        beta [D] is ln_post's bias in embedding space, which stays.
+        beta [D] is ln_post's bias in embedding space. It is never removed.
         """
-        constant = beta / self.norm  # part of the bias row, but no part of the residual: it stays
-        taken = self.rows[rows] - constant * (rows == self.bias_row)[:, None]
-        rest = self.embedding - constant - taken
-        left = rest * (self.sigma / self.sigma_without[rows])[:, None] + constant
-        return left / np.linalg.norm(left, axis=-1, keepdims=True)
+        constant = beta / self.norm  # part of the bias row but not of the residual: kept
+        removed = self.rows[rows] - constant * (rows == self.bias_row)[:, None]
+        remaining = self.embedding - constant - removed
+        embeddings = remaining * (self.sigma / self.sigma_without[rows])[:, None] + constant
+        return embeddings / np.linalg.norm(embeddings, axis=-1, keepdims=True)
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,11 @@ class Ledger:
     clt: Array  # [L]
     bias: float
     error: float
-    remainder: float  # logit - sum of all rows: rounding alone
+    remainder: float  # logit - sum of all rows: rounding only
 
     @property
     def gross(self) -> float:
-        """Sum of |row|: what shares are parts of."""
+        """Sum of |row|: the denominator of shares."""
         return float(
             abs(self.prior) + np.abs(self.attention).sum() + np.abs(self.clt).sum() + abs(self.bias) + abs(self.error)
         )
@@ -136,7 +136,7 @@ def probabilities(values: Array) -> Array:
 
 
 def ledger(parts: Decomposition, direction: Array, logit_scale: float) -> Ledger:
-    """The account of s <direction, z/|z|>: a label's embedding, or t_A - t_B for "why A rather than B"."""
+    """The account of s <direction, z/|z|>. direction: a label's embedding, or t_A - t_B for "why A rather than B"."""
     layers = parts.layers
     row = logit_scale * (parts.rows.astype(np.float64) @ direction.astype(np.float64))
     logit = logit_scale * float(parts.embedding.astype(np.float64) @ direction.astype(np.float64))
@@ -154,9 +154,9 @@ def ledger(parts: Decomposition, direction: Array, logit_scale: float) -> Ledger
 def feature_contributions(
     parts: Decomposition, directions: Array, fold: Array, direction: Array, logit_scale: float
 ) -> Array:
-    """Contribution of every active feature [L, k] to s <direction, z/|z|>; a layer's add up to its clt row.
+    """Contribution of every active feature [L, k] to s <direction, z/|z|>; those of a layer add up to its clt row.
 
-    directions [L, F, d]: what one unit of a feature adds to the residual; fold [d, D]: `Tower.fold`'s M.
+    directions [L, F, d]: what one unit of a feature adds to the residual; fold [d, D]: M of `Tower.fold`.
     The label is folded back into residual space once, so that no D-dimensional table is needed.
     """
     in_residual = fold @ direction  # [d]
@@ -166,9 +166,9 @@ def feature_contributions(
 
 
 def drop_effects(parts: Decomposition, labels: Array, target: int, beta: Array, logit_scale: float) -> Array:
-    """Change of the target's probability [L] when a source layer's component is taken out of the final residual.
+    """Change of the target's probability [L] when a source layer's component is removed from the final residual.
 
-    Direct effects: ln_post, projection and norm are recomputed, later layers are not.
+    Direct effects only: ln_post, projection and norm are recomputed, later layers are not.
     """
     rows = parts.clt_row(0) + np.arange(parts.layers)
     before = probabilities(logits(parts.embedding, labels, logit_scale))[target]

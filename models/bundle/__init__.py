@@ -1,1 +1,1 @@
-"""The bundle: the one thing that passes from training to serving. numpy and pydantic alone, no torch."""
+"""The bundle: the only artifact passed from training to serving. Needs numpy and pydantic, not torch."""

@@ -1,24 +1,24 @@
-"""The bundle: the one thing that passes from training to serving. An immutable directory, named by its content.
+"""The bundle: the only artifact passed from training to serving. An immutable directory, identified by its digest.
 
-    manifest.json        `models.bundle.manifest`; it has the sha256 and size of every other file
+    manifest.json        `models.bundle.manifest`; lists the sha256 and size of every other file
     vision.onnx, .data   pixels -> `models.account.ledger.Decomposition` (names and shapes: `models.bundle.layout`)
-    vision.int8.onnx, vision.fp16.onnx, each with .data: optional, faster variants of it (`models.graph.variants`)
-    replacement.onnx, .data: optional, the replacement model with C_{i->j} (`models.graph.replacement`); what it shares
-                         with vision.onnx it reads from that one's .data
+    vision.int8.onnx, vision.fp16.onnx, each with .data: optional, faster variants (`models.graph.variants`)
+    replacement.onnx, .data: optional, the replacement model with C_{i->j} (`models.graph.replacement`); tensors shared
+                         with vision.onnx are read from vision.onnx.data
     text.onnx, .data     `tokens` [N, context] -> `text_embedding` [N, D], unit
     tokenizer.json       Hugging Face `tokenizers`
     directions.npy       [L, F, d]: what one unit of a feature adds to the [CLS] residual, memory-mapped; the vision
-                         graph reads the very same bytes as its external data, so the table is stored once
+                         graph reads the same file as its external data, so the table is stored once
     attention.npy        [L, d + 1, D]: what attention's value channels and biases add to the embedding, for heat maps;
-                         bundles older than these have none, and their graph no input `details`
-    last_decoders.npy    optional, [(L - 1) F, d]: likewise, what a feature writes to the last MLP output
+                         older bundles lack it, and their graph has no input `details`
+    last_decoders.npy    optional, [(L - 1) F, d], shared in the same way: what a feature writes to the last MLP output
     fold.npy             [d + 1, D]: ln_post and projection as a matrix M [d, D] and a bias beta [D]
-    cards/               optional: what features fire on, in words, numbers and pictures (`models.bundle.cards`)
+    cards/               optional: what features fire on, as labels, numbers and images (`models.bundle.cards`)
     label_sets/          optional: NAME.json (`models.bundle.label_sets`) and NAME.npy, unit embeddings [N, D]
-    MODEL_CARD.md        written from the manifest
+    MODEL_CARD.md        generated from the manifest
 
-(The first design had directions in embedding space, [L, F, D]. Residual space is what the exact effect of removing
-a row needs, and with `fold.npy` it gives the contribution to any label just the same.)
+(The first design had directions in embedding space, [L, F, D]. The exact effect of removing a row needs residual
+space, and together with `fold.npy` it also gives the contribution to any label.)
 
 No torch here: the service reads bundles with numpy and pydantic.
 """
@@ -46,16 +46,16 @@ if TYPE_CHECKING:
 
 
 class BundleError(VitrineError, ValueError):
-    """A directory is no bundle that this version can serve; the message says which file and why."""
+    """A directory is not a bundle that this version can serve; the message says which file and why."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. `open_bundle` makes one; nothing is read before it is asked for."""
+    """An opened bundle, created by `open_bundle`. Tables are read on first use."""
 
     path: Path
     manifest: Manifest
-    digest: str  # sha256:..., of manifest.json and so of everything
+    digest: str  # sha256:... of manifest.json, and so of the whole bundle
 
     @cached_property
     def directions(self) -> NDArray[np.floating]:
@@ -79,15 +79,15 @@ class Bundle:
 
     @property
     def has_replacement(self) -> bool:
-        """Whether there is a replacement.onnx."""
+        """Whether the bundle has a replacement.onnx."""
         return "replacement.onnx" in self.manifest.files
 
     @cached_property
     def cards(self) -> Cards | None:
-        """The feature cards, if there are any. Raises `BundleError` if they cannot be used."""
+        """The feature cards, or None if the bundle has none. Raises `BundleError` if they cannot be used."""
         if self.manifest.cards is None:
             return None
-        from vitrine.models.bundle.cards import Cards, CardsError  # DuckDB, which a bundle without cards does not need
+        from vitrine.models.bundle.cards import Cards, CardsError  # imports DuckDB, not needed without cards
 
         try:
             return Cards(self.path, self.manifest.shape.layers, self.manifest.shape.features)
@@ -96,7 +96,7 @@ class Bundle:
 
     @cached_property
     def attention_fold(self) -> NDArray[np.floating] | None:
-        """[L, d + 1, D] (`Tower.attention_fold`), memory-mapped; None in a bundle older than heat maps."""
+        """[L, d + 1, D] (`Tower.attention_fold`), memory-mapped; None in a bundle from before heat maps."""
         if "attention.npy" not in self.manifest.files:
             return None
         shape = self.manifest.shape
@@ -104,8 +104,8 @@ class Bundle:
 
     @cached_property
     def label_sets(self) -> dict[str, tuple[NamedLabels, NDArray[np.floating]]]:
-        """Named label sets with their unit embeddings [N, D]. Raises `BundleError` for one that cannot be used."""
-        found = {}
+        """Named label sets with their unit embeddings [N, D]. Raises `BundleError` if one cannot be used."""
+        label_sets = {}
         for name in self.manifest.files:
             path = PurePosixPath(name)
             if path.parts[:-1] == ("label_sets",) and path.suffix == ".json":
@@ -114,8 +114,8 @@ class Bundle:
                 except LabelSetError as error:
                     raise BundleError(str(error)) from error
                 shape = (len(labels.labels), self.manifest.shape.embedding)
-                found[path.stem] = labels, np.array(self._table(f"label_sets/{path.stem}.npy", shape))
-        return found
+                label_sets[path.stem] = labels, np.array(self._table(f"label_sets/{path.stem}.npy", shape))
+        return label_sets
 
     @property
     def fold(self) -> NDArray[np.floating]:
@@ -132,9 +132,9 @@ class Bundle:
 
 
 def open_bundle(path: Path) -> Bundle:
-    """Read and check a bundle: manifest, version, and every file's presence, size and sha256.
+    """Read and check a bundle: manifest, version, and the presence, size and sha256 of every file.
 
-    Raises `BundleError` naming the first thing that is wrong.
+    Raises `BundleError` naming the first problem.
     """
     raw = _read_manifest(path)
     try:
@@ -159,7 +159,7 @@ def open_bundle(path: Path) -> Bundle:
 
 
 def seal(path: Path, manifest: Manifest) -> Bundle:
-    """Write the model card and, last, the manifest over the files that lie in `path`; returns the opened bundle."""
+    """Write the model card and, last, the manifest of the files in `path`; return the opened bundle."""
     (path / "MODEL_CARD.md").write_text(model_card(manifest))
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     files = {
@@ -173,7 +173,7 @@ def seal(path: Path, manifest: Manifest) -> Bundle:
 
 
 def _read_manifest(path: Path) -> bytes:
-    """manifest.json's bytes, after a look at the format version alone (other versions have other fields)."""
+    """The bytes of manifest.json. Only the format version is checked here: other versions have other fields."""
     if not path.is_dir():
         raise BundleError(f"{path} is no directory")
     try:
@@ -196,6 +196,6 @@ class _Version(BaseModel):
 
 
 def file_sha256(file: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file's contents, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

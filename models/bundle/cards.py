@@ -1,16 +1,16 @@
-"""Feature cards: what a feature fires on, in words, numbers and pictures. A bundle may hold them under cards/.
+"""Feature cards: what a feature fires on, as labels, numbers and images. Optional in a bundle, under cards/.
 
-    features.parquet   a row a feature, by layer and index: the fields of `Card`
-    images.parquet     a row an image that cards and retrieval name: the fields of `CardImage`
+    features.parquet   one row per feature, keyed by layer and index: the fields of `Card`
+    images.parquet     one row per image used by cards and retrieval: the fields of `CardImage`
     references.npz     for retrieval, codes at [CLS] of the first N of those images: `indices` and `values` [N, L, k],
-                       0 in places not in use
+                       0 in unused places
 
-Written by `vitrine cards` (training/cards). The Parquet tables are read with DuckDB, a row at a time, so that those of
-a large CLT stay on disk. No torch.
+Written by `vitrine cards` (training/cards). The Parquet tables are read with DuckDB, one row at a time, so that the
+tables of a large CLT stay on disk. No torch.
 
-A feature is *read* at [CLS], which is where answers explain it, or, if it hardly ever fires there, at the patches: its
-activation on an image is that at [CLS], or the largest over patches. Exemplars, quantiles, histogram and label are all
-of that reading.
+A feature is *read* at [CLS], where answers explain it, or, if it hardly ever fires there, at the patches. Its
+activation on an image is the one at [CLS], or the largest over patches. Exemplars, quantiles, histogram and label all
+refer to that reading.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from vitrine.models.errors import VitrineError
 
 FEATURES, IMAGES, REFERENCES = CARDS
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-BINS = 16  # of a card's histogram, of equal width from 0 to its largest |activation|
+BINS = 16  # in a card's histogram, of equal width from 0 to the largest |activation|
 
 Reading = Literal["cls", "patches"]
-# Why a feature has no label, in the order in which it is asked.
+# Why a feature has no label, in the order of the checks.
 Abstention = Literal["too_few_exemplars", "score", "clarity", "margin"]
 
 
 class CardsError(VitrineError, ValueError):
-    """A bundle's cards cannot be read; the message names the file and the mistake."""
+    """A bundle's cards cannot be read; the message names the file and the problem."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Coactive:
 
     layer: int
     index: int
-    jaccard: float  # images on which both fire, as a part of those on which one does
+    jaccard: float  # images on which both fire / images on which either fires
 
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of one feature. Shares and scores lie between 0 and 1 (cosines: -1 and 1)."""
+    """Everything known about one feature. Shares and scores lie between 0 and 1 (cosines: -1 and 1)."""
 
     layer: int
     index: int
@@ -71,25 +71,25 @@ class Card:
     frequency_patches: float  # share of patches on which it fires
     quantiles: list[float]  # of its activation where it fires, at `QUANTILES`; empty if it never does
     largest: float  # |activation|; 0 if it never fires
-    histogram: list[int]  # images in each of `BINS`; empty if it never fires
+    histogram: list[int]  # number of images in each of `BINS`; empty if it never fires
     exemplars: list[Exemplar]  # largest |activation| first
     mask_scale: float
     mean_picture: bytes | None  # WebP, the exemplars' mean
     label: str | None  # what it fires on
     abstained: Abstention | None  # why there is no label
-    label_score: float | None  # mean cosine of an exemplar and the label, both centred
+    label_score: float | None  # mean cosine between exemplars and the label, both centred
     label_margin: float | None  # that score minus the runner-up's
-    label_clarity: float | None  # mean cosine of any two exemplars, centred
-    label_auroc: float | None  # how well the label tells the images on which it fires, on held-out ones; None: unknown
-    writes: str | None  # the label that its direction adds most to
-    writes_score: float | None  # cosine of its folded direction and that label
+    label_clarity: float | None  # mean cosine between pairs of exemplars, centred
+    label_auroc: float | None  # of the label as a predictor of firing, on held-out images; None: unknown
+    writes: str | None  # the label to which its direction adds most
+    writes_score: float | None  # cosine between its folded direction and that label
     writes_margin: float | None
     coactive: list[Coactive]
 
 
 @dataclass(frozen=True)
 class CardImage:
-    """An image that cards name."""
+    """An image that cards refer to."""
 
     name: str
     class_name: str
@@ -97,8 +97,8 @@ class CardImage:
 
 
 @dataclass(frozen=True)
-class Found:
-    """One line of a search for features."""
+class SearchHit:
+    """One result of a feature search."""
 
     layer: int
     index: int
@@ -113,15 +113,15 @@ class Cards:
 
     Args:
         path: the bundle's directory.
-        layers, features: the bundle's shape. Raises `CardsError` unless there is a row for each feature.
+        layers, features: the bundle's shape. Raises `CardsError` unless there is one row per feature.
     """
 
     def __init__(self, path: Path, layers: int, features: int) -> None:
         self.path, self.layers, self.features = path, layers, features
-        # No extension is ever fetched, and one thread is plenty for rows of a small file.
+        # Extensions are never downloaded, and one thread is enough to read rows of a small file.
         settings = {"threads": 1, "autoinstall_known_extensions": False, "autoload_known_extensions": False}
         self._database = duckdb.connect(config=settings)  # type: ignore[arg-type]
-        self._database.execute("SET parquet_metadata_cache = true")  # the files never change: half the time of a row
+        self._database.execute("SET parquet_metadata_cache = true")  # the files never change: halves the time per row
         self._lock = threading.Lock()
         rows = self._rows(f"SELECT label, label_score FROM {self._table(FEATURES)} ORDER BY layer, index")  # noqa: S608
         if len(rows) != layers * features:
@@ -135,7 +135,7 @@ class Cards:
         ]
 
     def label(self, layer: int, index: int) -> tuple[str | None, float | None]:
-        """(label, its score) of a feature, from memory."""
+        """(label, label score) of a feature, from memory."""
         return self._labels[layer * self.features + index]
 
     def card(self, layer: int, index: int) -> Card:
@@ -150,17 +150,17 @@ class Cards:
         return Card(**fields)
 
     def images(self, numbers: Sequence[int]) -> list[CardImage]:
-        """Rows of images.parquet, in the order asked for. Raises `CardsError` if one is not there."""
+        """Rows of images.parquet, in the requested order. Raises `CardsError` if one is missing."""
         if not numbers:
             return []
         query = f"SELECT image, name, class_name, picture FROM {self._table(IMAGES)} WHERE image IN ?"  # noqa: S608
-        found = {image: CardImage(*fields) for image, *fields in self._rows(query, [list(set(numbers))])}
-        if missing := set(numbers) - set(found):
+        images = {image: CardImage(*fields) for image, *fields in self._rows(query, [list(set(numbers))])}
+        if missing := set(numbers) - set(images):
             raise CardsError(f"{self.path / IMAGES} has no image {min(missing)}, which a card names")
-        return [found[number] for number in numbers]
+        return [images[number] for number in numbers]
 
-    def search(self, text: str | None, layer: int | None, offset: int, limit: int) -> tuple[int, list[Found]]:
-        """(how many labelled features there are whose label contains `text`, those from `offset` on, best first)."""
+    def search(self, text: str | None, layer: int | None, offset: int, limit: int) -> tuple[int, list[SearchHit]]:
+        """(count of labelled features whose label contains `text`, up to `limit` of them from `offset`, best first)."""
         where, values = "label IS NOT NULL", list[Any]()
         if text is not None:
             where, values = where + " AND contains(lower(label), lower(?))", [*values, text]
@@ -173,19 +173,19 @@ class Cards:
             "ORDER BY label_score DESC, layer, index LIMIT ? OFFSET ?",
             [*values, limit, offset],
         )
-        return total, [Found(*row) for row in rows]
+        return total, [SearchHit(*row) for row in rows]
 
     def similarities(
         self, layer: int, indices: NDArray[np.integer], values: NDArray[np.floating]
     ) -> NDArray[np.float32]:
-        """Cosine [N] of a code at [CLS] (features, activations [k]) and each reference image's, in one layer; 0 for an
-        image without any active feature."""
+        """Cosine [N] between a code at [CLS] (features, activations [k]) and that of each reference image, in one
+        layer; 0 for an image without active features."""
         query = np.zeros(self.features, np.float32)
         query[indices[values != 0]] = values[values != 0]
-        of_indices, of_values = (part[:, layer] for part in self.references)
-        stored = of_values.astype(np.float32)
-        norms = np.linalg.norm(stored, axis=1) * np.linalg.norm(query)
-        return (query[of_indices] * stored).sum(1) / np.where(norms > 0, norms, 1)
+        reference_indices, reference_values = (part[:, layer] for part in self.references)
+        reference_values = reference_values.astype(np.float32)
+        norms = np.linalg.norm(reference_values, axis=1) * np.linalg.norm(query)
+        return (query[reference_indices] * reference_values).sum(1) / np.where(norms > 0, norms, 1)
 
     def _references(self) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
         """Codes at [CLS] of the reference images: features and activations [N, L, k]."""
@@ -208,9 +208,9 @@ class Cards:
     def _rows(self, query: str, values: Sequence[Any] = (), named: bool = False) -> list[Any]:
         try:
             with self._lock:
-                found = self._database.execute(query, values)
-                rows = found.fetchall()
-                names = [column[0] for column in found.description or ()]
+                result = self._database.execute(query, values)
+                rows = result.fetchall()
+                names = [column[0] for column in result.description or ()]
         except duckdb.Error as error:
             raise CardsError(f"{self.path / 'cards'} cannot be read: {error}") from error
         return [dict(zip(names, row, strict=True)) for row in rows] if named else rows

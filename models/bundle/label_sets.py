@@ -1,7 +1,7 @@
-"""Named label sets: files NAME.json in a folder, {"labels": [...], "templates": [...]}; templates may be left out.
+"""Named label sets: files NAME.json in a folder, {"labels": [...], "templates": [...]}; templates are optional.
 
-A bundle may hold some (label_sets/NAME.json, and NAME.npy with their embeddings, made at export), and whoever runs the
-service may add a folder of others. `default` is the bundle's own set and no file's name.
+A bundle may contain some (label_sets/NAME.json, and NAME.npy with their embeddings, computed at export), and the
+operator of the service may add a folder of others. `default` is the bundle's own set and is not allowed as a file name.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 class LabelSetError(VitrineError, ValueError):
-    """A label set cannot be used; the message names the file and the mistake."""
+    """A label set cannot be used; the message names the file and the problem."""
 
 
 def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(labels)) < len(labels):
-        twice = next(label for label in labels if labels.count(label) > 1)
-        raise ValueError(f"labels must differ from one another, and {twice!r} is there twice")
+        duplicate = next(label for label in labels if labels.count(label) > 1)
+        raise ValueError(f"labels must differ from one another, and {duplicate!r} is there twice")
     return labels
 
 
 class NamedLabels(BaseModel):
-    """What a file holds."""
+    """The contents of a label set file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,14 +45,14 @@ class NamedLabels(BaseModel):
 
 
 def read_label_sets(folder: Path) -> dict[str, NamedLabels]:
-    """Every NAME.json of a folder, by name. Raises `LabelSetError`."""
+    """Every NAME.json in a folder, by name. Raises `LabelSetError`."""
     if not folder.is_dir():
         raise LabelSetError(f"{folder} is no directory of label sets")
     return {file.stem: read_label_set(file) for file in sorted(folder.glob("*.json"))}
 
 
 def read_label_set(file: Path) -> NamedLabels:
-    """One file. Raises `LabelSetError`."""
+    """Read one file. Raises `LabelSetError`."""
     if file.stem == DEFAULT or not _NAME.fullmatch(file.stem):
         raise LabelSetError(
             f"{file}: a label set's name has small letters, digits, '.', '_' and '-', at most 64 of them, and is not "
@@ -64,5 +64,5 @@ def read_label_set(file: Path) -> NamedLabels:
         raise LabelSetError(f"{file} cannot be read: {error}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise LabelSetError(f"{file}: {where + ': ' if where else ''}{first['msg']}") from error
+        location = ".".join(map(str, first["loc"]))
+        raise LabelSetError(f"{file}: {location + ': ' if location else ''}{first['msg']}") from error

@@ -1,4 +1,4 @@
-"""What lies in a bundle: its files, and the inputs and outputs of its graphs, by name and shape."""
+"""The contents of a bundle: its files, and the names and shapes of its graphs' inputs and outputs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ VISION_OUTPUTS = (
     "sigma_without",  # [B, R]
     "norm",  # [B]
     "feature_indices",  # [B, L, k] int64
-    "feature_values",  # [B, L, k] 0 in places not in use
+    "feature_values",  # [B, L, k] 0 in unused places
     "projection",  # [B, L] summing to 1, or all 0
     "fidelity",  # [B, 2]: r2, cosine
 )
-# On request alone, where the input `details` is true (else B is 0): see `models.account.ledger.Details`.
+# Computed only where the input `details` is true (else B is 0): see `models.account.ledger.Details`.
 DETAILS_INPUT = "details"  # [] bool
 DETAILS = (
     "lens",  # [B, L, D]
@@ -37,10 +37,10 @@ DETAILS = (
     "token_norms",  # [B, T]
 )
 # Inputs of replacement.onnx besides `pixels`, and its outputs.
-REPLACED_INPUT = "replaced"  # [L, 2] bool: `models.account.windows.replaced`
+REPLACED_INPUT = "replaced"  # [L, 2] bool: `models.account.windows.replacement_mask`
 REPLACEMENT_OUTPUTS = (
     "embedding",  # [B, D]
-    "contributions",  # [B, 2, L, L]: C of [CLS] and in the mean over patches; by target, then by source
+    "contributions",  # [B, 2, L, L]: C for [CLS] and its mean over patches; [target, source]
 )
 
 Variant = Literal["int8", "fp16"]
@@ -48,5 +48,5 @@ Precision = Literal["fp32", "int8", "fp16"]
 
 
 def vision_file(precision: Precision) -> str:
-    """The file of the vision graph in that precision."""
+    """The file of the vision graph in a precision."""
     return "vision.onnx" if precision == "fp32" else f"vision.{precision}.onnx"

@@ -1,4 +1,4 @@
-"""manifest.json: what a bundle is made of, what it was measured to do, and the sha256 of every file."""
+"""manifest.json: what a bundle was made from, its measured quality, and the sha256 of every file."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ class Shape(_Part):
     layers: PositiveInt  # L
     width: PositiveInt  # d
     embedding: PositiveInt  # D
-    features: PositiveInt  # F a layer
-    k: PositiveInt  # places of a served code: so many features of a layer can be active on [CLS], not more
-    # Budgets of the sparsifier, one a layer (jumprelu, batch_topk: means). None, as in bundles older than these
+    features: PositiveInt  # F, per layer
+    k: PositiveInt  # places of a served code: the most features per layer that can be active on [CLS]
+    # Budgets of the sparsifier, one per layer (jumprelu, batch_topk: means). None, as in bundles from before these
     # fields: k in every layer.
     k_cls: tuple[PositiveInt, ...] | None = None
     k_patches: tuple[PositiveInt, ...] | None = None
-    cross_layer: bool = True  # False: a feature writes to the MLP output of its own layer alone
+    cross_layer: bool = True  # False: a feature writes only to the MLP output of its own layer
     tokens: PositiveInt  # [CLS] and patches
 
     @model_validator(mode="after")
-    def _budget_a_layer(self) -> Shape:
+    def _one_budget_per_layer(self) -> Shape:
         for name in ("k_cls", "k_patches"):
             budgets = getattr(self, name)
             if budgets is not None and len(budgets) != self.layers:
@@ -61,10 +61,10 @@ class Shape(_Part):
 
 
 class Text(_Part):
-    """How a label becomes an embedding."""
+    """How labels are embedded."""
 
     context: PositiveInt
-    pad: int  # token id that fills a text up to `context`
+    pad: int  # token id that pads a text to `context`
     labels: tuple[str, ...]  # default label set
     templates: tuple[str, ...]  # default templates, each with {}
 
@@ -91,37 +91,37 @@ class Metrics(_Part):
 
 
 class Agreement(_Part):
-    """How far a variant of the vision graph agrees with the float32 one, on images that neither was trained on."""
+    """How well a variant of the vision graph agrees with the float32 graph, on images that neither was trained on."""
 
     images: int
     top1: float  # share of images with the same top-1 among the default labels
-    ledger_cosine: float  # of the two accounts of the top-1's logit, mean over images
-    top_features: float  # share of the ten features that contribute most to it, mean over images
+    ledger_cosine: float  # between the two accounts of the top-1 logit, mean over images
+    top_features: float  # share of the ten largest feature contributions that agree, mean over images
 
     @property
-    def enough(self) -> bool:
-        """Whether the variant may be written. Not if anything is no number."""
+    def is_sufficient(self) -> bool:
+        """Whether the variant may be written. False if any value is NaN."""
         return self.top1 >= 0.99 and self.ledger_cosine >= 0.99 and self.top_features >= 0.9
 
 
 class LabelQuality(_Part):
-    """Whether automatic labels tell the images on which their features fire, on images that chose nothing."""
+    """How well automatic labels predict where features fire, on images not used to choose labels or thresholds."""
 
     held_out_images: int
     labelled: int  # features
-    measured: int  # of those, the ones that fire on enough of these images, and not on all
-    auroc_share: float | None  # of the measured: AUROC of 0.8 or better
-    auroc_share_shuffled: float | None  # the same with the labels dealt out at random among the labelled
+    measured: int  # of those, the ones that fire on enough of these images but not on all
+    auroc_share: float | None  # of the measured ones: AUROC of 0.8 or better
+    auroc_share_shuffled: float | None  # the same with labels shuffled among the labelled features
 
 
 class CardsSummary(_Part):
-    """What the cards were made of, and how good their labels are."""
+    """What the cards were made from, and the quality of their labels."""
 
     data: str
-    images: int  # that exemplars were chosen from
+    images: int  # from which exemplars were chosen
     vocabulary: int  # words
-    features_cls: int  # features that are read at [CLS], the others at patches
-    # By where features are read: what score, clarity and margin a label must reach; None: nothing was good enough.
+    features_cls: int  # features read at [CLS]; the others are read at patches
+    # Per reading: the score, clarity and margin that a label must reach; None: no label was good enough.
     thresholds: dict[Literal["cls", "patches"], dict[str, float] | None]
     quality: LabelQuality
     pictures: Literal["thumbnails", "means", "none"]
@@ -143,11 +143,11 @@ class Manifest(_Part):
     sparsifier: Literal["relu_topk", "abs_topk", "jumprelu", "batch_topk"]
     logit_scale: float
     text: Text
-    precisions: tuple[Precision, ...] = ("fp32",)  # of the vision graph; all but fp32 in vision.<precision>.onnx
-    agreement: dict[Variant, Agreement] = {}  # of each of those with fp32
+    precisions: tuple[Precision, ...] = ("fp32",)  # of the vision graph; all except fp32 in vision.<precision>.onnx
+    agreement: dict[Variant, Agreement] = {}  # of each variant with fp32
     tables: Literal["float32", "float16"]  # precision of directions and of the CLT's weights in the graph
     data: Data
-    recipe: str  # the recipe's text, as it was used
+    recipe: str  # the text of the recipe, as used
     metrics: Metrics
     licence: str
     cards: CardsSummary | None = None

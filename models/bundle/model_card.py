@@ -1,4 +1,4 @@
-"""MODEL_CARD.md, for people: what a bundle is, what it was trained on, how good it is, how far to trust it."""
+"""MODEL_CARD.md, for human readers: what a bundle is, its training data, its quality and its limits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def model_card(manifest: Manifest) -> str:
-    """The card's text, all of it from the manifest."""
+    """The text of the card, generated from the manifest."""
     shape, data, clip = manifest.shape, manifest.data, manifest.clip
     rows = "\n".join(
         f"| {name} | {value:.4f} |" for name, value in manifest.metrics.model_dump().items() if value is not None
@@ -20,11 +20,11 @@ def model_card(manifest: Manifest) -> str:
 {manifest.description}
 
 - **CLIP**: {clip.name}, weights {clip.weights} (sha256 {clip.sha256})
-- **CLT**: {shape.layers} layers x {shape.features:,} features, {_reach(shape)};
+- **CLT**: {shape.layers} layers x {shape.features:,} features, {_decoder_targets(shape)};
   width {shape.width}, embedding {shape.embedding}, tables in {manifest.tables}
-- **Sparsifier**: {manifest.sparsifier}; active features a token and layer{_average(manifest)}:
+- **Sparsifier**: {manifest.sparsifier}; active features a token and layer{_budget_note(manifest)}:
   {_budget(shape.k_cls, shape.k)} on [CLS], {_budget(shape.k_patches, shape.k)} on patches
-- **Precisions**: fp32{"".join(map(_agrees, manifest.agreement.items()))}
+- **Precisions**: fp32{"".join(map(_agreement, manifest.agreement.items()))}
 - **Trained on**: {data.name}, {data.train_images:,} images; licence of the data: {data.licence}
 - **Measured on**: {data.name}, {data.val_images:,} held-out images
 - **Default labels**: {", ".join(manifest.text.labels)}
@@ -52,9 +52,9 @@ def _cards(cards: CardsSummary | None) -> str:
     if cards is None:
         return ""
     quality = cards.quality
-    checked = "none of them could be checked on held-out images"
+    label_check = "none of them could be checked on held-out images"
     if quality.auroc_share is not None:
-        checked = (
+        label_check = (
             f"of the {quality.measured:,} that could be checked on {quality.held_out_images:,} held-out images, "
             f"{quality.auroc_share:.1%} tell when their feature fires (AUROC of 0.8 or better; "
             f"{quality.auroc_share_shuffled:.1%} with the same labels shuffled)"
@@ -63,33 +63,33 @@ def _cards(cards: CardsSummary | None) -> str:
 ## Feature cards
 
 From {cards.images:,} images of {cards.data} and {cards.vocabulary:,} words; pictures: {cards.pictures}.
-{quality.labelled:,} features have a label: {checked}.
+{quality.labelled:,} features have a label: {label_check}.
 The others have none rather than a poor one.
 """
 
 
-def _agrees(variant: tuple[Variant, Agreement]) -> str:
-    name, found = variant
+def _agreement(variant: tuple[Variant, Agreement]) -> str:
+    name, result = variant
     return (
-        f"; {name}, which agrees with it on {found.images:,} held-out images in {found.top1:.1%} of the top-1 and "
-        f"{found.top_features:.1%} of the ten top features (cosine of the ledgers {found.ledger_cosine:.4f})"
+        f"; {name}, which agrees with it on {result.images:,} held-out images in {result.top1:.1%} of the top-1 and "
+        f"{result.top_features:.1%} of the ten top features (cosine of the ledgers {result.ledger_cosine:.4f})"
     )
 
 
-def _reach(shape: Shape) -> str:
+def _decoder_targets(shape: Shape) -> str:
     if shape.cross_layer:
         return "cross-layer: each writes to the MLP outputs of its own layer and of all later ones"
     return "per-layer: each writes to the MLP output of its own layer alone"
 
 
-def _average(manifest: Manifest) -> str:
-    """Whether the budgets hold for every token or in the mean, and what then bounds a token."""
+def _budget_note(manifest: Manifest) -> str:
+    """Whether the budgets hold per token or on average; if on average, the upper bound per token."""
     if manifest.sparsifier in ("relu_topk", "abs_topk"):
         return ""
     return f" on average (at most {manifest.shape.k} as served)"
 
 
 def _budget(budgets: tuple[int, ...] | None, k: int) -> str:
-    """One number if it is the same in every layer, else all of them."""
-    different = dict.fromkeys(budgets or (k,))
-    return str(*different) if len(different) == 1 else f"{', '.join(map(str, budgets or ()))} (by layer)"
+    """One number if it is the same in every layer, else one per layer."""
+    distinct = dict.fromkeys(budgets or (k,))
+    return str(*distinct) if len(distinct) == 1 else f"{', '.join(map(str, budgets or ()))} (by layer)"

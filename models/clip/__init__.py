@@ -1,1 +1,1 @@
-"""A CLIP of open_clip's, seen from inside: loading, the vision tower with its taps, attention, the tokenizer."""
+"""An open_clip CLIP and its internals: loading, the vision tower with its taps, attention, the tokenizer."""

@@ -1,4 +1,4 @@
-"""A CLIP by open_clip's name and tag, from a hub, or from files of one's own."""
+"""Load a CLIP by open_clip name and tag, from a hub, or from your own files."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from torch import Tensor, nn
 from vitrine.models.clip.tower import Tower, UnsupportedTower
 from vitrine.models.errors import VitrineError
 
-BRINGS_WEIGHTS = ("hf-hub:", "local-dir:")  # open_clip's prefixes for models that come with their weights
+PREFIXES_WITH_WEIGHTS = ("hf-hub:", "local-dir:")  # open_clip's prefixes for models that include their weights
 
 
 class ClipError(VitrineError, ValueError):
-    """A CLIP cannot be loaded; the message says what is known instead."""
+    """A CLIP cannot be loaded; the message lists the valid choices."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A loaded CLIP in evaluation mode, float32, with what is needed to name it and to feed it."""
+    """A loaded CLIP in evaluation mode, float32, with its identity, tokenizer and preprocessing."""
 
     model: Any  # open_clip's CLIP, a torch module
     tower: Tower
-    tokenizer: Any  # open_clip's; texts -> tokens [N, context]
+    tokenizer: Any  # open_clip's tokenizer; texts -> tokens [N, context]
     name: str  # open_clip's model name
-    weights: str  # open_clip's tag, or the file's name
-    sha256: str  # `model_sha256`, so that a CLT is never put on another CLIP than its own
+    weights: str  # open_clip's tag, or the file name
+    sha256: str  # `model_sha256`, so that a CLT is only ever used with its own CLIP
     preprocess: dict[str, Any]  # open_clip's PreprocessCfg as a dict: size, mean, std, interpolation, resize_mode
 
     @property
@@ -46,7 +46,7 @@ class Clip:
         return int(self.tokenizer.context_length)
 
     def transform(self) -> Any:
-        """open_clip's own evaluation transform: PIL image -> normalised pixels [3, H, W]."""
+        """open_clip's evaluation transform: PIL image -> normalised pixels [3, H, W]."""
         keys = ("mean", "std", "interpolation", "resize_mode")
         return open_clip.image_transform(
             self.preprocess["size"], is_train=False, **{key: self.preprocess[key] for key in keys}
@@ -68,27 +68,27 @@ def load_clip(name: str | None, weights: str | None, config: Path | None = None)
     """Load a CLIP with open_clip.
 
     Args:
-        name: open_clip's model name ("ViT-B-32"), or a model that brings its own weights ("hf-hub:org/model",
+        name: open_clip's model name ("ViT-B-32"), or a model that includes its weights ("hf-hub:org/model",
             "local-dir:path"), or None with `config`.
         weights: one of open_clip's tags for that name ("openai", "laion2b_s34b_b79k"), or a checkpoint file; None
-            for a model that brings its own.
-        config: a model configuration in open_clip's JSON format, for a CLIP that open_clip does not know by name.
+            for a model that includes its weights.
+        config: a model configuration in open_clip's JSON format, for a CLIP that is not built into open_clip.
 
     Raises:
-        ClipError: an unknown name, tag or file, with what is known.
+        ClipError: an unknown name, tag or file; the message lists the known ones.
         UnsupportedTower: the tower has no exact account.
     """
     if config is not None:
         name = _add_config(config)
     if name is None:
         raise ClipError("name a CLIP: an open_clip model name, or a configuration file")
-    if name.startswith(BRINGS_WEIGHTS):
+    if name.startswith(PREFIXES_WITH_WEIGHTS):
         if weights is not None:
             raise ClipError(f"{name} brings its own weights; leave `weights` out")
         model = _create(name)
     else:
         _check_weights(name, weights)
-        # OpenAI's weights (and some others) were trained with QuickGELU, which plain model names do not say.
+        # OpenAI's weights (and some others) were trained with QuickGELU, which plain model names do not imply.
         quick_gelu = bool((open_clip.get_pretrained_cfg(name, weights) or {}).get("quick_gelu"))
         model = _create(name, pretrained=weights, force_quick_gelu=quick_gelu)
     model.eval().requires_grad_(False)
@@ -98,7 +98,7 @@ def load_clip(name: str | None, weights: str | None, config: Path | None = None)
         model=model,
         tower=Tower(model.visual),
         tokenizer=open_clip.get_tokenizer(name),
-        name=f"local-dir:{Path(name).name}" if name.startswith("local-dir:") else name,  # no path of this machine
+        name=f"local-dir:{Path(name).name}" if name.startswith("local-dir:") else name,  # omit the local path
         weights=Path(weights).name if weights else "its own",
         sha256=model_sha256(model),
         preprocess=open_clip.get_model_preprocess_cfg(model),
@@ -106,7 +106,7 @@ def load_clip(name: str | None, weights: str | None, config: Path | None = None)
 
 
 def _create(name: str, **options: Any) -> Any:
-    """open_clip's `create_model`, its complaints (a download that fails, weights that do not fit) as `ClipError`."""
+    """open_clip's `create_model`; its errors (a failed download, weights that do not fit) become `ClipError`."""
     try:
         return open_clip.create_model(name, precision="fp32", **options)
     except (OSError, RuntimeError, ValueError, TypeError, AssertionError, SafetensorError) as error:
@@ -115,7 +115,7 @@ def _create(name: str, **options: Any) -> Any:
 
 
 def _add_config(config: Path) -> str:
-    """Make a configuration file known to open_clip; returns the model's name."""
+    """Register a configuration file with open_clip; return the model's name."""
     if not config.is_file():
         raise ClipError(f"CLIP configuration {config} does not exist")
     try:
@@ -130,17 +130,17 @@ def _add_config(config: Path) -> str:
 
 
 def _check_weights(name: str, weights: str | None) -> None:
-    """Raise `ClipError` unless `name` is open_clip's and `weights` a file or one of its tags."""
+    """Raise `ClipError` unless `name` is an open_clip model and `weights` a file or one of its tags."""
     if name not in open_clip.list_models():
         raise ClipError(f"open_clip knows no model {name!r}; see `open_clip.list_models()`")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if weights is None or not (Path(weights).is_file() or weights in tags):
-        known = f"tags for {name}: {', '.join(tags)}" if tags else f"{name} has no published weights"
-        raise ClipError(f"weights {weights!r} are neither a file nor a tag of open_clip's; {known}")
+        choices = f"tags for {name}: {', '.join(tags)}" if tags else f"{name} has no published weights"
+        raise ClipError(f"weights {weights!r} are neither a file nor a tag of open_clip's; {choices}")
 
 
 def model_sha256(model: nn.Module) -> str:
-    """What a model computes, as a digest: every module's type, heads and eps, every weight's name and bytes."""
+    """Digest of what a model computes: the type, heads and eps of every module, the name and bytes of every weight."""
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         options = [getattr(module, option, None) for option in ("num_heads", "eps")]

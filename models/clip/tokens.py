@@ -9,8 +9,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from vitrine.models.errors import VitrineError
 
-# open_clip cleans texts with ftfy and HTML unescaping before it splits them. Of ftfy we keep what labels meet: quotes
-# made straight and composed accents. Ligatures, mojibake and HTML entities are left as they are.
+# open_clip cleans texts with ftfy and HTML unescaping before it splits them. Of ftfy only what matters for labels is
+# reproduced: straight quotes and composed accents. Ligatures, mojibake and HTML entities are left unchanged.
 CHECKED_TEXTS = (
     "a photo of a cat",
     "Two  DOGS, one frisbee!",
@@ -27,13 +27,13 @@ CHECKED_TEXTS = (
 
 
 class TokenizerMismatch(VitrineError):
-    """The converted tokenizer and open_clip's give different tokens for a text; the message shows it."""
+    """The converted tokenizer and open_clip's give different tokens for a text; the message shows both."""
 
 
 def convert_tokenizer(tokenizer: Any) -> tuple[Tokenizer, int]:
-    """(the same tokenizer for the `tokenizers` library, truncating and padding; id of the padding token).
+    """(the same tokenizer for the `tokenizers` library, with truncation and padding; id of the padding token).
 
-    Raises `TypeError` for a tokenizer of a kind that open_clip's CLIP models do not use.
+    Raises `TypeError` for a type of tokenizer that open_clip's CLIP models do not use.
     """
     if isinstance(tokenizer, SimpleTokenizer):
         converted, pad = _byte_pair(tokenizer), 0
@@ -48,16 +48,16 @@ def convert_tokenizer(tokenizer: Any) -> tuple[Tokenizer, int]:
 
 
 def check_tokenizer(tokenizer: Any, converted: Tokenizer, texts: list[str]) -> None:
-    """Raise `TokenizerMismatch` unless both give the same tokens for `texts` and for `CHECKED_TEXTS`."""
+    """Raise `TokenizerMismatch` unless both give the same tokens for `texts` and `CHECKED_TEXTS`."""
     for text in [*texts, *CHECKED_TEXTS]:
         expected = tokenizer([text])[0].tolist()
-        found = converted.encode(text).ids
-        if found != expected:
-            raise TokenizerMismatch(f"tokens of {text!r}: open_clip {expected}, exported {found}")
+        actual = converted.encode(text).ids
+        if actual != expected:
+            raise TokenizerMismatch(f"tokens of {text!r}: open_clip {expected}, exported {actual}")
 
 
 def _byte_pair(tokenizer: SimpleTokenizer) -> Tokenizer:
-    """CLIP's lower-casing byte-pair encoding with `</w>` at the end of words."""
+    """CLIP's lower-case byte-pair encoding with `</w>` at the end of words."""
     start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
     special = [tokenizer.decoder[start], tokenizer.decoder[end]]
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)

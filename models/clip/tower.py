@@ -1,8 +1,8 @@
-"""An open_clip model whose vision tower can be read from inside.
+"""An open_clip vision tower whose internal activations can be read.
 
 The vision tower is a residual stream: `ln_pre(embeddings)`, to which every block adds its attention output and its
-MLP output. `Tower` runs open_clip's own modules in open_clip's own order and hands out those pieces (*taps*), so
-that their sum is the final residual, exactly:
+MLP output. `Tower` runs open_clip's own modules in open_clip's order and returns those parts (*taps*), whose sum is
+exactly the final residual:
 
     residual_out = residual_in + sum_l (attn_out[l] + mlp_out[l])        (LayerScale, where present, included)
 
@@ -21,14 +21,14 @@ from vitrine.models.errors import VitrineError
 
 
 class UnsupportedTower(VitrineError, ValueError):
-    """The CLIP's vision tower is not one whose residual stream Vitrine can account for; the message says why."""
+    """Vitrine cannot account for the residual stream of this vision tower; the message says why."""
 
 
 class Taps(NamedTuple):
-    """One pass through the tower, seen from inside."""
+    """The internal activations of one forward pass."""
 
     residual_in: Tensor  # [B, T, d] what enters block 0 (after ln_pre)
-    mlp_in: Tensor  # [L, B, T, d] ln_2 outputs: what the MLPs read, and the CLT's encoders
+    mlp_in: Tensor  # [L, B, T, d] ln_2 outputs: the input of the MLPs and of the CLT's encoders
     attn_out: Tensor  # [L, B, T, d] what attention adds to the stream
     mlp_out: Tensor  # [L, B, T, d] what the MLPs add to the stream: the CLT's targets
     residual_out: Tensor  # [B, T, d] what enters ln_post
@@ -37,7 +37,7 @@ class Taps(NamedTuple):
 class Tower(nn.Module):
     """The vision tower of a CLIP, with taps.
 
-    Accepts open_clip's `VisionTransformer` with a class token read at the end: any size, GELU or QuickGELU, with or
+    Accepts open_clip's `VisionTransformer` that pools the class token: any size, GELU or QuickGELU, with or
     without `ln_pre` and LayerScale. Raises `UnsupportedTower` for every other tower.
     """
 
@@ -45,7 +45,7 @@ class Tower(nn.Module):
         super().__init__()
         self.visual: Any
         self.blocks: Any
-        _refuse_unsupported(visual)
+        _check_supported(visual)
         self.visual = visual
         self.blocks = self.visual.transformer.resblocks
         self.layers = len(self.blocks)
@@ -58,7 +58,7 @@ class Tower(nn.Module):
         return self.visual._embeds(pixels)
 
     def attention(self, layer: int, stream: Tensor, cls_only: bool = False) -> Tensor:
-        """What block `layer`'s attention adds to the stream [B, T, d]; [B, 1, d] for [CLS] alone."""
+        """What block `layer`'s attention adds to the stream [B, T, d]; [B, 1, d] with `cls_only`."""
         block = self.blocks[layer]
         normed = block.ln_1(stream)
         queries = normed[:, :1] if cls_only else normed
@@ -74,7 +74,7 @@ class Tower(nn.Module):
         return self.blocks[layer].ln_2(stream)
 
     def mlp_output(self, layer: int, mlp_in: Tensor) -> Tensor:
-        """What block `layer`'s MLP adds to the stream for ln_2 outputs of any tokens, LayerScale included."""
+        """What block `layer`'s MLP adds to the stream, for ln_2 outputs of any tokens, LayerScale included."""
         block = self.blocks[layer]
         return block.ls_2(block.mlp(mlp_in))
 
@@ -83,7 +83,7 @@ class Tower(nn.Module):
         return self.visual.ln_post(residual) @ self.visual.proj
 
     def forward(self, pixels: Tensor) -> Taps:
-        """Every tap of every token, for normalised pixels [B, 3, H, W]."""
+        """All taps of all tokens, for normalised pixels [B, 3, H, W]."""
         stream = residual_in = self.embed(pixels)
         mlp_ins, attn_outs, mlp_outs = [], [], []
         for layer in range(self.layers):
@@ -104,16 +104,16 @@ class Tower(nn.Module):
     def fold(self) -> tuple[Tensor, Tensor]:
         """ln_post and the projection as an affine map, up to one number per image.
 
-        Returns (M [d, D], beta [D]) such that `head(r) = r @ M / sigma(r) + beta`, where `sigma(r)` is ln_post's
-        standard deviation of that image's residual. M centres its argument, so that a component without any
-        variation contributes nothing. Float64 inside, so that folding costs no precision.
+        Returns (M [d, D], beta [D]) such that `head(r) = r @ M / sigma(r) + beta`, where `sigma(r)` is the standard
+        deviation that ln_post computes for that residual. M centres its argument, so a component that is constant
+        over channels contributes nothing. Computed in float64, so that folding costs no precision.
         """
         matrix, beta = self._fold64()
         return matrix.float(), beta.float()
 
     def attention_fold(self) -> Tensor:
-        """[L, d + 1, D]: what one unit of each value channel (`models.clip.attention`) adds to the embedding, as `fold`
-        counts it; in the last row what every block's attention adds to every token, its values' and output's biases.
+        """[L, d + 1, D]: what one unit of each value channel (`models.clip.attention`) adds to the embedding, in the
+        units of `fold`. The last row: what each block's attention adds to every token, the biases of values and output.
         """
         matrix, _ = self._fold64()
         tables = []
@@ -130,8 +130,8 @@ class Tower(nn.Module):
         return scaled - scaled.mean(dim=0), ln.bias.detach().double() @ proj
 
 
-def _refuse_unsupported(visual: nn.Module) -> None:
-    """Raise `UnsupportedTower`, naming the part of `visual` that has no exact account."""
+def _check_supported(visual: nn.Module) -> None:
+    """Raise `UnsupportedTower` if `visual` has a part without an exact account; the message names it."""
     if not isinstance(visual, VisionTransformer):
         raise UnsupportedTower(
             f"vision tower {type(visual).__module__}.{type(visual).__name__} is not supported: "
@@ -146,5 +146,5 @@ def _refuse_unsupported(visual: nn.Module) -> None:
         "a tower without projection": visual.proj is None,
         "output_tokens": visual.output_tokens,
     }
-    if named := [reason for reason, present in reasons.items() if present]:
-        raise UnsupportedTower(f"VisionTransformer with {'; '.join(named)} is not supported")
+    if unsupported := [reason for reason, present in reasons.items() if present]:
+        raise UnsupportedTower(f"VisionTransformer with {'; '.join(unsupported)} is not supported")

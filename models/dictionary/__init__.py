@@ -1,1 +1,1 @@
-"""Sparse dictionaries of a tower's MLPs: the Cross-Layer Transcoder, its sparsifiers, the replacement model."""
+"""Sparse dictionaries for a tower's MLPs: the Cross-Layer Transcoder, its sparsifiers, the replacement model."""

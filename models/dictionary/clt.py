@@ -1,17 +1,17 @@
-"""The Cross-Layer Transcoder (CLT; arXiv 2604.13304): sparse stand-ins for all MLPs of a tower at once.
+"""The Cross-Layer Transcoder (CLT; arXiv 2604.13304): sparse replacements for all MLPs of a tower, trained jointly.
 
     z_i = phi(W_enc[i] x_i + b_enc[i])                 encoder of source layer i, x_i the ln_2 output
     y_j = b_dec[j] + sum_{i <= j} z_i W^{i->j}         decoder of target layer j, the MLP output
 
-so a feature of layer i writes to every MLP output from i on; phi is one of `models.dictionary.sparsify`. One bias per
-*target*: one per decoder could not be told apart. With `cross_layer` false y_j reads z_j alone: per-layer
-transcoders, the baseline that a CLT has to beat.
+so a feature of layer i writes to every MLP output from layer i on. phi is one of `models.dictionary.sparsify`. There is
+one bias per *target*: with one per decoder only their sum would be identifiable. With `cross_layer` false, y_j reads
+only z_j: per-layer transcoders, the baseline for a CLT.
 
-Encoders and decoders cost K places a token and never F, forward and backward, but for the one product that finds
-which features are active: see `_SparseLinear`, `_SparseProduct`. `encode_dense` and `decode_dense` are the same by
-dense products; tests hold the two against each other.
+The forward and backward cost of encoders and decoders scales with K places per token, never with F, except for the one
+product that finds the active features: see `_SparseLinear`, `_SparseProduct`. `encode_dense` and `decode_dense` compute
+the same with dense products; tests compare the two.
 
-L layers, F features a layer, d width, K places of a code, N tokens.
+L layers, F features per layer, d width, K places of a code, N tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vitrine.models.dictionary.sparsify import JumpReLU, Kind, make_sparsifier
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shape of a CLT. k, k_cls: active features a token, one number a layer, for patches and for [CLS]."""
+    """The shape of a CLT. k, k_cls: active features per token, one number per layer, for patches and for [CLS]."""
 
     layers: int
     width: int
@@ -52,14 +52,14 @@ class Architecture:
 
     @property
     def parameters(self) -> int:
-        """How many numbers are trained."""
+        """Number of trained parameters."""
         pairs = sum(len(self.sources(target)) for target in range(self.layers))
         encoders = self.layers * self.features * (self.width + 1 + (self.sparsifier == "jumprelu"))
         return encoders + pairs * self.features * self.width + self.layers * self.width
 
 
 class Encoder(nn.Module):
-    """Tokens [N, d] of one source layer to their code."""
+    """Maps tokens [N, d] of one source layer to their code."""
 
     def __init__(self, architecture: Architecture, layer: int) -> None:
         super().__init__()
@@ -84,14 +84,14 @@ class Encoder(nn.Module):
         return SortedCode(indices, values, self.sparsifier.active(chosen, indices, values), order)
 
     def encode_dense(self, x: Tensor, is_cls: Tensor) -> SortedCode:
-        """The same with autograd through all F pre-activations: the reference."""
+        """The same with autograd through all F pre-activations: the reference implementation."""
         preactivations = _linear(x, self.weight, self.bias)
         indices = self.sparsifier.select(preactivations.detach())
         return self._code(indices, preactivations.gather(-1, indices), is_cls, None)
 
 
 class Decoder(nn.Module):
-    """Codes of the source layers to the MLP output [N, d] of one target layer."""
+    """Maps codes of the source layers to the MLP output [N, d] of one target layer."""
 
     def __init__(self, architecture: Architecture, target: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
         self.bias = nn.Parameter(torch.empty(architecture.width))
 
     def forward(self, codes: Sequence[SortedCode]) -> Tensor:
-        """codes: of layers 0 to the target at least."""
+        """codes: of at least layers 0 to the target."""
         return sum(self._products(codes), start=self.bias)
 
     def contributions(self, codes: list[SortedCode]) -> Tensor:
@@ -109,7 +109,7 @@ class Decoder(nn.Module):
         return torch.stack(self._products(codes))
 
     def decode_dense(self, codes: list[SortedCode]) -> Tensor:
-        """The same by dense products over all F features: the reference."""
+        """The same with dense products over all F features: the reference implementation."""
         output = self.bias
         for source, weight in zip(self.sources, self.weights, strict=True):
             code = codes[source]
@@ -140,7 +140,7 @@ class CrossLayerTranscoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Random unit rows for the encoders; for the decoders too, shared out over the sources of a target."""
+        """Random unit rows for the encoders, and for the decoders divided by (number of sources * sqrt(k))."""
         for encoder in self.encoders:
             _unit_rows(encoder.weight, generator)
             encoder.bias.zero_()
@@ -151,13 +151,13 @@ class CrossLayerTranscoder(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, mlp_in: Tensor) -> None:
-        """Set learnt thresholds so that, at the start, k features a token are active on these tokens [L, N, d]."""
+        """Set learnt thresholds so that initially k features per token are active, on average, on tokens [L, N, d]."""
         for encoder, x in zip(self.encoders, mlp_in, strict=True):
             if isinstance(encoder.sparsifier, JumpReLU):
                 encoder.sparsifier.calibrate(_linear(x, encoder.weight, encoder.bias))
 
     def encode(self, mlp_in: Tensor, is_cls: Tensor) -> list[SortedCode]:
-        """ln_2 outputs [L, N, d] to one code a source layer; is_cls [N] bool."""
+        """ln_2 outputs [L, N, d] to one code per source layer; is_cls [N] bool."""
         return [encoder(x, is_cls) for encoder, x in zip(self.encoders, mlp_in, strict=True)]
 
     def decode(self, codes: list[SortedCode]) -> Tensor:
@@ -170,7 +170,7 @@ class CrossLayerTranscoder(nn.Module):
         return codes, self.decode(codes)
 
     def widen(self, factor: float) -> None:
-        """Let every layer work with `factor` times its budgets."""
+        """Set the budgets of every layer to `factor` times their configured values."""
         for encoder in self.encoders:
             encoder.sparsifier.widen(factor)
 
@@ -185,7 +185,7 @@ class CrossLayerTranscoder(nn.Module):
 
     @torch.no_grad()
     def writers(self, target: int) -> Tensor:
-        """[L, F, d]: the decoders onto one target; 0 for sources that do not write to it."""
+        """[L, F, d]: the decoders of one target; 0 for sources that do not write to it."""
         decoder = self.decoders[target]
         table = decoder.bias.new_zeros(self.layers, self.features, self.width)
         for source, weight in zip(decoder.sources, decoder.weights, strict=True):
@@ -199,18 +199,18 @@ class CrossLayerTranscoder(nn.Module):
 
 
 class SortedCode(NamedTuple):
-    """One layer's code, and what training needs of it."""
+    """One layer's code, with what training needs."""
 
     indices: Tensor  # [N, K]
     values: Tensor  # [N, K]
-    active: Tensor  # [N] active features a token; with a gradient where the sparsifier learns how many
-    order: Order | None  # shared by all that need it; None: each decoder makes its own
+    active: Tensor  # [N] active features per token; differentiable if the sparsifier learns this number
+    order: Order | None  # shared by encoder and decoders; None: each decoder creates its own
 
 
 class Order:
     """The places of a code [N, K] sorted by feature, so that each feature is a bag of tokens.
 
-    Sorted when the first gradient of a weight asks for it, and once for all of them.
+    Sorted once, when the first weight gradient needs it.
     """
 
     def __init__(self, indices: Tensor, features: int) -> None:
@@ -223,17 +223,17 @@ class Order:
 
     @cached_property
     def _bags(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(places [N * K], flat positions in [N, K]; their tokens [N * K]; where each feature's begin [F])."""
-        ordered, places = self.indices.flatten().sort(stable=True)
-        starts = torch.searchsorted(ordered, torch.arange(self.features, device=ordered.device))
+        """(places [N * K], flat positions in [N, K]; their tokens [N * K]; the start of each feature's bag [F])."""
+        sorted_features, places = self.indices.flatten().sort(stable=True)
+        starts = torch.searchsorted(sorted_features, torch.arange(self.features, device=sorted_features.device))
         return places, places // self.indices.shape[-1], starts
 
 
 class _SparseLinear(torch.autograd.Function):
-    """Pre-activations of chosen features, W[f] x + b[f], whose gradient reads and writes K places a token.
+    """Pre-activations of chosen features, W[f] x + b[f], whose gradient reads and writes K places per token.
 
-    The gradient of W[f] is the sum over the tokens where f was chosen of da * x: with the places sorted by feature
-    that is a bag sum, and `embedding_bag`'s forward kernel does it (its own backward scatters row by row).
+    The gradient of W[f] is the sum of da * x over the tokens where f was chosen. With the places sorted by feature this
+    is a bag sum, computed by `embedding_bag`'s forward kernel (its own backward scatters row by row).
     """
 
     @staticmethod
@@ -284,7 +284,7 @@ class _SparseProduct(torch.autograd.Function):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x W^T + b; float32 under autocast, which makes the product itself in half precision."""
+    """x W^T + b; returns float32 under autocast, which computes the product itself in half precision."""
     product = F.linear(x, weight, bias)
     return product.to(torch.promote_types(product.dtype, torch.float32))
 

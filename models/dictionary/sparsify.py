@@ -1,12 +1,12 @@
-"""From the pre-activations of one encoder to a sparse code, the four ways of the literature.
+"""Four sparsifiers from the literature: from the pre-activations of one encoder to a sparse code.
 
-Every sparsifier works in two halves, so that everything around it costs K places a token and never F:
+Every sparsifier works in two steps, so that the cost of everything around it scales with K places per token, not F:
 
-    select   which features may be active: at most K a token (no gradient)
-    forward  the activations of those features, with whatever gradient the sparsifier defines
+    select   which features may be active: at most K per token (no gradient)
+    forward  the activations of those features, with the gradient that the sparsifier defines
 
-A code therefore has K places a token; places that are not used hold activation 0. Budgets are per layer and, within
-a layer, per token type: [CLS] may have another one than the patches.
+A code therefore has K places per token; unused places hold activation 0. Budgets are per layer and, within a layer, per
+token type: [CLS] may have a different budget from the patches.
 
 N tokens, F features, K = `places`.
 """
@@ -23,14 +23,14 @@ Kind = Literal["relu_topk", "abs_topk", "jumprelu", "batch_topk"]
 
 
 class Code(NamedTuple):
-    """A sparse code: K places a token. Unused places have activation 0."""
+    """A sparse code: K places per token. Unused places have activation 0."""
 
     indices: Tensor  # [..., K] int64, feature
     values: Tensor  # [..., K] activation z
 
 
 class Sparsifier(nn.Module):
-    """What the four have in common. `k` and `k_cls`: active features a token, for patches and for [CLS]."""
+    """Base class of the four. `k` and `k_cls`: active features per token, for patches and for [CLS]."""
 
     signed = False  # activations may be negative
     spare = 1  # places for each feature of the budget
@@ -43,7 +43,7 @@ class Sparsifier(nn.Module):
         self.widen(1.0)
 
     def widen(self, factor: float) -> None:
-        """Work with `factor` times the budgets, as training may do at its start."""
+        """Use `factor` times the budgets, as training may do at the start."""
         self.k, self.k_cls = (min(self.features, round(factor * budget)) for budget in self.budgets)
         self.places = min(self.features, self.spare * max(self.k, self.k_cls))
 
@@ -56,22 +56,22 @@ class Sparsifier(nn.Module):
         raise NotImplementedError
 
     def active(self, chosen: Tensor, indices: Tensor, values: Tensor) -> Tensor:
-        """Active features a token [N]; with a gradient where the sparsifier learns how many."""
+        """Active features per token [N]; differentiable if the sparsifier learns this number."""
         return (values != 0).sum(-1).to(values.dtype)
 
     def inference_threshold(self, cls: bool = True) -> Tensor | None:
-        """Outside training, for [CLS] or patches: what a pre-activation must exceed [F], 0 or more; None where a rank
-        decides."""
+        """Outside training, for [CLS] or patches: the threshold of each pre-activation [F], 0 or more; None if features
+        are chosen by rank."""
         return None
 
     def inference_places(self, cls: bool = True) -> int:
-        """The places that [CLS] or a patch may use outside training."""
+        """Number of places that [CLS] or a patch may use outside training."""
         if self.inference_threshold(cls) is not None:
             return self.places
         return self.k_cls if cls else self.k
 
     def _within_budget(self, values: Tensor, is_cls: Tensor) -> Tensor:
-        """`values`, best first, beyond each token's budget set to 0."""
+        """`values`, best first, with those beyond each token's budget set to 0."""
         if self.k == self.k_cls == self.places:
             return values
         budget = torch.where(is_cls, self.k_cls, self.k)[:, None]
@@ -79,7 +79,7 @@ class Sparsifier(nn.Module):
 
 
 class ReluTopK(Sparsifier):
-    """The k largest pre-activations, those below zero set to 0 (arXiv 2604.13304)."""
+    """The k largest pre-activations, with negative ones set to 0 (arXiv 2604.13304)."""
 
     def forward(self, chosen: Tensor, indices: Tensor, is_cls: Tensor) -> Tensor:
         return self._within_budget(chosen.relu(), is_cls)
@@ -100,8 +100,8 @@ class AbsTopK(Sparsifier):
 class JumpReLU(Sparsifier):
     """z = a where a exceeds the feature's own threshold, else 0 (arXiv 2407.14435).
 
-    `k` and `k_cls` are targets that the loss aims at (`active`); the `places` nearest to or furthest above their
-    thresholds are looked at, the served graph included, so a token can never have more active features than that.
+    `k` and `k_cls` are targets of the loss (`active`). Only the `places` pre-activations with the largest margin over
+    their thresholds are considered, also in the served graph, so a token never has more active features than that.
     Both step functions pass a straight-through gradient to the threshold, a rectangle of width `bandwidth` around it.
     """
 
@@ -114,7 +114,7 @@ class JumpReLU(Sparsifier):
 
     @torch.no_grad()
     def calibrate(self, preactivations: Tensor) -> None:
-        """Set every threshold so that k features a token are active on these tokens [N, F], in the mean."""
+        """Set every threshold so that on average k features per token are active on these tokens [N, F]."""
         kept = self.k * len(preactivations)
         smallest = preactivations.flatten().kthvalue(preactivations.numel() - kept + 1).values
         self.log_threshold.fill_(smallest.clamp_min(1e-3).log())
@@ -126,7 +126,7 @@ class JumpReLU(Sparsifier):
         return _Jump.apply(chosen, self.log_threshold.exp()[indices], self.bandwidth)
 
     def active(self, chosen: Tensor, indices: Tensor, values: Tensor) -> Tensor:
-        """Active features a token [N], differentiable (straight through) in the thresholds."""
+        """Active features per token [N], differentiable (straight-through) in the thresholds."""
         return _Step.apply(chosen, self.log_threshold.exp()[indices], self.bandwidth).sum(-1)
 
     def inference_threshold(self, cls: bool = True) -> Tensor:
@@ -134,10 +134,10 @@ class JumpReLU(Sparsifier):
 
 
 class BatchTopK(Sparsifier):
-    """In training the k * N largest of a batch of N tokens, however they fall on the tokens (arXiv 2412.06410).
+    """In training, the k * N largest of a batch of N tokens, regardless of token (arXiv 2412.06410).
 
-    The smallest activation kept is followed as a running mean, one for patches and one for [CLS]; outside training
-    it is the threshold of a JumpReLU, so that a prediction never depends on its batch-mates. No token gets more than
+    A running mean of the smallest kept activation is tracked, one for patches and one for [CLS]. Outside training it is
+    the threshold of a JumpReLU, so a prediction never depends on the other images of its batch. No token gets more than
     `places`, in training or outside.
     """
 
@@ -147,7 +147,7 @@ class BatchTopK(Sparsifier):
 
     def __init__(self, features: int, k: int, k_cls: int) -> None:
         super().__init__(features, k, k_cls)
-        self.register_buffer("thresholds", torch.full((2,), -1.0))  # below zero: not yet measured, nothing is cut
+        self.register_buffer("thresholds", torch.full((2,), -1.0))  # negative: not yet measured, no threshold applies
 
     def forward(self, chosen: Tensor, indices: Tensor, is_cls: Tensor) -> Tensor:
         positive = chosen.relu()
@@ -164,7 +164,7 @@ class BatchTopK(Sparsifier):
 
     @torch.no_grad()
     def _keep(self, values: Tensor, k: int, token_type: int) -> Tensor:
-        """Which of [N, K] are among the k * N largest, exactly so many even where equals meet at the edge."""
+        """Mask of the k * N largest of values [N, K]; exactly that many even if values tie at the cut-off."""
         kept = torch.zeros_like(values, dtype=torch.bool)
         if len(values):
             largest, places = values.flatten().topk(min(values.numel(), k * len(values)), sorted=False)
@@ -175,18 +175,18 @@ class BatchTopK(Sparsifier):
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    """Where the `count` largest of each row [N, F] are, best first: [N, count].
+    """Indices of the `count` largest of each row of values [N, F], best first: [N, count].
 
     On the CPU numpy's vectorised selection takes half the time of torch's, which is a third of a small CLT's step.
     """
     if not values.is_cpu or count == values.shape[-1]:
         return values.topk(count, dim=-1).indices
-    found = torch.from_numpy(np.argpartition(values.detach().numpy(), -count, axis=-1)[:, -count:].copy())
-    return found.gather(-1, values.gather(-1, found).argsort(dim=-1, descending=True))
+    indices = torch.from_numpy(np.argpartition(values.detach().numpy(), -count, axis=-1)[:, -count:].copy())
+    return indices.gather(-1, values.gather(-1, indices).argsort(dim=-1, descending=True))
 
 
 def make_sparsifier(kind: Kind, features: int, k: int, k_cls: int) -> Sparsifier:
-    """The sparsifier of that name."""
+    """Create the sparsifier of the given kind."""
     kinds: dict[Kind, type[Any]] = {
         "relu_topk": ReluTopK,
         "abs_topk": AbsTopK,

@@ -1,1 +1,1 @@
-"""A CLIP and its dictionary written as a bundle, checked against torch."""
+"""Write a CLIP and its dictionary as a bundle, checked against torch."""

@@ -1,6 +1,6 @@
-"""A CLIP and its CLT as a bundle: ONNX graphs, tables, tokenizer, manifest, and a parity check that can fail.
+"""Export a CLIP and its CLT as a bundle: ONNX graphs, tables, tokenizer, manifest, and a parity check.
 
-A bundle is written beside its destination and moved there whole, so a failed export leaves nothing behind.
+A bundle is written next to its destination and then moved there as a whole, so a failed export leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from vitrine.models.bundle.manifest import Agreement, ClipIdentity, Data, Manife
 from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tokens import check_tokenizer, convert_tokenizer
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
-from vitrine.models.export.parity import check_replacement, check_text, check_vision, none_replaced
+from vitrine.models.export.parity import check_replacement, check_text, check_vision, no_replacement
 from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.onnx_file import ExportError, save_onnx, to_onnx
 from vitrine.models.graph.replacement import ReplacementGraph
@@ -44,7 +44,7 @@ from vitrine.models.graph.variants import make_variant, measure, preselect
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a manifest says that neither the CLIP nor the CLT knows."""
+    """The manifest fields that come from neither the CLIP nor the CLT."""
 
     name: str
     description: str
@@ -67,20 +67,20 @@ def export_bundle(
     variants: Sequence[Variant] = (),
     calibration: Sequence[Tensor] = (),
     replacement: bool = False,
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> Bundle:
-    """Write the bundle `out`, after checking it against torch at batches of 1 and 5.
+    """Write the bundle `out` after checking it against torch at batch sizes 1 and 5.
 
     Args:
         clt: on raw activations; cls_mean: mean [CLS] MLP output [L, d], see `AttributionGraph`.
         tables: precision of the CLT's weights in the bundle.
-        label_sets: by name; their embeddings are made here, so that a service need not.
+        label_sets: by name; their embeddings are computed here, so that the service need not.
         variants: of the vision graph; one that does not agree with float32 on the images of `calibration` (batches of
-            normalised pixels) is not written, which `say` is told.
-        replacement: with replacement.onnx, of which most is L (L + 1) / 2 decoders of a byte a number.
+            normalised pixels) is not written, which is reported to `log`.
+        replacement: also write replacement.onnx, mostly L (L + 1) / 2 decoders at one byte per number.
 
     Raises:
-        ExportError: `out` exists (bundles are immutable), there are variants and no images to check them on, or the
+        ExportError: `out` exists (bundles are immutable), there are variants but no images to check them on, or the
             parity check failed.
     """
     if out.exists():
@@ -105,7 +105,7 @@ def export_bundle(
         np.save(partial / "attention.npy", clip.tower.attention_fold().numpy())
         pixels = torch.zeros(2, 3, *clip.tower.image_size)
         vision = to_onnx(graph, pixels, "pixels", VISION_OUTPUTS, DETAILS, DETAILS_INPUT)
-        faster = {variant: make_variant(vision, variant) for variant in variants}
+        variant_models = {variant: make_variant(vision, variant) for variant in variants}
         save_onnx(preselect(vision), partial / "vision.onnx")
         text = TextGraph(clip.model).eval()
         tokens = torch.zeros(2, clip.context, dtype=torch.long)
@@ -115,20 +115,20 @@ def export_bundle(
             _write_label_set(clip, labels, provenance.templates, partial / "label_sets" / name)
 
         if replacement:
-            replacing, nothing = (
+            replacement_graph, mask = (
                 ReplacementGraph(clip.tower, clt, getattr(torch, tables)).eval(),
-                none_replaced(clt.layers),
+                no_replacement(clt.layers),
             )
-            made = to_onnx(replacing, pixels, "pixels", REPLACEMENT_OUTPUTS, fixed={REPLACED_INPUT: nothing})
-            save_onnx(made, partial / "replacement.onnx", beside=partial / "vision.onnx")
-            check_replacement(clip, replacing, partial / "replacement.onnx")
+            replacing = to_onnx(replacement_graph, pixels, "pixels", REPLACEMENT_OUTPUTS, fixed={REPLACED_INPUT: mask})
+            save_onnx(replacing, partial / "replacement.onnx", beside=partial / "vision.onnx")
+            check_replacement(clip, replacement_graph, partial / "replacement.onnx")
         check_vision(clip, graph, partial / "vision.onnx")
         check_text(text, clip.tokenizer(texts), partial / "text.onnx")
         default = clip.encode_labels(list(provenance.labels), list(provenance.templates)).numpy()
         agreement = {
-            variant: found
-            for variant, model in faster.items()
-            if (found := _gated(model, variant, partial, calibration, default, say))
+            variant: result
+            for variant, model in variant_models.items()
+            if (result := _write_variant(model, variant, partial, calibration, default, log))
         }
         manifest = manifest.model_copy(update={"precisions": ("fp32", *agreement), "agreement": agreement})
         sealed = seal(partial, manifest)
@@ -136,33 +136,33 @@ def export_bundle(
     return replace(sealed, path=out)
 
 
-def _gated(
+def _write_variant(
     model: onnx.ModelProto,
     variant: Variant,
     bundle: Path,
     calibration: Sequence[Tensor],
     labels: NDArray[np.float32],
-    say: Callable[[str], object],
+    log: Callable[[str], object],
 ) -> Agreement | None:
-    """Write a variant beside vision.onnx and measure it; None, and nothing written, if it fails its gate."""
+    """Write a variant next to vision.onnx and measure it. If its agreement is too low, remove it and return None."""
     path = bundle / vision_file(variant)
     save_onnx(model, path, beside=bundle / "vision.onnx")
     tables = np.load(bundle / "directions.npy", mmap_mode="r"), np.load(bundle / "fold.npy")[:-1]
     images = [pixels.numpy() for pixels in calibration]
-    found = measure(bundle / "vision.onnx", path, images, labels, *tables)
-    if found.enough:
-        return found
+    result = measure(bundle / "vision.onnx", path, images, labels, *tables)
+    if result.is_sufficient:
+        return result
     path.unlink()
     path.with_name(f"{path.name}.data").unlink()
-    say(
-        f"{variant} is left out: on {found.images} images it agrees with float32 in {found.top1:.1%} of the top-1, "
-        f"{found.top_features:.1%} of the top features, and its ledgers' cosine is {found.ledger_cosine:.4f}"
+    log(
+        f"{variant} is left out: on {result.images} images it agrees with float32 in {result.top1:.1%} of the top-1, "
+        f"{result.top_features:.1%} of the top features, and its ledgers' cosine is {result.ledger_cosine:.4f}"
     )
     return None
 
 
 def _write_label_set(clip: Clip, labels: NamedLabels, templates: Sequence[str], path: Path) -> None:
-    """NAME.json and NAME.npy for `path` label_sets/NAME; templates: of sets without their own."""
+    """Write NAME.json and NAME.npy for `path` label_sets/NAME. templates: for sets without their own."""
     path.parent.mkdir(exist_ok=True)
     embeddings = clip.encode_labels(list(labels.labels), list(labels.templates or templates))
     np.save(path.with_name(f"{path.name}.npy"), embeddings.numpy())

@@ -1,1 +1,1 @@
-"""What is exported to ONNX: the graphs as torch modules, and what becomes of them as files."""
+"""The graphs exported to ONNX: as torch modules, and their conversion to files."""

@@ -1,15 +1,15 @@
 """The fused vision graph: CLIP's prediction and its account in one pass, for export to ONNX.
 
-Only [CLS] is explained at serving time, so of every layer the encoders read one token; decoders of a source layer
-are summed over their targets once (`CrossLayerTranscoder.directions`), so decoding reads k rows a layer. Nothing
-here depends on labels. Outputs: `models.bundle.layout.VISION_OUTPUTS`; mathematics: `models.account.ledger`. Then come
-`DETAILS`, which the exported graph computes on request alone (`models.graph.onnx_file`).
+Only [CLS] is explained at serving time, so the encoder of each layer reads one token. The decoders of a source layer
+are summed over their targets once (`CrossLayerTranscoder.directions`), so decoding reads k rows per layer. Nothing
+here depends on labels. Outputs: `models.bundle.layout.VISION_OUTPUTS`, then `DETAILS`, which the exported graph
+computes only on request (`models.graph.onnx_file`). Mathematics: `models.account.ledger`.
 
-All layers are encoded by one top-k, whatever the sparsifier: `_encode` is what `models.dictionary.sparsify` does
-to [CLS] outside training, for layers of different budgets at once. It goes in two steps, for at a batch of one it is
-reading the encoders that an account costs: one product over all features finds four times as many candidates as there
-are places, and their pre-activations are then computed anew, from their own rows. So the first product may be coarse
-(`models.graph.variants.preselect` makes it one of bytes) and what comes out is what the exact encoders say.
+All layers are encoded by one top-k, whatever the sparsifier: `_encode` computes what `models.dictionary.sparsify` does
+for [CLS] outside training, for layers of different budgets at once. It works in two steps, because at batch size 1 the
+cost of an account is reading the encoders. One product over all features selects four times as many candidates as there
+are places; their pre-activations are then recomputed from their own rows. So the first product may be coarse
+(`models.graph.variants.preselect` makes it an int8 product), and the result is that of the exact encoders.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from vitrine.models.clip.attention import Attention, linear
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.dictionary.projection import projection_scores
 
-CANDIDATES = 4  # features looked at closely, for each place of a code
+CANDIDATES = 4  # features whose pre-activation is computed exactly, for each place of a code
 
 
 class AttributionGraph(nn.Module):
@@ -31,16 +32,16 @@ class AttributionGraph(nn.Module):
     Args:
         tower: the CLIP's vision tower.
         clt: the CLT on raw activations.
-        cls_mean: mean MLP output of [CLS] over the training images [L, d], the centre of the fidelity's R^2.
-        tables: precision of the CLT's weights; float16 halves the bundle, and every row is still exact, since
-            the error row takes up whatever the CLT does not write.
+        cls_mean: mean MLP output of [CLS] over the training images [L, d], the reference mean of the fidelity's R^2.
+        tables: precision of the CLT's weights; float16 halves the bundle, and every row is still exact, because
+            the error row contains whatever the CLT does not write.
     """
 
     fold: Tensor
     beta: Tensor
     prior: Tensor
-    threshold: Tensor | None  # [L, F]; None where a rank decides
-    usable: Tensor | None  # [L, k] bool; None where every layer has all k places
+    threshold: Tensor | None  # [L, F]; None if features are chosen by rank
+    usable: Tensor | None  # [L, k] bool; None if every layer uses all k places
     directions: Tensor
     last_decoders: Tensor
     bias: Tensor
@@ -60,7 +61,7 @@ class AttributionGraph(nn.Module):
         self.places = tuple(int(sparsifier.inference_places()) for sparsifier in sparsifiers)  # of each layer
         self.k = max(self.places)
         thresholds = [sparsifier.inference_threshold() for sparsifier in sparsifiers]
-        last = clt.layers - 1  # after the last attention nothing but [CLS] is read
+        last = clt.layers - 1  # after the last attention only [CLS] is read
         self.attention = nn.ModuleList(Attention(block, layer == last) for layer, block in enumerate(tower.blocks))
         fold, beta = tower.fold()
         self.register_buffer("fold", fold)
@@ -77,7 +78,7 @@ class AttributionGraph(nn.Module):
         usable = torch.arange(self.k) < torch.tensor(self.places)[:, None]
         self.register_buffer("usable", None if usable.all() else usable)
         self.register_buffer("directions", clt.directions().to(tables).flatten(0, 1))  # [L * F, d]
-        # Onto the last MLP the last source layer writes its directions, and per-layer transcoders nothing else.
+        # To the last MLP output the last source layer writes its directions; per-layer transcoders write nothing else.
         earlier = clt.writers(clt.layers - 1)[: clt.layers - 1 if clt.architecture.cross_layer else 0]
         self.register_buffer("last_decoders", earlier.to(tables).flatten(0, 1))  # [(L - 1) * F, d], or [0, d]
         self.register_buffer("bias", clt.decoder_biases().sum(0))
@@ -87,30 +88,30 @@ class AttributionGraph(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         tower = self.tower
         stream = before_last = tower.embed(pixels)
-        mlp_ins, attn_outs, mlp_outs, residuals, weights, offered = [], [], [], [], [], []
+        mlp_ins, attn_outs, mlp_outs, residuals, weights, token_values = [], [], [], [], [], []
         for layer in range(self.layers):
             last = layer == self.layers - 1
             if last:
                 before_last = stream
-            attended = self.attention[layer](stream)
-            stream = (stream[:, :1] if last else stream) + attended.out
+            attention = self.attention[layer](stream)
+            stream = (stream[:, :1] if last else stream) + attention.out
             mlp_in, mlp_out = tower.mlp(layer, stream)
             stream = stream + mlp_out
             mlp_ins.append(mlp_in[:, :1])
-            attn_outs.append(attended.out[:, 0])
+            attn_outs.append(attention.out[:, 0])
             mlp_outs.append(mlp_out[:, 0])
             residuals.append(stream[:, 0])
-            weights.append(attended.weights[:, :, 0])
-            offered.append(attended.values)
+            weights.append(attention.weights[:, :, 0])
+            token_values.append(attention.values)
         residual = stream[:, 0]
 
         indices, values = self._encode(mlp_ins)
         written = self._decode(self.directions, indices, values)  # [B, L, d]
-        onto_last = written[:, -1:]
+        to_last = written[:, -1:]
         if earlier := len(self.last_decoders) // self.features:  # layers
             before = self._decode(self.last_decoders, indices[:, :earlier], values[:, :earlier])
-            onto_last = torch.cat([before, onto_last], dim=1)
-        projection = F.pad(projection_scores(onto_last, 1), (self.layers - onto_last.shape[1], 0))
+            to_last = torch.cat([before, to_last], dim=1)
+        projection = F.pad(projection_scores(to_last, 1), (self.layers - to_last.shape[1], 0))
 
         error = torch.stack(mlp_outs).sum(0) - written.sum(1) - self.bias
         batch = pixels.shape[0]
@@ -143,42 +144,42 @@ class AttributionGraph(nn.Module):
             self._fidelity(folded),
             F.normalize(tower.head(torch.stack(residuals, dim=1)), dim=-1),
             torch.stack(weights, dim=1),
-            torch.stack(offered, dim=1),
+            torch.stack(token_values, dim=1),
             before_last.norm(dim=-1),
         )
 
     def _encode(self, mlp_in: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """[CLS] of every layer, L times [B, 1, d], to its code, [B, L, k] each."""
+        """mlp_in: [CLS] of every layer, L times [B, 1, d]. Returns (features, activations) [B, L, k] each."""
         coarse = torch.cat([encoder(x) for encoder, x in zip(self.encoders, mlp_in, strict=True)], dim=1)
         rank = coarse if self.threshold is None else coarse - self.threshold
-        found = (rank.abs() if self.signed else rank).topk(self.candidates, dim=-1).indices  # [B, L, C]
-        rows = self._rows(self.encoder_rows, found)  # [B, L, C, d]
+        candidates = (rank.abs() if self.signed else rank).topk(self.candidates, dim=-1).indices  # [B, L, C]
+        rows = self._rows(self.encoder_rows, candidates)  # [B, L, C, d]
         exact = torch.matmul(rows, torch.cat(mlp_in, dim=1)[..., None])[..., 0]
 
-        def of_found(table: Tensor) -> Tensor:
+        def at_candidates(table: Tensor) -> Tensor:
             """[L, F] -> [B, L, C]"""
-            return table.flatten().index_select(0, (found + self.offsets).flatten()).view(found.shape)
+            return table.flatten().index_select(0, (candidates + self.offsets).flatten()).view(candidates.shape)
 
-        exact = exact + of_found(self.encoder_biases)
-        threshold = None if self.threshold is None else of_found(self.threshold)
+        exact = exact + at_candidates(self.encoder_biases)
+        threshold = None if self.threshold is None else at_candidates(self.threshold)
         places, values = sparse_code(exact, self.k, threshold, self.signed, self.usable)
-        return found.gather(-1, places), values
+        return candidates.gather(-1, places), values
 
     def _decode(self, table: Tensor, indices: Tensor, values: Tensor) -> Tensor:
-        """sum_k z * table[feature], for each of the source layers that `indices` has: [B, layers, d]."""
+        """sum_k z * table[feature], for each source layer in `indices`: [B, layers, d]."""
         return torch.matmul(values[:, :, None], self._rows(table, indices))[:, :, 0]
 
     def _rows(self, table: Tensor, indices: Tensor) -> Tensor:
-        """A row a feature of a [layers * F, d] table, for each of the layers that `indices` has: [B, layers, k, d]."""
+        """The rows of features in a [layers * F, d] table, for each layer in `indices`: [B, layers, k, d]."""
         places = (indices + self.offsets[: indices.shape[1]]).flatten()
         return table.index_select(0, places).float().view(*indices.shape, -1)
 
     def _sigma(self, residual: Tensor) -> Tensor:
-        """ln_post's standard deviation of [..., d]."""
+        """Standard deviation of residuals [..., d] as in ln_post."""
         return (residual.var(dim=-1, unbiased=False) + self.tower.visual.ln_post.eps).sqrt()
 
     def _fidelity(self, folded: Tensor) -> Tensor:
-        """(R^2, cosine) [B, 2] of what the CLT adds to the embedding, against what the MLPs add."""
+        """(R^2, cosine) [B, 2] of what the CLT adds to the embedding, compared with what the MLPs add."""
         clt = folded[:, 1 + self.layers : 2 + 2 * self.layers].sum(1)  # features and decoder biases
         error = folded[:, -1]
         mlp = clt + error
@@ -187,8 +188,8 @@ class AttributionGraph(nn.Module):
 
 
 def served_encoders(clt: CrossLayerTranscoder, tables: torch.dtype) -> nn.ModuleList:
-    """Every source layer's x -> pre-activations, its numbers rounded to `tables`: kept so where rows are looked up, in
-    float32 where, as here, a product reads all of it."""
+    """x -> pre-activations of every source layer, with weights rounded to `tables`. Stored as float32 here, where a
+    product reads the whole table; `encoder_rows`, where rows are looked up, stays in `tables`."""
     return nn.ModuleList(
         linear(encoder.weight.detach().to(tables).float(), encoder.bias.detach().to(tables).float())
         for encoder in clt.encoders
@@ -200,8 +201,8 @@ def sparse_code(
 ) -> tuple[Tensor, Tensor]:
     """Pre-activations [..., F] to (features, activations) [..., k] each, as the sparsifier does outside training.
 
-    threshold [..., F] decides, or where it is None the rank, by magnitude if `signed`; usable [..., k] bool says which
-    places may be used, None: all.
+    Features are chosen by threshold [..., F], or by rank if it is None (by magnitude if `signed`). usable [..., k] bool
+    marks the places that may be used; None: all.
     """
     if threshold is not None:
         margin, indices = (preactivations - threshold).topk(k, dim=-1)
@@ -213,12 +214,3 @@ def sparse_code(
         best, indices = preactivations.topk(k, dim=-1)
         values = best.relu()
     return indices, values if usable is None else values.where(usable, 0.0)
-
-
-def projection_scores(parts: Tensor, dim: int) -> Tensor:
-    """The paper's C_{i->j} of a token (arXiv 2604.13304): <c_i, y> / |y|^2 for y = sum_i c_i, the c_i along `dim`.
-
-    [..., d] -> [...], summing to 1 along `dim`; all 0 where no feature that writes there is active, so that y = 0.
-    """
-    total = parts.sum(dim, keepdim=True)
-    return (parts * total).sum(-1) / total.square().sum(-1).clamp_min(1e-12)

@@ -1,4 +1,4 @@
-"""A torch module as an ONNX file: external data, parts on request, and nothing of the machine that exported it."""
+"""Export a torch module to an ONNX file: external data, outputs on request, no traces of the exporting machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXTERNAL_FROM = 1024  # bytes; smaller tensors stay inside the .onnx file
 
 
 class ExportError(VitrineError):
-    """The exported graphs do not do what the torch modules do; nothing was written. The message says what differs."""
+    """The exported graphs differ from the torch modules; nothing was written. The message says what differs."""
 
 
 def to_onnx(
@@ -38,8 +38,8 @@ def to_onnx(
 ) -> onnx.ModelProto:
     """Export with a dynamic batch; weights are constants of the model.
 
-    `fixed`: further inputs, without a batch. The module's last outputs, `on_request`, are computed where the boolean
-    input `flag` is true; else their batch is 0.
+    `fixed`: further inputs, without a batch axis. The module's last outputs, `on_request`, are computed only if the
+    boolean input `flag` is true; otherwise their batch size is 0.
     """
     fixed = fixed or {}
     with _quiet_exporter():
@@ -62,8 +62,8 @@ def to_onnx(
 
 
 def save_onnx(model: onnx.ModelProto, path: Path, beside: Path | None = None) -> None:
-    """Write a model, which this changes. Large tensors go to `path`.data; the tables of `SHARED` are read from NAME.npy
-    beside it, which every variant of the model reads, and what the model `beside` has too, from its file."""
+    """Write a model, which is modified. Large tensors go to `path`.data. The tables of `SHARED` are read from NAME.npy
+    next to it, as in every variant of the model; tensors that the model `beside` also has, from that model's data."""
     for tensor in model.graph.initializer:
         if tensor.name in SHARED and (file := path.with_name(f"{tensor.name}.npy")).exists():
             _point_at_npy(tensor, file)
@@ -72,48 +72,48 @@ def save_onnx(model: onnx.ModelProto, path: Path, beside: Path | None = None) ->
     if beside:
         _read_from(model, beside)
     onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=EXTERNAL_FROM)
-    path.with_name(f"{path.name}.data").chmod(0o644)  # onnx makes it the owner's alone; services run as others
+    path.with_name(f"{path.name}.data").chmod(0o644)  # onnx makes it private to its owner; services run as other users
 
 
 def _compute_on_request(model: onnx.ModelProto, names: Sequence[str], flag: str) -> None:
-    """Put what only the outputs `names` need into an `If` on the new input `flag`.
+    """Move the nodes that only the outputs `names` need into an `If` on the new input `flag`.
 
-    A session computes every output of its graph whether it is fetched or not; a branch that is not taken costs nothing.
-    The branch reads what it shares with the other outputs from the graph around it.
+    A session computes every output of its graph even if it is not fetched; a branch that is not taken costs nothing.
+    The branch reads what it shares with the other outputs from the enclosing graph.
     """
     graph = model.graph
     needed = {output.name for output in graph.output} - set(names)
-    shared, apart = [], []
-    for node in reversed(graph.node):  # each stands before its readers
+    shared, optional = [], []
+    for node in reversed(graph.node):  # topological order: each node before its readers
         if needed.isdisjoint(node.output):
-            apart.append(node)
+            optional.append(node)
         else:
             shared.append(node)
             needed.update(node.input)
-    made = {output for node in apart for output in node.output}
-    if missing := [name for name in names if name not in made]:
+    optional_outputs = {output for node in optional for output in node.output}
+    if missing := [name for name in names if name not in optional_outputs]:
         raise ExportError(f"{', '.join(missing)} cannot be left to a request: the other outputs need it")
-    asked = {name: f"{name}.asked" for name in names}
-    for node in apart:
+    renamed = {name: f"{name}.asked" for name in names}
+    for node in optional:
         for values in (node.input, node.output):
-            values[:] = [asked.get(value, value) for value in values]
+            values[:] = [renamed.get(value, value) for value in values]
 
     infos = {output.name: output.type.tensor_type for output in graph.output}
     empty = []
     for name in names:
         shape = [0, *(dimension.dim_value for dimension in infos[name].shape.dim[1:])]
-        nothing = helper.make_tensor(f"{name}.nothing", infos[name].elem_type, shape, [])
-        empty.append(helper.make_node("Constant", [], [f"{name}.not_asked"], value=nothing))
+        tensor = helper.make_tensor(f"{name}.nothing", infos[name].elem_type, shape, [])
+        empty.append(helper.make_node("Constant", [], [f"{name}.not_asked"], value=tensor))
 
-    def results(suffix: str) -> list[onnx.ValueInfoProto]:
+    def branch_outputs(suffix: str) -> list[onnx.ValueInfoProto]:
         return [helper.make_tensor_value_info(f"{name}.{suffix}", infos[name].elem_type, None) for name in names]
 
     choice = helper.make_node(
         "If",
         [flag],
         list(names),
-        then_branch=helper.make_graph(apart[::-1], "asked", [], results("asked")),
-        else_branch=helper.make_graph(empty, "not_asked", [], results("not_asked")),
+        then_branch=helper.make_graph(optional[::-1], "asked", [], branch_outputs("asked")),
+        else_branch=helper.make_graph(empty, "not_asked", [], branch_outputs("not_asked")),
     )
     graph.input.append(helper.make_tensor_value_info(flag, TensorProto.BOOL, []))
     del graph.node[:]
@@ -121,7 +121,7 @@ def _compute_on_request(model: onnx.ModelProto, names: Sequence[str], flag: str)
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Drop what the exporter notes for its own debugging: stack traces with the paths of the exporting machine."""
+    """Remove the exporter's debugging information: stack traces with paths of the exporting machine."""
     graph = model.graph
     del graph.value_info[:]
     for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
@@ -130,9 +130,9 @@ def _strip(model: onnx.ModelProto) -> None:
 
 
 def _store_rows_once(model: onnx.ModelProto) -> None:
-    """Of a table that is only looked up, and most of whose rows repeat, keep each row once, and its place for each.
+    """Deduplicate the rows of tables used only in lookups whose rows mostly repeat: unique rows, and an index per row.
 
-    The token embeddings of a CLIP of few words are 0 for all the others.
+    The token embeddings of a CLIP with a small vocabulary are 0 for all other tokens.
     """
     graph = model.graph
     tables = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2 and tensor.dims[0]}
@@ -159,15 +159,15 @@ def _store_rows_once(model: onnx.ModelProto) -> None:
 
 
 def _store_halves_losslessly(model: onnx.ModelProto) -> None:
-    """Keep float32 tensors whose every value is a float16 as such, with a Cast (folded when a session is made).
+    """Store float32 tensors as float16, with a Cast (folded at session creation), if every value is exact in float16.
 
-    Many published CLIP weights are float16; their bundles need half the space, bit for bit the same.
+    Many published CLIP weights are float16; their bundles need half the space, with identical values.
     """
     graph = model.graph
     casts = []
     for tensor in graph.initializer:
         if tensor.data_type != TensorProto.FLOAT or tensor.data_location == TensorProto.EXTERNAL:
-            continue  # what lies in a file of its own stays as it is there
+            continue  # a tensor in an external file stays as it is there
         values = onnx.numpy_helper.to_array(tensor)
         with np.errstate(over="ignore"):
             halves = values.astype(np.float16)
@@ -182,7 +182,7 @@ def _store_halves_losslessly(model: onnx.ModelProto) -> None:
 
 
 def _point_at_npy(tensor: TensorProto, file: Path) -> None:
-    """Let an ONNX tensor read its bytes from a .npy file that holds the same values."""
+    """Make an ONNX tensor read its bytes from a .npy file with the same values."""
     mapped = np.load(file, mmap_mode="r")
     if mapped.nbytes != len(tensor.raw_data) or mapped.tobytes() != tensor.raw_data:
         raise ExportError(f"{tensor.name} and {file.name} hold different values")
@@ -191,23 +191,23 @@ def _point_at_npy(tensor: TensorProto, file: Path) -> None:
 
 
 def _read_from(model: onnx.ModelProto, other: Path) -> None:
-    """Let tensors read their bytes from the file of another model in the same folder that has the very same ones."""
-    places: dict[bytes, ExternalDataInfo] = {}
+    """Make tensors read their bytes from the data of another model in the same folder, if it has the same bytes."""
+    entries: dict[bytes, ExternalDataInfo] = {}
     for tensor in onnx.load(other, load_external_data=False).graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
             entry = ExternalDataInfo(tensor)
             with (other.parent / entry.location).open("rb") as file:
                 file.seek(entry.offset or 0)
-                places[hashlib.sha256(file.read(entry.length or -1)).digest()] = entry
+                entries[hashlib.sha256(file.read(entry.length or -1)).digest()] = entry
     for tensor in model.graph.initializer:
-        if found := places.get(hashlib.sha256(tensor.raw_data).digest()):
-            set_external_data(tensor, found.location, offset=found.offset, length=found.length)
+        if match := entries.get(hashlib.sha256(tensor.raw_data).digest()):
+            set_external_data(tensor, match.location, offset=match.offset, length=match.length)
             tensor.ClearField("raw_data")
 
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """The exporter's warnings are about its own internals; the parity check is what we go by."""
+    """Silence the exporter: its warnings are about its own internals, and the parity check is what counts."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

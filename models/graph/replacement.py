@@ -1,8 +1,8 @@
-"""The replacement model for export to ONNX: what CLIP would predict, and C_{i->j} of every pair of layers.
+"""The replacement model for export to ONNX: its prediction, and C_{i->j} of every pair of layers.
 
-`models.dictionary.replacement` with one difference in form: what is replaced is an input, so one graph serves every
-window and token type. So every layer runs its MLP and the CLT both, for all tokens, and takes one of them. With nothing
-replaced the embedding is CLIP's own, and the scores are those of the image as CLIP sees it.
+`models.dictionary.replacement` with one difference: what is replaced is an input, so one graph serves every window and
+token type. Every layer therefore runs both its MLP and the CLT for all tokens and selects one. With nothing replaced
+the embedding is CLIP's own, and the scores are those of the unmodified CLIP.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from vitrine.models.clip.attention import Attention
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.dictionary.projection import projection_scores
 from vitrine.models.dictionary.sparsify import Sparsifier
-from vitrine.models.graph.attribution import projection_scores, served_encoders, sparse_code
+from vitrine.models.graph.attribution import served_encoders, sparse_code
 
 
 class ReplacementGraph(nn.Module):
@@ -37,7 +38,7 @@ class ReplacementGraph(nn.Module):
         self.encoders = served_encoders(clt, tables)
         self.codes = nn.ModuleList(_Code(encoder.sparsifier, tables) for encoder in clt.encoders)
         self.sources = [clt.architecture.sources(target) for target in range(clt.layers)]
-        self.decoders = nn.ModuleList(nn.ModuleList(map(_Bytes, decoder.weights)) for decoder in clt.decoders)
+        self.decoders = nn.ModuleList(nn.ModuleList(map(_Int8Decoder, decoder.weights)) for decoder in clt.decoders)
         self.register_buffer("biases", clt.decoder_biases())
         self.register_buffer("types", torch.arange(tower.tokens).clamp_max(1))  # [T] 0: [CLS], 1: patches
 
@@ -50,30 +51,30 @@ class ReplacementGraph(nn.Module):
             mlp_in, mlp_out = tower.mlp(layer, stream)
             codes.append(self.codes[layer](self.encoders[layer](mlp_in), self.types))
             parts = torch.stack(self._written(layer, codes))  # [sources, B, T, d]
-            chosen = replaced[layer].index_select(0, self.types)[:, None]
-            stream = stream + torch.where(chosen, parts.sum(0) + self.biases[layer], mlp_out)
+            mask = replaced[layer].index_select(0, self.types)[:, None]
+            stream = stream + torch.where(mask, parts.sum(0) + self.biases[layer], mlp_out)
             contributions.append(self._by_type(layer, parts))
         return F.normalize(tower.head(stream[:, 0]), dim=-1), torch.stack(contributions, dim=2)
 
     def _written(self, target: int, codes: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """What every source layer writes to a target, [B, T, d] each."""
+        """What each source layer writes to a target, [B, T, d] each."""
         tables: Any = self.decoders[target]
         return [table(*codes[source]) for source, table in zip(self.sources[target], tables, strict=True)]
 
     def _by_type(self, target: int, parts: Tensor) -> Tensor:
-        """C_{i->j} of one target for [CLS] and in the mean over patches [B, 2, L]; 0 for layers that do not write.
+        """C_{i->j} of one target for [CLS], and its mean over patches [B, 2, L]; 0 for layers that do not write.
 
-        Patches to which nothing is written have no score and are left out of the mean.
+        Patches to which nothing is written have no score and are excluded from the mean.
         """
         scores = projection_scores(parts, 0).permute(1, 2, 0)  # [B, T, sources]
         written = (scores != 0).any(-1)[:, 1:].sum(-1, keepdim=True).clamp_min(1)
-        found = torch.stack([scores[:, 0], scores[:, 1:].sum(1) / written], dim=1)
-        return F.pad(found, (self.sources[target].start, self.layers - 1 - target))
+        by_type = torch.stack([scores[:, 0], scores[:, 1:].sum(1) / written], dim=1)
+        return F.pad(by_type, (self.sources[target].start, self.layers - 1 - target))
 
 
 class _Code(nn.Module):
-    """Pre-activations of all tokens [B, T, F] to their code, [B, T, k] each, as one layer's sparsifier makes it outside
-    training."""
+    """Pre-activations of all tokens [B, T, F] to their code, (features, activations) [B, T, k] each, as one layer's
+    sparsifier computes it outside training."""
 
     threshold: Tensor | None  # [2, F]
     usable: Tensor | None  # [2, k]
@@ -84,8 +85,8 @@ class _Code(nn.Module):
         places = [sparsifier.inference_places(cls) for cls in types]
         thresholds = [sparsifier.inference_threshold(cls) for cls in types]
         self.k, self.signed = max(places), sparsifier.signed
-        found = [threshold for threshold in thresholds if threshold is not None]
-        self.register_buffer("threshold", torch.stack(found).to(tables).float() if found else None)
+        defined = [threshold for threshold in thresholds if threshold is not None]
+        self.register_buffer("threshold", torch.stack(defined).to(tables).float() if defined else None)
         usable = torch.arange(self.k) < torch.tensor(places)[:, None]
         self.register_buffer("usable", None if usable.all() else usable)
 
@@ -97,8 +98,8 @@ class _Code(nn.Module):
         return sparse_code(preactivations, self.k, threshold, self.signed, usable)
 
 
-class _Bytes(nn.Module):
-    """One decoder [F, d], each row as bytes and a scale."""
+class _Int8Decoder(nn.Module):
+    """One decoder [F, d], each row as int8 values and a scale."""
 
     rows: Tensor
     scales: Tensor

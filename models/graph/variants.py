@@ -1,12 +1,12 @@
-"""Faster variants of the vision graph, and the gate that each must pass before it is written.
+"""Faster variants of the vision graph, and the agreement check that each must pass before it is written.
 
-    int8   every product with a weight in 8 bits: weights per output channel, activations per call as they come
+    int8   every product with a weight in 8 bits: weights quantised per output channel, activations at run time
            (ONNX Runtime's dynamic quantisation). For CPUs with VNNI.
     fp16   the same products in half precision, everything between them in float32. For GPUs.
 
-Attention's own products, LayerNorms, the residual stream, the sparse decoding and, since the rows must add up to the
-embedding, the last two products (ln_post's projection and the fold of the rows) stay as they are: a variant's ledger
-adds up just as exactly, it accounts for a slightly other CLIP. How slightly is measured on real images: `Agreement`.
+Unchanged are attention's own products, LayerNorms, the residual stream, the sparse decoding and, because the rows must
+add up to the embedding, the last two products (ln_post's projection and the fold of the rows). So a variant's ledger
+adds up just as exactly, but for a slightly different CLIP. The difference is measured on real images: `Agreement`.
 """
 
 from __future__ import annotations
@@ -29,28 +29,29 @@ from vitrine.models.account.ledger import Array, Decomposition, feature_contribu
 from vitrine.models.bundle.layout import DETAILS_INPUT, VISION_OUTPUTS, Variant
 from vitrine.models.bundle.manifest import Agreement
 
-EXACT = ("proj", "fold")  # weights of products that no variant touches
+EXACT = ("proj", "fold")  # weights of products that variants leave unchanged
 TOP_FEATURES = 10
 
 
 def make_variant(model: onnx.ModelProto, variant: Variant) -> onnx.ModelProto:
-    """A variant of the float32 vision graph, which stays as it is."""
+    """A variant of the float32 vision graph, which is not modified."""
     return {"int8": _int8, "fp16": _fp16}[variant](copy.deepcopy(model))
 
 
 def preselect(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Make the encoders' products, which find the candidates alone, ones of bytes; this changes `model`.
+    """Quantise the encoders' products, which only select candidates, to 8 bits; modifies `model`.
 
-    Weights in 8 bits with a scale a feature, [CLS] in 8 bits with a scale an image and layer. A quarter of what float32
-    would read, and these products do nothing but read. [CLS]'s bytes are unsigned about 128: signed ones have no fast
-    product on CPUs. (CUDA has none for unsigned ones: there ONNX Runtime leaves these to the CPU; fp16 has none.)
+    Weights in 8 bits with one scale per feature, [CLS] in 8 bits with one scale per image and layer. This reads a
+    quarter of what float32 would, and these products are limited by memory reads. [CLS] is stored as unsigned bytes
+    around 128, because CPUs have no fast product for signed ones. (CUDA has none for unsigned ones: there ONNX Runtime
+    runs these on the CPU. The fp16 variant has no such products.)
     """
     graph = model.graph
-    biased = {name: node for node in graph.node if node.op_type == "Add" for name in node.input}
+    adds = {name: node for node in graph.node if node.op_type == "Add" for name in node.input}
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     encoders = {
         node.input[0] if node.input[1] == name else node.input[1]
-        for name, node in biased.items()
+        for name, node in adds.items()
         if re.fullmatch(r"encoders\.\d+\.bias", name)
     }
     if not encoders:
@@ -70,20 +71,22 @@ def preselect(model: onnx.ModelProto) -> onnx.ModelProto:
             ]
         )
         graph.initializer.remove(tensors.pop(name))
-        own = f"{name}.x"
+        prefix = f"{name}.x"
         nodes += [
-            helper.make_node("Abs", [x], [f"{own}.abs"]),
-            helper.make_node("ReduceMax", [f"{own}.abs", "preselect.last"], [f"{own}.max"], keepdims=1),
-            helper.make_node("Max", [f"{own}.max", "preselect.least"], [f"{own}.some"]),
-            helper.make_node("Mul", [f"{own}.some", "preselect.step"], [f"{own}.scale"]),
-            helper.make_node("Div", [x, f"{own}.scale"], [f"{own}.steps"]),
-            helper.make_node("Round", [f"{own}.steps"], [f"{own}.round"]),
-            helper.make_node("Add", [f"{own}.round", "preselect.middle"], [f"{own}.about"]),
-            helper.make_node("Cast", [f"{own}.about"], [f"{own}.bytes"], to=TensorProto.UINT8),
-            helper.make_node("MatMulInteger", [f"{own}.bytes", f"{name}.bytes", "preselect.zero"], [f"{own}.sums"]),
-            helper.make_node("Cast", [f"{own}.sums"], [f"{own}.float"], to=TensorProto.FLOAT),
-            helper.make_node("Mul", [f"{own}.float", f"{name}.scale"], [f"{own}.scaled"]),
-            helper.make_node("Mul", [f"{own}.scaled", f"{own}.scale"], list(node.output)),
+            helper.make_node("Abs", [x], [f"{prefix}.abs"]),
+            helper.make_node("ReduceMax", [f"{prefix}.abs", "preselect.last"], [f"{prefix}.max"], keepdims=1),
+            helper.make_node("Max", [f"{prefix}.max", "preselect.least"], [f"{prefix}.some"]),
+            helper.make_node("Mul", [f"{prefix}.some", "preselect.step"], [f"{prefix}.scale"]),
+            helper.make_node("Div", [x, f"{prefix}.scale"], [f"{prefix}.steps"]),
+            helper.make_node("Round", [f"{prefix}.steps"], [f"{prefix}.round"]),
+            helper.make_node("Add", [f"{prefix}.round", "preselect.middle"], [f"{prefix}.about"]),
+            helper.make_node("Cast", [f"{prefix}.about"], [f"{prefix}.bytes"], to=TensorProto.UINT8),
+            helper.make_node(
+                "MatMulInteger", [f"{prefix}.bytes", f"{name}.bytes", "preselect.zero"], [f"{prefix}.sums"]
+            ),
+            helper.make_node("Cast", [f"{prefix}.sums"], [f"{prefix}.float"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", [f"{prefix}.float", f"{name}.scale"], [f"{prefix}.scaled"]),
+            helper.make_node("Mul", [f"{prefix}.scaled", f"{prefix}.scale"], list(node.output)),
         ]
     graph.initializer.extend(
         [
@@ -102,19 +105,19 @@ def preselect(model: onnx.ModelProto) -> onnx.ModelProto:
 def measure(
     reference: Path, variant: Path, images: Sequence[NDArray[np.float32]], labels: Array, directions: Array, fold: Array
 ) -> Agreement:
-    """How far two vision graphs agree on batches of normalised pixels [B, 3, H, W].
+    """How well two vision graphs agree on batches of normalised pixels [B, 3, H, W].
 
-    labels: unit embeddings [N, D] of what is predicted; directions [L, F, d], fold [d, D]: the bundle's tables.
+    labels: unit embeddings [N, D] of the labels to predict; directions [L, F, d], fold [d, D]: the bundle's tables.
     """
     same_top1, cosines, overlaps = [], [], []
-    for expected, found in zip(_run(reference, images), _run(variant, images), strict=True):
+    for expected, actual in zip(_run(reference, images), _run(variant, images), strict=True):
         top1 = int(logits(expected.embedding, labels, 1.0).argmax())
-        same_top1.append(int(logits(found.embedding, labels, 1.0).argmax()) == top1)
-        ours, theirs = found.rows @ labels[top1], expected.rows @ labels[top1]
+        same_top1.append(int(logits(actual.embedding, labels, 1.0).argmax()) == top1)
+        ours, theirs = actual.rows @ labels[top1], expected.rows @ labels[top1]
         cosines.append(float(ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs))))
         overlaps.append(
             len(
-                _top_features(found, directions, fold, labels[top1])
+                _top_features(actual, directions, fold, labels[top1])
                 & _top_features(expected, directions, fold, labels[top1])
             )
             / TOP_FEATURES
@@ -132,11 +135,11 @@ def _run(path: Path, images: Iterable[NDArray[np.float32]]) -> Iterable[Decompos
     for pixels in images:
         feeds = {"pixels": pixels, DETAILS_INPUT: np.array(False)}
         outputs = dict(zip(VISION_OUTPUTS, session.run(VISION_OUTPUTS, feeds), strict=True))
-        yield from (Decomposition.of_image(outputs, image) for image in range(len(pixels)))
+        yield from (Decomposition.from_batch(outputs, image) for image in range(len(pixels)))
 
 
 def _top_features(parts: Decomposition, directions: Array, fold: Array, direction: Array) -> set[tuple[int, int]]:
-    """(layer, feature) of the largest contributions to a label."""
+    """(layer, feature) of the largest contributions to a logit. direction: the label's embedding."""
     contributions = np.abs(feature_contributions(parts, directions, fold, direction, 1.0))
     order = np.argsort(-contributions, axis=None, kind="stable")[:TOP_FEATURES]
     layers, places = np.unravel_index(order, contributions.shape)
@@ -144,14 +147,14 @@ def _top_features(parts: Decomposition, directions: Array, fold: Array, directio
 
 
 def _products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The products with a weight, each with a name, but for those that stay exact."""
+    """The products with a weight, except those that stay exact; gives every node a name."""
     weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
-    found = []
+    products = []
     for number, node in enumerate(model.graph.node):
         node.name = node.name or f"node-{number}"
         if node.op_type == "MatMul" and node.input[1] in weights and node.input[1].split(".")[-1] not in EXACT:
-            found.append(node)
-    return found
+            products.append(node)
+    return products
 
 
 def _int8(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -159,7 +162,7 @@ def _int8(model: onnx.ModelProto) -> onnx.ModelProto:
     level = logging.getLogger().level
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "int8.onnx"
-        logging.getLogger().setLevel(logging.ERROR)  # it advises another tool
+        logging.getLogger().setLevel(logging.ERROR)  # it logs advice to use another tool
         try:
             quantize_dynamic(
                 model,
@@ -180,7 +183,7 @@ def _fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     weights = {node.input[1] for node in products.values()}
     for tensor in model.graph.initializer:
         if tensor.name in weights:
-            with np.errstate(over="ignore"):  # the gate tells
+            with np.errstate(over="ignore"):  # an overflow fails the agreement check
                 tensor.CopyFrom(
                     numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), f"{tensor.name}.fp16")
                 )
@@ -191,11 +194,11 @@ def _fp16(model: onnx.ModelProto) -> onnx.ModelProto:
             continue
         x, weight = node.input
         (output,) = node.output
-        halves = [f"{node.name}.{part}.fp16" for part in ("in", "out")]
+        half_names = [f"{node.name}.{part}.fp16" for part in ("in", "out")]
         nodes += [
-            helper.make_node("Cast", [x], [halves[0]], to=TensorProto.FLOAT16),
-            helper.make_node("MatMul", [halves[0], f"{weight}.fp16"], [halves[1]], name=node.name),
-            helper.make_node("Cast", [halves[1]], [output], to=TensorProto.FLOAT),
+            helper.make_node("Cast", [x], [half_names[0]], to=TensorProto.FLOAT16),
+            helper.make_node("MatMul", [half_names[0], f"{weight}.fp16"], [half_names[1]], name=node.name),
+            helper.make_node("Cast", [half_names[1]], [output], to=TensorProto.FLOAT),
         ]
     del model.graph.node[:]
     model.graph.node.extend(nodes)

@@ -1,1 +1,1 @@
-"""One request from image bytes to answer: admission, decoding, inference, account. Knows nothing of HTTP."""
+"""One request from image bytes to answer: admission, decoding, inference, account. Independent of HTTP."""

@@ -1,4 +1,4 @@
-"""Predictions and the account of them, of one image or of many."""
+"""Predictions and their account, for one image or a batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitrine.service.answers.texts import Texts
 from vitrine.service.engine.labels import LabelSet
 from vitrine.service.errors import ServiceError
 from vitrine.service.operations import metrics
-from vitrine.service.operations.stages import stage
+from vitrine.service.operations.stages import timed_stage
 from vitrine.service.schemas.attribute import (
     AttributeRequest,
     AttributeResponse,
@@ -31,23 +31,22 @@ async def answer_attribute(
     attributor: Attributor, image: bytes, request: AttributeRequest, request_id: str
 ) -> AttributeResponse:
     """Predictions and their account. Raises `ServiceError`."""
-    texts = _checked(attributor, request)
-    with attributor.admitted():
-        found = await _attribute(attributor, image, request, *texts)
-    return AttributeResponse(request_id=request_id, model=attributor.model, **dict(found))
+    texts = _check_request(attributor, request)
+    with attributor.admit():
+        attribution = await _attribute(attributor, image, request, *texts)
+    return AttributeResponse(request_id=request_id, model=attributor.model, **dict(attribution))
 
 
 async def answer_batch(
     attributor: Attributor, images: Sequence[bytes | ServiceError], request: AttributeRequest, request_id: str
 ) -> BatchResponse:
-    """The same for each of at most `settings.images_a_request` images; one that cannot be answered has its error in
-    its place.
+    """The same for each of at most `settings.images_per_request` images; one that fails has its error instead.
 
-    Raises `ServiceError` for what concerns all of them. They are admitted together or not at all.
+    Raises `ServiceError` for errors of the whole request. The images are admitted together or not at all.
     """
-    texts = _checked(attributor, request)
+    texts = _check_request(attributor, request)
 
-    async def item(image: bytes | ServiceError) -> BatchItem:
+    async def answer_one(image: bytes | ServiceError) -> BatchItem:
         try:
             if isinstance(image, ServiceError):
                 raise image
@@ -57,13 +56,13 @@ async def answer_batch(
             problem = ItemError(code=error.code, message=error.message, details=error.details)
             return BatchItem(status=error.status, answer=None, error=problem)
 
-    with attributor.admitted(len(images)):
+    with attributor.admit(len(images)):
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(item(image)) for image in images]
+            tasks = [group.create_task(answer_one(image)) for image in images]
     return BatchResponse(request_id=request_id, model=attributor.model, results=[task.result() for task in tasks])
 
 
-def _checked(attributor: Attributor, request: AttributeRequest) -> Texts:
+def _check_request(attributor: Attributor, request: AttributeRequest) -> Texts:
     texts = attributor.texts(request)
     check_explain(request.explain, texts[0], attributor.settings.max_targets, attributor.engine)
     return texts
@@ -76,7 +75,7 @@ async def _attribute(
     parts, label_set, contributions = await attributor.infer(
         image, labels, templates, timings, explain.heatmap or explain.lens, explain.matrix
     )
-    with stage("ledger", timings):
+    with timed_stage("ledger", timings):
         predictions, explanations, lens_layers, fidelity = await attributor.in_thread(
             _account, attributor.bundle, parts, label_set, request
         )
@@ -101,9 +100,9 @@ def _account(
 
 
 def _observe(explanations: list[Explanation], fidelity: Fidelity) -> None:
-    """What an account says about the bundle, for those who watch over many."""
+    """Record in the metrics what the account says about the bundle."""
     metrics.FIDELITY_R2.observe(fidelity.r2)
     metrics.ERROR_SHARE.observe(fidelity.error_share)
     metrics.AGREES.labels(str(fidelity.reconstructed_top1_agrees).lower()).inc()
-    for layer in explanations[0].layers:  # of the first target: the layers are as many series as there should be
+    for layer in explanations[0].layers:  # first target only: one series per layer is enough
         metrics.LAYER_SHARE.labels(layer.layer).observe(layer.share)

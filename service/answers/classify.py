@@ -1,21 +1,21 @@
-"""One image's predictions alone."""
+"""Predictions of one image, without an account."""
 
 from __future__ import annotations
 
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.answers.explain import predict
-from vitrine.service.operations.stages import stage
+from vitrine.service.operations.stages import timed_stage
 from vitrine.service.schemas.classify import ClassifyRequest, ClassifyResponse
 
 
 async def answer_classify(
     attributor: Attributor, image: bytes, request: ClassifyRequest, request_id: str
 ) -> ClassifyResponse:
-    """Predictions alone. Raises `ServiceError`."""
+    """Predictions without an account. Raises `ServiceError`."""
     timings: dict[str, float] = {}
-    with attributor.admitted():
+    with attributor.admit():
         parts, labels, _ = await attributor.infer(image, *attributor.texts(request), timings)
-    with stage("predict", timings):
+    with timed_stage("predict", timings):
         scale = attributor.bundle.manifest.logit_scale
         predictions = await attributor.in_thread(predict, parts, labels, scale, request.top_k)
     return ClassifyResponse(request_id=request_id, model=attributor.model, predictions=predictions, timings_ms=timings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.answers.texts import check_texts
 from vitrine.service.errors import ServiceError
-from vitrine.service.operations.stages import stage
+from vitrine.service.operations.stages import timed_stage
 from vitrine.service.schemas.embed import EmbedRequest, EmbedResponse
 
 
@@ -17,14 +17,14 @@ async def answer_embed(
         raise ServiceError("missing_image", "send an image, `texts`, or both")
     timings: dict[str, float] = {}
     embedding = texts = None
-    with attributor.admitted():
+    with attributor.admit():
         if image is not None:
-            with stage("decode", timings):
+            with timed_stage("decode", timings):
                 pixels = await attributor.in_thread(attributor.decode, image)
             embedding = (await attributor.submit(pixels, timings)).embedding
         if request.texts is not None:
             check_texts(tuple(request.texts), ("{}",), attributor.settings)
-            with stage("labels", timings):
+            with timed_stage("labels", timings):
                 resolve, run = attributor.labels.resolve, attributor.batcher.run
                 texts = (await resolve(tuple(request.texts), ("{}",), run)).embeddings
     return EmbedResponse(

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 
 def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int, engine: Engine) -> None:
-    """Raise `ServiceError` invalid_request if `explain` names what is not among the labels, what the bundle cannot
-    answer, or too much."""
+    """Raise `ServiceError` invalid_request if `explain` names an unknown label, needs what the bundle does not
+    provide, or asks for too much."""
     bundle = engine.bundle
     if (explain.heatmap or explain.lens) and bundle.attention_fold is None:
         raise ServiceError(
@@ -58,23 +58,23 @@ def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int, e
 
 
 def matrix(contributions: NDArray[np.floating]) -> Matrix:
-    """Of one image's C [2, L, L]."""
+    """One image's C [2, L, L] as a `Matrix`."""
     of_cls, of_patches = contributions.tolist()
     return Matrix(cls=of_cls, patches=of_patches)
 
 
 def predict(parts: Decomposition, labels: LabelSet, logit_scale: float, top_k: int) -> list[Prediction]:
-    """The `top_k` labels of largest logit; probabilities are over all labels."""
+    """The `top_k` labels with the largest logits; probabilities are over all labels."""
     values = ledger.logits(parts.embedding, labels.embeddings, logit_scale)
-    share = ledger.probabilities(values)
+    shares = ledger.probabilities(values)
     order = np.argsort(-values, kind="stable")[:top_k]
-    return [Prediction(label=labels.labels[i], probability=float(share[i]), logit=float(values[i])) for i in order]
+    return [Prediction(label=labels.labels[i], probability=float(shares[i]), logit=float(values[i])) for i in order]
 
 
 def account(
     parts: Decomposition, labels: LabelSet, bundle: Bundle, explain: Explain
 ) -> tuple[list[Explanation], Fidelity]:
-    """One explanation per target, and how far to trust them."""
+    """One explanation per target, and the fidelity of the account."""
     scale = bundle.manifest.logit_scale
     values = ledger.logits(parts.embedding, labels.embeddings, scale)
     top1 = int(values.argmax())
@@ -88,15 +88,15 @@ def _explanation(parts: Decomposition, labels: LabelSet, bundle: Bundle, explain
     direction = labels.embeddings[target]
     if explain.contrast is not None:
         direction = direction - labels.embeddings[labels.labels.index(explain.contrast)]
-    book = ledger.ledger(parts, direction, scale)
+    target_ledger = ledger.ledger(parts, direction, scale)
     contributions = ledger.feature_contributions(parts, bundle.directions, bundle.fold, direction, scale)
     effects = ledger.drop_effects(parts, labels.embeddings, target, bundle.beta, scale)
-    gross = book.gross
+    gross = target_ledger.gross
     layers = [
         LayerAccount(
             layer=layer,
-            contribution=float(book.clt[layer]),
-            share=float(abs(book.clt[layer]) / gross) if gross else 0.0,
+            contribution=float(target_ledger.clt[layer]),
+            share=float(abs(target_ledger.clt[layer]) / gross) if gross else 0.0,
             projection=float(parts.projection[layer]),
             drop_effect=float(effects[layer]),
             features=_features(bundle.cards, parts, layer, contributions[layer], explain.features),
@@ -106,14 +106,14 @@ def _explanation(parts: Decomposition, labels: LabelSet, bundle: Bundle, explain
     return Explanation(
         target=labels.labels[target],
         contrast=explain.contrast,
-        logit=book.logit,
+        logit=target_ledger.logit,
         ledger=LedgerAccount(
-            prior=book.prior,
-            attention=book.attention.tolist(),
-            clt=book.clt.tolist(),
-            bias=book.bias,
-            error=book.error,
-            remainder=book.remainder,
+            prior=target_ledger.prior,
+            attention=target_ledger.attention.tolist(),
+            clt=target_ledger.clt.tolist(),
+            bias=target_ledger.bias,
+            error=target_ledger.error,
+            remainder=target_ledger.remainder,
         ),
         layers=layers,
         heatmap=_heat_map(parts, bundle, direction) if explain.heatmap else None,
@@ -121,65 +121,67 @@ def _explanation(parts: Decomposition, labels: LabelSet, bundle: Bundle, explain
 
 
 def _heat_map(parts: Decomposition, bundle: Bundle, direction: NDArray[np.floating]) -> HeatMap:
-    """The attention rows split. `check_explain` has made sure that both tables are there."""
+    """The attention rows, split. `check_explain` has ensured that both tables exist."""
     assert parts.details is not None
     assert bundle.attention_fold is not None
-    found = heat_map(parts, parts.details, bundle.attention_fold, direction, bundle.manifest.logit_scale)
-    rows, columns = patch_grid(bundle.manifest.preprocessing, found.patches.shape[1])
+    split = heat_map(parts, parts.details, bundle.attention_fold, direction, bundle.manifest.logit_scale)
+    rows, columns = patch_grid(bundle.manifest.preprocessing, split.patches.shape[1])
     return HeatMap(
         rows=rows,
         columns=columns,
-        total=found.patches.sum(0).tolist(),
-        patches=found.patches.tolist(),
-        heads=found.heads.tolist(),
-        class_token=found.class_token.tolist(),
-        constant=found.constant.tolist(),
-        outliers=np.flatnonzero(found.outliers).tolist(),
+        total=split.patches.sum(0).tolist(),
+        patches=split.patches.tolist(),
+        heads=split.heads.tolist(),
+        class_token=split.class_token.tolist(),
+        constant=split.constant.tolist(),
+        outliers=np.flatnonzero(split.outliers).tolist(),
     )
 
 
 def patch_grid(preprocessing: Preprocessing, patches: int) -> tuple[int, int]:
-    """Rows and columns of the patches in what the model sees."""
+    """Rows and columns of the patches in the model's input."""
     height, width = preprocessing.size
     rows = round((patches * height / width) ** 0.5)  # patches are square
     return rows, patches // rows
 
 
 def lens(parts: Decomposition, labels: LabelSet, logit_scale: float) -> list[LensLayer]:
-    """The prediction as it stands after each layer, for an image whose `details` were asked for."""
+    """The prediction after each layer, for an image whose `details` were computed."""
     assert parts.details is not None
-    share = ledger.probabilities(ledger.logits(parts.details.lens, labels.embeddings, logit_scale))  # [L, N]
-    entropies = -np.where(share > 0, share * np.log(np.where(share > 0, share, 1)), 0).sum(-1)
+    shares = ledger.probabilities(ledger.logits(parts.details.lens, labels.embeddings, logit_scale))  # [L, N]
+    entropies = -np.where(shares > 0, shares * np.log(np.where(shares > 0, shares, 1)), 0).sum(-1)
     return [
-        LensLayer(layer=layer, label=labels.labels[best], probability=float(share[layer, best]), entropy=float(entropy))
-        for layer, (best, entropy) in enumerate(zip(share.argmax(-1), entropies, strict=True))
+        LensLayer(
+            layer=layer, label=labels.labels[best], probability=float(shares[layer, best]), entropy=float(entropy)
+        )
+        for layer, (best, entropy) in enumerate(zip(shares.argmax(-1), entropies, strict=True))
     ]
 
 
 def _features(
     cards: Cards | None, parts: Decomposition, layer: int, contributions: NDArray[np.floating], count: int
 ) -> list[Feature]:
-    """The `count` active features of a layer with the largest |contribution|, labelled where cards have a label."""
+    """The `count` active features of a layer with the largest |contribution|, with the label from its card, if any."""
     indices, activations = parts.feature_indices[layer], parts.feature_values[layer]
     order = np.argsort(-np.abs(contributions), kind="stable")
     order = order[activations[order] != 0][:count]
     columns = (indices[order].tolist(), activations[order].tolist(), contributions[order].tolist())
-    found = []
+    features = []
     for index, activation, contribution in zip(*columns, strict=True):
         label, score = cards.label(layer, index) if cards else (None, None)
-        found.append(
+        features.append(
             Feature(index=index, activation=activation, contribution=contribution, label=label, label_score=score)
         )
-    return found
+    return features
 
 
 def _fidelity(parts: Decomposition, labels: LabelSet, bundle: Bundle, top1: int) -> Fidelity:
-    book = ledger.ledger(parts, labels.embeddings[top1], bundle.manifest.logit_scale)
-    gross = book.gross
+    top1_ledger = ledger.ledger(parts, labels.embeddings[top1], bundle.manifest.logit_scale)
+    gross = top1_ledger.gross
     reconstructed = parts.without(np.array([parts.error_row]), bundle.beta)[0]
     return Fidelity(
         r2=parts.r2,
         cosine=parts.cosine,
-        error_share=abs(book.error) / gross if gross else 0.0,
+        error_share=abs(top1_ledger.error) / gross if gross else 0.0,
         reconstructed_top1_agrees=int((labels.embeddings @ reconstructed).argmax()) == top1,
     )

@@ -26,8 +26,8 @@ from vitrine.service.schemas.features import (
 )
 
 
-def cards_of(bundle: Bundle) -> Cards:
-    """Raises `ServiceError` no_cards."""
+def require_cards(bundle: Bundle) -> Cards:
+    """The bundle's cards. Raises `ServiceError` no_cards."""
     if bundle.cards is None:
         name = bundle.manifest.name
         raise ServiceError("no_cards", f"the bundle {name!r} has no feature cards; `vitrine cards` makes them")
@@ -35,39 +35,39 @@ def cards_of(bundle: Bundle) -> Cards:
 
 
 def card(bundle: Bundle, model: Model, layer: int, index: int) -> CardResponse:
-    """One feature's card. Raises `ServiceError` no_cards, or not_found for a feature that there is not."""
-    cards, shape = cards_of(bundle), bundle.manifest.shape
+    """One feature's card. Raises `ServiceError` no_cards, or not_found for a feature that does not exist."""
+    cards, shape = require_cards(bundle), bundle.manifest.shape
     if not (0 <= layer < shape.layers and 0 <= index < shape.features):
         raise ServiceError(
             "not_found", f"there are layers 0 to {shape.layers - 1}, each with features 0 to {shape.features - 1}"
         )
-    found = cards.card(layer, index)
-    images = cards.images([exemplar.image for exemplar in found.exemplars])
+    record = cards.card(layer, index)
+    images = cards.images([exemplar.image for exemplar in record.exemplars])
     rows, columns = patch_grid(bundle.manifest.preprocessing, shape.tokens - 1)
     return CardResponse(
         model=model,
         layer=layer,
         index=index,
-        label=found.label,
-        abstained=found.abstained,
-        label_score=found.label_score,
-        label_margin=found.label_margin,
-        label_clarity=found.label_clarity,
-        label_auroc=found.label_auroc,
-        writes=_written(found),
-        read_at=found.read_at,
-        frequency=Frequency(cls=found.frequency_cls, patches=found.frequency_patches),
-        quantiles={f"{at:g}": value for at, value in zip(QUANTILES, found.quantiles, strict=False)},
-        histogram=_histogram(found),
+        label=record.label,
+        abstained=record.abstained,
+        label_score=record.label_score,
+        label_margin=record.label_margin,
+        label_clarity=record.label_clarity,
+        label_auroc=record.label_auroc,
+        writes=_written_label(record),
+        read_at=record.read_at,
+        frequency=Frequency(cls=record.frequency_cls, patches=record.frequency_patches),
+        quantiles={f"{at:g}": value for at, value in zip(QUANTILES, record.quantiles, strict=False)},
+        histogram=_histogram(record),
         exemplars=[
             Exemplar(
                 **reference(image),
                 activation=exemplar.activation,
-                mask=(np.frombuffer(exemplar.mask, np.uint8) * (found.mask_scale / 255)).round(4).tolist(),
+                mask=(np.frombuffer(exemplar.mask, np.uint8) * (record.mask_scale / 255)).round(4).tolist(),
             )
-            for exemplar, image in zip(found.exemplars, images, strict=True)
+            for exemplar, image in zip(record.exemplars, images, strict=True)
         ],
-        mean_picture=_url(found.mean_picture),
+        mean_picture=_data_url(record.mean_picture),
         rows=rows,
         columns=columns,
         coactive=[
@@ -77,27 +77,27 @@ def card(bundle: Bundle, model: Model, layer: int, index: int) -> CardResponse:
                 label=cards.label(other.layer, other.index)[0],
                 jaccard=other.jaccard,
             )
-            for other in found.coactive
+            for other in record.coactive
         ],
     )
 
 
 def search(bundle: Bundle, model: Model, query: FeaturesQuery) -> FeaturesResponse:
     """A page of labelled features. Raises `ServiceError` no_cards."""
-    total, found = cards_of(bundle).search(query.label, query.layer, query.offset, query.limit)
-    beyond = query.offset + len(found)
-    more = query.model_copy(update={"offset": beyond}).model_dump(exclude_none=True)
+    total, lines = require_cards(bundle).search(query.label, query.layer, query.offset, query.limit)
+    next_offset = query.offset + len(lines)
+    next_query = query.model_copy(update={"offset": next_offset}).model_dump(exclude_none=True)
     return FeaturesResponse(
         model=model,
         total=total,
         offset=query.offset,
         limit=query.limit,
-        next=f"/v1/features?{urlencode(more)}" if found and beyond < total else None,
-        features=[FeatureLine(**vars(line)) for line in found],
+        next=f"/v1/features?{urlencode(next_query)}" if lines and next_offset < total else None,
+        features=[FeatureLine(**vars(line)) for line in lines],
     )
 
 
-def _written(card: Card) -> Written | None:
+def _written_label(card: Card) -> Written | None:
     if card.writes is None or card.writes_score is None or card.writes_margin is None:
         return None
     return Written(label=card.writes, score=card.writes_score, margin=card.writes_margin)
@@ -111,9 +111,9 @@ def _histogram(card: Card) -> Histogram | None:
 
 def reference(image: CardImage) -> dict[str, Any]:
     """The fields of a `ReferenceImage`."""
-    return {"name": image.name, "class_name": image.class_name, "thumbnail": _url(image.picture)}
+    return {"name": image.name, "class_name": image.class_name, "thumbnail": _data_url(image.picture)}
 
 
-def _url(picture: bytes | None) -> str | None:
-    """As the pages' policy lets them show it: no second request, nothing to fetch from anybody."""
+def _data_url(picture: bytes | None) -> str | None:
+    """A data: URL, which the pages' content security policy allows: it needs no further request."""
     return None if picture is None else "data:image/webp;base64," + base64.b64encode(picture).decode()

@@ -1,7 +1,7 @@
-"""The bundle in service and its successor: requests keep the one that they began with, so no answer mixes two.
+"""The bundle in service and its successor. A request keeps the bundle that it started with, so no answer mixes two.
 
-What is loaded by then is frozen (`gc.freeze`): a full collection over it holds the interpreter for 80 ms and more,
-every few seconds under load, and never finds anything. A bundle that has left service is thawed and collected once.
+Loaded objects are frozen (`gc.freeze`): a full collection over them would hold the GIL for 80 ms and more, every few
+seconds under load, and never free anything. A bundle that has left service is unfrozen and collected once.
 """
 
 from __future__ import annotations
@@ -21,114 +21,118 @@ from vitrine.service.operations.keys import Keys
 from vitrine.service.operations.logs import logger
 from vitrine.service.operations.settings import Settings, SettingsError
 
-REFUSED = (BundleError, LabelSetError, EngineError, SettingsError)  # what a bundle, or what is set, may be wrong in
+RELOAD_ERRORS = (BundleError, LabelSetError, EngineError, SettingsError)  # errors in a bundle or in the settings
 
 
-class _Generation:
-    """An attributor and how many requests it is answering."""
+class _Instance:
+    """An attributor and the number of requests that use it."""
 
     def __init__(self, attributor: Attributor) -> None:
         self.attributor, self.users, self.unused = attributor, 0, asyncio.Event()
 
 
 class Serving:
-    """Use as an async context manager; entering it loads what the settings name and may raise one of `REFUSED`."""
+    """The bundle in service, with the API keys.
+
+    Use as an async context manager; entering it loads what the settings name and may raise one of `RELOAD_ERRORS`.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._now: _Generation | None = None
+        self._current: _Instance | None = None
         self._loading = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
         self.api_keys, self.admin_keys = read_keys(settings)
 
     async def __aenter__(self) -> Serving:
-        self._now = await self._load()
-        self._announce(self._now.attributor)
+        self._current = await self._load()
+        self._announce(self._current.attributor)
         gc.freeze()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         gc.unfreeze()
-        async with self._loading:  # what is being loaded comes into service first, so that it is closed with the rest
-            now, self._now = self._now, None
+        async with self._loading:  # wait for a reload in progress, so that its bundle is closed, too
+            current, self._current = self._current, None
         await asyncio.gather(*self._retiring)
-        if now:
-            await now.attributor.__aexit__()
+        if current:
+            await current.attributor.__aexit__()
 
     @property
     def attributor(self) -> Attributor | None:
-        """The one that new requests get; None before the first is loaded and after the last is closed."""
-        return self._now.attributor if self._now else None
+        """The attributor for new requests; None before the first is loaded and after the last is closed."""
+        return self._current.attributor if self._current else None
 
     @contextmanager
     def lease(self) -> Iterator[Attributor]:
-        """The attributor for the whole of one request. Raises `ServiceError` not_ready."""
-        generation = self._now
-        if generation is None:
+        """The attributor, held for the duration of one request. Raises `ServiceError` not_ready."""
+        instance = self._current
+        if instance is None:
             raise _not_ready()
-        generation.users += 1
+        instance.users += 1
         try:
-            yield generation.attributor
+            yield instance.attributor
         finally:
-            generation.users -= 1
-            if not generation.users:
-                generation.unused.set()
+            instance.users -= 1
+            if not instance.users:
+                instance.unused.set()
 
     async def reload(self) -> tuple[Attributor, Attributor]:
-        """Load the bundle, the label sets and the keys that the settings name, as they are now, beside those in
-        service, then let new requests have them: (those now, those before), which are closed after their last answer.
+        """Load the bundle, label sets and keys that the settings name, as they are now, while the previous ones stay in
+        service; then use them for new requests. Returns (current, previous), closing the latter after its last answer.
 
-        Raises one of `REFUSED`, everything is as before then; or `ServiceError` not_ready where nothing is in service.
+        Raises one of `RELOAD_ERRORS`, which leaves everything as before, or `ServiceError` not_ready if nothing is in
+        service.
         """
         async with self._loading:
-            before = self._now
-            if before is None:
+            previous = self._current
+            if previous is None:
                 raise _not_ready()
             try:
-                now = await self._load_all()
-            except REFUSED as error:
+                current = await self._load_with_keys()
+            except RELOAD_ERRORS as error:
                 metrics.RELOADS.labels("refused").inc()
                 logger.error("reload refused, the bundle in service stays: %s", error)
                 raise
             metrics.RELOADS.labels("taken").inc()
-            self._now = now
-            before.attributor.withdraw()
-            self._announce(now.attributor)
-        task = asyncio.create_task(self._retire(before))
+            self._current = current
+            previous.attributor.withdraw()
+            self._announce(current.attributor)
+        task = asyncio.create_task(self._retire(previous))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
-        return now.attributor, before.attributor
+        return current.attributor, previous.attributor
 
     async def reload_by_signal(self) -> None:
-        """The same; a refusal is logged."""
-        with suppress(*REFUSED, ServiceError):
+        """The same, without raising; a refusal is logged."""
+        with suppress(*RELOAD_ERRORS, ServiceError):
             await self.reload()
 
-    async def _load_all(self) -> _Generation:
-        made = await self._load()
+    async def _load_with_keys(self) -> _Instance:
+        instance = await self._load()
         try:
             self.api_keys, self.admin_keys = read_keys(self.settings)
         except SettingsError:
-            await made.attributor.__aexit__()
+            await instance.attributor.__aexit__()
             raise
-        return made
+        return instance
 
-    async def _load(self) -> _Generation:
+    async def _load(self) -> _Instance:
         bundle = await asyncio.to_thread(open_bundle, self.settings.bundle)
         attributor = await Attributor(bundle, self.settings).__aenter__()
-        return _Generation(attributor)
+        return _Instance(attributor)
 
     def _announce(self, attributor: Attributor) -> None:
         attributor.announce()
         name, digest, provider = attributor.model.name, attributor.model.digest, attributor.engine.provider
         logger.info("serving bundle %s %s on %s", name, digest, provider)
 
-    async def _retire(self, generation: _Generation) -> None:
-        while generation.users:
-            generation.unused.clear()  # it was unused now and then before
-            await generation.unused.wait()
-        await generation.attributor.__aexit__()
-        del generation
+    async def _retire(self, instance: _Instance) -> None:
+        while instance.users:
+            instance.unused.clear()  # may be set from an earlier idle moment
+            await instance.unused.wait()
+        await instance.attributor.__aexit__()
+        del instance
         gc.unfreeze()
         gc.collect()
         gc.freeze()
@@ -139,7 +143,7 @@ def _not_ready() -> ServiceError:
 
 
 def read_keys(settings: Settings) -> tuple[Keys, Keys]:
-    """(of the API, of the administration). Raises `SettingsError`."""
+    """(API keys, admin keys). Raises `SettingsError`."""
     return (
         Keys("api_keys", settings.api_keys, settings.api_keys_file),
         Keys("admin_keys", settings.admin_keys, settings.admin_keys_file),

@@ -1,4 +1,4 @@
-"""The reference images whose sparse codes are nearest to an image's."""
+"""The reference images with the sparse codes nearest to an image's."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import numpy as np
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.service.answers.attributor import Attributor
-from vitrine.service.answers.features import cards_of, reference
+from vitrine.service.answers.features import reference, require_cards
 from vitrine.service.errors import ServiceError
-from vitrine.service.operations.stages import stage
+from vitrine.service.operations.stages import timed_stage
 from vitrine.service.schemas.features import SimilarImage, SimilarLayer, SimilarRequest, SimilarResponse
 
 
@@ -18,13 +18,13 @@ async def answer_similar(
 ) -> SimilarResponse:
     """The reference images with the nearest sparse codes. Raises `ServiceError`."""
     bundle = attributor.bundle
-    _check(bundle, request)
+    _check_request(bundle, request)
     timings: dict[str, float] = {}
-    with attributor.admitted():
-        with stage("decode", timings):
+    with attributor.admit():
+        with timed_stage("decode", timings):
             pixels = await attributor.in_thread(attributor.decode, image)
         parts = await attributor.submit(pixels, timings)
-    with stage("retrieve", timings):
+    with timed_stage("retrieve", timings):
         layers = await attributor.in_thread(_nearest, bundle, parts, request)
     return SimilarResponse(
         request_id=request_id,
@@ -35,9 +35,9 @@ async def answer_similar(
     )
 
 
-def _check(bundle: Bundle, request: SimilarRequest) -> None:
-    """Raise `ServiceError` no_cards, or invalid_request for layers that there are not, or named twice."""
-    cards, layers = cards_of(bundle), request.layers or []
+def _check_request(bundle: Bundle, request: SimilarRequest) -> None:
+    """Raise `ServiceError` no_cards, or invalid_request for layers that do not exist or are named twice."""
+    cards, layers = require_cards(bundle), request.layers or []
     if not len(cards.references[0]):
         raise ServiceError("no_cards", f"the cards of {bundle.manifest.name!r} have no reference images")
     if unknown := [layer for layer in layers if layer >= cards.layers]:
@@ -47,23 +47,23 @@ def _check(bundle: Bundle, request: SimilarRequest) -> None:
 
 
 def _nearest(bundle: Bundle, parts: Decomposition, request: SimilarRequest) -> list[SimilarLayer]:
-    """The reference images of the nearest codes at [CLS], layer by layer, equal ones in their order."""
-    cards = cards_of(bundle)
+    """The reference images with the nearest codes at [CLS], layer by layer; ties keep their order."""
+    cards = require_cards(bundle)
     layers = request.layers or range(parts.layers)
-    found = []
+    neighbours = []
     for layer in layers:
-        near = cards.similarities(layer, parts.feature_indices[layer], parts.feature_values[layer])
-        order = np.argsort(-near, kind="stable")[request.offset : request.offset + request.limit]
-        found.append((layer, order.tolist(), near[order].tolist()))
-    wanted = sorted({image for _, order, _ in found for image in order})
-    images = dict(zip(wanted, cards.images(wanted), strict=True))
+        similarities = cards.similarities(layer, parts.feature_indices[layer], parts.feature_values[layer])
+        order = np.argsort(-similarities, kind="stable")[request.offset : request.offset + request.limit]
+        neighbours.append((layer, order.tolist(), similarities[order].tolist()))
+    numbers = sorted({image for _, order, _ in neighbours for image in order})
+    images = dict(zip(numbers, cards.images(numbers), strict=True))
     return [
         SimilarLayer(
             layer=layer,
             images=[
                 SimilarImage(**reference(images[image]), similarity=similarity)
-                for image, similarity in zip(order, near, strict=True)
+                for image, similarity in zip(order, similarities, strict=True)
             ],
         )
-        for layer, order, near in found
+        for layer, order, similarities in neighbours
     ]

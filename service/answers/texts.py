@@ -11,14 +11,14 @@ from vitrine.service.schemas.classify import ClassifyRequest
 Texts = tuple[tuple[str, ...], tuple[str, ...]]  # labels, templates
 
 
-def texts_of(request: ClassifyRequest, encoder: LabelEncoder, settings: Settings) -> Texts:
+def resolve_texts(request: ClassifyRequest, encoder: LabelEncoder, settings: Settings) -> Texts:
     """(labels, templates) of a request, defaults filled in, within the limits. Raises `ServiceError`."""
     if request.labels is not None and request.label_set is not None:
         raise ServiceError("invalid_request", "give `labels` or `label_set`, not both")
     name = request.label_set or DEFAULT
     if (named := encoder.named.get(name)) is None:
-        known = ", ".join(encoder.named)
-        raise ServiceError("unknown_label_set", f"no label set {name[:100]!r}; there are: {known}")
+        names = ", ".join(encoder.named)
+        raise ServiceError("unknown_label_set", f"no label set {name[:100]!r}; there are: {names}")
     if request.labels is None and request.templates is None:  # encoded already, whatever its size
         return named.labels, named.templates or encoder.default_templates
     labels = tuple(request.labels or named.labels)
@@ -28,7 +28,7 @@ def texts_of(request: ClassifyRequest, encoder: LabelEncoder, settings: Settings
 
 
 def check_texts(labels: tuple[str, ...], templates: tuple[str, ...], settings: Settings) -> None:
-    """Raises `ServiceError` beyond the limits."""
+    """Raises `ServiceError` if a limit is exceeded."""
     if len(labels) > settings.max_labels:
         raise ServiceError("invalid_request", f"{len(labels):,} labels; at most {settings.max_labels:,} are taken")
     if len(templates) > settings.max_templates:

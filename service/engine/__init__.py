@@ -1,1 +1,1 @@
-"""The bundle's graphs at work: ONNX Runtime, batches, images to pixels, labels to embeddings."""
+"""Runs the bundle's graphs: ONNX Runtime, batches, images to pixels, labels to embeddings."""

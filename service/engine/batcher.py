@@ -1,9 +1,9 @@
-"""One thread for the engine, a queue before it (whose bound is `Attributor`'s admission), batches of whatever waits.
+"""One thread for the engine, fed from a queue (bounded by `Attributor`'s admission) in batches of what is waiting.
 
-Images that arrive while an inference runs form the next batch, so batches grow with the load and nobody waits for
-company (unless `wait_ms` says so, for GPUs whose inference is shorter than requests are apart). Since the graph does
-not depend on labels, requests with different labels and options share a batch. The engine's thread takes its batches
-itself: an event loop that is busy with answers would keep it waiting between two of them.
+Images that arrive while an inference runs form the next batch, so batches grow with the load and no image waits for a
+full batch (unless `wait_ms` is set, for GPUs whose inference is shorter than the interval between requests). Since the
+graph does not depend on labels, requests with different labels and options share a batch. The engine's thread takes
+its batches from the queue itself: an event loop busy with answers would delay it between two batches.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Inference(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Waiting:
+class _QueuedImage:
     pixels: NDArray[np.float32]
     details: bool
     answer: asyncio.Future[Inference]
@@ -40,9 +40,9 @@ class _Waiting:
 
 
 class Batcher:
-    """Feeds `explain` ([B, 3, H, W], B times whether details are wanted -> B decompositions) from its own thread.
+    """Calls `explain` ([B, 3, H, W], B flags for details -> B decompositions) in its own thread.
 
-    Use as an async context manager; leaving it answers what still waits and takes nothing new.
+    Use as an async context manager; on exit it drains the queue and accepts nothing new.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class Batcher:
         batch_size: int,
         wait_ms: float = 0,
     ) -> None:
-        """batch_size: images in one inference, at most; wait_ms: how long the first waits for a full batch."""
+        """batch_size: most images in one inference; wait_ms: how long the first image waits for a full batch."""
         self._explain, self._batch_size, self._wait_ms = explain, batch_size, wait_ms
-        self._queue: deque[_Waiting] = deque()
-        self._arrival = threading.Condition()  # guards the queue and what follows
-        self._scheduled = False  # `_work` is to come, or at it
+        self._queue: deque[_QueuedImage] = deque()
+        self._condition = threading.Condition()  # guards the queue and the fields below
+        self._scheduled = False  # `_run_batch` is submitted or running
         self._closing = False
         self._unanswered: set[asyncio.Future[Inference]] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -65,9 +65,9 @@ class Batcher:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        with self._arrival:
+        with self._condition:
             self._closing = True
-            self._arrival.notify()
+            self._condition.notify()
         while self._unanswered:
             await asyncio.wait(self._unanswered)
         await asyncio.to_thread(self._thread.shutdown)
@@ -78,83 +78,85 @@ class Batcher:
         return len(self._queue)
 
     async def submit(self, pixels: NDArray[np.float32], details: bool = False) -> Inference:
-        """Normalised pixels [3, H, W] to their decomposition, with `Details` if wanted.
+        """The decomposition of normalised pixels [3, H, W], with `Details` if requested.
 
-        A caller that is cancelled (by its deadline) leaves the queue unless its inference already runs. Raises
-        `ServiceError` not_ready once this batcher is being left.
+        A cancelled caller (at its deadline) leaves the queue unless its inference is already running. Raises
+        `ServiceError` not_ready once this batcher is closing.
         """
-        waiting = _Waiting(pixels, details, self._loop.create_future())
-        with self._arrival:
+        queued = _QueuedImage(pixels, details, self._loop.create_future())
+        with self._condition:
             if self._closing:
                 raise ServiceError("not_ready", "the service is shutting down")
-            self._queue.append(waiting)
+            self._queue.append(queued)
             metrics.QUEUE.inc()
             self._schedule()
-            self._arrival.notify()
-        self._unanswered.add(waiting.answer)
-        waiting.answer.add_done_callback(self._unanswered.discard)
+            self._condition.notify()
+        self._unanswered.add(queued.answer)
+        queued.answer.add_done_callback(self._unanswered.discard)
         try:
-            return await waiting.answer
+            return await queued.answer
         finally:
-            with self._arrival:
-                if waiting in self._queue:
-                    self._queue.remove(waiting)
+            with self._condition:
+                if queued in self._queue:
+                    self._queue.remove(queued)
                     metrics.QUEUE.dec()
 
     async def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Something else on the engine's thread (label encoding), in turn with the batches."""
+        """Run another function on the engine's thread (label encoding), in turn with the batches."""
         return await self._loop.run_in_executor(self._thread, function, *args)
 
     def _schedule(self) -> None:
         if self._queue and not self._scheduled:
             self._scheduled = True
-            self._thread.submit(self._work)
+            self._thread.submit(self._run_batch)
 
-    def _work(self) -> None:
-        """One batch, on the engine's thread; what else waits for that thread comes before the next."""
-        with self._arrival:
+    def _run_batch(self) -> None:
+        """Run one batch on the engine's thread; other calls waiting for that thread run before the next batch."""
+        with self._condition:
             if self._wait_ms:
-                self._wait_for_company()
-            batch: list[_Waiting] = []
+                self._wait_for_full_batch()
+            batch: list[_QueuedImage] = []
             while self._queue and len(batch) < self._batch_size:
-                waiting = self._queue.popleft()
+                queued = self._queue.popleft()
                 metrics.QUEUE.dec()
-                if not waiting.answer.done():  # cancelled, and the event loop has not come to take it out yet
-                    batch.append(waiting)
+                if not queued.answer.done():  # else cancelled, but not yet removed by the event loop
+                    batch.append(queued)
         start = perf_counter()
-        found: list[Decomposition] | Exception = []
+        results: list[Decomposition] | Exception = []
         if batch:
             metrics.BATCH.observe(len(batch))
             try:
-                found = self._infer(batch)
-            except Exception as error:  # noqa: BLE001  (handed to those who wait for it: this thread must go on)
-                found = error
+                results = self._infer(batch)
+            except Exception as error:  # noqa: BLE001  (passed to the waiting callers: this thread must go on)
+                results = error
         inference_ms = (perf_counter() - start) * 1e3
-        with self._arrival:
+        with self._condition:
             self._scheduled = False
             self._schedule()
-        self._loop.call_soon_threadsafe(_answer, batch, found, start, inference_ms)
+        self._loop.call_soon_threadsafe(_set_results, batch, results, start, inference_ms)
 
-    def _wait_for_company(self) -> None:
-        """Until there is a full batch, but no longer than the first image may be kept."""
+    def _wait_for_full_batch(self) -> None:
+        """Wait for a full batch, but no longer than the first image may be delayed."""
         while self._queue and len(self._queue) < self._batch_size and not self._closing:
-            left = self._wait_ms / 1e3 - (perf_counter() - self._queue[0].since)
-            if left <= 0 or not self._arrival.wait(left):
+            remaining = self._wait_ms / 1e3 - (perf_counter() - self._queue[0].since)
+            if remaining <= 0 or not self._condition.wait(remaining):
                 return
 
-    def _infer(self, batch: list[_Waiting]) -> list[Decomposition]:
-        pixels = np.stack([waiting.pixels for waiting in batch])
-        found = self._explain(pixels, [waiting.details for waiting in batch])
-        if len(found) != len(batch):
-            raise RuntimeError(f"the engine gave {len(found)} answers for {len(batch)} images")
-        return found
+    def _infer(self, batch: list[_QueuedImage]) -> list[Decomposition]:
+        pixels = np.stack([queued.pixels for queued in batch])
+        results = self._explain(pixels, [queued.details for queued in batch])
+        if len(results) != len(batch):
+            raise RuntimeError(f"the engine gave {len(results)} answers for {len(batch)} images")
+        return results
 
 
-def _answer(batch: list[_Waiting], found: list[Decomposition] | Exception, start: float, inference_ms: float) -> None:
-    for number, waiting in enumerate(batch):
-        if waiting.answer.done():  # cancelled meanwhile
+def _set_results(
+    batch: list[_QueuedImage], results: list[Decomposition] | Exception, start: float, inference_ms: float
+) -> None:
+    for number, queued in enumerate(batch):
+        if queued.answer.done():  # cancelled meanwhile
             continue
-        if isinstance(found, Exception):
-            waiting.answer.set_exception(found)
+        if isinstance(results, Exception):
+            queued.answer.set_exception(results)
         else:
-            waiting.answer.set_result(Inference(found[number], (start - waiting.since) * 1e3, inference_ms))
+            queued.answer.set_result(Inference(results[number], (start - queued.since) * 1e3, inference_ms))

@@ -1,4 +1,4 @@
-"""The bundle's ONNX graphs in ONNX Runtime. Knows nothing of labels or HTTP."""
+"""Runs the bundle's graphs in ONNX Runtime. Independent of labels and HTTP."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ from vitrine.service.operations.settings import Settings
 
 
 class Engine:
-    """Runs a bundle's graphs. Thread-safe, but one thread at a time makes the best use of the processors.
+    """Runs a bundle's graphs. Thread-safe, but most efficient when used by one thread at a time.
 
-    Raises `EngineError` when what is set cannot be had (`service.engine.runtime`).
+    Raises `EngineError` if the settings cannot be satisfied (`service.engine.runtime`).
     """
 
     def __init__(self, bundle: Bundle, settings: Settings, runtime: Runtime | None = None) -> None:
-        """runtime: in place of what the settings would choose."""
+        """runtime: overrides the choice made from the settings."""
         self.bundle = bundle
         self.runtime = runtime or choose(bundle, settings)
         self.vision = open_session(bundle.path / vision_file(self.runtime.precision), self.runtime)
         self.text = open_session(bundle.path / "text.onnx", self.runtime)
-        replacing = bundle.has_replacement and settings.replacement
-        self._replacement = open_session(bundle.path / "replacement.onnx", self.runtime) if replacing else None
+        load_replacement = bundle.has_replacement and settings.replacement
+        self._replacement = open_session(bundle.path / "replacement.onnx", self.runtime) if load_replacement else None
         self.on_gpu = self.provider != PROVIDERS["cpu"]
         self.batches = _batches(settings.batch_size, self.on_gpu)
 
     @property
     def provider(self) -> str:
-        """ONNX Runtime's name of the provider in use."""
+        """ONNX Runtime's name for the provider in use."""
         return self.vision.get_providers()[0]
 
     @property
     def has_details(self) -> bool:
-        """Whether the bundle can be asked for `Details`; those of older versions cannot."""
+        """Whether the bundle provides `Details`; bundles of older versions do not."""
         return self.bundle.attention_fold is not None
 
     def explain(self, pixels: NDArray[np.float32], details: Sequence[bool] = ()) -> list[Decomposition]:
-        """Normalised pixels [B, 3, H, W] to what `models.account.ledger` accounts with, one an image.
+        """Decompositions of normalised pixels [B, 3, H, W] (`models.account.ledger`), one per image.
 
-        details: for which of them `Decomposition.details` is wanted; the default: for none.
+        details: for which images to compute `Decomposition.details`; default: none.
         """
         count = len(pixels)
         if self.on_gpu and (size := min((size for size in self.batches if size >= count), default=0)):
@@ -62,29 +62,29 @@ class Engine:
         if any(details):
             names += DETAILS
         outputs = dict(zip(names, self.vision.run(names, feeds), strict=True))
-        wanted = details or [False] * count
-        return [Decomposition.of_image(outputs, image, wanted[image]) for image in range(count)]
+        with_details = details or [False] * count
+        return [Decomposition.from_batch(outputs, image, with_details[image]) for image in range(count)]
 
     @property
     def can_replace(self) -> bool:
-        """Whether `replace` can be asked for: the bundle has the graph, and the settings do not leave it out."""
+        """Whether `replace` is available: the bundle has the graph, and the settings do not disable it."""
         return self._replacement is not None
 
     def replace(
         self, pixels: NDArray[np.float32], replaced: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Normalised pixels [B, 3, H, W] under replacement (`models.account.windows`): (unit embeddings [B, D],
+        """Run normalised pixels [B, 3, H, W] with replacement (`models.account.windows`): (unit embeddings [B, D],
         C_{i->j} [B, 2, L, L] of [CLS] and of the patches, by target and source)."""
         assert self._replacement is not None
-        found = self._replacement.run(REPLACEMENT_OUTPUTS, {"pixels": pixels, REPLACED_INPUT: replaced})
-        return found[0], found[1]
+        outputs = self._replacement.run(REPLACEMENT_OUTPUTS, {"pixels": pixels, REPLACED_INPUT: replaced})
+        return outputs[0], outputs[1]
 
     def encode_text(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Tokens [N, context] to unit text embeddings [N, D]."""
+        """Unit text embeddings [N, D] of tokens [N, context]."""
         return self.text.run(["text_embedding"], {"tokens": tokens})[0]
 
     def warm_up(self) -> None:
-        """Run the graphs once at every size of batch that matters, so that no request pays for it."""
+        """Run the graphs once at every relevant batch size, so that no request pays for it."""
         manifest = self.bundle.manifest
         for batch in self.batches:
             pixels = np.zeros((batch, 3, *manifest.preprocessing.size), np.float32)
@@ -97,9 +97,9 @@ class Engine:
 
 
 def _batches(largest: int, on_gpu: bool) -> list[int]:
-    """The sizes of batch that are warmed up; on a GPU, which plans anew for each size, there are no others.
+    """The batch sizes to warm up. On a GPU, which plans again for each new size, no others are used.
 
-    Powers of two and the largest there; on the CPU, where any size will do, one and the largest.
+    On a GPU: powers of two and the largest. On the CPU, where any size works: one and the largest.
     """
     smaller = [2**power for power in range(largest.bit_length()) if 2**power < largest] if on_gpu else [1]
     return sorted({*smaller, largest})

@@ -1,4 +1,4 @@
-"""From the bytes of a request to the pixels of the graph, refusing what is no image before any work is done on it.
+"""From the bytes of a request to the pixels of the graph. What is not an image is refused before any work is done.
 
 The pixels equal open_clip's evaluation transform, number by number, for RGB and grey images. Palettes, alpha, CMYK
 and 16 bits become RGB *before* resizing (open_clip resizes first, which blends palette indices).
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from vitrine.models.bundle.manifest import Preprocessing
-from vitrine.models.errors import DAMAGED_IMAGE
+from vitrine.models.errors import DAMAGED_IMAGE_ERRORS
 from vitrine.service.errors import ServiceError
 
-# A supported format's first bytes: what starts so and cannot be opened is damaged, everything else is no such image.
+# First bytes of the supported formats. If such a file cannot be opened it is damaged; any other file is unsupported.
 SIGNATURES = {
     "JPEG": re.compile(rb"\xff\xd8\xff"),
     "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
@@ -28,10 +28,10 @@ SIGNATURES = {
     "GIF": re.compile(rb"GIF8[79]a"),
     "BMP": re.compile(rb"BM"),
 }
-# Scans of a JPEG, at most: each goes over the whole picture, so a small file could keep a thread for minutes.
+# Most scans of a JPEG: each one covers the whole picture, so a small file could occupy a thread for minutes.
 MAX_SCANS = 100
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")  # followed by a segment: no stuffing, padding, restart
-_UPRIGHT = {  # EXIF orientation -> what undoes it
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")  # with a segment: not stuffing, padding or restart
+_UPRIGHT = {  # EXIF orientation -> the transpose that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -42,7 +42,7 @@ _UPRIGHT = {  # EXIF orientation -> what undoes it
 }
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
-# Our own limits, from settings, are checked on the header; Pillow's would raise while the header is being read.
+# Our own limits (settings) are checked against the header; Pillow's would raise while reading the header.
 Image.MAX_IMAGE_PIXELS = None
 
 
@@ -55,14 +55,14 @@ class ImageLimits:
 def decode(data: bytes, limits: ImageLimits) -> Image.Image:
     """The first frame of an image file as upright RGB.
 
-    Raises `ServiceError`: unsupported_image (no JPEG, PNG, WebP, GIF or BMP), image_too_large (by its header, before
+    Raises `ServiceError`: unsupported_image (not JPEG, PNG, WebP, GIF or BMP), image_too_large (by its header, before
     decoding), invalid_image (empty, damaged).
     """
     if not data:
         raise ServiceError("invalid_image", "the image is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(data), formats=list(SIGNATURES))
-    except DAMAGED_IMAGE as error:
+    except DAMAGED_IMAGE_ERRORS as error:
         if looks_like := [name for name, start in SIGNATURES.items() if start.match(data)]:
             raise ServiceError("invalid_image", f"the {looks_like[0]} image's header is damaged") from error
         formats = ", ".join(SIGNATURES)
@@ -74,7 +74,7 @@ def decode(data: bytes, limits: ImageLimits) -> Image.Image:
             raise ServiceError("invalid_image", f"the JPEG image has more than {MAX_SCANS} scans")
         try:
             return _to_rgb(image)
-        except DAMAGED_IMAGE as error:
+        except DAMAGED_IMAGE_ERRORS as error:
             raise ServiceError("invalid_image", f"the {image.format} image is damaged or incomplete") from error
 
 
@@ -104,7 +104,7 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing, limits: ImageLim
 
 @cache
 def _normalised_levels(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
-    """What becomes of each level 0 to 255, by channel [3, 256]: quicker to look up than to reckon, and the same."""
+    """The normalised value of each level 0 to 255, by channel [3, 256]: a look-up is faster, with equal results."""
     levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
     return np.ascontiguousarray(((levels - np.array(mean, np.float32)) / np.array(std, np.float32)).T)
 
@@ -122,11 +122,11 @@ def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
 
 
 def _jpeg_scans(data: bytes) -> int:
-    """Scans of a JPEG's first picture. What lies inside segments (a thumbnail) or after it (a film) does not count."""
-    scans, at = 0, 2
-    while (marker := _JPEG_MARKER.search(data, at)) and marker[0] != b"\xff\xd9":  # end of image
+    """Number of scans in a JPEG's first picture, without those inside segments (a thumbnail) or after it (a film)."""
+    scans, position = 0, 2
+    while (marker := _JPEG_MARKER.search(data, position)) and marker[0] != b"\xff\xd9":  # end of image
         scans += marker[0] == b"\xff\xda"  # start of scan
-        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
     return scans
 
 
@@ -141,8 +141,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> Any:
-    """The EXIF orientation; upright where the EXIF block cannot be read, for the picture itself is sound."""
+    """The EXIF orientation; None (upright) if the EXIF block cannot be read, as the picture itself is intact."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except DAMAGED_IMAGE:
+    except DAMAGED_IMAGE_ERRORS:
         return None

@@ -1,6 +1,6 @@
-"""What a bundle's graphs run on, and why: provider, precision, threads. Decided once, before anything is loaded.
+"""Chooses what a bundle's graphs run on, with reasons: provider, precision, threads. Once, before anything is loaded.
 
-Nothing falls back silently: what is set and cannot be had stops the start with a sentence.
+There is no silent fallback: a setting that cannot be satisfied stops the start with an error message.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from vitrine.models.bundle.layout import Precision
 from vitrine.models.errors import VitrineError
 from vitrine.service.operations.settings import Settings
 
-# What ONNX Runtime raises for a file that is no graph, or none that it can run; they share no base of their own.
-_UNUSABLE = (
+# ONNX Runtime's errors for a file that is not a graph, or not one that it can run; they share no specific base class.
+_SESSION_ERRORS = (
     ort.Fail,
     ort.InvalidArgument,
     ort.InvalidGraph,
@@ -30,28 +30,28 @@ _UNUSABLE = (
     ort.RuntimeException,
 )
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-# Byte products with 32-bit sums: without them int8 is no faster.
+# CPU flags for byte products with 32-bit sums: without them int8 is no faster.
 INT8_FLAGS = {"avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX VNNI", "amx_int8": "AMX", "asimddp": "Arm dot products"}
 
 
 class EngineError(VitrineError):
-    """The graphs cannot run as set; the message says what is missing."""
+    """The graphs cannot run as configured; the message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """How sessions are made, with the reason of each choice."""
+    """How sessions are created, with the reason for each choice."""
 
     provider: str  # ONNX Runtime's name
     precision: Precision  # of the vision graph
-    threads: int  # of one inference on the CPU
-    options: Mapping[str, Mapping[str, Any]]  # of the provider, and of those it may hand nodes to, in order
+    threads: int  # per inference on the CPU
+    options: Mapping[str, Mapping[str, Any]]  # by provider, the chosen one first, then its fallbacks
     reasons: Mapping[str, str]  # field -> why
 
 
 def choose(bundle: Bundle, settings: Settings) -> Runtime:
-    """Raises `EngineError` for what is set and cannot be had."""
-    provider = wanted_provider(settings)
+    """The runtime for these settings. Raises `EngineError` if they cannot be satisfied."""
+    provider = requested_provider(settings)
     precision, why_precision = _precision(bundle, settings)
     available, why_threads = available_processors()
     return Runtime(
@@ -70,13 +70,13 @@ def choose(bundle: Bundle, settings: Settings) -> Runtime:
 
 
 def open_session(path: Path, runtime: Runtime) -> onnxruntime.InferenceSession:
-    """Raises `EngineError` if the file cannot be used, or not with that provider."""
+    """A session for one graph. Raises `EngineError` if the file cannot be used, or not with that provider."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = runtime.threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(path, options, providers=list(runtime.options.items()))
-    except _UNUSABLE as error:
+    except _SESSION_ERRORS as error:
         raise EngineError(f"{path} cannot be used: {error}") from error
     if session.get_providers()[0] != runtime.provider:
         raise EngineError(
@@ -85,21 +85,21 @@ def open_session(path: Path, runtime: Runtime) -> onnxruntime.InferenceSession:
     return session
 
 
-def wanted_provider(settings: Settings) -> str:
-    """ONNX Runtime's name of the set provider. Raises `EngineError` if the installed onnxruntime lacks it."""
-    wanted, present = PROVIDERS[settings.provider], onnxruntime.get_available_providers()
-    if wanted not in present:
+def requested_provider(settings: Settings) -> str:
+    """ONNX Runtime's name for the configured provider. Raises `EngineError` if the installed onnxruntime lacks it."""
+    requested, available = PROVIDERS[settings.provider], onnxruntime.get_available_providers()
+    if requested not in available:
         raise EngineError(
-            f"VITRINE_PROVIDER={settings.provider}, but the installed onnxruntime has only {', '.join(present)}; "
+            f"VITRINE_PROVIDER={settings.provider}, but the installed onnxruntime has only {', '.join(available)}; "
             "install vitrine[gpu] in place of vitrine[cpu], or set VITRINE_PROVIDER=cpu"
         )
-    return wanted
+    return requested
 
 
 def available_processors() -> tuple[int, str]:
-    """(processors that this process may use, why): its affinity, or the container's quota if that is less.
+    """(processors that this process may use, reason): its CPU affinity, or the container's quota if that is lower.
 
-    ONNX Runtime looks at the machine's processors alone, and runs slower for it in a container with a quota.
+    ONNX Runtime considers only the machine's processors, and is slower for it in a container with a quota.
     """
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = Path("/sys/fs/cgroup/cpu.max")
@@ -111,29 +111,29 @@ def available_processors() -> tuple[int, str]:
 
 
 def int8_instructions() -> str | None:
-    """The name of this CPU's instructions for int8, None if it has none that are known."""
+    """Name of this CPU's int8 instructions; None if it has none of `INT8_FLAGS`."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
     return next((name for flag, name in INT8_FLAGS.items() if flag in flags), None)
 
 
 def _precision(bundle: Bundle, settings: Settings) -> tuple[Precision, str]:
-    present, on_cpu, wanted = bundle.manifest.precisions, settings.provider == "cpu", settings.precision
-    if wanted != "auto":
-        if wanted not in present:
+    available, on_cpu, requested = bundle.manifest.precisions, settings.provider == "cpu", settings.precision
+    if requested != "auto":
+        if requested not in available:
             raise EngineError(
-                f"VITRINE_PRECISION={wanted}, but the bundle {bundle.manifest.name} has only {', '.join(present)}"
+                f"VITRINE_PRECISION={requested}, but the bundle {bundle.manifest.name} has only {', '.join(available)}"
             )
-        if wanted != "fp32" and (wanted == "int8") != on_cpu:
-            place = "for the CPU" if wanted == "int8" else "for GPUs"
-            raise EngineError(f"VITRINE_PRECISION={wanted} is {place}, and VITRINE_PROVIDER={settings.provider}")
-        return wanted, f"VITRINE_PRECISION={wanted}"
+        if requested != "fp32" and (requested == "int8") != on_cpu:
+            target = "for the CPU" if requested == "int8" else "for GPUs"
+            raise EngineError(f"VITRINE_PRECISION={requested} is {target}, and VITRINE_PROVIDER={settings.provider}")
+        return requested, f"VITRINE_PRECISION={requested}"
     if not on_cpu:
-        return ("fp16", "auto: a GPU") if "fp16" in present else ("fp32", "auto: the bundle has no fp16")
+        return ("fp16", "auto: a GPU") if "fp16" in available else ("fp32", "auto: the bundle has no fp16")
     instructions = int8_instructions()
     if instructions is None:
         return "fp32", "auto: this CPU has no instructions for int8"
-    if "int8" not in present:
+    if "int8" not in available:
         return "fp32", f"auto: this CPU has {instructions}, but the bundle no int8"
     return "int8", f"auto: this CPU has {instructions}"
 
@@ -147,6 +147,6 @@ def _options(settings: Settings) -> dict[str, dict[str, Any]]:
     if settings.provider == "cuda":
         return {PROVIDERS["cuda"]: cuda}
     tensorrt: dict[str, Any] = {}
-    if settings.tensorrt_cache:  # building its engines takes minutes
+    if settings.tensorrt_cache:  # building TensorRT's engines takes minutes
         tensorrt = {"trt_engine_cache_enable": True, "trt_engine_cache_path": str(settings.tensorrt_cache)}
-    return {PROVIDERS["tensorrt"]: tensorrt, PROVIDERS["cuda"]: cuda}  # TensorRT leaves to CUDA what it cannot do
+    return {PROVIDERS["tensorrt"]: tensorrt, PROVIDERS["cuda"]: cuda}  # CUDA runs what TensorRT cannot

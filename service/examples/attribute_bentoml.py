@@ -14,14 +14,14 @@ parser.add_argument("photo", type=Path)
 parser.add_argument("labels", nargs="*", help="default: the bundle's own")
 parser.add_argument("--url", default="http://127.0.0.1:3000")
 parser.add_argument("--key", help="API key, where the service asks for one")
-given = parser.parse_args()
+arguments = parser.parse_args()
 
-with bentoml.SyncHTTPClient(given.url, token=given.key, timeout=60) as client:
+with bentoml.SyncHTTPClient(arguments.url, token=arguments.key, timeout=60) as client:
     try:
-        request = {"labels": given.labels} if given.labels else {}
-        found = client.attribute(image=given.photo, request=request)
+        request = {"labels": arguments.labels} if arguments.labels else {}
+        answer = client.attribute(image=arguments.photo, request=request)
     except bentoml.exceptions.BentoMLException as error:
         sys.exit(str(error))
 
-for prediction in found["predictions"]:
+for prediction in answer["predictions"]:
     print(f"{prediction['probability']:6.1%}  {prediction['label']}")

@@ -15,23 +15,23 @@ parser.add_argument("photo", type=Path)
 parser.add_argument("labels", nargs="*", help="default: the bundle's own")
 parser.add_argument("--url", default="http://127.0.0.1:3000")
 parser.add_argument("--key", default="none", help="API key, where the service asks for one")
-given = parser.parse_args()
+arguments = parser.parse_args()
 
-request = {"labels": given.labels} if given.labels else {}
-answer = httpx.post(
-    f"{given.url}/v1/attribute",
-    files={"image": given.photo.read_bytes(), "request": (None, json.dumps(request))},
-    headers={"Authorization": f"Bearer {given.key}"},
+request = {"labels": arguments.labels} if arguments.labels else {}
+response = httpx.post(
+    f"{arguments.url}/v1/attribute",
+    files={"image": arguments.photo.read_bytes(), "request": (None, json.dumps(request))},
+    headers={"Authorization": f"Bearer {arguments.key}"},
     timeout=60,
 )
-if answer.is_error:
-    error = answer.json()["error"]
-    sys.exit(f"{answer.status_code} {error['code']}: {error['message']} (request {error['request_id']})")
+if response.is_error:
+    error = response.json()["error"]
+    sys.exit(f"{response.status_code} {error['code']}: {error['message']} (request {error['request_id']})")
 
-found = answer.json()
-for prediction in found["predictions"]:
+answer = response.json()
+for prediction in answer["predictions"]:
     print(f"{prediction['probability']:6.1%}  {prediction['label']}")
-why = found["explanations"][0]
+why = answer["explanations"][0]
 rows = {f"attention {layer}": value for layer, value in enumerate(why["ledger"]["attention"])}
 rows |= {f"CLT {layer}": value for layer, value in enumerate(why["ledger"]["clt"])}
 print(f"\nWhy {why['target']} (logit {why['logit']:.3f}):")

@@ -1,1 +1,1 @@
-"""An answer to take along: tables in the terminal, one HTML page, the graph that other viewers read."""
+"""Answers in other forms: tables in the terminal, one HTML page, a graph for other viewers."""

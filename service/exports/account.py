@@ -1,4 +1,4 @@
-"""The account of one image without a server: the answer, and what shows it elsewhere, a page or a graph."""
+"""The account of one image without a server: the answer, and on request a page or a graph that shows it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ IDENTITY = "command-line"
 async def account_for(
     bundle: Bundle, image: Path, request: AttributeRequest, *, with_page: bool = False, graph: Path | None = None
 ) -> tuple[AttributeResponse, str]:
-    """(the answer; the page that shows it, if it is wanted). graph: where to write its graph, NAME.json.
+    """(answer, page that shows it if `with_page`, else ""). graph: where to write its graph, NAME.json.
 
-    Page and graph need more of the account than was asked for, and ask for it themselves. Raises `ServiceError`,
-    `CircuitError`.
+    Page and graph need more of the account than the request asks for, and send requests of their own. Raises
+    `ServiceError`, `CircuitError`.
     """
     content = image.read_bytes()
     async with Attributor(bundle, load_settings()) as attributor:
@@ -31,18 +31,19 @@ async def account_for(
         page = await _page(attributor, content, request) if with_page else ""
         if graph is not None:
             labels = await attributor.label_set(request)
-            whole = _asking(request, heatmap=True, features=bundle.manifest.shape.k)
-            whole = whole.model_copy(update={"top_k": len(labels.labels)})  # the targets are among them all
-            found = await answer_attribute(attributor, content, whole, IDENTITY)
-            write_graphs(graph, found, image.name, bundle, labels, bundle.cards)
+            full_request = _with_explain(request, heatmap=True, features=bundle.manifest.shape.k)
+            # all labels, so that the targets are among the predictions
+            full_request = full_request.model_copy(update={"top_k": len(labels.labels)})
+            full_answer = await answer_attribute(attributor, content, full_request, IDENTITY)
+            write_graphs(graph, full_answer, image.name, bundle, labels, bundle.cards)
     return answer, page
 
 
 async def _page(attributor: Attributor, content: bytes, request: AttributeRequest) -> str:
-    """With a heat map, if the bundle can draw one, and the cards of all features that are listed."""
+    """The page, with a heat map if the bundle provides one, and the cards of all listed features."""
     bundle = attributor.bundle
     answer = await answer_attribute(
-        attributor, content, _asking(request, heatmap=attributor.engine.has_details), IDENTITY
+        attributor, content, _with_explain(request, heatmap=attributor.engine.has_details), IDENTITY
     )
     listed = {
         (layer.layer, feature.index)
@@ -50,14 +51,14 @@ async def _page(attributor: Attributor, content: bytes, request: AttributeReques
         for layer in explanation.layers
         for feature in layer.features
     }
-    wanted = sorted(listed) if bundle.cards else []
+    keys = sorted(listed) if bundle.cards else []
     cards = {
         f"{layer}/{index}": await attributor.in_thread(card, bundle, attributor.model, layer, index)
-        for layer, index in wanted
+        for layer, index in keys
     }
     return draw_page(answer, content, cards, bundle.manifest.preprocessing)
 
 
-def _asking(request: AttributeRequest, **explain: Any) -> AttributeRequest:
-    """The same request, asking for more."""
+def _with_explain(request: AttributeRequest, **explain: Any) -> AttributeRequest:
+    """The same request with other `explain` options."""
     return request.model_copy(update={"explain": request.explain.model_copy(update=explain)})

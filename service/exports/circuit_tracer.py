@@ -1,4 +1,4 @@
-"""One account as circuit-tracer's viewer and Neuronpedia read it: an attribution graph, and a file for each feature.
+"""One account in the format of circuit-tracer's viewer and Neuronpedia: an attribution graph, and a file per feature.
 
     graph    circuit-tracer's frontend/graph_models.py; Neuronpedia's app/api/graph/graph-schema.json
     feature  circuit-tracer's frontend/feature_models.py; Neuronpedia's app/api/graph/feature-details-schema.json
@@ -9,9 +9,9 @@ features active at [CLS], the error row and the logit. Every link leads to the l
 
     sum of the links + bias + attention's constants + remainder = the logit.
 
-There are no links between features, though the format has room for them. Such a link would be a direct effect on
-another feature's *activation*, with attention and layer norms held fast: that takes a pass back through the network,
-which the service does not make. The logit's account lacks nothing without: all that reaches it does so directly.
+There are no links between features, although the format allows them. Such a link would be a direct effect on another
+feature's *activation*, with attention and layer norms frozen: that needs a backward pass through the network, which
+the service does not do. The logit's account is complete without them: everything that reaches it does so directly.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ DEFINITION = (
     "remainder add up to the logit. Effects between features are not listed: the account of [CLS] is direct."
 )
 FEATURE, ERROR = "cross layer transcoder", "mlp reconstruction error"
-RANKED = 10  # labels at either end of a feature's ranking
-# Viewers write a clerp into the page as HTML, and take the logit's name from between the first two quotation marks.
-HARMLESS = str.maketrans({'"': "”", "<": "‹", ">": "›", "\n": "⏎", "\t": "→", "\r": "↵"})
+RANKED_LABELS = 10  # labels listed at each end of a feature's ranking
+# Viewers insert a clerp into the page as HTML, and take the logit's name from between the first two quotation marks.
+ESCAPES = str.maketrans({'"': "”", "<": "‹", ">": "›", "\n": "⏎", "\t": "→", "\r": "↵"})
 
 
 class CircuitError(VitrineError, ValueError):
@@ -59,7 +59,7 @@ class Metadata(_Part):
     node_threshold: float = 1  # nothing is hidden before the reader moves the slider
     schema_version: int = 1  # features are numbered by `feature_number`
     info: dict[str, Any]
-    generation_settings: dict[str, Any]  # the schema leaves its keys to the writer: what is no link
+    generation_settings: dict[str, Any]  # free-form in the schema: everything that is not a link
 
 
 class Node(_Part):
@@ -74,7 +74,7 @@ class Node(_Part):
     reverse_ctx_idx: int = 0
     jsNodeId: str
     clerp: str
-    influence: float | None = None  # its |weight| and all larger ones, as a part of all: circuit-tracer's graph.py
+    influence: float | None = None  # share of its |weight| and all larger ones in the total: circuit-tracer's graph.py
     activation: float | None = None
 
 
@@ -99,101 +99,111 @@ class FeatureDetails(_Part):
 
 
 def feature_number(layer: int, index: int) -> int:
-    """Cantor's pairing: the place of (layer, index) along the diagonals layer + index = 0, 1, ..., by index in each."""
+    """Cantor's pairing: position of (layer, index) along the diagonals layer + index = 0, 1, ..., by index in each."""
     diagonal = layer + index
     return diagonal * (diagonal + 1) // 2 + index
 
 
-def attribution_graph(answer: AttributeResponse, told: Explanation, image: str, slug: str, features: str) -> Graph:
+def attribution_graph(
+    answer: AttributeResponse, explanation: Explanation, image: str, slug: str, features: str
+) -> Graph:
     """The graph of one explanation, called `image` and, in its file's name, `slug`.
 
-    features: where the viewer finds the features' files, relative to its page. Raises `CircuitError` unless the answer
-    has the heat map, every active feature (`explain.features` of k), and the target among its predictions.
+    features: folder of the features' files, relative to the viewer's page. Raises `CircuitError` unless the answer has
+    the heat map, every active feature (`explain.features` of k), and the target among its predictions.
     """
-    heatmap, bias, against = _checked(told), told.ledger.bias, told.contrast
+    heatmap, bias, contrast = _require_heat_map(explanation), explanation.ledger.bias, explanation.contrast
     tokens = ["[CLS]", *(f"p({row},{column})" for row in range(heatmap.rows) for column in range(heatmap.columns))]
-    sources, logit = _sources(told, heatmap, tokens), _logit(answer, told)
+    sources, logit = _sources(explanation, heatmap, tokens), _logit(answer, explanation)
     links: list[dict[str, str | float]] = [
         {"source": node.node_id, "target": logit.node_id, "weight": weight} for node, weight in sources
     ]
-    shown = image.encode(errors="replace").decode()  # a file's name may hold bytes that are no text
-    what = {"model": answer.model.model_dump(), "target": told.target, "contrast": against, "logit": told.logit}
-    # Rounding; with the int8 or fp16 graph also what those change in attention's output products.
-    remainder = told.logit - fsum([bias, *heatmap.constant, *(weight for _, weight in sources)])
+    image_name = image.encode(errors="replace").decode()  # a file name may contain bytes that are not text
+    settings = {
+        "model": answer.model.model_dump(),
+        "target": explanation.target,
+        "contrast": contrast,
+        "logit": explanation.logit,
+    }
+    # Rounding; with the int8 or fp16 graph also their changes to attention's output products.
+    remainder = explanation.logit - fsum([bias, *heatmap.constant, *(weight for _, weight in sources)])
     metadata = Metadata(
         slug=slug,
-        # "custom-": the viewer asks the layer's entry in `transcoder_list` for a feature, and no server far away
+        # "custom-": the viewer loads a feature from the layer's entry in `transcoder_list`, not from a remote server
         scan="custom-" + re.sub(r"[^A-Za-z0-9_.-]", "-", answer.model.name),
-        transcoder_list=[features] * len(told.layers),
+        transcoder_list=[features] * len(explanation.layers),
         prompt_tokens=tokens,
-        prompt=f"{shown}: why {told.target}" + (f" rather than {against}" if against else ""),
+        prompt=f"{image_name}: why {explanation.target}" + (f" rather than {contrast}" if contrast else ""),
         info={"description": DEFINITION, "generator": {"name": "Vitrine"}},
-        generation_settings=what | {"bias": bias, "attention_constants": heatmap.constant, "remainder": remainder},
+        generation_settings=settings | {"bias": bias, "attention_constants": heatmap.constant, "remainder": remainder},
     )
     state = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": logit.node_id, "sg_pos": ""}
     return Graph(metadata=metadata, qParams=state, nodes=[*(node for node, _ in sources), logit], links=links)
 
 
-def _checked(told: Explanation) -> HeatMap:
-    """The heat map. Raises `CircuitError` if there is none, or if features are missing."""
-    if told.heatmap is None:
-        raise CircuitError(f"the account of {told.target!r} has no heat map: ask with `explain.heatmap`")
-    for layer in told.layers:
+def _require_heat_map(explanation: Explanation) -> HeatMap:
+    """The explanation's heat map. Raises `CircuitError` if there is none, or if features are missing."""
+    if explanation.heatmap is None:
+        raise CircuitError(f"the account of {explanation.target!r} has no heat map: ask with `explain.heatmap`")
+    for layer in explanation.layers:
         listed = [feature.contribution for feature in layer.features]
         if abs(layer.contribution - fsum(listed)) > 1e-3 * fsum(map(abs, listed)) + 1e-6:
             raise CircuitError(f"layer {layer.layer} lists {len(listed)} of its features: ask for all of them")
-    return told.heatmap
+    return explanation.heatmap
 
 
-def _sources(told: Explanation, heatmap: HeatMap, tokens: list[str]) -> list[tuple[Node, float]]:
-    """All nodes but the logit, each with its direct effect. The error, which is all layers', stands in the last."""
-    taken = zip(tokens, [fsum([told.ledger.prior, *heatmap.class_token]), *heatmap.total], strict=True)
-    found = [(_node("embedding", "E", place, name, place), weight) for place, (name, weight) in enumerate(taken)]
-    for layer in told.layers:
-        for one in layer.features:
-            label = (one.label or "").translate(HARMLESS)
-            node = _node(FEATURE, str(layer.layer), one.index, label, activation=one.activation)
-            found.append((node, one.contribution))
-    found.append((_node(ERROR, str(len(told.layers) - 1), -1, "Err: MLPs of all layers"), told.ledger.error))
-    sizes = np.abs([weight for _, weight in found])
+def _sources(explanation: Explanation, heatmap: HeatMap, tokens: list[str]) -> list[tuple[Node, float]]:
+    """All nodes but the logit, each with its direct effect. The error of all layers is placed in the last one."""
+    embeddings = zip(tokens, [fsum([explanation.ledger.prior, *heatmap.class_token]), *heatmap.total], strict=True)
+    sources = [(_node("embedding", "E", place, name, place), weight) for place, (name, weight) in enumerate(embeddings)]
+    for layer in explanation.layers:
+        for feature in layer.features:
+            label = (feature.label or "").translate(ESCAPES)
+            node = _node(FEATURE, str(layer.layer), feature.index, label, activation=feature.activation)
+            sources.append((node, feature.contribution))
+    sources.append(
+        (_node(ERROR, str(len(explanation.layers) - 1), -1, "Err: MLPs of all layers"), explanation.ledger.error)
+    )
+    sizes = np.abs([weight for _, weight in sources])
     order = np.argsort(-sizes, kind="stable")
-    shares = np.minimum(np.cumsum(sizes[order]) / (sizes.sum() or 1), 1)  # beyond 1, by rounding, is hidden
+    # At most 1: viewers hide shares beyond, which rounding can give.
+    shares = np.minimum(np.cumsum(sizes[order]) / (sizes.sum() or 1), 1)
     for place, share in zip(order, shares, strict=True):
-        found[place][0].influence = float(share)
-    return found
+        sources[place][0].influence = float(share)
+    return sources
 
 
-def _logit(answer: AttributeResponse, told: Explanation) -> Node:
-    """The target's node. It is label 0: answers do not number labels."""
-    chances = {prediction.label: prediction.probability for prediction in answer.predictions}
-    if (chance := chances.get(told.target)) is None:
-        raise CircuitError(f"{told.target!r} is not among the predictions: ask with a larger `top_k`")
-    name = (told.target + (f" - {told.contrast}" if told.contrast else "")).translate(HARMLESS)
-    clerp, layer = f'Output "{name}" (p={chance:.3f})', str(len(told.layers) + 1)
-    return _node("logit", layer, 0, clerp, token_prob=chance, is_target_logit=True)
+def _logit(answer: AttributeResponse, explanation: Explanation) -> Node:
+    """The target's node. Its number is 0, as answers do not number labels."""
+    probabilities = {prediction.label: prediction.probability for prediction in answer.predictions}
+    if (probability := probabilities.get(explanation.target)) is None:
+        raise CircuitError(f"{explanation.target!r} is not among the predictions: ask with a larger `top_k`")
+    name = (explanation.target + (f" - {explanation.contrast}" if explanation.contrast else "")).translate(ESCAPES)
+    clerp, layer = f'Output "{name}" (p={probability:.3f})', str(len(explanation.layers) + 1)
+    return _node("logit", layer, 0, clerp, token_prob=probability, is_target_logit=True)
 
 
 def _node(kind: str, layer: str, number: int, clerp: str, place: int = 0, **more: Any) -> Node:
-    """By circuit-tracer's ids. number: of the token, feature or label in its layer; an error's is -1."""
+    """A node with circuit-tracer's ids. number: of the token, feature or label in its layer; -1 for an error."""
     more["jsNodeId"] = f"{'L' if kind == 'logit' else layer}_{number}-{place}"
     more["feature"] = feature_number(int(layer), number) if kind == FEATURE else number
     return Node(node_id=f"{layer}_{number}_{place}", layer=layer, ctx_idx=place, feature_type=kind, clerp=clerp, **more)
 
 
 def feature_details(card: Card, transcoder: str, tokens: list[str], ranked: list[str]) -> FeatureDetails:
-    """The file of one feature, with |activations| as in its card; percentiles between its quantiles are interpolated.
+    """The file of one feature, with |activations| as in its card; percentiles are interpolated between its quantiles.
 
-    tokens: [CLS] and the patches; ranked: labels, the one that the feature's direction adds most to first.
+    tokens: [CLS] and the patches; ranked: labels, starting with the one that the feature's direction adds most to.
     """
-    ends, at_cls = min(RANKED, len(ranked) // 2), card.read_at == "cls"
-    known = [-card.largest if min(card.quantiles, default=0) < 0 else 0, *card.quantiles, card.largest]
-    percentiles = np.interp(np.arange(1, 101) / 100, [0, *QUANTILES, 1], known).tolist() if card.quantiles else []
+    count, at_cls = min(RANKED_LABELS, len(ranked) // 2), card.read_at == "cls"
+    values = [-card.largest if min(card.quantiles, default=0) < 0 else 0, *card.quantiles, card.largest]
+    percentiles = np.interp(np.arange(1, 101) / 100, [0, *QUANTILES, 1], values).tolist() if card.quantiles else []
     return FeatureDetails(
         transcoder_id=transcoder,
         index=card.index,
         examples_quantiles=[{"quantile_name": "Top activations", "examples": _examples(card, tokens, at_cls)}],
-        top_logits=[*ranked[:ends]],
-        bottom_logits=[*ranked[::-1][:ends]],
+        top_logits=[*ranked[:count]],
+        bottom_logits=[*ranked[::-1][:count]],
         act_max=card.largest,
         quantile_values=percentiles,
         histogram=card.histogram,
@@ -202,32 +212,32 @@ def feature_details(card: Card, transcoder: str, tokens: list[str], ranked: list
 
 
 def _examples(card: Card, tokens: list[str], at_cls: bool) -> list[dict[str, Any]]:
-    """Without [CLS] where the feature is read at patches: its card does not say what it does at [CLS]."""
-    found = []
+    """The exemplars, without [CLS] if the feature is read at patches: its card does not tell its value at [CLS]."""
+    examples = []
     for exemplar in card.exemplars:
-        acts = [float(f"{level * card.mask_scale / 255:.4g}") for level in exemplar.mask]  # of a byte
+        acts = [float(f"{level * card.mask_scale / 255:.4g}") for level in exemplar.mask]  # from a byte
         acts, middle = ([abs(exemplar.activation), *acts], 0) if at_cls else (acts, int(np.argmax(acts)))
         names = {"tokens": tokens[not at_cls :], "tokens_acts_list": acts}
-        found.append({**names, "train_token_ind": middle, "is_repeated_datapoint": False})
-    return found
+        examples.append({**names, "train_token_ind": middle, "is_repeated_datapoint": False})
+    return examples
 
 
 def write_graphs(
     path: Path, answer: AttributeResponse, image: str, bundle: Bundle, labels: LabelSet, cards: Cards | None
 ) -> list[Path]:
-    """Write the graph of each explanation; returns where: `path`, NAME.json, and beside it NAME-2.json, ...
+    """Write the graph of each explanation; returns the files: `path`, NAME.json, and beside it NAME-2.json, ...
 
-    With cards, NAME-features/ gets a file for each feature, with the `labels` that its direction adds most and least
+    With cards, NAME-features/ gets a file per feature, with the `labels` that its direction adds most and least
     to. Raises `CircuitError` before anything is written.
     """
     if not re.fullmatch(r"[A-Za-z0-9_.-]+\.json", path.name):
         raise CircuitError(f"{path.name!r}: viewers read NAME.json, NAME of letters, digits, '.', '-' and '_' alone")
     folder = path.with_name(f"{path.stem}-features")
-    place = f"./data/{folder.name}" if cards else "./data/none"  # not what an earlier export left there
+    features_url = f"./data/{folder.name}" if cards else "./data/none"  # no files of an earlier export
     graphs = {}
-    for number, told in enumerate(answer.explanations, 1):
+    for number, explanation in enumerate(answer.explanations, 1):
         file = path if number == 1 else path.with_name(f"{path.stem}-{number}.json")
-        graphs[file] = attribution_graph(answer, told, image, file.stem, place)
+        graphs[file] = attribution_graph(answer, explanation, image, file.stem, features_url)
     features = _features(answer, bundle, labels, cards, graphs[path].metadata.prompt_tokens) if cards else {}
     for file, content in [*graphs.items(), *((folder / name, details) for name, details in features.items())]:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -238,12 +248,14 @@ def write_graphs(
 def _features(
     answer: AttributeResponse, bundle: Bundle, labels: LabelSet, cards: Cards, tokens: list[str]
 ) -> dict[str, FeatureDetails]:
-    """By the file's name. All of an answer's explanations list the same features, whichever label they explain."""
-    found, toward = {}, bundle.fold @ labels.embeddings.T  # [d, N]
+    """Features by file name. All of an answer's explanations list the same features, whichever label they explain."""
+    details, fold_to_labels = {}, bundle.fold @ labels.embeddings.T  # [d, N]
     for layer in answer.explanations[0].layers:
-        for one in layer.features:
-            effects = bundle.directions[layer.layer, one.index] @ toward
+        for feature in layer.features:
+            effects = bundle.directions[layer.layer, feature.index] @ fold_to_labels
             ranked = [labels.labels[place] for place in np.argsort(-effects, kind="stable")]
-            card, transcoder = cards.card(layer.layer, one.index), f"{answer.model.digest}/{layer.layer}"
-            found[f"{feature_number(layer.layer, one.index)}.json"] = feature_details(card, transcoder, tokens, ranked)
-    return found
+            card, transcoder = cards.card(layer.layer, feature.index), f"{answer.model.digest}/{layer.layer}"
+            details[f"{feature_number(layer.layer, feature.index)}.json"] = feature_details(
+                card, transcoder, tokens, ranked
+            )
+    return details

@@ -1,4 +1,4 @@
-"""The account of one image as an HTML file of its own: no network, no other file."""
+"""The account of one image as one self-contained HTML file, which needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vitrine.service.engine.images import SIGNATURES, ImageLimits, decode
 from vitrine.service.errors import ServiceError
 from vitrine.service.schemas.attribute import AttributeResponse
 from vitrine.service.schemas.features import CardResponse
-from vitrine.service.web import DRAWING, FOLDER, STYLES
+from vitrine.service.web import DRAWING_SCRIPTS, FOLDER, STYLES
 
-_ANY_SIZE = ImageLimits(pixels=2**63, side=2**31)  # the image has been answered, so it was not too large
+_ANY_SIZE = ImageLimits(pixels=2**63, side=2**31)  # the image was answered, so it is not too large
 _SAVED = """<!DOCTYPE html>
 <html lang="en-GB">
 <head>
@@ -40,23 +40,23 @@ _SAVED = """<!DOCTYPE html>
 def draw_page(
     answer: AttributeResponse, image: bytes, cards: Mapping[str, CardResponse], preprocessing: Preprocessing
 ) -> str:
-    """One HTML file with the account of `answer`, which needs no network and opens from a disk.
+    """One HTML file with the account of `answer`; it needs no network and opens from disk.
 
     Args:
-        answer: with a heat map, if one is to be drawn over the photo.
-        image: the file that was asked about, in any format that the service reads.
-        cards: of features, by "layer/index"; those that are listed and have none are no buttons.
-        preprocessing: the bundle's, which says what part of the photo the model saw.
+        answer: with a heat map, if one should be drawn over the photo.
+        image: the image file, in any format that the service reads.
+        cards: of features, by "layer/index"; listed features without a card get no button.
+        preprocessing: the bundle's, which determines the part of the photo that the model saw.
 
     Raises `ServiceError` unsupported_image.
     """
-    known = ", ".join(f'"{name}": {card.model_dump_json()}' for name, card in cards.items())
+    cards_json = ", ".join(f'"{name}": {card.model_dump_json()}' for name, card in cards.items())
     data = (
         f'{{"answer": {answer.model_dump_json()}, "preprocessing": {preprocessing.model_dump_json()}, '
-        f'"image": "{_data_url(_still(image))}", "cards": {{{known}}}}}'
+        f'"image": "{_data_url(_still_image(image))}", "cards": {{{cards_json}}}}}'
     )
-    script = "\n".join(_text(name) for name in (*DRAWING, "saved.js"))
-    style = "\n".join(_text(name) for name in STYLES)
+    script = "\n".join(_read_text(name) for name in (*DRAWING_SCRIPTS, "saved.js"))
+    style = "\n".join(_read_text(name) for name in STYLES)
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
@@ -65,27 +65,27 @@ def draw_page(
         policy=policy,
         title=html.escape(f"{answer.predictions[0].label}: the account of a prediction"),
         style=style,
-        body=_text("saved.html"),
-        data=data.replace("<", "\\u003c"),  # or a label with </script> in it would end the element
+        body=_read_text("saved.html"),
+        data=data.replace("<", "\\u003c"),  # else a label with </script> in it would end the element
         script=script,
     )
 
 
-def _text(name: str) -> str:
+def _read_text(name: str) -> str:
     return (FOLDER / name).read_text(encoding="utf-8")
 
 
-def _still(image: bytes) -> bytes:
-    """What the service read of the file, where a browser would play it, or, some of them, not turn it upright."""
+def _still_image(image: bytes) -> bytes:
+    """The frame that the service read, for files that browsers would play, or that some would not turn upright."""
     try:
-        with Image.open(io.BytesIO(image), formats=["GIF", "WEBP"]) as found:
-            if not getattr(found, "is_animated", False) and found.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        with Image.open(io.BytesIO(image), formats=["GIF", "WEBP"]) as opened:
+            if not getattr(opened, "is_animated", False) and opened.getexif().get(ExifTags.Base.Orientation, 1) == 1:
                 return image
-    except UnidentifiedImageError:  # a format that browsers show as the service reads it
+    except UnidentifiedImageError:  # a format that browsers show just as the service reads it
         return image
-    drawn = io.BytesIO()
-    decode(image, _ANY_SIZE).save(drawn, "PNG")
-    return drawn.getvalue()
+    buffer = io.BytesIO()
+    decode(image, _ANY_SIZE).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _data_url(image: bytes) -> str:
@@ -96,5 +96,5 @@ def _data_url(image: bytes) -> str:
 
 
 def _hash(text: str) -> str:
-    """As a policy names an inline script or style. `text` stands in the page exactly so."""
+    """The hash by which a policy allows an inline script or style; the page must contain exactly `text`."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

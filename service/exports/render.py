@@ -16,7 +16,7 @@ _HALF = 14  # characters on either side of zero
 
 
 def print_answer(answer: AttributeResponse, console: Console) -> None:
-    """Predictions, one account per target, and how far to trust it."""
+    """Print predictions, one account per target, and the fidelity."""
     table = Table(title=None, box=None, pad_edge=False)
     table.add_column("label")
     table.add_column("probability", justify="right")
@@ -39,17 +39,17 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
 
 
 def draw_answer(answer: AttributeResponse) -> str:
-    """The same as a picture: SVG in the reader's own fonts, since rich's would be fetched from the network."""
+    """The same as an SVG picture in the viewer's own fonts, since rich's would be fetched from the network."""
     console = Console(record=True, width=104, file=io.StringIO())
     print_answer(answer, console)
     return re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="vitrine attribute"), flags=re.DOTALL)
 
 
 def _account(explanation: Explanation) -> Table:
-    against = f" rather than {explanation.contrast}" if explanation.contrast else ""
+    contrast = f" rather than {explanation.contrast}" if explanation.contrast else ""
     ledger = explanation.ledger
     table = Table(
-        title=Text(f"Why {explanation.target}{against}: the account of its logit"), box=None, title_justify="left"
+        title=Text(f"Why {explanation.target}{contrast}: the account of its logit"), box=None, title_justify="left"
     )
     table.add_column("row")
     table.add_column("logits", justify="right")
@@ -62,9 +62,9 @@ def _account(explanation: Explanation) -> Table:
         rows.append((f"CLT {layer.layer}", layer.contribution, named))
     rows += [("bias", ledger.bias, ""), ("error", ledger.error, "")]
     largest = max(abs(value) for _, value, _ in rows)
-    for name, value, note in rows:
+    for name, value, features in rows:
         table.add_row(
-            name, f"{value:+.3f}", _signed_bar(value, largest), Text(note), style="dim" if name == "error" else ""
+            name, f"{value:+.3f}", _signed_bar(value, largest), Text(features), style="dim" if name == "error" else ""
         )
     table.add_section()
     table.add_row("remainder", f"{ledger.remainder:+.1e}", "")
@@ -73,7 +73,7 @@ def _account(explanation: Explanation) -> Table:
 
 
 def _bar(value: float, largest: float, width: int) -> str:
-    """`value` of `largest` as blocks of an eighth of a character."""
+    """`value` relative to `largest` as blocks, to an eighth of a character."""
     eighths = round(8 * width * value / largest) if largest else 0
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 

@@ -1,4 +1,4 @@
-"""The whole HTTP surface as one ASGI application."""
+"""The complete HTTP interface as one ASGI application."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from starlette.routing import Match
 from vitrine.service.answers.reload import Serving
 from vitrine.service.errors import ServiceError
 from vitrine.service.http.errors import on_disconnect, on_http_error, on_service_error
-from vitrine.service.http.middleware import Gate
-from vitrine.service.http.openapi import add_docs, ask_for_keys
+from vitrine.service.http.middleware import RequestMiddleware
+from vitrine.service.http.openapi import add_docs, document_keys
 from vitrine.service.http.page import add_page
 from vitrine.service.http.routes.knowledge import add_knowledge
 from vitrine.service.http.routes.operations import add_operations
@@ -26,11 +26,11 @@ from vitrine.service.operations.settings import Settings
 from vitrine.service.processes import workers
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
-_NO_SECOND_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False}  # BentoML traces, we measure and log
+_NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False}  # BentoML traces, we measure and log
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """All routes; the bundle is opened and warmed up in the application's lifespan.
+    """The application with all routes. Its lifespan opens the bundle and warms it up.
 
     Raises `SettingsError` for API keys that cannot be read.
     """
@@ -39,12 +39,12 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with serving:
-            with workers.on_signal(signal.SIGHUP, serving.reload_by_signal), workers.end_with_parent():
+            with workers.on_signal(signal.SIGHUP, serving.reload_by_signal), workers.exit_with_parent():
                 yield
 
-    app = FastAPI(title="Vitrine", lifespan=lifespan, docs_url=None, redoc_url=None, telemetry=_NO_SECOND_TELEMETRY)
+    app = FastAPI(title="Vitrine", lifespan=lifespan, docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
     app.state.serving, app.state.settings = serving, settings
-    app.add_middleware(Gate, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestMiddleware, max_body_bytes=settings.max_body_bytes)
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ClientDisconnect, on_disconnect)
@@ -53,14 +53,14 @@ def create_app(settings: Settings) -> FastAPI:
     add_operations(app, serving)
     add_docs(app)
     add_page(app)
-    guarded = [path for path in app.openapi()["paths"] if path.startswith("/admin/") or serving.api_keys]
-    ask_for_keys(app, guarded)
-    app.add_route("/{path:path}", _elsewhere, methods=_METHODS, include_in_schema=False)
+    protected = [path for path in app.openapi()["paths"] if path.startswith("/admin/") or serving.api_keys]
+    document_keys(app, protected)
+    app.add_route("/{path:path}", _no_route, methods=_METHODS, include_in_schema=False)
     return app
 
 
-async def _elsewhere(request: Request) -> Response:
-    """Every path and method that has no route: BentoML's outer app would answer these in plain text."""
+async def _no_route(request: Request) -> Response:
+    """Answer every path and method without a route: BentoML's outer app would do so in plain text."""
     routes = request.app.routes[:-1]
     methods = {m for r in routes if r.matches(request.scope)[0] is Match.PARTIAL for m in getattr(r, "methods", ())}
     if methods:

@@ -1,4 +1,4 @@
-"""How every route asks: with a key, within the deadline, while there is a place and the client is still there."""
+"""What the routes share: the key, admission, the deadline, and cancellation when the client disconnects."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from vitrine.service.errors import ServiceError, queue_full
 from vitrine.service.operations.keys import Keys
 from vitrine.service.schemas.classify import Prediction
 
-Given = TypeVar("Given")
-Asked = TypeVar("Asked")
+Images = TypeVar("Images")
+Payload = TypeVar("Payload")
 Answer = TypeVar("Answer")
 
 
-async def ask(
+async def handle(
     request: Request,
-    read: Callable[[], Awaitable[tuple[Given, Asked]]],
-    answer: Callable[[Attributor, Given, Asked, str], Coroutine[Any, Any, Answer]],
+    read: Callable[[], Awaitable[tuple[Images, Payload]]],
+    answer: Callable[[Attributor, Images, Payload, str], Coroutine[Any, Any, Answer]],
 ) -> Answer:
-    """The attributor's answer to what is read, within the deadline and while the client is there."""
-    with served(request) as attributor:
+    """Read the body and answer it, within the deadline and while the client is connected."""
+    with lease_attributor(request) as attributor:
         async with _deadline(request):
-            given, asked = await read()
-            return await _unless_gone(request, answer(attributor, given, asked, request.scope["request_id"]))
+            images, payload = await read()
+            return await _until_disconnect(request, answer(attributor, images, payload, request.scope["request_id"]))
 
 
 @contextmanager
-def served(request: Request) -> Iterator[Attributor]:
-    """A lease of the attributor, for those who may have it, while it has places: no body is read for a refusal."""
+def lease_attributor(request: Request) -> Iterator[Attributor]:
+    """Lease the attributor to an authorised request if it has a place. A refused request's body is not read."""
     serving: Serving = request.app.state.serving
     authorise(request, serving.api_keys)
     with serving.lease() as attributor:
@@ -47,7 +47,7 @@ def served(request: Request) -> Iterator[Attributor]:
 
 
 def authorise(request: Request, keys: Keys) -> None:
-    """Before anything of the body is read. Raises `ServiceError` unauthorized."""
+    """Check the key, before any of the body is read. Raises `ServiceError` unauthorized."""
     if keys and not keys.accept(request.headers.get("authorization", "")):
         raise ServiceError(
             "unauthorized", "send a valid key: `Authorization: Bearer KEY`", headers={"WWW-Authenticate": "Bearer"}
@@ -56,7 +56,7 @@ def authorise(request: Request, keys: Keys) -> None:
 
 @asynccontextmanager
 async def _deadline(request: Request) -> AsyncIterator[None]:
-    """Cancel what takes longer than the deadline, slow uploads included."""
+    """Cancel the request at its deadline, slow uploads included."""
     seconds = request.app.state.settings.deadline_seconds
     try:
         async with asyncio.timeout(seconds):
@@ -65,24 +65,24 @@ async def _deadline(request: Request) -> AsyncIterator[None]:
         raise ServiceError("deadline_exceeded", f"no answer within {seconds:g} s") from None
 
 
-async def _unless_gone(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
-    """The answer, which is cancelled when the client goes away: its place is for others then.
+async def _until_disconnect(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
+    """The answer. It is cancelled when the client disconnects, which frees its place.
 
     Raises `ClientDisconnect`.
     """
 
-    async def gone() -> None:
+    async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    work, leaving = asyncio.create_task(answer), asyncio.create_task(gone())
+    work, disconnect = asyncio.create_task(answer), asyncio.create_task(wait_for_disconnect())
     try:
-        await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({work, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             raise ClientDisconnect
         return work.result()
     finally:
-        for task in (work, leaving):
+        for task in (work, disconnect):
             if not task.done():
                 task.cancel()
                 with suppress(asyncio.CancelledError):
@@ -90,9 +90,9 @@ async def _unless_gone(request: Request, answer: Coroutine[Any, Any, Answer]) ->
 
 
 def log_predictions(request: Request, *predictions: list[Prediction]) -> None:
-    """Put what was predicted into the request's log line, if that is set."""
+    """Add the predicted labels to the request's log line, if `log_labels` is set."""
     if request.app.state.settings.log_labels:
-        request.scope["vitrine.log"] = {"predicted": [found[0].label for found in predictions]}
+        request.scope["vitrine.log"] = {"predicted": [ranked[0].label for ranked in predictions]}
 
 
 def json_response(answer: BaseModel) -> Response:

@@ -1,4 +1,4 @@
-"""An error as a response: the envelope, its status, its place in the metrics and in the log."""
+"""Errors as responses: envelope, status, metrics and log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vitrine.service.operations import metrics
 
 
 def error_response(request: Request, error: ServiceError) -> Response:
-    """The envelope, with the status that belongs to the code."""
+    """The envelope, with the status of the code."""
     metrics.REJECTED.labels(error.code).inc()
     request.scope.setdefault("vitrine.log", {})["error"] = error.code
     request_id = request.scope.get("request_id", "")
@@ -25,7 +25,7 @@ async def on_service_error(request: Request, error: Exception) -> Response:
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own refusals: malformed multipart bodies, unusual methods, files that are not there."""
+    """Starlette's own errors: malformed multipart bodies, unusual methods, missing files."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     return error_response(request, ServiceError(code, error.detail, headers=dict(error.headers or {})))

@@ -1,4 +1,4 @@
-"""What every request passes through: a request id, a limit on its body, a count, an answer come what may. ASGI."""
+"""ASGI middleware for every request: request id, body limit, metrics, log line, and an answer in any case."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vitrine.service.http.errors import error_response
 from vitrine.service.operations import metrics
 from vitrine.service.operations.logs import logger, trace_id
 
-_SILENT = ("/metrics",)  # asked for every few seconds, by nobody whom a line would help
+_UNLOGGED = ("/metrics",)  # scraped every few seconds; log lines would not help anyone
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
-class Gate:
-    """Takes over or makes `X-Request-ID` (echoed on every answer), refuses bodies over the limit, counts requests.
+class RequestMiddleware:
+    """Accepts or creates `X-Request-ID` (returned with every answer), refuses bodies over the limit, counts requests.
 
-    The limit holds for the announced length at once and for the bytes that really come.
+    The limit applies to the declared length, at once, and to the bytes that are received.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
@@ -33,47 +33,47 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        sent = headers.get("x-request-id", "")
-        request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        client_request_id = headers.get("x-request-id", "")
+        request_id = client_request_id if _REQUEST_ID.fullmatch(client_request_id) else uuid.uuid4().hex
         scope["request_id"] = request_id
-        start, seen, status = perf_counter(), 0, 0
+        start, received, status = perf_counter(), 0, 0
 
-        async def counted() -> Message:
-            nonlocal seen
+        async def receive_limited() -> Message:
+            nonlocal received
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.max_body_bytes:
+            received += len(message.get("body", b""))
+            if received > self.max_body_bytes:
                 raise self._too_large()
             return message
 
-        async def tagged(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                answered = MutableHeaders(scope=message)
-                answered["x-request-id"] = request_id
-                answered["x-content-type-options"] = "nosniff"
+                response_headers = MutableHeaders(scope=message)
+                response_headers["x-request-id"] = request_id
+                response_headers["x-content-type-options"] = "nosniff"
             await send(message)
 
         try:
-            announced = headers.get("content-length", "0")
-            if announced.isdecimal() and int(announced) > self.max_body_bytes:
-                await error_response(Request(scope), self._too_large())(scope, receive, tagged)
+            content_length = headers.get("content-length", "0")
+            if content_length.isdecimal() and int(content_length) > self.max_body_bytes:
+                await error_response(Request(scope), self._too_large())(scope, receive, send_with_headers)
             else:
-                await self.app(scope, counted, tagged)
+                await self.app(scope, receive_limited, send_with_headers)
         except Exception as error:
-            # Anything unforeseen: the client learns the request id, under which the log has the rest. Answered here,
+            # Unexpected errors: the client gets the request id, under which the log has the details. Answered here,
             # since Starlette's own handler raises again after its answer, which drops the connection.
             logger.error("request %s failed", request_id, exc_info=error)
             if status:
                 raise
-            unforeseen = ServiceError("internal", "something went wrong here; the request id is in our log")
-            await error_response(Request(scope), unforeseen)(scope, receive, tagged)
+            internal_error = ServiceError("internal", "something went wrong here; the request id is in our log")
+            await error_response(Request(scope), internal_error)(scope, receive, send_with_headers)
         finally:
             endpoint, seconds = _endpoint(scope), perf_counter() - start
             metrics.REQUESTS.labels(endpoint, status).inc()
             metrics.LATENCY.labels(endpoint).observe(seconds)
-            if endpoint not in _SILENT:
+            if endpoint not in _UNLOGGED:
                 fields = {"id": request_id, "endpoint": endpoint, "status": status, "ms": round(seconds * 1e3, 2)}
                 extra = {"trace_id": trace_id(), **scope.get("vitrine.log", {})}
                 fields |= {key: value for key, value in extra.items() if value is not None}
@@ -84,5 +84,5 @@ class Gate:
 
 
 def _endpoint(scope: Scope) -> str:
-    """The route's pattern, never the raw path, so that junk requests make no new time series."""
+    """The route's pattern, never the raw path, so that junk requests create no new time series."""
     return getattr(scope.get("route"), "path", "other")

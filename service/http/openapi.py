@@ -1,6 +1,6 @@
-"""The OpenAPI document's account of the bodies that FastAPI does not parse for us, and the page /docs that shows it.
+"""OpenAPI for the request bodies that FastAPI does not parse for us, and the page /docs that shows the document.
 
-The page's script and style are Swagger UI's, from a package and from here: nothing is fetched from anybody else.
+The page's script and style are Swagger UI's, served from a package and from here: nothing is fetched from elsewhere.
 """
 
 from __future__ import annotations
@@ -35,21 +35,30 @@ _START = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", deepLinki
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Answers that are no success, for a route's `responses`."""
+    """Error responses, for a route's `responses`."""
     return {status: {"model": ErrorResponse} for status in statuses}
 
 
-def multipart_or_json(part: type[BaseModel], whole: type[BaseModel], least: int, most: int) -> dict[str, Any]:
-    """A route's `openapi_extra`. part: of the part `request`; whole: of a JSON body; so many images it takes."""
+def multipart_or_json(
+    part: type[BaseModel], json_body: type[BaseModel], min_images: int, max_images: int
+) -> dict[str, Any]:
+    """A route's `openapi_extra`.
+
+    Args:
+        part: model of the part `request`.
+        json_body: model of a JSON body.
+        min_images: fewest images that the route takes.
+        max_images: most images that the route takes.
+    """
     image: dict[str, Any] = {"type": "string", "format": "binary"}
-    body = _inlined(whole.model_json_schema())
-    if most > 1:
-        image = {"type": "array", "items": image, "minItems": least, "maxItems": most}
-        body["properties"]["images_base64"]["maxItems"] = most
+    body = _inlined(json_body.model_json_schema())
+    if max_images > 1:
+        image = {"type": "array", "items": image, "minItems": min_images, "maxItems": max_images}
+        body["properties"]["images_base64"]["maxItems"] = max_images
     multipart = {
         "type": "object",
         "properties": {"image": image, "request": _inlined(part.model_json_schema())},
-        "required": ["image"] if least else [],
+        "required": ["image"] if min_images else [],
         "additionalProperties": False,
     }
     types = {"image": "application/octet-stream", "request": "application/json"}
@@ -58,25 +67,25 @@ def multipart_or_json(part: type[BaseModel], whole: type[BaseModel], least: int,
     return {"requestBody": {"required": True, "content": content}}
 
 
-def query_of(shape: type[BaseModel]) -> dict[str, Any]:
-    """A route's `openapi_extra`: the query parameters that it reads as `shape`."""
+def query_parameters(shape: type[BaseModel]) -> dict[str, Any]:
+    """A route's `openapi_extra`: its query parameters, the fields of `shape`."""
     schema = _inlined(shape.model_json_schema())
     required = schema.get("required", [])
     parameters = []
     for name, field in schema["properties"].items():
         description = field.pop("description", "")
-        options = field.pop("anyOf", None)  # a parameter is left out, never null
-        known = next((option for option in options if option.get("type") != "null"), {}) if options else field
+        options = field.pop("anyOf", None)  # a parameter is omitted, never null
+        kind = next((option for option in options if option.get("type") != "null"), {}) if options else field
         for key in ("default", "title"):
             field.pop(key, None)
         parameters.append(
-            {"name": name, "in": "query", "required": name in required, "schema": known, "description": description}
+            {"name": name, "in": "query", "required": name in required, "schema": kind, "description": description}
         )
     return {"parameters": parameters}
 
 
-def ask_for_keys(app: FastAPI, paths: Collection[str]) -> None:
-    """Say in the document that requests to these paths need a key."""
+def document_keys(app: FastAPI, paths: Collection[str]) -> None:
+    """Document that requests to these paths need a key."""
     document = app.openapi()
     document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path in paths:
@@ -85,7 +94,7 @@ def ask_for_keys(app: FastAPI, paths: Collection[str]) -> None:
 
 
 def add_docs(app: FastAPI) -> None:
-    """`/docs`; what it needs lies under it."""
+    """`/docs`, with its files below that path."""
 
     async def page(_: Request) -> Response:
         return Response(_PAGE, media_type="text/html", headers=PAGE_HEADERS)
@@ -99,16 +108,16 @@ def add_docs(app: FastAPI) -> None:
 
 
 def _inlined(schema: dict[str, Any]) -> Any:
-    """A JSON schema with its $defs put where they are referred to, as it stands inside another document."""
+    """A JSON schema with its $defs inlined, so that it can be part of another document."""
     definitions = schema.pop("$defs", {})
 
-    def put(node: Any) -> Any:
+    def inline(node: Any) -> Any:
         if isinstance(node, dict):
             if "$ref" in node:
-                return put(
+                return inline(
                     definitions[node["$ref"].rpartition("/")[2]] | {k: v for k, v in node.items() if k != "$ref"}
                 )
-            return {key: put(value) for key, value in node.items()}
-        return [put(value) for value in node] if isinstance(node, list) else node
+            return {key: inline(value) for key, value in node.items()}
+        return [inline(value) for value in node] if isinstance(node, list) else node
 
-    return put(schema)
+    return inline(schema)

@@ -1,6 +1,6 @@
 """The page at `/`: a photo in, the prediction and its account on the screen.
 
-It needs nobody but this service, and its policy lets it reach nobody else. Its files are those of `service.web`.
+It uses this service only, and its content security policy allows nothing else. Its files are in `service.web`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class _File:
 
 
 def add_page(app: FastAPI) -> None:
-    """`/`, and what it needs under `/web/`.
+    """`/`, and its files under `/web/`.
 
-    The files are read here, once: so they and their ETags stay the same while the process lives, and no path leads to
-    any other file.
+    The files are read once, here: they and their ETags stay the same while the process lives, and no path leads to any
+    other file.
     """
     files = {path.relative_to(FOLDER).as_posix(): _read(path) for path in FOLDER.rglob("*") if path.suffix in TYPES}
     index = files.pop("index.html")
@@ -54,10 +54,10 @@ def add_page(app: FastAPI) -> None:
         return _response(request, index)
 
     async def file(request: Request, path: str) -> Response:
-        found = files.get(path)
-        if found is None:
+        asset = files.get(path)
+        if asset is None:
             raise ServiceError("not_found", f"there is nothing at {request.url.path}")
-        return _response(request, found)
+        return _response(request, asset)
 
     app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)(page)
     app.api_route("/web/{path:path}", methods=["GET", "HEAD"], include_in_schema=False)(file)
@@ -69,7 +69,7 @@ def _read(path: Path) -> _File:
 
 
 def _response(request: Request, file: _File) -> Response:
-    """The file, or that the browser's copy is still the same."""
+    """The file, or 304 if the browser's copy is current."""
     headers = HEADERS | {"ETag": file.etag}
     if file.etag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)

@@ -1,4 +1,4 @@
-"""The bodies of requests, multipart or JSON: image bytes and what is asked. Every mistake is a `ServiceError`."""
+"""Request bodies, multipart or JSON: image bytes and the payload. Every error in them is a `ServiceError`."""
 
 from __future__ import annotations
 
@@ -19,61 +19,61 @@ from vitrine.service.schemas.attribute import AttributeRequest
 from vitrine.service.schemas.base import validated
 from vitrine.service.schemas.batch import BatchJson
 
-Asked = TypeVar("Asked", bound=BaseModel)
+Payload = TypeVar("Payload", bound=BaseModel)
 Parsed = TypeVar("Parsed")
 
-LARGE_BYTES = 256 * 2**10  # of JSON: a millisecond of parsing
+LARGE_BYTES = 256 * 2**10  # JSON of this size takes a millisecond to parse
 
 
-async def read_image(request: Request, shape: type[Asked], json_shape: type[BaseModel]) -> tuple[bytes, Asked]:
-    """(image bytes, what is asked). `json_shape` is `shape` and `image_base64`."""
-    image, asked = await read_optional_image(request, shape, json_shape)
+async def read_image(request: Request, shape: type[Payload], json_shape: type[BaseModel]) -> tuple[bytes, Payload]:
+    """(image bytes, payload). `json_shape` is `shape` with `image_base64`."""
+    image, payload = await read_optional_image(request, shape, json_shape)
     if image is None:
         raise ServiceError("missing_image", "the file part `image` is missing")
-    return image, asked
+    return image, payload
 
 
 async def read_optional_image(
-    request: Request, shape: type[Asked], json_shape: type[BaseModel]
-) -> tuple[bytes | None, Asked]:
-    """The same, where an image is not needed."""
+    request: Request, shape: type[Payload], json_shape: type[BaseModel]
+) -> tuple[bytes | None, Payload]:
+    """The same, where the image is optional."""
     if _is_json(request):
-        return await _off_the_loop(_parse_image, await request.body(), json_shape)
-    images, asked = await _read_multipart(request, shape, 1)
-    return images[0] if images else None, asked
+        return await _parse_off_loop(_parse_image, await request.body(), json_shape)
+    images, payload = await _read_multipart(request, shape, 1)
+    return images[0] if images else None, payload
 
 
-async def read_batch(request: Request, most: int) -> tuple[list[bytes | ServiceError], AttributeRequest]:
-    """(at most `most` images or why one cannot be read, what is asked of all)."""
+async def read_batch(request: Request, max_images: int) -> tuple[list[bytes | ServiceError], AttributeRequest]:
+    """(at most `max_images` images, each one or its error, and the payload for all of them)."""
     if not _is_json(request):
-        parts, asked = await _read_multipart(request, AttributeRequest, most)
+        parts, payload = await _read_multipart(request, AttributeRequest, max_images)
         if not parts:
             raise ServiceError("missing_image", "send at least one file part `image`")
-        return parts, asked
-    return await _off_the_loop(_parse_batch, await request.body(), most)
+        return parts, payload
+    return await _parse_off_loop(_parse_batch, await request.body(), max_images)
 
 
-async def _off_the_loop(parse: Callable[..., Parsed], body: bytes, *args: Any) -> Parsed:
-    """parse(body, *args), in a thread where it takes so long that others would notice."""
+async def _parse_off_loop(parse: Callable[..., Parsed], body: bytes, *args: Any) -> Parsed:
+    """parse(body, *args), in a thread if it is slow enough to delay other requests."""
     return await asyncio.to_thread(parse, body, *args) if len(body) > LARGE_BYTES else parse(body, *args)
 
 
 def _parse_image(body: bytes, json_shape: type[BaseModel]) -> tuple[bytes | None, Any]:
-    asked: Any = validated(json_shape, _load_json(body, "the body"))
-    return None if asked.image_base64 is None else _image(asked.image_base64, "image_base64"), asked
+    payload: Any = validated(json_shape, _load_json(body, "the body"))
+    return None if payload.image_base64 is None else _image(payload.image_base64, "image_base64"), payload
 
 
-def _parse_batch(body: bytes, most: int) -> tuple[list[bytes | ServiceError], AttributeRequest]:
-    asked = validated(BatchJson, _load_json(body, "the body"))
-    if len(asked.images_base64) > most:
-        raise _too_many(most)
+def _parse_batch(body: bytes, max_images: int) -> tuple[list[bytes | ServiceError], AttributeRequest]:
+    payload = validated(BatchJson, _load_json(body, "the body"))
+    if len(payload.images_base64) > max_images:
+        raise _too_many(max_images)
     images: list[bytes | ServiceError] = []
-    for number, text in enumerate(asked.images_base64):
+    for number, text in enumerate(payload.images_base64):
         try:
             images.append(_image(text, f"images_base64[{number}]"))
         except ServiceError as error:
             images.append(error)
-    return images, asked
+    return images, payload
 
 
 def _load_json(text: str | bytes, where: str) -> Any:
@@ -101,27 +101,27 @@ def _image(text: str, field: str) -> bytes:
         raise ServiceError("invalid_image", f"{field} is not base64: {error}") from error
 
 
-async def _read_multipart(request: Request, shape: type[Asked], most: int) -> tuple[list[Any], Asked]:
+async def _read_multipart(request: Request, shape: type[Payload], max_images: int) -> tuple[list[Any], Payload]:
     """(bytes of each part `image`, part `request` as `shape`)."""
     limit = request.app.state.settings.max_body_bytes
     try:
-        form = await request.form(max_files=most + 1, max_fields=2, max_part_size=limit)
+        form = await request.form(max_files=max_images + 1, max_fields=2, max_part_size=limit)
     except (LookupError, UnicodeError) as error:
         raise ServiceError("invalid_request", f"the multipart body's charset cannot be used: {error}") from error
     except HTTPException as error:
-        if most > 1 and error.detail.startswith("Too many files"):
-            raise _too_many(most) from error
+        if max_images > 1 and error.detail.startswith("Too many files"):
+            raise _too_many(max_images) from error
         raise
     try:
-        return await _read_parts(form, shape, most)
+        return await _read_parts(form, shape, max_images)
     finally:
         await form.close()
 
 
-async def _read_parts(form: FormData, shape: type[Asked], most: int) -> tuple[list[bytes], Asked]:
+async def _read_parts(form: FormData, shape: type[Payload], max_images: int) -> tuple[list[bytes], Payload]:
     if unknown := sorted(set(form) - {"image", "request"}):
         raise ServiceError("invalid_request", f"unknown part {unknown[0][:100]!r}; parts are `image` and `request`")
-    single = ("request",) if most > 1 else ("image", "request")
+    single = ("request",) if max_images > 1 else ("image", "request")
     if repeated := [name for name in single if len(form.getlist(name)) > 1]:
         raise ServiceError("invalid_request", f"part {repeated[0]!r} is there more than once")
     images = []
@@ -129,12 +129,12 @@ async def _read_parts(form: FormData, shape: type[Asked], most: int) -> tuple[li
         if not isinstance(part, UploadFile):
             raise ServiceError("missing_image", "`image` must be a file part (curl: -F image=@photo.jpg)")
         images.append(await part.read())
-    if len(images) > most:
-        raise _too_many(most)
-    asked = form.get("request")
-    text = await asked.read() if isinstance(asked, UploadFile) else (asked or "{}")
+    if len(images) > max_images:
+        raise _too_many(max_images)
+    request_part = form.get("request")
+    text = await request_part.read() if isinstance(request_part, UploadFile) else (request_part or "{}")
     return images, validated(shape, _load_json(text, "part `request`"))
 
 
-def _too_many(most: int) -> ServiceError:
-    return ServiceError("batch_too_large", f"more than {most} images; send them in several requests")
+def _too_many(max_images: int) -> ServiceError:
+    return ServiceError("batch_too_large", f"more than {max_images} images; send them in several requests")

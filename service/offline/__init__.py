@@ -1,1 +1,1 @@
-"""The engine without a server: many images into tables, replacement on a folder, the check of a bundle."""
+"""Uses of the engine without a server: bulk runs into tables, replay of a folder, verification of a bundle."""

@@ -1,7 +1,7 @@
-"""How CLIP predicts when the bundle's features stand in for its MLPs, on images of one's own: `vitrine replay`.
+"""How CLIP predicts when the bundle's features replace its MLPs, on your own images: `vitrine replay`.
 
-The cascaded replacement of arXiv 2604.13304 (`models.account.windows`), from the bundle alone and without torch. A
-folder of images, or of one folder a label: then the labels are theirs, and accuracies are measured too.
+The cascaded replacement of arXiv 2604.13304 (`models.account.windows`), from the bundle alone and without torch. The
+input is a folder of images, or of one folder per label: these are the labels then, and accuracies are measured, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vitrine.models.account.ledger import logits, probabilities
-from vitrine.models.account.windows import TOKENS, Tokens, paper_windows, replaced
+from vitrine.models.account.windows import TOKENS, Tokens, paper_windows, replacement_mask
 from vitrine.models.errors import VitrineError
 from vitrine.service.answers.explain import matrix
 from vitrine.service.engine.engine import Engine
@@ -28,7 +28,7 @@ from vitrine.service.schemas.attribute import Matrix
 
 
 class ReplayError(VitrineError, ValueError):
-    """The bundle or the folder is not one that can be replayed; the message says why."""
+    """The bundle or the folder cannot be used for a replay; the message says why."""
 
 
 class Row(BaseModel):
@@ -52,15 +52,15 @@ class Replay(BaseModel):
 
 
 def find_images(folder: Path) -> tuple[list[Path], list[str]]:
-    """(files, labels): of FOLDER/LABEL/..., else of FOLDER itself, without labels. Hidden files are none.
+    """(files, labels): of FOLDER/LABEL/..., else of FOLDER itself, without labels. Hidden files are ignored.
 
-    Raises `ReplayError` where there are no files.
+    Raises `ReplayError` if there are no files.
     """
     if not folder.is_dir():
         raise ReplayError(f"{folder} is no directory")
     labels = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    inside: Iterable[Path] = [path for label in labels for path in (folder / label).rglob("*")] or folder.iterdir()
-    files = sorted(path for path in inside if path.is_file() and not path.name.startswith("."))
+    candidates: Iterable[Path] = [path for label in labels for path in (folder / label).rglob("*")] or folder.iterdir()
+    files = sorted(path for path in candidates if path.is_file() and not path.name.startswith("."))
     if not files:
         raise ReplayError(f"{folder} has no images: put them there, or into one folder a label")
     return files, labels
@@ -74,13 +74,13 @@ def replay(
     seed: int = 0,
     track: Callable[[Sequence[list[Path]]], Iterable[list[Path]]] = iter,
 ) -> Replay:
-    """Replay `count` images of a folder, chosen at random, or all.
+    """Replay `count` randomly chosen images of a folder, or all.
 
     Args:
-        track: hands on the batches, and may show how far it is.
+        track: yields the batches, and may show progress.
 
     Raises:
-        ReplayError: the bundle has no replacement graph, or the folder no usable image.
+        ReplayError: the bundle has no replacement graph, or the folder has no usable image.
     """
     manifest = engine.bundle.manifest
     if not engine.can_replace:
@@ -93,16 +93,16 @@ def replay(
         files = [files[index] for index in sorted(chosen)]
     layers = manifest.shape.layers
     pairs = [(window, tokens) for window in paper_windows(layers) for tokens in TOKENS]
-    masks = [np.zeros((layers, 2), bool), *(replaced(layers, window, tokens) for window, tokens in pairs)]
+    masks = [np.zeros((layers, 2), bool), *(replacement_mask(layers, window, tokens) for window, tokens in pairs)]
 
-    found: list[NDArray[np.floating]] = []  # log-probabilities [masks, B, labels]
+    log_probabilities: list[NDArray[np.floating]] = []  # log-probabilities [masks, B, labels]
     truth: list[int] = []
     scores = np.zeros((2, layers, layers))
     unreadable: list[str] = []
     size = max(engine.batches)
-    for some in track([files[at : at + size] for at in range(0, len(files), size)]):
+    for batch in track([files[at : at + size] for at in range(0, len(files), size)]):
         pixels = []
-        for file in some:
+        for file in batch:
             try:
                 pixels.append(to_pixels(decode(file.read_bytes(), limits), manifest.preprocessing, limits))
             except (ServiceError, OSError) as error:
@@ -113,20 +113,20 @@ def replay(
             outputs = [engine.replace(np.stack(pixels), mask) for mask in masks]
             scores += outputs[0][1].sum(0)
             values = logits(np.stack([output[0] for output in outputs]), embeddings, manifest.logit_scale)
-            found.append(np.log(np.maximum(probabilities(values), 1e-300)))
-    if not found:
+            log_probabilities.append(np.log(np.maximum(probabilities(values), 1e-300)))
+    if not log_probabilities:
         raise ReplayError(f"{folder} has no usable image; the first: {unreadable[0]}")
 
-    logs = np.concatenate(found, axis=1)
-    own, best = logs[0], logs.argmax(-1)
-    right = (best == np.array(truth)).mean(-1) if own_labels else None
-    divergences = (np.exp(own) * (own - logs)).sum(-1).mean(-1)
+    all_logs = np.concatenate(log_probabilities, axis=1)
+    clip_logs, predicted = all_logs[0], all_logs.argmax(-1)
+    accuracies = (predicted == np.array(truth)).mean(-1) if own_labels else None
+    divergences = (np.exp(clip_logs) * (clip_logs - all_logs)).sum(-1).mean(-1)
     rows = [
         Row(
             first=window[0],
             tokens=tokens,
-            top1=None if right is None else right[at],
-            agreement=(best[at] == best[0]).mean(),
+            top1=None if accuracies is None else accuracies[at],
+            agreement=(predicted[at] == predicted[0]).mean(),
             divergence=divergences[at],
         )
         for at, (window, tokens) in enumerate(pairs, start=1)
@@ -136,29 +136,29 @@ def replay(
         images=len(truth),
         unreadable=unreadable,
         labels=labels,
-        top1=None if right is None else right[0],
+        top1=None if accuracies is None else accuracies[0],
         rows=rows,
         matrix=matrix(scores / len(truth)),
     )
 
 
-def print_replay(found: Replay, console: Console) -> None:
-    """A row a window and token type; then what was left out."""
-    last = len(found.matrix.cls) - 1
-    accuracy = "" if found.top1 is None else f"; CLIP's own top-1 {found.top1:.2%}"
-    console.print(f"{found.images:,} images, {len(found.labels):,} labels{accuracy}", highlight=False)
+def print_replay(result: Replay, console: Console) -> None:
+    """Print a row per window and token type, then the files left out."""
+    last = len(result.matrix.cls) - 1
+    accuracy = "" if result.top1 is None else f"; CLIP's own top-1 {result.top1:.2%}"
+    console.print(f"{result.images:,} images, {len(result.labels):,} labels{accuracy}", highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("MLPs replaced")
     for heading in ("tokens", "top-1", "points", "same top-1 as CLIP", "divergence, nats"):
         table.add_column(heading, justify="left" if heading == "tokens" else "right")
-    for row in found.rows:
+    for row in result.rows:
         accuracies = ["", ""]
-        if row.top1 is not None and found.top1 is not None:
-            accuracies = [f"{row.top1:.2%}", f"{100 * (row.top1 - found.top1):+.2f}"]
+        if row.top1 is not None and result.top1 is not None:
+            accuracies = [f"{row.top1:.2%}", f"{100 * (row.top1 - result.top1):+.2f}"]
         table.add_row(
             f"{row.first} to {last}", row.tokens, *accuracies, f"{row.agreement:.2%}", f"{row.divergence:.4f}"
         )
     console.print(table)
-    if found.unreadable:
-        more = f" and {len(found.unreadable) - 3} more" if len(found.unreadable) > 3 else ""
-        console.print(f"left out: {'; '.join(found.unreadable[:3])}{more}", style="yellow", markup=False)
+    if result.unreadable:
+        more = f" and {len(result.unreadable) - 3} more" if len(result.unreadable) > 3 else ""
+        console.print(f"left out: {'; '.join(result.unreadable[:3])}{more}", style="yellow", markup=False)

@@ -1,4 +1,4 @@
-"""Whether a bundle is sound: its files, that its graphs run and their rows add up, that its cards can be read."""
+"""Verify a bundle: its files, that its graphs run and their rows add up, and that its cards can be read."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from vitrine.service.engine.runtime import choose
 from vitrine.service.operations.settings import load_settings
 
 TOLERANCE = 1e-4  # of unit embeddings
-CARDS_A_LAYER = 4  # that are read
+CARDS_PER_LAYER = 4  # cards read per layer
 
 
 def verify(path: Path) -> Bundle:
-    """The opened bundle. Raises `BundleError` for the first thing that is wrong with it."""
+    """The opened bundle. Raises `BundleError` for the first error in it."""
     bundle = open_bundle(path)
     pixels = np.random.default_rng(0).standard_normal((2, 3, *bundle.manifest.preprocessing.size), np.float32)
-    directions, fold = bundle.directions, bundle.fold  # before the graph, whose words for a damaged table are worse
+    directions, fold = bundle.directions, bundle.fold  # before the graph, whose error for a damaged table is less clear
     settings = load_settings().model_copy(update={"replacement": True})
     runtime = choose(bundle, settings.model_copy(update={"provider": "cpu", "precision": "fp32"}))
     for precision in bundle.manifest.precisions:
         engine = Engine(bundle, settings, replace(runtime, precision=precision))
-        found = engine.explain(pixels)
-        for parts in found:
-            off = float(np.abs(parts.rows.sum(0) - parts.embedding).max())
-            if not off <= TOLERANCE:
-                raise BundleError(f"{path}: the rows of {vision_file(precision)} miss its embedding by {off:.1e}")
+        decompositions = engine.explain(pixels)
+        for parts in decompositions:
+            deviation = float(np.abs(parts.rows.sum(0) - parts.embedding).max())
+            if not deviation <= TOLERANCE:
+                raise BundleError(f"{path}: the rows of {vision_file(precision)} miss its embedding by {deviation:.1e}")
         if engine.can_replace and precision == "fp32":
             embeddings, _ = engine.replace(pixels, np.zeros((bundle.manifest.shape.layers, 2), bool))
-            off = float(np.abs(embeddings - np.stack([parts.embedding for parts in found])).max())
-            if not off <= TOLERANCE:
+            deviation = float(np.abs(embeddings - np.stack([parts.embedding for parts in decompositions])).max())
+            if not deviation <= TOLERANCE:
                 raise BundleError(
-                    f"{path}: with nothing replaced, replacement.onnx misses vision.onnx's embedding by {off:.1e}"
+                    f"{path}: with nothing replaced, replacement.onnx misses vision.onnx's embedding by {deviation:.1e}"
                 )
     text = bundle.manifest.text
     labels = LabelEncoder(engine, capacity=1).encode(text.labels[:1], text.templates)
@@ -52,11 +52,11 @@ def _check_cards(bundle: Bundle) -> None:
     cards, summary, shape = bundle.cards, bundle.manifest.cards, bundle.manifest.shape
     if cards is None or summary is None:
         return
-    from vitrine.models.bundle.cards import CardsError  # DuckDB, which a bundle without cards does not need
+    from vitrine.models.bundle.cards import CardsError  # imports DuckDB, which a bundle without cards does not need
 
     try:
         for layer in range(shape.layers):
-            for index in range(0, shape.features, max(1, shape.features // CARDS_A_LAYER)):
+            for index in range(0, shape.features, max(1, shape.features // CARDS_PER_LAYER)):
                 cards.images([exemplar.image for exemplar in cards.card(layer, index).exemplars])
         labelled, _ = cards.search(None, None, 0, 1)
     except CardsError as error:

@@ -1,1 +1,1 @@
-"""What an operator sets and sees: settings, keys, logs, metrics."""
+"""Configuration and monitoring: settings, keys, logs, metrics."""

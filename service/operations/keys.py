@@ -1,4 +1,4 @@
-"""API keys: who may ask. Compared in constant time, as digests, so that neither a key's letters nor its length tell."""
+"""API keys. They are compared as digests in constant time, so that timing reveals neither characters nor length."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from vitrine.service.operations.settings import PREFIX, SettingsError
 
 
 class Keys:
-    """The keys of one of the settings `<name>` (separated by commas) and `<name>_file` (one a line, # for remarks).
+    """The keys of one of the settings `<name>` (comma-separated) and `<name>_file` (one per line, # for comments).
 
-    Raises `SettingsError` for a file that cannot be read or where keys are asked for and none is given: that would
-    open what was to be closed.
+    Raises `SettingsError` for a file that cannot be read, or if a setting is given but names no key: that would allow
+    access that should be restricted.
     """
 
-    def __init__(self, name: str, given: SecretStr | None, file: Path | None) -> None:
-        found = given.get_secret_value().split(",") if given else []
+    def __init__(self, name: str, value: SecretStr | None, file: Path | None) -> None:
+        entries = value.get_secret_value().split(",") if value else []
         if file is not None:
             try:
                 lines = file.read_text().splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise SettingsError(f"{PREFIX}{name.upper()}_FILE={file} cannot be read: {error}") from error
-            found += [line for line in lines if not line.lstrip().startswith("#")]
-        keys = {key.strip() for key in found} - {""}
-        if not keys and not (given is None and file is None):
+            entries += [line for line in lines if not line.lstrip().startswith("#")]
+        keys = {key.strip() for key in entries} - {""}
+        if not keys and not (value is None and file is None):
             raise SettingsError(f"{PREFIX}{name.upper()} and {PREFIX}{name.upper()}_FILE name no key")
         self._digests = [_digest(key) for key in keys]
 
     def __bool__(self) -> bool:
-        """Whether a key is asked for."""
+        """Whether a key is required."""
         return bool(self._digests)
 
     def accept(self, authorization: str) -> bool:
-        """Whether the header `Authorization: Bearer KEY` has one of them. All are compared, whichever it is."""
+        """Whether the header `Authorization: Bearer KEY` has a valid key. All keys are always compared."""
         scheme, _, key = authorization.partition(" ")
-        given = _digest(key.strip())
-        found = [hmac.compare_digest(given, known) for known in self._digests]
-        return scheme.lower() == "bearer" and any(found)
+        digest = _digest(key.strip())
+        matches = [hmac.compare_digest(digest, valid) for valid in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
 
 
 def _digest(key: str) -> bytes:

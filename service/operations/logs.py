@@ -1,6 +1,6 @@
-"""Log lines: one JSON object each, or text; of BentoML's own loggers too, under which ours is.
+"""Log lines, as JSON objects or as text, for our logger and for BentoML's, of which it is a child.
 
-A request's line has its id, endpoint, status, time and trace; never its image, nor labels unless that is set.
+A request's line has its id, endpoint, status, time and trace; never its image, and labels only if `log_labels` is set.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import logging
 from opentelemetry import trace
 from pythonjsonlogger.json import JsonFormatter
 
-logger = logging.getLogger("bentoml.vitrine")  # BentoML sets up its own loggers and those under them
+logger = logging.getLogger("bentoml.vitrine")  # BentoML configures its own loggers and their children
 
-_TEXT = "%(asctime)s %(levelname)s %(message)s"
+_TEXT_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 def configure(log_format: str) -> None:
-    """Give the handlers that BentoML has set up our format. Without them (in a test, on the command line) nothing."""
+    """Set our format on BentoML's handlers. Without such handlers (in a test, on the command line) nothing happens."""
     formatter: logging.Formatter
     if log_format == "json":
         formatter = JsonFormatter(
@@ -26,15 +26,15 @@ def configure(log_format: str) -> None:
             reserved_attrs=[*logging.makeLogRecord({}).__dict__, "message", "asctime", "color_message"],
         )
     else:
-        formatter = _Text(_TEXT, "%Y-%m-%dT%H:%M:%S%z")
+        formatter = _TextFormatter(_TEXT_FORMAT, "%Y-%m-%dT%H:%M:%S%z")
     for handler in {*logging.getLogger("bentoml").handlers, *logging.getLogger().handlers}:
-        if type(handler) is logging.StreamHandler:  # of the process, not of a test
-            handler.filters.clear()  # BentoML's own writes a span's id over `request_id`
+        if type(handler) is logging.StreamHandler:  # the process's own, not a test's
+            handler.filters.clear()  # BentoML's filter overwrites `request_id` with a span id
             handler.setFormatter(formatter)
 
 
-class _Text(logging.Formatter):
-    """A line with the fields of a request behind its message."""
+class _TextFormatter(logging.Formatter):
+    """Appends the fields of a request to the message."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "request", None)
@@ -43,6 +43,6 @@ class _Text(logging.Formatter):
 
 
 def trace_id() -> str | None:
-    """Of the request at hand (W3C: 32 hexadecimal digits)."""
+    """Trace id of the current request (W3C: 32 hexadecimal digits)."""
     context = trace.get_current_span().get_span_context()
     return format(context.trace_id, "032x") if context.is_valid else None

@@ -1,4 +1,7 @@
-"""Prometheus metrics. Counters and histograms work across worker processes; the gauge keeps the newest value."""
+"""Prometheus metrics across worker processes.
+
+Counters and histograms add up; gauges sum over live processes, except `BUNDLE`, which keeps the newest value.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def exposition() -> bytes:
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if folder is None:
         return generate_latest(REGISTRY)
-    for file in Path(folder).glob("gauge_live*_*.db"):  # of a worker that was killed: nobody else says that it is gone
+    for file in Path(folder).glob("gauge_live*_*.db"):  # of a killed worker: nothing else marks it as dead
         if not psutil.pid_exists(pid := int(file.stem.rpartition("_")[2])):
             mark_process_dead(pid)
     registry = CollectorRegistry()

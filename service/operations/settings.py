@@ -24,7 +24,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from vitrine.models.errors import VitrineError
 
 PREFIX = "VITRINE_"
-ELSEWHERE = (
+OTHER_VARIABLES = (
     "DATA",
     "LIGHT_PYTHON",
     "REQUIRE_BROWSER",
@@ -105,7 +105,7 @@ class Settings(BaseSettings):
 
     @field_validator("trace_endpoint")
     @classmethod
-    def _can_be_sent_to(cls, endpoint: str | None) -> str | None:
+    def _check_exporter(cls, endpoint: str | None) -> str | None:
         if endpoint:
             try:
                 importlib.import_module("opentelemetry.exporter.otlp.proto.http")
@@ -116,47 +116,50 @@ class Settings(BaseSettings):
 
     @property
     def capacity(self) -> int:
-        """Images in hand at once: being decoded, waiting or inferred."""
+        """Most images in flight: being decoded, waiting or inferred."""
         return self.queue_size + self.batch_size
 
     @property
-    def images_a_request(self) -> int:
-        """At most: a batch that no empty service could take would be refused for ever."""
+    def images_per_request(self) -> int:
+        """Most images in one request: a batch larger than `capacity` would be refused forever."""
         return min(self.max_batch, self.capacity)
 
 
 def load_settings() -> Settings:
-    """Settings from the environment. Raises `SettingsError` naming every wrong variable, unknown ones too."""
+    """Settings from the environment, their paths absolute. Raises `SettingsError` naming every wrong or unknown
+    variable."""
     if unknown := [name for name in os.environ if name.startswith(PREFIX) and not _is_known(name)]:
-        raise SettingsError("; ".join(_unknown(unknown)))
+        raise SettingsError("; ".join(_describe_unknown(unknown)))
     try:
-        return Settings()
+        settings = Settings()
     except ValidationError as error:
         problems = [
             f"{PREFIX}{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg'].removeprefix('Value error, ')}"
             for e in error.errors()
         ]
         raise SettingsError("; ".join(problems)) from error
+    # Workers run in another directory. Links stay links: a reload resolves them again.
+    return settings.model_copy(update={name: path.absolute() for name, path in _paths(settings)})
 
 
-def make_paths_absolute(settings: Settings) -> None:
-    """Name every path of the settings absolutely in the environment: the workers run in another directory.
+def write_paths_to_environment(settings: Settings) -> None:
+    """So that child processes read the same paths, wherever they run."""
+    for name, path in _paths(settings):
+        os.environ[f"{PREFIX}{name.upper()}"] = str(path.absolute())
 
-    Links stay links: a reload follows them anew.
-    """
-    for name, value in settings:
-        if isinstance(value, Path):
-            os.environ[f"{PREFIX}{name.upper()}"] = str(value.absolute())
+
+def _paths(settings: Settings) -> list[tuple[str, Path]]:
+    return [(name, value) for name, value in settings if isinstance(value, Path)]
 
 
 def _is_known(variable: str) -> bool:
     name = variable.removeprefix(PREFIX)
-    return name in ELSEWHERE or name.lower() in Settings.model_fields
+    return name in OTHER_VARIABLES or name.lower() in Settings.model_fields
 
 
-def _unknown(variables: Iterable[str]) -> Iterable[str]:
+def _describe_unknown(variables: Iterable[str]) -> Iterable[str]:
     names = [name.upper() for name in Settings.model_fields]
     for variable in variables:
-        like = difflib.get_close_matches(variable.removeprefix(PREFIX).upper(), names, 1)
-        hint = f"did you mean {PREFIX}{like[0]}?" if like else "service/README.md lists them"
+        matches = difflib.get_close_matches(variable.removeprefix(PREFIX).upper(), names, 1)
+        hint = f"did you mean {PREFIX}{matches[0]}?" if matches else "service/README.md lists them"
         yield f"{variable} is no setting; {hint}"

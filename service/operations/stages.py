@@ -1,4 +1,4 @@
-"""The stages of a request: their times in the answer, in /metrics and, where a request is traced, as spans."""
+"""Stages of a request: their times in the answer, in /metrics and, if the request is traced, as spans."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _tracer = trace.get_tracer("vitrine")
 
 
 @contextmanager
-def stage(name: str, timings: dict[str, float]) -> Iterator[None]:
-    """Time a stage that succeeds."""
+def timed_stage(name: str, timings: dict[str, float]) -> Iterator[None]:
+    """Time a stage; recorded only if it succeeds."""
     start = time.perf_counter()
     yield
-    note(name, (time.perf_counter() - start) * 1e3, timings)
+    record_stage(name, (time.perf_counter() - start) * 1e3, timings)
 
 
-def note(name: str, milliseconds: float, timings: dict[str, float], ended_ms_ago: float = 0.0) -> None:
-    """Write down a stage that is over."""
+def record_stage(name: str, milliseconds: float, timings: dict[str, float], ended_ms_ago: float = 0.0) -> None:
+    """Record a stage that has ended."""
     timings[name] = milliseconds
     metrics.STAGE.labels(name).observe(milliseconds / 1e3)
     if trace.get_current_span().is_recording():

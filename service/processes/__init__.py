@@ -1,1 +1,1 @@
-"""The processes of a server: the parent that supervises, and its workers."""
+"""The processes of a server: the supervising parent and its workers."""

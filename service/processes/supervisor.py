@@ -1,8 +1,8 @@
-"""`vitrine serve`: BentoML's server, whose workers are looked after more closely than BentoML does.
+"""`vitrine serve`: BentoML's server, with closer supervision of its workers.
 
-BentoML looks every ten seconds whether a worker has died, and on SIGHUP puts new workers in the place of the old
-whether the new bundle is any good or not. Here a dead worker is replaced at once, and SIGHUP is handed to the workers,
-which take over a new bundle only once it is loaded (`service.answers.reload`).
+BentoML checks every ten seconds whether a worker has died, and on SIGHUP replaces all workers even if the new bundle
+is unusable. Here a dead worker is replaced at once, and SIGHUP is forwarded to the workers, which switch to a new
+bundle only once it is loaded (`service.answers.reload`).
 """
 
 from __future__ import annotations
@@ -14,22 +14,18 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import bentoml
 import psutil
 from zmq import ZMQError
 
-import vitrine
 from vitrine.models.errors import VitrineError
 from vitrine.service.processes import workers
+from vitrine.service.processes.import_path import PACKAGE_PARENT
 
-# Where the package lies. BentoML puts a worker's directory first on its path: that of the caller may well have a
-# `vitrine.py` of its own.
-PLACE = str(Path(vitrine.__file__).parents[1])
-LOOK_SECONDS = 0.25
-ATTEMPTS = 5
+POLL_SECONDS = 0.25
+MAX_ATTEMPTS = 5
 
 
 class ServeError(VitrineError):
@@ -40,32 +36,32 @@ def serve(host: str, port: int) -> None:
     """Serve until SIGTERM or SIGINT; requests in flight are answered first. Raises `ServeError`."""
     _check_address(host, port)
     failures: list[BaseException | None] = []
-    threading.excepthook = lambda thrown: failures.append(thrown.exc_value)
-    with workers.told_their_parent():
+    threading.excepthook = lambda hook_args: failures.append(hook_args.exc_value)
+    with workers.parent_pid_in_environment():
         arbiter = _start(host, port, failures)
-        signal.signal(signal.SIGHUP, lambda *_: _reload())  # in place of BentoML's
+        signal.signal(signal.SIGHUP, lambda *_: _reload())  # replaces BentoML's handler
         while arbiter._thread.is_alive():
-            time.sleep(LOOK_SECONDS)
-            if _has_lost_one(arbiter):
-                with suppress(RuntimeError):  # it is ending
+            time.sleep(POLL_SECONDS)
+            if _has_dead_worker(arbiter):
+                with suppress(RuntimeError):  # the loop is shutting down
                     arbiter.loop.add_callback(arbiter.manage_watchers)
     if failures:
         raise ServeError(f"the server came to an end: {failures[0]}") from failures[0]
 
 
 def _start(host: str, port: int, failures: list[BaseException | None]) -> Any:
-    """BentoML's arbiter, once it runs, or has failed for good.
+    """BentoML's arbiter, once it is running or has failed for good.
 
-    For its own ends it looks for free ports some moments before it takes them; one may be gone by then.
+    It picks free ports for internal use some moments before it binds them; if one was taken meanwhile, start again.
     """
-    for _ in range(ATTEMPTS):
+    for _ in range(MAX_ATTEMPTS):
         failures.clear()
         server: Any = bentoml.serve(
-            "vitrine.service.app:Vitrine", working_dir=PLACE, host=host, port=port, blocking=False
+            "vitrine.service.app:Vitrine", working_dir=str(PACKAGE_PARENT), host=host, port=port, blocking=False
         )
         arbiter = server.arbiter
         while not arbiter.running and arbiter._thread.is_alive():
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
         if not (failures and isinstance(failures[0], ZMQError) and failures[0].errno == errno.EADDRINUSE):
             break
         arbiter.sockets.close_all()
@@ -73,7 +69,7 @@ def _start(host: str, port: int, failures: list[BaseException | None]) -> Any:
 
 
 def _check_address(host: str, port: int) -> None:
-    """BentoML would say so in a traceback, from a thread."""
+    """Check the address first: BentoML would report the error as a traceback from a thread."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -84,11 +80,11 @@ def _check_address(host: str, port: int) -> None:
 
 
 def _reload() -> None:
-    for process in workers.of(os.getpid()):
+    for process in workers.worker_processes(os.getpid()):
         process.send_signal(signal.SIGHUP)
 
 
-def _has_lost_one(arbiter: Any) -> bool:
+def _has_dead_worker(arbiter: Any) -> bool:
     for watcher in arbiter.iter_watchers():
         for pid in list(watcher.processes):
             with suppress(psutil.NoSuchProcess):

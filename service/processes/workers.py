@@ -1,4 +1,4 @@
-"""The processes of `bentoml serve`: one parent, and workers that share its socket. Signals among them."""
+"""The processes of `bentoml serve`, one parent and workers that share its socket, and the signals between them."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from typing import Any
 
 import psutil
 
-SCRIPT = "_bentoml_impl.worker.service"  # what BentoML starts a worker with: python -m SCRIPT
-PARENT = "_VITRINE_PARENT"  # environment variable: the process id of the `vitrine serve` that started this worker
-LOOK_SECONDS = 1.0
+WORKER_MODULE = "_bentoml_impl.worker.service"  # BentoML starts a worker with python -m WORKER_MODULE
+PARENT_PID_VARIABLE = "_VITRINE_PARENT"  # environment variable: process id of the `vitrine serve` behind this worker
+POLL_SECONDS = 1.0
 
 
-def of(parent: int) -> list[psutil.Process]:
+def worker_processes(parent: int) -> list[psutil.Process]:
     """The workers of a `bentoml serve` that can be signalled."""
-    found = []
+    processes = []
     for process in psutil.Process(parent).children():
-        with suppress(psutil.Error):  # it ended meanwhile, or is a zombie
-            if SCRIPT in process.cmdline():
-                found.append(process)
-    return found
+        with suppress(psutil.Error):  # it has ended meanwhile, or is a zombie
+            if WORKER_MODULE in process.cmdline():
+                processes.append(process)
+    return processes
 
 
 def signal_others(number: signal.Signals) -> None:
     """Send a signal to this worker's siblings, if it is a worker."""
     with suppress(psutil.Error):
-        if SCRIPT in psutil.Process().cmdline():
-            for process in of(os.getppid()):
+        if WORKER_MODULE in psutil.Process().cmdline():
+            for process in worker_processes(os.getppid()):
                 if process.pid != os.getpid():
                     process.send_signal(number)
 
 
 @contextmanager
 def on_signal(number: signal.Signals, action: Callable[[], Awaitable[Any]]) -> Iterator[None]:
-    """Run `action` in the event loop whenever the signal comes. Only a process' main thread is told of signals; an
-    event loop elsewhere (a test's) goes without."""
+    """Run `action` in the event loop on every such signal. Only a process's main thread receives signals; in an event
+    loop elsewhere (in a test) this does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -59,32 +59,34 @@ def on_signal(number: signal.Signals, action: Callable[[], Awaitable[Any]]) -> I
 
 
 @contextmanager
-def told_their_parent() -> Iterator[None]:
-    """What is started meanwhile knows that this process is its parent, even where it finds it dead already."""
-    os.environ[PARENT] = str(os.getpid())
+def parent_pid_in_environment() -> Iterator[None]:
+    """Pass this process's id to processes started meanwhile, so that they know their parent even if it has died."""
+    os.environ[PARENT_PID_VARIABLE] = str(os.getpid())
     try:
         yield
     finally:
-        del os.environ[PARENT]  # a `bentoml serve` that this process starts later has workers of another parent
+        del os.environ[
+            PARENT_PID_VARIABLE
+        ]  # workers of a `bentoml serve` that this process starts later have another parent
 
 
 @contextmanager
-def end_with_parent() -> Iterator[None]:
-    """End this worker of `vitrine serve`, as SIGTERM would, once its parent has died without telling it to.
+def exit_with_parent() -> Iterator[None]:
+    """End this worker of `vitrine serve` by SIGTERM once its parent has died without stopping it.
 
-    Nobody would look after it any more, and it would keep the port from the server that is started next.
+    It would no longer be supervised, and would block the port for the next server.
     """
-    if PARENT not in os.environ:
+    if PARENT_PID_VARIABLE not in os.environ:
         yield
         return
 
     async def watch() -> None:
-        while os.getppid() == int(os.environ[PARENT]):
-            await asyncio.sleep(LOOK_SECONDS)
+        while os.getppid() == int(os.environ[PARENT_PID_VARIABLE]):
+            await asyncio.sleep(POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    watching = asyncio.ensure_future(watch())
+    watcher = asyncio.ensure_future(watch())
     try:
         yield
     finally:
-        watching.cancel()
+        watcher.cancel()

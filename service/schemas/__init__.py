@@ -1,1 +1,1 @@
-"""The contract's shapes: what a request may ask and what an answer holds. Also the OpenAPI document's source."""
+"""The models of requests and answers, from which the OpenAPI document is generated."""

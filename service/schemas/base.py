@@ -1,4 +1,4 @@
-"""What all requests and answers share, and how a request's mistakes are named."""
+"""What all requests and answers share, and the validation errors of requests."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Template = Annotated[str, StringConstraints(pattern=r"\{\}")]
 
 
-# The first wrong item is told, not each of millions.
+# Only the first wrong item is reported, not each of millions.
 Labels = Annotated[list[Label], Field(min_length=1, fail_fast=True)]
 Templates = Annotated[list[Template], Field(min_length=1, fail_fast=True)]
-DETAILS = 20  # mistakes named in one answer
-MAX_FIELDS = 50  # far more than there are; beyond it unknown fields are not told one by one
+DETAILS = 20  # errors listed in one answer
+MAX_FIELDS = 50  # far more than any request has; beyond it unknown fields are not listed one by one
 
 
 class RequestShape(BaseModel):
@@ -27,7 +27,7 @@ class RequestShape(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _few_fields(cls, fields: Any) -> Any:
+    def _limit_fields(cls, fields: Any) -> Any:
         if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
             raise ValueError(f"{len(fields):,} fields; there are only {', '.join(cls.model_fields)}")
         return fields
@@ -70,14 +70,14 @@ class ErrorResponse(BaseModel):
 
 
 def validated(shape: type[Shape], fields: Any) -> Shape:
-    """`fields` as `shape`. Raises `ServiceError` naming the first mistakes."""
+    """`fields` validated as `shape`. Raises `ServiceError` naming the first errors."""
     try:
         return shape.model_validate(fields)
     except ValidationError as error:
-        mistakes = error.errors(include_url=False, include_context=False, include_input=False)[:DETAILS]
+        errors = error.errors(include_url=False, include_context=False, include_input=False)[:DETAILS]
     details = [
         {"field": ".".join(map(str, e["loc"]))[:100], "problem": e["msg"].removeprefix("Value error, ")[:300]}
-        for e in mistakes
+        for e in errors
     ]
     field, problem = details[0]["field"], details[0]["problem"]
     if field in ("image_base64", "images_base64") and problem == "Field required":

@@ -1,4 +1,4 @@
-"""The same for many images."""
+"""Attribution of many images in one request."""
 
 from __future__ import annotations
 

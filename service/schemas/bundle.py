@@ -1,4 +1,4 @@
-"""What is being served."""
+"""The bundle in service."""
 
 from __future__ import annotations
 

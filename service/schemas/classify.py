@@ -1,4 +1,4 @@
-"""A prediction alone."""
+"""A prediction without its account."""
 
 from __future__ import annotations
 

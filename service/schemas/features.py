@@ -1,4 +1,4 @@
-"""What is known of features: cards, searches, similar images."""
+"""Features: cards, searches, similar images."""
 
 from __future__ import annotations
 

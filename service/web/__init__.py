@@ -1,12 +1,12 @@
-"""The page's files: plain scripts and styles, without a library. Where they lie, and in which order they are read."""
+"""The page's files, plain scripts and styles without a library: their folder and load order."""
 
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 
 STYLES = ("style.css", "figures.css", "card.css")
-# What draws an answer, in the order in which the scripts need one another; the page has more, which ask for it.
-DRAWING = (
+# Scripts that draw an answer, in order of their dependencies; the page has more, which send the requests.
+DRAWING_SCRIPTS = (
     "dom.js",
     "waterfall.js",
     "account.js",

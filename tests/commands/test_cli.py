@@ -1,4 +1,4 @@
-"""The `vitrine` command, in this process; as a process of its own where that matters."""
+"""The `vitrine` command, run in this process, or in a separate process where that matters."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ LABELS = ["red circle", "green square", "blue triangle"]
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch, bundle_path):
-    """The tiny bundle instead of the demo, wide output, nothing else of this machine's settings."""
+    """The tiny bundle instead of the demo, wide output, none of this machine's other settings."""
     monkeypatch.setenv("VITRINE_BUNDLE", str(bundle_path))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("NO_COLOR", "1")
@@ -59,7 +59,7 @@ def run():
 
 @pytest.fixture
 def refused(run):
-    """refused(*arguments) -> the message of a command that must fail with 1 and one sentence."""
+    """refused(*arguments) -> the message of a command that must fail with exit code 1 and one sentence."""
 
     def invoke(*arguments):
         result = run(*arguments)
@@ -80,7 +80,7 @@ def photo(tmp_path_factory):
 
 @pytest.fixture
 def with_cards(monkeypatch, carded):
-    """The tiny bundle with cards in place of the one without."""
+    """The tiny bundle with cards instead of the one without."""
     monkeypatch.setenv("VITRINE_BUNDLE", str(carded.path))
     return carded
 
@@ -116,7 +116,7 @@ def test_the_examples_options_exist(run):
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["verify"], ["attribute"], ["verify", "--nonsense", "x"]])
-def test_wrong_use_is_said_and_exits_with_2(run, arguments):
+def test_wrong_use_is_reported_and_exits_with_2(run, arguments):
     assert run(*arguments).exit_code == 2
 
 
@@ -149,7 +149,7 @@ def test_doctor_says_what_will_be_used_and_why(run, monkeypatch):
     assert "one image took" in lines["the"]
 
 
-def test_doctor_names_what_cannot_be_had(refused, monkeypatch):
+def test_doctor_names_what_is_not_available(refused, monkeypatch):
     monkeypatch.setenv("VITRINE_PRECISION", "int8")
     assert "VITRINE_PRECISION=int8, but the bundle tiny has only fp32" in refused("doctor")
     assert "VITRINE_PRECISION=int8, but the bundle tiny has only fp32" in refused("serve")
@@ -230,7 +230,7 @@ def test_verify_refuses_what_is_no_bundle(refused, photo, tmp_path):
 
 
 def reseal(path):
-    """Write the manifest anew over changed files, as someone would who damages a bundle on purpose."""
+    """Rewrites the manifest for changed files, as someone who damages a bundle on purpose would."""
     from vitrine.models.bundle.bundle import seal
     from vitrine.models.bundle.manifest import Manifest
 
@@ -257,7 +257,7 @@ def test_verify_refuses_tables_that_do_not_fit(refused, damaged, name):
 # attribute
 
 
-def test_bulk_writes_tables_and_takes_them_up(run, refused, photo, tmp_path):
+def test_bulk_writes_tables_and_resumes(run, refused, photo, tmp_path):
     folder, out = tmp_path / "photos", tmp_path / "out"
     folder.mkdir()
     for name in ("a", "c"):

@@ -1,6 +1,6 @@
-"""Carries out a Dockerfile without a container engine: a folder a stage, chroot for RUN, namespaces around the service.
+"""Runs a Dockerfile without a container engine: a folder per stage, chroot for RUN, namespaces around the service.
 
-Only what deploy/Dockerfile says is understood; anything else is refused, never skipped. Needs root on Linux.
+Only what deploy/Dockerfile uses is supported; anything else is refused, never skipped. Needs root on Linux.
 """
 
 import ast
@@ -15,12 +15,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ENGINE_PATH = (
-    "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # what engines give where an image has none
-)
+ENGINE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # what engines set where an image has none
 TOOLS = ("apt-get", "chroot", "debootstrap", "ip", "mount", "nsenter", "unshare")
-NAMES = (Path("/etc/hosts"), Path("/etc/resolv.conf"))  # engines give every container theirs, with localhost in it
-# What an engine mounts for every container. The new mount namespace is private, so all of it goes with the process.
+NAMES = (Path("/etc/hosts"), Path("/etc/resolv.conf"))  # engines provide them to every container, with localhost in it
+# What an engine mounts for every container. The new mount namespace is private, so all of it ends with the process.
 MOUNTS = """
 mount --bind "$root" "$root"
 mount -t proc proc "$root/proc"
@@ -34,8 +32,8 @@ mount -t tmpfs -o mode=1777,size=64m tmpfs "$root/dev/shm"
 """
 
 
-class NotUnderstoodError(Exception):
-    """The Dockerfile says something that is not carried out here."""
+class UnsupportedError(Exception):
+    """The Dockerfile uses something that is not supported here."""
 
 
 class StepError(Exception):
@@ -45,11 +43,11 @@ class StepError(Exception):
 @dataclass(frozen=True)
 class Instruction:
     word: str
-    flags: tuple[tuple[str, str], ...]  # of `--name=value`, in order
+    flags: tuple[tuple[str, str], ...]  # from `--name=value`, in order
     text: str
 
     def flag(self, name):
-        return next((value for found, value in self.flags if found == name), None)
+        return next((value for flag, value in self.flags if flag == name), None)
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Stage:
 
 @dataclass
 class Image:
-    """What a stage leaves: its files, and how to start them."""
+    """The result of a stage: its files, and how to start them."""
 
     root: Path
     environment: dict[str, str] = field(default_factory=lambda: {"PATH": ENGINE_PATH})
@@ -73,7 +71,7 @@ class Image:
     labels: dict[str, str] = field(default_factory=dict)
 
     def derive(self, root):
-        """The same, as the beginning of another stage, with files of its own."""
+        """A copy with its own files, as the start of another stage."""
         run("cp", "--archive", "--reflink=auto", self.root, root)
         copied = {name: type(value)(value) for name, value in vars(self).items() if name != "root"}
         return Image(root, **copied)
@@ -92,8 +90,8 @@ def read(text):
             name, _, value = instruction.text.partition("=")
             arguments[name] = value
         else:
-            raise NotUnderstoodError(f"{instruction.word} before FROM")
-    return arguments, [Stage(name, base, tuple(found)) for name, base, found in stages]
+            raise UnsupportedError(f"{instruction.word} before FROM")
+    return arguments, [Stage(name, base, tuple(instructions)) for name, base, instructions in stages]
 
 
 def _instructions(text):
@@ -101,59 +99,59 @@ def _instructions(text):
     for line in re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines():
         word, rest = line.split(maxsplit=1)
         flags = []
-        while found := re.match(r"--([\w-]+)=(\S+)\s+", rest):
-            flags.append((found[1], found[2]))
-            rest = rest[found.end() :]
+        while match := re.match(r"--([\w-]+)=(\S+)\s+", rest):
+            flags.append((match[1], match[2]))
+            rest = rest[match.end() :]
         yield Instruction(word, tuple(flags), rest)
 
 
 def fill(text, variables):
-    """Docker's own variables, `$NAME` and `${NAME}`; those of RUN are the shell's."""
-    return re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda found: variables.get(found[1] or found[2], ""), text)
+    """Substitutes Docker's own variables, `$NAME` and `${NAME}`; in RUN, the shell does that."""
+    return re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda match: variables.get(match[1] or match[2], ""), text)
 
 
 def ignored(path, patterns):
-    """Whether .dockerignore leaves this path out: the last line that matches it, or a folder above it, decides."""
-    above = ["/".join(path.parts[:depth]) for depth in range(1, len(path.parts) + 1)]
+    """Whether .dockerignore excludes this path: the last line that matches it, or a folder above it, decides."""
+    prefixes = ["/".join(path.parts[:depth]) for depth in range(1, len(path.parts) + 1)]
     verdict = False
     for pattern in patterns:
         expression = _expression(pattern.removeprefix("!"))
-        if any(expression.fullmatch(one) for one in above):
+        if any(expression.fullmatch(prefix) for prefix in prefixes):
             verdict = not pattern.startswith("!")
     return verdict
 
 
 def context_files(folder):
-    """What a build may COPY: the folder's files, less what its .dockerignore leaves out."""
+    """The files that a build may COPY: those of the folder, except what its .dockerignore excludes."""
     lines = (folder / ".dockerignore").read_text().splitlines()
     patterns = [line.strip("/") for line in lines if line and not line.startswith("#")]
     if patterns[0] != "*":
-        raise NotUnderstoodError("a .dockerignore that does not leave out everything first")
-    wanted = {pattern[1:].split("/")[0] for pattern in patterns if pattern.startswith("!")}
-    everything = (path for top in sorted(wanted) for path in _files(folder / top))
-    return [path for path in (found.relative_to(folder) for found in everything) if not ignored(path, patterns)]
+        raise UnsupportedError("a .dockerignore that does not leave out everything first")
+    included = {pattern[1:].split("/")[0] for pattern in patterns if pattern.startswith("!")}
+    everything = (path for top in sorted(included) for path in _files(folder / top))
+    return [path for path in (file.relative_to(folder) for file in everything) if not ignored(path, patterns)]
 
 
 def _files(path):
     if not path.is_dir():
         return [path][: path.exists()]
-    return (found for found in sorted(path.rglob("*")) if found.is_file() or found.is_symlink())
+    return (file for file in sorted(path.rglob("*")) if file.is_file() or file.is_symlink())
 
 
 def _expression(pattern):
-    """As Go's filepath.Match, and `**/` for any folders."""
+    """Like Go's filepath.Match, plus `**/` for any folders."""
     parts = re.split(r"(\*\*/|\*|\?)", pattern)
-    known = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
-    return re.compile("".join(known.get(part) or re.escape(part) for part in parts))
+    wildcards = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
+    return re.compile("".join(wildcards.get(part) or re.escape(part) for part in parts))
 
 
 class Build:
     """Builds stages of a Dockerfile below `folder`, each once, and only those that are needed."""
 
     def __init__(self, text, context, folder, bases, secrets, arguments=None):
-        """bases(name, root) makes the root of an image from elsewhere.
+        """bases(name, root) creates the root of an external base image.
 
-        secrets: id -> (file, what the file names on this machine), there while a RUN that asks for the secret runs.
+        secrets: id -> (file, local paths that the file names), mounted while a RUN that requests the secret runs.
         """
         self.defaults, stages = read(text)
         self.stages = {stage.name: stage for stage in stages}
@@ -192,44 +190,44 @@ class Build:
 
     def _run(self, image, instruction, arguments):
         if image.user != "0:0":
-            raise NotUnderstoodError("RUN after USER")
+            raise UnsupportedError("RUN after USER")
         binds = []
         for name, value in instruction.flags:
             mount = dict(part.split("=", 1) for part in value.split(","))
             if name != "mount" or mount["type"] not in ("cache", "secret"):
-                raise NotUnderstoodError(f"RUN --{name}={value}")
+                raise UnsupportedError(f"RUN --{name}={value}")
             if mount["type"] == "secret" and mount["id"] in self.secrets:
-                file, named = self.secrets[mount["id"]]
-                binds += [(file, mount["target"]), *((path, str(path)) for path in named)]
+                file, paths = self.secrets[mount["id"]]
+                binds += [(file, mount["target"]), *((path, str(path)) for path in paths)]
         environment = arguments | image.environment
         command = inside(image, ["/bin/sh", "-c", instruction.text], binds=binds, environment=environment)
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            raise StepError(f"RUN {instruction.text}\n{done.stdout[-4000:]}")
+        finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if finished.returncode:
+            raise StepError(f"RUN {instruction.text}\n{finished.stdout[-4000:]}")
 
     def _copy(self, image, instruction, words):
         *sources, target = words
         if unknown := [name for name, _ in instruction.flags if name != "from"]:
-            raise NotUnderstoodError(f"COPY --{unknown[0]}")
+            raise UnsupportedError(f"COPY --{unknown[0]}")
         into_folder = target.endswith("/") or len(sources) > 1
-        place = image.root / os.path.join(image.folder, target).lstrip("/")
+        dest = image.root / os.path.join(image.folder, target).lstrip("/")
         for source in sources:
             if origin := instruction.flag("from"):
-                shutil.copytree(self.image(origin).root / source.strip("/"), place, symlinks=True, dirs_exist_ok=True)
+                shutil.copytree(self.image(origin).root / source.strip("/"), dest, symlinks=True, dirs_exist_ok=True)
                 continue
             expression = _expression(source.strip("/"))
-            found = 0
+            copied = 0
             for path in self.files:
-                # A folder gives what is in it, a file itself.
+                # A folder contributes its contents, a file itself.
                 heads = [path, *path.parents]
-                head = next((one for one in heads if expression.fullmatch(one.as_posix())), None)
-                if head is None:
+                top = next((head for head in heads if expression.fullmatch(head.as_posix())), None)
+                if top is None:
                     continue
-                found += 1
-                inner = path.relative_to(head) if head != path else Path(path.name if into_folder else "")
-                (place / inner).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(self.context / path, place / inner, follow_symlinks=False)
-            if not found:
+                copied += 1
+                inner = path.relative_to(top) if top != path else Path(path.name if into_folder else "")
+                (dest / inner).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(self.context / path, dest / inner, follow_symlinks=False)
+            if not copied:
                 raise StepError(f"COPY {source}: no such file in the context")
 
 
@@ -249,8 +247,8 @@ def _configure(image, word, text):
         image.command = json.loads(text)
     elif word == "HEALTHCHECK":
         image.healthcheck = json.loads(text.removeprefix("CMD"))
-    elif word != "EXPOSE":  # which tells people something, and changes nothing
-        raise NotUnderstoodError(word)
+    elif word != "EXPOSE":  # which is documentation, and changes nothing
+        raise UnsupportedError(word)
 
 
 def _pairs(text):
@@ -258,9 +256,9 @@ def _pairs(text):
 
 
 def inside(image, command, *, binds=(), environment=None, user=None, sealed=False):
-    """The command line that runs this one in the image, as process 1. Nothing of this process's environment gets in.
+    """The command line that runs `command` in the image, as process 1, without this process's environment.
 
-    sealed: as the service is run, with the files read-only but for a tmpfs at /tmp, and no network but loopback.
+    sealed: as the service runs, with read-only files except for a tmpfs at /tmp, and no network except loopback.
     """
     script = ["set -eu", f"root={shlex.quote(str(image.root))}", MOUNTS]
     for source, target in [*((path, str(path)) for path in NAMES), *binds]:
@@ -280,13 +278,13 @@ def inside(image, command, *, binds=(), environment=None, user=None, sealed=Fals
 
 
 def debian(name, root):
-    """The root of the image debian:SUITE-slim, near enough: Debian's essential packages, from this machine's mirror."""
+    """Approximates the root of the image debian:SUITE-slim: Debian's essential packages, from this machine's mirror."""
     suite = re.fullmatch(r"debian:(\w+)-slim", name)
     if not suite:
-        raise NotUnderstoodError(f"FROM {name}")
+        raise UnsupportedError(f"FROM {name}")
     fields = "$(REPO_URI) $(CODENAME) $(COMPONENT)"
     lines = run("apt-get", "indextargets", "--format", fields, "Created-By: Packages").splitlines()
-    sources = sorted({line for line in lines if line.split()[1].split("-")[0] == suite[1]})  # security's, too
+    sources = sorted({line for line in lines if line.split()[1].split("-")[0] == suite[1]})  # including security's
     mirror = next((uri for uri, codename, _ in map(str.split, sources) if codename == suite[1]), None)
     if mirror is None:
         raise StepError(f"this machine's apt knows no mirror of {suite[1]}")
@@ -295,7 +293,7 @@ def debian(name, root):
 
 
 def pip_configuration(file):
-    """Writes what pip is told on this machine as a pip.conf; returns it with the local files and folders it names."""
+    """Writes this machine's pip configuration as a pip.conf; returns it with the local files and folders it names."""
     lines = run(sys.executable, "-m", "pip", "config", "list").splitlines()
     pairs = [line.split("=", 1) for line in lines]
     config = configparser.RawConfigParser()
@@ -304,12 +302,12 @@ def pip_configuration(file):
         config.write(out)
     words = " ".join(config["global"].values()).split()
     paths = {Path(word.removeprefix("file://")) for word in words if word.removeprefix("file://").startswith("/")}
-    roots = {path.parent if path.name == "simple" else path for path in paths}  # an index's files lie beside its pages
+    roots = {path.parent if path.name == "simple" else path for path in paths}  # an index's files are next to its pages
     return file, sorted(path for path in roots if path.exists())
 
 
 def run(*command):
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    if done.returncode:
-        raise StepError(f"{shlex.join(map(str, command))}\n{(done.stdout + done.stderr)[-4000:]}")
-    return done.stdout
+    finished = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if finished.returncode:
+        raise StepError(f"{shlex.join(map(str, command))}\n{(finished.stdout + finished.stderr)[-4000:]}")
+    return finished.stdout

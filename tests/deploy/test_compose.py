@@ -1,4 +1,4 @@
-"""deploy/compose.yaml: what it names is there, and the parts find each other."""
+"""deploy/compose.yaml: the files it names exist, and the services find each other."""
 
 import pytest
 import yaml

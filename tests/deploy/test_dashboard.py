@@ -21,7 +21,7 @@ from common import ROOT
 
 DEPLOY = ROOT / "deploy"
 START_SECONDS = 60
-IMAGES = 160  # the rules of an hour want more than a hundred
+IMAGES = 160  # the hourly rules need more than a hundred
 DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 QUERIES = [
@@ -57,15 +57,15 @@ def running(command, url, log, **environment):
             process.wait()
 
 
-def wait_until(is_so, account):
-    """Fails with what `account()` says where `is_so()` has not become true in START_SECONDS."""
+def wait_until(condition, describe):
+    """Fails with the text of `describe()` unless `condition()` becomes true within START_SECONDS."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
         with suppress(httpx.TransportError):
-            if is_so():
+            if condition():
                 return
         time.sleep(0.2)
-    pytest.fail(f"it did not come about in {START_SECONDS} s: {account()}")
+    pytest.fail(f"it did not come about in {START_SECONDS} s: {describe()}")
 
 
 def free_port():
@@ -88,7 +88,7 @@ def service(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prometheus(find_program, service, tmp_path_factory):
-    """query(expression) -> results of a Prometheus with our rules and scrape configuration, hurried.
+    """query(expression) -> results of a Prometheus with our rules and scrape configuration, at short intervals.
 
     It has seen every kind of traffic that a panel shows: answers, refusals, a reload.
     """
@@ -113,7 +113,7 @@ def prometheus(find_program, service, tmp_path_factory):
 
     with running(command, f"{url}/-/ready", folder / "log"):
         send_traffic(f"http://{address}", 1)
-        # An increase needs a first value: it has to be scraped before the rest comes.
+        # An increase needs a first value: it must be scraped before the rest is sent.
         wait_until(lambda: query("vitrine_fidelity_r2_count > 0"), (folder / "log").read_text)
         server.send_signal(signal.SIGHUP)
         send_traffic(f"http://{address}", IMAGES)
@@ -121,7 +121,7 @@ def prometheus(find_program, service, tmp_path_factory):
 
 
 def send_traffic(url, images):
-    """`images` accounts in batches of forty, one alone, one request for a prediction, one that is refused."""
+    """`images` accounts in batches of forty, one alone, one request for a prediction, one request that is refused."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8))
     buffer = io.BytesIO()
     noise.save(buffer, "PNG")
@@ -136,14 +136,14 @@ def send_traffic(url, images):
 
 
 def filled_in(expression):
-    """As Grafana asks it, with the values of its variables; an hour sees the traffic however late the test asks."""
+    """The query as Grafana sends it, with its variables' values; an hour covers the traffic even if a test is late."""
     values = {"job": "vitrine", "namespace": ".*", "__rate_interval": "1h"}
-    return re.sub(r"\$(\w+)", lambda name: values[name[1]], expression)
+    return re.sub(r"\$(\w+)", lambda match: values[match[1]], expression)
 
 
 @pytest.mark.parametrize("expression", QUERIES)
 def test_every_query_has_data(prometheus, expression):
-    """Soon: each group of rules is evaluated at its own time, and a rule over others' results one round later."""
+    """Eventually: each group of rules is evaluated at its own time, and a rule over others' results one round later."""
 
     def has_data():
         return any(result["value"][1] != "NaN" for result in prometheus(filled_in(expression)))
@@ -157,7 +157,7 @@ def test_the_query_of_the_alerts_is_one_that_prometheus_takes(prometheus):
 
 
 def test_every_family_of_metrics_that_the_service_exposes_has_a_panel(service):
-    """What is measured and not shown would be forgotten."""
+    """A metric that is not shown would be forgotten."""
     address, _ = service
     send_traffic(f"http://{address}", 1)
     exposed = set(re.findall(r"^# TYPE (\S+)", httpx.get(f"http://{address}/metrics").text, re.MULTILINE))
@@ -168,28 +168,28 @@ def test_every_family_of_metrics_that_the_service_exposes_has_a_panel(service):
     assert not {name for name in exposed if name not in shown}
 
 
-def test_the_panels_are_told_apart_explained_and_do_not_overlap():
+def test_the_panels_are_distinct_explained_and_do_not_overlap():
     for key in ("id", "title"):
         values = [panel[key] for panel in DASHBOARD["panels"]]
         assert len(set(values)) == len(values)
-    taken = set()
+    occupied = set()
     for panel in DASHBOARD["panels"]:
-        place = panel["gridPos"]
-        assert place["x"] + place["w"] <= 24
+        position = panel["gridPos"]
+        assert position["x"] + position["w"] <= 24
         cells = {
             (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
+            for x in range(position["x"], position["x"] + position["w"])
+            for y in range(position["y"], position["y"] + position["h"])
         }
-        assert not cells & taken, panel["title"]
-        taken |= cells
+        assert not cells & occupied, panel["title"]
+        occupied |= cells
     for panel in PANELS:
         assert panel["title"]
         assert panel["description"].endswith(".")
         assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
 
 
-def test_grafana_is_told_where_the_dashboard_and_its_data_are():
+def test_grafana_is_configured_with_the_dashboard_and_its_data():
     provisioning = DEPLOY / "grafana" / "provisioning"
     (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
     (provider,) = yaml.safe_load((provisioning / "dashboards" / "vitrine.yml").read_text())["providers"]

@@ -1,7 +1,7 @@
-"""deploy/Dockerfile: what it says; and its target `cpu`, carried out in a bare Debian and asked for an account.
+"""deploy/Dockerfile: its contents; and its target `cpu`, built in a bare Debian and asked for an account.
 
-There the service runs as an engine would run it: as process 1 and the image's user, with read-only files but for /tmp,
-and with no network. That takes minutes, root, a mirror of Debian and a package index, and is left out unless
+There the service runs as an engine would run it: as process 1 and the image's user, with read-only files except for
+/tmp, and without network. That takes minutes, root, a mirror of Debian and a package index, and is skipped unless
 VITRINE_REQUIRE_CHROOT is set, as `make test-image` does.
 """
 
@@ -21,9 +21,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from dockerfile import TOOLS, Build, NotUnderstoodError, context_files, debian, inside, pip_configuration, read
+from dockerfile import TOOLS, Build, UnsupportedError, context_files, debian, inside, pip_configuration, read
 from PIL import Image as Picture
-from requirements import pins, plain
+from requirements import normalised, pins
 
 from common import ROOT
 from vitrine.models.bundle.bundle import open_bundle
@@ -31,7 +31,7 @@ from vitrine.models.bundle.bundle import open_bundle
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 START_SECONDS = 60  # a bound, not an expectation
 GRACE_SECONDS = 35  # compose.yaml's
-# Run by this Python in the service's network, which holds nothing but the two of them; a proxy would be another place.
+# Run by this Python in the service's network, which contains only these two; a proxy would be outside it.
 ASK = """
 import sys, urllib.request as url
 asked = url.Request(sys.argv[1], sys.stdin.buffer.read() or None, {"Content-Type": "application/json"})
@@ -45,9 +45,9 @@ def stages():
 
 
 def instructions(stages, name, word):
-    """Of the stage and of those that it is made from."""
+    """Those of the stage and of the stages that it is based on."""
     stage = stages.get(name)
-    own = [one for one in stage.instructions if one.word == word] if stage else []
+    own = [instruction for instruction in stage.instructions if instruction.word == word] if stage else []
     return instructions(stages, stage.base, word) + own if stage else []
 
 
@@ -56,11 +56,11 @@ def test_cpu_is_what_is_built_when_no_target_is_named(stages):
 
 
 def test_gpu_takes_cuda_and_cudnn_from_wheels(stages):
-    (install,) = (one.text for one in stages["build-gpu"].instructions if "pip" in one.text)
+    (install,) = (instruction.text for instruction in stages["build-gpu"].instructions if "pip" in instruction.text)
     assert "--requirement gpu.txt 'onnxruntime-gpu[cuda,cudnn]'" in install
     assert "--constraint constraints.txt" in install
     assert stages["gpu"].base == stages["cpu"].base == "service"
-    assert not [one for stage in stages.values() for one in stage.instructions if "cuda" in stage.base]
+    assert not [instruction for stage in stages.values() for instruction in stage.instructions if "cuda" in stage.base]
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu"])
@@ -68,19 +68,19 @@ def test_a_target_ends_as_a_number_without_rights_in_exec_form(stages, target):
     assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", instructions(stages, target, "USER")[-1].text)
     for word in ("ENTRYPOINT", "CMD"):
         assert isinstance(json.loads(instructions(stages, target, word)[-1].text), list)
-    assert [one.text for one in instructions(stages, target, "EXPOSE")] == ["3000"]
+    assert [instruction.text for instruction in instructions(stages, target, "EXPOSE")] == ["3000"]
 
 
 def test_the_context_has_the_service_and_nothing_else():
-    found = {path.parts[0] for path in context_files(ROOT)}
+    included = {path.parts[0] for path in context_files(ROOT)}
     always = {"LICENSE", "README.md", "constraints.txt", "pyproject.toml", "models", "service", "vitrine"}
-    assert always <= found <= always | {"bundles"}
+    assert always <= included <= always | {"bundles"}
     assert not [path for path in context_files(ROOT) if "__pycache__" in path.parts]
 
 
-def test_what_is_not_carried_out_is_refused(tmp_path):
+def test_what_is_not_supported_is_refused(tmp_path):
     build = Build("FROM there AS made\nVOLUME /data\n", ROOT, tmp_path, lambda name, root: root.mkdir(), {})
-    with pytest.raises(NotUnderstoodError, match="VOLUME"):
+    with pytest.raises(UnsupportedError, match="VOLUME"):
         build.image("made")
 
 
@@ -119,9 +119,9 @@ class Container:
     def ask(self, path, body=None):
         enter = ["nsenter", f"--target={self.first.pid}", "--net", sys.executable, "-c", ASK]
         sent = json.dumps(body).encode() if body else b""
-        done = subprocess.run([*enter, f"http://127.0.0.1:3000{path}"], input=sent, capture_output=True, timeout=60)
-        assert not done.returncode, done.stderr.decode() + self.log.read_text()
-        return done.stdout
+        finished = subprocess.run([*enter, f"http://127.0.0.1:3000{path}"], input=sent, capture_output=True, timeout=60)
+        assert not finished.returncode, finished.stderr.decode() + self.log.read_text()
+        return finished.stdout
 
     def is_healthy(self):
         """By the image's own HEALTHCHECK."""
@@ -147,7 +147,7 @@ def started(image, log):
                 yield container
             finally:
                 if process.poll() is None:
-                    container.first.kill()  # with process 1 all the others end
+                    container.first.kill()  # ending process 1 ends all the others
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +158,9 @@ def container(image, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answer(container):
-    drawn = io.BytesIO()
-    Picture.linear_gradient("L").convert("RGB").save(drawn, "PNG")
-    body = {"image_base64": base64.b64encode(drawn.getvalue()).decode(), "explain": {"heatmap": True}}
+    buffer = io.BytesIO()
+    Picture.linear_gradient("L").convert("RGB").save(buffer, "PNG")
+    body = {"image_base64": base64.b64encode(buffer.getvalue()).decode(), "explain": {"heatmap": True}}
     return json.loads(container.ask("/v1/attribute", body))
 
 
@@ -189,9 +189,9 @@ def test_no_process_is_root(container, answer):
 def test_nothing_but_tmp_can_be_written(container, answer):
     for folder in ("/", "/bundle", "/venv", "/venv/bin", "/etc", "/home", "/var/tmp", "/usr/lib"):
         for user in (None, "0:0"):
-            refused = container.execute("touch", f"{folder}/new", user=user)
-            assert refused.returncode, folder
-        assert "Read-only file system" in refused.stderr  # even for root
+            attempt = container.execute("touch", f"{folder}/new", user=user)
+            assert attempt.returncode, folder
+        assert "Read-only file system" in attempt.stderr  # even for root
     assert container.execute("touch", "/tmp/new").returncode == 0
 
 
@@ -209,12 +209,12 @@ def test_sigterm_ends_it(image, tmp_path):
 def test_the_image_holds_the_pinned_versions_and_no_more(image):
     (packages,) = (image.root / "venv/lib").glob("python3.*/site-packages")
     pinned = pins((ROOT / "constraints.txt").read_text().splitlines())
-    found = {plain(one.name): one.version for one in distributions(path=[str(packages)])}
-    version = found.pop("vitrine")
+    installed = {normalised(package.name): package.version for package in distributions(path=[str(packages)])}
+    version = installed.pop("vitrine")
     assert version == image.labels["org.opencontainers.image.version"]
-    assert {name: pinned.get(name) for name in found} == found
-    assert "onnxruntime" in found
-    assert not found.keys() & {"torch", "onnxruntime-gpu", "pip", "setuptools", "pytest"}
+    assert {name: pinned.get(name) for name in installed} == installed
+    assert "onnxruntime" in installed
+    assert not installed.keys() & {"torch", "onnxruntime-gpu", "pip", "setuptools", "pytest"}
 
 
 def test_the_image_has_no_training_no_tests_and_one_bundle(image):

@@ -17,7 +17,7 @@ from vitrine.service.operations.settings import PREFIX, Settings
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 OVERLAYS = ("cpu", "gpu")
-VERSIONS = ("1.30", "1.37")  # the oldest that we mean to work with, and the newest of which schemas are at hand
+VERSIONS = ("1.30", "1.37")  # the oldest that we support, and the newest whose schemas are available
 IMAGE_VOLUMES = "1.33"  # components/bundle-image needs them
 CUSTOM = yaml.safe_load(Path(__file__).with_name("custom-resources.yaml").read_text())
 SIGTERM_SECONDS = 30  # service/README.md: the last admitted request is answered in that time
@@ -32,7 +32,7 @@ def overlay(request):
 def objects(overlay):
     """Kind -> the overlay's object of that kind; there is one of each."""
     rendered = render(KUBERNETES / "overlays" / overlay)
-    by_kind = {one["kind"]: one for one in rendered}
+    by_kind = {manifest["kind"]: manifest for manifest in rendered}
     assert len(by_kind) == len(rendered)
     return by_kind
 
@@ -50,7 +50,7 @@ def container(pod):
 
 @pytest.fixture
 def make(tmp_path):
-    """make(components) -> the objects of the base with these components of ours."""
+    """make(components) -> the objects of the base with these components."""
 
     def build(*components):
         (tmp_path / "kubernetes").symlink_to(KUBERNETES)
@@ -66,16 +66,16 @@ def make(tmp_path):
     return build
 
 
-def check(one, version):
-    """Against the schema of its kind, in which what is not known is wrong."""
-    if one["kind"] in CUSTOM:
-        jsonschema.validate(one, CUSTOM[one["kind"]])
+def check(manifest, version):
+    """Validates against the schema of its kind; unknown fields are errors."""
+    if manifest["kind"] in CUSTOM:
+        jsonschema.validate(manifest, CUSTOM[manifest["kind"]])
     else:
-        kubernetes_validate.validate(one, version, strict=True)
+        kubernetes_validate.validate(manifest, version, strict=True)
 
 
 def kustomize():
-    """The real program's command line, if there is one that knows components."""
+    """The real program's command line, if one is installed that supports components."""
     if shutil.which("kustomize"):
         return ["kustomize", "build"]
     if shutil.which("kubectl"):
@@ -90,13 +90,13 @@ def test_the_real_kustomize_renders_the_same(overlay):
     if command is None:
         pytest.skip("neither kustomize nor a kubectl with Kustomize 5 is installed")
     folder = KUBERNETES / "overlays" / overlay
-    done = subprocess.run([*command, folder], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    finished = subprocess.run([*command, folder], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
 
     def ordered(objects):
-        return sorted(objects, key=lambda one: one["kind"])
+        return sorted(objects, key=lambda manifest: manifest["kind"])
 
-    assert ordered(yaml.safe_load_all(done.stdout)) == ordered(render(folder))
+    assert ordered(yaml.safe_load_all(finished.stdout)) == ordered(render(folder))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -105,19 +105,19 @@ def test_kubernetes_takes_every_object(objects, version):
         "ConfigMap", "Deployment", "HorizontalPodAutoscaler", "Namespace", "NetworkPolicy", "PodDisruptionBudget",
         "PrometheusRule", "Service", "ServiceMonitor",
     }  # fmt: skip
-    for one in objects.values():
-        check(one, version)
-        assert one["kind"] == "Namespace" or one["metadata"]["namespace"] == "vitrine"
+    for manifest in objects.values():
+        check(manifest, version)
+        assert manifest["kind"] == "Namespace" or manifest["metadata"]["namespace"] == "vitrine"
 
 
 @pytest.mark.parametrize(("component", "version"), [("keda", VERSIONS[0]), ("bundle-image", IMAGE_VOLUMES)])
 def test_kubernetes_takes_the_other_components(make, component, version):
-    for one in make(component):
-        check(one, version)
+    for manifest in make(component):
+        check(manifest, version)
 
 
 def test_a_bundle_from_an_image_takes_the_place_of_the_claim(make):
-    (deployment,) = (one for one in make("bundle-image") if one["kind"] == "Deployment")
+    (deployment,) = (manifest for manifest in make("bundle-image") if manifest["kind"] == "Deployment")
     (bundles,) = (v for v in deployment["spec"]["template"]["spec"]["volumes"] if v["name"] == "bundles")
     assert set(bundles) == {"name", "image"}
 
@@ -126,8 +126,8 @@ def test_the_examples_fit_and_the_secret_has_no_value(pod):
     secret, claim = (
         yaml.safe_load((KUBERNETES / "examples" / name).read_text()) for name in ("secret.yaml", "bundle.yaml")
     )
-    for one in (secret, claim):
-        check(one, VERSIONS[0])
+    for manifest in (secret, claim):
+        check(manifest, VERSIONS[0])
     assert not any(secret["stringData"].values())
     assert "data" not in secret
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
@@ -148,9 +148,9 @@ def test_every_setting_is_one_of_the_service_and_has_a_value_that_it_takes(objec
 
 
 def test_no_other_variable_looks_like_a_setting(pod, container):
-    """Unknown ones stop the start, and Kubernetes would make some for a Service that is named vitrine."""
+    """Unknown settings prevent the start, and Kubernetes would create some for a Service named vitrine."""
     assert pod["enableServiceLinks"] is False
-    assert not [one["name"] for one in container["env"] if one["name"].startswith(PREFIX)]
+    assert not [variable["name"] for variable in container["env"] if variable["name"].startswith(PREFIX)]
     assert container["envFrom"] == [{"configMapRef": {"name": "vitrine-settings"}}]
 
 
@@ -164,7 +164,7 @@ def test_what_the_settings_name_is_mounted(objects, pod, container):
     assert "secret" in volumes[mounts[str(keys.parent)]["name"]]
     secret = yaml.safe_load((KUBERNETES / "examples" / "secret.yaml").read_text())
     assert keys.name in secret["stringData"]
-    environment = {one["name"]: one["value"] for one in container["env"]}
+    environment = {variable["name"]: variable["value"] for variable in container["env"]}
     for path in (environment["BENTOML_HOME"], environment["HOME"], "/tmp"):
         assert "emptyDir" in volumes[mounts[path]["name"]]
 
@@ -173,12 +173,12 @@ def test_the_overlays_differ_in_what_computes(overlay, objects, pod, container):
     gpu = overlay == "gpu"
     assert objects["ConfigMap"]["data"]["VITRINE_PROVIDER"] == ("cuda" if gpu else "cpu")
     assert ("nvidia.com/gpu" in container["resources"]["limits"]) == gpu
-    assert any(one["key"] == "nvidia.com/gpu" for one in pod.get("tolerations", [])) == gpu
+    assert any(toleration["key"] == "nvidia.com/gpu" for toleration in pod.get("tolerations", [])) == gpu
     assert container["image"].partition(":")[2] == overlay
 
 
 def test_the_image_starts_as_the_pod_says(pod, container):
-    """The pod gives arguments to the image's entry point, and runs as the image's user, to whom its files are open."""
+    """The pod gives arguments to the image's entry point, and runs as the image's user, who can read its files."""
     dockerfile = (DEPLOY / "Dockerfile").read_text()
     context = pod["securityContext"]
     assert 'ENTRYPOINT ["vitrine"]' in dockerfile
@@ -188,7 +188,7 @@ def test_the_image_starts_as_the_pod_says(pod, container):
     assert container["image"].partition(":")[2] in re.findall(r"^FROM \S+ AS (\S+)", dockerfile, re.MULTILINE)
 
 
-# Life and death
+# Lifecycle
 
 
 def test_probes_leave_time_for_a_bundle_to_load(container):
@@ -216,7 +216,7 @@ def test_a_replica_stays_while_nodes_are_emptied_and_versions_rolled_out(objects
     assert update["maxSurge"] + update["maxUnavailable"] == 1
 
 
-# What it may do
+# Permissions
 
 
 def test_the_pod_may_do_nothing_but_compute(pod, container):
@@ -270,7 +270,7 @@ def test_everything_points_at_the_pods(objects, pod):
 
 
 def test_the_operator_scrapes_as_prometheus_yml_does(objects):
-    """Its own label `endpoint` must not take the place of ours, and the job has the name that the rules ask for."""
+    """Its own label `endpoint` must not replace ours, and the job must have the name that the rules use."""
     (endpoint,) = objects["ServiceMonitor"]["spec"]["endpoints"]
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     (scrape,) = config["scrape_configs"]
@@ -285,7 +285,7 @@ def test_the_two_autoscalers_want_the_same(overlay, objects, tmp_path):
     folder = shutil.copytree(KUBERNETES, tmp_path / "kubernetes") / "overlays" / overlay
     kustomization = folder / "kustomization.yaml"
     kustomization.write_text(kustomization.read_text().replace("- ../../components/hpa ", "- ../../components/keda "))
-    rendered = {one["kind"]: one for one in render(folder)}
+    rendered = {manifest["kind"]: manifest for manifest in render(folder)}
     assert "HorizontalPodAutoscaler" not in rendered, "two would pull at one Deployment"
     scaled = rendered["ScaledObject"]["spec"]
     hpa = objects["HorizontalPodAutoscaler"]["spec"]

@@ -1,4 +1,4 @@
-"""Recording and alerting rules: valid, tested to fire and to be silent, and one set of them in both places."""
+"""Recording and alerting rules: valid, tested to fire and to stay silent, and the same in both places."""
 
 import re
 import subprocess
@@ -35,24 +35,24 @@ def alerts(rules):
     [("check", "rules", "--lint=all", "--lint-fatal", RULES), ("check", "config", RULES.with_name("prometheus.yml"))],
 )
 def test_prometheus_takes_the_files(find_program, arguments):
-    done = subprocess.run([find_program("promtool"), *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    finished = subprocess.run([find_program("promtool"), *arguments], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
 def test_every_alert_fires_when_it_must_and_is_silent_when_it_must(find_program):
-    done = subprocess.run([find_program("promtool"), "test", "rules", TESTS], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    finished = subprocess.run([find_program("promtool"), "test", "rules", TESTS], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
 def test_no_alert_is_left_out_of_the_tests(alerts):
-    fired, asked = set(), False
+    fired, silence_tested = set(), False
     for test in yaml.safe_load(TESTS.read_text())["tests"]:
         for check in test["promql_expr_test"]:
-            asked |= check["expr"] == 'ALERTS{alertstate="firing"}' and check["exp_samples"] == []
+            silence_tested |= check["expr"] == 'ALERTS{alertstate="firing"}' and check["exp_samples"] == []
             for sample in check["exp_samples"]:
                 fired |= set(re.findall('alertname="([^"]*)"', sample["labels"]))
     assert fired == set(alerts)
-    assert asked, "that nothing fires at all is asked too"
+    assert silence_tested, "that nothing fires at all is asked too"
 
 
 def test_every_alert_says_what_happened_and_what_to_do(alerts):
@@ -65,15 +65,15 @@ def test_every_alert_says_what_happened_and_what_to_do(alerts):
 
 
 def test_rules_and_autoscalers_name_series_that_the_service_has(rules):
-    """promtool cannot know this: a misspelt series is just one that is never there."""
-    known = {rule["record"] for rule in rules if "record" in rule} | series()
+    """promtool cannot check this: a misspelt series is simply one that never exists."""
+    existing = {rule["record"] for rule in rules if "record" in rule} | series()
     expressions = [rule["expr"] for rule in rules]
-    scaled = yaml.safe_load((COMPONENTS / "keda" / "scaledobject.yaml").read_text())
-    expressions += [trigger["metadata"]["query"] for trigger in scaled["spec"]["triggers"]]
-    balanced = yaml.safe_load((COMPONENTS / "hpa" / "horizontalpodautoscaler.yaml").read_text())
-    expressions += [metric["pods"]["metric"]["name"] for metric in balanced["spec"]["metrics"]]
+    keda = yaml.safe_load((COMPONENTS / "keda" / "scaledobject.yaml").read_text())
+    expressions += [trigger["metadata"]["query"] for trigger in keda["spec"]["triggers"]]
+    hpa = yaml.safe_load((COMPONENTS / "hpa" / "horizontalpodautoscaler.yaml").read_text())
+    expressions += [metric["pods"]["metric"]["name"] for metric in hpa["spec"]["metrics"]]
     for expression in expressions:
-        assert set(re.findall(r"\bvitrine[_:][\w:]*", expression)) <= known, expression
+        assert set(re.findall(r"\bvitrine[_:][\w:]*", expression)) <= existing, expression
 
 
 def series():

@@ -1,4 +1,4 @@
-"""The engine's benchmark runs and says what it measured. What it measures is no test's business."""
+"""The engine's benchmark runs and reports what it measured. The measured values are not tested."""
 
 import json
 import math
@@ -24,8 +24,8 @@ def test_engine_benchmark_writes_a_row_for_every_variant(tmp_path):
         (1, VARIANTS),
         (8, VARIANTS - {"torch", "hooks", "input x gradient", "integrated gradients"}),
     ):
-        found = [row for row in rows if row["batch"] == batch and "labels" not in row["variant"]]
-        assert {row["variant"] for row in found if row["variant"] != "memory"} == expected
+        rows_of_batch = [row for row in rows if row["batch"] == batch and "labels" not in row["variant"]]
+        assert {row["variant"] for row in rows_of_batch if row["variant"] != "memory"} == expected
     for row in rows:
         if row["variant"] != "memory":
             assert set(row) == {"variant", "shape", "features", "k", "batch", "median_ms", "ratio_to_plain"}

@@ -1,4 +1,4 @@
-"""The load test: what it offers, what it makes of the answers, and a short run of all of it."""
+"""The load test: the load that it offers, the figures that it computes from the answers, and a short run."""
 
 import csv
 import subprocess
@@ -76,9 +76,9 @@ def run(tmp_path, *options):
 
 
 def test_a_short_run_writes_rows_and_a_report(tmp_path):
-    done = run(tmp_path, "--rate", "30", "--mix", "mixed")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert "ms of processor time in the service, an answer" in done.stdout
+    finished = run(tmp_path, "--rate", "30", "--mix", "mixed")
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-3000:]
+    assert "ms of processor time in the service, an answer" in finished.stdout
     rows = read_rows(tmp_path / "rows.csv")
     assert {row.status for row in rows} == {200}
     assert {row.offered for row in rows} == {6}
@@ -92,11 +92,11 @@ def test_a_short_run_writes_rows_and_a_report(tmp_path):
 
 
 def test_a_missed_threshold_is_the_exit_code(tmp_path):
-    done = run(tmp_path, "--rate", "20", "--max-p99", "0.001")
-    assert done.returncode == 1
-    assert "missed: p99" in done.stderr
+    finished = run(tmp_path, "--rate", "20", "--max-p99", "0.001")
+    assert finished.returncode == 1
+    assert "missed: p99" in finished.stderr
 
 
 def test_a_service_that_is_not_there_is_a_failure(tmp_path):
-    done = run(tmp_path, "--url", "http://127.0.0.1:9")
-    assert done.returncode == 1
+    finished = run(tmp_path, "--url", "http://127.0.0.1:9")
+    assert finished.returncode == 1

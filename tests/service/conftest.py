@@ -1,4 +1,4 @@
-"""Real server processes on the tiny bundle, the engine alone, and image files made on the spot."""
+"""Real server processes on the tiny bundle, the engine alone, and generated image files."""
 
 import base64
 import io
@@ -22,12 +22,12 @@ from vitrine.service.engine.engine import Engine
 from vitrine.service.operations.settings import Settings
 from vitrine.service.processes import workers
 
-START_SECONDS = 60  # a bound, not an expectation: it starts in about 5
+START_SECONDS = 60  # an upper bound; it starts in about 5
 
 
 @pytest.fixture(scope="session")
 def light_python():
-    """The interpreter that the service runs in: one without torch when VITRINE_LIGHT_PYTHON names it."""
+    """The interpreter that runs the service: one without torch when VITRINE_LIGHT_PYTHON names it."""
     return os.environ.get("VITRINE_LIGHT_PYTHON", sys.executable)
 
 
@@ -43,14 +43,14 @@ def run_python(light_python):
 
 
 def _environment(**more):
-    """This process's, without its own settings of Vitrine."""
+    """The environment of this process without its own VITRINE_ settings."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("VITRINE_")}
     inherited.pop("PROMETHEUS_MULTIPROC_DIR", None)
     return inherited | {"BENTOML_DO_NOT_TRACK": "True"} | {k: str(v) for k, v in more.items()}
 
 
 class Server:
-    """A running `bentoml serve`. Every request has a connection of its own, so that no test feels another's."""
+    """A running `bentoml serve`. Each request uses its own connection, so that tests do not affect each other."""
 
     def __init__(self, port, process, log):
         self.port, self.process, self.log = port, process, log
@@ -70,7 +70,7 @@ class Server:
         return self.post_text(json.dumps({"image_base64": base64.b64encode(image).decode(), **fields}), path)
 
     def post_text(self, text, path="/v1/attribute"):
-        """Any text, said to be JSON."""
+        """Any text, sent as JSON."""
         return self.http.post(path, content=text, headers={"content-type": "application/json"})
 
     def attribute(self, image, **request):
@@ -92,8 +92,8 @@ class Server:
 
     @property
     def workers(self):
-        """The processes that answer."""
-        return workers.of(self.process.pid)
+        """The worker processes."""
+        return workers.worker_processes(self.process.pid)
 
     def stop(self):
         self.http.close()
@@ -110,7 +110,7 @@ class Server:
 def start_server(light_python, tmp_path_factory):
     """start_server(**environment) -> context manager of a `Server`, ready, by `vitrine serve`.
 
-    command: what to start instead; python: what with. Its own BENTOML_HOME keeps its metrics apart from others'.
+    command: the command to start instead; python: its interpreter. A separate BENTOML_HOME keeps the metrics apart.
     """
 
     @contextmanager
@@ -138,7 +138,7 @@ def start_server(light_python, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(carded, start_server, tmp_path_factory):
-    """A `bentoml serve` on the tiny bundle, with cards, shared by all tests."""
+    """A `bentoml serve` on the tiny bundle with cards, shared by all tests."""
     label_sets = tmp_path_factory.mktemp("label-sets")
     (label_sets / "pets.json").write_text('{"labels": ["cat", "dog"], "templates": ["a photo of my {}"]}')
     command = ("-m", "bentoml", "serve", "vitrine.service.app:Vitrine")
@@ -176,7 +176,7 @@ def engine(bundle, settings):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """An event that every inference waits for; set until a test clears it."""
+    """An event that every inference waits for; it is set until a test clears it."""
     explain, gate = Engine.explain, threading.Event()
     gate.set()
     monkeypatch.setattr(Engine, "explain", lambda self, *batch: gate.wait(30) and explain(self, *batch))
@@ -186,7 +186,7 @@ def gate(monkeypatch):
 
 @pytest.fixture(scope="session")
 def draw():
-    """draw(mode="RGB", size=(50, 40), seed=0) -> a picture with structure in it: noise over a gradient."""
+    """draw(mode="RGB", size=(50, 40), seed=0) -> a picture with structure: noise over a gradient."""
 
     def make(mode="RGB", size=(50, 40), seed=0):
         width, height = size
@@ -221,7 +221,7 @@ def picture(draw, encode):
 
 @pytest.fixture
 def refused(server, picture):
-    """refused(response, status, code): it is, in the envelope, and a normal request afterwards is answered."""
+    """refused(response, status, code) checks the status and the error envelope, and that a normal request succeeds."""
 
     def check(response, status, code):
         assert response.status_code == status, response.text[:500]

@@ -1,4 +1,4 @@
-"""The service and the command run without torch: by not importing it, and where it is not installed."""
+"""The service and the command run without torch: they do not import it and work where it is not installed."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Images and a tower whose numbers say where they come from."""
+"""Images and a tower whose values show where they come from."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from vitrine.training.data.images import Images
 
 
 class Numbers:
-    """A source whose image number i is red i, and of class 10 i."""
+    """A source whose image number i has the red value i and the class 10 i."""
 
     title, classes = "numbers", ("none",)
 

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, and say what they are."""
+"""Checkpoints are complete or absent, and describe themselves."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 
 from vitrine.models.bundle.manifest import Metrics
 from vitrine.training.checkpoint import (
-    KEPT,
+    CHECKPOINTS_KEPT,
     CheckpointError,
     CheckpointMeta,
     checkpoints,
@@ -59,11 +59,11 @@ def test_round_trip(save, meta, clt):
 def test_only_the_newest_are_kept_in_the_order_of_steps(save, tmp_path):
     for step in (2, 9, 10, 100, 99_999):
         save(step)
-    found = checkpoints(tmp_path)
-    assert [read_meta(checkpoint).step for checkpoint in found] == [100, 99_999]
-    assert len(found) == KEPT
-    assert latest(tmp_path) == found[-1]
-    assert latest(found[0]) == found[0]
+    kept = checkpoints(tmp_path)
+    assert [read_meta(checkpoint).step for checkpoint in kept] == [100, 99_999]
+    assert len(kept) == CHECKPOINTS_KEPT
+    assert latest(tmp_path) == kept[-1]
+    assert latest(kept[0]) == kept[0]
 
 
 def test_what_is_known_later_is_added(save, tmp_path, meta):
@@ -93,7 +93,7 @@ def test_half_written_checkpoint_is_ignored_and_replaced(save, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["empty", "missing"])
-def test_no_checkpoint_is_told(tmp_path, name):
+def test_missing_checkpoint_is_reported(tmp_path, name):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=f"no checkpoint in {tmp_path / name}"):
         latest(tmp_path / name)
@@ -107,7 +107,7 @@ def test_other_format_is_refused(save):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 2}'])
-def test_meta_that_is_none_is_refused(save, content):
+def test_invalid_meta_is_refused(save, content):
     checkpoint = save(7)
     (checkpoint / "checkpoint.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"checkpoint.json is not one of Vitrine's"):

@@ -1,12 +1,14 @@
 """Feature cards (`vitrine cards`): what every feature of a CLT fires on.
 
-    vocabulary    words that a feature may be labelled with, and their embeddings
-    survey        the one pass over the images: counts, exemplars, codes; bounded memory, taken up after an interruption
-    labels        words for features, and when to give none
-    quality       whether a label tells the images on which its feature fires, on held-out ones
+    vocabulary    candidate words for labels, and their embeddings
+    survey        a single pass over the images: counts, exemplars, codes; bounded memory, resumable
+    labels        choosing words for features, or abstaining
+    quality       whether a label predicts on which held-out images its feature fires
     coactivity    features that fire together
-    pictures      what the model saw, as small pictures
-    build         all of it: a checkpoint, its bundle and its data to a bundle with cards
+    pictures      small pictures of the model's inputs
+    build         the whole pipeline: from a checkpoint, its bundle and its data to a bundle with cards
 
-Tables: `models.bundle.cards`. L layers, F features a layer, B images of a batch, T tokens, P patches, D embedding size.
+Tables: `models.bundle.cards`.
+
+L layers, F features per layer, B images of a batch, T tokens, P patches, D embedding size.
 """

@@ -1,7 +1,7 @@
-"""From a checkpoint, the bundle exported of it, and its data to the same bundle with cards: `vitrine cards`.
+"""Adds cards to a bundle, from its checkpoint and data: `vitrine cards`.
 
-The exemplars come from the recipe's train images. Its val images are the held-out ones: every other one calibrates the
-thresholds of labels, the rest measures the labels that were given.
+The exemplars come from the recipe's train images. Its val images are the held-out images: every other one calibrates
+the label thresholds, the rest measure the quality of the labels.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from vitrine.training.data.sources import open_images
 from vitrine.training.evaluation.evaluate import open_checkpoint
 
 STATE = "survey.safetensors"
-Order = tuple[Images, list[int]]  # a source and which of its images, in which order
+Order = tuple[Images, list[int]]  # a source and the indices of its images, in order
 
 
 class CardsBuildError(VitrineError, ValueError):
-    """Cards cannot be made of these; the message says why."""
+    """Cards cannot be built from these inputs; the message says why."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a survey is made of, and how much of it is shown."""
+    """The size of a survey, and what cards show of it."""
 
-    images: int = 15_000  # that exemplars are chosen from
+    images: int = 15_000  # from which exemplars are chosen
     held_out: int = 5_000
-    exemplars: int = 16  # a feature, for its label
-    shown: int = 8  # of them in its card
-    codes: int = 10_000  # images that coactivity is counted on
+    exemplars: int = 16  # per feature, for its label
+    shown: int = 8  # exemplars in a card
+    codes: int = 10_000  # images on which coactivity is counted
     references: int = 2_000  # images for retrieval
-    coactive: int = 5  # features a card names
+    coactive: int = 5  # coactive features in a card
     vocabulary: tuple[str, ...] = NAMED
     pictures: Pictures = "thumbnails"
     seed: int = 0
@@ -60,9 +60,9 @@ class Options:
 def build_cards(
     clip: Clip, checkpoint: Path, bundle: Bundle, data_root: Path, out: Path, options: Options, console: Console
 ) -> Bundle:
-    """Write `bundle` with cards to `out`, which must not exist; what an interrupted call left beside it is taken up.
+    """Write `bundle` with cards to `out`, which must not exist; an interrupted call is resumed from files beside it.
 
-    Raises `CardsBuildError` if the bundle was not exported from the checkpoint or `out` is there; `DataError` and
+    Raises `CardsBuildError` if the bundle was not exported from the checkpoint or `out` exists; `DataError` and
     `VocabularyError`.
     """
     if out.exists():
@@ -72,8 +72,8 @@ def build_cards(
     words = read_vocabulary(options.vocabulary, bundle.manifest.text.labels)
     section, transform = meta.recipe.data, clip.transform()
     orders = [
-        _sample(open_images(source, data_root, transform, section.max_broken), wanted, options.seed)
-        for source, wanted in ((section.train, options.images), (section.val, options.held_out))
+        _sample(open_images(source, data_root, transform, section.max_broken), count, options.seed)
+        for source, count in ((section.train, options.images), (section.val, options.held_out))
     ]
     work = out.with_name(f"{out.name}.partial")
     work.mkdir(parents=True, exist_ok=True)
@@ -81,30 +81,30 @@ def build_cards(
     with _progress(console) as progress:
         survey, album = _survey(clip, clt, bundle, orders, work, options, _key(checkpoint, orders, options), progress)
         embeddings = embed(clip, words, bundle.manifest.text.templates, progress)
-        described = describe_features(survey, bundle, embeddings, options.seed)
+        descriptions = describe_features(survey, bundle, embeddings, options.seed)
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(bundle.path, target, ignore=shutil.ignore_patterns("cards"))
         (target / "cards").mkdir()
         means, thumbnails = (album if options.pictures == kind else None for kind in ("means", "thumbnails"))
-        shown = write_features(target, survey, described, words, means, options.shown, options.coactive, progress)
+        shown = write_features(target, survey, descriptions, words, means, options.shown, options.coactive, progress)
         references = min(options.references, len(survey.code_indices))
         train, order = orders[0]
-        names = [_name(train, place, data_root) for place in order]
+        names = [_name(train, index, data_root) for index in order]
         write_images(target, survey, names, train.classes, shown, references, thumbnails)
     summary = CardsSummary(
         data=section.name,
         images=survey.exemplar_images,
         vocabulary=len(words),
-        features_cls=int((described.reading == CLS).sum()),
-        thresholds={"cls": _finite(described.thresholds[CLS]), "patches": _finite(described.thresholds[PATCHES])},
-        quality=described.quality,
+        features_cls=int((descriptions.reading == CLS).sum()),
+        thresholds={"cls": _finite(descriptions.thresholds[CLS]), "patches": _finite(descriptions.thresholds[PATCHES])},
+        quality=descriptions.quality,
         pictures=options.pictures,
         references=references,
     )
-    made = seal(target, bundle.manifest.model_copy(update={"cards": summary}))
+    sealed = seal(target, bundle.manifest.model_copy(update={"cards": summary}))
     target.rename(out)
     shutil.rmtree(work)
-    return Bundle(out, made.manifest, made.digest)
+    return Bundle(out, sealed.manifest, sealed.digest)
 
 
 def _finite(thresholds: Thresholds) -> dict[str, float] | None:
@@ -112,14 +112,14 @@ def _finite(thresholds: Thresholds) -> dict[str, float] | None:
 
 
 def _check_origin(clip: Clip, clt: CrossLayerTranscoder, bundle: Bundle) -> None:
-    """Raise `CardsBuildError` unless the bundle holds this CLIP and this CLT."""
-    kept, made = torch.from_numpy(np.array(bundle.directions)), clt.directions()
-    if bundle.manifest.clip.sha256 != clip.sha256 or not torch.equal(made.to(kept.dtype), kept):
+    """Raise `CardsBuildError` unless the bundle contains this CLIP and this CLT."""
+    stored, directions = torch.from_numpy(np.array(bundle.directions)), clt.directions()
+    if bundle.manifest.clip.sha256 != clip.sha256 or not torch.equal(directions.to(stored.dtype), stored):
         raise CardsBuildError(f"{bundle.path} was not exported from this checkpoint: its CLIP or its CLT is another")
 
 
-def _sample(data: Images, wanted: int, seed: int) -> Order:
-    return data, np.random.default_rng(seed).permutation(len(data))[:wanted].tolist()
+def _sample(data: Images, count: int, seed: int) -> Order:
+    return data, np.random.default_rng(seed).permutation(len(data))[:count].tolist()
 
 
 def _survey(
@@ -132,7 +132,7 @@ def _survey(
     key: str,
     progress: Progress,
 ) -> tuple[Survey, Album | None]:
-    """The finished survey, from where an earlier call was interrupted; pictures of its exemplar images."""
+    """The finished survey, resumed if an earlier call was interrupted; pictures of its exemplar images."""
     images, held_out = (len(order) for _, order in orders)
     device = next(clip.tower.parameters()).device
     clt.to(device)
@@ -148,22 +148,22 @@ def _survey(
             album.add(int(survey.seen), pixels)
         survey.add(clip.tower, clt, pixels.to(device), classes)
         progress.advance(task, len(pixels))
-        saver.maybe()
-    saver.now()
+        saver.save_if_due()
+    saver.save()
     return survey, album
 
 
 def _key(checkpoint: Path, orders: list[Order], options: Options) -> str:
-    """What a survey depends on: of another one nothing is taken up."""
-    kept = {name: asdict(options)[name] for name in ("exemplars", "codes", "pictures", "seed")}
+    """Everything a survey depends on: only a survey with the same key is resumed."""
+    settings = {name: asdict(options)[name] for name in ("exemplars", "codes", "pictures", "seed")}
     sources = [[data.title, len(data), len(order)] for data, order in orders]
-    return json.dumps([file_sha256(checkpoint / "clt.safetensors"), sources, kept], sort_keys=True)
+    return json.dumps([file_sha256(checkpoint / "clt.safetensors"), sources, settings], sort_keys=True)
 
 
-def _name(data: Images, place: int, data_root: Path) -> str:
-    """An image's name for people, without the folders of this machine."""
-    while (name := data.name(place)) in data.broken:  # the next readable one stood in for it
-        place = (place + 1) % len(data)
+def _name(data: Images, index: int, data_root: Path) -> str:
+    """An image's human-readable name, relative to the data root."""
+    while (name := data.name(index)) in data.broken:  # it was replaced by the next readable image
+        index = (index + 1) % len(data)
     path = Path(name)
     return path.relative_to(data_root).as_posix() if path.is_relative_to(data_root) else name
 

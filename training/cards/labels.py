@@ -1,15 +1,15 @@
-"""Words for features, and when to give none.
+"""Choosing words for features, or abstaining.
 
-A feature's exemplars are images; their mean embedding, weighted by activation, is compared with every word, images and
-words each about their mean. What is said of the best word:
+A feature's exemplars are images; their mean embedding, weighted by activation, is compared with every word, with the
+mean of the images and of the words subtracted. Each best word gets:
 
-    score    mean cosine of an exemplar and the word     margin   to the runner-up
-    clarity  mean cosine of two exemplars: do they show the same thing?
+    score    mean cosine of an exemplar and the word     margin   to the second-best word
+    clarity  mean cosine of two exemplars: whether they show the same thing
 
-(The cosine of the *mean* and the word would be near 1 for any few images, in the few dimensions that images differ in.)
+(The cosine of the *mean* and the word would be near 1 for any few images, because images differ in few dimensions.)
 Any set of images has a best word, so a label is given only above three thresholds. They are the lowest for which, on
-held-out images, at least `PRECISION` of the labels tell when their feature fires (`training.cards.quality`), and never
-below what sets of random images reach.
+held-out images, at least `PRECISION` of the labels predict when their feature fires (`training.cards.quality`), and are
+never below the values of random sets of images.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from torch import Tensor
 from vitrine.training.cards.quality import GOOD
 
 PRECISION = 0.85
-LEAST_LABELS = 20  # whose precision is measured, for it to mean anything
+MIN_LABELS = 20  # minimum number of labels for their precision to be meaningful
 RANDOM_SETS, RANDOM_QUANTILE = 10_000, 0.999
-_LEVELS = np.linspace(0, 0.9, 10)  # of features, at whose quantiles thresholds are tried
+_LEVELS = np.linspace(0, 0.9, 10)  # quantiles over features that are tried as thresholds
 
 
 class Labels(NamedTuple):
     """The best word of each of n features."""
 
-    word: NDArray[np.int64]  # [n] its place in the vocabulary
+    word: NDArray[np.int64]  # [n] index into the vocabulary
     score: NDArray[np.float64]
     margin: NDArray[np.float64]
     clarity: NDArray[np.float64]
 
 
 class Written(NamedTuple):
-    """The word that each of n directions adds most to."""
+    """The word that each of n directions writes most strongly."""
 
     word: NDArray[np.int64]  # [n]
     score: NDArray[np.float64]
@@ -49,85 +49,85 @@ class Written(NamedTuple):
 
 
 class Thresholds(NamedTuple):
-    """What a label must reach. infinity: no label is given."""
+    """Minimum values for a label. Infinity: no label is given."""
 
     score: float
     clarity: float
     margin: float
 
     def passed(self, labels: Labels) -> NDArray[np.bool_]:
-        """[n]"""
+        """Which labels reach the thresholds [n]."""
         return (
             (labels.score >= self.score) & (labels.clarity >= self.clarity) & (labels.margin >= self.margin)
-        )  # nan passes nothing
+        )  # nan never passes
 
 
 def describe(embeddings: Tensor, exemplars: Tensor, weights: Tensor, words: Tensor) -> Labels:
-    """The best words.
+    """The best word of each feature.
 
     Args:
-        embeddings: of all images, about their mean, then of length 1 [N, D].
-        exemplars: places among them [n, K].
-        weights: of each, 0 or more [n, K]; fewer than two above 0: everything is nan.
-        words: `training.cards.vocabulary.embed` [V, D].
+        embeddings: of all images, centred, then normalised to length 1 [N, D].
+        exemplars: indices into them [n, K].
+        weights: of the exemplars, non-negative [n, K]; with fewer than two above 0 all figures are nan.
+        words: embeddings from `training.cards.vocabulary.embed` [V, D].
     """
-    chosen = embeddings[exemplars]  # [n, K, D]
-    used = (weights > 0).to(chosen.dtype)
-    mean = (weights[..., None] * chosen).sum(1) / weights.sum(1, keepdim=True).clamp_min(1e-9)
-    (best, second), places = _two(mean @ words.T)
+    selected = embeddings[exemplars]  # [n, K, D]
+    used = (weights > 0).to(selected.dtype)
+    mean = (weights[..., None] * selected).sum(1) / weights.sum(1, keepdim=True).clamp_min(1e-9)
+    (best, second), indices = _top_two(mean @ words.T)
     count = used.sum(1)
-    together = (used[..., None] * chosen).sum(1).square().sum(-1)
-    clarity = (together - count) / (count * (count - 1))  # of unit vectors: the diagonal taken out
+    pairwise = (used[..., None] * selected).sum(1).square().sum(-1)
+    clarity = (pairwise - count) / (count * (count - 1))  # of unit vectors: without the diagonal
     enough = count >= 2
-    found = (torch.where(enough, part, torch.nan).double().numpy() for part in (best, best - second, clarity))
-    return Labels(places.numpy(), *found)
+    figures = (torch.where(enough, part, torch.nan).double().numpy() for part in (best, best - second, clarity))
+    return Labels(indices.numpy(), *figures)
 
 
 def written(folded: Tensor, words: Tensor) -> Written:
-    """What directions folded into embedding space [n, D] write: words [V, D] are about their mean, so that adding the
-    same to all of them counts for nothing."""
-    (best, second), places = _two(F.normalize(folded, dim=-1) @ words.T)
-    return Written(places.numpy(), best.double().numpy(), (best - second).double().numpy())
+    """The words that directions folded into embedding space [n, D] write. Words [V, D] are centred, so that a component
+    common to all of them has no effect."""
+    (best, second), indices = _top_two(F.normalize(folded, dim=-1) @ words.T)
+    return Written(indices.numpy(), best.double().numpy(), (best - second).double().numpy())
 
 
 def random_floor(embeddings: Tensor, weights: Tensor, words: Tensor, seed: int) -> Thresholds:
-    """What `RANDOM_QUANTILE` of sets of random images stay below, in score and in clarity; weights [n, K]: of features
-    that have exemplars, which the sets borrow. The margin has no floor: near words share one honestly."""
+    """The `RANDOM_QUANTILE` quantile of score and clarity over random sets of images. The sets reuse weights [n, K] of
+    features with exemplars. The margin has no floor: similar words legitimately have a small margin."""
     if not len(weights):
         return Thresholds(np.inf, np.inf, 0.0)
     generator = torch.Generator().manual_seed(seed)
-    borrowed = weights[torch.randint(len(weights), (RANDOM_SETS,), generator=generator)]
-    sets = torch.randint(len(embeddings), borrowed.shape, generator=generator)
-    found = describe(embeddings, sets, borrowed, words)
-    score, clarity = (float(np.nanquantile(part, RANDOM_QUANTILE)) for part in (found.score, found.clarity))
+    sampled = weights[torch.randint(len(weights), (RANDOM_SETS,), generator=generator)]
+    sets = torch.randint(len(embeddings), sampled.shape, generator=generator)
+    labels = describe(embeddings, sets, sampled, words)
+    score, clarity = (float(np.nanquantile(part, RANDOM_QUANTILE)) for part in (labels.score, labels.clarity))
     return Thresholds(score, clarity, 0.0)
 
 
 def written_floor(fold: Tensor, words: Tensor, seed: int) -> float:
-    """The score that `RANDOM_QUANTILE` of random directions in the residual stream stay below; fold [d, D]."""
+    """The `RANDOM_QUANTILE` quantile of the score over random directions in the residual stream; fold [d, D]."""
     directions = torch.randn(RANDOM_SETS, len(fold), generator=torch.Generator().manual_seed(seed))
     return float(np.quantile(written(directions @ fold, words).score, RANDOM_QUANTILE))
 
 
 def calibrate(labels: Labels, aurocs: NDArray[np.float64], floor: Thresholds) -> Thresholds:
-    """The thresholds that label most features while `PRECISION` of the labels tell; aurocs [n], nan: not measured."""
+    """The thresholds that label most features with a precision of `PRECISION`; aurocs [n], nan: not measured."""
     measured = ~np.isnan(aurocs)
     good = measured & (aurocs >= GOOD)
-    tried = [
-        sorted({max(least, float(value)) for value in np.nanquantile(part, _LEVELS)}) if len(part) else [np.inf]
-        for part, least in zip((labels.score, labels.clarity, labels.margin), floor, strict=True)
+    candidates = [
+        sorted({max(minimum, float(value)) for value in np.nanquantile(part, _LEVELS)}) if len(part) else [np.inf]
+        for part, minimum in zip((labels.score, labels.clarity, labels.margin), floor, strict=True)
     ]
     best, most = Thresholds(np.inf, np.inf, np.inf), 0
-    for candidate in map(Thresholds._make, product(*tried)):
+    for candidate in map(Thresholds._make, product(*candidates)):
         passed = candidate.passed(labels)
-        known = int((passed & measured).sum())
+        measured_count = int((passed & measured).sum())
         count = int(passed.sum())
-        if count > most and known >= LEAST_LABELS and (passed & good).sum() >= PRECISION * known:
+        if count > most and measured_count >= MIN_LABELS and (passed & good).sum() >= PRECISION * measured_count:
             best, most = candidate, count
     return best
 
 
-def _two(similarity: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """((largest, second largest) of each row, place of the largest)."""
-    values, places = similarity.topk(2, dim=-1)
-    return (values[:, 0], values[:, 1]), places[:, 0]
+def _top_two(similarity: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """((largest, second largest) of each row, index of the largest)."""
+    values, indices = similarity.topk(2, dim=-1)
+    return (values[:, 0], values[:, 1]), indices[:, 0]

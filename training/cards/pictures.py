@@ -1,7 +1,7 @@
-"""Small pictures of what the model saw: as they were cropped and resized, so that masks lie where they belong.
+"""Small pictures of the model's inputs: after cropping and resizing, so that masks match them.
 
-They lie in a file while the survey runs, not in memory. Which of them come into the bundle is the user's choice, since
-data sets have licences: thumbnails of the images themselves, for each feature the mean of its exemplars, or nothing.
+During the survey they are stored in a file, not in memory. The user chooses what is put into the bundle, because data
+sets have licences: thumbnails of the images, the mean of each feature's exemplars, or nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ QUALITY = 45  # of WebP
 
 
 class Album:
-    """Small pictures by image number, uint8 [N, h, w, 3], in a file that outlives an interruption."""
+    """Small pictures by image number, uint8 [N, h, w, 3], in a file that persists across interruptions."""
 
     def __init__(self, file: Path, preprocessing: Preprocessing, count: int, kind: Pictures) -> None:
         height, width = preprocessing.size
@@ -39,9 +39,9 @@ class Album:
         self._pixels = np.lib.format.open_memmap(file, mode=mode, dtype=np.uint8, shape=shape)
 
     def add(self, start: int, pixels: Tensor) -> None:
-        """Normalised pixels [B, 3, H, W] of the images from number `start` on; those beyond the album are left out."""
-        shown = (pixels[: max(0, len(self._pixels) - start)].cpu() * self._std + self._mean).clamp(0, 1)
-        small = F.interpolate(shown, self.size, mode="area") if len(shown) else shown
+        """Add normalised pixels [B, 3, H, W] of images from number `start` on; those beyond the album are ignored."""
+        unnormalised = (pixels[: max(0, len(self._pixels) - start)].cpu() * self._std + self._mean).clamp(0, 1)
+        small = F.interpolate(unnormalised, self.size, mode="area") if len(unnormalised) else unnormalised
         self._pixels[start : start + len(small)] = (small * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
     def picture(self, image: int) -> bytes:
@@ -49,7 +49,7 @@ class Album:
         return _webp(self._pixels[image])
 
     def mean(self, images: NDArray[np.integer]) -> bytes:
-        """The mean of some images as WebP, each with the same weight: of many, none can be seen in it."""
+        """The unweighted mean of images as WebP: with many images, none of them is recognisable."""
         return _webp(self._pixels[images].mean(0).round().astype(np.uint8))
 
 

@@ -1,8 +1,8 @@
-"""The one pass over the images. Kept are counts, the strongest images of every feature, [CLS]'s codes and embeddings.
+"""The single pass over the images. It keeps counts, each feature's strongest images, and [CLS] codes and embeddings.
 
 Memory does not grow with the activations: for L * F features, K exemplars, P patches and N images it is about
-L F (2 * 256 * 4 + 2 K (2 P + 12)) + N (4 D + 6 L k) bytes, 0.6 GB for CLIP's B/32 with 6,144 features a layer. It is
-saved every few minutes, so that an interrupted survey goes on where it was.
+L F (2 * 256 * 4 + 2 K (2 P + 12)) + N (4 D + 6 L k) bytes, 0.6 GB for CLIP's B/32 with 6,144 features per layer. The
+survey is saved every few minutes, so that it can be resumed after an interruption.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.training.data.images import Images, load
 
-# Activations are counted in bins of equal ratio, fine enough for quantiles and histograms of any scale; those below
-# the first bin or above the last (2^8) are counted there.
-BINS_AN_OCTAVE, LEAST = 16, 2.0**-8
-LOG_BINS = 16 * BINS_AN_OCTAVE
+# Activations are counted in logarithmic bins, fine enough for quantiles and histograms at any scale; values below the
+# first bin or above the last (2^8) are counted in that bin.
+BINS_PER_OCTAVE, MIN_ACTIVATION = 16, 2.0**-8
+LOG_BINS = 16 * BINS_PER_OCTAVE
 CLS, PATCHES = 0, 1  # the two readings of a feature, see `models.bundle.cards`
 SAVE_EVERY_SECONDS = 120.0
 
 
 @dataclass
 class Survey:
-    """What was seen of the exemplar images (the first of the order) and of the held-out ones (the others).
+    """Statistics of the exemplar images (first in the order) and of the held-out images (the rest).
 
-    Args of `empty` say the sizes; R = 2 readings. Image numbers are places in the order of the survey.
+    `empty` sets the sizes; R = 2 readings. Image numbers are positions in the order of the survey.
     """
 
-    seen: Tensor  # [] images, exemplar and held-out
+    seen: Tensor  # [] number of images processed, exemplar and held-out
     fires: Tensor  # [R, L, F] int64: images with [CLS] active; active patches
     bins: Tensor  # [R, L, F, LOG_BINS] int32: exemplar images by |activation|
     values: Tensor  # [R, L, F, K] the largest activations by magnitude, signed; 0: none
-    images: Tensor  # [R, L, F, K] int32, where they were
+    images: Tensor  # [R, L, F, K] int32, image numbers of these; -1: none
     masks: Tensor  # [R, L, F, K, P] float16: |activation| on that image's patches
     embeddings: Tensor  # [N + H, D] unit
-    classes: Tensor  # [N + H] int32 class indices of their source
+    classes: Tensor  # [N + H] int32, class indices of the image's source
     code_indices: Tensor  # [C, L, k] int32, at [CLS] of the first C images
     code_values: Tensor  # [C, L, k] float16
     held_out: Tensor  # [H, R, L, ceil(F / 8)] uint8: bit f % 8 of byte f // 8 says whether feature f fires
@@ -54,7 +54,7 @@ class Survey:
     def empty(
         cls, tower: Tower, clt: CrossLayerTranscoder, images: int, held_out: int, exemplars: int, codes: int
     ) -> Survey:
-        """For so many images, exemplars a feature and codes that are kept."""
+        """An empty survey for these numbers of images, exemplars per feature and stored codes."""
         layers, features, patches = clt.layers, clt.features, tower.tokens - 1
         k = max(int(encoder.sparsifier.inference_places()) for encoder in clt.encoders)
         codes = min(codes, images)
@@ -74,13 +74,13 @@ class Survey:
 
     @property
     def exemplar_images(self) -> int:
-        """How many of the images exemplars are chosen from."""
+        """The number of images from which exemplars are chosen."""
         return len(self.embeddings) - len(self.held_out)
 
     @torch.no_grad()
     def add(self, tower: Tower, clt: CrossLayerTranscoder, pixels: Tensor, classes: Tensor) -> None:
-        """The next images, normalised pixels [B, 3, H, W] where the tower and the CLT lie, and class indices [B]: all
-        of them exemplar images, or all held out."""
+        """Add the next images: normalised pixels [B, 3, H, W] on the device of tower and CLT, and class indices [B].
+        A batch contains either exemplar images or held-out images, not both."""
         taps = tower(pixels)
         start, count = int(self.seen), len(pixels)
         held_out = start >= self.exemplar_images
@@ -101,14 +101,14 @@ class Survey:
         self.seen += count
 
     def _hold_out(self, layer: int, start: int, dense: Tensor) -> None:
-        """Which features fire in each of these images: dense activations [B, T, F]."""
+        """Record which features fire in each held-out image, from dense activations [B, T, F]."""
         fires = torch.stack([dense[:, 0] != 0, (dense[:, 1:] != 0).any(1)], dim=1).cpu()  # [B, R, F]
         padded = F.pad(fires, (0, -fires.shape[-1] % 8)).unflatten(-1, (-1, 8))
         weights = 1 << torch.arange(8)
         self.held_out[start : start + len(dense), :, layer] = (padded * weights).sum(-1).to(torch.uint8)
 
     def _collect(self, layer: int, start: int, dense: Tensor) -> None:
-        """Counts and exemplars, from dense activations [B, T, F]."""
+        """Update counts and exemplars, from dense activations [B, T, F]."""
         patches = dense[:, 1:]
         strongest = patches.gather(1, patches.abs().argmax(1, keepdim=True))[:, 0]
         self.fires[CLS, layer] += (dense[:, 0] != 0).sum(0).cpu()
@@ -120,52 +120,54 @@ class Survey:
 
     @staticmethod
     def _count(bins: Tensor, magnitudes: Tensor) -> None:
-        """Add magnitudes [B, F] to bins [F, LOG_BINS]; zeros do not count."""
+        """Add magnitudes [B, F] to bins [F, LOG_BINS]; zeros are not counted."""
         image, feature = magnitudes.nonzero(as_tuple=True)
-        place = ((magnitudes[image, feature] / LEAST).log2() * BINS_AN_OCTAVE).floor().clamp(0, LOG_BINS - 1)
-        ones = torch.ones(len(place), dtype=bins.dtype)
-        bins.view(-1).scatter_add_(0, feature * LOG_BINS + place.long(), ones)
+        bin_index = (
+            ((magnitudes[image, feature] / MIN_ACTIVATION).log2() * BINS_PER_OCTAVE).floor().clamp(0, LOG_BINS - 1)
+        )
+        ones = torch.ones(len(bin_index), dtype=bins.dtype)
+        bins.view(-1).scatter_add_(0, feature * LOG_BINS + bin_index.long(), ones)
 
     def _merge(self, reading: int, layer: int, start: int, values: Tensor, masks: Tensor) -> None:
-        """Put those of the images' activations [B, F] in that belong among the K largest; masks [B, P, F]."""
-        kept, images, patches = (part[reading, layer] for part in (self.values, self.images, self.masks))
-        count, exemplars = len(values), kept.shape[1]
-        better = (values.abs().amax(0) > kept[:, -1].abs()).nonzero()[:, 0]
+        """Merge the images' activations [B, F] into the K largest; masks [B, P, F]."""
+        values_kept, images, patches = (part[reading, layer] for part in (self.values, self.images, self.masks))
+        count, exemplars = len(values), values_kept.shape[1]
+        better = (values.abs().amax(0) > values_kept[:, -1].abs()).nonzero()[:, 0]
         if not len(better):
             return
-        offered = torch.cat([kept[better], values.T[better]], dim=1)  # [n, K + B]
-        best = offered.abs().topk(exemplars, dim=1).indices
+        candidates = torch.cat([values_kept[better], values.T[better]], dim=1)  # [n, K + B]
+        best = candidates.abs().topk(exemplars, dim=1).indices
         numbers = torch.arange(start, start + count, dtype=images.dtype).expand(len(better), count)
-        kept[better] = offered.gather(1, best)
+        values_kept[better] = candidates.gather(1, best)
         images[better] = torch.cat([images[better], numbers], dim=1).gather(1, best)
-        maps = torch.cat([patches[better], masks[:, :, better].permute(2, 0, 1)], dim=1)
-        patches[better] = maps.gather(1, best[..., None].expand(-1, -1, maps.shape[-1]))
+        candidate_masks = torch.cat([patches[better], masks[:, :, better].permute(2, 0, 1)], dim=1)
+        patches[better] = candidate_masks.gather(1, best[..., None].expand(-1, -1, candidate_masks.shape[-1]))
 
     def _keep_codes(self, layer: int, start: int, indices: Tensor, values: Tensor, tokens: int) -> None:
-        """[CLS]'s codes of the first images, from those of all tokens [B * T, K]."""
+        """Store the [CLS] codes of the first images, from the codes of all tokens [B * T, K]."""
         count = max(0, min(len(self.code_indices) - start, len(indices) // tokens))
         places = min(self.code_indices.shape[-1], indices.shape[-1])
-        # The active ones first: thresholds may leave them anywhere among the places.
+        # Active features first: with thresholds they may be at any place.
         order = (values[::tokens] == 0).to(torch.uint8).sort(dim=1, stable=True).indices[:count, :places]
-        here = slice(start, start + count)
-        self.code_indices[here, layer, :places] = indices[::tokens][:count].gather(1, order).int().cpu()
-        self.code_values[here, layer, :places] = values[::tokens][:count].gather(1, order).half().cpu()
+        rows = slice(start, start + count)
+        self.code_indices[rows, layer, :places] = indices[::tokens][:count].gather(1, order).int().cpu()
+        self.code_values[rows, layer, :places] = values[::tokens][:count].gather(1, order).half().cpu()
 
     def fires_held_out(self, reading: int, layer: int) -> Tensor:
-        """[H, F] bool."""
+        """Which features of a layer fire on the held-out images: [H, F] bool."""
         packed = self.held_out[:, reading, layer]
         bits = (packed[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
         return bits.flatten(1)[:, : self.fires.shape[-1]].bool()
 
     def save(self, file: Path, key: str) -> None:
-        """Replace `file`, in one step; key: what this survey is of."""
+        """Write `file`, replacing it atomically; key: identifies what was surveyed."""
         partial = file.with_name(f".{file.name}")
         save_file({field.name: getattr(self, field.name) for field in fields(self)}, partial, {"key": key})
         os.replace(partial, file)
 
     @classmethod
     def load(cls, file: Path, key: str) -> Survey | None:
-        """What `save` wrote; None if there is nothing, or of something else."""
+        """Read a survey written by `save`; None if there is none, or if it has another key."""
         if not file.is_file():
             return None
         with safe_open(file, "pt") as opened:
@@ -177,46 +179,46 @@ class Survey:
 def batches(
     orders: list[tuple[Images, list[int]]], skip: int, batch_size: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(normalised pixels [B, 3, H, W], class indices [B]) of all images in turn, from place `skip` on; no batch has
-    images of two sources."""
+    """(normalised pixels [B, 3, H, W], class indices [B]) of all images in order, from position `skip` on; no batch
+    contains images of two sources."""
     for data, order in orders:
-        left = order[skip:]
+        remaining = order[skip:]
         skip = max(0, skip - len(order))
-        yield from load(data, [left[at : at + batch_size] for at in range(0, len(left), batch_size)], workers)
+        yield from load(data, [remaining[at : at + batch_size] for at in range(0, len(remaining), batch_size)], workers)
 
 
 class Saver:
-    """Saves a survey when it is time to."""
+    """Saves a survey every `SAVE_EVERY_SECONDS`."""
 
     def __init__(self, survey: Survey, file: Path, key: str) -> None:
         self.survey, self.file, self.key, self._last = survey, file, key, monotonic()
 
-    def maybe(self) -> None:
-        """If the last time is long ago."""
+    def save_if_due(self) -> None:
+        """Save if the last save was long enough ago."""
         if monotonic() - self._last >= SAVE_EVERY_SECONDS:
-            self.now()
+            self.save()
 
-    def now(self) -> None:
+    def save(self) -> None:
         self.survey.save(self.file, self.key)
         self._last = monotonic()
 
 
 def quantiles(bins: Tensor, at: tuple[float, ...]) -> Tensor:
-    """Quantiles [..., Q] of what fell into bins [..., LOG_BINS], within half a bin (2 %); nan where nothing did."""
+    """Quantiles [..., Q] from counts in bins [..., LOG_BINS], accurate to half a bin (2 %); nan without any counts."""
     total = bins.sum(-1, keepdim=True).double()
     cumulated = bins.cumsum(-1).double()
-    wanted = (torch.tensor(at, dtype=torch.float64) * total).clamp_min(1)  # the first one is there already
-    place = torch.searchsorted(cumulated, wanted).clamp(max=LOG_BINS - 1)
-    return centres()[place].where(total > 0, torch.nan)
+    ranks = (torch.tensor(at, dtype=torch.float64) * total).clamp_min(1)  # the lowest rank is 1
+    bin_index = torch.searchsorted(cumulated, ranks).clamp(max=LOG_BINS - 1)
+    return centres()[bin_index].where(total > 0, torch.nan)
 
 
 def histogram(bins: Tensor, largest: Tensor, count: int) -> Tensor:
-    """Bins [..., LOG_BINS] to `count` bins of equal width from 0 to `largest` [...]: [..., count] int64."""
-    place = (centres() / largest[..., None].double().clamp_min(1e-30) * count).floor().clamp(0, count - 1).long()
-    made = torch.zeros(*bins.shape[:-1], count, dtype=torch.int64)
-    return made.scatter_add_(-1, place, bins.long())
+    """Convert bins [..., LOG_BINS] to `count` bins of equal width from 0 to `largest` [...]: [..., count] int64."""
+    bin_index = (centres() / largest[..., None].double().clamp_min(1e-30) * count).floor().clamp(0, count - 1).long()
+    counts = torch.zeros(*bins.shape[:-1], count, dtype=torch.int64)
+    return counts.scatter_add_(-1, bin_index, bins.long())
 
 
 def centres() -> Tensor:
-    """Geometric middle of each of the bins [LOG_BINS]."""
-    return LEAST * 2 ** ((torch.arange(LOG_BINS, dtype=torch.float64) + 0.5) / BINS_AN_OCTAVE)
+    """Geometric centre of each bin [LOG_BINS]."""
+    return MIN_ACTIVATION * 2 ** ((torch.arange(LOG_BINS, dtype=torch.float64) + 0.5) / BINS_PER_OCTAVE)

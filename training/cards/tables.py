@@ -1,4 +1,4 @@
-"""The cards' tables, from what was seen and said: `models.bundle.cards` says what is in them and reads them."""
+"""Writes the tables of cards, from the survey and the descriptions; `models.bundle.cards` defines and reads them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 from rich.progress import Progress
 
 from vitrine.models.bundle.cards import BINS, FEATURES, IMAGES, QUANTILES, REFERENCES, Abstention
-from vitrine.training.cards.coactivity import Together, coactive
-from vitrine.training.cards.describe import Described
+from vitrine.training.cards.coactivity import CoactiveFeature, coactive
+from vitrine.training.cards.describe import FeatureDescriptions
 from vitrine.training.cards.pictures import Album
 from vitrine.training.cards.survey import CLS, PATCHES, Survey, histogram, quantiles
 
-# Rows read at once for one card: few, since masks and pictures come along.
+# Rows that are read together for one card: few, because rows contain masks and pictures.
 ROWS_A_GROUP = 256
 _SCHEMA = pa.schema(
     {
@@ -49,24 +49,24 @@ _SCHEMA = pa.schema(
 def write_features(
     bundle: Path,
     survey: Survey,
-    described: Described,
+    descriptions: FeatureDescriptions,
     words: Sequence[str],
     means: Album | None,
     shown: int,
     coactive_shown: int,
     progress: Progress,
 ) -> set[int]:
-    """features.parquet, with `shown` exemplars and `coactive_shown` others a card, and a mean picture if there are
-    `means`; returns the numbers of the images that are exemplars."""
+    """Write features.parquet, with `shown` exemplars and `coactive_shown` coactive features per card, and mean pictures
+    if `means` is given; returns the numbers of the exemplar images."""
     layers, features = survey.fires.shape[1:]
     codes = survey.code_indices.numpy(), survey.code_values.numpy()
-    together = coactive(*codes, features, coactive_shown)
+    coactive_features = coactive(*codes, features, coactive_shown)
     images: set[int] = set()
     task = progress.add_task("cards", total=layers * features)
     with pq.ParquetWriter(bundle / FEATURES, _SCHEMA, compression="zstd", compression_level=9) as writer:
         for layer in range(layers):
             rows = []
-            for row in _rows(survey, described, words, layer, shown, means, together):
+            for row in _rows(survey, descriptions, words, layer, shown, means, coactive_features):
                 images.update(exemplar["image"] for exemplar in row["exemplars"])
                 rows.append(row)
                 progress.advance(task)
@@ -83,7 +83,8 @@ def write_images(
     references: int,
     thumbnails: Album | None,
 ) -> None:
-    """images.parquet, of those that cards show and of the first `references`, and the codes of these.
+    """Write images.parquet, with the images `shown` in cards and the first `references` images, and the codes of the
+    latter.
 
     names: of all exemplar images; classes: of their source.
     """
@@ -96,95 +97,95 @@ def write_images(
     }
     pq.write_table(pa.table(table), bundle / IMAGES, compression="zstd", row_group_size=ROWS_A_GROUP)
     indices = survey.code_indices[:references].numpy()
-    fits = np.uint16 if survey.fires.shape[-1] <= 2**16 else np.int32
+    dtype = np.uint16 if survey.fires.shape[-1] <= 2**16 else np.int32
     values = survey.code_values[:references].numpy()
-    np.savez_compressed(bundle / REFERENCES, indices=indices.astype(fits), values=values)
+    np.savez_compressed(bundle / REFERENCES, indices=indices.astype(dtype), values=values)
 
 
 def _rows(
     survey: Survey,
-    described: Described,
+    descriptions: FeatureDescriptions,
     words: Sequence[str],
     layer: int,
     shown: int,
     means: Album | None,
-    together: list[list[Together]],
+    coactive_features: list[list[CoactiveFeature]],
 ) -> Iterator[dict[str, Any]]:
     """One layer's rows."""
-    _, features = described.reading.shape
-    counted = survey.fires[CLS, layer] / survey.exemplar_images
-    patches = survey.fires[PATCHES, layer] / (survey.exemplar_images * survey.masks.shape[-1])
-    reading = described.reading[layer]
+    _, features = descriptions.reading.shape
+    cls_frequencies = survey.fires[CLS, layer] / survey.exemplar_images
+    patch_frequencies = survey.fires[PATCHES, layer] / (survey.exemplar_images * survey.masks.shape[-1])
+    reading = descriptions.reading[layer]
     bins = survey.bins[:, layer].gather(0, reading[None, :, None].expand(1, -1, survey.bins.shape[-1]))[0]
-    largest = described.values[layer].abs().amax(-1)
+    largest = descriptions.values[layer].abs().amax(-1)
     spread, counts = quantiles(bins, QUANTILES), histogram(bins, largest, BINS)
-    written = described.written
+    written = descriptions.written
     for index in range(features):
-        place = layer * features + index
+        flat_index = layer * features + index
         fires = bool(largest[index] > 0)
-        exemplars, scale = _exemplars(survey, described, layer, index, shown)
-        label = described.label
-        known = bool(described.full[place])
-        writes = written.score[place] >= described.written_floor
+        exemplars, scale = _exemplars(survey, descriptions, layer, index, shown)
+        label = descriptions.label
+        full = bool(descriptions.full[flat_index])
+        writes = written.score[flat_index] >= descriptions.written_floor
         yield {
             "layer": layer,
             "index": index,
             "read_at": "cls" if reading[index] == CLS else "patches",
-            "frequency_cls": float(counted[index]),
-            "frequency_patches": float(patches[index]),
+            "frequency_cls": float(cls_frequencies[index]),
+            "frequency_patches": float(patch_frequencies[index]),
             "quantiles": spread[index].tolist() if fires else [],
             "largest": float(largest[index]),
             "histogram": counts[index].tolist() if fires else [],
             "exemplars": exemplars,
             "mask_scale": scale,
-            "mean_picture": _mean(described, layer, index, means),
-            "label": words[label.word[place]] if described.labelled[place] else None,
-            "abstained": _abstained(described, place),
-            "label_score": label.score[place] if known else None,
-            "label_margin": label.margin[place] if known else None,
-            "label_clarity": label.clarity[place] if known else None,
-            "label_auroc": _number(described.auroc[place]) if described.labelled[place] else None,
-            "writes": words[written.word[place]] if writes else None,
-            "writes_score": written.score[place] if writes else None,
-            "writes_margin": written.margin[place] if writes else None,
+            "mean_picture": _mean(descriptions, layer, index, means),
+            "label": words[label.word[flat_index]] if descriptions.labelled[flat_index] else None,
+            "abstained": _abstained(descriptions, flat_index),
+            "label_score": label.score[flat_index] if full else None,
+            "label_margin": label.margin[flat_index] if full else None,
+            "label_clarity": label.clarity[flat_index] if full else None,
+            "label_auroc": _number(descriptions.auroc[flat_index]) if descriptions.labelled[flat_index] else None,
+            "writes": words[written.word[flat_index]] if writes else None,
+            "writes_score": written.score[flat_index] if writes else None,
+            "writes_margin": written.margin[flat_index] if writes else None,
             "coactive": [
                 {"layer": other // features, "index": other % features, "jaccard": jaccard}
-                for other, jaccard in together[place]
+                for other, jaccard in coactive_features[flat_index]
             ],
         }
 
 
 def _exemplars(
-    survey: Survey, described: Described, layer: int, index: int, shown: int
+    survey: Survey, descriptions: FeatureDescriptions, layer: int, index: int, shown: int
 ) -> tuple[list[dict[str, Any]], float]:
-    """(the first exemplars, what 255 stands for in their masks: the same in all of them, so that they compare)."""
-    masks = survey.masks[described.reading[layer, index], layer, index, :shown].float()
+    """(the first exemplars, the activation that 255 stands for in their masks: shared, so that they are comparable)."""
+    masks = survey.masks[descriptions.reading[layer, index], layer, index, :shown].float()
     scale = float(masks.max()) or 1.0
     levels = (masks / scale * 255).round().byte().numpy()
-    values, images = described.values[layer, index], described.exemplars[layer, index]
-    found = [
+    values, images = descriptions.values[layer, index], descriptions.exemplars[layer, index]
+    exemplars = [
         {"image": int(images[at]), "activation": float(values[at]), "mask": levels[at].tobytes()}
         for at in range(min(shown, len(values)))
         if values[at] != 0
     ]
-    return found, scale
+    return exemplars, scale
 
 
-def _mean(described: Described, layer: int, index: int, album: Album | None) -> bytes | None:
-    """None for a feature without all its exemplars, too: the mean of one or two images would show them."""
-    full = described.full.reshape(described.reading.shape)[layer, index]
-    return album.mean(described.exemplars[layer, index].numpy()) if album and full else None
+def _mean(descriptions: FeatureDescriptions, layer: int, index: int, album: Album | None) -> bytes | None:
+    """Mean picture; None also for a feature with too few exemplars: the mean of one or two images would show them."""
+    full = descriptions.full.reshape(descriptions.reading.shape)[layer, index]
+    return album.mean(descriptions.exemplars[layer, index].numpy()) if album and full else None
 
 
-def _abstained(described: Described, place: int) -> Abstention | None:
-    if described.labelled[place]:
+def _abstained(descriptions: FeatureDescriptions, flat_index: int) -> Abstention | None:
+    if descriptions.labelled[flat_index]:
         return None
-    if not described.full[place]:
+    if not descriptions.full[flat_index]:
         return "too_few_exemplars"
-    label, thresholds = described.label, described.thresholds[int(described.reading.flatten()[place])]
-    if not label.score[place] >= thresholds.score:
+    label, thresholds = descriptions.label, descriptions.thresholds[int(descriptions.reading.flatten()[flat_index])]
+    if not label.score[flat_index] >= thresholds.score:
         return "score"
-    return "clarity" if not label.clarity[place] >= thresholds.clarity else "margin"
+    return "clarity" if not label.clarity[flat_index] >= thresholds.clarity else "margin"
 
 
 def _number(value: float) -> float | None:

@@ -1,7 +1,7 @@
-"""Words that a feature may be labelled with.
+"""Candidate words for the labels of features.
 
-`labels` are the bundle's own, `imagenet` open_clip's names of ImageNet's classes, `colours` and `textures` lists of
-plain words; anything else is a text file with a word, or a few, a line ('#' begins a comment).
+`labels` are the bundle's labels, `imagenet` open_clip's names of ImageNet's classes, `colours` and `textures` lists of
+plain words; anything else is a text file with one word or phrase per line ('#' begins a comment).
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class VocabularyError(VitrineError, ValueError):
 
 
 def read_vocabulary(sources: Sequence[str], labels: Sequence[str]) -> list[str]:
-    """The words of all `sources`, each once, in order: `NAMED` ones or files. labels: the bundle's.
+    """The words of all `sources` (`NAMED` ones or files), in order and without duplicates. labels: of the bundle.
 
-    Raises `VocabularyError` for a file that cannot be read, or fewer than two words.
+    Raises `VocabularyError` if a file cannot be read, or if there are fewer than two words.
     """
     named = dict(zip(NAMED, (labels, IMAGENET_CLASSNAMES, COLOURS, TEXTURES), strict=True))
     words: dict[str, None] = {}
@@ -73,7 +73,7 @@ def read_vocabulary(sources: Sequence[str], labels: Sequence[str]) -> list[str]:
 
 
 def embed(clip: Clip, words: Sequence[str], templates: Sequence[str], progress: Progress) -> Tensor:
-    """Unit embeddings [V, D] about the vocabulary's mean, which tells nothing about any word."""
+    """Unit embeddings [V, D], after subtracting the vocabulary's mean, which carries no information about any word."""
     task = progress.add_task("vocabulary", total=len(words))
     rows = []
     for word in words:

@@ -1,1 +1,1 @@
-"""From images to activations: sources, decoding in worker processes, the order of tokens, the tower's activations."""
+"""From images to activations: sources, decoding in worker processes, token order, activations of the tower."""

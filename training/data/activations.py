@@ -1,5 +1,5 @@
-"""What a CLT reads and what it must produce: streamed from the tower, shuffled, normalised. Nothing lies on disk,
-unless a cache (training/data/cache.py) is given."""
+"""A CLT's inputs and targets: streamed from the tower, shuffled, normalised. Nothing is stored on disk unless a cache
+(training/data/cache.py) is used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Context = Callable[[], AbstractContextManager[object]]
 
 
 class Activations(NamedTuple):
-    """Tokens with what every MLP reads and writes; from whole images N = images * T, [CLS] first in each."""
+    """Inputs and outputs of every MLP for N tokens; for whole images N = images * T, [CLS] first in each."""
 
     mlp_in: Tensor  # [L, N, d]
     mlp_out: Tensor  # [L, N, d]
@@ -29,7 +29,7 @@ class Activations(NamedTuple):
 
 
 def activations(taps: Taps) -> Activations:
-    """Taps flattened over images and tokens."""
+    """Flatten taps over images and tokens."""
     is_cls = torch.zeros(taps.residual_out.shape[:2], dtype=torch.bool, device=taps.residual_out.device)
     is_cls[:, 0] = True
     return Activations(taps.mlp_in.flatten(1, 2), taps.mlp_out.flatten(1, 2), is_cls.flatten())
@@ -38,7 +38,7 @@ def activations(taps: Taps) -> Activations:
 def stream(
     tower: Tower, batches: Iterable[tuple[Tensor, Tensor]], context: Context = nullcontext
 ) -> Iterator[Activations]:
-    """One `Activations` a batch of pixels [B, 3, H, W], computed where the tower lies, within `context` (autocast)."""
+    """One `Activations` per batch of pixels [B, 3, H, W], computed on the tower's device in `context` (autocast)."""
     device = next(tower.parameters()).device
     for pixels, _ in batches:
         with torch.no_grad(), context():
@@ -58,69 +58,69 @@ def steps(
     cache: ActivationCache | None = None,
     context: Context = nullcontext,
 ) -> Iterator[Activations]:
-    """The tokens of every step of `plan`, from global step `skip` on, float32, where the tower lies.
+    """The tokens of every step of `plan`, starting at global step `skip`; float32, on the tower's device.
 
-    All processes together get images_per_step * T tokens a step, a single one its share of them (see `Plan`). One
-    chunk lies in memory: 2 * L * mixed_images * T * d numbers. A chunk is always forwarded in the same batches, so
-    that its activations are the same bits in every epoch and in every run that is taken up. With a cache, a chunk's
-    first visit writes it and later ones read it.
+    All processes together get images_per_step * T tokens per step, each process its share of them (see `Plan`). One
+    chunk is held in memory: 2 * L * mixed_images * T * d numbers. A chunk is always forwarded in the same batches, so
+    its activations are bit-identical in every epoch and in every resumed run. With a cache, the first visit of a chunk
+    writes it and later visits read it.
     """
     visits = list(plan.visits(skip))
-    known = cache.whole() if cache else set()
-    fresh = []  # for each visit: must it be computed?
+    cached = cache.readable_chunks() if cache else set()
+    fresh = []  # for each visit, whether its activations must be computed
     for visit in visits:
-        fresh.append(visit.chunk not in known)
+        fresh.append(visit.chunk not in cached)
         if cache:
-            known.add(visit.chunk)
+            cached.add(visit.chunk)
 
     def forward(chunks: Iterable[int]) -> Iterator[Activations]:
         batches = (batch for chunk in chunks for batch in plan.share(chunk, rank, world))
         pin_memory = next(tower.parameters()).device.type == "cuda"
         return stream(tower, load(images, batches, workers, pin_memory), context)
 
-    # One stream for all chunks, so that workers decode ahead while a step is made.
+    # One stream for all chunks, so that workers decode ahead during a step.
     ahead = forward(visit.chunk for visit, is_fresh in zip(visits, fresh, strict=True) if is_fresh)
     for visit, is_fresh in zip(visits, fresh, strict=True):
         chunk = None if is_fresh else _from_cache(cache, visit.chunk, tower, images)
         if chunk is None:
             share = plan.share(visit.chunk, rank, world)
-            found = islice(ahead, len(share)) if is_fresh else forward([visit.chunk])
-            chunk = _gather(found, sum(map(len, share)) * tower.tokens)
+            batches = islice(ahead, len(share)) if is_fresh else forward([visit.chunk])
+            chunk = _concatenate(batches, sum(map(len, share)) * tower.tokens)
             if cache:
                 stored = cache.write(visit.chunk, chunk.mlp_in, chunk.mlp_out, images.broken)
                 chunk = Activations(*stored, chunk.is_cls)
         if plan.mixed:
-            for places in plan.tokens(visit, tower.tokens, rank, world):
-                here = places.to(chunk.is_cls.device)
-                yield Activations(chunk.mlp_in[:, here], chunk.mlp_out[:, here], chunk.is_cls[here])
+            for order in plan.tokens(visit, tower.tokens, rank, world):
+                indices = order.to(chunk.is_cls.device)
+                yield Activations(chunk.mlp_in[:, indices], chunk.mlp_out[:, indices], chunk.is_cls[indices])
         else:
             yield chunk
-        del chunk  # before the next one is made
+        del chunk  # free it before the next one is computed
 
 
-def _gather(batches: Iterable[Activations], tokens: int) -> Activations:
-    """Batches one after the other in one piece of memory, float32."""
-    whole, start = None, 0
+def _concatenate(batches: Iterable[Activations], tokens: int) -> Activations:
+    """Concatenate batches into preallocated tensors, float32."""
+    result, start = None, 0
     for batch in batches:
         layers, count, width = batch.mlp_in.shape
-        if whole is None:
+        if result is None:
             shape, device = (layers, tokens, width), batch.mlp_in.device
             is_cls = torch.empty(tokens, dtype=torch.bool, device=device)
-            whole = Activations(torch.empty(shape, device=device), torch.empty(shape, device=device), is_cls)
-        here = slice(start, start + count)
-        whole.mlp_in[:, here], whole.mlp_out[:, here], whole.is_cls[here] = batch
+            result = Activations(torch.empty(shape, device=device), torch.empty(shape, device=device), is_cls)
+        columns = slice(start, start + count)
+        result.mlp_in[:, columns], result.mlp_out[:, columns], result.is_cls[columns] = batch
         start += count
-    assert whole is not None
+    assert result is not None
     assert start == tokens
-    return whole
+    return result
 
 
 def _from_cache(cache: ActivationCache | None, chunk: int, tower: Tower, images: Images) -> Activations | None:
-    found = cache.read(chunk) if cache else None
-    if found is None:
+    entry = cache.read(chunk) if cache else None
+    if entry is None:
         return None
-    mlp_in, mlp_out, broken = found
-    images.note(broken)
+    mlp_in, mlp_out, broken = entry
+    images.record_broken(broken)
     device = next(tower.parameters()).device
     is_cls = torch.arange(mlp_in.shape[1], device=device) % tower.tokens == 0
     return Activations(mlp_in.to(device), mlp_out.to(device), is_cls)
@@ -130,8 +130,8 @@ def _from_cache(cache: ActivationCache | None, chunk: int, tower: Tower, images:
 class Normalisation:
     """Per layer and side: a mean vector and one scale (root mean square of the deviation from it).
 
-    Training works on (x - mean) / scale, so that no layer dominates the loss by its norm; `fold_into` then writes
-    the same function for raw activations. The mean output of [CLS] is kept for the R^2 of [CLS] alone.
+    Training uses (x - mean) / scale, so that no layer dominates the loss by its norm; `fold_into` then converts the
+    CLT to raw activations. The mean output of [CLS] is stored only for the R^2 of [CLS].
     """
 
     in_mean: Tensor  # [L, d]
@@ -142,13 +142,13 @@ class Normalisation:
 
     @classmethod
     def estimate(cls, batches: Iterable[Activations]) -> Normalisation:
-        """Over all tokens of all batches (give many: a single batch misleads)."""
+        """Estimate over all tokens of all batches (use many: a single batch is not representative)."""
         count = cls_count = 0
         sums: list[Tensor] = []
         for batch in batches:
             x, y = batch.mlp_in.double(), batch.mlp_out.double()
-            found = [x.sum(1), x.square().sum((1, 2)), y.sum(1), y.square().sum((1, 2)), y[:, batch.is_cls].sum(1)]
-            sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+            terms = [x.sum(1), x.square().sum((1, 2)), y.sum(1), y.square().sum((1, 2)), y[:, batch.is_cls].sum(1)]
+            sums = [a + b for a, b in zip(sums, terms, strict=True)] if sums else terms
             count += x.shape[1]
             cls_count += int(batch.is_cls.sum())
         if not count:
@@ -161,7 +161,7 @@ class Normalisation:
         return cls(*(part.float() for part in parts))
 
     def to(self, device: torch.device) -> Normalisation:
-        """The same on another device."""
+        """A copy on another device."""
         return Normalisation(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def inputs(self, mlp_in: Tensor) -> Tensor:
@@ -174,9 +174,9 @@ class Normalisation:
 
     @torch.no_grad()
     def fold_into(self, clt: CrossLayerTranscoder) -> CrossLayerTranscoder:
-        """A CLT on raw activations that does what `clt` does on normalised ones, outputs de-normalised; float32.
+        """A CLT on raw activations equivalent to `clt` on normalised ones, with denormalised outputs; float32.
 
-        Pre-activations stay what they are, so sparsifiers (thresholds) are taken over as they are.
+        Pre-activations do not change, so sparsifiers (thresholds) are copied unchanged.
         """
         folded = CrossLayerTranscoder(clt.architecture)
         encoder: Any

@@ -1,10 +1,11 @@
-"""Activations on disk, for those who ask for it (`[training] cache`): one safetensors file a chunk and process.
+"""Optional cache of activations on disk (`[training] cache`): one safetensors file per chunk and process.
 
-<folder>/cache.json                               whose activations these are; another run's are refused
-         chunk-00007-process-0-of-1.safetensors   mlp_in, mlp_out [L, N, d]; in its header what images were broken
+<folder>/cache.json                               fingerprint of the activations; a cache of another run is refused
+         chunk-00007-process-0-of-1.safetensors   mlp_in, mlp_out [L, N, d]; the broken images in its header
 
-The files are not compressed: L = 12 layers of T = 50 tokens of width 768 (ViT-B/32) are 3.7 MB an image in float32.
-bfloat16 halves that, and rounds: from the first visit on, so that a run does not depend on where it was taken up.
+The files are not compressed: L = 12 layers of T = 50 tokens of width 768 (ViT-B/32) take 3.7 MB per image in float32.
+bfloat16 halves that, and rounds; already the first visit returns rounded values, so that a run does not depend on where
+it was resumed.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ class CacheError(VitrineError):
 
 
 def cache_bytes(plan: Plan, tower: Tower, dtype: DType) -> int:
-    """Size on disk of all activations of a plan, all processes together, headers aside."""
+    """Size on disk of all activations of a plan, over all processes, without headers."""
     images = plan.steps_per_epoch * plan.images_per_step
     return 2 * tower.layers * images * tower.tokens * tower.width * getattr(torch, dtype).itemsize
 
 
 @dataclass(frozen=True)
 class ActivationCache:
-    """The activations of one process's share of every chunk. Make one with `open_cache`."""
+    """The activations of one process's share of every chunk. Create it with `open_cache`."""
 
     folder: Path
     plan: Plan
@@ -52,14 +53,14 @@ class ActivationCache:
     dtype: DType
     rank: int
     world: int
-    say: Callable[[str], object]
+    log: Callable[[str], object]
 
-    def whole(self) -> set[int]:
-        """The chunks that can be read. Damaged files are named through `say`, and do not count."""
+    def readable_chunks(self) -> set[int]:
+        """The chunks that can be read. Damaged files are reported through `log` and not included."""
         return {chunk for chunk in range(self.plan.chunks) if self._path(chunk).exists() and self._check(chunk)}
 
     def read(self, chunk: int) -> tuple[Tensor, Tensor, dict[str, str]] | None:
-        """(mlp_in [L, N, d], mlp_out [L, N, d], float32, on the CPU; images known to be broken), None if damaged."""
+        """(mlp_in [L, N, d], mlp_out [L, N, d], broken images), float32 on the CPU; None if the file is damaged."""
         if not self._check(chunk):
             return None
         with safe_open(self._path(chunk), "pt") as file:
@@ -67,7 +68,7 @@ class ActivationCache:
             return file.get_tensor("mlp_in").float(), file.get_tensor("mlp_out").float(), broken
 
     def write(self, chunk: int, mlp_in: Tensor, mlp_out: Tensor, broken: Mapping[str, str]) -> tuple[Tensor, Tensor]:
-        """Keep a chunk's activations, whole or not at all. Returns them as `read` will: rounded, if bfloat16."""
+        """Store a chunk's activations atomically. Returns them as `read` will: rounded if bfloat16."""
         tensors = {name: x.to(getattr(torch, self.dtype)) for name, x in (("mlp_in", mlp_in), ("mlp_out", mlp_out))}
         path = self._path(chunk)
         partial = path.with_name(f".{path.name}.partial")
@@ -83,7 +84,7 @@ class ActivationCache:
         return self.folder / f"chunk-{chunk:05}-process-{self.rank}-of-{self.world}.safetensors"
 
     def _check(self, chunk: int) -> bool:
-        """Whether a file's header and length are right; a file cut short is caught, a flipped bit is not."""
+        """Whether a file's header and length are right; this detects a truncated file, but not a flipped bit."""
         images = sum(map(len, self.plan.share(chunk, self.rank, self.world)))
         shape = [self.tower.layers, images * self.tower.tokens, self.tower.width]
         expected = (shape, {"float32": "F32", "bfloat16": "BF16"}[self.dtype])
@@ -95,7 +96,7 @@ class ActivationCache:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             problem = str(error)
         if problem:
-            self.say(f"{self._path(chunk)} is damaged ({problem}); its activations are computed again")
+            self.log(f"{self._path(chunk)} is damaged ({problem}); its activations are computed again")
         return not problem
 
 
@@ -109,43 +110,44 @@ def open_cache(
     precision: str = "32-true",
     rank: int = 0,
     world: int = 1,
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> ActivationCache:
-    """The cache in `folder`, made if there is none.
+    """The cache in `folder`, created if it does not exist.
 
     Args:
-        precision: the tower's, as [training] names it.
-        say: told of damaged files.
+        precision: the tower's, one of the values of `[training] precision`.
+        log: called with a message for each damaged file.
 
     Raises:
-        CacheError: the folder holds other activations than those of these arguments, or the disk is too full.
+        CacheError: the folder holds activations of other arguments, or the disk has too little space.
     """
-    ours = _fingerprint(dtype, clip, source, plan, precision, world)
+    fingerprint = _fingerprint(dtype, clip, source, plan, precision, world)
     file = folder / "cache.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        kept = sum(path.stat().st_size for path in folder.glob("chunk-*.safetensors"))  # before the look at cache.json:
-        if file.exists():  # it is written first, so a process that comes second finds either both or none
-            _refuse_another(folder, json.loads(file.read_text()), ours)
-        elif kept:
+        # Chunks are listed before cache.json is checked: it is written first, so a second process sees both or neither.
+        used = sum(path.stat().st_size for path in folder.glob("chunk-*.safetensors"))
+        if file.exists():
+            _check_fingerprint(folder, json.loads(file.read_text()), fingerprint)
+        elif used:
             raise CacheError(f"{folder} holds activations without their cache.json; delete it or choose another --out")
         free = shutil.disk_usage(folder).free
-        needed = cache_bytes(plan, clip.tower, dtype) - kept
+        needed = cache_bytes(plan, clip.tower, dtype) - used
         if needed > free:
             raise CacheError(
                 f"{folder} needs {needed / 1e9:,.1f} GB more for the activations, the disk has {free / 1e9:,.1f} GB "
                 "free; make room, take bfloat16, or leave `cache` out of [training]"
             )
         partial = folder / f".cache.json.{rank}"
-        partial.write_text(json.dumps(ours, indent=2))
+        partial.write_text(json.dumps(fingerprint, indent=2))
         os.replace(partial, file)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CacheError(f"{folder} cannot be used as a cache: {error}; delete it or choose another --out") from error
-    return ActivationCache(folder, plan, clip.tower, dtype, rank, world, say)
+    return ActivationCache(folder, plan, clip.tower, dtype, rank, world, log)
 
 
 def _fingerprint(dtype: DType, clip: Clip, source: Source, plan: Plan, precision: str, world: int) -> dict[str, Any]:
-    """All that a chunk's activations depend on, as JSON would give it back. Not the epochs: they share the chunks."""
+    """Everything that a chunk's activations depend on, as read back from JSON. No epochs: they share the chunks."""
     fingerprint = {
         "format": FORMAT,
         "CLIP": clip.sha256,
@@ -159,7 +161,7 @@ def _fingerprint(dtype: DType, clip: Clip, source: Source, plan: Plan, precision
     return dict(json.loads(json.dumps(fingerprint)))
 
 
-def _refuse_another(folder: Path, theirs: Any, ours: dict[str, Any]) -> None:
-    fields = theirs if isinstance(theirs, dict) else {}
-    if other := [key for key in ours if fields.get(key) != ours[key]]:
+def _check_fingerprint(folder: Path, stored: Any, expected: dict[str, Any]) -> None:
+    fields = stored if isinstance(stored, dict) else {}
+    if other := [key for key in expected if fields.get(key) != expected[key]]:
         raise CacheError(f"{folder} holds activations of another {', '.join(other)}; delete it or choose another --out")

@@ -1,4 +1,4 @@
-"""The val images that a CLT is measured on, with a label each, in an order that depends on a seed alone."""
+"""The labelled val images on which a CLT is evaluated, in an order that depends only on a seed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from vitrine.training.recipes.recipe import DataSection
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Chosen images of a data set, and the labels that a zero-shot prediction chooses from."""
+    """Selected images of a data set, and the labels of the zero-shot classification."""
 
     data: Images
     indices: tuple[int, ...]  # into `data`
     labels: tuple[str, ...]
     label_of_class: Tensor  # [classes of `data`] index into `labels`
-    seed: int = 0  # that they were chosen with
+    seed: int = 0  # with which they were selected
     batch_size: int = 50
     workers: int = 1
 
@@ -36,9 +36,9 @@ class HeldOut:
             yield pixels, self.label_of_class[classes]
 
     def pixels(self, positions: list[int]) -> Tensor:
-        """Normalised pixels of a few images, by their positions among the chosen: [n, 3, H, W]."""
-        found = load(self.data, [[self.indices[position]] for position in positions], workers=0)
-        return torch.cat([pixels for pixels, _ in found])
+        """Normalised pixels of a few images, given as positions among the selected ones: [n, 3, H, W]."""
+        batches = load(self.data, [[self.indices[position]] for position in positions], workers=0)
+        return torch.cat([pixels for pixels, _ in batches])
 
     def _split(self) -> list[list[int]]:
         return [list(self.indices[at : at + self.batch_size]) for at in range(0, len(self), self.batch_size)]
@@ -49,12 +49,12 @@ def held_out(
 ) -> HeldOut:
     """A recipe's val images, or a random sample of `images` of them. `options`: batch_size, workers.
 
-    Raises `DataError` if there are fewer than two, or classes that are no labels of the recipe.
+    Raises `DataError` if there are fewer than two images, or classes that are not among the recipe's labels.
     """
     data = open_images(section.val, data_root, clip.transform(), section.max_broken)
     labels = section.labels or tuple(data.classes)
-    if strangers := sorted(set(data.classes) - set(labels)):
-        raise DataError(f"{data.title}: classes that are no labels of the recipe: {', '.join(strangers)}")
+    if unknown := sorted(set(data.classes) - set(labels)):
+        raise DataError(f"{data.title}: classes that are no labels of the recipe: {', '.join(unknown)}")
     order = list(range(len(data)))
     if images is not None and images < len(data):
         shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))

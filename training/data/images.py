@@ -1,7 +1,7 @@
-"""Images by number, decoded in worker processes; which image and which token comes when (`Plan`).
+"""Images by index, decoded in worker processes; the order of images and tokens (`Plan`).
 
-Both depend on the recipe alone, so that a run can be taken up anywhere. An image that cannot be read is replaced by
-the next one that can, named in the main process, and fatal only beyond the recipe's `data.max_broken`.
+Both depend only on the recipe, so that a run can be resumed at any step. An unreadable image is replaced by the next
+readable one and recorded in the main process; it is fatal only beyond the recipe's `data.max_broken`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitrine.models.errors import DAMAGED_IMAGE, VitrineError
+from vitrine.models.errors import DAMAGED_IMAGE_ERRORS, VitrineError
 
-_DAMAGED = (*DAMAGED_IMAGE, Image.DecompressionBombError)
+_DAMAGED = (*DAMAGED_IMAGE_ERRORS, Image.DecompressionBombError)
 
 
 class DataError(VitrineError, ValueError):
@@ -28,25 +28,25 @@ class DataError(VitrineError, ValueError):
 
 
 class Listing(Protocol):
-    """What a source holds, by number. Kinds of sources are in training/data/sources.py."""
+    """The images of a source, by index. The kinds of sources are in training/data/sources.py."""
 
-    title: str  # the whole source, for messages
+    title: str  # name of the source in messages
     classes: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """For people: file path, "id[split] row 7", "shard.tar: key"."""
+        """Human-readable name: file path, "id[split] row 7", "shard.tar: key"."""
 
     def open(self, index: int) -> tuple[Image.Image, int]:
-        """(image in any mode, class index); a broken image may raise here or when it is decoded."""
+        """(image in any mode, class index); a broken image may raise here or on decoding."""
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """A source's images as (pixels [3, H, W], class index), in place of a broken one the next readable one.
+    """A source's images as (pixels [3, H, W], class index); a broken image is replaced by the next readable one.
 
-    `broken` (name -> reason) holds those that were met, in the main process, for the log and the checkpoint; a run
-    that is taken up is told what its checkpoint knows by `note`. Under data parallelism each process knows its own.
+    In the main process `broken` (name -> reason) records the broken images seen so far, for the log and the checkpoint;
+    a resumed run adds those of its checkpoint with `record_broken`. Under data parallelism each process has its own.
     """
 
     def __init__(self, listing: Listing, transform: Callable[[Image.Image], Tensor], max_broken: float = 0.0) -> None:
@@ -59,22 +59,22 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Raises `DataError` once more images are broken than `allowed_broken`."""
-        found = self._find(index)
-        self.note(found.broken)
-        return found.pixels, found.class_index
+        sample = self._decode(index)
+        self.record_broken(sample.broken)
+        return sample.pixels, sample.class_index
 
-    def __getitems__(self, indices: list[int]) -> list[_Found]:
-        """What a DataLoader's worker calls."""
-        return [self._find(index) for index in indices]
+    def __getitems__(self, indices: list[int]) -> list[_Sample]:
+        """Called by the workers of a DataLoader."""
+        return [self._decode(index) for index in indices]
 
     @property
     def allowed_broken(self) -> int:
-        """max_broken of all images, but at least one; none for max_broken = 0; never all."""
+        """The share max_broken of all images, but at least one; zero for max_broken = 0; never all images."""
         allowed = max(1, int(self.max_broken * len(self))) if self.max_broken else 0
         return min(allowed, len(self) - 1)
 
-    def note(self, broken: Mapping[str, str]) -> None:
-        """Add to `broken`. Raises `DataError`, naming the first few, once they are more than `allowed_broken`."""
+    def record_broken(self, broken: Mapping[str, str]) -> None:
+        """Add to `broken`. Raises `DataError`, naming the first few, if there are more than `allowed_broken`."""
         self.broken.update(broken)
         count, allowed = len(self.broken), self.allowed_broken
         if count > allowed:
@@ -85,57 +85,58 @@ class Images(Dataset[tuple[Tensor, int]]):
                 "Mend or remove them, or raise max_broken"
             )
 
-    def _find(self, index: int) -> _Found:
+    def _decode(self, index: int) -> _Sample:
         broken: dict[str, str] = {}
         for offset in range(self.allowed_broken + 1):
-            near = (index + offset) % len(self)
+            candidate = (index + offset) % len(self)
             try:
-                image, class_index = self.listing.open(near)
+                image, class_index = self.listing.open(candidate)
                 with image:
                     rgb = _upright(image).convert("RGB")
             except _DAMAGED as error:
-                broken[self.name(near)] = _reason(error)
+                broken[self.name(candidate)] = _reason(error)
             else:
-                return _Found(self.transform(rgb), class_index, broken)
-        return _Found(torch.empty(0), -1, broken)  # never seen: `note` raises first
+                return _Sample(self.transform(rgb), class_index, broken)
+        return _Sample(torch.empty(0), -1, broken)  # never used: `record_broken` raises first
 
 
-class _Found(NamedTuple):
+class _Sample(NamedTuple):
     pixels: Tensor
     class_index: int
-    broken: dict[str, str]  # passed over on the way
+    broken: dict[str, str]  # skipped before a readable image
 
 
 def load(
     images: Images, batches: Iterable[list[int]], workers: int, pin_memory: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The given batches of indices, decoded in `workers` processes: (pixels [B, 3, H, W], classes [B]).
+    """Decode batches of indices in `workers` processes: (pixels [B, 3, H, W], classes [B]).
 
-    Raises `DataError`, in this process, when more images are broken than may be.
+    Raises `DataError`, in this process, if more images are broken than allowed.
     """
     loader = DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory)
     for pixels, classes, broken in loader:
-        images.note(broken)
+        images.record_broken(broken)
         yield pixels, classes
 
 
-def _collate(found: list[_Found]) -> tuple[Tensor, Tensor, dict[str, str]]:
-    broken = {name: reason for one in found for name, reason in one.broken.items()}
-    pixels = [one.pixels for one in found if one.class_index >= 0]
-    return torch.stack(pixels) if pixels else torch.empty(0), torch.tensor([one.class_index for one in found]), broken
+def _collate(samples: list[_Sample]) -> tuple[Tensor, Tensor, dict[str, str]]:
+    broken = {name: reason for sample in samples for name, reason in sample.broken.items()}
+    pixels = [sample.pixels for sample in samples if sample.class_index >= 0]
+    classes = torch.tensor([sample.class_index for sample in samples])
+    return torch.stack(pixels) if pixels else torch.empty(0), classes, broken
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """As the service sees it: turned by its EXIF orientation, if that can be read."""
+    """Rotated by its EXIF orientation, as in the service, if that can be read."""
     image.load()
     try:
         return ImageOps.exif_transpose(image)
     except _DAMAGED:
-        return image  # the picture itself is sound
+        return image  # the pixels themselves are valid
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its text names an object in memory
+    if isinstance(error, UnidentifiedImageError):  # its message contains an object's address
         return "not an image in a known format"
     return f"{type(error).__name__}: {error}"
 
@@ -145,21 +146,21 @@ class Visit(NamedTuple):
 
     epoch: int
     chunk: int
-    skip: int  # its first steps that are not wanted
+    skip: int  # number of its first steps to skip
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which image and which token comes when, from these numbers alone: any step can be found without its past.
+    """The order of images and tokens, as a function of these numbers only: any step can be computed on its own.
 
-    Images are put in one order (by seed) and cut into chunks of `mixed_images`, the last one shorter; what is left
-    after the last full step is dropped. Every epoch visits the chunks in an order of its own. Within a chunk the
-    tokens of all images are shuffled, anew in every epoch, and served in steps of `images_per_step` times T tokens
-    (T tokens an image). mixed_images = images_per_step: a step is whole images, [CLS] first in each.
+    Images are shuffled once (by seed) and split into chunks of `mixed_images`, the last one shorter; images after the
+    last full step are dropped. Every epoch visits the chunks in a different order. Within a chunk the tokens of all
+    images are shuffled, again in every epoch, and split into steps of `images_per_step` times T tokens (T tokens per
+    image). If mixed_images = images_per_step, a step consists of whole images, [CLS] first in each.
 
-    Under data parallelism process `rank` of `world` forwards the images at places rank, rank + world, ... of a chunk
-    and gets of every step the tokens of those: about 1/world of them, some more or fewer. All processes together get
-    images_per_step * T tokens in every step, those of a run in one process.
+    Under data parallelism process `rank` of `world` forwards the images at positions rank, rank + world, ... of a chunk
+    and gets the tokens of these in every step: about 1/world of them, but not exactly. All processes together get
+    images_per_step * T tokens in every step, the same ones as a run in a single process.
     """
 
     images: int
@@ -179,12 +180,12 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full steps in one pass."""
+        """Number of full steps per epoch."""
         return self.images // self.images_per_step
 
     @property
     def steps(self) -> int:
-        """Of all epochs."""
+        """Number of steps in all epochs."""
         return self.steps_per_epoch * self.epochs
 
     @property
@@ -194,7 +195,7 @@ class Plan:
 
     @property
     def chunks(self) -> int:
-        """Chunks in one pass."""
+        """Number of chunks per epoch."""
         return -(-self.steps_per_epoch * self.images_per_step // self.mixed_images)
 
     def chunk(self, chunk: int) -> list[int]:
@@ -210,26 +211,26 @@ class Plan:
         return [images[start : start + size] for start in range(0, len(images), size)]
 
     def visits(self, skip: int = 0) -> Iterator[Visit]:
-        """The chunks in the order of the run, from global step `skip` on."""
+        """The chunks in the order in which they are visited, starting at global step `skip`."""
         for epoch in range(skip // self.steps_per_epoch, self.epochs):
-            left = max(0, skip - epoch * self.steps_per_epoch)
+            remaining = max(0, skip - epoch * self.steps_per_epoch)
             for chunk in _random(2, self.seed, epoch).permutation(self.chunks).tolist():
                 steps = len(self.chunk(chunk)) // self.images_per_step
-                if left < steps:
-                    yield Visit(epoch, chunk, left)
-                left = max(0, left - steps)
+                if remaining < steps:
+                    yield Visit(epoch, chunk, remaining)
+                remaining = max(0, remaining - steps)
 
     def batches(self, skip: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[int]]:
-        """Images for `load`, batch by batch; one batch a step if tokens are not mixed."""
+        """Batches of images for `load`; one batch per step if tokens are not mixed."""
         for visit in self.visits(skip):
             yield from self.share(visit.chunk, rank, world)
 
     def tokens(self, visit: Visit, tokens_per_image: int, rank: int = 0, world: int = 1) -> Iterator[Tensor]:
-        """For each step of a visit, places among the process's own tokens of that chunk, which lie image by image."""
-        places = np.arange(len(self.chunk(visit.chunk)) * tokens_per_image)
+        """For each step of a visit, indices into this process's tokens of that chunk, which are ordered by image."""
+        order = np.arange(len(self.chunk(visit.chunk)) * tokens_per_image)
         if self.mixed:
-            _random(3, self.seed, visit.epoch, visit.chunk).shuffle(places)
-        for step in places.reshape(-1, self.images_per_step * tokens_per_image)[visit.skip :]:
+            _random(3, self.seed, visit.epoch, visit.chunk).shuffle(order)
+        for step in order.reshape(-1, self.images_per_step * tokens_per_image)[visit.skip :]:
             image, token = np.divmod(step, tokens_per_image)
             mine = image % world == rank
             yield torch.from_numpy(image[mine] // world * tokens_per_image + token[mine])

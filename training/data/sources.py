@@ -1,8 +1,8 @@
-"""The four kinds of sources that a recipe may name, each as a `Listing`: any image by its number.
+"""The four kinds of sources that a recipe may use, each as a `Listing`: any image by its index.
 
-Access by number is what makes a run exact to take up. That is why WebDataset shards are read through an index of
-their members, built once with `tarfile`, and not as the stream that the webdataset library makes of them: a stream's
-shuffling has a past that a checkpoint would have to hold.
+Access by index makes it possible to resume a run exactly. For this reason WebDataset shards are read through an index
+of their members, built once with `tarfile`, and not as a stream with the webdataset library: the state of a stream's
+shuffling would have to be stored in checkpoints.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vitrine.training.data.images import DataError, Images, Listing
 from vitrine.training.recipes.recipe import FolderSource, HuggingFaceSource, Source, TorchvisionSource, WebDatasetSource
 
 _BY_FLAG = ({"train": True}, {"train": False})
-# torchvision's classification sets whose classes have names: what makes the train split, what val.
+# torchvision's classification data sets with class names: arguments for the train and the val split.
 TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "CIFAR10": _BY_FLAG,
     "CIFAR100": _BY_FLAG,
@@ -48,14 +48,14 @@ IMAGES = ("jpg", "jpeg", "png", "webp")  # in WebDataset shards
 def open_images(
     source: Source, data_root: Path, transform: Callable[[Image.Image], Tensor], max_broken: float = 0.0
 ) -> Images:
-    """The images of a source; paths in it are relative to `data_root`.
+    """Open the images of a source; its paths are relative to `data_root`.
 
     Args:
         transform: RGB image -> pixels [3, H, W].
-        max_broken: share of unreadable images at which `Images` gives up; 0: at the first.
+        max_broken: share of unreadable images at which `Images` raises `DataError`; 0: at the first.
 
     Raises:
-        DataError: nothing there, a failed download, an unknown name or column; the message names what there is.
+        DataError: no images, a failed download, an unknown name or column; the message lists what exists.
     """
     listing: Listing
     match source:
@@ -73,11 +73,11 @@ def open_images(
 
 
 class _Torchvision:
-    """A data set of torchvision's, its transform left out."""
+    """A torchvision data set without a transform."""
 
     def __init__(self, dataset: Any, title: str) -> None:
         self.dataset, self.title = dataset, title
-        # Imagenette has several names a class.
+        # Imagenette has several names per class.
         self.classes = tuple(name if isinstance(name, str) else name[0] for name in dataset.classes)
 
     def __len__(self) -> int:
@@ -105,16 +105,16 @@ def _torchvision(source: TorchvisionSource, data_root: Path) -> _Torchvision:
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(TORCHVISION)}"
         raise DataError(f"{source.name} is none of torchvision's classification sets; {hint}")
     if (folder := data_root / source.name.lower() / source.split).is_dir():
-        return _spoken(_folder(folder))  # the same images as class folders, where they are not to be downloaded
+        return _with_spaces(_folder(folder))  # the same images as class folders, without a download
     dataset = getattr(torchvision.datasets, source.name)
     options = TORCHVISION[source.name][source.split == "val"]
     title = f"{source.name}[{source.split}]"
     try:
-        return _spoken(_Torchvision(dataset(str(data_root), **options), title))
+        return _with_spaces(_Torchvision(dataset(str(data_root), **options), title))
     except (OSError, RuntimeError):
-        pass  # not there, or not whole
+        pass  # missing or incomplete
     try:
-        return _spoken(_Torchvision(dataset(str(data_root), download=True, **options), title))
+        return _with_spaces(_Torchvision(dataset(str(data_root), download=True, **options), title))
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"{title} is not in {data_root} and cannot be downloaded: {error}; "
@@ -122,21 +122,21 @@ def _torchvision(source: TorchvisionSource, data_root: Path) -> _Torchvision:
         ) from error
 
 
-def _spoken(listing: _Torchvision) -> _Torchvision:
-    """Class names as one would say them to a CLIP: aquarium fish, not aquarium_fish."""
+def _with_spaces(listing: _Torchvision) -> _Torchvision:
+    """Replace underscores in class names, as CLIP prompts need words: aquarium fish, not aquarium_fish."""
     listing.classes = tuple(name.replace("_", " ") for name in listing.classes)
     return listing
 
 
 class _HuggingFace:
-    """A data set that `datasets.load_dataset` reads, from a folder or from the hub; images are decoded when asked for.
+    """A data set read by `datasets.load_dataset`, from a folder or from the hub; images are decoded on access.
 
-    The label column holds a class (named by its ClassLabel, else by the values themselves, sorted), or objects with
-    `bbox` and `category`: then the class is that of the largest box, and images without any object are left out.
+    The label column contains a class (named by its ClassLabel, or else by the sorted values), or objects with `bbox`
+    and `category`: then the class is that of the largest box, and images without objects are left out.
     """
 
     def __init__(self, source: HuggingFaceSource, data_root: Path) -> None:
-        import datasets  # not at the top: pandas and pyarrow come with it
+        import datasets  # not at the top: it imports pandas and pyarrow
 
         self.title, self.column = f"{source.id}[{source.split}]", source.image
         folder = data_root / source.id
@@ -162,12 +162,12 @@ class _HuggingFace:
             values = _largest_objects(values)
             feature = getattr(fields["category"], "feature", fields["category"])
         self.numbers = [row for row, value in enumerate(values) if value is not None]
-        found = [value for value in values if value is not None]
+        labels = [value for value in values if value is not None]
         if isinstance(feature, datasets.ClassLabel):
-            self.classes, self.class_indices = tuple(feature.names), found
+            self.classes, self.class_indices = tuple(feature.names), labels
         else:
-            self.classes, self.class_indices = _classes(found)
-        if found and min(self.class_indices) < 0:  # the hub's way to withhold a test split's labels
+            self.classes, self.class_indices = _classes(labels)
+        if labels and min(self.class_indices) < 0:  # the hub marks withheld labels of a test split this way
             raise DataError(f"{self.title}: column {source.label!r} has no classes (-1); choose another split")
 
     def __len__(self) -> int:
@@ -187,22 +187,22 @@ class _HuggingFace:
 def _largest_objects(rows: Sequence[Any]) -> list[Any]:
     """The category of the largest box of each row; None for a row without objects.
 
-    Boxes are x, y, width, height (as COCO's) or x0, y0, x1, y1 (as in the hub's copy of COCO): corners, if that is
-    possible for every box of the data set.
+    Boxes are x, y, width, height (as in COCO) or x0, y0, x1, y1 (as in the hub's copy of COCO): corners are assumed if
+    every box of the data set is valid as corners.
     """
     objects = []
     for row in rows:
         if isinstance(row, list):
-            objects.append([(one["bbox"], one["category"]) for one in row])
+            objects.append([(item["bbox"], item["category"]) for item in row])
         else:
             objects.append(list(zip(row["bbox"], row["category"], strict=True)) if row else [])
     corners = all(x1 >= x0 and y1 >= y0 for (x0, y0, x1, y1), _ in itertools.chain.from_iterable(objects))
 
-    def area(one: tuple[Sequence[float], Any]) -> float:
-        x, y, right, lower = one[0]
+    def area(item: tuple[Sequence[float], Any]) -> float:
+        x, y, right, lower = item[0]
         return (right - x) * (lower - y) if corners else right * lower
 
-    return [max(found, key=area)[1] if found else None for found in objects]
+    return [max(items, key=area)[1] if items else None for items in objects]
 
 
 class _Sample(NamedTuple):
@@ -214,7 +214,7 @@ class _Sample(NamedTuple):
 
 
 class _WebDataset:
-    """Samples of tar shards; nothing but their places is kept, so worker processes share no open file."""
+    """Samples in tar shards; only their offsets are kept, so worker processes do not share open files."""
 
     def __init__(self, source: WebDatasetSource, data_root: Path) -> None:
         self.title = str(data_root / source.shards)
@@ -228,12 +228,14 @@ class _WebDataset:
         labels = [sample.label for sample in self.samples]
         if len({type(label) for label in labels}) > 1:
             raise DataError(f"{self.title}: some samples have .cls and others only .txt; give all of them the same")
-        known = _lines(data_root / source.classes) if source.classes else None
+        class_names = _lines(data_root / source.classes) if source.classes else None
         if any(isinstance(label, str) for label in labels):
-            self.classes, self.class_indices = _classes(labels, known)
+            self.classes, self.class_indices = _classes(labels, class_names)
         else:
             self.class_indices = [int(label) for label in labels]
-            self.classes = known or tuple(str(number) for number in range(max(self.class_indices, default=-1) + 1))
+            self.classes = class_names or tuple(
+                str(number) for number in range(max(self.class_indices, default=-1) + 1)
+            )
         for sample, class_index in zip(self.samples, self.class_indices, strict=True):
             if not 0 <= class_index < len(self.classes):
                 raise DataError(
@@ -254,7 +256,7 @@ class _WebDataset:
 
 
 def _samples(shard: Path) -> Iterator[_Sample]:
-    """A sample is the files that share their path up to the first dot of the name; those without image are left out."""
+    """A sample is all files with the same path up to the first dot of the name; those without an image are skipped."""
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[tuple[str, str], str] = {}
     for member in members(shard):
@@ -282,8 +284,8 @@ def _lines(file: Path) -> tuple[str, ...]:
         raise DataError(f"class names cannot be read from {file}: {error}") from error
 
 
-def _classes(values: Sequence[Any], known: tuple[str, ...] | None = None) -> tuple[tuple[str, ...], list[int]]:
-    """(names, an index for each value); -1 for a value that is not among the known names."""
-    distinct = known or sorted(set(values))
+def _classes(values: Sequence[Any], names: tuple[str, ...] | None = None) -> tuple[tuple[str, ...], list[int]]:
+    """(names, an index for each value); -1 for a value that is not among the given names."""
+    distinct = names or sorted(set(values))
     index = {value: number for number, value in enumerate(distinct)}
     return tuple(map(str, distinct)), [index.get(value, -1) for value in values]

@@ -1,1 +1,1 @@
-"""What `vitrine evaluate` measures, an experiment a file; `evaluate` runs them in as few passes as it can."""
+"""The experiments of `vitrine evaluate`, one per file; `evaluate` runs them in as few passes as possible."""

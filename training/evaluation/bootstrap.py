@@ -1,8 +1,8 @@
-"""How far a measured figure would move on other images: percentile bootstrap over images (Efron, 1979).
+"""Confidence intervals of measured figures: percentile bootstrap over images (Efron, 1979).
 
-One set of resamples serves every figure. Each resample is a vector of counts (how often each image was drawn), so the
-means of M quantities under R resamples are one product, [R, n] @ [n, M]; and as all figures share the resamples, the
-interval of a difference is that of *paired* differences.
+All figures share one set of resamples. Each resample is a vector of counts (how often each image was drawn), so the
+means of M quantities under R resamples are one product, [R, n] @ [n, M]. Because the resamples are shared, the interval
+of a difference is that of *paired* differences.
 
 n images, R resamples.
 """
@@ -18,7 +18,7 @@ Array = NDArray[np.float64]
 
 
 class Bootstrap:
-    """R resamples of n images, drawn from a seed."""
+    """R resamples of n images, determined by a seed."""
 
     def __init__(self, images: int, *, seed: int = 0, resamples: int = 1000, confidence: float = 0.95) -> None:
         self.images, self.seed, self.resamples, self.confidence = images, seed, resamples, confidence
@@ -28,22 +28,22 @@ class Bootstrap:
             row[:] = np.bincount(generator.integers(images, size=images), minlength=images)
 
     def means(self, values: Array) -> Array:
-        """Means over images of [n, ...] under every resample: [R, ...]."""
+        """Means of values [n, ...] over images under every resample: [R, ...]."""
         flat = np.asarray(values, dtype=np.float64).reshape(self.images, -1)
         parts = [counts.astype(np.float64) @ flat for counts in np.array_split(self._counts, 20)]
         return np.concatenate(parts).reshape(self.resamples, *np.shape(values)[1:]) / self.images
 
     def estimate(self, values: Array) -> Estimate:
-        """The mean of [n] and its interval."""
+        """The mean of values [n] and its interval."""
         return self.interval(float(np.mean(values)), self.means(values))
 
     def estimates(self, values: Array) -> list[Estimate]:
-        """The mean of every column of [n, M] and its interval."""
+        """The mean of every column of values [n, M] and its interval."""
         samples = self.means(values)
         return [self.interval(float(mean), samples[:, m]) for m, mean in enumerate(np.mean(values, axis=0))]
 
     def interval(self, value: float, samples: Array) -> Estimate:
-        """A figure with the interval that holds the middle `confidence` of its resamples [R]."""
+        """A figure with the interval that contains the middle `confidence` of its resamples [R]."""
         tail = (1 - self.confidence) / 2
         low, high = np.quantile(samples, [tail, 1 - tail])
         return Estimate(value=value, low=float(low), high=float(high))

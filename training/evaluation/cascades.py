@@ -1,4 +1,4 @@
-"""What CLIP still predicts under cascaded replacement, window by window (`models.account.windows`)."""
+"""CLIP's predictions under cascaded replacement, window by window (`models.account.windows`)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from vitrine.models.account.windows import TOKENS, Tokens
-from vitrine.models.dictionary.replacement import Known, Replacement
+from vitrine.models.dictionary.replacement import Precomputed, Replacement
 from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.results import Cascade, Estimate
 
 
-def divergence(own: Tensor, found: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of `found` from `own`, log-probabilities [..., labels]: [...] in nats, float64."""
-    own, found = own.double(), found.double()
-    return (own.exp() * (own - found)).sum(-1)
+def divergence(own: Tensor, replaced: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of `replaced` from `own`, log-probabilities [..., labels]: [...] in nats, float64."""
+    own, replaced = own.double(), replaced.double()
+    return (own.exp() * (own - replaced)).sum(-1)
 
 
 class Cascades:
@@ -24,8 +24,8 @@ class Cascades:
 
     Args:
         model: tower and CLT.
-        classify: [CLS] residuals [..., d] to the labels' log-probabilities [..., labels].
-        windows, tokens: every pair of them is measured.
+        classify: maps [CLS] residuals [..., d] to log-probabilities of the labels [..., labels].
+        windows, tokens: every combination is measured.
     """
 
     def __init__(
@@ -38,33 +38,33 @@ class Cascades:
         self.model, self.classify = model, classify
         self.pairs: list[tuple[range, Tokens]] = [(window, kind) for window in windows for kind in tokens]
         self._own: list[Tensor] = []
-        self._found: list[Tensor] = []
+        self._replaced: list[Tensor] = []
         self._truth: list[Tensor] = []
         self._divergence: list[Tensor] = []
 
-    def update(self, pixels: Tensor, known: Known, own: Tensor, truth: Tensor) -> None:
-        """Pixels [B, 3, H, W], what is known of CLIP on them, its log-probabilities [B, labels], label indices [B]."""
+    def update(self, pixels: Tensor, known: Precomputed, own: Tensor, truth: Tensor) -> None:
+        """Pixels [B, 3, H, W], CLIP's taps and codes for them, its log-probabilities [B, labels], label indices [B]."""
         runs = [self.model(pixels, window, tokens, known).residual[:, 0] for window, tokens in self.pairs]
-        found = self.classify(torch.stack(runs, dim=1))  # [B, pairs, labels]
+        replaced = self.classify(torch.stack(runs, dim=1))  # [B, pairs, labels]
         self._own.append(own.argmax(-1).cpu())
-        self._found.append(found.argmax(-1).cpu())
-        self._divergence.append(divergence(own[:, None], found).cpu())
+        self._replaced.append(replaced.argmax(-1).cpu())
+        self._divergence.append(divergence(own[:, None], replaced).cpu())
         self._truth.append(truth.cpu())
 
     @property
     def clip_right(self) -> Tensor:
-        """Whether CLIP itself is right [n], float64."""
+        """Whether CLIP's own prediction is right [n], float64."""
         return (torch.cat(self._own) == torch.cat(self._truth)).double()
 
     @property
     def right(self) -> Tensor:
-        """Whether each replacement model is right [n, pairs], float64."""
-        return (torch.cat(self._found) == torch.cat(self._truth)[:, None]).double()
+        """Whether each replacement model's prediction is right [n, pairs], float64."""
+        return (torch.cat(self._replaced) == torch.cat(self._truth)[:, None]).double()
 
     def figures(self, bootstrap: Bootstrap) -> tuple[Estimate, list[Cascade]]:
-        """CLIP's own top-1, and every pair's figures."""
+        """CLIP's own top-1, and the figures of every (window, tokens) pair."""
         right, own = self.right, self.clip_right
-        agrees = (torch.cat(self._found) == torch.cat(self._own)[:, None]).double()
+        agrees = (torch.cat(self._replaced) == torch.cat(self._own)[:, None]).double()
         top1, agreement = bootstrap.estimates(right.numpy()), bootstrap.estimates(agrees.numpy())
         diverges = bootstrap.estimates(torch.cat(self._divergence).numpy())
         difference = bootstrap.estimates((right - own[:, None]).numpy())

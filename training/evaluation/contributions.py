@@ -1,12 +1,12 @@
-"""How much of a target layer's output each source layer writes: the contribution score of arXiv 2604.13304.
+"""How much each source layer contributes to a target layer's output: the contribution score of arXiv 2604.13304.
 
-With c_{i->j} = z_i W^{i->j} what source layer i writes to target layer j at one token, and y_j = sum_{i <= j} c_{i->j}
-(no bias),
+With c_{i->j} = z_i W^{i->j}, which source layer i writes to target layer j at one token, and
+y_j = sum_{i <= j} c_{i->j} (no bias),
 
     C_{i->j} = mean over tokens of <c_{i->j}, y_j> / |y_j|^2
 
-so that sum_i C_{i->j} = 1 for every token, and for the mean. Of this *raw* score a large part may be constant: what a
-layer writes for every image alike stands in for a bias. The *centred* score leaves that out: c and y are replaced by
+so that sum_i C_{i->j} = 1 for every token, and for the mean. A large part of this *raw* score may be constant: what a
+layer writes equally for every image acts as a bias. The *centred* score removes it: c and y are replaced by
 
     c_{i->j} - mean c_{i->j}          y_j - mean y_j = sum_i (c_{i->j} - mean c_{i->j})
 
@@ -27,24 +27,19 @@ from torch import Tensor
 
 from vitrine.models.account.windows import Tokens
 from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
+from vitrine.models.dictionary.projection import projection_scores
 
-CLS, PATCHES = 0, 1  # places of the token types in sums
-
-
-def scores(parts: Tensor) -> Tensor:
-    """<c_i, y> / |y|^2 for y = sum_i c_i: [S, N, d] -> [S, N], summing to 1 over S; nan where y = 0."""
-    total = parts.sum(0)
-    return (parts * total).sum(-1) / total.square().sum(-1)
+CLS, PATCHES = 0, 1  # indices of the token types in sums
 
 
 def by_type(values: Tensor, is_cls: Tensor) -> Tensor:
-    """Sums of [..., N] over [CLS] and over patches: [2, ...], float64 on the CPU."""
+    """Sums of values [..., N] over [CLS] and over patches: [2, ...], float64 on the CPU."""
     kinds = torch.stack([is_cls, ~is_cls]).double()
     return torch.einsum("...n,kn->k...", values.double(), kinds).cpu()
 
 
 class ScoreMean:
-    """The mean of C_{i->j} over tokens, batch by batch."""
+    """Accumulates the mean of C_{i->j} over tokens."""
 
     def __init__(self, layers: int) -> None:
         self._sums = torch.zeros(2, layers, layers, dtype=torch.float64)  # type, target, source
@@ -52,10 +47,9 @@ class ScoreMean:
 
     def update(self, target: int, sources: Iterable[int], parts: Tensor, is_cls: Tensor) -> None:
         """parts [S, N, d]: what `sources` write to `target`."""
-        found = scores(parts)
-        counted = found.isfinite().all(0)
-        self._sums[:, target, list(sources)] += by_type(found.where(counted, 0.0), is_cls)
-        self._counts[:, target] += by_type(counted, is_cls)
+        scores = projection_scores(parts, 0)
+        self._sums[:, target, list(sources)] += by_type(scores, is_cls)
+        self._counts[:, target] += by_type((scores != 0).any(0), is_cls)
 
     def matrix(self, tokens: Tokens) -> Tensor:
         """C [target, source], float64; a row of zeros where no token had a score."""
@@ -67,20 +61,20 @@ def add_codes(sums: Tensor, codes: list[SortedCode], is_cls: Tensor) -> None:
     """Add every feature's activations over the tokens of a batch to `sums` [2, L, F]."""
     for layer, code in enumerate(codes):
         values, indices = code.values.double().cpu(), code.indices.cpu()
-        for kind, chosen in enumerate((is_cls.cpu(), ~is_cls.cpu())):
-            sums[kind, layer].index_add_(0, indices[chosen].flatten(), values[chosen].flatten())
+        for kind, mask in enumerate((is_cls.cpu(), ~is_cls.cpu())):
+            sums[kind, layer].index_add_(0, indices[mask].flatten(), values[mask].flatten())
 
 
 @torch.no_grad()
 def mean_contributions(clt: CrossLayerTranscoder, mean_codes: Tensor) -> list[Tensor]:
-    """mean c_{i->j} for mean codes [2, L, F]: per target [2, S, d], on the CLT's device."""
-    found = []
+    """Mean c_{i->j} for mean codes [2, L, F]: per target [2, S, d], on the CLT's device."""
+    means = []
     for decoder in clt.decoders:
         weights = zip(decoder.sources, decoder.weights, strict=True)
-        found.append(torch.stack([mean_codes[:, source].to(weight) @ weight for source, weight in weights], dim=1))
-    return found
+        means.append(torch.stack([mean_codes[:, source].to(weight) @ weight for source, weight in weights], dim=1))
+    return means
 
 
 def centred(parts: Tensor, means: Tensor, is_cls: Tensor) -> Tensor:
-    """c - mean c of each token's own type: parts [S, N, d], means [2, S, d]."""
+    """c - mean c, with the mean of each token's type: parts [S, N, d], means [2, S, d]."""
     return parts - torch.where(is_cls[:, None], means[CLS][:, None], means[PATCHES][:, None])

@@ -1,7 +1,7 @@
 """How well a CLT stands in for the MLPs, on held-out images: the measurements of arXiv 2604.13304 and some more.
 
-`evaluate` is `vitrine evaluate`: everything, as `training.evaluation.results.Results`. `evaluate_summary` is what a
-training run ends with: the few figures that its checkpoint and its bundle carry. The rooms that measure:
+`evaluate` implements `vitrine evaluate` and returns all figures as `training.evaluation.results.Results`.
+`evaluate_summary` runs at the end of training: the few figures stored in the checkpoint and the bundle. The modules:
 
     reconstruction   MSE, R^2, cosine, L0, dead features          contributions   C_{i->j}
     cascades         zero-shot top-1 under replacement            faithfulness    source layers kept and dropped
@@ -30,30 +30,32 @@ from vitrine.training.evaluation.results import Comparison, Contributions, Resul
 def evaluate(
     clip: Clip, checkpoint: Path, images: HeldOut, console: Console, *, other: Path | None = None, seed: int = 0
 ) -> Results:
-    """Everything, for the CLT of a checkpoint; `other`: a checkpoint to compare with, on the same images.
+    """All figures for the CLT of a checkpoint; `other`: a checkpoint to compare with, on the same images.
 
     Raises `CheckpointError` if either was trained on another CLIP.
     """
     clt, meta = open_checkpoint(checkpoint, clip)
-    rival = (other, *open_checkpoint(other, clip)) if other else None
+    compared = (other, *open_checkpoint(other, clip)) if other else None
     device = clip.tower.visual.proj.device
     windows = paper_windows(clt.layers)
     label_embeddings = clip.encode_labels(list(images.labels), list(meta.recipe.data.templates))
     plan = Plan(windows, matrices=True, random_orders=RANDOM_ORDERS, retrieval=True)
-    found = measure(clip, clt.to(device), images, label_embeddings, plan, console, seed=seed)
+    measured = measure(clip, clt.to(device), images, label_embeddings, plan, console, seed=seed)
     bootstrap = Bootstrap(len(images), seed=seed)
-    baseline, cascades = found.cascades.figures(bootstrap)
+    baseline, cascades = measured.cascades.figures(bootstrap)
     comparison = None
-    if rival:
-        path, other_clt, other_meta = rival
-        theirs = measure(clip, other_clt.to(device), images, label_embeddings, Plan(windows), console, seed=seed)
+    if compared:
+        path, other_clt, other_meta = compared
+        other_measured = measure(
+            clip, other_clt.to(device), images, label_embeddings, Plan(windows), console, seed=seed
+        )
         comparison = Comparison(
             name=other_meta.recipe.name,
             checkpoint_sha256=file_sha256(path / "clt.safetensors"),
             cross_layer=other_clt.architecture.cross_layer,
-            reconstruction=theirs.reconstruction.figures(bootstrap),
-            cascades=theirs.cascades.figures(bootstrap)[1],
-            gains=bootstrap.estimates((found.cascades.right - theirs.cascades.right).numpy()),
+            reconstruction=other_measured.reconstruction.figures(bootstrap),
+            cascades=other_measured.cascades.figures(bootstrap)[1],
+            gains=bootstrap.estimates((measured.cascades.right - other_measured.cascades.right).numpy()),
         )
     return Results(
         recipe=meta.recipe,
@@ -66,15 +68,17 @@ def evaluate(
         seeds=Seeds(sample=images.seed, bootstrap=seed, orders=seed),
         resamples=bootstrap.resamples,
         confidence=bootstrap.confidence,
-        reconstruction=found.reconstruction.figures(bootstrap),
+        reconstruction=measured.reconstruction.figures(bootstrap),
         baseline=baseline,
         cascades=cascades,
         contributions={
-            tokens: Contributions(raw=found.raw.matrix(tokens).tolist(), centred=found.centred.matrix(tokens).tolist())
+            tokens: Contributions(
+                raw=measured.raw.matrix(tokens).tolist(), centred=measured.centred.matrix(tokens).tolist()
+            )
             for tokens in TOKENS
         },
-        faithfulness=found.interventions.figures(bootstrap, found.cascades.clip_right),
-        retrieval=found.gallery.figures(images.labels, seed),
+        faithfulness=measured.interventions.figures(bootstrap, measured.cascades.clip_right),
+        retrieval=measured.gallery.figures(images.labels, seed),
         comparison=comparison,
     )
 
@@ -82,20 +86,20 @@ def evaluate(
 def evaluate_summary(
     clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, templates: tuple[str, ...], console: Console
 ) -> Metrics:
-    """The figures that a checkpoint and a bundle carry: two replacement models instead of twelve.
+    """The figures stored in a checkpoint and a bundle: two replacement models instead of twelve.
 
     Args:
-        clip, clt: on one device; the CLT on raw activations, in evaluation mode.
-        images: `held_out(recipe.data, data_root, clip)`, or a sample: `held_out(..., images=1000)`.
+        clip, clt: on the same device; the CLT on raw activations, in evaluation mode.
+        images: `held_out(recipe.data, data_root, clip)`, or a sample of it: `held_out(..., images=1000)`.
         templates: the recipe's.
     """
     label_embeddings = clip.encode_labels(list(images.labels), list(templates))
     plan = Plan([range(clt.layers)], tokens=("all", "cls"))
-    found = measure(clip, clt, images, label_embeddings, plan, console)
-    bootstrap = Bootstrap(len(images), resamples=2)  # nobody reads these intervals
-    reconstruction = found.reconstruction.figures(bootstrap)
-    baseline, (replaced_all, replaced_cls) = found.cascades.figures(bootstrap)
-    curve = found.interventions.figures(bootstrap, found.cascades.clip_right).curve("cls")
+    measured = measure(clip, clt, images, label_embeddings, plan, console)
+    bootstrap = Bootstrap(len(images), resamples=2)  # the intervals are not used
+    reconstruction = measured.reconstruction.figures(bootstrap)
+    baseline, (replaced_all, replaced_cls) = measured.cascades.figures(bootstrap)
+    curve = measured.interventions.figures(bootstrap, measured.cascades.clip_right).curve("cls")
     return Metrics(
         r2=reconstruction["all"].r2.value,
         cosine=reconstruction["all"].cosine,
@@ -110,7 +114,7 @@ def evaluate_summary(
 
 
 def open_checkpoint(checkpoint: Path, clip: Clip) -> tuple[CrossLayerTranscoder, CheckpointMeta]:
-    """A checkpoint's CLT and what is known of it. Raises `CheckpointError` if it belongs to another CLIP."""
+    """A checkpoint's CLT and metadata. Raises `CheckpointError` if it belongs to another CLIP."""
     clt, _, meta = load_clt(checkpoint)
     check_clip(checkpoint, meta, clip)
     return clt, meta

@@ -1,15 +1,15 @@
-"""Are the attributed layers the ones that matter? The last target layer at [CLS], rebuilt from some source layers.
+"""Do the attributed layers matter? The last target layer at [CLS] is rebuilt from a subset of its source layers.
 
-[CLS] after the last block is (stream before that MLP) + (MLP output); the latter is replaced by
+The [CLS] residual after the last block is (stream before that MLP) + (MLP output); the latter is replaced by
 
     b_{L-1} + sum_{i kept} c_{i->L-1}
 
-on CLIP's true stream, and the image is classified. Dropping the best-ranked source layers asks whether they were
-necessary, keeping them alone whether they suffice (arXiv 2604.13304: drop top-1, keep top-4). Source layers are ranked
-by C_{i->L-1} over the data set, at [CLS] or at all tokens (the paper's two rows; only the ranking differs, as no other
-token's last MLP output reaches the prediction), or image by image. Random orders are the baseline.
+on CLIP's true stream, and the image is classified. Dropping the best-ranked source layers tests whether they are
+necessary; keeping only them tests whether they suffice (arXiv 2604.13304: drop top-1, keep top-4). Source layers are
+ranked by C_{i->L-1} over the data set, at [CLS] or at all tokens (the paper's two rows; only the ranking differs, as no
+other token's last MLP output reaches the prediction), or per image. Random orders are the baseline.
 
-L layers, B images, n images in all, O orders, d width.
+L layers, B images of a batch, n images in total, O orders, d width.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vitrine.models.dictionary.projection import projection_scores
 from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.cascades import divergence
-from vitrine.training.evaluation.contributions import scores
 from vitrine.training.evaluation.results import Curve, Faithfulness, Spread
 
 Ranking = Literal["cls", "all"]
@@ -32,25 +32,25 @@ TOP = 4  # source layers kept in the paper's table
 
 
 def ranked(scores: Tensor) -> Tensor:
-    """Source layers by score [..., L], the largest first; equal ones by number."""
+    """Source layers sorted by score [..., L], largest first; ties by layer number."""
     return scores.argsort(dim=-1, descending=True, stable=True)
 
 
 def keep_masks(orders: Tensor) -> Tensor:
-    """Orders of source layers [..., L] to which are kept at k = 0 ... L: [..., L + 1, L] bool."""
+    """From orders of source layers [..., L], which layers are kept at k = 0 ... L: [..., L + 1, L] bool."""
     ranks = orders.argsort(dim=-1)
     return ranks[..., None, :] < torch.arange(orders.shape[-1] + 1, device=orders.device)[:, None]
 
 
 class Interventions:
-    """Collects, per image, whether the prediction is right with each choice of source layers.
+    """Records, per image, whether the prediction is right for each choice of source layers.
 
     Args:
-        classify: [CLS] residuals [..., d] to the labels' log-probabilities [..., labels].
-        bias: of the last decoder [d].
-        rankings: source layers, the largest C first, by ranking.
-        random_orders: how many random orders.
-        seed: of these.
+        classify: maps [CLS] residuals [..., d] to log-probabilities of the labels [..., labels].
+        bias: the last decoder's bias [d].
+        rankings: per ranking, the source layers, largest C first.
+        random_orders: number of random orders.
+        seed: of the random orders.
     """
 
     def __init__(
@@ -72,42 +72,43 @@ class Interventions:
         self._diverges: dict[str, list[Tensor]] = {}
 
     def update(self, before: Tensor, parts: Tensor, own: Tensor, truth: Tensor) -> None:
-        """[CLS] before the last MLP [B, d], what each source layer writes there [L, B, d], CLIP's own log-probabilities
-        [B, labels], label indices [B]."""
-        by_image = keep_masks(ranked(scores(parts).nan_to_num(0.0).T))  # [B, L + 1, L]
-        found = {
+        """[CLS] stream before the last MLP [B, d], what each source layer writes there [L, B, d], CLIP's own
+        log-probabilities [B, labels], label indices [B]."""
+        by_image = keep_masks(ranked(projection_scores(parts, 0).T))  # [B, L + 1, L]
+        predictions = {
             "keep": self._predictions(before, parts, self._keep),
             "drop": self._predictions(before, parts, ~self._keep),
             "one": self._predictions(before, parts, self._one),
             "image_keep": self._per_image(before, parts, by_image),
             "image_drop": self._per_image(before, parts, ~by_image),
         }
-        for name, classified in found.items():  # [..., B, labels]
-            right = classified.argmax(-1) == truth.to(classified.device)
+        for name, predicted in predictions.items():  # [..., B, labels]
+            right = predicted.argmax(-1) == truth.to(predicted.device)
             self._right.setdefault(name, []).append(right.movedim(-1, 0).cpu())
-            self._diverges.setdefault(name, []).append(divergence(own, classified).movedim(-1, 0).float().cpu())
+            self._diverges.setdefault(name, []).append(divergence(own, predicted).movedim(-1, 0).float().cpu())
 
     def right(self, name: str) -> Tensor:
-        """Right or wrong, by image: `keep`, `drop` [n, O, L + 1], `one` [n, L], `image_keep`, `image_drop` [n, L + 1].
+        """Whether each image's prediction is right: `keep`, `drop` [n, O, L + 1], `one` [n, L], `image_keep`,
+        `image_drop` [n, L + 1].
 
-        O: the rankings in their order, then the random ones.
+        O: the rankings in their order, then the random orders.
         """
         return torch.cat(self._right[name]).double()
 
     def diverges(self, name: str) -> Tensor:
-        """Divergence from CLIP's own distribution, by image, as `right`."""
+        """Each image's divergence from CLIP's own distribution; names and shapes as in `right`."""
         return torch.cat(self._diverges[name]).double()
 
     def _predictions(self, before: Tensor, parts: Tensor, kept: Tensor) -> Tensor:
-        """For the same choice for every image [..., L]: [..., B, labels]."""
+        """Predictions when every image keeps the same layers [..., L]: [..., B, labels]."""
         return self.classify(before + self.bias + torch.einsum("...l,lbd->...bd", kept.to(parts.dtype), parts))
 
     def _per_image(self, before: Tensor, parts: Tensor, kept: Tensor) -> Tensor:
-        """For choices of each image's own [B, K, L]: [K, B, labels]."""
+        """Predictions when each image keeps its own layers [B, K, L]: [K, B, labels]."""
         return self.classify(before + self.bias + torch.einsum("bkl,lbd->kbd", kept.to(parts.dtype), parts))
 
     def figures(self, bootstrap: Bootstrap, clip_right: Tensor) -> Faithfulness:
-        """All curves; `clip_right` [n]: whether CLIP itself is right."""
+        """All curves; `clip_right` [n]: whether CLIP's own prediction is right."""
         keep, drop, own = self.right("keep"), self.right("drop"), clip_right.double()[:, None]
         keep_kl, drop_kl = self.diverges("keep").mean(0), self.diverges("drop").mean(0)  # [O, L + 1]
         curves = []
@@ -117,7 +118,7 @@ class Interventions:
         kl = self.diverges("image_keep").mean(0), self.diverges("image_drop").mean(0)
         image = self.right("image_keep"), self.right("image_drop")
         curves.append(self._curve("image", None, *image, kl, bootstrap, own))
-        first, one = len(self.rankings), self.right("one")
+        first, without_one = len(self.rankings), self.right("one")
         return Faithfulness(
             curves=curves,
             random_orders=keep.shape[1] - first,
@@ -125,8 +126,8 @@ class Interventions:
             random_drop=_spreads(drop[:, first:].mean(0)),
             random_keep_divergence=_spreads(keep_kl[first:]),
             random_drop_divergence=_spreads(drop_kl[first:]),
-            drop_one=bootstrap.estimates(one.numpy()),
-            drop_one_mean=bootstrap.estimate(one.mean(1).numpy()),
+            drop_one=bootstrap.estimates(without_one.numpy()),
+            drop_one_mean=bootstrap.estimate(without_one.mean(1).numpy()),
             drop_one_divergence=self.diverges("one").mean(0).tolist(),
         )
 
@@ -140,7 +141,7 @@ class Interventions:
         bootstrap: Bootstrap,
         own: Tensor,
     ) -> Curve:
-        """Right or wrong [n, L + 1], mean divergence [L + 1], whether CLIP itself is right [n, 1]."""
+        """keep, drop: right or wrong [n, L + 1]; mean divergences [L + 1]; own: whether CLIP itself is right [n, 1]."""
         changes = torch.stack([keep[:, min(TOP, self.layers)], drop[:, 1]], dim=1) - own
         keep_top4, drop_top1 = bootstrap.estimates(changes.numpy())
         return Curve(
@@ -156,7 +157,7 @@ class Interventions:
 
 
 def _spreads(figures: Tensor) -> list[Spread]:
-    """Over random orders [O, L + 1], by k; none where there are no orders."""
+    """The spread over random orders [O, L + 1], for each k; empty without random orders."""
     if not len(figures):
         return []
     return [

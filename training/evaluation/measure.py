@@ -1,8 +1,8 @@
-"""Two passes over held-out images, shared by everything that is measured on them.
+"""Two passes over held-out images, shared by all measurements.
 
-The first finds what the second needs beforehand: mean MLP outputs, mean codes, and the contribution scores onto the
-last layer that source layers are ranked by. The second measures the rest. What is kept are sums and a few numbers per
-image (and the codes at [CLS], where retrieval is wanted), never activations.
+The first pass computes what the second needs: mean MLP outputs, mean codes, and the contribution scores onto the last
+layer, by which source layers are ranked. The second measures the rest. Only sums and a few numbers per image are kept
+(and the codes at [CLS], for retrieval), never activations.
 
 L layers, B images, T tokens, N = B * T tokens of a batch, S source layers of a target, F features, d width.
 """
@@ -22,7 +22,7 @@ from vitrine.models.account.windows import TOKENS, Tokens
 from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tower import Taps
 from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
-from vitrine.models.dictionary.replacement import Known, Replacement
+from vitrine.models.dictionary.replacement import Precomputed, Replacement
 from vitrine.models.dictionary.sparsify import Code
 from vitrine.training.data.activations import activations
 from vitrine.training.data.held_out import HeldOut
@@ -43,18 +43,18 @@ from vitrine.training.evaluation.retrieval import Gallery
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured beside reconstruction and the paper's two interventions."""
+    """What is measured in addition to reconstruction and the paper's two interventions."""
 
-    windows: list[range]  # of replaced layers
-    tokens: tuple[Tokens, ...] = TOKENS  # replaced in each window
+    windows: list[range]  # replaced layers
+    tokens: tuple[Tokens, ...] = TOKENS  # tokens replaced in each window
     matrices: bool = False  # C_{i->j} onto every layer
     random_orders: int = 0
     retrieval: bool = False
 
 
 @dataclass
-class Measured:
-    """One CLT's measurements."""
+class Measurements:
+    """The measurements of one CLT."""
 
     reconstruction: Reconstruction
     cascades: Cascades
@@ -72,9 +72,9 @@ class _Batch(NamedTuple):
     is_cls: Tensor  # [N]
 
 
-class _Survey(NamedTuple):
-    output_means: Tensor  # [3, L, d] of all tokens, of [CLS], of patches
-    code_means: Tensor  # [2, L, F] of [CLS], of patches
+class _FirstPass(NamedTuple):
+    output_means: Tensor  # [3, L, d] over all tokens, [CLS], patches
+    code_means: Tensor  # [2, L, F] over [CLS], patches
     onto_last: ScoreMean
 
 
@@ -88,8 +88,8 @@ def measure(
     console: Console,
     *,
     seed: int = 0,
-) -> Measured:
-    """Both passes for one CLT, on its device, which must be the CLIP's too; label embeddings [labels, D]."""
+) -> Measurements:
+    """Run both passes for one CLT, which must be on the CLIP's device; label embeddings [labels, D]."""
     tower, last = clip.tower, clt.layers - 1
     label_embeddings = label_embeddings.to(clt.decoders[0].bias)
 
@@ -98,11 +98,11 @@ def measure(
         return (clip.logit_scale * embedding @ label_embeddings.T).log_softmax(-1)
 
     with _progress(console) as progress:
-        survey = _survey(clip, clt, images, progress)
-        means = mean_contributions(clt, survey.code_means) if plan.matrices else []
-        rankings = {kind: ranked(survey.onto_last.matrix(kind)[last]) for kind in RANKINGS}
-        found = Measured(
-            Reconstruction(clt, survey.output_means),
+        first_pass = _first_pass(clip, clt, images, progress)
+        means = mean_contributions(clt, first_pass.code_means) if plan.matrices else []
+        rankings = {kind: ranked(first_pass.onto_last.matrix(kind)[last]) for kind in RANKINGS}
+        measured = Measurements(
+            Reconstruction(clt, first_pass.output_means),
             Cascades(Replacement(tower, clt), classify, plan.windows, plan.tokens),
             Interventions(classify, clt.decoders[last].bias, rankings, plan.random_orders, seed),
             ScoreMean(clt.layers),
@@ -116,26 +116,26 @@ def measure(
                 parts = decoder.contributions(batch.codes)  # [S, N, d]
                 decoded.append((decoder.bias + parts.sum(0)).view(shape))
                 if plan.matrices:
-                    found.raw.update(target, decoder.sources, parts, batch.is_cls)
-                    around = centred(parts, means[target], batch.is_cls)
-                    found.centred.update(target, decoder.sources, around, batch.is_cls)
-            found.reconstruction.update(taps.mlp_out, torch.stack(decoded), batch.codes)
+                    measured.raw.update(target, decoder.sources, parts, batch.is_cls)
+                    centred_parts = centred(parts, means[target], batch.is_cls)
+                    measured.centred.update(target, decoder.sources, centred_parts, batch.is_cls)
+            measured.reconstruction.update(taps.mlp_out, torch.stack(decoded), batch.codes)
 
-            written = parts.new_zeros(clt.layers, len(batch.pixels), clt.width)
-            written[clt.decoders[last].sources] = parts[:, batch.is_cls]
+            cls_parts = parts.new_zeros(clt.layers, len(batch.pixels), clt.width)
+            cls_parts[clt.decoders[last].sources] = parts[:, batch.is_cls]
             before = taps.residual_out[:, 0] - taps.mlp_out[last, :, 0]
             own = classify(taps.residual_out[:, 0])
-            found.interventions.update(before, written, own, batch.truth)
-            found.cascades.update(batch.pixels, Known(taps, batch.codes), own, batch.truth)
+            measured.interventions.update(before, cls_parts, own, batch.truth)
+            measured.cascades.update(batch.pixels, Precomputed(taps, batch.codes), own, batch.truth)
             if plan.retrieval:
-                chosen = [(code.indices[batch.is_cls], code.values[batch.is_cls]) for code in batch.codes]
-                at_cls = [Code(indices, values) for indices, values in chosen]
-                found.gallery.update(at_cls, tower.head(taps.residual_out[:, 0]), batch.truth)
-    return found
+                selected = [(code.indices[batch.is_cls], code.values[batch.is_cls]) for code in batch.codes]
+                at_cls = [Code(indices, values) for indices, values in selected]
+                measured.gallery.update(at_cls, tower.head(taps.residual_out[:, 0]), batch.truth)
+    return measured
 
 
-def _survey(clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, progress: Progress) -> _Survey:
-    """The first pass."""
+def _first_pass(clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, progress: Progress) -> _FirstPass:
+    """Means and rankings for the second pass."""
     last, decoder = clt.layers - 1, clt.decoders[-1]
     outputs = torch.zeros(2, clt.layers, clt.width, dtype=torch.float64)
     codes = torch.zeros(2, clt.layers, clt.features, dtype=torch.float64)
@@ -147,13 +147,13 @@ def _survey(clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, progress: Pr
         outputs[PATCHES] += batch.taps.mlp_out[:, :, 1:].double().sum((1, 2)).cpu()
         add_codes(codes, batch.codes, batch.is_cls)
         onto_last.update(last, decoder.sources, decoder.contributions(batch.codes), batch.is_cls)
-    each = outputs / counts[:, None, None]
+    by_kind = outputs / counts[:, None, None]
     overall = outputs.sum(0) / counts.sum()
-    return _Survey(torch.stack([overall, *each]), codes / counts[:, None, None], onto_last)
+    return _FirstPass(torch.stack([overall, *by_kind]), codes / counts[:, None, None], onto_last)
 
 
 def _batches(clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, progress: Progress, name: str) -> Iterator[_Batch]:
-    """Every batch of images with CLIP's taps and the CLT's codes of them."""
+    """All batches of images, with CLIP's taps and the CLT's codes for them."""
     device = clt.decoders[0].bias.device
     task = progress.add_task(name, total=len(images))
     for pixels, truth in images.batches():

@@ -1,14 +1,14 @@
-"""How well a CLT's outputs match the MLPs', per layer and token type, as sums per image.
+"""How well a CLT's outputs match those of the MLPs, per layer and token type, as sums per image.
 
     MSE      mean of |y - y'|^2 / d over tokens
     R^2      1 - sum |y - y'|^2 / sum |y - mean y|^2 over tokens and dimensions (variance-weighted); [CLS] and patches
-             about their own means, all tokens about theirs; a CLT's is the mean over layers
+             about their own means, all tokens about theirs; a CLT's R^2 is the mean over layers
     cosine   mean of cos(y, y') over tokens
-    L0       mean number of active features a token
+    L0       mean number of active features per token
     dead     share of features that fired for no token
 
-The means come from a first pass over the same images, so that each image has its own share of both sums of R^2, which
-is what a bootstrap over images draws from (it keeps the means as they are).
+The means come from a first pass over the same images, so that each image has its own part of both sums in R^2, and the
+bootstrap can resample images (it keeps the means fixed).
 
 L layers, n images, B images of a batch, T tokens, d width, F features.
 """
@@ -25,11 +25,11 @@ from vitrine.training.evaluation.results import LayerFigures, TokenFigures
 
 
 class Reconstruction:
-    """Collects one CLT's figures.
+    """Accumulates the figures of one CLT.
 
     Args:
         clt: the CLT.
-        means: mean MLP output [3, L, d] of all tokens, of [CLS], of patches.
+        means: mean MLP output [3, L, d] over all tokens, [CLS], patches.
     """
 
     def __init__(self, clt: CrossLayerTranscoder, means: Tensor) -> None:
@@ -40,16 +40,16 @@ class Reconstruction:
         self._batches: list[Tensor] = []  # [4, 3, B, L]: error, total, cosine, L0 summed over an image's tokens
 
     def update(self, truth: Tensor, decoded: Tensor, codes: list[SortedCode]) -> None:
-        """MLP outputs and the CLT's [L, B, T, d]; codes over the B * T tokens."""
+        """MLP outputs and CLT outputs [L, B, T, d]; codes over the B * T tokens."""
         images, self.tokens = truth.shape[1], truth.shape[2]
         sums = torch.zeros(4, 3, images, self.layers, dtype=torch.float64)
         for layer, code in enumerate(codes):
-            y, found, active = truth[layer].double(), decoded[layer].double(), code.values != 0
+            y, output, active = truth[layer].double(), decoded[layer].double(), code.values != 0
             per_token = torch.stack(
                 [
-                    (y - found).square().sum(-1),
+                    (y - output).square().sum(-1),
                     torch.zeros_like(y[..., 0]),
-                    torch.cosine_similarity(y, found, dim=-1),
+                    torch.cosine_similarity(y, output, dim=-1),
                     active.sum(-1).view(images, -1).double(),
                 ]
             )
@@ -63,10 +63,10 @@ class Reconstruction:
         self._batches.append(sums)
 
     def figures(self, bootstrap: Bootstrap) -> dict[Tokens, TokenFigures]:
-        """Every token type's figures, those of R^2 with intervals."""
+        """The figures of every token type; R^2 with intervals."""
         sums = torch.cat(self._batches, dim=2)  # [4, 3, n, L]
         counts = torch.tensor([self.tokens, 1, self.tokens - 1], dtype=torch.float64)[:, None]
-        found = {}
+        figures = {}
         for kind, tokens in enumerate(TOKENS):
             error, total, cosine, l0 = sums[:, kind].mean(1)
             r2 = 1 - error / total
@@ -82,10 +82,10 @@ class Reconstruction:
             layers = [LayerFigures(**dict(zip(columns, row, strict=True))) for row in rows]
             means = {name: column.mean().item() for name, column in columns.items()}
             means["r2"] = bootstrap.interval(means["r2"], resampled.mean(1))
-            found[tokens] = TokenFigures(layers=layers, **means)
-        return found
+            figures[tokens] = TokenFigures(layers=layers, **means)
+        return figures
 
 
 def chosen_tokens(values: Tensor, tokens: Tokens) -> Tensor:
-    """Of [m, B, T, ...] the tokens of one type; a copy."""
+    """The tokens of one type, from values [m, B, T, ...]; a copy."""
     return {"all": values, "cls": values[:, :, :1], "patches": values[:, :, 1:]}[tokens].clone()

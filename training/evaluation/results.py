@@ -1,7 +1,7 @@
 """results.json: everything that `vitrine evaluate` measures. Accuracies and shares lie between 0 and 1.
 
-Lists by layer begin with layer 0. Matrices are [target layer j][source layer i]. An interval holds 95 % of the
-bootstrap's resamples over images; differences are paired by image.
+Lists by layer start at layer 0. Matrices are [target layer j][source layer i]. An interval contains 95 % of the
+bootstrap resamples over images; differences are paired by image.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ class Spread(_Part):
 
 
 class LayerFigures(_Part):
-    """The CLT's output of one layer against the MLP's."""
+    """The CLT's output for one layer compared with the MLP's."""
 
     mse: float  # per token and dimension
     r2: float  # variance-weighted: 1 - sum |y - y'|^2 / sum |y - mean y|^2
     cosine: float
-    l0: float  # active features a token
+    l0: float  # active features per token
     dead_share: float  # features that fired for no token of this type
 
 
 class TokenFigures(_Part):
-    """Means over layers, and the layers."""
+    """Means over layers, and the figures of each layer."""
 
     r2: Estimate
     mse: float
@@ -67,8 +67,8 @@ class Cascade(_Part):
     last: int
     tokens: Tokens
     top1: Estimate
-    difference: Estimate  # to CLIP's own top-1
-    agreement: Estimate  # share of images whose prediction is CLIP's own
+    difference: Estimate  # from CLIP's own top-1
+    agreement: Estimate  # share of images with the same prediction as CLIP
     divergence: Estimate  # Kullback-Leibler, from CLIP's own zero-shot distribution, nats
 
     @property
@@ -84,20 +84,20 @@ class Contributions(_Part):
 
 
 class Curve(_Part):
-    """Zero-shot top-1 with the k best-ranked source layers of the last target kept, or dropped; k = 0 ... L."""
+    """Zero-shot top-1 with the k best-ranked source layers of the last target layer kept, or dropped; k = 0 ... L."""
 
-    ranking: Literal["cls", "all", "image"]  # by C over the data set, at [CLS] or at all tokens; or image by image
-    order: list[int] | None  # source layers, the largest C first; None: every image has its own
+    ranking: Literal["cls", "all", "image"]  # by C over the data set, at [CLS] or at all tokens; or per image
+    order: list[int] | None  # source layers, largest C first; None: each image has its own order
     keep: list[Estimate]
     drop: list[Estimate]
     keep_divergence: list[float]  # mean Kullback-Leibler divergence from CLIP's own zero-shot distribution, nats
     drop_divergence: list[float]
-    keep_top4: Estimate  # differences to CLIP's own top-1
+    keep_top4: Estimate  # differences from CLIP's own top-1
     drop_top1: Estimate
 
 
 class Faithfulness(_Part):
-    """The last target layer, [CLS], rebuilt from some of its source layers; the bias is always kept."""
+    """The last target layer at [CLS], rebuilt from a subset of its source layers; the bias is always kept."""
 
     curves: list[Curve]
     random_orders: int
@@ -106,26 +106,26 @@ class Faithfulness(_Part):
     random_keep_divergence: list[Spread]
     random_drop_divergence: list[Spread]
     drop_one: list[Estimate]  # one source layer dropped, by layer
-    drop_one_mean: Estimate  # mean over layers: what dropping a random layer does
+    drop_one_mean: Estimate  # mean over layers: the effect of dropping a random layer
     drop_one_divergence: list[float]
 
     def curve(self, ranking: str) -> Curve:
         return next(curve for curve in self.curves if curve.ranking == ranking)
 
     def harm_in_top1(self, ranking: str) -> float | None:
-        """How many times as much top-1 falls by dropping the top layer as by dropping any one, from the top-1 with all
-        layers; None where dropping any one does not lower it."""
-        first, whole = self.curve(ranking).drop[1].value, self.curve(ranking).drop[0].value
-        return _ratio(whole - first, whole - self.drop_one_mean.value)
+        """Ratio of the falls in top-1, relative to all layers kept: dropping the top layer over dropping any one layer
+        (mean); None if the latter does not lower top-1."""
+        without_first, full = self.curve(ranking).drop[1].value, self.curve(ranking).drop[0].value
+        return _ratio(full - without_first, full - self.drop_one_mean.value)
 
     def harm_in_divergence(self, ranking: str) -> float | None:
-        """The same for the divergence from CLIP's own distribution, which a single image's flip does not move."""
-        whole, first = self.curve(ranking).drop_divergence[:2]
-        return _ratio(first - whole, sum(self.drop_one_divergence) / len(self.drop_one_divergence) - whole)
+        """The same for the divergence from CLIP's own distribution, which does not jump when one prediction flips."""
+        full, without_first = self.curve(ranking).drop_divergence[:2]
+        return _ratio(without_first - full, sum(self.drop_one_divergence) / len(self.drop_one_divergence) - full)
 
 
 class Neighbours(_Part):
-    """An example: the images nearest to a query, layer by layer. Images by their place in the data set."""
+    """An example: the images nearest to a query, by layer. Images are indices into the data set."""
 
     query: int
     label: str
@@ -134,12 +134,12 @@ class Neighbours(_Part):
 
 
 class Retrieval(_Part):
-    """Share of the `k` nearest images, by sparse code at [CLS], that have the query's class."""
+    """Share of the `k` nearest images, by sparse code at [CLS], with the query's class."""
 
     k: int
     queries: int
     layers: list[Estimate]
-    embedding: Estimate  # the same by CLIP's own embedding
+    embedding: Estimate  # the same share by CLIP's own embedding
     chance: float
     examples: list[Neighbours]
 
@@ -152,7 +152,7 @@ class Comparison(_Part):
     cross_layer: bool
     reconstruction: dict[Tokens, TokenFigures]
     cascades: list[Cascade]
-    gains: list[Estimate]  # top-1 of the CLT minus top-1 of this one, by cascade
+    gains: list[Estimate]  # top-1 of the evaluated CLT minus top-1 of this one, by cascade
 
 
 class Seeds(_Part):

@@ -1,8 +1,8 @@
-"""Cross-layer feature retrieval: for a query image, the images whose sparse code at [CLS] is nearest, layer by layer.
+"""Cross-layer feature retrieval: for a query image, the images with the nearest sparse code at [CLS], layer by layer.
 
-Nearness is the cosine of two codes [F], both sparse. The score of a layer is the share of the k nearest images (the
-query left out) that have the query's class, over queries; chance is that share for images drawn at random. CLIP's own
-embedding is the yardstick.
+Similarity is the cosine of two sparse codes [F]. The score of a layer is the share of the k nearest images (excluding
+the query) with the query's class, averaged over queries; chance is that share for random images. CLIP's own embedding
+is the reference.
 
 n images, L layers, F features, K places of a code, D embedding size.
 """
@@ -22,11 +22,11 @@ from vitrine.training.evaluation.results import Neighbours, Retrieval
 NEAREST = 5
 QUERIES = 1000
 EXAMPLES = 4
-_CHUNK = 256  # queries against all images at once
+_CHUNK = 256  # queries compared with all images at once
 
 
 class Gallery:
-    """Collects the codes, embeddings and labels of all images."""
+    """The codes, embeddings and labels of all images."""
 
     def __init__(self, layers: int, features: int) -> None:
         self.layers, self.features = layers, features
@@ -35,19 +35,19 @@ class Gallery:
         self._truth: list[Tensor] = []
 
     def update(self, codes: list[Code], embeddings: Tensor, truth: Tensor) -> None:
-        """Codes [B, K] of [CLS] by layer, CLIP's embeddings [B, D], label indices [B]."""
-        for gallery, code in zip(self._codes, codes, strict=True):
-            gallery.append(_rows(code.indices.cpu().numpy(), code.values.float().cpu().numpy(), self.features))
+        """Codes at [CLS] [B, K] by layer, CLIP's embeddings [B, D], label indices [B]."""
+        for layer_codes, code in zip(self._codes, codes, strict=True):
+            layer_codes.append(_rows(code.indices.cpu().numpy(), code.values.float().cpu().numpy(), self.features))
         self._embeddings.append(embeddings.float().cpu().numpy())
         self._truth.append(truth.cpu())
 
     def figures(self, labels: tuple[str, ...], seed: int) -> Retrieval | None:
-        """Scores by layer, with examples of different classes; None if there are no k + 1 images."""
+        """Scores by layer, with examples of different classes; None with fewer than k + 1 images."""
         truth = torch.cat(self._truth).numpy()
         if len(truth) <= NEAREST:
             return None
         queries = np.random.default_rng(seed).permutation(len(truth))[:QUERIES]
-        examples = _of_different_classes(truth[queries])
+        examples = _first_of_each_class(truth[queries])
         bootstrap = Bootstrap(len(queries), seed=seed)
         scores, shown = [], []
         for parts in self._codes:
@@ -75,17 +75,17 @@ class Gallery:
 
 
 def nearest(rows: sparse.csr_array, queries: NDArray[np.int64], k: int) -> NDArray[np.int64]:
-    """The k images with the largest cosine to each query [q, k], best first, without the query itself; equal ones by
-    their place. An image without any active feature has cosine 0 with every other."""
+    """The k images with the largest cosine to each query [q, k], best first, without the query itself; ties by index.
+    An image without any active feature has cosine 0 with every other."""
     norms = np.sqrt(rows.multiply(rows).sum(axis=1))
     unit = sparse.diags_array(1 / np.where(norms > 0, norms, 1)) @ rows
-    found = []
+    neighbours = []
     for at in range(0, len(queries), _CHUNK):
         chunk = queries[at : at + _CHUNK]
         similarity = (unit[chunk] @ unit.T).toarray()
         similarity[np.arange(len(chunk)), chunk] = -np.inf
-        found.append(np.argsort(-similarity, axis=1, kind="stable")[:, :k])
-    return np.concatenate(found)
+        neighbours.append(np.argsort(-similarity, axis=1, kind="stable")[:, :k])
+    return np.concatenate(neighbours)
 
 
 def _rows(indices: NDArray[np.int64], values: NDArray[np.float32], features: int) -> sparse.csr_array:
@@ -98,11 +98,11 @@ def _rows(indices: NDArray[np.int64], values: NDArray[np.float32], features: int
 
 
 def _same_class(truth: NDArray[np.int64], queries: NDArray[np.int64], near: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Per query, the share of its neighbours that have its class."""
+    """For each query, the share of its neighbours with its class."""
     return (truth[near] == truth[queries][:, None]).mean(axis=1)
 
 
-def _of_different_classes(truth: NDArray[np.int64]) -> list[int]:
-    """The first query of each class, a few of them."""
+def _first_of_each_class(truth: NDArray[np.int64]) -> list[int]:
+    """The first query of each class, at most `EXAMPLES`."""
     _, first = np.unique(truth, return_index=True)
     return sorted(first.tolist())[:EXAMPLES]

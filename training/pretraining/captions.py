@@ -1,4 +1,4 @@
-"""Sentences about small labelled images: what they show, and the colour of their background as the pixels tell it."""
+"""Captions for small labelled images: their class, and their background colour as measured from the pixels."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ COLOURS = {
     "white": (238, 238, 238),
     "gray": (128, 128, 128),
     "black": (25, 25, 25),
-}  # as they look in photos: RGB
+}  # RGB, typical of photos
 
 
 def background_colour(image: Image.Image) -> int:
-    """Which of `COLOURS` (its place) is nearest to the median of the image's outermost pixels."""
+    """Index of the colour in `COLOURS` nearest to the median of the image's border pixels."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
     distance = np.square(np.median(border, axis=0) - np.array(list(COLOURS.values()))).sum(axis=1)
@@ -26,10 +26,10 @@ def background_colour(image: Image.Image) -> int:
 
 
 def class_prompts(labels: tuple[str, ...], template: str) -> list[str]:
-    """One sentence a label."""
+    """One prompt per label."""
     return [template.replace("{}", label) for label in labels]
 
 
 def coloured_prompts(labels: tuple[str, ...], template: str) -> list[str]:
-    """One sentence a label and colour, label by label: "a photo of a cat on a blue background"."""
+    """One prompt per label and colour, label by label: "a photo of a cat on a blue background"."""
     return [f"{prompt} on a {colour} background" for prompt in class_prompts(labels, template) for colour in COLOURS]

@@ -1,8 +1,8 @@
-"""Starting a small Vision Transformer where trained ones tend to end (Trockman & Kolter 2023, arXiv 2305.09828).
+"""Mimetic initialisation of a small Vision Transformer, like a trained one (Trockman & Kolter 2023, arXiv 2305.09828).
 
-On little data a ViT spends most of its epochs on learning that patches near each other belong together. Attention
-that starts near the identity (query-key product Z + I, value-output product Z - I) and sine-cosine positions save
-them: with the demo's model 55.4 % against 50.7 % zero-shot top-1 after 1.5 epochs (training/RESULTS.md).
+With little data a ViT spends most of its epochs learning that neighbouring patches are related. Initialising attention
+near the identity (query-key product Z + I, value-output product Z - I) and using sine-cosine positions avoids this:
+with the demo's model 55.4 % instead of 50.7 % zero-shot top-1 after 1.5 epochs (training/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from vitrine.training.recipes.recipe import RecipeError
 
 @torch.no_grad()
 def mimetic_start(visual: Any, generator: torch.Generator) -> None:
-    """Overwrite attention weights and position embedding of open_clip's `VisionTransformer`, in place.
+    """Overwrite attention weights and position embedding of open_clip's `VisionTransformer` in place.
 
-    The class token's position stays. Raises `RecipeError` if the width is no multiple of 4.
+    The position of the class token is not changed. Raises `RecipeError` if the width is not a multiple of 4.
     """
     for block in visual.transformer.resblocks:
         attention = block.attn
@@ -38,7 +38,7 @@ def mimetic_start(visual: Any, generator: torch.Generator) -> None:
 
 
 def sine_cosine_positions(rows: int, columns: int, width: int) -> Tensor:
-    """[rows * columns, width], row by row: half of the dimensions tell the row, half the column."""
+    """[rows * columns, width], row by row: half of the dimensions encode the row, half the column."""
     if width % 4:
         raise RecipeError(
             f"model.vision_cfg.width = {width} must be a multiple of 4: sine and cosine of row and column"
@@ -54,7 +54,7 @@ def sine_cosine_positions(rows: int, columns: int, width: int) -> Tensor:
 
 
 def _factors(noise: float, identity: float, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A, B [width, width] with A B = noise * Z + identity * I, Z of N(0, 1 / width); largest values first."""
+    """A, B [width, width] with A B = noise * Z + identity * I, Z from N(0, 1 / width); by descending singular value."""
     product = noise * torch.randn(width, width, generator=generator) / width**0.5 + identity * torch.eye(width)
     left, values, right = torch.linalg.svd(product)
     root = values.sqrt()

@@ -1,12 +1,12 @@
-"""A small CLIP from scratch, on labelled images: open_clip's model and schedule, sentences as the classifier.
+"""Trains a small CLIP from scratch on labelled images: open_clip's model and schedule, prompts as the classifier.
 
-For the embedded bundle, which is made of nothing but CIFAR-10 (`training/recipes/clip/demo.toml`). With ten classes a
-contrastive batch is full of equal captions, which open_clip's `ClipLoss` would push apart. So images are compared
-with every sentence there is, in a template drawn anew each step: class names, or class names on a background of
-every colour. Its softmax is the one that zero-shot classification uses.
+For the embedded bundle, which is made only from CIFAR-10 (`training/recipes/clip/demo.toml`). With ten classes a
+contrastive batch contains many equal captions, which open_clip's `ClipLoss` would push apart. Instead, images are
+compared with every prompt, using a template drawn at each step: class names, or class names on a background of every
+colour. The softmax is the same as in zero-shot classification.
 
-<out>/<name>.json, model.safetensors      the CLIP, float16, as `[clip] config, weights` of a recipe takes it
-      pretrain.json, state-N.safetensors  what resuming reads; a run goes on from its last whole epoch, the N-th
+<out>/<name>.json, model.safetensors      the CLIP, float16, for `[clip] config, weights` of a recipe
+      pretrain.json, state-N.safetensors  for resuming; a run continues from its last complete epoch, the N-th
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ModelSection(Section):
 
 
 class PretrainData(Section):
-    """Labelled images. Of another size than the model's they are scaled by the shorter edge, and the middle cut out."""
+    """Labelled images. If their size differs from the model's, the shorter edge is resized and the centre cropped."""
 
     train: Source
     val: Source
@@ -105,20 +105,20 @@ class Record(BaseModel):
 
 
 def pretrain(recipe: PretrainRecipe, data_root: Path, out: Path, console: Console) -> Path:
-    """Train the CLIP, or take up the run that `out` holds. Returns the weights' file.
+    """Train the CLIP, or resume the run in `out`. Returns the path of the weights.
 
-    The same recipe gives the same weights on the same machine, however often the run is interrupted.
+    The same recipe gives the same weights on the same machine, regardless of interruptions.
 
     Raises:
-        CheckpointError: `out` holds another run, or a damaged one.
-        DataError: the images cannot be used, or are too few.
-        RecipeError: open_clip cannot build the model, or data and labels do not fit one another.
-        TrainingDiverged: the loss is no number any more.
+        CheckpointError: `out` contains another run, or a damaged one.
+        DataError: the images cannot be used, or there are too few.
+        RecipeError: open_clip cannot build the model, or data and labels do not match.
+        TrainingDiverged: the loss is not finite.
     """
     settings, size = recipe.training, recipe.model.vision_cfg["image_size"]
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is no folder; choose another place")
-    done = _recorded(recipe, out)
+    done = _completed_epochs(recipe, out)
     if len(done) == settings.epochs:
         console.print(f"{out} holds all {settings.epochs} epochs")
         return out / WEIGHTS
@@ -143,7 +143,7 @@ def pretrain(recipe: PretrainRecipe, data_root: Path, out: Path, console: Consol
 
 
 class _Run:
-    """Model, optimiser and schedule."""
+    """Model, optimiser and schedule of a run."""
 
     def __init__(self, recipe: PretrainRecipe, steps_per_epoch: int) -> None:
         self.recipe, settings = recipe, recipe.training
@@ -161,17 +161,17 @@ class _Run:
         self.schedule = cosine_lr(self.optimiser, settings.learning_rate, warmup, self.steps)
         self.done = 0
 
-    def step(self, pixels: Tensor, places: Tensor) -> float:
-        """One optimiser step on pixels [B, 3, H, W], each image's place [B] among the coloured sentences; the loss."""
+    def step(self, pixels: Tensor, prompt_indices: Tensor) -> float:
+        """One optimiser step on pixels [B, 3, H, W] and each image's index into the coloured prompts [B]; the loss."""
         settings, labels = self.recipe.training, self.recipe.data.labels
         self.schedule(self.done)
         late = self.done >= self.steps * (1 - settings.all_patches_share)
         self.patch_dropout.prob = 0.0 if late else settings.patches_dropped
-        drawn = random.Random(settings.seed * 1_000_003 + self.done)  # noqa: S311  (no secret)
-        template, coloured = drawn.choice(self.recipe.data.templates), drawn.random() < 0.5
-        prompts, truth = class_prompts(labels, template), places // len(COLOURS)
+        generator = random.Random(settings.seed * 1_000_003 + self.done)  # noqa: S311  (no secret)
+        template, coloured = generator.choice(self.recipe.data.templates), generator.random() < 0.5
+        prompts, truth = class_prompts(labels, template), prompt_indices // len(COLOURS)
         if coloured:
-            prompts, truth = coloured_prompts(labels, template), places
+            prompts, truth = coloured_prompts(labels, template), prompt_indices
 
         self.model.train()
         with torch.autocast("cpu", torch.bfloat16):
@@ -192,7 +192,7 @@ class _Run:
 
     @torch.no_grad()
     def top1(self, val: Images) -> float:
-        """Zero-shot accuracy, the templates' unit embeddings averaged."""
+        """Zero-shot accuracy, with the templates' unit embeddings averaged."""
         self.model.eval()
         text = torch.stack(
             [
@@ -200,17 +200,17 @@ class _Run:
                 for template in self.recipe.data.templates
             ]
         ).mean(0)
-        every = torch.arange(len(val)).split(250)
+        batches = torch.arange(len(val)).split(250)
         hits = [
             (self.model.encode_image(pixels) @ text.T).argmax(-1) == classes
-            for pixels, classes in load(val, [batch.tolist() for batch in every], self.recipe.training.workers)
+            for pixels, classes in load(val, [batch.tolist() for batch in batches], self.recipe.training.workers)
         ]
         return torch.cat(hits).double().mean().item()
 
     def save(self, out: Path, done: list[EpochResult]) -> None:
-        """State, weights, and last the record, which names the state that counts; each replaced in one step.
+        """Write state, weights, and last the record, which determines the valid state; each is replaced atomically.
 
-        Killed in between, the run goes on from the epoch before: its state is removed only after the new record.
+        If killed in between, the run resumes from the previous epoch: its state is removed only after the new record.
         """
         weights = {key: tensor.contiguous() for key, tensor in self.model.state_dict().items()}
         state = {f"model.{key}": tensor for key, tensor in weights.items()}
@@ -229,17 +229,17 @@ class _Run:
                 old.unlink()
 
     def _published(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """In float16, and 0 for tokens that no sentence has: what they would say is left from the random start."""
+        """Weights in float16, with 0 for tokens that no prompt uses: their embeddings are still random."""
         halves = {key: tensor.half() for key, tensor in weights.items()}
         data = self.recipe.data
-        makers = itertools.product((class_prompts, coloured_prompts), data.templates)
-        seen = self.tokenizer([prompt for make, template in makers for prompt in make(data.labels, template)]).unique()
+        pairs = itertools.product((class_prompts, coloured_prompts), data.templates)
+        used = self.tokenizer([prompt for make, template in pairs for prompt in make(data.labels, template)]).unique()
         table = halves["token_embedding.weight"]
-        halves["token_embedding.weight"] = torch.zeros_like(table).index_copy(0, seen, table[seen])
+        halves["token_embedding.weight"] = torch.zeros_like(table).index_copy(0, used, table[used])
         return halves
 
     def restore(self, state: dict[str, Tensor], epochs: int) -> None:
-        """Weights, Adam's moments and the place in the schedule, as they were after so many epochs."""
+        """Restore weights, Adam's moments and the position in the schedule after `epochs` epochs."""
         self.model.load_state_dict(section(state, "model"))
         adam = self.optimiser.state_dict()
         for key, tensor in section(state, "adam").items():
@@ -253,8 +253,8 @@ def _state(epochs: int | str) -> str:
     return f"state-{epochs}.safetensors"
 
 
-def _recorded(recipe: PretrainRecipe, out: Path) -> list[EpochResult]:
-    """The whole epochs of this very run that `out` holds."""
+def _completed_epochs(recipe: PretrainRecipe, out: Path) -> list[EpochResult]:
+    """The complete epochs of this run that `out` contains."""
     if not (out / RECORD).exists():
         return []
     try:
@@ -267,12 +267,12 @@ def _recorded(recipe: PretrainRecipe, out: Path) -> list[EpochResult]:
 
 
 def _build(recipe: PretrainRecipe) -> Any:
-    """open_clip's model, if it is one that Vitrine can explain and that can read the sentences."""
+    """open_clip's model; checks that Vitrine can explain it and that its text tower fits the prompts."""
     try:
         model = open_clip.CLIP(**recipe.model.model_dump())
     except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         raise RecipeError(f"open_clip cannot build [model]: {error}") from error
-    Tower(model.visual)  # refuses what has no exact account
+    Tower(model.visual)  # raises for architectures without an exact account
     tokenizer = open_clip.SimpleTokenizer()
     if model.vocab_size < tokenizer.vocab_size:
         raise RecipeError(f"model.text_cfg.vocab_size must be {tokenizer.vocab_size}, open_clip's own tokens")
@@ -285,27 +285,27 @@ def _build(recipe: PretrainRecipe) -> Any:
 
 
 def _training_images(recipe: PretrainRecipe, data_root: Path, classes: tuple[str, ...]) -> Images:
-    """Images shifted and mirrored at random. Their class: place among the coloured sentences (`_Coloured`)."""
+    """Images with random shifts and flips. The class is an index into the coloured prompts (`_Coloured`)."""
     data, settings, size = recipe.data, recipe.training, recipe.model.vision_cfg["image_size"]
-    found = open_images(data.train, data_root, lambda image: torch.tensor(background_colour(image)))
-    if found.classes != classes:
-        raise RecipeError(f"data.val has other classes ({', '.join(classes)}) than data.train's {found.title}")
+    images = open_images(data.train, data_root, lambda image: torch.tensor(background_colour(image)))
+    if images.classes != classes:
+        raise RecipeError(f"data.val has other classes ({', '.join(classes)}) than data.train's {images.title}")
     if len(classes) != len(data.labels):
-        raise RecipeError(f"data.labels has {len(data.labels)} names, {found.title} has {len(classes)} classes")
-    if len(found) < settings.images_per_step:
+        raise RecipeError(f"data.labels has {len(data.labels)} names, {images.title} has {len(classes)} classes")
+    if len(images) < settings.images_per_step:
         raise DataError(
-            f"{found.title} has {len(found)} images, fewer than one step's {settings.images_per_step}: "
+            f"{images.title} has {len(images)} images, fewer than one step's {settings.images_per_step}: "
             "give more images or lower training.images_per_step"
         )
-    every = torch.arange(len(found)).split(500)
-    colours = torch.cat([some for some, _ in load(found, [batch.tolist() for batch in every], settings.workers)])
-    sized = v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])  # as `_pixels`
-    shifted = v2.Compose([v2.RandomCrop(size, settings.crop_padding), v2.RandomHorizontalFlip()])
-    return Images(_Coloured(found.listing, colours.tolist()), v2.Compose([sized, shifted, _pixels(size)]))
+    batches = [batch.tolist() for batch in torch.arange(len(images)).split(500)]
+    colours = torch.cat([indices for indices, _ in load(images, batches, settings.workers)])
+    resize = v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])  # as in `_pixels`
+    augment = v2.Compose([v2.RandomCrop(size, settings.crop_padding), v2.RandomHorizontalFlip()])
+    return Images(_Coloured(images.listing, colours.tolist()), v2.Compose([resize, augment, _pixels(size)]))
 
 
 class _Coloured:
-    """A listing's images, as their class the place of their own sentence among `coloured_prompts`."""
+    """A listing's images; the class of each is the index of its prompt in `coloured_prompts`."""
 
     def __init__(self, listing: Listing, colours: list[int]) -> None:
         self.listing, self.colours = listing, colours

@@ -1,1 +1,1 @@
-"""Recipes: one TOML file says which CLIP, which images, which CLT and how it is trained; and what that would cost."""
+"""Recipes: one TOML file specifies CLIP, images, CLT and training; also estimates of what a recipe costs."""

@@ -1,4 +1,4 @@
-"""The recipes that come with Vitrine: found by name, listed with what they cost."""
+"""The recipes shipped with Vitrine: looked up by name, listed with their costs."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ UNKNOWN = "?"
 
 
 def shipped() -> list[Path]:
-    """The recipes that come with Vitrine, by name."""
+    """Paths of the recipes shipped with Vitrine, sorted by name."""
     return sorted(SHIPPED.glob("*.toml"))
 
 
 def find_recipe(name_or_path: str | Path) -> Path:
-    """A shipped recipe by its name, or any by its path. Raises `RecipeError` with the nearest name."""
-    known = {path.stem: path for path in shipped()}
-    if found := known.get(str(name_or_path)):
-        return found
+    """A shipped recipe by name, or any recipe by path. Raises `RecipeError` suggesting the nearest name."""
+    by_name = {path.stem: path for path in shipped()}
+    if recipe := by_name.get(str(name_or_path)):
+        return recipe
     path = Path(name_or_path)
     if path.is_file():
         return path
-    near = difflib.get_close_matches(path.stem, known, n=1)
+    near = difflib.get_close_matches(path.stem, by_name, n=1)
     raise RecipeError(
         f"recipe {name_or_path}: neither a file nor one that comes with Vitrine"
         + (f"; did you mean {near[0]}?" if near else "; `vitrine recipes` lists those")
@@ -40,7 +40,7 @@ def find_recipe(name_or_path: str | Path) -> Path:
 
 
 def costs_of(recipe: Recipe, data_root: Path) -> Costs | str:
-    """The estimate, or why there is none."""
+    """The estimate, or the reason why there is none."""
     try:
         return estimate(recipe, data_root)
     except UnknownShape as error:
@@ -48,7 +48,7 @@ def costs_of(recipe: Recipe, data_root: Path) -> Costs | str:
 
 
 def describe(path: Path, data_root: Path, share: float) -> dict[str, Any]:
-    """One recipe and its costs for `--json`: numbers in bytes, FLOPs and hours, None where unknown."""
+    """One recipe and its costs for `--json`: numbers in bytes, FLOPs and hours; None where unknown."""
     recipe = load_recipe(path)
     costs = costs_of(recipe, data_root)
     fields: dict[str, Any] = {
@@ -82,19 +82,19 @@ def describe(path: Path, data_root: Path, share: float) -> dict[str, Any]:
 
 
 def print_list(data_root: Path, share: float, console: Console) -> None:
-    """All shipped recipes, one a line; a narrow terminal leaves out what their names say."""
-    listed = [(recipe, costs_of(recipe, data_root)) for recipe in map(load_recipe, shipped())]
-    table = _list_table(listed, share, wide=True)
+    """Print all shipped recipes, one per line; a narrow terminal omits columns that the recipe names imply."""
+    recipes = [(recipe, costs_of(recipe, data_root)) for recipe in map(load_recipe, shipped())]
+    table = _list_table(recipes, share, wide=True)
     if console.measure(table, options=console.options.update(width=1000)).maximum > console.width:
-        table = _list_table(listed, share, wide=False)
+        table = _list_table(recipes, share, wide=False)
     console.print(table)
     _explain(share, console)
-    for recipe, costs in listed:
+    for recipe, costs in recipes:
         if isinstance(costs, str):
             console.print(f"{UNKNOWN}  {recipe.name}: {costs}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _list_table(listed: list[tuple[Recipe, Costs | str]], share: float, wide: bool) -> Table:
+def _list_table(recipes: list[tuple[Recipe, Costs | str]], share: float, wide: bool) -> Table:
     table = _table("recipe", *(("CLIP", "data", "sparsifier") if wide else ()))
     for heading in (
         "F",
@@ -105,7 +105,7 @@ def _list_table(listed: list[tuple[Recipe, Costs | str]], share: float, wide: bo
         *(f"h {gpu.name}" if wide else gpu.name.replace(" ", "\n") for gpu in GPUS),
     ):
         table.add_column(heading, justify="right")
-    for recipe, costs in listed:
+    for recipe, costs in recipes:
         sparsifier = recipe.clt.sparsifier + ("" if recipe.clt.cross_layer else ", per layer")
         table.add_row(
             recipe.name,
@@ -118,7 +118,7 @@ def _list_table(listed: list[tuple[Recipe, Costs | str]], share: float, wide: bo
 
 
 def print_one(path: Path, data_root: Path, share: float, console: Console) -> None:
-    """One recipe in detail."""
+    """Print one recipe in detail."""
     recipe = load_recipe(path)
     costs = costs_of(recipe, data_root)
     plain: dict[str, Any] = {"soft_wrap": True, "highlight": False, "markup": False}
@@ -172,7 +172,7 @@ def _step_table(step: tuple[Work, ...]) -> Table:
 
 
 def _hours_table(costs: Costs, share: float) -> Table:
-    """Hours by GPU and precision of matrix products; the recipe's own is marked."""
+    """Hours by GPU and matmul precision; the recipe's own precision is marked."""
     table = _table("hours of the run")
     for matmul in MATMULS:
         table.add_column(matmul + (" (the recipe's)" if matmul == costs.matmul else ""), justify="right")
@@ -203,7 +203,7 @@ def _millions(count: int) -> str:
 
 
 def _short(number: float | None) -> str:
-    """Two digits, or all of a large number."""
+    """Two significant digits, or all digits of a large number."""
     if number is None:
         return UNKNOWN
     if number < 0.01:

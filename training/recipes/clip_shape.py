@@ -1,6 +1,6 @@
-"""How large a CLIP is, from open_clip's model configuration: neither weights nor torch are loaded.
+"""The size of a CLIP, from open_clip's model configuration: neither weights nor torch are loaded.
 
-Counts hold for the towers that `models.clip.tower.Tower` accepts, with a plain text transformer beside them.
+The counts are valid for the towers that `models.clip.tower.Tower` accepts, with a plain text transformer.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class UnknownShape(VitrineError, ValueError):
 
 @dataclass(frozen=True)
 class ClipShape:
-    """The vision tower in numbers, and how many weights the whole CLIP has."""
+    """Dimensions of the vision tower, and parameter counts."""
 
     layers: int
     width: int  # d
-    hidden: int  # of an MLP
-    tokens: int  # T, of an image, [CLS] included
+    hidden: int  # width of an MLP's hidden layer
+    tokens: int  # T per image, [CLS] included
     embedding: int  # D
     patch_inputs: int  # numbers in one patch
     parameters: int  # both towers
@@ -35,38 +35,38 @@ class ClipShape:
 
     @property
     def attention_projections(self) -> int:
-        """FLOPs of an image in the attentions' four linear maps."""
+        """FLOPs per image in the four linear maps of all attention layers."""
         return self.layers * 2 * self.tokens * 4 * self.width**2
 
     @property
     def attention_products(self) -> int:
-        """FLOPs of an image in queries times keys and weights times values."""
+        """FLOPs per image in queries times keys and attention weights times values."""
         return self.layers * 4 * self.tokens**2 * self.width
 
     @property
     def forward(self) -> int:
-        """FLOPs of an image through the vision tower; a multiplication and an addition are two."""
+        """FLOPs per image of the vision tower; a multiplication and an addition count as two."""
         mlps = self.layers * 2 * self.tokens * 2 * self.width * self.hidden
         ends = 2 * (self.tokens - 1) * self.patch_inputs * self.width + 2 * self.width * self.embedding
         return ends + self.attention_projections + self.attention_products + mlps
 
 
 def clip_shape(clip: ClipSection, data_root: Path) -> ClipShape:
-    """Of the CLIP that a recipe names. Raises `UnknownShape`: on a hub, no such name or file, not a plain ViT."""
+    """The shape of a recipe's CLIP. Raises `UnknownShape`: a hub model, no such name or file, not a plain ViT."""
     if clip.config is not None:
         return _shape(_read(data_root / clip.config), clip.config)
     name = str(clip.name)
     if ":" in name:
         raise UnknownShape(f"{name} brings its own configuration, which is read when it is loaded")
-    known = {path.stem: path for path in _open_clip_configurations()}
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
+    configurations = {path.stem: path for path in _open_clip_configurations()}
+    if name not in configurations:
+        near = difflib.get_close_matches(name, configurations, n=1)
         raise UnknownShape(f"open_clip knows no model {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    return _shape(_read(known[name]), name)
+    return _shape(_read(configurations[name]), name)
 
 
 def _open_clip_configurations() -> list[Path]:
-    """open_clip's own files, found without importing it (which would load torch)."""
+    """open_clip's configuration files, located without importing it (which would load torch)."""
     spec = find_spec("open_clip")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("No module named 'open_clip'", name="open_clip")

@@ -1,16 +1,16 @@
-"""What a recipe costs, from the recipe alone: parameters, memory, FLOPs, bytes moved, hours on named GPUs.
+"""The estimated cost of a recipe: parameters, memory, FLOPs, bytes moved, hours on specific GPUs.
 
-These are estimates, made by counting, before anything has run:
+The estimates are computed by counting, without running anything:
 
 - memory: float32 weights, gradients and Adam's two moments; CLIP's weights; the tensors that a step holds at once;
-  the mixing buffer. No allocator's losses, no workspaces.
-- work: each part of a step has FLOPs and bytes, and takes max(FLOPs / peak, bytes / bandwidth) of a GPU's data sheet
-  (the roofline), both peaks at a `share` that is assumed, not measured. The product that finds the active features
-  and CLIP itself are dense; all else of a CLT gathers and sums rows, where bandwidth decides. A row is counted as
-  read each time it is used; caches make that cheaper.
-- not counted: decoding images, reading the disk, the final evaluation, starting up.
+  the mixing buffer. Allocator overhead and workspaces are not counted.
+- work: each part of a step has FLOPs and bytes, and takes max(FLOPs / peak, bytes / bandwidth) with the GPU's
+  data-sheet peaks (the roofline model), both scaled by an assumed, not measured, `share`. CLIP and the product that
+  finds the active features are dense; everything else in a CLT gathers and sums rows and is bandwidth-bound. A row
+  counts as read each time it is used; caches make that cheaper.
+- not counted: image decoding, disk reads, the final evaluation, start-up.
 
-N tokens a step, L layers, F features a layer, d width, K places of a code (`models.dictionary.sparsify`).
+N tokens per step, L layers, F features per layer, d width, K places of a code (`models.dictionary.sparsify`).
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ Matmul = Literal["bf16", "tf32", "fp32"]
 GIB = 1024**3
 FLOAT = 4  # bytes of a float32
 
-# Images of the data sets that recipes name, by split: their papers and cards.
+# Number of images by split of the data sets that recipes use; from their papers and data-set cards.
 KNOWN_IMAGES = {
     "CIFAR10": {"train": 50_000, "val": 10_000},
     "CIFAR100": {"train": 50_000, "val": 10_000},
     "uoft-cs/cifar10": {"train": 50_000, "test": 10_000},
     "clane9/imagenet-100": {"train": 126_689, "validation": 5_000},
-    "detection-datasets/coco": {"train": 118_287, "val": 5_000},  # COCO 2017's; this copy may lack a few
+    "detection-datasets/coco": {"train": 118_287, "val": 5_000},  # COCO 2017's; this copy may have slightly fewer
 }
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # torchvision's
 
-# Bytes that a place of a code costs in a step: feature 8, pre-activation 4, activation 4, the gradients of both 8,
-# and its place and token sorted by feature 16.
-PLACE = 40
-# [L, N, d] tensors that a step holds at its peak: CLIP's two, the same normalised, outputs, a layer's products before
-# they are summed (at most one such tensor in all), the error and its gradient, the outputs' gradient.
+# Bytes per place of a code in a step: feature 8, pre-activation 4, activation 4, the gradients of both 8, and place and
+# token index sorted by feature 16.
+BYTES_PER_PLACE = 40
+# Number of [L, N, d] tensors that a step holds at its peak: CLIP's two, the same normalised, outputs, a layer's
+# products before they are summed (at most one such tensor in total), the error and its gradient, the outputs' gradient.
 STEP_TENSORS = 9
-# Numbers of size d that one block of the tower reads and writes for a token: norms, projections, GELU, residuals.
+# Vectors of size d that one block of the tower reads and writes per token: norms, projections, GELU, residuals.
 BLOCK_TRAFFIC = 34
-# Times each parameter is read or written by an optimiser step: the norm of the gradient 1, clipping 2, fused Adam 7.
+# Reads and writes of each parameter in an optimiser step: gradient norm 1, clipping 2, fused Adam 7.
 OPTIMISER_TRAFFIC = 10
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peaks of one GPU as its data sheet gives them, without sparsity."""
+    """Data-sheet peaks of one GPU, without sparsity."""
 
     name: str
     bf16: float  # TFLOP/s, tensor cores
@@ -85,16 +85,16 @@ class Work(NamedTuple):
     name: str
     flops: float
     bytes: float
-    dense: bool  # matrix products, for the tensor cores; else float32
+    dense: bool  # matrix products on tensor cores; otherwise float32
 
     def seconds(self, gpu: Gpu, matmul: Matmul, share: float) -> float:
-        """By the roofline."""
+        """Duration by the roofline model."""
         peak = getattr(gpu, matmul) if self.dense else gpu.fp32
         return max(self.flops / (peak * 1e12), self.bytes / (gpu.bandwidth * 1e12)) / share
 
 
 class Phase(NamedTuple):
-    """Equal steps."""
+    """A number of identical steps."""
 
     name: str
     steps: int
@@ -114,45 +114,45 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """The estimate. What depends on the number of images is None where that is not known."""
+    """The estimate. Values that depend on the number of images are None if that is unknown."""
 
     architecture: Architecture
     clip: ClipShape
-    matmul: Matmul  # what the recipe's precision makes of matrix products
-    images: int | None  # to train on
-    memory: dict[str, int]  # bytes, by what holds them
-    step: tuple[Work, ...]  # of reconstruction
-    phases: tuple[Phase, ...] | None  # of the run
-    cache: int | None  # bytes on disk that the recipe's activation cache takes; 0 for none
+    matmul: Matmul  # precision of matrix products under the recipe's `precision`
+    images: int | None  # number of training images
+    memory: dict[str, int]  # bytes, by purpose
+    step: tuple[Work, ...]  # one reconstruction step
+    phases: tuple[Phase, ...] | None  # phases of the run
+    cache: int | None  # bytes on disk of the recipe's activation cache; 0 for none
 
     @property
     def total_memory(self) -> int:
-        """Bytes."""
+        """Total memory in bytes."""
         return sum(self.memory.values())
 
     @property
     def flops(self) -> float | None:
-        """Of the run."""
+        """FLOPs of the run."""
         return None if self.phases is None else sum(phase.flops for phase in self.phases)
 
     @property
     def bytes(self) -> float | None:
-        """Moved to and from memory by the run."""
+        """Bytes that the run moves to and from memory."""
         return None if self.phases is None else sum(phase.bytes for phase in self.phases)
 
     def fits(self, gpu: Gpu) -> bool:
         return self.total_memory <= gpu.memory * GIB
 
     def hours(self, gpu: Gpu, share: float, matmul: Matmul | None = None) -> float | None:
-        """Of the run on one such GPU, at that share of its peaks, fitting or not."""
+        """Duration of the run on one such GPU, at that share of its peaks, whether or not it fits into memory."""
         if self.phases is None:
             return None
         return sum(phase.seconds(gpu, matmul or self.matmul, share) for phase in self.phases) / 3600
 
 
 def estimate(recipe: Recipe, data_root: Path) -> Costs:
-    """What training `recipe` costs. Raises `UnknownShape` if its CLIP's configuration cannot be read, and
-    `RecipeError` if its k names another number of layers."""
+    """The costs of training `recipe`. Raises `UnknownShape` if its CLIP's configuration cannot be read, and
+    `RecipeError` if its k is given for another number of layers."""
     settings = recipe.training
     clip = clip_shape(recipe.clip, data_root)
     architecture = recipe.clt.architecture(clip.layers, clip.width)
@@ -179,8 +179,8 @@ def _phases(
 ) -> Iterator[Phase]:
     settings = recipe.training
     steps = images // settings.images_per_step
-    measured = min(images, settings.normalisation_images) // settings.images_per_step
-    yield Phase("normalisation", max(1, measured), step[:1])
+    sampled = min(images, settings.normalisation_images) // settings.images_per_step
+    yield Phase("normalisation", max(1, sampled), step[:1])
     if settings.cache == "none":
         yield Phase("reconstruction", steps * settings.epochs, step)
     else:
@@ -191,39 +191,39 @@ def _phases(
 
 
 def places(architecture: Architecture) -> tuple[int, ...]:
-    """K of each layer, as `models.dictionary.sparsify` has it: twice the budget where k is an average."""
+    """K of each layer, as in `models.dictionary.sparsify`: twice the budget where k is an average."""
     spare = 2 if architecture.sparsifier in ("jumprelu", "batch_topk") else 1
     budgets = zip(architecture.k, architecture.k_cls, strict=True)
     return tuple(min(architecture.features, spare * max(pair)) for pair in budgets)
 
 
 def cache_bytes(images: int, clip: ClipShape, kind: Literal["none", "float32", "bfloat16"]) -> int:
-    """What the MLPs read and write for every token, on disk."""
+    """Bytes on disk of the MLP inputs and outputs for every token."""
     size = {"none": 0, "float32": FLOAT, "bfloat16": 2}[kind]
     return images * clip.tokens * 2 * clip.layers * clip.width * size
 
 
 def count_images(source: Source, data_root: Path) -> int | None:
-    """Images of a source: known, or counted in the folder; None where neither is possible."""
+    """Number of images of a source: from `KNOWN_IMAGES`, or counted in the folder; None if neither is possible."""
     if isinstance(source, FolderSource):
         files = (data_root / source.path).rglob("*")
         return sum(file.suffix.lower() in IMAGE_SUFFIXES for file in files) or None
     if isinstance(source, TorchvisionSource):
         return KNOWN_IMAGES.get(source.name, {}).get(source.split)
     if isinstance(source, HuggingFaceSource) and (split := re.fullmatch(r"(\w+)(?:\[:(\d+)\])?", source.split)):
-        known = KNOWN_IMAGES.get(source.id, {}).get(split[1])
-        return known if known is None or split[2] is None else min(known, int(split[2]))
+        count = KNOWN_IMAGES.get(source.id, {}).get(split[1])
+        return count if count is None or split[2] is None else min(count, int(split[2]))
     return None
 
 
 def _tower(clip: ClipShape, images: int) -> Work:
-    """CLIP's vision tower, forward."""
+    """Forward pass of CLIP's vision tower."""
     traffic = clip.layers * clip.tokens * BLOCK_TRAFFIC * clip.width
     return Work("CLIP", images * clip.forward, FLOAT * (images * traffic + clip.vision_parameters), dense=True)
 
 
 def transcoder_work(architecture: Architecture, tokens: int) -> tuple[Work, ...]:
-    """A CLT's part of a step, encode and decode, forward and backward, over that many tokens."""
+    """The CLT's part of a step over `tokens` tokens: encode and decode, forward and backward."""
     layers, features, width = architecture.layers, architecture.features, architecture.width
     table, output = features * width, tokens * width
     rows = [tokens * k * width for k in places(architecture)]  # numbers gathered from one decoder, by source layer
@@ -244,16 +244,16 @@ def transcoder_work(architecture: Architecture, tokens: int) -> tuple[Work, ...]
 
 
 def _optimiser(architecture: Architecture) -> Work:
-    """Clipping and Adam: about a dozen operations a parameter, and far more traffic."""
+    """Clipping and Adam: about a dozen operations per parameter; memory traffic dominates."""
     parameters = architecture.parameters
     return Work("clip and Adam", 12 * parameters, FLOAT * OPTIMISER_TRAFFIC * parameters, dense=False)
 
 
 def _cascade_step(cascade: CascadeSection, architecture: Architecture, clip: ClipShape) -> tuple[Work, ...]:
-    """CLIP as the teacher; the tower with its MLPs replaced, forward and backward; the CLT on both, where wanted."""
+    """CLIP as the teacher; the tower with its MLPs replaced, forward and backward; the CLT on one or both."""
     images = cascade.images_per_step
     teacher, transcoder = _tower(clip, images), transcoder_work(architecture, images * clip.tokens)
-    # backward, to the inputs alone: a linear map costs its forward again, a product of two activations twice that
+    # backward, to the inputs only: a linear map costs its forward pass again, a product of two activations twice that
     attention = images * (2 * clip.attention_projections + 3 * clip.attention_products)
     replaced = Work("replaced tower", attention, 3 * teacher.bytes, dense=True)
     inputs = transcoder[-1]._replace(name="encode, backward to the inputs")
@@ -275,8 +275,8 @@ def _memory(recipe: Recipe, architecture: Architecture, clip: ClipShape) -> dict
 
 
 def step_memory(architecture: Architecture, tokens: int) -> int:
-    """Bytes of the tensors that a step over that many tokens holds at once, parameters aside."""
+    """Peak bytes of the tensors of a step over `tokens` tokens, without parameters."""
     streams = STEP_TENSORS * FLOAT * architecture.layers * tokens * architecture.width
-    codes = PLACE * tokens * sum(places(architecture))
-    preactivations = 2 * FLOAT * tokens * architecture.features  # of one layer, and the copy that is selected from
+    codes = BYTES_PER_PLACE * tokens * sum(places(architecture))
+    preactivations = 2 * FLOAT * tokens * architecture.features  # one layer's, and the copy used for selection
     return streams + codes + preactivations

@@ -1,6 +1,6 @@
-"""A recipe is one TOML file: which CLIP, which images, which CLT, how it is trained. It *is* the configuration.
+"""A recipe is one TOML file: which CLIP, images, CLT, and how it is trained. It is the whole configuration.
 
-Paths in a recipe are relative to the data root given on the command line, so a recipe holds for every machine.
+Paths in a recipe are relative to the data root given on the command line, so a recipe is valid on every machine.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Section(BaseModel):
 
 
 class ClipSection(Section):
-    """The CLIP to explain, as `models.clip.loading.load_clip` takes it."""
+    """The CLIP to explain, as accepted by `models.clip.loading.load_clip`."""
 
     name: str | None = Field(default=None, description="open_clip's name, or hf-hub:org/model")
     weights: str | None = Field(default=None, description="open_clip's tag, or a checkpoint file under the data root")
@@ -65,9 +65,9 @@ class FolderSource(Section):
 
 
 class TorchvisionSource(Section):
-    """One of torchvision's data sets, downloaded under the data root if it is not there.
+    """One of torchvision's data sets, downloaded to the data root if missing.
 
-    Class folders <name in small letters>/<split>/<class>/ under the data root are taken in its place.
+    Class folders <lower-case name>/<split>/<class>/ under the data root are used instead, if present.
     """
 
     kind: Literal["torchvision"]
@@ -99,7 +99,7 @@ Source = Annotated[FolderSource | TorchvisionSource | HuggingFaceSource | WebDat
 
 
 class DataSection(Section):
-    """Images to train on and to measure on, and the labels that the bundle offers by default."""
+    """Images for training and evaluation, and the bundle's default labels."""
 
     name: str = Field(description="for people: stands in the bundle's manifest and card")
     licence: str = Field(default="unknown", description="of the images")
@@ -132,7 +132,7 @@ class CltSection(Section):
         return self
 
     def architecture(self, layers: int, width: int) -> Architecture:
-        """For a tower of that many layers. Raises `RecipeError` if k names another number of layers."""
+        """The architecture for a tower of `layers` layers. Raises `RecipeError` if k has another number of entries."""
         k = self._per_layer("k", self.k, layers)
         k_cls = k if self.k_cls is None else self._per_layer("k_cls", self.k_cls, layers)
         return Architecture(layers, width, self.features, k, k_cls, self.sparsifier, self.cross_layer)
@@ -147,7 +147,7 @@ class CltSection(Section):
 
 
 class TrainingSection(Section):
-    """Reconstruction: every MLP's output from what the MLPs read."""
+    """The reconstruction phase: every MLP's output from the MLP inputs."""
 
     seed: int = Field(default=0, description="of the first weights and of the order of images and tokens")
     epochs: PositiveInt = Field(default=1, description="passes over the images")
@@ -202,7 +202,7 @@ class TrainingSection(Section):
 
 
 class CascadeSection(Section):
-    """Fine-tuning in replacement mode: the whole cascade keeps CLIP's predictions."""
+    """Fine-tuning in replacement mode, so that the whole cascade keeps CLIP's predictions."""
 
     steps: PositiveInt = Field(description="after the reconstruction's")
     images_per_step: PositiveInt = Field(default=32, description="whole images")
@@ -214,7 +214,7 @@ class CascadeSection(Section):
 
 
 class BundleSection(Section):
-    """What `vitrine export` makes of the trained CLT."""
+    """Options of `vitrine export` for the trained CLT."""
 
     description: str = Field(default="A CLIP and its Cross-Layer Transcoder.", description="for the model card")
     licence: str = Field(default="unstated", description="of the bundle")
@@ -239,12 +239,12 @@ class Recipe(Section):
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read and check a recipe. Raises `RecipeError` naming every wrong key, with the nearest right one."""
+    """Read and validate a recipe. Raises `RecipeError` naming every wrong key and the nearest valid one."""
     return read_toml(path, Recipe)
 
 
 def read_toml(path: Path, kind: type[Model]) -> Model:
-    """Read and check a TOML file as `kind`. Raises `RecipeError` naming every wrong key, with the nearest right one."""
+    """Validate a TOML file as `kind`. Raises `RecipeError` naming every wrong key and the nearest valid one."""
     try:
         return kind.model_validate(tomllib.loads(path.read_text()))
     except FileNotFoundError as error:
@@ -264,7 +264,7 @@ def _explain(root: type[BaseModel], location: tuple[int | str, ...], kind: str, 
         part = str(location[index])
         path.append(part)
         inner = _models(section.model_fields[part].annotation) if part in section.model_fields else []
-        if len(inner) > 1:  # a union: pydantic puts the chosen member's tag in between
+        if len(inner) > 1:  # a union: pydantic inserts the chosen member's tag
             index += 1
             inner = [model for model in inner if get_args(model.model_fields["kind"].annotation) == (location[index],)]
         if inner:
@@ -281,7 +281,7 @@ def _explain(root: type[BaseModel], location: tuple[int | str, ...], kind: str, 
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a field may hold."""
+    """The sections that a field may contain."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for inner in get_args(annotation) for model in _models(inner)]

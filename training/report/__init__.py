@@ -1,1 +1,1 @@
-"""What evaluation found, for people: tables in the terminal, figures, one HTML file."""
+"""Evaluation results for readers: tables in the terminal, figures, one HTML file."""

@@ -1,8 +1,8 @@
-"""The report's figures as inline SVG that follows the page's light or dark colours.
+"""The report's figures as inline SVG that follows the page's light or dark theme.
 
-Matplotlib writes colours into the SVG; two stand-ins among them are replaced afterwards by what the page says: `_INK`
-by the text's colour, `_LINE` by `var(--line)`. Text stays text. Ids get the figure's name in front, so that several
-figures can lie on one page.
+Matplotlib writes colours into the SVG; two placeholder colours are replaced afterwards by the page's own: `_INK` by the
+text colour, `_LINE` by `var(--line)`. Text is kept as text. Ids are prefixed with the figure's name, so that several
+figures can be on one page.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.facecolor": "none",
 }
-# Nothing is drawn where C = 0, so that the page's ground is the middle of the scale, light or dark.
+# Transparent at C = 0, so that the page's background is the middle of the scale in both themes.
 _BLUE, _ORANGE = (0.20, 0.45, 0.85), (0.93, 0.52, 0.08)
 _SIGNED = LinearSegmentedColormap.from_list(
     "signed", [(0.0, (*_BLUE, 0.95)), (0.5, (*_BLUE, 0.0)), (0.5, (*_ORANGE, 0.0)), (1.0, (*_ORANGE, 0.95))]
@@ -55,15 +55,15 @@ _SIGNED = LinearSegmentedColormap.from_list(
 
 
 def reconstruction(results: Results) -> str:
-    """R^2 by layer and token type; the comparison's dashed."""
+    """R^2 by layer and token type; those of the comparison are dotted."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(1, height=3.2)
         sets = [(results.reconstruction, "-", "")]
         if results.comparison:
             sets.append((results.comparison.reconstruction, ":", f", {results.comparison.name}"))
-        for found, style, suffix in sets:
+        for figures, style, suffix in sets:
             for tokens in TOKENS:
-                values = [layer.r2 for layer in found[tokens].layers]
+                values = [layer.r2 for layer in figures[tokens].layers]
                 _line(axes[0], values, tokens, TOKEN_NAMES[tokens] + suffix, style)
         _by_layer(axes[0], results.layers, "R²")
         figure.legend(loc="outside upper left", ncols=3, fontsize=9)
@@ -88,27 +88,27 @@ def sparsity(results: Results) -> str:
 
 
 def cascades(results: Results) -> str:
-    """Change of top-1 under replacement, with paired intervals, and the paper's range for all tokens."""
+    """Change in top-1 under replacement, with paired intervals, and the paper's range for all tokens."""
     with matplotlib.rc_context(_STYLE):
         figure, (axes,) = _figure(1, height=3.8)
         axes.axhline(0, color=_INK, linewidth=0.8, linestyle=":", label="CLIP itself")
         windows = list(dict.fromkeys(cascade.window for cascade in results.cascades))
         sets: list[tuple[list[Cascade], list[Estimate], str | None, str]] = []
         sets.append((results.cascades, [cascade.difference for cascade in results.cascades], None, ""))
-        if rival := results.comparison:
-            changes = [cascade.difference for cascade in rival.cascades]
-            sets.append((rival.cascades, changes, "none", f", {rival.name}"))
-        for shift, (found, changes, face, suffix) in enumerate(sets):
+        if comparison := results.comparison:
+            changes = [cascade.difference for cascade in comparison.cascades]
+            sets.append((comparison.cascades, changes, "none", f", {comparison.name}"))
+        for shift, (series, changes, face, suffix) in enumerate(sets):
             for at, tokens in enumerate(TOKENS):
-                shown = [(c, change) for c, change in zip(found, changes, strict=True) if c.tokens == tokens]
-                places = [windows.index(c.window) + (at - 1) * 0.2 + shift * 0.08 for c, _ in shown]
-                _errors(axes, places, [change for _, change in shown], tokens, TOKEN_NAMES[tokens] + suffix, face)
+                shown = [(c, change) for c, change in zip(series, changes, strict=True) if c.tokens == tokens]
+                positions = [windows.index(c.window) + (at - 1) * 0.2 + shift * 0.08 for c, _ in shown]
+                _errors(axes, positions, [change for _, change in shown], tokens, TOKEN_NAMES[tokens] + suffix, face)
         label: str | None = "the paper, all tokens"
         for cascade in results.cascades:
             change = paper.cascade_change(results.layers, cascade.first, cascade.tokens)
             if change and cascade.tokens == "all":
-                look: dict[str, Any] = {"color": _COLOURS["random"], "alpha": 0.3, "linewidth": 0, "label": label}
-                axes.bar(windows.index(cascade.window) - 0.36, change[1] - change[0], 0.12, change[0], **look)
+                options: dict[str, Any] = {"color": _COLOURS["random"], "alpha": 0.3, "linewidth": 0, "label": label}
+                axes.bar(windows.index(cascade.window) - 0.36, change[1] - change[0], 0.12, change[0], **options)
                 label = None
         axes.set_xticks(range(len(windows)), windows)
         axes.set_xlim(-0.5, len(windows) - 0.5)
@@ -119,31 +119,31 @@ def cascades(results: Results) -> str:
 
 
 def contributions(results: Results) -> str:
-    """C as heat maps: [CLS] and patches, raw and centred."""
+    """Heat maps of C: [CLS] and patches, raw and centred."""
     with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
         figure, axes = _figure(4, height=8.6, columns=2)
         figure.set_layout_engine("constrained", hspace=0.06)
         shown: list[tuple[str, Matrix]] = []
         for tokens in ("cls", "patches"):
-            found = results.contributions[tokens]
-            shown += [(f"{TOKEN_NAMES[tokens]}, raw", found.raw), (f"{TOKEN_NAMES[tokens]}, centred", found.centred)]
+            scores = results.contributions[tokens]
+            shown += [(f"{TOKEN_NAMES[tokens]}, raw", scores.raw), (f"{TOKEN_NAMES[tokens]}, centred", scores.centred)]
         for panel, (title, matrix) in zip(axes, shown, strict=True):
             _heat_map(panel, np.array(matrix), title)
         return _svg(figure, "contributions", "Contribution scores of every source layer to every target layer")
 
 
 def faithfulness(results: Results) -> str:
-    """Top-1 and divergence with the k best source layers kept, or dropped; random orders as a band."""
+    """Top-1 and divergence with the k best source layers kept or dropped; random orders as a band."""
     with matplotlib.rc_context(_STYLE):
         figure, panels = _figure(4, height=5.6, columns=2)
-        found = results.faithfulness
+        measured = results.faithfulness
         for axes, name in zip(panels, ("keep", "drop", "keep_divergence", "drop_divergence"), strict=True):
             scale = 1 if name.endswith("divergence") else 100
-            _band(axes, getattr(found, f"random_{name}"), scale)
+            _band(axes, getattr(measured, f"random_{name}"), scale)
             if scale == 100:
                 own = 100 * results.baseline.value
                 axes.axhline(own, color=_INK, linewidth=0.8, linestyle=":", label="CLIP itself")
-            for curve in found.curves:
+            for curve in measured.curves:
                 values = [scale * getattr(point, "value", point) for point in getattr(curve, name)]
                 _line(axes, values, curve.ranking, RANKING_NAMES[curve.ranking])
             axes.set_xticks(range(results.layers + 1))
@@ -151,31 +151,33 @@ def faithfulness(results: Results) -> str:
         panels[0].set_ylabel("zero-shot top-1, %")
         panels[2].set_ylabel("divergence, nats")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=5, fontsize=9)
-        what = "Zero-shot top-1, and divergence from CLIP's prediction, by number of source layers kept, and dropped"
-        return _svg(figure, "faithfulness", what)
+        description = (
+            "Zero-shot top-1, and divergence from CLIP's prediction, by number of source layers kept, and dropped"
+        )
+        return _svg(figure, "faithfulness", description)
 
 
 def _band(axes: Axes, spreads: list[Spread], scale: float) -> None:
-    """Random orders: their mean, and lowest to highest."""
+    """Random orders: their mean, and the range from lowest to highest."""
     if spreads:
-        places, colour = range(len(spreads)), _COLOURS["random"]
+        positions, colour = range(len(spreads)), _COLOURS["random"]
         lowest = [scale * spread.lowest for spread in spreads]
         highest = [scale * spread.highest for spread in spreads]
-        axes.fill_between(places, lowest, highest, alpha=0.22, linewidth=0, color=colour)
+        axes.fill_between(positions, lowest, highest, alpha=0.22, linewidth=0, color=colour)
         means = [scale * spread.mean for spread in spreads]
-        axes.plot(places, means, linestyle="--", label="random order", color=colour)
+        axes.plot(positions, means, linestyle="--", label="random order", color=colour)
 
 
 def retrieval(results: Results) -> str:
-    """Share of neighbours of the query's class, by layer."""
-    found = results.retrieval
-    assert found is not None
+    """Share of neighbours with the query's class, by layer."""
+    measured = results.retrieval
+    assert measured is not None
     with matplotlib.rc_context(_STYLE):
         figure, (axes,) = _figure(1, height=2.8)
-        _errors(axes, list(range(results.layers)), found.layers, "cls", "sparse code at [CLS]", None)
-        axes.plot([100 * share.value for share in found.layers], color=_COLOURS["cls"], linewidth=1)
-        axes.axhline(100 * found.embedding.value, color=_COLOURS["all"], linewidth=1.2, label="CLIP's embedding")
-        axes.axhline(100 * found.chance, color=_COLOURS["random"], linewidth=1.2, linestyle="--", label="chance")
+        _errors(axes, list(range(results.layers)), measured.layers, "cls", "sparse code at [CLS]", None)
+        axes.plot([100 * share.value for share in measured.layers], color=_COLOURS["cls"], linewidth=1)
+        axes.axhline(100 * measured.embedding.value, color=_COLOURS["all"], linewidth=1.2, label="CLIP's embedding")
+        axes.axhline(100 * measured.chance, color=_COLOURS["random"], linewidth=1.2, linestyle="--", label="chance")
         axes.set_ylim(0, 100)
         _by_layer(axes, results.layers, "same class, %")
         figure.legend(loc="outside upper left", ncols=3, fontsize=9)
@@ -195,18 +197,18 @@ def _line(axes: Axes, values: Sequence[float], kind: str, label: str, style: str
 
 
 def _errors(
-    axes: Axes, places: Sequence[float], found: list[Estimate], kind: str, label: str, face: str | None
+    axes: Axes, positions: Sequence[float], estimates: list[Estimate], kind: str, label: str, face: str | None
 ) -> None:
-    values = np.array([100 * estimate.value for estimate in found])
-    reach = [values - [100 * e.low for e in found], [100 * e.high for e in found] - values]
-    look: dict[str, Any] = {
+    values = np.array([100 * estimate.value for estimate in estimates])
+    reach = [values - [100 * e.low for e in estimates], [100 * e.high for e in estimates] - values]
+    options: dict[str, Any] = {
         "fmt": _MARKERS[kind],
         "markersize": 5.5,
         "markerfacecolor": face,
         "elinewidth": 1.2,
         "capsize": 2.5,
     }
-    axes.errorbar(places, values, np.maximum(reach, 0), color=_COLOURS[kind], label=label, **look)
+    axes.errorbar(positions, values, np.maximum(reach, 0), color=_COLOURS[kind], label=label, **options)
 
 
 def _by_layer(axes: Axes, layers: int, label: str) -> None:
@@ -238,15 +240,15 @@ def _svg(figure: Figure, name: str, description: str) -> str:
     """The figure as an <svg> element."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\1{name}-", svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)  # the page decides
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)  # the page sets the size
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r"font-family: [^;]*; ", "", svg)
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # would hold for the whole page
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # would apply to the whole page
     svg = svg.replace(_INK, "currentColor").replace(_LINE, "var(--line)")
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)

@@ -1,8 +1,8 @@
-"""The figures of arXiv 2604.13304 ("Can Cross-Layer Transcoders Replace Vision Transformer Activations?"), to stand
-beside ours. Their CLIPs, images and dictionaries are others, so these are a yardstick and no target.
+"""The figures of arXiv 2604.13304 ("Can Cross-Layer Transcoders Replace Vision Transformer Activations?"), for
+comparison. The paper's CLIPs, images and dictionaries differ, so these figures are a reference, not a target.
 
-Faithfulness is from the paper's table. Accuracies under replacement and R^2 were read off its charts: +-0.3 points and
-+-0.003. Accuracies in per cent.
+Faithfulness is from the paper's table. Accuracies under replacement and R^2 were read off its charts, to +-0.3 points
+and +-0.003. Accuracies are in per cent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LAYERS = 12
 
 @dataclass(frozen=True)
 class PaperCascade:
-    """Zero-shot top-1, all tokens, by first replaced layer (to the last)."""
+    """Zero-shot top-1, all tokens, by first replaced layer; all later layers are replaced too."""
 
     data: str
     clip: str
@@ -36,7 +36,7 @@ CASCADES = (
 
 @dataclass(frozen=True)
 class PaperFaithfulness:
-    """CLIP B/32: zero-shot top-1 with the last layer's best source layer dropped, and its best four alone kept."""
+    """CLIP B/32: zero-shot top-1 with the last layer's best source layer dropped, and with only its best four kept."""
 
     data: str
     tokens: Tokens
@@ -69,9 +69,9 @@ ONTO_LAST: dict[Tokens, tuple[float, ...]] = {
 
 
 def cascade_change(layers: int, first: int, tokens: Tokens) -> tuple[float, float] | None:
-    """Lowest and highest change of top-1 over the paper's cells, in points; None where it has no such window.
+    """Lowest and highest change in top-1 over the paper's cells, in points; None if the paper has no such window.
 
-    For [CLS] alone the paper says "within about 0.5 points of the baseline"; for patches "as all tokens".
+    For only [CLS] the paper states "within about 0.5 points of the baseline"; for patches "as all tokens".
     """
     if layers != LAYERS or first not in CASCADES[0].from_layer:
         return None
@@ -82,6 +82,6 @@ def cascade_change(layers: int, first: int, tokens: Tokens) -> tuple[float, floa
 
 
 def intervention_change(tokens: str, name: str) -> tuple[float, float] | None:
-    """Lowest and highest change of top-1 by `drop_top1` or `keep_top4` over the paper's data sets, in points."""
+    """Lowest and highest change in top-1 by `drop_top1` or `keep_top4` over the paper's data sets, in points."""
     changes = [getattr(cell, name) - cell.baseline for cell in FAITHFULNESS if cell.tokens == tokens]
     return (min(changes), max(changes)) if changes else None

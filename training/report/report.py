@@ -1,4 +1,4 @@
-"""report.html: one file with every figure, readable without network or scripts, by light and in the dark."""
+"""report.html: one file with all figures, readable without network or scripts, with a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _THUMBNAIL = 96  # pixels
 
 
 def write_report(results: Results, thumbnails: dict[int, str], path: Path) -> None:
-    """The report; `thumbnails`: the images that retrieval shows, by their place in the data set, as data URIs."""
+    """Write the report; `thumbnails`: the images that retrieval shows, by their index in the data set, as data URIs."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=False
     )
@@ -71,11 +71,11 @@ def write_report(results: Results, thumbnails: dict[int, str], path: Path) -> No
 
 
 def draw_thumbnails(results: Results, images: HeldOut, clip: Clip) -> dict[int, str]:
-    """Data URIs of all images that the report shows, as CLIP sees them: cropped and resized."""
+    """Data URIs of all images that the report shows, cropped and resized as for CLIP."""
     examples = results.retrieval.examples if results.retrieval else []
-    wanted = sorted({image for e in examples for layer in e.layers for image in layer} | {e.query for e in examples})
+    indices = sorted({image for e in examples for layer in e.layers for image in layer} | {e.query for e in examples})
     mean, std = (torch.tensor(clip.preprocess[key])[:, None, None] for key in ("mean", "std"))
-    return {at: _data_uri(pixels * std + mean) for at, pixels in zip(wanted, images.pixels(wanted), strict=True)}
+    return {at: _data_uri(pixels * std + mean) for at, pixels in zip(indices, images.pixels(indices), strict=True)}
 
 
 def _data_uri(colours: torch.Tensor) -> str:
@@ -88,14 +88,14 @@ def _data_uri(colours: torch.Tensor) -> str:
 
 
 def _key_figures(results: Results) -> list[tuple[str, str, str]]:
-    """(name, figure, note) for the head of the page."""
-    whole = results.cascade(0, results.layers - 1, "all")
+    """(name, figure, note) for the top of the page."""
+    full_cascade = results.cascade(0, results.layers - 1, "all")
     at_cls, curve = results.reconstruction["cls"], results.faithfulness.curve("cls")
     return [
         ("R², all tokens", f"{results.reconstruction['all'].r2.value:.3f}", "mean over layers"),
         ("R², [CLS]", f"{at_cls.r2.value:.3f}", "mean over layers"),
         ("CLIP's top-1", f"{results.baseline.value:.1%}", percent(results.baseline).split(" ", 1)[1]),
-        ("every MLP replaced", f"{whole.top1.value:.1%}", f"{points(whole.difference)} points"),
+        ("every MLP replaced", f"{full_cascade.top1.value:.1%}", f"{points(full_cascade.difference)} points"),
         ("keep the first four", signed(curve.keep_top4.value), "points, last layer"),
         ("drop the first", signed(curve.drop_top1.value), "points, last layer"),
     ]
@@ -113,14 +113,14 @@ def _provenance(results: Results) -> Sheet:
         ["seeds", f"sample {seeds.sample}, bootstrap {seeds.bootstrap}, random orders {seeds.orders}"],
         ["bootstrap", f"{results.resamples:,} resamples"],
     ]
-    if rival := results.comparison:
-        kind = "cross-layer" if rival.cross_layer else "per-layer"
-        rows.append([f"compared with {rival.name} ({kind})", rival.checkpoint_sha256])
+    if comparison := results.comparison:
+        kind = "cross-layer" if comparison.cross_layer else "per-layer"
+        rows.append([f"compared with {comparison.name} ({kind})", comparison.checkpoint_sha256])
     return Sheet("What these figures belong to.", ["what", "which"], rows, text=2)
 
 
 def _examples(results: Results, thumbnails: dict[int, str]) -> list[dict[str, Any]]:
-    """Queries and their neighbours at four layers, the first and the last among them."""
+    """Queries and their neighbours at four layers, including the first and the last."""
     last = results.layers - 1
     shown = sorted({round(last * third / 3) for third in range(4)})
     return [

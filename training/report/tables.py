@@ -1,5 +1,4 @@
-"""Results as tables, the paper's figures beside ours where they are of the same kind; for the terminal and
-the report."""
+"""Results as tables for the terminal and the report, with the paper's figures where they are comparable."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ RANKING_NAMES = {"all": "C, all tokens", "cls": "C, [CLS]", "image": "C, image b
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table of texts; the first `text` columns are words, the others figures."""
+    """A table of strings; the first `text` columns are words, the others figures."""
 
     caption: str
     columns: list[str]
@@ -29,20 +28,20 @@ class Sheet:
 
 
 def sheets(results: Results) -> dict[str, Sheet]:
-    """Every table, in the order in which it is shown."""
-    found = {
+    """All tables, in display order."""
+    tables = {
         "reconstruction": reconstruction(results),
         "cascades": cascades(results),
         "contributions": contributions(results),
         "faithfulness": faithfulness(results),
     }
     if results.retrieval:
-        found["retrieval"] = retrieval(results)
-    return found
+        tables["retrieval"] = retrieval(results)
+    return tables
 
 
 def print_sheets(results: Results, console: Console) -> None:
-    """Every table, in the terminal."""
+    """Print all tables to the terminal."""
     for sheet in sheets(results).values():
         table = Table(title=Text(sheet.caption, style="bold"), title_justify="left", box=None, pad_edge=False)
         for at, name in enumerate(sheet.columns):
@@ -55,26 +54,26 @@ def print_sheets(results: Results, console: Console) -> None:
 
 def reconstruction(results: Results) -> Sheet:
     """By layer, and the mean over layers."""
-    found, rival = results.reconstruction, results.comparison
+    figures, comparison = results.reconstruction, results.comparison
     columns = ["layer", *(f"R² {TOKEN_NAMES[tokens]}" for tokens in TOKENS)]
     columns += ["cosine", "MSE", "L0 [CLS]", "L0 patches", "dead"]
-    if rival:
-        columns += [f"R² all, {rival.name}", f"R² [CLS], {rival.name}"]
+    if comparison:
+        columns += [f"R² all, {comparison.name}", f"R² [CLS], {comparison.name}"]
     rows = []
     for layer in [*range(results.layers), None]:
-        own = {tokens: _of_layer(found[tokens], layer) for tokens in TOKENS}
+        own = {tokens: _of_layer(figures[tokens], layer) for tokens in TOKENS}
         row = [f"{own[tokens].r2:.4f}" for tokens in TOKENS]
         row += [f"{own['all'].cosine:.4f}", f"{own['all'].mse:.2e}"]
         row += [f"{own['cls'].l0:.1f}", f"{own['patches'].l0:.1f}", f"{own['all'].dead_share:.1%}"]
-        if rival:
-            row += [f"{_of_layer(rival.reconstruction[tokens], layer).r2:.4f}" for tokens in ("all", "cls")]
+        if comparison:
+            row += [f"{_of_layer(comparison.reconstruction[tokens], layer).r2:.4f}" for tokens in ("all", "cls")]
         rows.append(["mean" if layer is None else str(layer), *row])
-    known = paper.R2.get(results.recipe.clt.sparsifier)
-    beside = f" The paper's R²: {known[0]:.3f} to {known[1]:.3f}." if known else ""
-    r2 = found["all"].r2
+    paper_r2 = paper.R2.get(results.recipe.clt.sparsifier)
+    reference = f" The paper's R²: {paper_r2[0]:.3f} to {paper_r2[1]:.3f}." if paper_r2 else ""
+    r2 = figures["all"].r2
     return Sheet(
         f"Reconstruction on {results.images:,} images. "
-        f"Mean R² {r2.value:.4f} [{r2.low:.4f}, {r2.high:.4f}].{beside} Cosine, MSE and dead features: all tokens.",
+        f"Mean R² {r2.value:.4f} [{r2.low:.4f}, {r2.high:.4f}].{reference} Cosine, MSE and dead features: all tokens.",
         columns,
         rows,
     )
@@ -88,11 +87,11 @@ def _of_layer(figures: TokenFigures, layer: int | None) -> LayerFigures:
 
 
 def cascades(results: Results) -> Sheet:
-    """Every window and token choice."""
-    rival = results.comparison
+    """By window and replaced tokens."""
+    comparison = results.comparison
     columns = ["layers replaced", "tokens", "top-1", "change", "the paper's change", "same prediction", "divergence"]
-    if rival:
-        columns += [f"top-1 of {rival.name}", f"ours minus {rival.name}"]
+    if comparison:
+        columns += [f"top-1 of {comparison.name}", f"ours minus {comparison.name}"]
     rows = [
         [
             cascade.window,
@@ -102,7 +101,7 @@ def cascades(results: Results) -> Sheet:
             _from_to(paper.cascade_change(results.layers, cascade.first, cascade.tokens)),
             f"{cascade.agreement.value:.1%}",
             f"{cascade.divergence.value:.4f}",
-            *([percent(rival.cascades[at].top1), points(rival.gains[at])] if rival else []),
+            *([percent(comparison.cascades[at].top1), points(comparison.gains[at])] if comparison else []),
         ]
         for at, cascade in enumerate(results.cascades)
     ]
@@ -117,12 +116,12 @@ def cascades(results: Results) -> Sheet:
 
 def faithfulness(results: Results) -> Sheet:
     """The paper's two interventions on the last layer, with their baselines."""
-    found, own = results.faithfulness, results.baseline.value
+    measured, own = results.faithfulness, results.baseline.value
     columns = ["ranked by", "drop the first", "the paper's", "keep the first four", "the paper's"]
     columns += ["harm, top-1", "harm, divergence"]
     rows = []
-    for curve in found.curves:
-        harms = found.harm_in_top1(curve.ranking), found.harm_in_divergence(curve.ranking)
+    for curve in measured.curves:
+        harms = measured.harm_in_top1(curve.ranking), measured.harm_in_divergence(curve.ranking)
         rows.append(
             [
                 RANKING_NAMES[curve.ranking],
@@ -133,15 +132,15 @@ def faithfulness(results: Results) -> Sheet:
                 *("–" if harm is None else f"{harm:.1f} ×" for harm in harms),
             ]
         )
-    if found.random_orders:
-        kept, dropped = found.random_keep[min(TOP, results.layers)], found.random_drop[1]
-        ours = [f"{signed(spread.mean - own)} ± {100 * spread.deviation:.2f}" for spread in (dropped, kept)]
-        rows.append([f"{found.random_orders} random orders", ours[0], "", ours[1], "", "", ""])
-    whole = found.curves[0].drop[0].value
-    rows.append(["any one layer, mean", signed(found.drop_one_mean.value - own), "", "", "", "1.0 ×", "1.0 ×"])
+    if measured.random_orders:
+        kept, dropped = measured.random_keep[min(TOP, results.layers)], measured.random_drop[1]
+        random_changes = [f"{signed(spread.mean - own)} ± {100 * spread.deviation:.2f}" for spread in (dropped, kept)]
+        rows.append([f"{measured.random_orders} random orders", random_changes[0], "", random_changes[1], "", "", ""])
+    all_kept = measured.curves[0].drop[0].value
+    rows.append(["any one layer, mean", signed(measured.drop_one_mean.value - own), "", "", "", "1.0 ×", "1.0 ×"])
     return Sheet(
         f"Layer {results.layers - 1}'s MLP output at [CLS] from some source layers: change of top-1 in points. "
-        f"From all of them: {signed(whole - own)}. Harm: of dropping the first, against dropping any one layer.",
+        f"From all of them: {signed(all_kept - own)}. Harm: of dropping the first, against dropping any one layer.",
         columns,
         rows,
     )
@@ -165,25 +164,25 @@ def contributions(results: Results) -> Sheet:
 
 def retrieval(results: Results) -> Sheet:
     """By layer, with CLIP's embedding and chance."""
-    found = results.retrieval
-    assert found is not None
-    rows = [[f"layer {layer}", percent(share)] for layer, share in enumerate(found.layers)]
-    rows += [["CLIP's embedding", percent(found.embedding)], ["chance", f"{found.chance:.1%}"]]
+    measured = results.retrieval
+    assert measured is not None
+    rows = [[f"layer {layer}", percent(share)] for layer, share in enumerate(measured.layers)]
+    rows += [["CLIP's embedding", percent(measured.embedding)], ["chance", f"{measured.chance:.1%}"]]
     return Sheet(
-        f"Retrieval by sparse code at [CLS]: share of the {found.k} nearest images that have the query's class, "
-        f"{found.queries:,} queries.",
+        f"Retrieval by sparse code at [CLS]: share of the {measured.k} nearest images that have the query's class, "
+        f"{measured.queries:,} queries.",
         ["nearest by", "same class"],
         rows,
     )
 
 
 def percent(estimate: Estimate) -> str:
-    """76.5% [73.8, 79.1]."""
+    """As in 76.5% [73.8, 79.1]."""
     return f"{estimate.value:.1%} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
 
 def points(estimate: Estimate) -> str:
-    """−0.40 [−1.00, +0.20], in percentage points."""
+    """As in −0.40 [−1.00, +0.20], in percentage points."""
     return f"{signed(estimate.value)} [{signed(estimate.low)}, {signed(estimate.high)}]"
 
 
@@ -194,5 +193,5 @@ def signed(share: float) -> str:
 
 
 def _from_to(change: tuple[float, float] | None) -> str:
-    """Points, to the precision of what was read off a chart."""
+    """A range of points, to the precision of values read off a chart."""
     return "" if change is None else " to ".join(f"{end:+.1f}".replace("-", "−") for end in change)

@@ -1,17 +1,17 @@
-"""Cascade-aware training: the CLT is fine-tuned while it runs in the MLPs' place, so that errors do not add up.
+"""Cascade-aware training: the CLT is fine-tuned while it replaces the MLPs, so that errors do not accumulate.
 
-A CLT trained on CLIP's own activations has never seen what it meets when it replaces every MLP: inputs that its own
-earlier errors have bent. Here the whole tower runs with all MLPs replaced, all tokens, gradients flowing through the
-frozen attention blocks, and is compared with CLIP itself on the same images:
+A CLT trained on CLIP's own activations has never seen its inputs under full replacement, which are shifted by its own
+errors in earlier layers. Here the whole tower runs with all MLPs replaced for all tokens, gradients flow through the
+frozen attention blocks, and the result is compared with CLIP itself on the same images:
 
     replaced     under replacement |y_j - y'_j|^2 as in `run.objective`, y_j CLIP's own MLP output, y'_j the CLT's
-    prediction   KL(p || p') between CLIP's zero-shot distribution over the recipe's labels and the replaced one's
-    clean        the reconstruction on CLIP's own activations goes on, so that explanations of the unreplaced CLIP,
-                 which is what is served, do not get worse
+    prediction   KL(p || p') between CLIP's zero-shot distribution over the recipe's labels and the replaced model's
+    clean        the reconstruction on CLIP's own activations is still trained, so that explanations of the unreplaced
+                 CLIP, which is the one served, do not get worse
 
-The three do not weigh alike. On a finished CLT of twelve layers the gradient of `replaced` is seven times that of
-`clean`, that of `prediction` thirty times, and mostly noise: with equal weights Adam, which keeps the moments that the
-reconstruction left (`training.run.run`), would follow the noise alone. Hence the small default weights.
+The gradients of the three differ in size. On a trained CLT of twelve layers the gradient of `replaced` is seven times
+that of `clean`, that of `prediction` thirty times, and mostly noise: with equal weights Adam, which keeps its moments
+from the reconstruction phase (`training.run.run`), would follow only the noise. Hence the small default weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vitrine.training.run.objective import Losses, Reconstruction
 
 
 class Cascade(nn.Module):
-    """The objective as a module: pixels [B, 3, H, W] -> `Losses` (unexplained: under replacement)."""
+    """The objective as a module: pixels [B, 3, H, W] -> `Losses` (`unexplained` is under replacement)."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Cascade(nn.Module):
         label_embeddings: Tensor,
         logit_scale: float,
     ) -> None:
-        """label_embeddings: unit, [labels, D]."""
+        """label_embeddings: [labels, D], normalised to length 1."""
         super().__init__()
         self.tower, self.reconstruction, self.settings = tower, reconstruction, settings
         denormalised: Any = Denormalised(reconstruction.clt, reconstruction.normalisation)
@@ -62,8 +62,8 @@ class Cascade(nn.Module):
         replaced = self.replacement(pixels, range(self.tower.layers))
         normalised = self.reconstruction.normalisation.targets
         error = (normalised(replaced.mlp_out.flatten(1, 2)) - normalised(batch.mlp_out)).square().mean(-1)
-        found = self._log_probabilities(replaced.residual)
-        divergence = kl_div(found, truth, log_target=True, reduction="sum") / size.images
+        predicted = self._log_probabilities(replaced.residual)
+        divergence = kl_div(predicted, truth, log_target=True, reduction="sum") / size.images
         total = (
             settings.replaced_weight * self.reconstruction.weighted(error, batch.is_cls)
             + settings.prediction_weight * divergence
@@ -79,7 +79,7 @@ class Cascade(nn.Module):
 
 
 class Denormalised(nn.Module):
-    """A CLT under training, which works on normalised activations, as one that works on raw ones."""
+    """Adapts a CLT in training, which uses normalised activations, to raw activations."""
 
     def __init__(self, clt: CrossLayerTranscoder, normalisation: Normalisation) -> None:
         super().__init__()

@@ -1,11 +1,10 @@
-"""What training minimises on CLIP's own activations: the share of variance left unexplained, and what keeps
-codes sparse.
+"""The training objective on CLIP's own activations: the unexplained share of variance, and a sparsity loss.
 
     reconstruction   mean over layers and tokens of |y - y'|^2 / d on normalised outputs; [CLS] weighs `cls_weight`
-    sparsity         jumprelu alone: mean over layers and token types of (L0 / target - 1)^2 (arXiv 2407.14435, 5.3)
+    sparsity         jumprelu only: mean over layers and token types of (L0 / target - 1)^2 (arXiv 2407.14435, 5.3)
 
-Everything is a sum over the tokens at hand divided by the number of tokens of the whole step, so data-parallel
-processes that average their gradients do what one process does.
+Every term is a sum over this process's tokens divided by the number of tokens of the whole step, so that data-parallel
+processes that average their gradients are equivalent to a single process.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from vitrine.training.recipes.recipe import TrainingSection
 
 
 class Losses(NamedTuple):
-    """Of one step. Sums over processes give the step's own; `total` is what to take the gradient of."""
+    """Losses of one step. Their sums over processes are those of the whole step; `total` is to be differentiated."""
 
-    total: Tensor  # [] times the number of processes, whose gradients are averaged
-    unexplained: Tensor  # [L] share of variance unexplained, every token alike
-    active: Tensor  # [L] active features a token
+    total: Tensor  # [] multiplied by the number of processes, because gradients are averaged
+    unexplained: Tensor  # [L] unexplained share of variance, all tokens weighted equally
+    active: Tensor  # [L] active features per token
     fired: Tensor  # [L, F] bool
 
 
 class StepSize(NamedTuple):
-    """Of the whole step, over all processes."""
+    """Size of the whole step, over all processes."""
 
     images: int
-    tokens: int  # a image
+    tokens: int  # per image
     processes: int = 1
 
     def weight(self, cls_weight: float) -> float:
@@ -51,7 +50,7 @@ class Reconstruction(nn.Module):
         self.clt, self.normalisation, self.settings, self.size = clt, normalisation, settings, size
 
     def forward(self, batch: Activations, pressure: float = 0.0) -> Losses:
-        """pressure: from 0 to 1, how much of the sparsity loss counts."""
+        """pressure: factor of the sparsity loss, from 0 to 1."""
         settings, size = self.settings, self.size
         inputs, targets = self.normalisation.inputs(batch.mlp_in), self.normalisation.targets(batch.mlp_out)
         codes, outputs = self.clt(inputs, batch.is_cls)
@@ -68,12 +67,12 @@ class Reconstruction(nn.Module):
         )
 
     def weighted(self, error: Tensor, is_cls: Tensor) -> Tensor:
-        """This process's part of the step's mean error over layers and tokens [L, N]; [CLS] weighs `cls_weight`."""
+        """This process's part of the step's mean error, from errors [L, N]; [CLS] is weighted by `cls_weight`."""
         cls_weight = self.settings.cls_weight
         return (error * torch.where(is_cls, cls_weight, 1.0)).sum(1).mean() / self.size.weight(cls_weight)
 
     def _excess(self, codes: list[SortedCode], is_cls: Tensor) -> Tensor:
-        """(L0 / target - 1)^2, mean over layers and token types; of the tokens at hand."""
+        """(L0 / target - 1)^2 over this process's tokens, mean over layers and token types."""
         architecture, terms = self.clt.architecture, []
         for chosen, targets in ((~is_cls, architecture.k), (is_cls, architecture.k_cls)):
             if chosen.any():

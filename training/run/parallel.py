@@ -1,9 +1,9 @@
-"""How a run is spread over devices, by Lightning Fabric: one process, data-parallel, or with sharded parameters.
+"""Distributed training with Lightning Fabric: one process, data-parallel, or with sharded parameters.
 
-`vitrine train --devices 4` starts the processes itself; for several nodes start it with `torchrun`, which says how
-many there are: `torchrun --nnodes 2 --nproc-per-node 8 ... -m vitrine train --recipe ...`. Sharding
-(PyTorch's FSDP2, one unit an encoder and a decoder) is for CLTs whose weights, gradients and moments do not fit one
-device; what is saved is the same either way.
+`vitrine train --devices 4` starts the processes itself. For several nodes start it with `torchrun`, which sets their
+number: `torchrun --nnodes 2 --nproc-per-node 8 ... -m vitrine train --recipe ...`. Sharding (PyTorch's FSDP2, one unit
+per encoder and per decoder) is for CLTs whose weights, gradients and moments do not fit on one device; checkpoints are
+the same either way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vitrine.models.errors import VitrineError
 
 
 class ParallelError(VitrineError, ValueError):
-    """The wanted devices are not there; the message says what is."""
+    """The requested devices are not available; the message says which are."""
 
 
 def make_fabric(
@@ -32,12 +32,12 @@ def make_fabric(
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
     accelerator: str = "auto",
 ) -> Fabric:
-    """Fabric over `devices` processes; under torchrun over its own. `auto`: a GPU if there is one.
+    """Fabric with `devices` processes, or under torchrun with those it started. `auto`: a GPU if available.
 
-    Raises `ParallelError` for devices that there are not.
+    Raises `ParallelError` for devices that do not exist.
     """
     nodes = 1
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes, and knows how many
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes and sets their number
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
     if accelerator not in ("auto", "cuda", "cpu"):
@@ -66,13 +66,13 @@ def _shard(module: nn.Module, mesh: Any) -> nn.Module:
     return module
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded, put together on every process, on the CPU."""
+def gathered(tensor: Tensor) -> Tensor:
+    """A possibly sharded tensor, gathered on every process, on the CPU."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
 
 
 def like(tensor: Tensor, example: Tensor) -> Tensor:
-    """A whole tensor, placed and sharded as `example` is."""
+    """An unsharded tensor, moved to the device of `example` and sharded like it."""
     tensor = tensor.to(example.device)
     if isinstance(example, DTensor) and tensor.shape == example.shape:
         return distribute_tensor(tensor, example.device_mesh, example.placements)

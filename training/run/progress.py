@@ -1,4 +1,4 @@
-"""What one sees of a run: progress bar, log.jsonl, TensorBoard, Weights & Biases if wanted. First process only."""
+"""Progress of a run: progress bar, log.jsonl, TensorBoard, optionally Weights & Biases. First process only."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vitrine.models.errors import VitrineError
 
-EVERY = 20  # steps between two points of a curve
+EVERY = 20  # steps between points of a curve
 
 
 class StepMetrics(NamedTuple):
-    """Of one step, over all processes."""
+    """Metrics of one step, over all processes."""
 
-    loss: float  # what was minimised
-    r2: float  # 1 - share of variance unexplained, all tokens, mean over layers; in a cascade: under replacement
-    l0: float  # active features a token and layer
+    loss: float  # the value that is minimised
+    r2: float  # 1 - unexplained share of variance, all tokens, mean over layers; in a cascade: under replacement
+    l0: float  # active features per token and layer
     dead: int  # features that have not fired for `revive_after` tokens
     rate: float  # learning rate
     r2_by_layer: list[float]
@@ -41,7 +41,7 @@ class StepMetrics(NamedTuple):
 
 
 class Report:
-    """Made by `follow`; `add` is called once a step."""
+    """Created by `follow`; `add` is called once per step."""
 
     def __init__(self, bar: Progress, task: TaskID, log: Any, board: SummaryWriter | None, remote: Any) -> None:
         self.bar, self.task, self.log, self.board, self.remote = bar, task, log, board, remote
@@ -49,18 +49,18 @@ class Report:
         self._since = (time.perf_counter(), 0)
 
     def add(self, step: int, metrics: StepMetrics, tokens: int) -> None:
-        """step: how many are done; tokens: of this step."""
+        """step: number of completed steps; tokens: in this step."""
         self.shown = f"loss {metrics.loss:.4f}  R² {metrics.r2:.4f}  L0 {metrics.l0:.1f}  dead {metrics.dead:,}"
         self.bar.update(self.task, completed=step, shown=self.shown)
         if self.log is None:
             return
-        short = {key: value for key, value in metrics._asdict().items() if not isinstance(value, list)}
-        self.log.write(json.dumps({"step": step, **short}) + "\n")
+        scalars = {key: value for key, value in metrics._asdict().items() if not isinstance(value, list)}
+        self.log.write(json.dumps({"step": step, **scalars}) + "\n")
         start, seen = self._since
         self._since = (start, seen + tokens)
         if step % EVERY:
             return
-        curves = {**short, "tokens_per_second": (seen + tokens) / (time.perf_counter() - start)}
+        curves = {**scalars, "tokens_per_second": (seen + tokens) / (time.perf_counter() - start)}
         for layer, (r2, l0) in enumerate(zip(metrics.r2_by_layer, metrics.l0_by_layer, strict=True)):
             curves |= {f"r2/layer_{layer:02}": r2, f"l0/layer_{layer:02}": l0}
         self._since = (time.perf_counter(), 0)
@@ -76,19 +76,19 @@ class Report:
 
 
 @contextmanager
-def follow(
+def track_progress(
     out: Path, step: int, steps: int, console: Console, *, first: bool, wandb_project: str | None, name: str
 ) -> Iterator[Report]:
-    """A `Report` on a run that goes on from `step`. On processes other than the first it writes nothing.
+    """A `Report` for a run that continues from `step`. On processes other than the first it writes nothing.
 
-    Raises `VitrineError` if Weights & Biases is wanted and not there, or refuses.
+    Raises `VitrineError` if Weights & Biases is requested and not installed, or fails.
     """
     with ExitStack() as stack:
         log, board, remote = None, None, None
         if first:
             out.mkdir(parents=True, exist_ok=True)
             remote = stack.enter_context(_wandb(wandb_project, name, out)) if wandb_project else None
-            # The point of `step` itself is in the checkpoint that is taken up: what comes after it is made again.
+            # The point at `step` itself belongs to the checkpoint that is resumed; later points are computed again.
             board = stack.enter_context(SummaryWriter(str(out / "tensorboard"), purge_step=step + 1))
             log = stack.enter_context(_log(out / "log.jsonl", step))
         columns = (
@@ -106,9 +106,9 @@ def follow(
 
 @contextmanager
 def _log(file: Path, step: int) -> Iterator[Any]:
-    """log.jsonl, one line a step, without those that were made after the checkpoint a run is taken up from."""
+    """log.jsonl, one line per step, without lines written after the checkpoint from which the run is resumed."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    kept = [line for line in lines if _whole(line) and json.loads(line)["step"] <= step]
+    kept = [line for line in lines if _is_complete(line) and json.loads(line)["step"] <= step]
     if kept != lines:
         partial = file.with_name(f".{file.name}")
         partial.write_text("".join(kept))
@@ -117,16 +117,16 @@ def _log(file: Path, step: int) -> Iterator[Any]:
         yield log
 
 
-def _whole(line: str) -> bool:
-    """Whether a process was not killed while it wrote this line."""
+def _is_complete(line: str) -> bool:
+    """False if the process was killed while it wrote this line."""
     return line.endswith("\n")
 
 
 @contextmanager
 def _wandb(project: str, name: str, out: Path) -> Iterator[Any]:
-    """A run of Weights & Biases, the same one for as long as `out` is: its id is kept there.
+    """A run of Weights & Biases; its id is stored in `out`, so that resuming continues the same run.
 
-    Points that were sent before a kill are not sent again; they are the same numbers.
+    Points that were sent before a kill are not sent again; they would be the same numbers.
     """
     try:
         import wandb
@@ -145,5 +145,5 @@ def _wandb(project: str, name: str, out: Path) -> Iterator[Any]:
     try:
         yield run
         exit_code = 0
-    finally:  # not wandb's own `with`, which prints a traceback
+    finally:  # wandb's own context manager would print a traceback
         run.finish(exit_code=exit_code)

@@ -1,9 +1,9 @@
-"""A run from its recipe: stream activations, train phase by phase, write checkpoints, take up what was interrupted.
+"""A training run: stream activations, train phase by phase, write checkpoints, resume interrupted runs.
 
-A run has one phase or two: reconstruction (`training.run.objective`), then, if the recipe has a [cascade], fine-tuning
-in the MLPs' place (`training.run.cascade`). It is a function of its recipe alone: which tokens make up a step depends
-on the seed and the step's number, nothing else is random after the initial weights, and a checkpoint holds everything
-that the next step depends on.
+A run has one or two phases: reconstruction (`training.run.objective`), then, if the recipe has a [cascade], fine-tuning
+under replacement (`training.run.cascade`). It is determined by its recipe: the tokens of a step depend on the seed and
+the step number, nothing else is random after the initial weights, and a checkpoint contains everything that the next
+step depends on.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from vitrine.training.evaluation.evaluate import evaluate_summary
 from vitrine.training.recipes.recipe import CascadeSection, Recipe, TrainingSection
 from vitrine.training.run.cascade import Cascade
 from vitrine.training.run.objective import Reconstruction, StepSize
-from vitrine.training.run.parallel import make_fabric, whole
-from vitrine.training.run.progress import follow
+from vitrine.training.run.parallel import gathered, make_fabric
+from vitrine.training.run.progress import track_progress
 from vitrine.training.run.trainer import Trainer
 
 
@@ -57,16 +57,16 @@ def train(
     max_steps: int | None = None,
     wandb_project: str | None = None,
 ) -> Path:
-    """Train `recipe`'s CLT on `clip`, or take up the run that `out` holds. Returns the last checkpoint.
+    """Train `recipe`'s CLT on `clip`, or resume the run in `out`. Returns the last checkpoint.
 
-    A run that reaches its end is measured on the val split. `max_steps` ends this call early, with a checkpoint; the
-    schedule stays the whole run's. With several processes every one of them calls this.
-    Raises `CheckpointError` if `out` holds another run, `TrainingDiverged` if the loss is no number any more.
+    A completed run is evaluated on the val split. `max_steps` ends this call early, with a checkpoint; the schedule
+    remains that of the whole run. With several processes each of them calls this function.
+    Raises `CheckpointError` if `out` contains another run, `TrainingDiverged` if the loss is not finite.
     """
     fabric = fabric or make_fabric(precision=recipe.training.precision)
     run = _Run(recipe, clip, data_root, out, console if fabric.is_global_zero else Console(quiet=True), fabric)
     stop = min(run.steps, run.done + max_steps) if max_steps else run.steps
-    with follow(
+    with track_progress(
         out,
         run.done,
         run.steps,
@@ -98,12 +98,12 @@ def train(
 
 class _Phase(NamedTuple):
     settings: TrainingSection | CascadeSection
-    start: int  # in steps of the run
+    start: int  # step of the run
     end: int
 
 
 class _Run:
-    """What a run consists of: images, CLT, normalisation, phases, and how far it has come."""
+    """The state of a run: images, CLT, normalisation, phases, and the number of completed steps."""
 
     def __init__(
         self, recipe: Recipe, clip: Clip, data_root: Path, out: Path, console: Console, fabric: Fabric
@@ -111,7 +111,7 @@ class _Run:
         self.recipe, self.clip, self.out, self.console, self.fabric = recipe, clip, out, console, fabric
         settings, tower = recipe.training, clip.tower
         self.images = open_images(recipe.data.train, data_root, clip.transform(), recipe.data.max_broken)
-        self.val = held_out(recipe.data, data_root, clip)  # hours later would be too late to learn of it
+        self.val = held_out(recipe.data, data_root, clip)  # opened before training, so that errors are raised at once
         self.plan = Plan(
             len(self.images), settings.images_per_step, settings.mixed_images, settings.seed, settings.epochs
         )
@@ -132,20 +132,20 @@ class _Run:
         )
         clip.tower.to(fabric.device)
         self.done = 0
-        self.tensors: dict[str, Tensor] = {}  # of the checkpoint that was taken up, for the first trainer
-        if found := checkpoints(out):
-            self._take_up(found[-1])
+        self.tensors: dict[str, Tensor] = {}  # from the resumed checkpoint, for the first trainer
+        if saved := checkpoints(out):
+            self._resume(saved[-1])
         else:
-            self._begin()
+            self._initialise()
 
-    def enter(self, phase: _Phase, before: Trainer | None) -> Trainer:
-        """The trainer of a phase, as far as that phase has come.
+    def enter(self, phase: _Phase, previous: Trainer | None) -> Trainer:
+        """The trainer of a phase, at the current step of that phase.
 
-        Adam's moments come along from the trainer before it: they hold the scale of every feature's gradient, which a
-        rare feature would take many steps to learn anew.
+        Adam's moments are copied from the previous trainer: they hold the scale of every feature's gradient, which a
+        rare feature would take many steps to estimate again.
         """
         recipe, fabric, tower = self.recipe, self.fabric, self.clip.tower
-        state, self.tensors = self.tensors if before is None else before.state(), {}
+        state, self.tensors = self.tensors if previous is None else previous.state(), {}
         self._unwrap()
         objective: Reconstruction | Cascade
         size = StepSize(phase.settings.images_per_step, tower.tokens, fabric.world_size)
@@ -159,7 +159,7 @@ class _Run:
         return trainer
 
     def batches(self, phase: _Phase) -> Iterator[Any]:
-        """What the phase's objective takes, from the run's present step on: this process's share of each step."""
+        """Inputs of the phase's objective, starting at the run's current step: this process's share of each step."""
         fabric, settings, skip = self.fabric, self.recipe.training, self.done - phase.start
         if isinstance(phase.settings, TrainingSection):
             return steps(
@@ -180,9 +180,9 @@ class _Run:
         return (pixels.to(fabric.device) for pixels, _ in load(self.images, whole_images, settings.workers))
 
     def save(self, trainer: Trainer) -> None:
-        """A checkpoint of now: every process takes part, the first one writes."""
+        """Save a checkpoint: every process takes part, the first one writes."""
         state = {f"clt.{name}": tensor for name, tensor in self._weights().items()}
-        state |= {f"normalisation.{name}": whole(tensor) for name, tensor in asdict(self.normalisation).items()}
+        state |= {f"normalisation.{name}": gathered(tensor) for name, tensor in asdict(self.normalisation).items()}
         state |= trainer.state()
         if not self.fabric.is_global_zero:
             return
@@ -190,51 +190,51 @@ class _Run:
         save_checkpoint(self.out, self.meta, *self._folded(state), state)
 
     def measure(self, checkpoint: Path) -> None:
-        """Fill in the finished run's metrics."""
+        """Add the metrics of the finished run to its checkpoint."""
         clt, _, meta = load_clt(checkpoint)
         self.clip.tower.to("cpu")
         metrics = evaluate_summary(self.clip, clt, self.val, self.recipe.data.templates, self.console)
         write_meta(checkpoint, meta.model_copy(update={"metrics": metrics, "val_images": len(self.val)}))
 
-    def _begin(self) -> None:
+    def _initialise(self) -> None:
         settings, size = self.recipe.training, self.recipe.training.images_per_step
         self.clt.initialise(torch.Generator().manual_seed(settings.seed))
-        wanted = max(1, min(settings.normalisation_images, len(self.images)) // size)
+        batch_count = max(1, min(settings.normalisation_images, len(self.images)) // size)
         plan = Plan(len(self.images), size, size, settings.seed + 2, epochs=1)
-        data = load(self.images, islice(plan.batches(), wanted), settings.workers)
-        with self.console.status(f"estimating the activations' scale over {wanted * size:,} images"):
+        data = load(self.images, islice(plan.batches(), batch_count), settings.workers)
+        with self.console.status(f"estimating the activations' scale over {batch_count * size:,} images"):
             batches = stream(self.clip.tower, data, self.fabric.autocast)
             first = next(batches)
             self.normalisation = Normalisation.estimate(chain([first], batches))
         self.clt.to(self.fabric.device).calibrate(self.normalisation.inputs(first.mlp_in))
 
-    def _take_up(self, checkpoint: Path) -> None:
-        """Weights, normalisation and step of a checkpoint of this very run."""
-        saved, ours = read_meta(checkpoint), self.meta
-        same = {
-            "CLIP": saved.clip_sha256 == ours.clip_sha256,
-            "[data]": (saved.recipe.data, saved.train_images) == (ours.recipe.data, ours.train_images),
-            "[clt]": saved.recipe.clt == ours.recipe.clt,
-            "[training]": saved.recipe.training == ours.recipe.training,
+    def _resume(self, checkpoint: Path) -> None:
+        """Load weights, normalisation and step from a checkpoint, which must be of the same run."""
+        saved, current = read_meta(checkpoint), self.meta
+        matches = {
+            "CLIP": saved.clip_sha256 == current.clip_sha256,
+            "[data]": (saved.recipe.data, saved.train_images) == (current.recipe.data, current.train_images),
+            "[clt]": saved.recipe.clt == current.recipe.clt,
+            "[training]": saved.recipe.training == current.recipe.training,
         }
-        if saved.step > self.phases[0].end:  # a finished reconstruction may be given a cascade afterwards
-            same["[cascade]"] = saved.recipe.cascade == ours.recipe.cascade
-        if other := [name for name, is_same in same.items() if not is_same]:
+        if saved.step > self.phases[0].end:  # a [cascade] may be added after a finished reconstruction
+            matches["[cascade]"] = saved.recipe.cascade == current.recipe.cascade
+        if other := [name for name, is_match in matches.items() if not is_match]:
             raise CheckpointError(f"{checkpoint} was trained with another {', '.join(other)}; choose an empty --out")
         self.tensors = load_tensors(checkpoint / "state.safetensors")
         self.clt.load_state_dict(section(self.tensors, "clt"))
         self.normalisation = Normalisation(**section(self.tensors, "normalisation")).to(self.fabric.device)
-        self.images.note(saved.broken)
-        if saved.step == self.steps:  # finished, and perhaps measured
-            self.meta = ours.model_copy(update={"metrics": saved.metrics, "val_images": saved.val_images})
+        self.images.record_broken(saved.broken)
+        if saved.step == self.steps:  # finished, and possibly evaluated
+            self.meta = current.model_copy(update={"metrics": saved.metrics, "val_images": saved.val_images})
         self.done = saved.step
         self.console.print(f"taking up {checkpoint} at step {self.done:,} of {self.steps:,}")
 
     def _weights(self) -> dict[str, Tensor]:
-        return {name: whole(tensor) for name, tensor in self.clt.state_dict().items()}
+        return {name: gathered(tensor) for name, tensor in self.clt.state_dict().items()}
 
     def _unwrap(self) -> None:
-        """A CLT without what the phase before made of it: sharded weights, hooks, widened codes."""
+        """Rebuild the CLT without the previous phase's changes: sharded weights, hooks, widened codes."""
         weights = self._weights()
         self.clt = CrossLayerTranscoder(self.clt.architecture)
         self.clt.load_state_dict(weights)
@@ -252,11 +252,11 @@ class _Run:
             precision=settings.precision,
             rank=fabric.global_rank,
             world=fabric.world_size,
-            say=self.console.print,
+            log=self.console.print,
         )
 
     def _folded(self, state: dict[str, Tensor]) -> tuple[CrossLayerTranscoder, dict[str, Tensor]]:
-        """The CLT on raw activations, and what else a bundle needs."""
+        """The CLT on raw activations, and other tensors that a bundle needs."""
         clt = CrossLayerTranscoder(self.clt.architecture)
         clt.load_state_dict(section(state, "clt"))
         normalisation = Normalisation(**section(state, "normalisation"))

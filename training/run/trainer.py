@@ -1,4 +1,4 @@
-"""One phase of training: an objective, its optimiser, one step after the other."""
+"""One phase of training: an objective, its optimiser, and its steps."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from vitrine.training.checkpoint import section
 from vitrine.training.recipes.recipe import CascadeSection, TrainingSection
 from vitrine.training.run.cascade import Cascade
 from vitrine.training.run.objective import Losses, Reconstruction
-from vitrine.training.run.parallel import like, whole
+from vitrine.training.run.parallel import gathered, like
 from vitrine.training.run.progress import StepMetrics
 from vitrine.training.run.schedules import learning_rate, ramp, widening
 
 
 class TrainingDiverged(VitrineError):
-    """The loss is no longer a number; the last checkpoint is still good."""
+    """The loss is not finite; the last checkpoint is still valid."""
 
 
 class Trainer:
-    """One phase: an objective under training, its optimiser, and how long each feature has been silent."""
+    """One phase: an objective, its optimiser, and for how many tokens each feature has been silent."""
 
     def __init__(
         self, fabric: Fabric, objective: Reconstruction | Cascade, phase: TrainingSection | CascadeSection, steps: int
@@ -45,7 +45,7 @@ class Trainer:
         return self.silent >= self.settings.revive_after
 
     def train_step(self, batch: Any) -> StepMetrics:
-        """One optimiser step. Raises `TrainingDiverged` before any weight is spoilt."""
+        """One optimiser step. Raises `TrainingDiverged` before any weight is changed."""
         rate, dead = self._prepare(), self.dead
         losses: Losses = self.objective(batch, self._pressure())
         metrics, fired = self._reduce(losses, rate, int(dead.sum()))
@@ -56,17 +56,17 @@ class Trainer:
         norm = self.fabric.clip_gradients(
             self.objective, self.optimiser, max_norm=self.settings.gradient_clip, error_if_nonfinite=False
         )
-        if norm is None or not torch.isfinite(whole(norm)):
+        if norm is None or not torch.isfinite(gathered(norm)):
             raise TrainingDiverged(f"the gradient is {norm} at step {self.step}; lower the learning rate")
         if metrics.dead:
-            self._lift(dead, rate)
+            self._revive(dead, rate)
         self.optimiser.step()
         self.silent = (self.silent + self.size.images * self.size.tokens).masked_fill(fired, 0)
         self.step += 1
         return metrics
 
     def _prepare(self) -> float:
-        """Set this step's learning rate and width of the code."""
+        """Set this step's learning rate and code width."""
         phase, settings = self.phase, self.settings
         decay = phase.decay_share if isinstance(phase, TrainingSection) else 1.0
         rate = learning_rate(self.step, self.steps, phase.learning_rate, phase.warmup_steps, decay)
@@ -77,15 +77,15 @@ class Trainer:
         return rate
 
     @torch.no_grad()
-    def _lift(self, dead: Tensor, rate: float) -> None:
-        """Revive: the bias of a dead feature rises by `revive_rate` learning rates a step until it fires again.
+    def _revive(self, dead: Tensor, rate: float) -> None:
+        """Raise the bias of each dead feature by `revive_rate` learning rates per step until it fires again.
 
-        In the first `revive_share` of the reconstruction: what comes back later has no time left to learn, and takes
-        places in the code from features that have. After the pre-activation loss of "Circuit tracing" (Ameisen et al.
-        2025), for the bias alone. Not a gradient: Adam would remember it for thousands of steps, in which the bias of a
-        feature that is back could not fall; some fired on every fifth token for the rest of the run. AuxK (arXiv
-        2406.04093), a loss that turns dead features towards what the others leave unexplained, revived no more than
-        died meanwhile (training/RESULTS.md).
+        Only in the first `revive_share` of the reconstruction: a feature revived later has no time left to learn, and
+        takes places in the code from trained features. Based on the pre-activation loss of "Circuit tracing" (Ameisen
+        et al. 2025), but only for the bias. It is not a gradient, because Adam's moments would keep it for thousands of
+        steps, during which the bias of a revived feature could not fall; some then fired on every fifth token for the
+        rest of the run. AuxK (arXiv 2406.04093), a loss that moves dead features towards the unexplained error, revived
+        no more features than died in the same time (training/RESULTS.md).
         """
         phase = self.phase
         if not isinstance(phase, TrainingSection) or self.step >= phase.revive_share * self.steps:
@@ -95,13 +95,13 @@ class Trainer:
             encoder.bias.add_(like(step * silent.to(encoder.bias.dtype), encoder.bias))
 
     def _pressure(self) -> float:
-        """How much of the sparsity loss counts."""
+        """Factor of the sparsity loss at this step."""
         if not isinstance(self.phase, TrainingSection):
             return 1.0
         return ramp(self.step, self.steps, self.settings.sparsity_ramp_share)
 
     def _reduce(self, losses: Losses, rate: float, dead: int) -> tuple[StepMetrics, Tensor]:
-        """Metrics of the whole step and which features fired in it, over all processes."""
+        """Metrics of the step and which features fired in it, over all processes."""
         parts: Any = torch.cat([losses.total.detach()[None] / self.size.processes, losses.unexplained, losses.active])
         fired: Any = losses.fired.long()
         if self.fabric.world_size > 1:
@@ -114,15 +114,15 @@ class Trainer:
         ), fired > 0
 
     def state(self) -> dict[str, Tensor]:
-        """Everything of this phase that the next step depends on, besides weights and normalisation."""
+        """Everything that the next step depends on, except weights and normalisation."""
         tensors = {"silent": self.silent.cpu()}
         for name, parameter in self.parameters.items():
             for key, value in self.adam.state[parameter].items():
-                tensors[f"adam.{name}.{key}"] = whole(value)
+                tensors[f"adam.{name}.{key}"] = gathered(value)
         return tensors
 
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Go on where `state` was taken, after `step` steps of this phase."""
+        """Continue from a `state` saved after `step` steps of this phase."""
         self.step = step
         self.silent.copy_(tensors["silent"])
         for key, value in section(tensors, "adam").items():

@@ -1,4 +1,4 @@
-"""The `vitrine` command. Every sub-command imports what it needs when it runs: serving never loads torch."""
+"""The `vitrine` command. Every subcommand imports what it needs when it runs: serving never loads torch."""
 
 from __future__ import annotations
 

@@ -43,5 +43,5 @@ def bulk(
         settings = settings.model_copy(update={"batch_size": batch_size})
     source = open_source(inputs, column)
     job = make_job(opened, settings, source, request, path=inputs, column=column, part_size=part_size)
-    found = run(opened, Work(job, source, out, settings), console, ray)
-    console.print(f"{found.rows:,} rows and {found.problems:,} errors in {out}", highlight=False)
+    summary = run(opened, Work(job, source, out, settings), console, ray)
+    console.print(f"{summary.rows:,} rows and {summary.problems:,} errors in {out}", highlight=False)

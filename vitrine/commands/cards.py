@@ -1,4 +1,4 @@
-"""`vitrine cards`: what every feature fires on."""
+"""`vitrine cards`: cards of what each feature fires on."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def cards(
 
     if pictures not in get_args(Pictures):
         raise typer.BadParameter(f"{pictures!r} is none of {', '.join(get_args(Pictures))}", param_hint="--pictures")
-    found, console = latest(checkpoint), new_console()
-    clip = load_clip_of(read_meta(found).recipe, data_root)
+    newest, console = latest(checkpoint), new_console()
+    clip = load_clip_of(read_meta(newest).recipe, data_root)
     clip.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options = Options(
         images=images,
@@ -61,5 +61,5 @@ def cards(
     )
     if vocabulary:
         options = replace(options, vocabulary=tuple(vocabulary))
-    made = build_cards(clip, found, open_bundle(bundle), data_root, out, options, console)
-    print_bundle(made, console)
+    carded = build_cards(clip, newest, open_bundle(bundle), data_root, out, options, console)
+    print_bundle(carded, console)

@@ -1,4 +1,4 @@
-"""What the commands share: options, errors as messages, the bundle and the CLIP that they are about."""
+"""What the commands share: options, errors as messages, loading of the bundle and of CLIP."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def open_bundle_or_default(bundle: Path | None) -> Bundle:
 
 
 def load_clip_of(recipe: Any, data_root: Path) -> Any:
-    """The recipe's CLIP; its weights are a file under the data root if there is one of that name, else a tag."""
+    """The recipe's CLIP; its weights are a file under the data root if one of that name exists, else a tag."""
     from vitrine.models.clip.loading import load_clip
 
     clip = recipe.clip

@@ -37,14 +37,14 @@ def evaluate(
     from vitrine.training.report.report import draw_thumbnails, write_report
     from vitrine.training.report.tables import print_sheets
 
-    found, other = latest(checkpoint), latest(baseline) if baseline else None
-    recipe, console = read_meta(found).recipe, new_console()
+    newest, other = latest(checkpoint), latest(baseline) if baseline else None
+    recipe, console = read_meta(newest).recipe, new_console()
     clip = load_clip_of(recipe, data_root)
     options = {"batch_size": batch_size, "workers": workers}
     chosen = held_out(recipe.data, data_root, clip, images=images, seed=seed, **options)
     clip.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    results = run(clip, found, chosen, console, other=other, seed=seed)
-    out = out or found / "evaluation"
+    results = run(clip, newest, chosen, console, other=other, seed=seed)
+    out = out or newest / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(results.model_dump_json(indent=2) + "\n", encoding="utf-8")
     write_report(results, draw_thumbnails(results, chosen, clip), out / "report.html")

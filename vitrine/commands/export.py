@@ -31,13 +31,13 @@ def export(
     from vitrine.training.data.held_out import held_out
 
     named = read_label_sets(label_sets) if label_sets else {}
-    found = latest(checkpoint)
-    clt, cls_mean, meta = load_clt(found)
+    newest = latest(checkpoint)
+    clt, cls_mean, meta = load_clt(newest)
     recipe, console = meta.recipe, new_console()
     clip = load_clip_of(recipe, data_root)
-    check_clip(found, meta, clip)
+    check_clip(newest, meta, clip)
     if meta.metrics.r2 is None:
-        console.print(f"[yellow]{found} is unfinished (step {meta.step} of {meta.steps}): the bundle has no metrics")
+        console.print(f"[yellow]{newest} is unfinished (step {meta.step} of {meta.steps}): the bundle has no metrics")
     data = Data(
         name=recipe.data.name,
         licence=recipe.data.licence,

@@ -23,8 +23,8 @@ def recipes(
 
     path = find_recipe(name) if name else None
     if as_json:
-        found = describe(path, data_root, share) if path else [describe(one, data_root, share) for one in shipped()]
-        typer.echo(json.dumps(found, indent=2))
+        costs = describe(path, data_root, share) if path else [describe(file, data_root, share) for file in shipped()]
+        typer.echo(json.dumps(costs, indent=2))
     elif path:
         print_one(path, data_root, share, new_console())
     else:

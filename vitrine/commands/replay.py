@@ -29,7 +29,7 @@ def replay(
     settings, console = load_settings(), new_console()
     engine = Engine(open_bundle_or_default(bundle), settings.model_copy(update={"replacement": True}))
     limits = ImageLimits(settings.max_image_pixels, settings.max_image_side)
-    found = run(
+    result = run(
         engine,
         folder,
         limits,
@@ -38,5 +38,5 @@ def replay(
         lambda batches: track(batches, "replay", console=console, transient=True),
     )
     if json_file is not None:
-        json_file.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    print_replay(found, console)
+        json_file.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    print_replay(result, console)

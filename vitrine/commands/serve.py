@@ -20,12 +20,12 @@ def serve(
     os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # BentoML reads it when it is imported
     from vitrine.service.answers.reload import read_keys
     from vitrine.service.engine.runtime import choose
-    from vitrine.service.operations.settings import load_settings, make_paths_absolute
+    from vitrine.service.operations.settings import load_settings, write_paths_to_environment
 
     settings, opened = load_settings(), open_bundle_or_default(bundle)
-    choose(opened, settings)  # here, and not in a worker that the server would start again and again
+    choose(opened, settings)  # checked here, not in a worker that the server would restart again and again
     read_keys(settings)
-    make_paths_absolute(settings.model_copy(update={"bundle": opened.path}))
+    write_paths_to_environment(settings.model_copy(update={"bundle": opened.path}))
     from vitrine.service.processes.supervisor import serve as run
 
     print_bundle(opened, new_console())

@@ -1,1 +1,1 @@
-"""The routes, a file a kind of question."""
+"""The routes, one file per kind."""

@@ -1,4 +1,4 @@
-"""What the service knows: its bundle, its label sets, its features."""
+"""Routes for the bundle, its label sets and its features."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from vitrine.service.answers.features import card, search
-from vitrine.service.http.asking import json_response, served
-from vitrine.service.http.openapi import errors, query_of
+from vitrine.service.http.asking import json_response, lease_attributor
+from vitrine.service.http.openapi import errors, query_parameters
 from vitrine.service.schemas.base import validated
 from vitrine.service.schemas.bundle import LabelSetResponse, LabelsResponse, ModelResponse
 from vitrine.service.schemas.features import (
@@ -25,10 +25,10 @@ def add_knowledge(app: FastAPI) -> None:
         "/v1/features",
         response_model=FeaturesResponse,
         responses=errors(400, 401, 404, 503),
-        openapi_extra=query_of(FeaturesQuery),
+        openapi_extra=query_parameters(FeaturesQuery),
         tags=["know"],
     )(features)
-    # The converters leave what is no number to the 404 of paths that there are not.
+    # With these converters, what is not a number gets the 404 of unknown paths.
     app.get(
         "/v1/features/{layer:int}/{index:int}",
         response_model=CardResponse,
@@ -39,7 +39,7 @@ def add_knowledge(app: FastAPI) -> None:
 
 async def model(request: Request) -> Response:
     """The bundle that is being served, with its manifest."""
-    with served(request) as attributor:
+    with lease_attributor(request) as attributor:
         return json_response(
             ModelResponse(
                 **attributor.model.model_dump(),
@@ -52,7 +52,7 @@ async def model(request: Request) -> Response:
 
 async def labels(request: Request) -> Response:
     """The named label sets."""
-    with served(request) as attributor:
+    with lease_attributor(request) as attributor:
         sets = [
             LabelSetResponse(name=name, labels=list(named.labels), templates=list(named.templates or ()))
             for name, named in attributor.labels.named.items()
@@ -62,12 +62,12 @@ async def labels(request: Request) -> Response:
 
 async def features(request: Request) -> Response:
     """Labelled features, best label first; with `label`, those whose label contains it."""
-    with served(request) as attributor:
+    with lease_attributor(request) as attributor:
         query = validated(FeaturesQuery, dict(request.query_params))
         return json_response(await attributor.in_thread(search, attributor.bundle, attributor.model, query))
 
 
 async def feature(request: Request, layer: int, index: int) -> Response:
     """What is known of one feature: its label, if it earned one, exemplars, statistics."""
-    with served(request) as attributor:
+    with lease_attributor(request) as attributor:
         return json_response(await attributor.in_thread(card, attributor.bundle, attributor.model, layer, index))

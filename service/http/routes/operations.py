@@ -1,4 +1,4 @@
-"""What operators ask for: another bundle, the metrics."""
+"""Routes for operators: reload and metrics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from vitrine.service.answers.reload import REFUSED, Serving
+from vitrine.service.answers.reload import RELOAD_ERRORS, Serving
 from vitrine.service.errors import ServiceError
 from vitrine.service.http.asking import authorise, json_response
 from vitrine.service.http.openapi import errors
@@ -18,7 +18,7 @@ from vitrine.service.schemas.bundle import ReloadResponse
 
 
 def add_operations(app: FastAPI, serving: Serving) -> None:
-    """`/admin/reload`, where there is a key for it, and `/metrics`."""
+    """`/admin/reload`, if an admin key is set, and `/metrics`."""
     if serving.admin_keys:
         statuses = errors(401, 409, 503)
         app.post("/admin/reload", response_model=ReloadResponse, responses=statuses, tags=["operate"])(reload)
@@ -30,13 +30,13 @@ async def reload(request: Request) -> Response:
     serving = request.app.state.serving
     authorise(request, serving.admin_keys)
     try:
-        now, before = await serving.reload()
-    except REFUSED as error:
+        current, previous = await serving.reload()
+    except RELOAD_ERRORS as error:
         raise ServiceError("bundle_refused", f"{error}; {serving.attributor.model.digest} stays in service") from error
     workers.signal_others(signal.SIGHUP)
-    return json_response(ReloadResponse(model=now.model, previous=before.model))
+    return json_response(ReloadResponse(model=current.model, previous=previous.model))
 
 
 async def metrics_route(request: Request) -> Response:
-    """Prometheus' text format. Ours, since BentoML's own series are labelled by raw path, junk paths included."""
+    """Prometheus' text format. Replaces BentoML's own series, which are labelled by raw path, junk paths included."""
     return Response(await asyncio.to_thread(metrics.exposition), media_type=metrics.CONTENT_TYPE)

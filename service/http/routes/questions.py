@@ -1,4 +1,4 @@
-"""Questions about an image: its prediction, the account of it, embeddings, images like it."""
+"""Routes for questions about an image: prediction, account, embeddings, similar images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vitrine.service.answers.attribute import answer_attribute, answer_batch
 from vitrine.service.answers.classify import answer_classify
 from vitrine.service.answers.embed import answer_embed
 from vitrine.service.answers.similar import answer_similar
-from vitrine.service.http.asking import ask, json_response, log_predictions
+from vitrine.service.http.asking import handle, json_response, log_predictions
 from vitrine.service.http.openapi import errors, multipart_or_json
 from vitrine.service.http.requests import read_batch, read_image, read_optional_image
 from vitrine.service.operations.settings import Settings
@@ -30,49 +30,49 @@ _STATUSES = (400, 401, 413, 415, 429, 500, 503, 504)
 
 def add_questions(app: FastAPI, settings: Settings) -> None:
     """`/v1/attribute`, `/v1/attribute:batch`, `/v1/classify`, `/v1/embed`, `/v1/similar`."""
-    many = settings.images_a_request
-    for path, endpoint, answer, part, whole, least, most in (
+    batch_limit = settings.images_per_request
+    for path, endpoint, answer, part, json_body, min_images, max_images in (
         ("/v1/attribute", attribute, AttributeResponse, AttributeRequest, AttributeJson, 1, 1),
-        ("/v1/attribute:batch", attribute_batch, BatchResponse, AttributeRequest, BatchJson, 1, many),
+        ("/v1/attribute:batch", attribute_batch, BatchResponse, AttributeRequest, BatchJson, 1, batch_limit),
         ("/v1/classify", classify, ClassifyResponse, ClassifyRequest, ClassifyJson, 1, 1),
         ("/v1/embed", embed, EmbedResponse, EmbedRequest, EmbedJson, 0, 1),
         ("/v1/similar", similar, SimilarResponse, SimilarRequest, SimilarJson, 1, 1),
     ):
-        body = multipart_or_json(part, whole, least, most)
+        body = multipart_or_json(part, json_body, min_images, max_images)
         app.post(path, response_model=answer, responses=errors(*_STATUSES), openapi_extra=body, tags=["ask"])(endpoint)
 
 
 async def attribute(request: Request) -> Response:
     """Zero-shot prediction of one image, and the account of it."""
-    reading = partial(read_image, request, AttributeRequest, AttributeJson)
-    answer = await ask(request, reading, answer_attribute)
+    read = partial(read_image, request, AttributeRequest, AttributeJson)
+    answer = await handle(request, read, answer_attribute)
     log_predictions(request, answer.predictions)
     return json_response(answer)
 
 
 async def attribute_batch(request: Request) -> Response:
     """The same for many images; each is answered or refused for itself."""
-    reading = partial(read_batch, request, request.app.state.settings.images_a_request)
-    answer = await ask(request, reading, answer_batch)
+    read = partial(read_batch, request, request.app.state.settings.images_per_request)
+    answer = await handle(request, read, answer_batch)
     log_predictions(request, *(item.answer.predictions for item in answer.results if item.answer))
     return json_response(answer)
 
 
 async def classify(request: Request) -> Response:
     """Zero-shot prediction of one image."""
-    reading = partial(read_image, request, ClassifyRequest, ClassifyJson)
-    answer = await ask(request, reading, answer_classify)
+    read = partial(read_image, request, ClassifyRequest, ClassifyJson)
+    answer = await handle(request, read, answer_classify)
     log_predictions(request, answer.predictions)
     return json_response(answer)
 
 
 async def embed(request: Request) -> Response:
     """CLIP's embeddings of an image, of texts, or of both: vectors of length 1, whose products are cosines."""
-    reading = partial(read_optional_image, request, EmbedRequest, EmbedJson)
-    return json_response(await ask(request, reading, answer_embed))
+    read = partial(read_optional_image, request, EmbedRequest, EmbedJson)
+    return json_response(await handle(request, read, answer_embed))
 
 
 async def similar(request: Request) -> Response:
     """The reference images whose sparse codes are nearest to this image's, layer by layer."""
-    reading = partial(read_image, request, SimilarRequest, SimilarJson)
-    return json_response(await ask(request, reading, answer_similar))
+    read = partial(read_image, request, SimilarRequest, SimilarJson)
+    return json_response(await handle(request, read, answer_similar))

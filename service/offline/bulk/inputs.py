@@ -1,7 +1,7 @@
-"""What a bulk run reads: a folder, a list of files, Parquet files or WebDataset shards, each as a numbered list.
+"""Inputs of a bulk run: a folder, a list of files, Parquet files or WebDataset shards, each as a numbered list.
 
-Numbers are what makes a run exact to take up: image n is the same in every run on the same inputs. Nothing but names
-and places is kept in memory; an image's bytes are read when its turn comes.
+The numbers make an exact resume possible: image n is the same in every run on the same inputs. Only names and locations
+are kept in memory; an image's bytes are read when it is processed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from vitrine.models.errors import VitrineError
 from vitrine.models.shards import expand_braces, members, read_at
 from vitrine.service.errors import ServiceError
 
-IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")  # in WebDataset shards, beside texts and classes
-ROWS_AT_ONCE = 32  # of a Parquet file, whose images are in memory together
-# No extension is ever fetched, and the processors are the engine's.
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")  # in WebDataset shards, beside texts and classes
+ROWS_PER_FETCH = 32  # rows of a Parquet file whose images are in memory together
+# Never download extensions, and leave the processors to the engine.
 DUCKDB = {"threads": 1, "autoinstall_known_extensions": False, "autoload_known_extensions": False}
 
 
@@ -47,7 +47,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def digest(self) -> str:
-        """sha256 that changes when any image would get another number."""
+        """SHA-256 that changes whenever an image would get another number."""
 
     def items(self, start: int, stop: int) -> Iterator[Item]:
         """Images `start` to `stop`, in order."""
@@ -57,24 +57,25 @@ def open_source(inputs: str, column: str | None = None) -> Source:
     """The source that a command line names.
 
     Args:
-        inputs: a folder; a text file with a path a line, relative to it; `x.parquet` or `x.tar`, where braces stand
-            for several (`x-{000..003}.tar`).
-        column: of Parquet files: image bytes, or paths relative to the file. Default: `image`, or the only one that
-            holds bytes.
+        inputs: a folder; a text file with one path per line, relative to it; `x.parquet` or `x.tar`, where braces
+            stand for several files (`x-{000..003}.tar`).
+        column: column of Parquet files with image bytes, or with paths relative to the file. Default: `image`, or the
+            only one that holds bytes.
 
     Raises:
-        BulkError: nothing there, nothing in it, or not readable.
+        BulkError: the inputs do not exist, are empty or cannot be read.
     """
-    paths = [Path(name).absolute() for name in dict.fromkeys(expand_braces(inputs))]  # as Ray's processes need them
+    # absolute, as Ray's processes have another working directory
+    paths = [Path(name).absolute() for name in dict.fromkeys(expand_braces(inputs))]
     suffix = paths[0].suffix
     if suffix in (".tar", ".parquet"):
         if missing := [path for path in paths if not path.is_file()]:
             raise BulkError(f"{missing[0]} is no file; {inputs} stands for {len(paths):,} of them")
         source: Source = Shards(paths) if suffix == ".tar" else ParquetFiles(paths, column)
     elif (path := Path(inputs).absolute()).is_dir():
-        source = Files("folder", path, _inside(path))
+        source = Files("folder", path, _list_files(path))
     elif path.is_file():
-        source = Files("list", path.parent, _lines(path))
+        source = Files("list", path.parent, _read_list(path))
     else:
         raise BulkError(f"{inputs} is no folder and no file; give one of images, a list, .parquet or .tar")
     if column is not None and not isinstance(source, ParquetFiles):
@@ -85,7 +86,7 @@ def open_source(inputs: str, column: str | None = None) -> Source:
 
 
 class Files:
-    """Files by their paths: of a folder, or of a list."""
+    """Files by path, from a folder or from a list."""
 
     def __init__(self, kind: str, root: Path, paths: list[str]) -> None:
         """paths: relative to `root`."""
@@ -95,17 +96,17 @@ class Files:
         return len(self.paths)
 
     def digest(self) -> str:
-        """Of the paths alone: to ask every file for its size takes long on a file server."""
+        """SHA-256 of the paths only: querying every file's size is slow on a file server."""
         return _digest(self.paths)
 
     def items(self, start: int, stop: int) -> Iterator[Item]:
         for number in range(start, min(stop, len(self))):
             path = self.paths[number]
-            yield Item(number, _readable(path), (self.root / path).read_bytes)
+            yield Item(number, _valid_text(path), (self.root / path).read_bytes)
 
 
 class Shards:
-    """The images of tar files, by an index of their members; what is no image by its extension does not count."""
+    """The images in tar files, by an index of their members; members without an image's extension are ignored."""
 
     kind = "shards"
 
@@ -117,7 +118,7 @@ class Shards:
                 self.members += [
                     (number, member.name, member.offset_data, member.size)
                     for member in members(shard)
-                    if member.name.lower().endswith(IMAGES)
+                    if member.name.lower().endswith(IMAGE_SUFFIXES)
                 ]
             except (OSError, tarfile.TarError) as error:
                 raise BulkError(f"{shard} is no readable tar file: {error}; make or fetch it again") from error
@@ -133,17 +134,17 @@ class Shards:
         for number in range(start, min(stop, len(self))):
             shard, name, offset, size = self.members[number]
             path = self.shards[shard]
-            yield Item(number, f"{path.name}/{_readable(name)}", partial(read_at, path, offset, size))
+            yield Item(number, f"{path.name}/{_valid_text(name)}", partial(read_at, path, offset, size))
 
 
 class ParquetFiles:
-    """The rows of Parquet files: a column of bytes, of paths, or of both (`bytes` and `path`, as the hub has it)."""
+    """The rows of Parquet files: a column of bytes, of paths, or of both (`bytes` and `path`, as on Hugging Face)."""
 
     kind = "parquet"
 
     def __init__(self, files: list[Path], column: str | None) -> None:
         self.files = files
-        self.columns: list[tuple[str, str]] = []  # of each file: what is bytes, what is a path, as SQL
+        self.columns: list[tuple[str, str]] = []  # of each file, as SQL: bytes, path
         self.rows: list[int] = []
         for file in files:
             try:
@@ -159,7 +160,7 @@ class ParquetFiles:
         return sum(self.rows)
 
     def digest(self) -> str:
-        """Of names, sizes, rows and columns."""
+        """SHA-256 of names, sizes, row counts and columns."""
         return _digest(
             f"{file.name} {file.stat().st_size} {rows} {columns}"
             for file, rows, columns in zip(self.files, self.rows, self.columns, strict=True)
@@ -175,17 +176,17 @@ class ParquetFiles:
             before += rows
 
 
-def _inside(folder: Path) -> list[str]:
-    """Every file at any depth, sorted; hidden ones are none."""
-    found = []
-    for place, folders, files in os.walk(folder):
+def _list_files(folder: Path) -> list[str]:
+    """All files at any depth, sorted, without hidden ones."""
+    paths = []
+    for directory, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        relative = Path(place).relative_to(folder)
-        found += [(relative / name).as_posix() for name in files if not name.startswith(".")]
-    return sorted(found)
+        relative = Path(directory).relative_to(folder)
+        paths += [(relative / name).as_posix() for name in files if not name.startswith(".")]
+    return sorted(paths)
 
 
-def _lines(file: Path) -> list[str]:
+def _read_list(file: Path) -> list[str]:
     try:
         return [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
@@ -193,14 +194,14 @@ def _lines(file: Path) -> list[str]:
 
 
 def _bytes_and_path(file: Path, types: Mapping[str, object], column: str | None) -> tuple[str, str]:
-    """(what is bytes, what is a path) of a Parquet file, as SQL. Raises `BulkError`."""
-    offered = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+    """SQL expressions for (bytes, path) in a Parquet file. Raises `BulkError`."""
+    available = ", ".join(f"{name} ({kind})" for name, kind in types.items())
     if column is None:
-        holding = [name for name, kind in types.items() if "BLOB" in str(kind)]
-        column = "image" if "image" in types else holding[0] if len(holding) == 1 else None
+        byte_columns = [name for name, kind in types.items() if "BLOB" in str(kind)]
+        column = "image" if "image" in types else byte_columns[0] if len(byte_columns) == 1 else None
     if column is None or column not in types:
         what = "which column has the images?" if column is None else f"there is no column {column!r}."
-        raise BulkError(f"{file}: {what} Name one with --column; there are {offered}")
+        raise BulkError(f"{file}: {what} Name one with --column; there are {available}")
     quoted, kind = '"' + column.replace('"', '""') + '"', str(types[column])
     if kind == "BLOB":
         return quoted, "NULL"
@@ -208,13 +209,13 @@ def _bytes_and_path(file: Path, types: Mapping[str, object], column: str | None)
         return "NULL", quoted
     if kind.startswith("STRUCT(") and "bytes BLOB" in kind.replace('"', ""):
         return f"{quoted}.bytes", f"{quoted}.path" if "path VARCHAR" in kind.replace('"', "") else "NULL"
-    raise BulkError(f"{file}: column {column!r} is {kind}, neither bytes nor paths; there are {offered}")
+    raise BulkError(f"{file}: column {column!r} is {kind}, neither bytes nor paths; there are {available}")
 
 
 def _rows(
     file: Path, columns: tuple[str, str], first: int, last: int
 ) -> Iterator[tuple[int, bytes | None, str | None]]:
-    """(row, bytes, path) of some rows, a few at a time."""
+    """(row, bytes, path) of rows `first` to `last`, fetched a few at a time."""
     content, path = columns
     query = (
         f"SELECT file_row_number, {content}, {path} FROM read_parquet(?, file_row_number = true) "  # noqa: S608
@@ -222,9 +223,9 @@ def _rows(
     )
     try:
         with duckdb.connect(config=DUCKDB) as database:  # type: ignore[arg-type]
-            found = database.execute(query, [str(file), first, last])
-            while some := found.fetchmany(ROWS_AT_ONCE):
-                yield from some
+            result = database.execute(query, [str(file), first, last])
+            while rows := result.fetchmany(ROWS_PER_FETCH):
+                yield from rows
     except duckdb.Error as error:
         raise BulkError(f"{file} cannot be read: {error}; make or fetch it again") from error
 
@@ -237,13 +238,13 @@ def _content(folder: Path, content: bytes | None, path: str | None) -> bytes:
     return (folder / path).read_bytes()
 
 
-def _readable(name: str) -> str:
-    """The name as a table can hold it: file names may be any bytes, texts are UTF-8."""
+def _valid_text(name: str) -> str:
+    """The name as valid text for a table: file names may be any bytes, texts are UTF-8."""
     return os.fsencode(name).decode(errors="replace")
 
 
 def _digest(names: Iterable[str]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in names:
-        found.update(os.fsencode(name) + b"\0")
-    return found.hexdigest()
+        digest.update(os.fsencode(name) + b"\0")
+    return digest.hexdigest()

@@ -1,6 +1,6 @@
-"""What a bulk run is to do, as `job.json` beside its output: a resume must do the same, or the output would be of two.
+"""The definition of a bulk run, `job.json` beside its output: a resume must match it, or the output would be mixed.
 
-How it is done (batches, threads, Ray) is not part of it: answers are the same to rounding.
+How the run is executed (batches, threads, Ray) is not part of it: answers are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vitrine.service.operations.settings import Settings
 from vitrine.service.schemas.attribute import AttributeRequest
 
 FILE = "job.json"
-_SHOWN = 60  # characters of a value that differs
+_SHOWN_CHARACTERS = 60  # characters shown of a differing value
 
 
 class Inputs(BaseModel):
@@ -50,7 +50,7 @@ class Job(BaseModel):
 
     @property
     def parts(self) -> int:
-        """How many there are; the last one may be smaller."""
+        """Number of parts; the last one may be smaller."""
         return -(-self.inputs.images // self.part_size)
 
     def bounds(self, part: int) -> tuple[int, int]:
@@ -70,7 +70,7 @@ def make_job(
 ) -> Job:
     """The job of answering `request` for every image of `source`, which was opened as `path` and `column`.
 
-    Raises `ServiceError` for labels that there are not, `EngineError` for a precision that the bundle has not.
+    Raises `ServiceError` for an unknown label set, `EngineError` for a precision that the bundle does not have.
     """
     labels, templates = _texts(bundle, settings, request)
     return Job(
@@ -90,11 +90,11 @@ def make_job(
 
 
 @contextmanager
-def claimed(out: Path, job: Job) -> Iterator[None]:
-    """Hold `out` for this job; nobody else can meanwhile. Made if it is not there, taken up if it is.
+def lock_output(out: Path, job: Job) -> Iterator[None]:
+    """Lock `out` for this job, exclusively. It is created if it does not exist, else resumed.
 
     Raises:
-        BulkError: it was begun with other options, another run is at it, or it holds something else.
+        BulkError: it was started with other options, another run is using it, or it contains something else.
     """
     if job.inputs.kind == "folder" and out.resolve().is_relative_to(job.inputs.path):
         raise BulkError(f"{out} lies in the folder that is read, {job.inputs.path}; write elsewhere")
@@ -107,26 +107,26 @@ def claimed(out: Path, job: Job) -> Iterator[None]:
         raise BulkError(f"{out} cannot be written: {error}") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel gives it back, however the process ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it, however the process ends
         except BlockingIOError as error:
             raise BulkError(f"another run writes to {out}; wait for it, or write elsewhere") from error
-        _take_up(out / FILE, job)
+        _create_or_resume(out / FILE, job)
         yield
 
 
-def _take_up(file: Path, job: Job) -> None:
+def _create_or_resume(file: Path, job: Job) -> None:
     if not file.exists():
-        written = file.with_name(f".{FILE}")
-        written.write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        replace_durably(written, file)
+        temporary = file.with_name(f".{FILE}")
+        temporary.write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        replace_durably(temporary, file)
         return
     try:
-        begun = Job.model_validate_json(file.read_bytes())
+        existing = Job.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise BulkError(f"{file} is none of this version's: {error.errors()[0]['msg']}; write elsewhere") from error
-    if others := _differences(_flat(begun), _flat(job)):
+    if differences := _differences(_flat(existing), _flat(job)):
         raise BulkError(
-            f"{file.parent} was begun with other options: {'; '.join(others)}. "
+            f"{file.parent} was begun with other options: {'; '.join(differences)}. "
             "Give the same ones to take it up, or write elsewhere"
         )
 
@@ -136,19 +136,19 @@ def _flat(job: Job) -> dict[str, Any]:
     return fields | {f"inputs.{name}": value for name, value in fields.pop("inputs").items()}
 
 
-def _differences(begun: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [f"{name} was {_short(begun[name])} and is {_short(now[name])}" for name in now if begun[name] != now[name]]
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [f"{name} was {_short(old[name])} and is {_short(new[name])}" for name in new if old[name] != new[name]]
 
 
 def _short(value: Any) -> str:
     text = ", ".join(value) if isinstance(value, tuple) else str(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
 def _texts(bundle: Bundle, settings: Settings, request: AttributeRequest) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(labels, templates), defaults filled in. The service's limits do not bind whoever runs the machine."""
+    """(labels, templates), defaults filled in. The service's limits on requests do not apply here."""
     text = bundle.manifest.text
-    named = {name: found for name, (found, _) in bundle.label_sets.items()}
+    named = {name: label_set for name, (label_set, _) in bundle.label_sets.items()}
     if settings.label_sets:
         named |= read_label_sets(settings.label_sets)
     if request.labels is not None and request.label_set is not None:

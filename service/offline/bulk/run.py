@@ -1,4 +1,4 @@
-"""A bulk run from end to end: what is left of a job is done, here or by Ray, and shown as it goes on."""
+"""A bulk run from end to end: processes the remaining parts of a job, here or by Ray, and shows progress."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.service.offline.bulk.inputs import BulkError
-from vitrine.service.offline.bulk.job import Job, claimed
-from vitrine.service.offline.bulk.tables import count, done_parts, sweep
+from vitrine.service.offline.bulk.job import Job, lock_output
+from vitrine.service.offline.bulk.tables import count, done_parts, remove_partial_files
 from vitrine.service.offline.bulk.work import Step, Work, Worker
 
 
 class Summary(NamedTuple):
-    """What lies in the output."""
+    """Totals of the output."""
 
     rows: int
     problems: int
 
 
 def bulk(bundle: Bundle, work: Work, console: Console, ray_workers: int = 0) -> Summary:
-    """Do what is left of a job, with a progress bar. ray_workers: processes that Ray starts; 0: this one alone.
+    """Process the remaining parts of a job, with a progress bar. ray_workers: processes that Ray starts; 0: none.
 
-    Raises `BulkError`, `EngineError`, `BundleError`. Whatever ends it, the same call takes it up.
+    Raises `BulkError`, `EngineError`, `BundleError`. However it ends, the same call resumes it.
     """
-    with claimed(work.out, work.job):
-        sweep(work.out)
+    with lock_output(work.out, work.job):
+        remove_partial_files(work.out)
         done = done_parts(work.out)
-        left = [part for part in range(work.job.parts) if part not in done]
-        if left:
-            steps = _by_ray(bundle, work, left, ray_workers) if ray_workers else Worker(bundle, work).run(left)
-            _follow(steps, work.job, left, console)
+        parts = [part for part in range(work.job.parts) if part not in done]
+        if parts:
+            steps = _by_ray(bundle, work, parts, ray_workers) if ray_workers else Worker(bundle, work).run(parts)
+            _show_progress(steps, work.job, parts, console)
         return Summary(*count(work.out))
 
 
@@ -47,9 +47,9 @@ def _by_ray(bundle: Bundle, work: Work, parts: list[int], workers: int) -> Itera
     return run(bundle.path, work, parts, workers)
 
 
-def _follow(steps: Iterator[Step], job: Job, left: list[int], console: Console) -> None:
-    """Show how far it is. What earlier runs have done counts as done, and not as speed."""
-    images = sum(stop - start for start, stop in map(job.bounds, left))
+def _show_progress(steps: Iterator[Step], job: Job, parts: list[int], console: Console) -> None:
+    """Show progress. Work of earlier runs counts as done, but not towards the speed."""
+    images = sum(stop - start for start, stop in map(job.bounds, parts))
     columns = (
         TextColumn("bulk"),
         BarColumn(),

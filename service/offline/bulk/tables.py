@@ -1,12 +1,12 @@
-"""The tables that a bulk run writes, a part at a time, and how a part comes to lie there whole or not at all.
+"""The tables that a bulk run writes, one part at a time, each part atomically.
 
-    part-000000.parquet         a row an image that was answered: `Row`
-    errors/part-000000.parquet  a row an image that could not be: `Problem`; only where there are any
+    part-000000.parquet         a row per answered image: `Row`
+    errors/part-000000.parquet  a row per image that could not be answered: `Problem`; only if there are any
 
-Each file is written under a hidden name, flushed to the disk and renamed. A part's errors come first and its rows
-last, even if there are none: a part is done when its rows are there, and then its errors are there, too.
+Each file is written under a hidden name, flushed to disk and renamed. A part's errors are written first and its rows
+last, even if there are none: a part is done when its rows exist, and then its errors exist, too.
 
-DuckDB writes them, from lines of JSON: it is installed anyway, for the cards, and pyarrow would be 170 MB more.
+DuckDB writes them from lines of JSON: it is installed anyway, for the cards, and pyarrow would be 170 MB more.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
 class Ledger(LedgerAccount):
-    """Of the top-1."""
+    """The ledger of the top-1."""
 
     target: str
     logit: float
 
 
 class LayerFeature(Feature):
-    """Of any layer."""
+    """A feature of any layer."""
 
     layer: int
 
@@ -85,41 +85,41 @@ PROBLEM_TYPES = {"id": "BIGINT", "name": "VARCHAR", "code": "VARCHAR", "message"
 
 
 def row(number: int, name: str, parts: Decomposition, labels: LabelSet, bundle: Bundle, top_k: int, count: int) -> str:
-    """A `Row` as JSON. count: features listed, of all layers together."""
+    """A `Row` as JSON. count: features listed, over all layers."""
     predictions = predict(parts, labels, bundle.manifest.logit_scale, top_k)
     (explanation,), fidelity = account(parts, labels, bundle, Explain(features=count))
     # the first `count` of all layers are among the first `count` of each
-    found = [(layer.layer, feature) for layer in explanation.layers for feature in layer.features]
-    found.sort(key=lambda pair: -abs(pair[1].contribution))
+    features = [(layer.layer, feature) for layer in explanation.layers for feature in layer.features]
+    features.sort(key=lambda pair: -abs(pair[1].contribution))
     return Row.model_construct(
         id=number,
         name=name,
         predictions=predictions,
         ledger=Ledger.model_construct(target=explanation.target, logit=explanation.logit, **vars(explanation.ledger)),
-        features=[LayerFeature.model_construct(layer=layer, **vars(feature)) for layer, feature in found[:count]],
+        features=[LayerFeature.model_construct(layer=layer, **vars(feature)) for layer, feature in features[:count]],
         fidelity=fidelity,
     ).model_dump_json()
 
 
 def write_part(out: Path, part: int, rows: Iterable[str], problems: Iterable[str]) -> None:
-    """Write a part, rows and problems as JSON in the order of their inputs; after this it is done."""
+    """Write a part from rows and problems as JSON, in the order of their inputs. The part is done afterwards."""
     name, problems = f"part-{part:06}.parquet", list(problems)
     errors = out / ERRORS / name
     if problems:
         errors.parent.mkdir(exist_ok=True)
         _write(errors, problems, PROBLEM_TYPES)
-    else:  # of a run that was killed between the two, and whose images have been mended since
+    else:  # left by a run that was killed between the two writes, and whose images have been repaired since
         errors.unlink(missing_ok=True)
     _write(out / name, rows, ROW_TYPES)
 
 
 def done_parts(out: Path) -> set[int]:
     """Numbers of the parts that are done."""
-    return {int(found[1]) for path in out.iterdir() if (found := _PART.fullmatch(path.name))}
+    return {int(match[1]) for path in out.iterdir() if (match := _PART.fullmatch(path.name))}
 
 
-def sweep(out: Path) -> None:
-    """Take away what a killed run left half written."""
+def remove_partial_files(out: Path) -> None:
+    """Remove partial files left by a killed run."""
     for path in [*out.glob(".part-*"), *(out / ERRORS).glob(".part-*")]:
         path.unlink(missing_ok=True)
 
@@ -127,15 +127,15 @@ def sweep(out: Path) -> None:
 def count(out: Path) -> tuple[int, int]:
     """(rows, problems) of all parts."""
     with duckdb.connect(config=DUCKDB) as database:  # type: ignore[arg-type]
-        found = [sorted(map(str, folder.glob("part-*.parquet"))) for folder in (out, out / ERRORS)]
-        rows, problems = (len(database.read_parquet(files)) if files else 0 for files in found)
+        file_lists = [sorted(map(str, folder.glob("part-*.parquet"))) for folder in (out, out / ERRORS)]
+        rows, problems = (len(database.read_parquet(files)) if files else 0 for files in file_lists)
     return rows, problems
 
 
-def replace_durably(written: Path, file: Path) -> None:
-    """Rename, so that the file is there whole or not at all, even after a power cut."""
-    _flush(written)
-    os.replace(written, file)
+def replace_durably(temporary: Path, file: Path) -> None:
+    """Rename atomically: the file is complete or absent, even after a power cut."""
+    _flush(temporary)
+    os.replace(temporary, file)
     _flush(file.parent)
 
 
@@ -148,8 +148,8 @@ def _flush(path: Path) -> None:
 
 
 def _write(file: Path, lines: Iterable[str], types: Mapping[str, str]) -> None:
-    mark = f".{file.name}.{os.getpid()}"  # two that write the same part write the same, and not into one another
-    json, parquet = file.parent / f"{mark}.json", file.parent / f"{mark}.parquet"
+    prefix = f".{file.name}.{os.getpid()}"  # processes that write the same part must not write into the same file
+    json, parquet = file.parent / f"{prefix}.json", file.parent / f"{prefix}.parquet"
     json.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     with duckdb.connect(config=DUCKDB) as database:  # type: ignore[arg-type]
         table = database.read_json(str(json), columns=dict(types), format="newline_delimited")

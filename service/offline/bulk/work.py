@@ -1,7 +1,7 @@
 """The work on parts of a bulk run: read and decode in threads, infer in full batches, account in threads, write.
 
-Inference has the main thread and gives the interpreter away while it runs, so that the threads decode what comes next
-and account for what has been. Memory is bounded: a few batches of pixels and two parts of answers.
+Inference runs in the main thread and releases the GIL, so that the other threads decode the next images and account for
+the previous ones. Memory is bounded: a few batches of pixels and two parts of answers.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from vitrine.service.offline.bulk.job import Job
 from vitrine.service.offline.bulk.tables import Problem, row, write_part
 from vitrine.service.operations.settings import Settings
 
-AHEAD = 4  # batches that are decoded, or about to be, while one is inferred
+AHEAD = 4  # batches decoded, or queued for decoding, while one is inferred
 
 
 class Step(NamedTuple):
-    """What has been done since the last one."""
+    """Progress since the last step."""
 
     images: int
     problems: int
@@ -40,7 +40,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """What every process that works on a job is given. Can be pickled."""
+    """The input of every process that works on a job. Can be pickled."""
 
     job: Job
     source: Source
@@ -59,17 +59,17 @@ class Worker:
     def __init__(self, bundle: Bundle, work: Work) -> None:
         self.bundle, self.work, job = bundle, work, work.job
         self._limits = ImageLimits(job.max_image_pixels, job.max_image_side)
-        _ = bundle.directions, bundle.fold, bundle.cards  # read here, and not by several threads at once
+        _ = bundle.directions, bundle.fold, bundle.cards  # loaded here, not by several threads at once
         self.engine = Engine(bundle, work.settings.model_copy(update={"replacement": False}))
         encoder = LabelEncoder(self.engine, capacity=len(job.labels))
-        self.labels = asyncio.run(encoder.resolve(job.labels, job.templates, _at_once))
+        self.labels = asyncio.run(encoder.resolve(job.labels, job.templates, _call_directly))
         self.engine.warm_up()
 
     def run(self, parts: Iterable[int]) -> Iterator[Step]:
-        """Do these parts, one after the other; a step a batch."""
+        """Process these parts one after the other, with a step per batch."""
         bounds = {part: self.work.job.bounds(part) for part in parts}
         items = itertools.chain.from_iterable(self.work.source.items(*limits) for limits in bounds.values())
-        # threads: (decode and account), (write)
+        # two thread pools: one decodes and accounts, one writes
         pool = ThreadPoolExecutor(self.work.settings.decode_threads, thread_name_prefix="decode")
         writer = ThreadPoolExecutor(1, thread_name_prefix="write")
         writing: Future[None] | None = None
@@ -80,7 +80,7 @@ class Worker:
                 problems: list[Problem] = []
                 yield from self._answer(itertools.islice(decoded, stop - start), pool, rows, problems)
                 if writing is not None:
-                    writing.result()  # at most one part waits to be written while another is made
+                    writing.result()  # at most one part is being written while the next is computed
                 writing = writer.submit(_write, self.work.out, part, rows, problems)
             if writing is not None:
                 writing.result()
@@ -89,7 +89,7 @@ class Worker:
                 threads.shutdown(cancel_futures=True)
 
     def _decoded(self, items: Iterable[Item], pool: ThreadPoolExecutor) -> Iterator[_Decoded | Problem]:
-        """In the order of the items, some batches ahead."""
+        """Decode the items in order, some batches ahead."""
         waiting: deque[Future[_Decoded | Problem]] = deque()
         for item in items:
             waiting.append(pool.submit(self._decode, item))
@@ -115,14 +115,14 @@ class Worker:
         rows: list[Future[str]],
         problems: list[Problem],
     ) -> Iterator[Step]:
-        """Infer a part in full batches, what is broken left out; `rows` and `problems` are added to."""
+        """Infer a part in full batches, without broken images; appends to `rows` and `problems`."""
         batch: list[_Decoded] = []
-        for found in part:
-            if isinstance(found, Problem):
-                problems.append(found)
+        for decoded in part:
+            if isinstance(decoded, Problem):
+                problems.append(decoded)
                 yield Step(1, 1)
                 continue
-            batch.append(found)
+            batch.append(decoded)
             if len(batch) == self.work.settings.batch_size:
                 rows += self._infer(batch, pool)
                 yield Step(len(batch), 0)
@@ -133,17 +133,17 @@ class Worker:
 
     def _infer(self, batch: list[_Decoded], pool: ThreadPoolExecutor) -> list[Future[str]]:
         job = self.work.job
-        found = self.engine.explain(np.stack([decoded.pixels for decoded in batch]))
+        decompositions = self.engine.explain(np.stack([decoded.pixels for decoded in batch]))
         return [
             pool.submit(row, item.id, item.name, parts, self.labels, self.bundle, job.top_k, job.features)
-            for (item, _), parts in zip(batch, found, strict=True)
+            for (item, _), parts in zip(batch, decompositions, strict=True)
         ]
 
 
 def _write(out: Path, part: int, rows: list[Future[str]], problems: list[Problem]) -> None:
-    write_part(out, part, (found.result() for found in rows), (problem.model_dump_json() for problem in problems))
+    write_part(out, part, (row.result() for row in rows), (problem.model_dump_json() for problem in problems))
 
 
-async def _at_once(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The label encoder's `run`: there is nobody else who could wait."""
+async def _call_directly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The label encoder's `run`: call directly, as no other task could be blocked."""
     return function(*arguments)

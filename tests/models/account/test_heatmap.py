@@ -25,7 +25,7 @@ def pixels(any_clip, make_pixels):
 
 @pytest.fixture(scope="module")
 def parts(any_clip, make_clt, pixels):
-    """What the graph says of each image, details included."""
+    """The graph's decomposition of each image, including details."""
     graph = AttributionGraph(any_clip.tower, make_clt(any_clip), torch.zeros(3, 32), torch.float32)
     outputs = dict(zip((*VISION_OUTPUTS, *DETAILS), (output.numpy() for output in graph(pixels)), strict=True))
     details, fidelity = {name: outputs.pop(name) for name in DETAILS}, outputs.pop("fidelity")
@@ -62,9 +62,9 @@ def reference(tower, any_clip, pixels):
         _, weights = attn(normed, normed, normed, need_weights=True, average_attn_weights=False)
         heads = []
         for head in range(attn.num_heads):
-            mine = slice(head * attn.head_dim, (head + 1) * attn.head_dim)
-            value = normed @ attn.in_proj_weight.chunk(3)[2][mine].T
-            written = weights[:, head, 0, :, None] * (value @ attn.out_proj.weight[:, mine].T)  # [B, T, d]
+            dims = slice(head * attn.head_dim, (head + 1) * attn.head_dim)
+            value = normed @ attn.in_proj_weight.chunk(3)[2][dims].T
+            written = weights[:, head, 0, :, None] * (value @ attn.out_proj.weight[:, dims].T)  # [B, T, d]
             heads.append(logits(block.ls_1(written)))
         split.append(torch.stack(heads, 1))
         bias = attn.out_proj.weight @ attn.in_proj_bias.chunk(3)[2] + attn.out_proj.bias
@@ -77,14 +77,14 @@ def test_every_part_is_that_of_the_formulas(any_clip, parts, reference):
     splits, constants, label = reference
     fold = any_clip.tower.attention_fold().numpy()
     for part, split, constant in zip(parts, splits, constants, strict=True):
-        found = heat_map(part, part.details, fold, label, any_clip.logit_scale)
+        heatmap = heat_map(part, part.details, fold, label, any_clip.logit_scale)
         for name, expected in {
             "patches": split[:, :, 1:].sum(1),
             "heads": split[:, :, 1:].sum(2),
             "class_token": split[:, :, 0].sum(1),
             "constant": constant,
         }.items():
-            np.testing.assert_allclose(getattr(found, name), expected, rtol=0, atol=1e-4, err_msg=name)
+            np.testing.assert_allclose(getattr(heatmap, name), expected, rtol=0, atol=1e-4, err_msg=name)
 
 
 def test_parts_add_up_to_the_attention_rows_of_the_ledger(any_clip, parts):
@@ -92,8 +92,8 @@ def test_parts_add_up_to_the_attention_rows_of_the_ledger(any_clip, parts):
     fold = any_clip.tower.attention_fold().numpy()
     for part in parts:
         for direction in (a, a - b):
-            found = heat_map(part, part.details, fold, direction, any_clip.logit_scale)
-            total = found.patches.sum(1) + found.class_token + found.constant
+            heatmap = heat_map(part, part.details, fold, direction, any_clip.logit_scale)
+            total = heatmap.patches.sum(1) + heatmap.class_token + heatmap.constant
             rows = ledger(part, direction, any_clip.logit_scale).attention
             np.testing.assert_allclose(total, rows, rtol=0, atol=1e-4)
 

@@ -30,7 +30,7 @@ IMAGES = 3
 
 @dataclass
 class Reference:
-    """What must come out for one image, in float64, worked out from the tower's taps and the CLT's weights."""
+    """Expected values for one image, in float64, computed from the tower's taps and the CLT's weights."""
 
     components: Tensor  # [R, d], in the ledger's order
     codes: Tensor  # [L, F]
@@ -68,7 +68,7 @@ def _reference(layers, clt, residual_in, mlp_in, attn_out, mlp_out, residual_out
 
 
 def decompositions(graph, pixels):
-    """What `graph` says of each image."""
+    """`graph`'s decomposition of each image."""
     outputs = dict(zip((*VISION_OUTPUTS, *DETAILS), (output.numpy() for output in graph(pixels)), strict=True))
     details, fidelity = {name: outputs.pop(name) for name in DETAILS}, outputs.pop("fidelity")
     return [
@@ -92,7 +92,7 @@ def labels(clip):
     return clip.encode_labels(["a cat", "a dog", "a house", "the sea"], ["{}"]).numpy()
 
 
-def accounts(ledger):
+def ledger_rows(ledger):
     """The rows of a ledger [R], in order."""
     return np.concatenate([np.atleast_1d(part) for part in astuple(ledger)[1:-1]])
 
@@ -108,17 +108,17 @@ def test_every_row_is_that_of_the_formulas(tower, references, parts, labels, cli
                 s / (sigma * norm) * t @ projection.T @ (ln.weight * (c - c.mean())) for c in reference.components
             ]
             expected[-2] += s / norm * t @ projection.T @ ln.bias
-            np.testing.assert_allclose(accounts(ledger(part, label, s)), torch.stack(expected), rtol=0, atol=1e-4)
+            np.testing.assert_allclose(ledger_rows(ledger(part, label, s)), torch.stack(expected), rtol=0, atol=1e-4)
 
 
 def test_rows_add_up_to_the_logit_of_plain_clip(parts, labels, clip, make_pixels):
     plain = clip.model.encode_image(make_pixels(IMAGES), normalize=True).numpy()
     for embedding, part in zip(plain, parts, strict=True):
         for label in labels:
-            found = ledger(part, label, clip.logit_scale)
-            assert found.logit == pytest.approx(clip.logit_scale * float(embedding @ label), abs=1e-4)
-            assert accounts(found).sum() == pytest.approx(found.logit - found.remainder, abs=1e-12)
-            assert abs(found.remainder) < 1e-4
+            result = ledger(part, label, clip.logit_scale)
+            assert result.logit == pytest.approx(clip.logit_scale * float(embedding @ label), abs=1e-4)
+            assert ledger_rows(result).sum() == pytest.approx(result.logit - result.remainder, abs=1e-12)
+            assert abs(result.remainder) < 1e-4
 
 
 def test_any_supported_tower_has_an_exact_ledger(any_clip, make_clt, make_pixels):
@@ -145,7 +145,7 @@ def test_contrast_is_the_difference_of_two_ledgers(parts, labels, clip):
     for part in parts:
         a, b = (ledger(part, label, clip.logit_scale) for label in labels[:2])
         contrast = ledger(part, labels[0] - labels[1], clip.logit_scale)
-        np.testing.assert_allclose(accounts(contrast), accounts(a) - accounts(b), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(ledger_rows(contrast), ledger_rows(a) - ledger_rows(b), rtol=0, atol=1e-5)
         assert contrast.logit == pytest.approx(a.logit - b.logit, abs=1e-5)
 
 
@@ -158,30 +158,30 @@ def test_codes_are_those_of_the_clt(references, parts):
 
 def test_feature_contributions_add_up_to_the_rows_of_their_layers(bundle, parts, labels, clip):
     for part in parts:
-        found = feature_contributions(part, bundle.directions, bundle.fold, labels[0], clip.logit_scale)
-        np.testing.assert_allclose(found.sum(1), ledger(part, labels[0], clip.logit_scale).clt, rtol=0, atol=1e-4)
+        result = feature_contributions(part, bundle.directions, bundle.fold, labels[0], clip.logit_scale)
+        np.testing.assert_allclose(result.sum(1), ledger(part, labels[0], clip.logit_scale).clt, rtol=0, atol=1e-4)
 
 
 def test_each_feature_contributes_what_its_decoders_write(bundle, clt, tower, references, parts, labels, clip):
     ln, t = tower.visual.ln_post, torch.from_numpy(labels[0]).double()
     for reference, part in zip(references, parts, strict=True):
-        found = feature_contributions(part, bundle.directions, bundle.fold, labels[0], clip.logit_scale)
+        contributions = feature_contributions(part, bundle.directions, bundle.fold, labels[0], clip.logit_scale)
         sigma = (reference.residual.var(correction=0) + ln.eps).sqrt()
         norm = tower.head(reference.residual).norm()
-        for layer, place in np.ndindex(found.shape):
+        for layer, place in np.ndindex(contributions.shape):
             feature = part.feature_indices[layer, place]
             direction = sum(decoder.weights[layer][feature].double() for decoder in clt.decoders[layer:])
             c = reference.codes[layer, feature] * direction
             expected = clip.logit_scale / (sigma * norm) * t @ tower.visual.proj.T @ (ln.weight * (c - c.mean()))
-            assert found[layer, place] == pytest.approx(float(expected), abs=1e-4)
+            assert contributions[layer, place] == pytest.approx(float(expected), abs=1e-4)
 
 
 @pytest.mark.parametrize("row", range(9))
 def test_removing_a_row_is_recomputing_the_head_without_its_component(bundle, tower, references, parts, row):
     for reference, part in zip(references, parts, strict=True):
-        left = tower.head(reference.residual - reference.components[row])
-        (found,) = part.without(np.array([row]), bundle.beta)
-        np.testing.assert_allclose(found, left / left.norm(), rtol=0, atol=1e-5)
+        remaining = tower.head(reference.residual - reference.components[row])
+        (embedding,) = part.without(np.array([row]), bundle.beta)
+        np.testing.assert_allclose(embedding, remaining / remaining.norm(), rtol=0, atol=1e-5)
 
 
 def test_drop_effects_are_those_of_the_recomputed_prediction(bundle, tower, references, parts, labels, clip):
@@ -194,10 +194,10 @@ def test_drop_effects_are_those_of_the_recomputed_prediction(bundle, tower, refe
         for target in range(len(labels)):
             before = prediction(reference.residual)[target]
             expected = [prediction(reference.residual - c)[target] - before for c in reference.components[4:7]]
-            found = drop_effects(part, labels, target, bundle.beta, clip.logit_scale)
-            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-            largest = max(largest, np.abs(found).max())
-    assert largest > 0.01  # or this test shows nothing
+            effects = drop_effects(part, labels, target, bundle.beta, clip.logit_scale)
+            np.testing.assert_allclose(effects, expected, rtol=0, atol=1e-5)
+            largest = max(largest, np.abs(effects).max())
+    assert largest > 0.01  # otherwise this test shows nothing
 
 
 def test_projection_is_the_papers_score_on_the_last_target(references, parts):
@@ -213,10 +213,10 @@ def test_fidelity_is_that_of_what_the_mlps_add_to_the_embedding(tower, clt, cls_
 
     mean = folded(cls_mean.double().sum(0))
     for reference, part in zip(references, parts, strict=True):
-        truth, stand_in = folded(reference.mlp), folded(reference.components[4:8].sum(0))
-        r2 = 1 - (truth - stand_in).square().sum() / (truth - mean).square().sum()
+        truth, approximation = folded(reference.mlp), folded(reference.components[4:8].sum(0))
+        r2 = 1 - (truth - approximation).square().sum() / (truth - mean).square().sum()
         assert part.r2 == pytest.approx(float(r2), rel=1e-4)
-        assert part.cosine == pytest.approx(float(cosine_similarity(truth, stand_in, dim=0)), abs=1e-4)
+        assert part.cosine == pytest.approx(float(cosine_similarity(truth, approximation, dim=0)), abs=1e-4)
 
 
 @pytest.fixture
@@ -237,21 +237,21 @@ def by_hand():
 
 
 def test_ledger_by_hand(by_hand):
-    found = ledger(by_hand, np.array([1.0, 0.0]), 10)
-    np.testing.assert_allclose(accounts(found), [1, 2, 4, -1, 0], atol=1e-12)
-    assert (found.logit, found.remainder, found.gross) == pytest.approx((6, 0, 8))
+    result = ledger(by_hand, np.array([1.0, 0.0]), 10)
+    np.testing.assert_allclose(ledger_rows(result), [1, 2, 4, -1, 0], atol=1e-12)
+    assert (result.logit, result.remainder, result.gross) == pytest.approx((6, 0, 8))
 
 
 def test_contrast_by_hand(by_hand):
-    found = ledger(by_hand, np.array([1.0, -1.0]), 10)
-    np.testing.assert_allclose(accounts(found), [1, -1, 5, -3, -4], atol=1e-12)
-    assert (found.logit, found.remainder, found.gross) == pytest.approx((-2, 0, 14))
+    result = ledger(by_hand, np.array([1.0, -1.0]), 10)
+    np.testing.assert_allclose(ledger_rows(result), [1, -1, 5, -3, -4], atol=1e-12)
+    assert (result.logit, result.remainder, result.gross) == pytest.approx((-2, 0, 14))
 
 
 def test_gross_is_that_of_the_opposite_direction_too(by_hand):
-    found = ledger(by_hand, np.array([-1.0, 1.0]), 10)
-    np.testing.assert_allclose(accounts(found), [-1, 1, -5, 3, 4], atol=1e-12)
-    assert (found.logit, found.gross) == pytest.approx((2, 14))
+    result = ledger(by_hand, np.array([-1.0, 1.0]), 10)
+    np.testing.assert_allclose(ledger_rows(result), [-1, 1, -5, 3, 4], atol=1e-12)
+    assert (result.logit, result.gross) == pytest.approx((2, 14))
 
 
 def test_remainder_is_what_the_rows_lack(by_hand):
@@ -260,23 +260,23 @@ def test_remainder_is_what_the_rows_lack(by_hand):
 
 
 def test_shares_of_the_gross_add_up_to_one(by_hand):
-    found = ledger(by_hand, np.array([1.0, -1.0]), 10)
-    assert np.abs(accounts(found) / found.gross).sum() == pytest.approx(1)
+    result = ledger(by_hand, np.array([1.0, -1.0]), 10)
+    assert np.abs(ledger_rows(result) / result.gross).sum() == pytest.approx(1)
 
 
 def test_feature_contributions_by_hand(by_hand):
     directions = np.array([[[5.0, 5.0], [1.0, 3.0]]])
     fold = np.array([[1.0, 7.0], [2.0, 7.0]])
-    found = feature_contributions(by_hand, directions, fold, np.array([1.0, 0.0]), 16)
-    assert found.tolist() == [[16 / (2 * 4) * 0.5 * (1 * 1 + 3 * 2), 0]]
+    contributions = feature_contributions(by_hand, directions, fold, np.array([1.0, 0.0]), 16)
+    assert contributions.tolist() == [[16 / (2 * 4) * 0.5 * (1 * 1 + 3 * 2), 0]]
 
 
 def test_without_and_drop_effects_by_hand(by_hand):
     # (0.6, 0.8) - beta / 4 - (0.4, -0.1) = (0.1, 0.7), times sigma 2 / 1, and beta / 4 = (0.1, 0.2) again
-    left = np.array([0.3, 1.6]) / np.hypot(0.3, 1.6)
+    remaining = np.array([0.3, 1.6]) / np.hypot(0.3, 1.6)
     beta, both = np.array([0.4, 0.8]), np.eye(2)
-    np.testing.assert_allclose(by_hand.without(np.array([2]), beta), [left])
-    expected = 1 / (1 + np.exp(10 * (left[1] - left[0]))) - 1 / (1 + np.exp(10 * (0.8 - 0.6)))
+    np.testing.assert_allclose(by_hand.without(np.array([2]), beta), [remaining])
+    expected = 1 / (1 + np.exp(10 * (remaining[1] - remaining[0]))) - 1 / (1 + np.exp(10 * (0.8 - 0.6)))
     np.testing.assert_allclose(drop_effects(by_hand, both, 0, beta, 10), [expected])
 
 
@@ -295,17 +295,17 @@ finite = st.floats(-1e3, 1e3)
 
 @given(arrays(np.float64, array_shapes(max_dims=2, max_side=6), elements=finite), finite)
 def test_probabilities_add_up_to_one_and_ignore_a_common_shift(values, shift):
-    found = probabilities(values)
-    assert (found >= 0).all()
-    np.testing.assert_allclose(found.sum(-1), 1)
-    np.testing.assert_allclose(probabilities(values + shift), found, rtol=0, atol=1e-9)
+    result = probabilities(values)
+    assert (result >= 0).all()
+    np.testing.assert_allclose(result.sum(-1), 1)
+    np.testing.assert_allclose(probabilities(values + shift), result, rtol=0, atol=1e-9)
 
 
 @given(arrays(np.float32, st.integers(1, 6), elements=st.floats(-(2.0**126), 2.0**126, width=32)))
 def test_probabilities_of_huge_logits_are_finite(values):
-    found = probabilities(values)
-    assert found.sum() == pytest.approx(1)
-    assert found[values.argmax()] == found.max()
+    result = probabilities(values)
+    assert result.sum() == pytest.approx(1)
+    assert result[values.argmax()] == result.max()
 
 
 def test_probabilities_by_hand():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vitrine.models.account.windows import paper_windows, replaced
+from vitrine.models.account.windows import paper_windows, replacement_mask
 
 
 @pytest.mark.parametrize(
@@ -22,5 +22,5 @@ def test_windows_are_the_papers_fractions(layers, starts):
 )
 def test_replaced_by_layer_and_token_type(tokens, inside):
     never = (False, False)
-    np.testing.assert_array_equal(replaced(4, range(1, 3), tokens), [never, inside, inside, never])
-    assert not replaced(4, range(0), tokens).any()
+    np.testing.assert_array_equal(replacement_mask(4, range(1, 3), tokens), [never, inside, inside, never])
+    assert not replacement_mask(4, range(0), tokens).any()

@@ -1,4 +1,4 @@
-"""What is no bundle is refused by name, and what is one says the same to everybody."""
+"""Invalid bundles are refused with an error that names the problem; valid ones read the same for every reader."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from vitrine.models.bundle.model_card import model_card
 
 @pytest.fixture
 def copied(bundle_path, tmp_path):
-    """A bundle that may be damaged."""
+    """A copy of the bundle that tests may damage."""
     return shutil.copytree(bundle_path, tmp_path / "bundle")
 
 
@@ -111,7 +111,7 @@ def test_directory_in_place_of_a_file_is_refused(copied):
 
 @pytest.mark.parametrize("version", [0, 2, 99])
 def test_other_format_version_is_refused(copied, edit, version):
-    """By the version, though other versions have other fields."""
+    """The error names the version, even though other versions have other fields."""
     edit(lambda manifest: manifest.update(format_version=version, new_field=1))
     with pytest.raises(BundleError, match=f"{copied} has bundle format {version}; .* reads format 1"):
         open_bundle(copied)
@@ -164,7 +164,7 @@ def test_only_directories_are_bundles(tmp_path, name):
 
 def test_digest_is_that_of_the_content(bundle, copied):
     assert bundle.digest == "sha256:" + hashlib.sha256((copied / MANIFEST).read_bytes()).hexdigest()
-    assert open_bundle(copied).digest == bundle.digest  # wherever it lies
+    assert open_bundle(copied).digest == bundle.digest  # wherever it is stored
 
 
 @pytest.mark.parametrize("name", [name for name in REQUIRED if name != "MODEL_CARD.md"])
@@ -233,7 +233,7 @@ def test_model_card_says_that_thresholds_hold_budgets_on_average(any_bundle):
 
 
 def test_bundle_older_than_budgets_opens(copied, edit):
-    """As the first embedded one: a relu_topk of one k."""
+    """Like the first embedded bundle: a relu_topk with a single k."""
     edit(lambda manifest: [manifest["shape"].pop(name) for name in ("k_cls", "k_patches", "cross_layer")])
     shape = open_bundle(copied).manifest.shape
     assert (shape.k, shape.k_cls, shape.k_patches, shape.cross_layer) == (8, None, None, True)
@@ -258,5 +258,5 @@ from vitrine.models.bundle.bundle import open_bundle
 opened = open_bundle(Path({str(bundle.path)!r}))
 print(opened.digest, opened.directions.shape, opened.fold.shape, opened.beta.shape)
 """
-    answer = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
-    assert answer.stdout.split(maxsplit=1) == [bundle.digest, "(3, 64, 32) (32, 24) (24,)\n"]
+    finished = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert finished.stdout.split(maxsplit=1) == [bundle.digest, "(3, 64, 32) (32, 24) (24,)\n"]

@@ -18,7 +18,7 @@ def cards(carded):
 
 @pytest.fixture(scope="module")
 def table(carded):
-    """features.parquet as pyarrow reads it: another reader than the one under test."""
+    """features.parquet as read by pyarrow, a different reader from the one under test."""
     return pq.read_table(carded.path / "cards/features.parquet").to_pylist()
 
 
@@ -27,11 +27,11 @@ def test_every_card_is_its_row(cards, table):
     for row in table[::7]:
         card = cards.card(row["layer"], row["index"])
         for name, value in row.items():
-            found = getattr(card, name)
+            field = getattr(card, name)
             if name in ("exemplars", "coactive"):
-                assert [vars(item) for item in found] == value
+                assert [vars(item) for item in field] == value
             else:
-                assert found == value, name
+                assert field == value, name
 
 
 def test_labels_are_known_without_a_query(cards, table):
@@ -64,8 +64,8 @@ def test_a_search_by_label_and_layer(cards, table):
             for row in table
             if row["label"] and part.lower() in row["label"].lower() and layer in (None, row["layer"])
         ]
-        total, found = cards.search(part, layer, 0, 1000)
-        assert (total, sorted((line.layer, line.index) for line in found)) == (len(expected), sorted(expected))
+        total, lines = cards.search(part, layer, 0, 1000)
+        assert (total, sorted((line.layer, line.index) for line in lines)) == (len(expected), sorted(expected))
 
 
 @pytest.mark.parametrize("text", ["%", "_", "'; DROP TABLE x; --", "\\", "\0", "🐈"])
@@ -91,9 +91,9 @@ def test_similarity_is_the_cosine_of_dense_codes(cards):
         expected = (
             dense[:, layer] @ query / np.maximum(np.linalg.norm(dense[:, layer], axis=1) * np.linalg.norm(query), 1e-9)
         )
-        found = cards.similarities(layer, indices[5, layer], values[5, layer].astype(np.float32))
-        assert found == pytest.approx(expected, abs=1e-3)
-        assert found[5] == pytest.approx(1, abs=1e-3) or not query.any()
+        similarities = cards.similarities(layer, indices[5, layer], values[5, layer].astype(np.float32))
+        assert similarities == pytest.approx(expected, abs=1e-3)
+        assert similarities[5] == pytest.approx(1, abs=1e-3) or not query.any()
     nothing = cards.similarities(0, indices[5, 0], np.zeros_like(values[5, 0], np.float32))
     assert not nothing.any()
 
@@ -113,12 +113,12 @@ def test_cards_of_another_shape_are_refused(carded):
 
 
 @pytest.mark.parametrize("name", ["features.parquet", "images.parquet", "references.npz"])
-def test_a_damaged_table_is_told_when_the_bundle_is_opened(carded, tmp_path, name):
+def test_a_damaged_table_is_reported_when_the_bundle_is_opened(carded, tmp_path, name):
     copy = shutil.copytree(carded.path, tmp_path / "copy")
     (copy / "cards" / name).write_bytes(b"nothing of the kind")
     with pytest.raises(BundleError, match=r"sha256|bytes"):
         open_bundle(copy)
-    resealed = seal(copy, carded.manifest)  # someone wrote it so
+    resealed = seal(copy, carded.manifest)  # as if it had been written this way
     with pytest.raises(BundleError, match="cards"):
         _ = resealed.cards
 

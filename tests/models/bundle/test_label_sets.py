@@ -1,4 +1,4 @@
-"""Files of named label sets: what is none is refused by its name."""
+"""Files of named label sets: an invalid file is refused with its name."""
 
 import json
 

@@ -44,8 +44,8 @@ def test_taps_are_what_the_blocks_own_modules_see(any_clip, pixels):
         hook.remove()
 
     taps = any_clip.tower(pixels)
-    for found, name in ((taps.mlp_in, "ln_2"), (taps.attn_out, "ls_1"), (taps.mlp_out, "ls_2")):
-        torch.testing.assert_close(found, torch.stack(seen[name]), rtol=1e-5, atol=1e-5)
+    for tap, name in ((taps.mlp_in, "ln_2"), (taps.attn_out, "ls_1"), (taps.mlp_out, "ls_2")):
+        torch.testing.assert_close(tap, torch.stack(seen[name]), rtol=1e-5, atol=1e-5)
 
 
 def test_shapes_are_those_of_the_configuration(any_clip, pixels):
@@ -61,9 +61,9 @@ def test_attention_written_out_is_attention(any_clip, pixels):
     normed = tower.blocks[1].ln_1(stream)
     _, weights = tower.blocks[1].attn(normed, normed, normed, need_weights=True, average_attn_weights=False)
     for cls_only in (False, True):
-        found = Attention(tower.blocks[1], cls_only)(stream)
-        torch.testing.assert_close(found.out, tower.attention(1, stream, cls_only), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found.weights, weights[:, :, :1] if cls_only else weights, rtol=1e-5, atol=1e-5)
+        attention = Attention(tower.blocks[1], cls_only)(stream)
+        torch.testing.assert_close(attention.out, tower.attention(1, stream, cls_only), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(attention.weights, weights[:, :, :1] if cls_only else weights, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_of_cls_alone_is_the_first_of_all(any_clip, pixels):
@@ -89,8 +89,8 @@ def test_fold_is_ln_post_and_projection_up_to_sigma(any_clip):
     expected = (gamma * (residual - mean) / sigma + bias) @ projection
 
     matrix, beta = any_clip.tower.fold()
-    found = residual @ matrix.double() / sigma + beta.double()
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    folded = residual @ matrix.double() / sigma + beta.double()
+    torch.testing.assert_close(folded, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(any_clip.tower.head(residual.float()).double(), expected, rtol=0, atol=1e-5)
 
 
@@ -181,7 +181,7 @@ def test_missing_weights_of_a_configuration(write_clip):
 
 @pytest.fixture
 def local_clip(write_clip, tmp_path):
-    """A folder with a CLIP in it as open_clip saves them: configuration, preprocessing, weights."""
+    """A folder with a CLIP as open_clip saves it: configuration, preprocessing, weights."""
     config, weights = write_clip()
     mean = [0.1, 0.2, 0.3]
     content = {"model_cfg": json.loads(config.read_text()), "preprocess_cfg": {"mean": mean, "resize_mode": "squash"}}
@@ -211,14 +211,14 @@ def test_name_without_weights_lists_the_known_ones():
         load_clip("ViT-B-32", None)
 
 
-def test_weights_of_another_clip_are_told(write_clip):
+def test_weights_of_another_clip_are_reported(write_clip):
     config, _ = write_clip()
     _, other = write_clip(embed_dim=20)
     with pytest.raises(ClipError, match=r"(?s)open_clip cannot load tiny: .*size mismatch for visual.proj"):
         load_clip(None, str(other), config)
 
 
-def test_damaged_weights_are_told(write_clip, tmp_path):
+def test_damaged_weights_are_reported(write_clip, tmp_path):
     config, weights = write_clip()
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(weights.read_bytes()[:1000])
@@ -227,7 +227,7 @@ def test_damaged_weights_are_told(write_clip, tmp_path):
 
 
 @pytest.mark.parametrize("vision_cfg", [{"colour": "red"}, {"width": 33}])
-def test_impossible_configuration_is_told(tmp_path, write_clip, vision_cfg):
+def test_impossible_configuration_is_reported(tmp_path, write_clip, vision_cfg):
     config, weights = write_clip()
     content = json.loads(config.read_text())
     content["vision_cfg"] |= vision_cfg
@@ -284,9 +284,9 @@ def test_labels_are_encoded_as_clip_does(clip):
 
 
 def test_label_with_braces_is_taken_literally(clip):
-    found = clip.encode_labels(["{x}"], ["a {}"])
+    embedding = clip.encode_labels(["{x}"], ["a {}"])
     expected = clip.model.encode_text(clip.tokenizer(["a {x}"]), normalize=True)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(embedding, expected)
 
 
 @pytest.fixture
@@ -301,7 +301,7 @@ def test_transform_resizes_crops_and_normalises_as_open_clip(clip, image):
     torch.testing.assert_close(clip.transform()(image), expected)
 
 
-def test_transform_heeds_the_preprocessing(clip, image):
+def test_transform_follows_the_preprocessing(clip, image):
     squashed = replace(clip, preprocess=clip.preprocess | {"resize_mode": "squash"})
     assert squashed.transform()(image).shape == (3, 32, 32)
     assert not torch.allclose(squashed.transform()(image), clip.transform()(image))

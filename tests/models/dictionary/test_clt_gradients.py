@@ -55,14 +55,14 @@ def run(clt, dense, x, is_cls, d_out, inputs):
 def check_sparse_is_dense(clt, x, is_cls, d_out, tolerance):
     x = x.clone().requires_grad_()
     inputs = [x, *clt.parameters()]
-    found, expected = (run(clt, dense, x, is_cls, d_out, inputs) for dense in (False, True))
-    for sparse, dense in zip(found[0], expected[0], strict=True):
+    actual, expected = (run(clt, dense, x, is_cls, d_out, inputs) for dense in (False, True))
+    for sparse, dense in zip(actual[0], expected[0], strict=True):
         torch.testing.assert_close(
             dense_code(sparse, clt.features), dense_code(dense, clt.features), rtol=tolerance, atol=tolerance
         )
-    torch.testing.assert_close(found[1:], expected[1:], rtol=tolerance, atol=tolerance)
-    assert found[1].dtype == x.dtype
-    return found
+    torch.testing.assert_close(actual[1:], expected[1:], rtol=tolerance, atol=tolerance)
+    assert actual[1].dtype == x.dtype
+    return actual
 
 
 @settings(deadline=None, max_examples=120)
@@ -111,7 +111,7 @@ def test_no_pre_activation_above_zero(random_clt, random_tokens, sparsifier):
 
 @pytest.mark.parametrize("sparsifier", KINDS)
 def test_equal_pre_activations(random_clt, random_tokens, sparsifier):
-    """Every feature ties with every other; which are taken is open, how many is not."""
+    """All features tie: which are chosen is unspecified, but not how many."""
     clt = random_clt(sparsifier=sparsifier)
     with torch.no_grad():
         for encoder in clt.encoders:
@@ -134,7 +134,7 @@ def test_no_tokens_at_all(random_clt):
 
 
 def test_gradients_of_the_whole_clt_are_those_of_finite_differences(random_clt, random_tokens):
-    """Of the smooth parts: not of the thresholds, whose gradients are pseudo-gradients."""
+    """For the smooth parts only: the thresholds have pseudo-gradients."""
     clt = random_clt(layers=2, width=3, features=4, k=2, k_cls=1, sparsifier="abs_topk")
     x, is_cls, _ = random_tokens(clt, 3)
     names, parameters = zip(*clt.named_parameters(), strict=True)
@@ -148,24 +148,24 @@ def test_gradients_of_the_whole_clt_are_those_of_finite_differences(random_clt, 
 def test_gradients_that_are_not_contiguous(random_clt, random_tokens):
     clt = random_clt()
     x, is_cls, _ = random_tokens(clt, 4)
-    ones = torch.ones((), dtype=torch.float64).expand(3, 4, 4)  # stride 0, as `.sum().backward()` makes it
+    ones = torch.ones((), dtype=torch.float64).expand(3, 4, 4)  # stride 0, as from `.sum().backward()`
     transposed = random_tokens(clt, 4, seed=5)[2].transpose(1, 2)  # [L, d, N] with d = N: strides of another order
     for d_out in (ones, transposed):
         check_sparse_is_dense(clt, x, is_cls, d_out, tolerance=1e-10)
 
 
 def test_inputs_that_are_not_contiguous(random_clt, random_tokens):
-    """One token of each image, as when [CLS] alone is read."""
+    """One token per image, as when only [CLS] is read."""
     clt = random_clt()
     x, is_cls, d_out = random_tokens(clt, 6)
     images = x.unflatten(1, (3, 2))  # [L, B, T, d]
     cut = images[:, :, 0].detach().requires_grad_()
     assert not cut.is_contiguous()
-    found, expected = (run(clt, dense, cut, is_cls[:3], d_out[:, :3], [cut, *clt.parameters()]) for dense in (0, 1))
-    torch.testing.assert_close(found[1:], expected[1:], rtol=1e-10, atol=1e-10)
+    actual, expected = (run(clt, dense, cut, is_cls[:3], d_out[:, :3], [cut, *clt.parameters()]) for dense in (0, 1))
+    torch.testing.assert_close(actual[1:], expected[1:], rtol=1e-10, atol=1e-10)
 
 
-# Which gradients are wanted ------------------------------------------------------------------------------------------
+# Which gradients are requested ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -173,17 +173,17 @@ def test_inputs_that_are_not_contiguous(random_clt, random_tokens):
 )
 @pytest.mark.parametrize("sparsifier", ["relu_topk", "jumprelu"])
 def test_any_part_may_be_frozen(random_clt, random_tokens, wanted, sparsifier):
-    """A cascade with a frozen CLT wants the gradient of x alone; fine-tuning the decoders, theirs alone."""
+    """A cascade with a frozen CLT needs only the gradient of x; fine-tuning the decoders needs only theirs."""
     clt = random_clt(sparsifier=sparsifier)
     x, is_cls, d_out = random_tokens(clt, 5)
     for name, parameter in clt.named_parameters():
         parameter.requires_grad_(name.startswith(wanted))
     inputs = [x.requires_grad_()] if wanted == "x" else [p for p in clt.parameters() if p.requires_grad]
     assert inputs
-    *_, found = run(clt, False, x, is_cls, d_out, inputs)
+    *_, gradients = run(clt, False, x, is_cls, d_out, inputs)
     *_, expected = run(clt, True, x, is_cls, d_out, inputs)
     assert any(gradient.any() for gradient in expected)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradients, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_codes_are_sorted_when_a_gradient_asks_for_it_and_once(random_clt, random_tokens, monkeypatch):
@@ -208,9 +208,9 @@ def test_a_code_made_by_hand_needs_no_order(random_clt):
     indices, values = tensor([[0, 3], [3, 6]]), torch.rand(2, 2, dtype=torch.float64, requires_grad=True)
     code = SortedCode(indices, values, values, None)
     inputs = [values, *clt.decoders[0].parameters()]
-    found = torch.autograd.grad(clt.decode([code]).square().sum(), inputs)
+    gradients = torch.autograd.grad(clt.decode([code]).square().sum(), inputs)
     expected = torch.autograd.grad(clt.decoders[0].decode_dense([code]).square().sum(), inputs)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradients, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_second_derivatives_are_refused_not_wrong(random_clt, random_tokens):
@@ -237,7 +237,7 @@ def test_precision_is_kept(random_clt, random_tokens, dtype):
 @pytest.mark.parametrize("sparsifier", KINDS)
 @pytest.mark.parametrize("half_inputs", [False, True])
 def test_under_autocast_all_is_right_to_the_precision_of_bfloat16(random_clt, random_tokens, sparsifier, half_inputs):
-    """The encoders' product is made in bfloat16; values, outputs and gradients are float32."""
+    """The encoders' product is computed in bfloat16; values, outputs and gradients are float32."""
     clt = random_clt(width=24, features=32, k=6, k_cls=4, sparsifier=sparsifier, dtype=torch.float32)
     clt.initialise(torch.Generator().manual_seed(0))
     x, is_cls, d_out = random_tokens(clt, 20)
@@ -247,27 +247,27 @@ def test_under_autocast_all_is_right_to_the_precision_of_bfloat16(random_clt, ra
         codes, outputs = clt(x, is_cls)
     assert {tensor.dtype for code in codes for tensor in (code.values, code.active)} == {torch.float32}
     assert outputs.dtype == torch.float32
-    found = torch.autograd.grad((outputs * d_out).sum(), inputs)
+    gradients = torch.autograd.grad((outputs * d_out).sum(), inputs)
 
     wide = deepcopy(clt).double()
     x = x.detach().double().requires_grad_()
     product = [linear(tokens, encoder.weight, encoder.bias) for encoder, tokens in zip(wide.encoders, x, strict=True)]
-    # The same features: which they are, bfloat16 may decide otherwise where two are close.
+    # For the same features: bfloat16 may select others where two are close.
     exact = [a.gather(-1, code.indices) for a, code in zip(product, codes, strict=True)]
     values = [chosen.where(code.values != 0, 0.0) for chosen, code in zip(exact, codes, strict=True)]
     for code, value in zip(codes, values, strict=True):
         torch.testing.assert_close(code.values.double(), value, rtol=2**-7, atol=2**-5)
-    again = [SortedCode(code.indices, value, value, None) for code, value in zip(codes, values, strict=True)]
-    expected_outputs = torch.stack([decoder.decode_dense(again) for decoder in wide.decoders])
+    exact_codes = [SortedCode(code.indices, value, value, None) for code, value in zip(codes, values, strict=True)]
+    expected_outputs = torch.stack([decoder.decode_dense(exact_codes) for decoder in wide.decoders])
     torch.testing.assert_close(outputs.double(), expected_outputs, rtol=2**-6, atol=2**-6)
-    smooth = [(x, found[0])] + [
+    smooth = [(x, gradients[0])] + [
         (parameter, gradient)
-        for (name, parameter), gradient in zip(wide.named_parameters(), found[1:], strict=True)
+        for (name, parameter), gradient in zip(wide.named_parameters(), gradients[1:], strict=True)
         if not name.endswith("log_threshold")  # tested by hand in test_sparsify
     ]
     expected = torch.autograd.grad((expected_outputs * d_out).sum(), [tensor for tensor, _ in smooth])
     for (_, gradient), reference in zip(smooth, expected, strict=True):
-        off = (gradient.double() - reference).norm() / reference.norm()
-        assert off < 2**-6
-    assert found[1].dtype == torch.float32
-    assert found[0].dtype == (torch.bfloat16 if half_inputs else torch.float32)
+        difference = (gradient.double() - reference).norm() / reference.norm()
+        assert difference < 2**-6
+    assert gradients[1].dtype == torch.float32
+    assert gradients[0].dtype == (torch.bfloat16 if half_inputs else torch.float32)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vitrine.models.clip.tower import Tower
-from vitrine.models.dictionary.replacement import Known, Replacement
+from vitrine.models.dictionary.replacement import Precomputed, Replacement
 
 WINDOWS = [range(0, 3), range(1, 3), range(2, 3), range(0, 1), range(1, 2)]
 KINDS = ["relu_topk", "abs_topk", "jumprelu", "batch_topk"]
@@ -26,8 +26,8 @@ def code_of(encoder, kind, x, k):
 
 
 @torch.no_grad()
-def slow(tower, clt, pixels, window, replaced):
-    """(stream [B, T, d], what the MLPs read, what was written) by the definition; `replaced`: which tokens."""
+def naive_replacement(tower, clt, pixels, window, replaced):
+    """By the definition: (stream [B, T, d], MLP inputs, MLP outputs). replaced(token): whether it is replaced."""
     tower = Tower(copy.deepcopy(tower.visual).double())
     kind, streams, reads, writes = clt.architecture.sparsifier, [], [], []
     for image in pixels.double():
@@ -74,11 +74,11 @@ CHOICES = {"all": lambda token: True, "cls": lambda token: token == 0, "patches"
 @pytest.mark.parametrize("window", WINDOWS)
 def test_every_window_and_token_choice(clip, make_clt, make_pixels, window, tokens):
     clt, pixels = make_clt(clip, k=8, k_cls=5), make_pixels(2)
-    found = Replacement(clip.tower, clt)(pixels, window, tokens)
-    residual, mlp_in, mlp_out = slow(clip.tower, clt, pixels, window, CHOICES[tokens])
-    torch.testing.assert_close(found.residual.double(), residual, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.mlp_in.double(), mlp_in, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.mlp_out.double(), mlp_out, rtol=1e-4, atol=1e-4)
+    outputs = Replacement(clip.tower, clt)(pixels, window, tokens)
+    residual, mlp_in, mlp_out = naive_replacement(clip.tower, clt, pixels, window, CHOICES[tokens])
+    torch.testing.assert_close(outputs.residual.double(), residual, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs.mlp_in.double(), mlp_in, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs.mlp_out.double(), mlp_out, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cross_layer", [True, False])
@@ -88,28 +88,28 @@ def test_every_kind_of_clt(clip, make_clt, make_pixels, sparsifier, cross_layer)
     for encoder in clt.encoders:
         if sparsifier == "batch_topk":
             encoder.sparsifier.thresholds.fill_(0.5)
-    found = Replacement(clip.tower, clt)(pixels, range(1, 3))
-    residual, _, _ = slow(clip.tower, clt, pixels, range(1, 3), CHOICES["all"])
-    torch.testing.assert_close(found.residual.double(), residual, rtol=1e-4, atol=1e-4)
+    outputs = Replacement(clip.tower, clt)(pixels, range(1, 3))
+    residual, _, _ = naive_replacement(clip.tower, clt, pixels, range(1, 3), CHOICES["all"])
+    torch.testing.assert_close(outputs.residual.double(), residual, rtol=1e-4, atol=1e-4)
 
 
 def test_every_kind_of_tower(any_clip, make_clt, make_pixels):
-    """LayerScale above all: the CLT's output takes the place of what the MLP adds to the stream."""
+    """LayerScale in particular: the CLT's output replaces what the MLP adds to the stream."""
     clt, pixels = make_clt(any_clip), make_pixels(2, any_clip.tower.image_size)
-    found = Replacement(any_clip.tower, clt)(pixels, range(1, 3), "patches")
-    residual, _, _ = slow(any_clip.tower, clt, pixels, range(1, 3), CHOICES["patches"])
-    torch.testing.assert_close(found.residual.double(), residual, rtol=1e-4, atol=1e-4)
+    outputs = Replacement(any_clip.tower, clt)(pixels, range(1, 3), "patches")
+    residual, _, _ = naive_replacement(any_clip.tower, clt, pixels, range(1, 3), CHOICES["patches"])
+    torch.testing.assert_close(outputs.residual.double(), residual, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", CHOICES)
 def test_an_empty_window_is_the_tower_bit_for_bit(clip, clt, make_pixels, tokens):
     taps = clip.tower(make_pixels(3))
     for window in (range(0), range(2, 2), range(3, 3)):
-        found = Replacement(clip.tower, clt)(make_pixels(3), window, tokens)
-        assert torch.equal(found.residual, taps.residual_out)
-        assert torch.equal(found.mlp_in, taps.mlp_in)
-        assert torch.equal(found.mlp_out, taps.mlp_out)
-        assert found.codes == [None] * 3
+        outputs = Replacement(clip.tower, clt)(make_pixels(3), window, tokens)
+        assert torch.equal(outputs.residual, taps.residual_out)
+        assert torch.equal(outputs.mlp_in, taps.mlp_in)
+        assert torch.equal(outputs.mlp_out, taps.mlp_out)
+        assert outputs.codes == [None] * 3
 
 
 @pytest.mark.parametrize("tokens", CHOICES)
@@ -118,16 +118,16 @@ def test_what_is_known_saves_layers_and_changes_nothing(clip, make_clt, make_pix
     clt, pixels = make_clt(clip, k=8, k_cls=5), make_pixels(3)
     taps = clip.tower(pixels)
     is_cls = torch.arange(17).eq(0).repeat(3)
-    known = Known(taps, clt.encode(taps.mlp_in.flatten(1, 2), is_cls))
+    known = Precomputed(taps, clt.encode(taps.mlp_in.flatten(1, 2), is_cls))
     model = Replacement(clip.tower, clt)
     expected = model(pixels, window, tokens)
     ran, own = [], Tower.attention
     monkeypatch.setattr(Tower, "attention", lambda tower, layer, stream: ran.append(layer) or own(tower, layer, stream))
-    found = model(pixels, window, tokens, known)
+    outputs = model(pixels, window, tokens, known)
     assert ran == list(range(window.start if window else 0, 3))
-    for one, other in zip(found[:3], expected[:3], strict=True):
+    for one, other in zip(outputs[:3], expected[:3], strict=True):
         torch.testing.assert_close(one, other)
-    for one, other in zip(found.codes, expected.codes, strict=True):
+    for one, other in zip(outputs.codes, expected.codes, strict=True):
         assert (one is None) == (other is None)
         assert one is None or torch.equal(one.indices, other.indices)
 
@@ -175,14 +175,14 @@ def test_gradients_reach_every_encoder_and_decoder_through_the_tower(clip, make_
     for decoder in dense.decoders:
         decoder.forward = decoder.decode_dense
     for clt in (sparse, dense):
-        found = Replacement(clip.tower, clt)(make_pixels(2), window, tokens)
-        clip.tower.head(found.residual[:, 0]).square().sum().backward()
+        outputs = Replacement(clip.tower, clt)(make_pixels(2), window, tokens)
+        clip.tower.head(outputs.residual[:, 0]).square().sum().backward()
     for (name, parameter), reference in zip(sparse.named_parameters(), dense.parameters(), strict=True):
         if name.startswith("decoders.0."):
             assert parameter.grad is None, name
         elif (tokens, name) not in [("patches", "decoders.2.bias")]:
             torch.testing.assert_close(parameter.grad, reference.grad, rtol=1e-3, atol=1e-4, msg=name)
-            if tokens != "patches" or not name.startswith(("decoders.2", "encoders.2")):  # of no effect on [CLS]
+            if tokens != "patches" or not name.startswith(("decoders.2", "encoders.2")):  # no effect on [CLS]
                 assert parameter.grad.abs().sum() > 0, name
     assert all(parameter.grad is None for parameter in clip.tower.parameters())
 
@@ -206,7 +206,7 @@ def test_the_last_windows_gradient_is_the_difference_quotient(clip, make_clt, ma
 
 
 @pytest.mark.parametrize("window", [range(0, 4), range(-1, 2), range(0, 3, 2), range(3, 4)])
-def test_layers_that_there_are_not_are_refused(clip, clt, make_pixels, window):
+def test_layers_that_do_not_exist_are_refused(clip, clt, make_pixels, window):
     with pytest.raises(ValueError, match="window"):
         Replacement(clip.tower, clt)(make_pixels(1), window)
 

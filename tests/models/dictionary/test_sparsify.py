@@ -12,7 +12,7 @@ KINDS = ("relu_topk", "abs_topk", "jumprelu", "batch_topk")
 
 
 def activations(sparsifier, preactivations, is_cls=None):
-    """Dense activations [N, F]: select, then forward, then back to their features."""
+    """Dense activations [N, F]: select, then forward, then scatter to their features."""
     is_cls = torch.zeros(len(preactivations), dtype=torch.bool) if is_cls is None else tensor(is_cls)
     indices = sparsifier.select(preactivations.detach())
     values = sparsifier(preactivations.gather(-1, indices), indices, is_cls)
@@ -25,20 +25,20 @@ TOKENS = tensor([[0.5, 3.0, -1.0, 2.0], [-4.0, -3.0, -2.0, 1.0], [-1.0, -2.0, -3
 
 
 def test_relu_topk_by_hand():
-    found = activations(ReluTopK(4, k=2, k_cls=2), TOKENS)
-    assert found.tolist() == [[0, 3, 0, 2], [0, 0, 0, 1], [0, 0, 0, 0]]  # one positive feature, not two; none at all
+    dense = activations(ReluTopK(4, k=2, k_cls=2), TOKENS)
+    assert dense.tolist() == [[0, 3, 0, 2], [0, 0, 0, 1], [0, 0, 0, 0]]  # one positive feature, not two; none at all
 
 
 def test_abs_topk_by_hand():
-    found = activations(AbsTopK(4, k=2, k_cls=2), TOKENS)
-    assert found.tolist() == [[0, 3, 0, 2], [-4, -3, 0, 0], [0, 0, -3, -4]]
+    dense = activations(AbsTopK(4, k=2, k_cls=2), TOKENS)
+    assert dense.tolist() == [[0, 3, 0, 2], [-4, -3, 0, 0], [0, 0, -3, -4]]
 
 
 def test_jumprelu_by_hand():
     sparsifier = JumpReLU(4, k=2, k_cls=2)
     sparsifier.log_threshold.data = tensor([0.4, 3.0, 1.0, 0.5]).log()
-    found = activations(sparsifier, TOKENS)  # 3.0 does not exceed 3.0
-    assert found.tolist() == [[0.5, 0, 0, 2], [0, 0, 0, 1], [0, 0, 0, 0]]
+    dense = activations(sparsifier, TOKENS)  # 3.0 does not exceed 3.0
+    assert dense.tolist() == [[0.5, 0, 0, 2], [0, 0, 0, 1], [0, 0, 0, 0]]
 
 
 def test_jumprelu_takes_those_furthest_above_their_own_thresholds():
@@ -75,28 +75,28 @@ BATCH = tensor([[9.0, 8.0, 7.0, -1.0], [3.0, 2.0, 1.0, 0.5], [6.0, 5.0, 4.0, -2.
 
 
 def test_batch_topk_keeps_the_largest_of_the_batch_by_hand():
-    found = activations(BatchTopK(4, k=2, k_cls=1), BATCH)
-    assert found.tolist() == [[9, 8, 7, 0], [0, 0, 0, 0], [6, 5, 4, 0]]
+    dense = activations(BatchTopK(4, k=2, k_cls=1), BATCH)
+    assert dense.tolist() == [[9, 8, 7, 0], [0, 0, 0, 0], [6, 5, 4, 0]]
 
 
 def test_batch_topk_keeps_them_per_token_type():
     sparsifier = BatchTopK(4, k=1, k_cls=2)
-    found = activations(sparsifier, BATCH, [False, True, False])
-    assert found.tolist() == [[9, 8, 0, 0], [3, 2, 0, 0], [0, 0, 0, 0]]
+    dense = activations(sparsifier, BATCH, [False, True, False])
+    assert dense.tolist() == [[9, 8, 0, 0], [3, 2, 0, 0], [0, 0, 0, 0]]
     assert sparsifier.thresholds.tolist() == [8, 2]
 
 
 @pytest.mark.parametrize("equal", [False, True])
 def test_batch_topk_keeps_exactly_k_times_n(equal):
-    """Even of equals, of which half-precision products make many."""
+    """Even with ties, which are frequent in half-precision products."""
     generator = torch.Generator().manual_seed(0)
     preactivations = torch.ones(40, 16) if equal else torch.rand(40, 16, generator=generator)
     is_cls = (torch.arange(40) % 4 == 0).tolist()
-    found = activations(BatchTopK(16, k=3, k_cls=5), preactivations, is_cls)
-    assert ((found[tensor(is_cls)] != 0).sum(), (found[~tensor(is_cls)] != 0).sum()) == (5 * 10, 3 * 30)
-    assert (found != 0).sum(-1).max() <= 10
+    dense = activations(BatchTopK(16, k=3, k_cls=5), preactivations, is_cls)
+    assert ((dense[tensor(is_cls)] != 0).sum(), (dense[~tensor(is_cls)] != 0).sum()) == (5 * 10, 3 * 30)
+    assert (dense != 0).sum(-1).max() <= 10
     if not equal:
-        assert (found != 0).sum(-1).unique().numel() > 1
+        assert (dense != 0).sum(-1).unique().numel() > 1
 
 
 @pytest.mark.parametrize("cls", [True, False])
@@ -108,7 +108,7 @@ def test_batch_topk_of_one_token_type_alone(cls):
 
 def test_batch_topk_follows_the_smallest_kept_by_hand():
     sparsifier = BatchTopK(4, k=1, k_cls=1).double()
-    for smallest in (8.0, 4.0, 6.0):  # the first is taken as it is
+    for smallest in (8.0, 4.0, 6.0):  # the first is used as is
         activations(sparsifier, tensor([[9.0, smallest, -1, -1], [1, 1, 1, 1]], dtype=torch.float64))
     expected = 0.99 * (0.99 * 8 + 0.01 * 4) + 0.01 * 6
     assert sparsifier.thresholds[0].item() == pytest.approx(expected, abs=1e-12)
@@ -124,8 +124,8 @@ def test_batch_topk_measures_nothing_outside_training():
 def test_batch_topk_outside_training_is_a_jumprelu_of_each_token_type():
     sparsifier = BatchTopK(4, k=2, k_cls=2).eval()
     sparsifier.thresholds.copy_(tensor([5.0, 1.5]))
-    found = activations(sparsifier, BATCH, [False, True, False])
-    assert found.tolist() == [[9, 8, 7, 0], [3, 2, 0, 0], [6, 0, 0, 0]]
+    dense = activations(sparsifier, BATCH, [False, True, False])
+    assert dense.tolist() == [[9, 8, 7, 0], [3, 2, 0, 0], [6, 0, 0, 0]]
 
 
 @settings(deadline=None, max_examples=30)
@@ -205,7 +205,7 @@ def test_thresholds_for_serving():
     assert AbsTopK(4, 2, 3).inference_threshold() is None
     assert JumpReLU(4, 2, 3).inference_threshold().tolist() == pytest.approx([0.1] * 4)
     batch = BatchTopK(4, 2, 3)
-    assert batch.inference_threshold().tolist() == [0] * 4  # not measured: what is positive is active
+    assert batch.inference_threshold().tolist() == [0] * 4  # not measured: positive pre-activations are active
     batch.thresholds.copy_(tensor([5.0, 7.0]))
     assert batch.inference_threshold().tolist() == [7] * 4
 

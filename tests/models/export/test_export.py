@@ -1,4 +1,4 @@
-"""Exported graphs do what the torch modules do, and a check that would not notice otherwise is no check."""
+"""Exported graphs match the torch modules, and the checks notice any that do not."""
 
 import html
 import shutil
@@ -35,25 +35,25 @@ def run(path, pixels, details=True):
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
 def test_vision_graph_takes_any_batch(bundle, graph, make_pixels, batch):
-    found, pixels = run(bundle.path, make_pixels(batch)), make_pixels(batch)
-    assert [found[name].shape[1:] for name in found] == [
+    outputs, pixels = run(bundle.path, make_pixels(batch)), make_pixels(batch)
+    assert [outputs[name].shape[1:] for name in outputs] == [
         (24,), (9, 24), (), (9,), (), (3, 8), (3, 8), (3,), (2,), (3, 24), (3, 4, 17), (3, 17, 32), (17,)
     ]  # fmt: skip
-    for name, expected in zip(found, graph(pixels), strict=True):
-        assert len(found[name]) == batch
+    for name, expected in zip(outputs, graph(pixels), strict=True):
+        assert len(outputs[name]) == batch
         if not name.startswith("feature_"):
-            np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(outputs[name], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_details_are_left_out_where_nobody_asks(bundle, make_pixels):
-    asked, plain = (run(bundle.path, make_pixels(2), details) for details in (True, False))
+    detailed, plain = (run(bundle.path, make_pixels(2), details) for details in (True, False))
     for name in VISION_OUTPUTS:
-        assert np.array_equal(plain[name], asked[name]), name
+        assert np.array_equal(plain[name], detailed[name]), name
     assert [plain[name].shape[0] for name in DETAILS] == [0] * len(DETAILS)
 
 
 def test_details_are_computed_in_a_branch_of_their_own(bundle):
-    """Whatever runs outside it runs for every request."""
+    """Nodes outside the branch run for every request."""
     graph = onnx.load(bundle.path / "vision.onnx", load_external_data=False).graph
     (choice,) = (node for node in graph.node if node.op_type == "If")
     assert list(choice.output) == list(DETAILS)
@@ -83,8 +83,8 @@ def test_text_graph_and_tokenizer_embed_labels_as_clip_does(bundle, clip):
     session = onnxruntime.InferenceSession(bundle.path / "text.onnx", providers=["CPUExecutionProvider"])
     labels = ["red circle", "it's Naïve!", "a much longer label than sixteen tokens " * 3]
     tokens = np.array([encoding.ids for encoding in tokenizer.encode_batch(labels)])
-    (found,) = session.run(["text_embedding"], {"tokens": tokens})
-    np.testing.assert_allclose(found, clip.encode_labels(labels, ["{}"]), rtol=0, atol=1e-5)
+    (embeddings,) = session.run(["text_embedding"], {"tokens": tokens})
+    np.testing.assert_allclose(embeddings, clip.encode_labels(labels, ["{}"]), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_check_notices_another_table(clip, graph, bundle, table, named):
 
 
 def test_check_notices_candidates_of_other_encoders(clip, graph, bundle):
-    """What finds the candidates decides nothing else, so it takes another order to be noticed."""
+    """These encoders only select the candidates, so only another order of features can be noticed."""
     other = deepcopy(graph)
     other.state_dict()["encoders.1.weight"].neg_()
     with pytest.raises(ExportError, match=r"^feature"):
@@ -160,12 +160,12 @@ def test_check_notices_what_is_no_number(clip, graph, bundle):
 def test_check_notices_another_text_tower(clip, bundle):
     tokens, path = clip.tokenizer(["a cat", "a dog"]), bundle.path / "text.onnx"
 
-    def right(tokens):
+    def encode(tokens):
         return clip.model.encode_text(tokens, normalize=True)
 
-    check_text(right, tokens, path)
+    check_text(encode, tokens, path)
     with pytest.raises(ExportError, match=r"^text embedding: relative difference"):
-        check_text(lambda tokens: right(tokens) + 0.001, tokens, path)
+        check_text(lambda tokens: encode(tokens) + 0.001, tokens, path)
 
 
 @pytest.mark.parametrize(
@@ -180,18 +180,20 @@ def test_variants_export(make_clip, make_clt, make_pixels, provenance, tmp_path,
 
 
 def test_every_clt_exports(any_bundle, exported_clt, clip, cls_mean, make_pixels):
-    """`export_bundle` has compared it with torch; here with open_clip, and its features with the CLT's own."""
+    """`export_bundle` compares it with torch; this test with open_clip, and its features with the CLT's own."""
     pixels = make_pixels(4, seed=8)
-    found = run(any_bundle.path, pixels)
+    outputs = run(any_bundle.path, pixels)
     plain = clip.model.encode_image(pixels, normalize=True)
-    np.testing.assert_allclose(found["embedding"], plain, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(found["rows"].sum(1), plain, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(outputs["embedding"], plain, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(outputs["rows"].sum(1), plain, rtol=0, atol=1e-5)
     if any_bundle.manifest.tables == "float16":
-        return  # of rounded encoders other features may be active: see test_graph
+        return  # rounded encoders may activate other features: see test_graph
     codes = exported_clt.encode(clip.tower(pixels).mlp_in[:, :, 0], torch.ones(4, dtype=torch.bool))
     for layer, code in enumerate(codes):
         ours, theirs = np.zeros((4, 64), np.float32), np.zeros((4, 64), np.float32)
-        np.add.at(ours, (np.arange(4)[:, None], found["feature_indices"][:, layer]), found["feature_values"][:, layer])
+        np.add.at(
+            ours, (np.arange(4)[:, None], outputs["feature_indices"][:, layer]), outputs["feature_values"][:, layer]
+        )
         np.add.at(theirs, (np.arange(4)[:, None], code.indices), code.values)
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
@@ -203,10 +205,10 @@ def test_float16_tables_halve_the_table_and_keep_rows_exact(
     assert (halved.manifest.tables, halved.directions.dtype) == ("float16", np.float16)
     np.testing.assert_array_equal(halved.directions, bundle.directions.astype(np.float16))
     pixels = make_pixels(4)
-    found, full = run(halved.path, pixels), run(bundle.path, pixels)
-    np.testing.assert_allclose(found["rows"].sum(1), found["embedding"], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(found["embedding"], full["embedding"], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(found["rows"], full["rows"], rtol=0, atol=1e-2)
+    outputs, full = run(halved.path, pixels), run(bundle.path, pixels)
+    np.testing.assert_allclose(outputs["rows"].sum(1), outputs["embedding"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(outputs["embedding"], full["embedding"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(outputs["rows"], full["rows"], rtol=0, atol=1e-2)
 
 
 def test_vision_graph_reads_directions_npy(bundle, make_pixels, tmp_path):
@@ -223,7 +225,7 @@ def test_vision_graph_reads_directions_npy(bundle, make_pixels, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vision.onnx", "text.onnx"])
-def test_graphs_tell_nothing_of_the_machine_that_made_them(bundle, name):
+def test_graphs_reveal_nothing_about_the_machine_that_made_them(bundle, name):
     content = (bundle.path / name).read_bytes()
     for trace in (str(ROOT), "site-packages", ".py", "Traceback", 'File "'):
         assert trace.encode() not in content
@@ -249,8 +251,8 @@ def test_weights_that_are_halves_are_stored_as_halves(tmp_path):
     x = torch.rand(2, 32)
     onnx_file.save_onnx(onnx_file.to_onnx(module, x, "x", ["y"]), path)
     assert path.with_name("product.onnx.data").stat().st_size < 32 * 32 * 7  # of 2 + 4 bytes, and alignment
-    (found,) = onnxruntime.InferenceSession(path).run(["y"], {"x": x.numpy()})
-    np.testing.assert_allclose(found, module(x), rtol=1e-5)
+    (result,) = onnxruntime.InferenceSession(path).run(["y"], {"x": x.numpy()})
+    np.testing.assert_allclose(result, module(x), rtol=1e-5)
 
 
 class _LookUp(torch.nn.Module):
@@ -260,8 +262,8 @@ class _LookUp(torch.nn.Module):
         self.register_buffer("table", table)
 
     def forward(self, tokens):
-        found = torch.nn.functional.embedding(tokens, self.table)
-        return self.table @ found.flatten(0, 1).T if self.product else found
+        rows = torch.nn.functional.embedding(tokens, self.table)
+        return self.table @ rows.flatten(0, 1).T if self.product else rows
 
 
 @pytest.mark.parametrize(("rows", "product", "stored"), [(500, False, 500), (600, False, 1000), (500, True, 1000)])
@@ -271,8 +273,8 @@ def test_rows_that_repeat_are_stored_once(tmp_path, rows, product, stored):
     onnx_file.save_onnx(onnx_file.to_onnx(module, tokens, "tokens", ["y"]), path)
     model = onnx.load(path)
     assert [list(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) == 2] == [[stored, 8]]
-    (found,) = onnxruntime.InferenceSession(path).run(["y"], {"tokens": tokens.numpy()})
-    np.testing.assert_allclose(found, module(tokens), rtol=1e-6)
+    (result,) = onnxruntime.InferenceSession(path).run(["y"], {"tokens": tokens.numpy()})
+    np.testing.assert_allclose(result, module(tokens), rtol=1e-6)
 
 
 def test_directions_that_are_halves_are_stored_once(tmp_path):
@@ -309,7 +311,7 @@ def test_failed_check_leaves_nothing_behind(clip, make_clt, cls_mean, provenance
 
 
 def test_label_that_the_exported_tokenizer_would_split_otherwise_is_refused(clip, clt, cls_mean, provenance, tmp_path):
-    strange = replace(provenance, labels=["Ã©"])  # which open_clip takes for a badly encoded é
+    strange = replace(provenance, labels=["Ã©"])  # open_clip treats this as a badly encoded é
     with pytest.raises(TokenizerMismatch, match="tokens of 'a photo of a Ã©'"):
         export_bundle(clip, clt, cls_mean, strange, tmp_path / "failed")
     assert list(tmp_path.iterdir()) == []
@@ -330,23 +332,23 @@ def tokenizers(clip):
 @example(text="  two   spaces  ")
 @example(text="x" * 60)
 def test_converted_tokenizer_gives_open_clips_tokens(tokenizers, text):
-    assume(html.unescape(html.unescape(ftfy.fix_text(text))) == text)  # else open_clip reads another text
-    ours, converted = tokenizers
-    assert converted.encode(text).ids == ours([text])[0].tolist()
+    assume(html.unescape(html.unescape(ftfy.fix_text(text))) == text)  # otherwise open_clip reads a different text
+    original, converted = tokenizers
+    assert converted.encode(text).ids == original([text])[0].tolist()
 
 
 @pytest.mark.parametrize("text", ["cafe\u0301", "don\u2019t", "\u201cstop\u201d sign"])
 def test_what_keyboards_and_file_systems_make_of_labels_is_tokenised_alike(tokenizers, text):
-    ours, converted = tokenizers
-    assert converted.encode(text).ids == ours([text])[0].tolist()
+    original, converted = tokenizers
+    assert converted.encode(text).ids == original([text])[0].tolist()
 
 
 def test_tokenizer_check_shows_the_text_that_differs(tokenizers):
-    ours, converted = tokenizers
+    original, converted = tokenizers
     converted = Tokenizer.from_str(converted.to_str())
     converted.normalizer = None  # no lower case
     with pytest.raises(TokenizerMismatch, match=r"tokens of 'A Cat': open_clip .*, exported "):
-        check_tokenizer(ours, converted, ["A Cat"])
+        check_tokenizer(original, converted, ["A Cat"])
 
 
 def test_unknown_tokenizer_is_refused():

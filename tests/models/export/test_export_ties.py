@@ -1,4 +1,4 @@
-"""The parity check tells features that tie, which two runtimes may order differently, from features that are wrong."""
+"""The parity check distinguishes ties, which two runtimes may order differently, from wrong features."""
 
 from copy import deepcopy
 from types import SimpleNamespace
@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from vitrine.models.bundle.layout import VISION_OUTPUTS
-from vitrine.models.export import export
+from vitrine.models.export import parity
 from vitrine.models.export.parity import _check_code, check_vision
 from vitrine.models.graph.onnx_file import ExportError
 
 
 def outputs(*codes):
-    """What `_check_code` reads, of one image with a layer for each code {feature: activation}."""
+    """The outputs that `_check_code` reads, for one image with one layer per code {feature: activation}."""
     indices, values = (np.array([[list(part) for part in parts]]) for parts in (codes, [c.values() for c in codes]))
     return {"feature_indices": indices, "feature_values": values}
 
@@ -37,10 +37,10 @@ def graph_of(places, threshold=None):
         ((2,), 1.0, {1: 5.0, 2: 3.0}, {1: 5.0, 3: 3.0001}, False),  # all places in use: ties for the last
     ],
 )
-def test_ties_are_told_from_mistakes(places, threshold, code, other, same):
+def test_ties_are_distinguished_from_mistakes(places, threshold, code, other, same):
     graph = graph_of(places, threshold)
-    for found, expected in ((code, other), (other, code)):
-        assert _check_code(outputs(found), outputs(expected), graph).tolist() == [same]
+    for actual, expected in ((code, other), (other, code)):
+        assert _check_code(outputs(actual), outputs(expected), graph).tolist() == [same]
 
 
 @pytest.mark.parametrize(
@@ -49,37 +49,37 @@ def test_ties_are_told_from_mistakes(places, threshold, code, other, same):
         ((2,), None, {1: 5.0, 2: 3.0}, {1: 5.1, 2: 3.0}),
         ((2,), None, {1: 5.0, 2: 3.0}, {1: -5.0, 2: 3.0}),
         ((2,), None, {1: 5.0, 2: 3.0}, {1: 5.0, 3: 3.1}),
-        ((2,), None, {1: 5.0, 2: 3.0}, {1: 5.0, 3: 0.0}),  # one that is lacking
-        ((1,), None, {1: 5.0, 2: 0.0}, {1: 5.0, 2: 0.1}),  # a place that is not its layer's
+        ((2,), None, {1: 5.0, 2: 3.0}, {1: 5.0, 3: 0.0}),  # one is missing
+        ((1,), None, {1: 5.0, 2: 0.0}, {1: 5.0, 2: 0.1}),  # a place outside its layer's
         ((2,), 4.0, {1: 5.0, 2: 0.0}, {1: 5.0, 3: 4.1}),
         ((2,), 4.0, {1: 5.0, 2: 0.0}, {1: 5.0, 3: 0.1}),  # below the threshold
         ((2,), None, {1: 5.0, 2: 3.0}, {1: np.nan, 2: 3.0}),
     ],
 )
-def test_mistakes_are_told_from_ties(places, threshold, code, other):
+def test_mistakes_are_distinguished_from_ties(places, threshold, code, other):
     graph = graph_of(places, threshold)
-    for found, expected in ((code, other), (other, code)):
+    for actual, expected in ((code, other), (other, code)):
         with pytest.raises(ExportError, match="activation differs"):
-            _check_code(outputs(found), outputs(expected), graph)
+            _check_code(outputs(actual), outputs(expected), graph)
 
 
 def test_image_with_a_tie_is_left_out_of_what_is_made_of_features(clip, graph, bundle, monkeypatch):
-    """Another feature in place of its equal writes another row; were every image so, nothing would be known."""
+    """The other feature of a tie writes another row. If all images had ties, nothing could be compared."""
     other = deepcopy(graph)
     other.directions[:] = 0
     path = bundle.path / "vision.onnx"
-    monkeypatch.setattr(export, "_check_code", lambda found, expected, graph: np.zeros(len(found["norm"]), bool))
+    monkeypatch.setattr(parity, "_check_code", lambda actual, expected, graph: np.zeros(len(actual["norm"]), bool))
     with pytest.raises(ExportError, match=r"^in every image a feature ties .* nothing could be compared"):
         check_vision(clip, other, path)
-    monkeypatch.setattr(export, "_check_code", lambda found, expected, graph: np.arange(len(found["norm"])) == 3)
+    monkeypatch.setattr(parity, "_check_code", lambda actual, expected, graph: np.arange(len(actual["norm"])) == 3)
     check_vision(clip, graph, path)
     with pytest.raises(ExportError, match=r"^rows at batch 5"):
         check_vision(clip, other, path)
 
-    def of_the_first_image_another_row(pixels):
+    def with_another_row_for_the_first_image(pixels):
         outputs = [output.clone() for output in graph(pixels)]
         outputs[VISION_OUTPUTS.index("rows")][0] += 1
         return outputs
 
-    monkeypatch.setattr(export, "_check_code", lambda found, expected, graph: np.arange(len(found["norm"])) != 0)
-    check_vision(clip, of_the_first_image_another_row, path)
+    monkeypatch.setattr(parity, "_check_code", lambda actual, expected, graph: np.arange(len(actual["norm"])) != 0)
+    check_vision(clip, with_another_row_for_the_first_image, path)

@@ -1,4 +1,4 @@
-"""Faster variants of the vision graph: what they touch, how exactly they add up, and the gate before them."""
+"""Faster variants of the vision graph: what they change, how exactly they add up, and the gate they must pass."""
 
 import copy
 import math
@@ -38,7 +38,7 @@ def test_every_product_with_a_weight_is_touched_but_the_last_two(variant, model)
     name, changed = variant
     weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
     products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
-    # 3 encoders; of 3 layers attention's output and the MLP's two; queries, keys and values: one, in the last layer two
+    # 3 encoders; in 3 layers attention's output and the MLP's two; queries, keys and values: one, two in the last layer
     assert len(products) == 3 + 3 * 3 + 2 + 2 + 2
     if name == "int8":
         assert sum(node.op_type == "MatMulInteger" for node in changed.graph.node) == len(products) - 2
@@ -52,11 +52,11 @@ def test_every_product_with_a_weight_is_touched_but_the_last_two(variant, model)
 
 def test_rows_of_a_variant_add_up_just_as_exactly(variant, model, make_pixels):
     pixels = make_pixels(3, seed=4).numpy()
-    found, expected = run(variant[1], pixels, details=True), run(model, pixels)
-    np.testing.assert_allclose(found["rows"].sum(1), found["embedding"], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(found["lens"][:, -1], found["embedding"], rtol=0, atol=1e-5)
-    off = np.abs(found["rows"] - expected["rows"]).max()
-    assert 1e-6 < off < (0.2 if variant[0] == "int8" else 0.02)  # another graph, but not by much
+    outputs, expected = run(variant[1], pixels, details=True), run(model, pixels)
+    np.testing.assert_allclose(outputs["rows"].sum(1), outputs["embedding"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(outputs["lens"][:, -1], outputs["embedding"], rtol=0, atol=1e-5)
+    difference = np.abs(outputs["rows"] - expected["rows"]).max()
+    assert 1e-6 < difference < (0.2 if variant[0] == "int8" else 0.02)  # a different graph, but only slightly
 
 
 def test_candidates_are_found_by_bytes_and_looked_at_exactly(model, make_pixels):
@@ -64,12 +64,12 @@ def test_candidates_are_found_by_bytes_and_looked_at_exactly(model, make_pixels)
     assert sum(node.op_type == "MatMulInteger" for node in changed.graph.node) == 3
     names = {tensor.name for tensor in changed.graph.initializer}
     replaced = [tensor.name for tensor in model.graph.initializer if tensor.name not in names]
-    assert len(replaced) == 3  # nothing is left of them but the bytes
+    assert len(replaced) == 3  # only their bytes remain
     assert {f"{name}.bytes" for name in replaced} < names
     pixels = make_pixels(5, seed=4).numpy()
-    found, expected = run(changed, pixels), run(model, pixels)
+    outputs, expected = run(changed, pixels), run(model, pixels)
     for name in VISION_OUTPUTS:
-        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(outputs[name], expected[name], rtol=0, atol=2e-5, err_msg=name)
 
 
 def test_nothing_to_encode_is_no_division_by_zero(model):
@@ -78,8 +78,8 @@ def test_nothing_to_encode_is_no_division_by_zero(model):
     for tensor in changed.graph.initializer:
         if ".ln_2." in tensor.name:
             tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros(tensor.dims, np.float32), tensor.name))
-    found = run(changed, np.zeros((2, 3, 32, 32), np.float32))
-    assert all(np.isfinite(found[name]).all() for name in VISION_OUTPUTS)
+    outputs = run(changed, np.zeros((2, 3, 32, 32), np.float32))
+    assert all(np.isfinite(outputs[name]).all() for name in VISION_OUTPUTS)
 
 
 def test_agreement_is_what_it_says(bundle, model, variant, clip, make_pixels, tmp_path):
@@ -87,7 +87,7 @@ def test_agreement_is_what_it_says(bundle, model, variant, clip, make_pixels, tm
     labels = clip.encode_labels(["red circle", "green square", "blue triangle"], ["{}"]).numpy()
     pixels = [make_pixels(count, seed=count).numpy() for count in (1, 4, 3)]
     directions, fold = np.load(bundle.path / "directions.npy"), np.load(bundle.path / "fold.npy")[:-1]
-    found = measure(bundle.path / "vision.onnx", tmp_path / "variant.onnx", pixels, labels, directions, fold)
+    agreement = measure(bundle.path / "vision.onnx", tmp_path / "variant.onnx", pixels, labels, directions, fold)
     top1, cosine, overlap = [], [], []
     for batch in pixels:
         one, other = run(model, batch), run(variant[1], batch)
@@ -105,11 +105,11 @@ def test_agreement_is_what_it_says(bundle, model, variant, clip, make_pixels, tm
                         contributions[layer, feature] = abs(value * directions[layer, feature] @ fold @ labels[label])
                 largest.append(set(sorted(contributions, key=contributions.get)[-10:]))
             overlap.append(len(largest[0] & largest[1]) / 10)
-    assert found.images == 8
-    assert found.top1 == np.mean(top1)
-    assert found.ledger_cosine == pytest.approx(np.mean(cosine), abs=1e-5)
-    assert found.top_features == pytest.approx(np.mean(overlap))
-    assert found.ledger_cosine < 1
+    assert agreement.images == 8
+    assert agreement.top1 == np.mean(top1)
+    assert agreement.ledger_cosine == pytest.approx(np.mean(cosine), abs=1e-5)
+    assert agreement.top_features == pytest.approx(np.mean(overlap))
+    assert agreement.ledger_cosine < 1
 
 
 @pytest.mark.parametrize(
@@ -124,33 +124,33 @@ def test_agreement_is_what_it_says(bundle, model, variant, clip, make_pixels, tm
     ],
 )
 def test_gate(top1, cosine, features, enough):
-    assert Agreement(images=9, top1=top1, ledger_cosine=cosine, top_features=features).enough == enough
+    assert Agreement(images=9, top1=top1, ledger_cosine=cosine, top_features=features).is_sufficient == enough
 
 
 @pytest.fixture(scope="module")
 def gated(clip, clt, cls_mean, provenance, make_pixels, tmp_path_factory):
-    """(a bundle whose fp16 passed its gate and whose int8 did not, what was said of it)."""
-    said, results = [], {"vision.fp16.onnx": (1, 1, 1), "vision.int8.onnx": (0.5, 0.25, 0.125)}
+    """(a bundle whose fp16 passed its gate and whose int8 did not, the messages about it)."""
+    messages, results = [], {"vision.fp16.onnx": (1, 1, 1), "vision.int8.onnx": (0.5, 0.25, 0.125)}
 
-    def judge(_reference, variant, *_):
+    def fake_measure(_reference, variant, *_):
         top1, cosine, features = results[variant.name]
         return Agreement(images=2, top1=top1, ledger_cosine=cosine, top_features=features)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "measure", judge)
+        patch.setattr(export, "measure", fake_measure)
         out = tmp_path_factory.mktemp("gated") / "bundle"
-        arguments = {"variants": ("int8", "fp16"), "calibration": [make_pixels(2)], "say": said.append}
-        return export_bundle(clip, clt, cls_mean, provenance, out, **arguments), said
+        arguments = {"variants": ("int8", "fp16"), "calibration": [make_pixels(2)], "log": messages.append}
+        return export_bundle(clip, clt, cls_mean, provenance, out, **arguments), messages
 
 
 def test_variant_that_fails_its_gate_is_not_written(gated):
-    bundle, said = gated
+    bundle, messages = gated
     assert bundle.manifest.precisions == ("fp32", "fp16")
     assert bundle.manifest.agreement == {"fp16": Agreement(images=2, top1=1, ledger_cosine=1, top_features=1)}
     assert {file.name for file in bundle.path.glob("vision*")} == {
         "vision.onnx", "vision.onnx.data", "vision.fp16.onnx", "vision.fp16.onnx.data"
     }  # fmt: skip
-    (message,) = said
+    (message,) = messages
     assert message.startswith("int8 is left out: on 2 images it agrees with float32 in 50.0% of the top-1, 12.5% of")
 
 

@@ -1,7 +1,7 @@
 """Any tower that Vitrine accounts for, drawn at random: rows, remainder and heat map against float64.
 
-The bars are those of the engine: every row within 1e-5 of the reference, relative to the largest logit that there can
-be (the logit scale), |remainder| at most 1e-3.
+The tolerances are those of the engine: every row within 1e-5 of the reference, relative to the largest possible logit
+(the logit scale), |remainder| at most 1e-3.
 """
 
 from copy import deepcopy
@@ -78,7 +78,7 @@ def random_visual(config, seed):
 def reference(visual, clt, pixels, parts):
     """Components of the [CLS] residual [R, d] and rows in logits for unit directions, by the formulas, in float64.
 
-    Which features are active is taken from `parts`: where two tie, float32 may choose otherwise."""
+    The active features are taken from `parts`: where two tie, float32 may choose the other."""
     tower, clt = Tower(deepcopy(visual).double()), deepcopy(clt).double()
     taps = tower(pixels.double()[None])
     read, mlp_out = taps.mlp_in[:, 0, 0], taps.mlp_out[:, 0, 0]
@@ -113,14 +113,14 @@ def test_any_tower_has_an_exact_ledger_and_heat_map(config, seed, data):
     direction /= np.linalg.norm(direction)
     fold = tower.attention_fold().numpy()
     for image in range(2):
-        parts = Decomposition.of_image(outputs, image, with_details=True)
-        book = ledger(parts, direction, SCALE)
-        assert abs(book.remainder) <= 1e-3
+        parts = Decomposition.from_batch(outputs, image, with_details=True)
+        result = ledger(parts, direction, SCALE)
+        assert abs(result.remainder) <= 1e-3
         expected = SCALE * (reference(visual, clt, pixels[image], parts) @ direction)
-        found = np.array([book.prior, *book.attention, *book.clt, book.bias, book.error])
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * SCALE)
-        split = heat_map(parts, parts.details, fold, direction, SCALE)
-        again = split.patches.sum(1) + split.class_token + split.constant
-        np.testing.assert_allclose(again, expected[1 : 1 + tower.layers], rtol=1e-5, atol=1e-5 * SCALE)
-        np.testing.assert_allclose(split.heads.sum(1), split.patches.sum(1), rtol=1e-5, atol=1e-5 * SCALE)
-        assert split.patches.shape == (tower.layers, tower.tokens - 1)
+        rows = np.array([result.prior, *result.attention, *result.clt, result.bias, result.error])
+        np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-5 * SCALE)
+        heatmap = heat_map(parts, parts.details, fold, direction, SCALE)
+        sums = heatmap.patches.sum(1) + heatmap.class_token + heatmap.constant
+        np.testing.assert_allclose(sums, expected[1 : 1 + tower.layers], rtol=1e-5, atol=1e-5 * SCALE)
+        np.testing.assert_allclose(heatmap.heads.sum(1), heatmap.patches.sum(1), rtol=1e-5, atol=1e-5 * SCALE)
+        assert heatmap.patches.shape == (tower.layers, tower.tokens - 1)

@@ -1,4 +1,4 @@
-"""The replacement graph against the replacement model and against C_{i->j} by its definition."""
+"""The replacement graph against the replacement model and against the definition of C_{i->j}."""
 
 import shutil
 from copy import deepcopy
@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitrine.models.account.windows import TOKENS, replaced
+from vitrine.models.account.windows import TOKENS, replacement_mask
 from vitrine.models.bundle.bundle import BundleError, open_bundle
 from vitrine.models.bundle.layout import REPLACED_INPUT, REPLACEMENT_OUTPUTS
 from vitrine.models.clip.tower import Tower
@@ -24,7 +24,7 @@ IMAGES = 3
 
 @pytest.fixture(scope="module")
 def bytes_clt(any_clt):
-    """`any_clt` in float64, its decoders rounded as the graph keeps them: 127 steps a row."""
+    """`any_clt` in float64, its decoders rounded as the graph stores them: 127 steps a row."""
     rounded = deepcopy(any_clt).double()
     for decoder in rounded.decoders:
         for weight in decoder.weights:
@@ -41,20 +41,20 @@ def model(clip, bytes_clt):
 def expected_scores(clt, codes):
     """C of every image by the paper's formula [IMAGES, 2, L, L], for codes of all tokens."""
     layers, tokens = clt.layers, len(codes[0].values) // IMAGES
-    found = torch.zeros(IMAGES, 2, layers, layers, dtype=torch.float64)
+    scores = torch.zeros(IMAGES, 2, layers, layers, dtype=torch.float64)
     for target, decoder in enumerate(clt.decoders):
         parts = decoder.contributions(codes).unflatten(1, (IMAGES, tokens))
         for image in range(IMAGES):
-            of_tokens = []
+            token_scores = []
             for token in range(tokens):
                 y = parts[:, image, token].sum(0)
-                of_tokens.append(None if not y.any() else parts[:, image, token] @ y / (y @ y))
+                token_scores.append(None if not y.any() else parts[:, image, token] @ y / (y @ y))
             columns = list(decoder.sources)
-            if of_tokens[0] is not None:
-                found[image, 0, target, columns] = of_tokens[0]
-            if scored := [score for score in of_tokens[1:] if score is not None]:
-                found[image, 1, target, columns] = torch.stack(scored).mean(0)
-    return found
+            if token_scores[0] is not None:
+                scores[image, 0, target, columns] = token_scores[0]
+            if scored := [score for score in token_scores[1:] if score is not None]:
+                scores[image, 1, target, columns] = torch.stack(scored).mean(0)
+    return scores
 
 
 def test_scores_and_embedding_of_clip_itself(clip, any_clt, bytes_clt, model, make_pixels):
@@ -78,20 +78,20 @@ def test_scores_and_embedding_of_clip_itself(clip, any_clt, bytes_clt, model, ma
 def test_replacement_of_any_window_and_token_type(clip, any_clt, model, make_pixels, window, tokens):
     pixels = make_pixels(IMAGES, seed=8)
     graph = ReplacementGraph(clip.tower, any_clt, torch.float32)
-    mask = torch.from_numpy(replaced(3, window, tokens))
+    mask = torch.from_numpy(replacement_mask(3, window, tokens))
     embedding, scores = graph(pixels, mask)
     residual = model(pixels.double(), window, tokens).residual
     expected = F.normalize(model.tower.head(residual[:, 0]), dim=-1)
     torch.testing.assert_close(embedding.double(), expected, rtol=0, atol=1e-4)
-    own, _ = graph(pixels, torch.zeros(3, 2).bool())
-    moved = (embedding - own).abs().amax(-1)
+    plain, _ = graph(pixels, torch.zeros(3, 2).bool())
+    moved = (embedding - plain).abs().amax(-1)
     assert (moved > 1e-3).all() or (tokens == "patches" and window[0] == 2)
     sums = scores.sum(-1)
     assert (((sums - 1).abs() < 1e-5) | (sums == 0)).all()
 
 
 def test_patches_to_which_nothing_is_written_are_left_out_of_the_mean(clip, clt, make_pixels):
-    """Of half the patches no feature is active: those of the others decide."""
+    """Half of the patches have no active feature: only the others count."""
     silent = deepcopy(clt)
     pixels = make_pixels(IMAGES, seed=8)
     preactivations = silent.encoders[0].weight @ clip.tower(pixels).mlp_in[0].flatten(0, 1).T
@@ -111,17 +111,17 @@ def test_exported_graph_is_the_torch_module(bundle, clip, clt, make_pixels):
     graph, mask = ReplacementGraph(clip.tower, clt, torch.float32), torch.tensor([[1, 0], [1, 1], [0, 1]]).bool()
     for batch in (1, 4):
         pixels = make_pixels(batch, seed=batch)
-        found = session.run(REPLACEMENT_OUTPUTS, {"pixels": pixels.numpy(), REPLACED_INPUT: mask.numpy()})
-        for ours, theirs in zip(found, graph(pixels, mask), strict=True):
+        outputs = session.run(REPLACEMENT_OUTPUTS, {"pixels": pixels.numpy(), REPLACED_INPUT: mask.numpy()})
+        for ours, theirs in zip(outputs, graph(pixels, mask), strict=True):
             np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-4)
 
 
 def test_weights_that_vision_has_are_not_stored_again(bundle):
-    """CLIP's lie in vision.onnx.data: what is new are the encoders, of which that has the bytes, the decoders, a byte a
-    number and their scales, and the last block's queries, keys and values, which are apart there."""
+    """CLIP's weights are in vision.onnx.data. New are the encoders (of which that file has only bytes), the decoders (a
+    byte a number, and their scales), and the last block's queries, keys and values (which are separate there)."""
     size = (bundle.path / "replacement.onnx.data").stat().st_size
     new = 6 * 64 * (32 + 4) + 3 * 64 * 32 * 4
-    assert new < size < new + 3 * 32 * 32 * 4 + 4096  # and what the format aligns
+    assert new < size < new + 3 * 32 * 32 * 4 + 4096  # plus the format's alignment
 
 
 def test_bundle_without_it(any_bundle):
@@ -138,24 +138,24 @@ def test_replacement_is_part_of_what_is_checked(bundle, tmp_path):
 
 @pytest.mark.parametrize("what", ["embedding", "contributions"])
 def test_file_that_differs_from_torch_is_refused(bundle, clip, clt, monkeypatch, what):
-    replacing = ReplacementGraph(clip.tower, clt, torch.float32).eval()
-    check_replacement(clip, replacing, bundle.path / "replacement.onnx")
-    right = ReplacementGraph.forward
+    graph = ReplacementGraph(clip.tower, clt, torch.float32).eval()
+    check_replacement(clip, graph, bundle.path / "replacement.onnx")
+    original = ReplacementGraph.forward
 
     def other(self, pixels, mask):
-        embedding, scores = right(self, pixels, mask)
+        embedding, scores = original(self, pixels, mask)
         return (embedding + mask.any() * 0.01, scores) if what == "embedding" else (embedding, scores + 0.01)
 
     monkeypatch.setattr(ReplacementGraph, "forward", other)
     with pytest.raises(ExportError, match=f"{what} under replacement: relative difference"):
-        check_replacement(clip, replacing, bundle.path / "replacement.onnx")
+        check_replacement(clip, graph, bundle.path / "replacement.onnx")
 
 
 def test_export_fails_where_the_file_differs(clip, clt, cls_mean, provenance, tmp_path, monkeypatch):
-    right = ReplacementGraph.forward
+    original = ReplacementGraph.forward
 
     def wrong(self, pixels, mask):
-        embedding, scores = right(self, pixels, mask)
+        embedding, scores = original(self, pixels, mask)
         return embedding, scores + 0.01 * torch.compiler.is_exporting()
 
     monkeypatch.setattr(ReplacementGraph, "forward", wrong)

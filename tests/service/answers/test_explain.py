@@ -1,4 +1,4 @@
-"""From decompositions to accounts: the service's numbers are `models.account.ledger`'s."""
+"""From decompositions to accounts: the service's numbers equal those of `models.account.ledger`."""
 
 import re
 from dataclasses import replace
@@ -20,14 +20,14 @@ NAMES = ("cat", "dog", "car", "tree")
 
 @pytest.fixture(scope="module")
 def parts(engine, make_pixels):
-    (found,) = engine.explain(make_pixels(1, seed=5).numpy())
-    return found
+    (decomposition,) = engine.explain(make_pixels(1, seed=5).numpy())
+    return decomposition
 
 
 @pytest.fixture(scope="module")
 def labels(bundle):
-    made = np.random.default_rng(0).standard_normal((len(NAMES), bundle.manifest.shape.embedding), np.float32)
-    return LabelSet(NAMES, made / np.linalg.norm(made, axis=1, keepdims=True))
+    embeddings = np.random.default_rng(0).standard_normal((len(NAMES), bundle.manifest.shape.embedding), np.float32)
+    return LabelSet(NAMES, embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True))
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,8 @@ def test_features_that_are_not_active_are_not_listed(parts, labels, bundle):
     values = parts.feature_values.copy()
     values[0, 2:] = 0
     values[1] = 0
-    some = type(parts)(**{**vars(parts), "feature_values": values})
-    (explanation,), _ = account(some, labels, bundle, Explain(features=1000))
+    modified = type(parts)(**{**vars(parts), "feature_values": values})
+    (explanation,), _ = account(modified, labels, bundle, Explain(features=1000))
     assert [len(layer.features) for layer in explanation.layers] == [2, 0, (values[2] > 0).sum()]
 
 
@@ -101,7 +101,7 @@ def test_fidelity_is_about_the_largest_logit_whatever_the_target(parts, labels, 
 
 
 def test_reconstruction_may_disagree(parts, bundle):
-    """Two labels that differ by the error row alone: without it, the other wins."""
+    """Two labels that differ only by the error row: without it, the other one wins."""
     with_error, without = parts.embedding, parts.without(np.array([parts.error_row]), bundle.beta)[0]
     labels = LabelSet(("as it is", "without the error"), np.stack([with_error, without]))
     _, fidelity = account(parts, labels, bundle, Explain())
@@ -176,11 +176,14 @@ def test_matrix_without_the_graph_is_refused(bundle, has_replacement, reason):
 
 def test_lens_is_the_prediction_of_each_layers_embedding(engine, labels, scale, make_pixels):
     (parts,) = engine.explain(make_pixels(1, seed=5).numpy(), [True])
-    for found, embedding in zip(lens(parts, labels, scale), parts.details.lens, strict=True):
+    for prediction, embedding in zip(lens(parts, labels, scale), parts.details.lens, strict=True):
         share = np.exp(scale * labels.embeddings.astype(np.float64) @ embedding)
         share /= share.sum()
-        assert (found.label, found.probability) == (NAMES[share.argmax()], pytest.approx(share.max(), rel=1e-4))
-        assert found.entropy == pytest.approx(-(share * np.log(share)).sum(), abs=1e-4)
+        assert (prediction.label, prediction.probability) == (
+            NAMES[share.argmax()],
+            pytest.approx(share.max(), rel=1e-4),
+        )
+        assert prediction.entropy == pytest.approx(-(share * np.log(share)).sum(), abs=1e-4)
 
 
 def test_entropy_of_a_certain_prediction_is_zero(engine, bundle, make_pixels):

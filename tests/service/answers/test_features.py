@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vitrine.models.bundle.bundle import Bundle
-from vitrine.service.answers import features
+from vitrine.service.answers import features, similar
 from vitrine.service.answers.explain import account
 from vitrine.service.engine.labels import LabelEncoder, LabelSet
 from vitrine.service.errors import ServiceError
@@ -71,8 +71,8 @@ def test_a_card(server, carded, labelled):
         assert shown == {**vars(other), "label": carded.cards.label(other.layer, other.index)[0]}
 
 
-def test_every_card_can_be_had(server):
-    """Of features that never fire, too: those have no histogram, no exemplars and no label."""
+def test_every_card_is_served(server):
+    """Including those of features that never fire, which have no histogram, no exemplars and no label."""
     silent = 0
     for index in range(64):
         answer = get(server, f"/v1/features/0/{index}")
@@ -84,7 +84,7 @@ def test_every_card_can_be_had(server):
 
 
 @pytest.mark.parametrize("place", ["3/0", "0/64", "99999999999999999999/0", "-1/0", "x/0", "0/1.5", "0", "0/1/2"])
-def test_features_that_there_are_not(server, refused, place):
+def test_features_that_do_not_exist(server, refused, place):
     refused(server.http.get(f"/v1/features/{place}"), 404, "not_found")
 
 
@@ -92,15 +92,15 @@ def test_features_that_there_are_not(server, refused, place):
 
 
 def test_a_search_goes_page_by_page(server, carded):
-    path, found = "/v1/features?limit=7", []
+    path, entries = "/v1/features?limit=7", []
     while path:
         page = get(server, path)
         assert len(page["features"]) == min(7, page["total"] - page["offset"])
-        found += page["features"]
+        entries += page["features"]
         path = page["next"]
     total, expected = carded.cards.search(None, None, 0, 1000)
-    assert page["total"] == total == len(found)
-    assert found == [vars(line) for line in expected]
+    assert page["total"] == total == len(entries)
+    assert entries == [vars(line) for line in expected]
 
 
 def test_a_search_by_label(server, carded, labelled):
@@ -166,7 +166,7 @@ def test_an_image_is_nearest_to_itself_in_every_layer(server, carded, reference)
 
 
 def test_similarity_is_that_of_the_engines_codes(server, carded, engine, picture):
-    """The same by dense codes of the engine's answer, for a picture that is no reference."""
+    """The same as by dense codes from the engine's answer, for a picture that is not a reference."""
     image = picture(seed=4)
     layers = server.post("/v1/similar", image, {"limit": 40}).json()["layers"]
     listed = server.attribute(image, explain={"features": 64})["explanations"][0]["layers"]
@@ -180,9 +180,9 @@ def test_similarity_is_that_of_the_engines_codes(server, carded, engine, picture
         for number, place in zip(*np.nonzero(values[:, layer]), strict=True):
             stored[number, indices[number, layer, place]] = values[number, layer, place]
         cosines = stored @ query / np.maximum(np.linalg.norm(stored, axis=1) * np.linalg.norm(query), 1e-9)
-        found = {shown["name"]: shown["similarity"] for shown in layers[layer]["images"]}
-        assert len(found) == 40
-        assert [found[name] for name in names] == pytest.approx(cosines, abs=1e-3)
+        similarities = {shown["name"]: shown["similarity"] for shown in layers[layer]["images"]}
+        assert len(similarities) == 40
+        assert [similarities[name] for name in names] == pytest.approx(cosines, abs=1e-3)
 
 
 def test_pages_of_similar_images(server, picture):
@@ -220,13 +220,13 @@ def test_bad_images_are_refused_as_elsewhere(server, refused):
 
 
 def test_a_bundle_without_cards_says_so(bundle):
-    for ask in (
+    for call in (
         lambda: features.card(bundle, None, 0, 0),
         lambda: features.search(bundle, None, None),
-        lambda: features.check_similar(bundle, SimilarRequest()),
+        lambda: similar._check_request(bundle, SimilarRequest()),
     ):
         with pytest.raises(ServiceError, match="vitrine cards") as caught:
-            ask()
+            call()
         assert (caught.value.code, caught.value.status) == ("no_cards", 404)
 
 
@@ -234,7 +234,7 @@ def test_cards_without_references_say_so(carded, monkeypatch):
     copy = Bundle(carded.path, carded.manifest, carded.digest)
     monkeypatch.setattr(copy.cards, "references", tuple(part[:0] for part in copy.cards.references))
     with pytest.raises(ServiceError, match="no reference images") as caught:
-        features.check_similar(copy, SimilarRequest())
+        similar._check_request(copy, SimilarRequest())
     assert caught.value.code == "no_cards"
 
 

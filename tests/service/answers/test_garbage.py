@@ -1,4 +1,4 @@
-"""What requests and bundles leave behind in memory, over which every full collection has to go."""
+"""What requests and bundles leave in memory, which every full garbage collection has to scan."""
 
 import asyncio
 import gc
@@ -27,12 +27,12 @@ asyncio.run(ask())
 """
 
 
-def test_full_collections_skip_what_is_loaded_and_take_what_has_left_service(bundle_path):
+def test_full_collections_skip_what_is_loaded_and_free_what_was_replaced(bundle_path):
     async def serve():
         async with Serving(Settings(bundle=bundle_path)) as serving:
             assert gc.get_freeze_count() > 10_000
             before = weakref.ref(serving.attributor)
-            serving.attributor.itself = serving.attributor  # references alone do not free it
+            serving.attributor.itself = serving.attributor  # a cycle: reference counting does not free it
             await serving.reload()
             await asyncio.gather(*serving._retiring)
             await asyncio.sleep(0)
@@ -44,7 +44,7 @@ def test_full_collections_skip_what_is_loaded_and_take_what_has_left_service(bun
 
 
 def test_an_answered_request_leaves_no_timer_and_no_span(run_python, bundle_path):
-    """BentoML's own timers would keep each request's context for a minute: `service.app.Untimed`."""
+    """BentoML's own timers would keep each request's context for a minute: `service.app.NoTimeout`."""
     finished = run_python("-c", TIMERS, VITRINE_BUNDLE=bundle_path)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.splitlines()[-1] == "False []"

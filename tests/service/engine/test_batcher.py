@@ -1,4 +1,4 @@
-"""The queue before the engine. `explain` is played by an engine that tests hold up and let go."""
+"""The queue in front of the engine. `explain` is that of a fake engine, which tests block and release."""
 
 import asyncio
 import threading
@@ -11,7 +11,7 @@ from vitrine.service.errors import ServiceError
 
 
 class Engine:
-    """Answers each image with its first pixel. Waits for `gate`; notes every batch; `fails` is raised or returned."""
+    """Answers each image with its first pixel. Waits for `gate`; records all batches; raises or returns `fails`."""
 
     def __init__(self):
         self.batches, self.threads, self.fails = [], set(), []
@@ -34,8 +34,8 @@ def image(number):
     return np.full((3, 2, 2), number, np.float32)
 
 
-def play(scene, batch_size=4):
-    """Run `scene(batcher, engine)` within the batcher's life, at most 30 s; returns the engine."""
+def run_scene(scene, batch_size=4):
+    """Run `scene(batcher, engine)` while the batcher is open, at most 30 s; returns the engine."""
     engine = Engine()
 
     async def run():
@@ -50,14 +50,14 @@ def play(scene, batch_size=4):
 
 
 async def submit(batcher, *numbers):
-    """Tasks that wait for their answers, in the queue in this order."""
+    """Tasks that wait for their answers, queued in this order."""
     tasks = [asyncio.create_task(batcher.submit(image(number))) for number in numbers]
     await asyncio.sleep(0)
     return tasks
 
 
 async def submit_behind_a_running_one(batcher, engine, *numbers):
-    """The same, behind an image 0 whose inference is held up."""
+    """The same, behind an image 0 whose inference is blocked."""
     (first,) = await submit(batcher, 0)
     await asyncio.to_thread(engine.busy.wait, 30)
     return first, await submit(batcher, *numbers)
@@ -67,12 +67,12 @@ async def answers(tasks):
     return [inference.parts for inference in await asyncio.gather(*tasks)]
 
 
-def test_an_image_alone_is_not_kept_waiting_for_company():
+def test_a_single_image_does_not_wait_for_a_fuller_batch():
     async def scene(batcher, engine):
         engine.gate.set()
         assert await answers(await submit(batcher, 7)) == [7]
 
-    assert play(scene).batches == [[7]]
+    assert run_scene(scene).batches == [[7]]
 
 
 def test_images_that_wait_for_a_busy_engine_are_batched_up_to_the_batch_size():
@@ -82,7 +82,7 @@ def test_images_that_wait_for_a_busy_engine_are_batched_up_to_the_batch_size():
         engine.gate.set()
         assert await answers([first, *others]) == list(range(11))
 
-    assert play(scene, batch_size=4).batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
+    assert run_scene(scene, batch_size=4).batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
 
 
 def test_a_batch_size_of_one_batches_nothing():
@@ -91,10 +91,10 @@ def test_a_batch_size_of_one_batches_nothing():
         engine.gate.set()
         await answers([first, *others])
 
-    assert play(scene, batch_size=1).batches == [[0], [1], [2]]
+    assert run_scene(scene, batch_size=1).batches == [[0], [1], [2]]
 
 
-def test_many_askers_get_their_own_answers():
+def test_many_clients_get_their_own_answers():
     async def scene(batcher, engine):
         engine.gate.set()
         numbers = np.random.default_rng(0).permutation(500).tolist()
@@ -105,7 +105,7 @@ def test_many_askers_get_their_own_answers():
 
         assert await asyncio.gather(*map(ask, numbers)) == numbers
 
-    engine = play(scene, batch_size=5)
+    engine = run_scene(scene, batch_size=5)
     assert max(map(len, engine.batches)) <= 5
     assert sorted(number for batch in engine.batches for number in batch) == list(range(500))
     assert len(engine.threads) == 1
@@ -120,7 +120,7 @@ def test_a_cancelled_waiter_leaves_its_batch_and_does_not_disturb_it():
         with pytest.raises(asyncio.CancelledError):
             await two
 
-    assert play(scene).batches == [[0], [1, 3]]
+    assert run_scene(scene).batches == [[0], [1, 3]]
 
 
 @pytest.mark.parametrize("failure", [None, RuntimeError("out of memory")], ids=["it works", "it fails"])
@@ -135,13 +135,13 @@ def test_a_waiter_cancelled_during_its_inference_does_not_disturb_the_others(fai
         with pytest.raises(asyncio.CancelledError):
             await first
 
-    assert play(scene).batches == [[0], [1]]
+    assert run_scene(scene).batches == [[0], [1]]
 
 
 def test_cancelled_waiters_give_their_places_in_the_queue_back():
     async def scene(batcher, engine):
-        first, gone = await submit_behind_a_running_one(batcher, engine, 1, 2)
-        for task in gone:
+        first, cancelled = await submit_behind_a_running_one(batcher, engine, 1, 2)
+        for task in cancelled:
             task.cancel()
         await asyncio.sleep(0)
         assert batcher.waiting == 0
@@ -150,34 +150,34 @@ def test_cancelled_waiters_give_their_places_in_the_queue_back():
         engine.gate.set()
         assert await answers([first, *others]) == [0, 3, 4]
 
-    play(scene)
+    run_scene(scene)
 
 
-def test_a_batch_whose_waiters_all_left_is_not_run():
+def test_a_batch_whose_waiters_were_all_cancelled_is_not_run():
     async def scene(batcher, engine):
-        first, gone = await submit_behind_a_running_one(batcher, engine, 1, 2)
-        for task in gone:
+        first, cancelled = await submit_behind_a_running_one(batcher, engine, 1, 2)
+        for task in cancelled:
             task.cancel()
         engine.gate.set()
         assert await answers([first, *await submit(batcher, 3)]) == [0, 3]
 
-    assert play(scene).batches == [[0], [3]]
+    assert run_scene(scene).batches == [[0], [3]]
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("out of memory"), [1]], ids=["an error", "too few answers"])
-def test_a_failed_batch_is_told_to_all_its_waiters_and_the_next_works(failure):
+def test_a_failed_batch_fails_all_its_waiters_and_the_next_works(failure):
     async def scene(batcher, engine):
         first, others = await submit_behind_a_running_one(batcher, engine, 1, 2, 3, 4, 5)
         engine.fails = [[0], failure]
         engine.gate.set()
         assert await answers([first]) == [0]
         async with asyncio.timeout(5):
-            found = await asyncio.gather(*others, return_exceptions=True)
-        assert all(isinstance(result, Exception) for result in found[:4])
-        assert found[4].parts == 5
+            results = await asyncio.gather(*others, return_exceptions=True)
+        assert all(isinstance(result, Exception) for result in results[:4])
+        assert results[4].parts == 5
         assert await answers(await submit(batcher, 6)) == [6]
 
-    assert play(scene, batch_size=4).batches == [[0], [1, 2, 3, 4], [5], [6]]
+    assert run_scene(scene, batch_size=4).batches == [[0], [1, 2, 3, 4], [5], [6]]
 
 
 def test_images_of_different_sizes_fail_together_and_the_next_works():
@@ -186,11 +186,11 @@ def test_images_of_different_sizes_fail_together_and_the_next_works():
         odd = asyncio.create_task(batcher.submit(np.zeros((3, 5, 5), np.float32)))
         await asyncio.sleep(0)
         engine.gate.set()
-        found = await asyncio.gather(good, odd, return_exceptions=True)
-        assert [type(result) for result in found] == [ValueError, ValueError]
+        results = await asyncio.gather(good, odd, return_exceptions=True)
+        assert [type(result) for result in results] == [ValueError, ValueError]
         assert await answers(await submit(batcher, 2)) == [2]
 
-    play(scene)
+    run_scene(scene)
 
 
 def test_other_work_runs_on_the_engines_thread_in_turn():
@@ -205,17 +205,17 @@ def test_other_work_runs_on_the_engines_thread_in_turn():
         assert total == 5
         assert engine.threads == {thread}
 
-    play(scene)
+    run_scene(scene)
 
 
-def test_other_works_error_reaches_its_asker_alone():
+def test_an_error_of_other_work_reaches_only_its_caller():
     async def scene(batcher, engine):
         engine.gate.set()
         with pytest.raises(ZeroDivisionError):
             await batcher.run(lambda: 1 / 0)
         assert await answers(await submit(batcher, 1)) == [1]
 
-    play(scene)
+    run_scene(scene)
 
 
 def test_queue_and_inference_are_timed_apart():
@@ -226,10 +226,10 @@ def test_queue_and_inference_are_timed_apart():
         assert all(inference.queue_ms >= 0 and inference.inference_ms > 0 for inference in inferences)
         assert inferences[1].inference_ms == inferences[2].inference_ms
 
-    play(scene)
+    run_scene(scene)
 
 
-def test_nobody_waits_for_ever_when_the_batcher_closes():
+def test_nobody_waits_forever_when_the_batcher_closes():
     async def run():
         engine = Engine()
         async with Batcher(engine.explain, 1, 10) as batcher:
@@ -245,7 +245,7 @@ def test_nobody_waits_for_ever_when_the_batcher_closes():
     assert len(done) == 3
 
 
-def test_a_closed_batcher_takes_nothing_new():
+def test_a_closed_batcher_accepts_nothing_new():
     async def run():
         engine = Engine()
         engine.gate.set()
@@ -261,7 +261,7 @@ def test_a_closed_batcher_takes_nothing_new():
 # batch_wait_ms
 
 
-def wait_for_company(scene, wait_ms, batch_size=3):
+def run_with_batch_wait(scene, wait_ms, batch_size=3):
     engine = Engine()
     engine.gate.set()
 
@@ -282,7 +282,7 @@ def test_the_first_image_waits_for_a_full_batch():
         tasks += await submit(batcher, 3, 4)
         assert await answers(tasks) == [1, 2, 3, 4]
 
-    assert wait_for_company(scene, wait_ms=500)[0] == [1, 2, 3]
+    assert run_with_batch_wait(scene, wait_ms=500)[0] == [1, 2, 3]
 
 
 def test_a_full_batch_does_not_wait():
@@ -290,16 +290,16 @@ def test_a_full_batch_does_not_wait():
         async with asyncio.timeout(10):
             assert await answers(await submit(batcher, 1, 2, 3)) == [1, 2, 3]
 
-    assert wait_for_company(scene, wait_ms=60_000) == [[1, 2, 3]]
+    assert run_with_batch_wait(scene, wait_ms=60_000) == [[1, 2, 3]]
 
 
 def test_nobody_waits_longer_than_that_nor_while_the_service_ends():
     async def scene(batcher):
         assert await answers(await submit(batcher, 7)) == [7]
 
-    assert wait_for_company(scene, wait_ms=30) == [[7]]
+    assert run_with_batch_wait(scene, wait_ms=30) == [[7]]
 
-    async def ending(batcher):
+    async def closing(batcher):
         await submit(batcher, 8)
 
-    assert wait_for_company(ending, wait_ms=60_000) == [[8]]
+    assert run_with_batch_wait(closing, wait_ms=60_000) == [[8]]

@@ -22,10 +22,10 @@ def test_a_batch_of_five_equals_five_alone(engine, make_pixels):
     pixels = make_pixels(5, seed=1).numpy()
     together = engine.explain(pixels)
     assert len(together) == 5
-    for index, found in enumerate(together):
+    for index, decomposition in enumerate(together):
         (alone,) = engine.explain(pixels[index : index + 1])
         for name, value in fields(alone).items():
-            np.testing.assert_allclose(fields(found)[name], value, rtol=0, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(fields(decomposition)[name], value, rtol=0, atol=1e-5, err_msg=name)
 
 
 def test_decompositions_hold_the_graphs_outputs(engine, make_pixels):
@@ -56,8 +56,8 @@ def test_bundle_older_than_details_is_served(bundle, graph, make_pixels, tmp_pat
     older = Engine(seal(tmp_path / "older", bundle.manifest), Settings())
     older.warm_up()
     pixels = make_pixels(2, seed=2).numpy()
-    for found, expected in zip(older.explain(pixels), Engine(bundle, Settings()).explain(pixels), strict=True):
-        np.testing.assert_allclose(found.rows, expected.rows, rtol=0, atol=1e-5)
+    for decomposition, expected in zip(older.explain(pixels), Engine(bundle, Settings()).explain(pixels), strict=True):
+        np.testing.assert_allclose(decomposition.rows, expected.rows, rtol=0, atol=1e-5)
 
 
 def test_rows_add_up_to_the_embedding(engine, make_pixels):
@@ -69,8 +69,8 @@ def test_rows_add_up_to_the_embedding(engine, make_pixels):
 def test_embeddings_are_the_clips(engine, clip, make_pixels):
     pixels = make_pixels(2, seed=4)
     expected = clip.model.encode_image(pixels, normalize=True).numpy()
-    found = np.stack([parts.embedding for parts in engine.explain(pixels.numpy())])
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    embeddings = np.stack([parts.embedding for parts in engine.explain(pixels.numpy())])
+    np.testing.assert_allclose(embeddings, expected, atol=1e-5)
 
 
 def test_text_is_the_clips(engine, clip):
@@ -80,12 +80,12 @@ def test_text_is_the_clips(engine, clip):
 
 
 def test_warm_up_runs_both_graphs_at_both_batch_sizes(bundle, monkeypatch):
-    engine, seen = Engine(bundle, Settings(batch_size=4)), []
-    monkeypatch.setattr(engine, "explain", lambda pixels, details=(): seen.append(("vision", pixels.shape)))
-    monkeypatch.setattr(engine, "encode_text", lambda tokens: seen.append(("text", len(tokens))))
+    engine, calls = Engine(bundle, Settings(batch_size=4)), []
+    monkeypatch.setattr(engine, "explain", lambda pixels, details=(): calls.append(("vision", pixels.shape)))
+    monkeypatch.setattr(engine, "encode_text", lambda tokens: calls.append(("text", len(tokens))))
     engine.warm_up()
-    assert {shape for kind, shape in seen if kind == "vision"} == {(1, 3, 32, 32), (4, 3, 32, 32)}
-    assert "text" in dict(seen)
+    assert {shape for kind, shape in calls if kind == "vision"} == {(1, 3, 32, 32), (4, 3, 32, 32)}
+    assert "text" in dict(calls)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,10 @@ def test_batches_are_filled_up_on_a_gpu_alone(bundle, make_pixels, monkeypatch, 
     monkeypatch.setattr(
         engine, "vision", SimpleNamespace(run=lambda *a: sizes.append(len(a[1]["pixels"])) or session.run(*a))
     )
-    found = engine.explain(pixels, [True] * count)
+    decompositions = engine.explain(pixels, [True] * count)
     assert sizes == [run]
-    assert len(found) == count
-    for one, other in zip(found, plain, strict=True):
+    assert len(decompositions) == count
+    for one, other in zip(decompositions, plain, strict=True):
         np.testing.assert_allclose(one.rows, other.rows, rtol=0, atol=1e-5)
 
 

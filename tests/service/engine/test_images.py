@@ -1,4 +1,4 @@
-"""Bytes to pixels: equal to open_clip's transform, robust against every file, bounded before decoding."""
+"""Bytes to pixels: equal to open_clip's transform, robust against every file, size-checked before decoding."""
 
 import io
 import struct
@@ -26,7 +26,7 @@ def preprocessing(size=(32, 32), resize_mode="shortest", interpolation="bicubic"
 
 
 def outcome(data, limits=LIMITS):
-    """The decoded image, or the code of the refusal. Any other error is a test's failure."""
+    """The decoded image, or the code of the refusal. Any other error fails the test."""
     try:
         return decode(data, limits)
     except ServiceError as error:
@@ -97,7 +97,7 @@ def test_formats_are_decoded_as_upright_rgb(draw, encode, format):
 
 
 def test_a_photo_with_a_second_picture_in_it_is_a_jpeg(draw, encode):
-    two = encode(draw(), "MPO", save_all=True, append_images=[draw(seed=1)])  # as many telephones write them
+    two = encode(draw(), "MPO", save_all=True, append_images=[draw(seed=1)])  # as many phones write them
     assert np.array_equal(decode(two, LIMITS), decode(encode(draw(), "JPEG"), LIMITS))
 
 
@@ -235,7 +235,7 @@ ODD_EXIF = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's remarks on what is odd in a file
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's warnings about odd files
 @pytest.mark.parametrize("case", ODD_EXIF)
 def test_odd_exif_does_not_spoil_a_good_picture(draw, encode, case):
     exif, turned = ODD_EXIF[case]
@@ -288,11 +288,11 @@ def webp(width, height):
     def chunk(kind, body):
         return kind + struct.pack("<I", len(body)) + body
 
-    def less_one(number):
+    def minus_one(number):
         return (number - 1).to_bytes(3, "little")
 
-    canvas = chunk(b"VP8X", b"\2\0\0\0" + less_one(width) + less_one(height))
-    frame = chunk(b"ANMF", bytes(6) + less_one(8) * 2 + bytes(4) + EIGHT_BY_EIGHT)
+    canvas = chunk(b"VP8X", b"\2\0\0\0" + minus_one(width) + minus_one(height))
+    frame = chunk(b"ANMF", bytes(6) + minus_one(8) * 2 + bytes(4) + EIGHT_BY_EIGHT)
     return chunk(b"RIFF", b"WEBP" + canvas + chunk(b"ANIM", bytes(6)) + frame)
 
 
@@ -372,7 +372,7 @@ def test_a_second_picture_does_not_hide_the_scans(draw, encode):
 
 
 def test_a_marker_without_a_length_does_not_hide_the_scans(encode):
-    """TEM (FF 01) stands alone; who takes the next two bytes for its length skips 65,535 bytes of scans."""
+    """TEM (FF 01) has no length; a parser that reads the next two bytes as a length skips 65,535 bytes of scans."""
     data = encode(Image.new("L", (50, 40)), "JPEG", progressive=True)
     scan = data.rindex(b"\xff\xda")
     assert refusal(data[:scan] + b"\xff\x01\xff" + data[scan:-2] * 500 + data[-2:]) == "invalid_image"
@@ -380,7 +380,7 @@ def test_a_marker_without_a_length_does_not_hide_the_scans(encode):
 
 @pytest.mark.parametrize("progressive", [False, True])
 def test_what_follows_a_jpeg_is_not_taken_for_scans(picture, progressive):
-    """Telephones append a film of some seconds: megabytes in which any two bytes occur, a hundred times and more."""
+    """Phones append a video of some seconds: megabytes in which any two bytes occur a hundred times or more."""
     data = picture("JPEG", progressive=progressive)
     assert decode(data + b"\xff\xda" * 1000, LIMITS).size == (50, 40)
 
@@ -393,7 +393,7 @@ def test_progressive_jpegs_are_taken(picture):
 
 
 def valid_files():
-    """Small files of every format and of the more intricate kinds: (format, image, options of the writer)."""
+    """Small files of every format and of more complex kinds: (format, image, options of the writer)."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (17, 23, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a description"
@@ -419,8 +419,8 @@ def encoded_files():
     return [buffer.getvalue() for buffer in buffers]
 
 
-def with_right_checksums(data):
-    """A PNG's chunks with their checksums put right, so that damage gets past them."""
+def with_correct_checksums(data):
+    """A PNG with corrected chunk checksums, so that damage passes the checks."""
     position, out = 8, data[:8]
     while len(data) >= position + 12:
         length = struct.unpack(">I", data[position : position + 4])[0]
@@ -449,19 +449,19 @@ def damaged_files(draw):
                 ]
             )
         )
-    return with_right_checksums(data) if data.startswith(b"\x89PNG") and draw(st.booleans()) else data
+    return with_correct_checksums(data) if data.startswith(b"\x89PNG") and draw(st.booleans()) else data
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's remarks on what is odd in a file
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's warnings about odd files
 @settings(max_examples=400, deadline=None)
 @given(data=damaged_files())
 def test_damaged_files_are_decoded_or_refused_and_nothing_else(data):
-    found = outcome(data, ImageLimits(pixels=1_000_000, side=16_384))
-    if isinstance(found, Image.Image):
-        assert found.mode == "RGB"
-        assert found.width * found.height <= 1_000_000
+    result = outcome(data, ImageLimits(pixels=1_000_000, side=16_384))
+    if isinstance(result, Image.Image):
+        assert result.mode == "RGB"
+        assert result.width * result.height <= 1_000_000
     else:
-        assert found in ("invalid_image", "unsupported_image", "image_too_large")
+        assert result in ("invalid_image", "unsupported_image", "image_too_large")
 
 
 @settings(max_examples=200, deadline=None)
@@ -474,8 +474,8 @@ def test_bytes_at_random_are_refused(data):
 def test_a_file_cut_short_anywhere_is_decoded_or_refused(picture, format):
     data = picture(format, size=(8, 6))
     for end in range(len(data)):
-        found = outcome(data[:end])
-        assert found in ("invalid_image", "unsupported_image") or found.size == (8, 6)
+        result = outcome(data[:end])
+        assert result in ("invalid_image", "unsupported_image") or result.size == (8, 6)
 
 
 @pytest.mark.parametrize(

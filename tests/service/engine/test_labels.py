@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vitrine.models.bundle.label_sets import NamedLabels
-from vitrine.service.engine.labels import PROMPTS_A_CALL, LabelEncoder
+from vitrine.service.engine.labels import PROMPTS_PER_CALL, LabelEncoder
 
 TEMPLATES = ("a photo of a {}", "{}", "two {}, or one {}.")
 LABELS = ("cat", "Fire  Truck", "naïve café", "猫", "it's", "a" * 256, "<|endoftext|>")
@@ -32,7 +32,7 @@ def encoded(encoder, monkeypatch):
 
 
 async def run(function, *arguments):
-    """Runs elsewhere: other tasks get their turn first."""
+    """Run in another thread, after other tasks had their turn."""
     await asyncio.sleep(0)
     return await asyncio.to_thread(function, *arguments)
 
@@ -44,11 +44,11 @@ def resolve(encoder, labels, templates=TEMPLATES):
 @pytest.mark.parametrize("templates", [("{}",), TEMPLATES])
 @pytest.mark.parametrize("labels", [LABELS[:1], LABELS])
 def test_embeddings_equal_the_clips_own(clip, encoder, labels, templates):
-    found = resolve(encoder, labels, templates)
-    assert found.labels == labels
-    assert found.embeddings.dtype == np.float32
+    label_set = resolve(encoder, labels, templates)
+    assert label_set.labels == labels
+    assert label_set.embeddings.dtype == np.float32
     expected = clip.encode_labels(list(labels), list(templates)).numpy()
-    np.testing.assert_allclose(found.embeddings, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(label_set.embeddings, expected, rtol=0, atol=1e-5)
 
 
 def test_embeddings_are_unit(encoder):
@@ -65,17 +65,17 @@ TREES = NamedLabels(labels=("oak", "elm"), templates=("a {} tree",))
 
 
 def test_named_sets_are_encoded_once_and_never_forgotten(engine, bundle, monkeypatch):
-    encoder = LabelEncoder(engine, 1)  # a cache that holds next to nothing
+    encoder = LabelEncoder(engine, 1)  # a cache that holds almost nothing
     asyncio.run(encoder.add({"pets": PETS, "trees": TREES}, run))
     calls, encode = [], encoder.encode
     monkeypatch.setattr(encoder, "encode", lambda *texts: calls.append(texts) or encode(*texts))
     assert list(encoder.named) == ["default", "pets", "trees"]
     assert encoder.named["pets"].templates == bundle.manifest.text.templates
-    for name, given in (("pets", PETS), ("trees", TREES)):
+    for name, definition in (("pets", PETS), ("trees", TREES)):
         named = encoder.named[name]
-        found = resolve(encoder, named.labels, named.templates)
-        fresh = LabelEncoder(engine, 10).encode(given.labels, named.templates)
-        np.testing.assert_allclose(found.embeddings, fresh, rtol=0, atol=1e-6)
+        cached = resolve(encoder, named.labels, named.templates)
+        fresh = LabelEncoder(engine, 10).encode(definition.labels, named.templates)
+        np.testing.assert_allclose(cached.embeddings, fresh, rtol=0, atol=1e-6)
     assert calls == []
     resolve(encoder, PETS.labels, TREES.templates)  # other templates: another set
     assert len(calls) > 0
@@ -86,22 +86,22 @@ def test_the_bundles_sets_are_known_without_encoding(engine, monkeypatch):
     monkeypatch.setitem(vars(engine.bundle), "label_sets", {"pets": (PETS, embeddings)})
     encoder = LabelEncoder(engine, 10)
     monkeypatch.setattr(encoder, "encode", None)
-    found = resolve(encoder, PETS.labels, encoder.default_templates)
-    assert (found.labels, encoder.named["pets"].labels) == (PETS.labels, PETS.labels)
-    np.testing.assert_array_equal(found.embeddings, embeddings)
+    label_set = resolve(encoder, PETS.labels, encoder.default_templates)
+    assert (label_set.labels, encoder.named["pets"].labels) == (PETS.labels, PETS.labels)
+    np.testing.assert_array_equal(label_set.embeddings, embeddings)
 
 
-@pytest.mark.parametrize("templates", [1, 3, PROMPTS_A_CALL, 2 * PROMPTS_A_CALL])
+@pytest.mark.parametrize("templates", [1, 3, PROMPTS_PER_CALL, 2 * PROMPTS_PER_CALL])
 def test_large_sets_are_encoded_in_small_calls(encoder, engine, monkeypatch, templates):
     calls, encode_text = [], engine.encode_text
     monkeypatch.setattr(engine, "encode_text", lambda tokens: calls.append(len(tokens)) or encode_text(tokens))
     labels = [f"label {i}" for i in range(70)]
-    found = resolve(encoder, labels, [f"{{}} {i}" for i in range(templates)])
-    assert found.embeddings.shape == (70, 24)
-    assert max(calls) <= max(PROMPTS_A_CALL, templates)
+    label_set = resolve(encoder, labels, [f"{{}} {i}" for i in range(templates)])
+    assert label_set.embeddings.shape == (70, 24)
+    assert max(calls) <= max(PROMPTS_PER_CALL, templates)
     assert sum(calls) == 70 * templates
     alone = resolve(LabelEncoder(engine, 10), labels[69:], [f"{{}} {i}" for i in range(templates)])
-    np.testing.assert_allclose(found.embeddings[69:], alone.embeddings, atol=1e-6)
+    np.testing.assert_allclose(label_set.embeddings[69:], alone.embeddings, atol=1e-6)
 
 
 def test_a_set_asked_for_again_is_not_encoded_again(encoder, encoded):
@@ -146,7 +146,7 @@ def test_new_labels_asked_for_at_once_are_encoded_once(encoder, encoded):
 
 
 def test_many_new_labels_do_not_hold_up_a_few(encoder):
-    """2,048 labels under 128 templates are 262,144 texts; who asks for two new labels meanwhile gets them first."""
+    """2,048 labels under 128 templates are 262,144 texts; a request for two new labels meanwhile is answered first."""
 
     async def scene():
         many = asyncio.create_task(encoder.resolve(tuple(f"label {i}" for i in range(2000)), TEMPLATES, run))
@@ -201,11 +201,11 @@ def test_the_cache_keeps_no_more_than_it_may(engine):
     for start in range(0, 100, 5):
         resolve(encoder, [f"label {i}" for i in range(start, start + 5)])
     assert len(encoder._labels) <= 10
-    assert sum(len(made.labels) for made in encoder._sets.values()) <= 10
+    assert sum(len(label_set.labels) for label_set in encoder._sets.values()) <= 10
 
 
 def test_a_kept_embedding_keeps_no_others_in_memory(engine):
-    """The embeddings of one call are one array; a view of one of them would keep all."""
+    """The embeddings of one call are one array; a view of one of them would keep all in memory."""
     encoder = LabelEncoder(engine, 1)
     resolve(encoder, [f"label {i}" for i in range(20)])
     (kept,) = encoder._labels.values()

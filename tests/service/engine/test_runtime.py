@@ -1,4 +1,4 @@
-"""What the graphs run on is as set, or the start is refused with the reason."""
+"""The graphs run on what the settings say, or the start fails with the reason."""
 
 import os
 from dataclasses import replace
@@ -14,7 +14,7 @@ from vitrine.service.engine.runtime import (
     available_processors,
     choose,
     int8_instructions,
-    wanted_provider,
+    requested_provider,
 )
 from vitrine.service.operations.settings import Settings
 
@@ -22,7 +22,7 @@ from vitrine.service.operations.settings import Settings
 def test_a_provider_that_is_not_there_is_refused(bundle, monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     settings = Settings(bundle=bundle.path, provider="cuda")
-    for start in (lambda: wanted_provider(settings), lambda: Engine(bundle, settings)):
+    for start in (lambda: requested_provider(settings), lambda: Engine(bundle, settings)):
         with pytest.raises(EngineError, match=r"VITRINE_PROVIDER=cuda.*only CPUExecutionProvider.*"):
             start()
 
@@ -36,8 +36,8 @@ def test_cuda_is_refused_on_this_machine(bundle):
 
 
 def test_a_provider_that_onnxruntime_does_not_use_is_refused(bundle, monkeypatch):
-    """As when CUDA's libraries are missing: onnxruntime falls back to the CPU with a remark in its log."""
-    monkeypatch.setattr(vitrine.service.engine.runtime, "wanted_provider", lambda settings: "CUDAExecutionProvider")
+    """As when CUDA's libraries are missing: onnxruntime falls back to the CPU with a warning in its log."""
+    monkeypatch.setattr(vitrine.service.engine.runtime, "requested_provider", lambda settings: "CUDAExecutionProvider")
 
     class FallsBack(onnxruntime.InferenceSession):
         def __init__(self, path, options, providers):
@@ -86,20 +86,20 @@ def test_available_processors_honour_the_affinity(monkeypatch, tmp_path):
 
 @pytest.fixture
 def bundle_with(bundle):
-    """bundle_with("fp32", "int8") -> the tiny bundle, said to have these precisions."""
+    """bundle_with("fp32", "int8") -> the tiny bundle, declared to have these precisions."""
     return lambda *names: replace(bundle, manifest=bundle.manifest.model_copy(update={"precisions": names}))
 
 
 @pytest.fixture
 def cpu(monkeypatch, tmp_path):
-    """cpu("avx2 avx512_vnni") -> this CPU has these flags."""
+    """cpu("avx2 avx512_vnni") -> pretend that this CPU has these flags."""
 
-    def has(flags):
+    def set_flags(flags):
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu {flags} sse2\n")
         files = {"/proc/cpuinfo": tmp_path / "cpuinfo"}
         monkeypatch.setattr(vitrine.service.engine.runtime, "Path", lambda path: files.get(path, tmp_path / "missing"))
 
-    return has
+    return set_flags
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A bundle of every sparsifier, cross-layer and per-layer, through the engine to the answer."""
+"""A bundle of every sparsifier, cross-layer and per-layer, from the engine to the answer."""
 
 import io
 

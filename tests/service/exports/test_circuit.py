@@ -1,4 +1,4 @@
-"""Attribution graphs for other viewers: by their own schemas, written down here again, and adding up to the logit."""
+"""Attribution graphs for other viewers: they fit the viewers' schemas, restated here, and add up to the logit."""
 
 import asyncio
 import json
@@ -96,17 +96,17 @@ FEATURE = {
 TYPES = {"cross layer transcoder", "mlp reconstruction error", "embedding", "logit"}
 
 
-def fits(value, schema, where="$"):
-    """`value` has the fields of `schema`, of these types, and no others."""
+def check_schema(value, schema, where="$"):
+    """Assert that `value` has the fields of `schema`, with their types, and no others."""
     if isinstance(schema, dict):
         assert isinstance(value, dict), where
         assert set(value) == set(schema), where
         for name, part in schema.items():
-            fits(value[name], part, f"{where}.{name}")
+            check_schema(value[name], part, f"{where}.{name}")
     elif isinstance(schema, list):
         assert isinstance(value, list), where
         for place, item in enumerate(value):
-            fits(item, schema[0], f"{where}[{place}]")
+            check_schema(item, schema[0], f"{where}[{place}]")
     else:
         assert isinstance(value, schema), where
         assert not isinstance(value, bool) or schema is bool, where
@@ -118,12 +118,12 @@ def as_json(part):
 
 
 def ask(bundle, image, **explain):
-    """(answer, its label set), in this process, with everything that a graph needs."""
+    """(answer, its label set), computed in this process, with everything that a graph needs."""
 
     async def run():
         async with Attributor(bundle, Settings(bundle=bundle.path)) as attributor:
-            given = {"top_k": 1000, "explain": {"features": 1000, "heatmap": True, **explain}}
-            answer = await answer_attribute(attributor, image, AttributeRequest.model_validate(given), "test")
+            request = {"top_k": 1000, "explain": {"features": 1000, "heatmap": True, **explain}}
+            answer = await answer_attribute(attributor, image, AttributeRequest.model_validate(request), "test")
             labels = attributor.labels
             return answer, await labels.resolve(labels.default_labels, labels.default_templates, attributor.batcher.run)
 
@@ -146,17 +146,17 @@ def graph(answer):
     return as_json(attribution_graph(answer, answer.explanations[0], "cat.png", "cat", "./data/cat-features"))
 
 
-def made(**changes):
+def make_answer(**changes):
     """An answer of two layers, two rows of three patches, and small numbers that add up to 3.5."""
     features = [
         Feature(index=5, activation=2.0, contribution=1.0, label="fur", label_score=0.5),
         Feature(index=0, activation=0.5, contribution=-0.25),
         Feature(index=0, activation=4.0, contribution=0.5),
     ]
-    rest = {"share": 0.1, "projection": 0.5, "drop_effect": 0.1}
+    shared_fields = {"share": 0.1, "projection": 0.5, "drop_effect": 0.1}
     layers = [
-        LayerAccount(layer=0, contribution=0.75, features=features[:2], **rest),
-        LayerAccount(layer=1, contribution=0.5, features=features[2:], **rest),
+        LayerAccount(layer=0, contribution=0.75, features=features[:2], **shared_fields),
+        LayerAccount(layer=1, contribution=0.5, features=features[2:], **shared_fields),
     ]
     heatmap = HeatMap(
         rows=2,
@@ -171,7 +171,7 @@ def made(**changes):
     ledger = LedgerAccount(
         prior=0.25, attention=[0.96875, 0.65625], clt=[0.75, 0.5], bias=0.125, error=0.25, remainder=0
     )
-    told = Explanation(target="cat", contrast=None, logit=3.5, ledger=ledger, layers=layers, heatmap=heatmap)
+    explanation = Explanation(target="cat", contrast=None, logit=3.5, ledger=ledger, layers=layers, heatmap=heatmap)
     return AttributeResponse(
         request_id="test",
         model=Model(name="tiny", digest="sha256:abc"),
@@ -179,14 +179,14 @@ def made(**changes):
             Prediction(label="dog", probability=0.25, logit=3),
             Prediction(label="cat", probability=0.5, logit=3.5),
         ],
-        explanations=[told.model_copy(update=changes)],
+        explanations=[explanation.model_copy(update=changes)],
         fidelity=Fidelity(r2=1, cosine=1, error_share=0, reconstructed_top1_agrees=True),
         timings_ms={},
     )
 
 
-def drawn(**changes):
-    answer = made(**changes)
+def make_graph(**changes):
+    answer = make_answer(**changes)
     return as_json(attribution_graph(answer, answer.explanations[0], "cat.png", "cat", "./data/cat-features"))
 
 
@@ -199,11 +199,11 @@ def weights(graph):
 
 
 def test_graph_fits_the_viewers_schemas(graph, answer):
-    fits(graph, GRAPH)
+    check_schema(graph, GRAPH)
     assert {node["feature_type"] for node in graph["nodes"]} == TYPES
     assert graph["qParams"]["clickedId"] in by_id(graph)
     assert len(graph["metadata"]["transcoder_list"]) == len(answer.explanations[0].layers)
-    # Both viewers read the logit's share so; without it they fail.
+    # Both viewers parse the logit's share in this way; without it they fail.
     (logit,) = [node for node in graph["nodes"] if node["feature_type"] == "logit"]
     assert float(logit["clerp"].split("(p=")[1].split(")")[0]) == round(logit["token_prob"], 3)
 
@@ -211,7 +211,7 @@ def test_graph_fits_the_viewers_schemas(graph, answer):
 def test_ids_are_unique_and_every_link_has_both_ends(graph):
     nodes = by_id(graph)
     assert len(nodes) == len(graph["nodes"]) == len({node["jsNodeId"] for node in graph["nodes"]})
-    # The viewers' own key; they take nodes that share it for one feature.
+    # The viewers' own key; they treat nodes that share it as one feature.
     assert len({(node["layer"], node["feature"], node["ctx_idx"]) for node in graph["nodes"]}) == len(nodes)
     (logit,) = [name for name, node in nodes.items() if node["feature_type"] == "logit"]
     assert {link["target"] for link in graph["links"]} == {logit}
@@ -220,44 +220,46 @@ def test_ids_are_unique_and_every_link_has_both_ends(graph):
 
 
 def test_links_add_up_to_the_logit(graph, answer):
-    told, rest = answer.explanations[0], graph["metadata"]["generation_settings"]
+    explanation, settings = answer.explanations[0], graph["metadata"]["generation_settings"]
     linked = sum(link["weight"] for link in graph["links"])
-    parts = linked + rest["bias"] + sum(rest["attention_constants"]) + rest["remainder"]
-    assert parts == pytest.approx(told.logit, abs=1e-9)
-    assert rest["logit"] == told.logit
-    assert abs(rest["remainder"]) < 1e-4, "it is rounding, and nothing that the graph forgot"
+    parts = linked + settings["bias"] + sum(settings["attention_constants"]) + settings["remainder"]
+    assert parts == pytest.approx(explanation.logit, abs=1e-9)
+    assert settings["logit"] == explanation.logit
+    assert abs(settings["remainder"]) < 1e-4, "it is rounding, and nothing that the graph forgot"
 
 
 def test_links_are_the_ledgers_rows(graph, answer):
-    told, nodes, found = answer.explanations[0], by_id(graph), weights(graph)
+    explanation, nodes, weight_of = answer.explanations[0], by_id(graph), weights(graph)
 
     def total(kind, layer=None):
         return sum(
             weight
-            for name, weight in found.items()
+            for name, weight in weight_of.items()
             if nodes[name]["feature_type"] == kind and layer in (None, nodes[name]["layer"])
         )
 
-    for layer, row in enumerate(told.ledger.clt):
+    for layer, row in enumerate(explanation.ledger.clt):
         assert total("cross layer transcoder", str(layer)) == pytest.approx(row, abs=1e-4)
-    taken = told.ledger.prior + sum(told.ledger.attention) - sum(told.heatmap.constant)
-    assert total("embedding") == pytest.approx(taken, abs=1e-4)
-    assert total("mlp reconstruction error") == told.ledger.error
-    assert len(graph["nodes"]) == len(told.heatmap.total) + 3 + sum(len(layer.features) for layer in told.layers)
+    expected = explanation.ledger.prior + sum(explanation.ledger.attention) - sum(explanation.heatmap.constant)
+    assert total("embedding") == pytest.approx(expected, abs=1e-4)
+    assert total("mlp reconstruction error") == explanation.ledger.error
+    assert len(graph["nodes"]) == len(explanation.heatmap.total) + 3 + sum(
+        len(layer.features) for layer in explanation.layers
+    )
 
 
 def test_features_are_the_answers(graph, answer):
-    nodes, found = by_id(graph), weights(graph)
+    nodes, weight_of = by_id(graph), weights(graph)
     for layer in answer.explanations[0].layers:
         for feature in layer.features:
             node = nodes[f"{layer.layer}_{feature.index}_0"]
-            assert found[node["node_id"]] == feature.contribution
+            assert weight_of[node["node_id"]] == feature.contribution
             assert node["activation"] == feature.activation
             assert node["clerp"] == (feature.label or "")
 
 
 def test_nodes_of_a_small_account():
-    graph = drawn()
+    graph = make_graph()
     assert graph["metadata"]["prompt_tokens"] == ["[CLS]", "p(0,0)", "p(0,1)", "p(0,2)", "p(1,0)", "p(1,1)", "p(1,2)"]
     assert weights(graph) == {
         "E_0_0": 0.5,
@@ -297,18 +299,18 @@ def test_nodes_of_a_small_account():
 
 
 def test_what_the_graph_misses_is_its_remainder():
-    assert drawn(logit=3.75)["metadata"]["generation_settings"]["remainder"] == 0.25
+    assert make_graph(logit=3.75)["metadata"]["generation_settings"]["remainder"] == 0.25
 
 
 def test_influence_is_the_share_down_to_a_node():
-    """circuit-tracer's: nodes by |effect|, largest first, and the share of all that they make up by then."""
-    graph = drawn()
-    nodes, found = by_id(graph), weights(graph)
-    gross = sum(map(abs, found.values()))
+    """As in circuit-tracer: the cumulative share of nodes sorted by |effect|, largest first."""
+    graph = make_graph()
+    nodes, weight_of = by_id(graph), weights(graph)
+    gross = sum(map(abs, weight_of.values()))
     assert nodes["0_5_0"]["influence"] == 1 / gross
     assert nodes["E_6_6"]["influence"] == 1.75 / gross
-    order = sorted(found, key=lambda name: nodes[name]["influence"])
-    assert all(abs(found[one]) >= abs(found[other]) for one, other in pairwise(order))
+    order = sorted(weight_of, key=lambda name: nodes[name]["influence"])
+    assert all(abs(weight_of[one]) >= abs(weight_of[other]) for one, other in pairwise(order))
     assert nodes[order[-1]]["influence"] == 1
     assert nodes["3_0_0"]["influence"] is None
 
@@ -320,19 +322,19 @@ def test_influence_never_passes_the_threshold(graph):
 
 
 def test_an_account_of_nothing_is_drawn():
-    """A label against itself."""
-    still = made(contrast="cat")
-    told = still.explanations[0]
-    empty = told.heatmap.model_copy(update={"total": [0] * 6, "class_token": [0] * 2, "constant": [0] * 2})
+    """A label contrasted with itself."""
+    answer = make_answer(contrast="cat")
+    explanation = answer.explanations[0]
+    empty = explanation.heatmap.model_copy(update={"total": [0] * 6, "class_token": [0] * 2, "constant": [0] * 2})
     ledger = LedgerAccount(prior=0, attention=[0, 0], clt=[0, 0], bias=0, error=0, remainder=0)
-    layers = [layer.model_copy(update={"contribution": 0, "features": []}) for layer in told.layers]
-    graph = drawn(contrast="cat", heatmap=empty, ledger=ledger, layers=layers, logit=0)
-    fits(graph, GRAPH)
+    layers = [layer.model_copy(update={"contribution": 0, "features": []}) for layer in explanation.layers]
+    graph = make_graph(contrast="cat", heatmap=empty, ledger=ledger, layers=layers, logit=0)
+    check_schema(graph, GRAPH)
     assert set(weights(graph).values()) == {0}
 
 
 def test_a_contrast_is_named_with_the_targets_probability():
-    graph = drawn(contrast="dog")
+    graph = make_graph(contrast="dog")
     logit = by_id(graph)["3_0_0"]
     assert (logit["clerp"], logit["token_prob"]) == ('Output "cat - dog" (p=0.500)', 0.5)
     assert graph["metadata"]["prompt"] == "cat.png: why cat rather than dog"
@@ -340,7 +342,7 @@ def test_a_contrast_is_named_with_the_targets_probability():
 
 
 def test_a_feature_without_a_label_has_no_clerp():
-    nodes = by_id(drawn())
+    nodes = by_id(make_graph())
     assert (nodes["0_5_0"]["clerp"], nodes["0_0_0"]["clerp"]) == ("fur", "")
 
 
@@ -348,12 +350,12 @@ HOSTILE = 'a "cat" (p=1)\n<img src=x onerror=alert(1)> \\ \u2028 \U0001f408 </sc
 
 
 def test_hostile_labels_stay_text(tmp_path):
-    answer = made(target=HOSTILE)
+    answer = make_answer(target=HOSTILE)
     answer.predictions[1].label = HOSTILE
     answer.explanations[0].layers[0].features[0].label = HOSTILE
     (path,) = write_graphs(tmp_path / "cat.json", answer, "<b>.png", None, None, None)
     graph = json.loads(path.read_text(encoding="utf-8"))
-    fits(graph, GRAPH)
+    check_schema(graph, GRAPH)
     assert graph["metadata"]["generation_settings"]["target"] == HOSTILE
     logit, feature = by_id(graph)["3_0_0"], by_id(graph)["0_5_0"]
     for node in (logit, feature):
@@ -364,7 +366,7 @@ def test_hostile_labels_stay_text(tmp_path):
 
 
 def test_an_image_whose_name_is_no_text_is_drawn():
-    answer = made()
+    answer = make_answer()
     graph = attribution_graph(answer, answer.explanations[0], "cat\udcff.png", "cat", "")
     assert graph.metadata.prompt == "cat?.png: why cat"
 
@@ -373,14 +375,14 @@ def test_an_image_whose_name_is_no_text_is_drawn():
     ("name", "scan"), [("b32-v1.0", "custom-b32-v1.0"), ("my bundle/ü", "custom-my-bundle--")], ids=["plain", "odd"]
 )
 def test_scan_is_made_of_what_neuronpedia_takes(name, scan):
-    answer = made()
+    answer = make_answer()
     answer.model.name = name
     metadata = attribution_graph(answer, answer.explanations[0], "", "cat", "").metadata
     assert (metadata.scan, metadata.generation_settings["model"]["name"]) == (scan, name)
 
 
 def without_last_feature():
-    first, second = made().explanations[0].layers
+    first, second = make_answer().explanations[0].layers
     return [first.model_copy(update={"features": first.features[:1]}), second]
 
 
@@ -394,8 +396,8 @@ def without_last_feature():
     ids=["heat map", "features", "target"],
 )
 def test_an_answer_that_lacks_something_is_refused_and_nothing_written(changes, missing, tmp_path):
-    answer = made()
-    answer.explanations.append(made(**changes).explanations[0])
+    answer = make_answer()
+    answer.explanations.append(make_answer(**changes).explanations[0])
     with pytest.raises(CircuitError, match=missing):
         write_graphs(tmp_path / "cat.json", answer, "cat.png", None, None, None)
     assert not list(tmp_path.iterdir())
@@ -409,9 +411,9 @@ def test_feature_numbers_are_cantors():
     for layer in range(20):
         for index in range(20):
             number = feature_number(layer, index)
-            diagonal = (math.isqrt(8 * number + 1) - 1) // 2  # the viewers' way back
-            found = number - diagonal * (diagonal + 1) // 2
-            assert (diagonal - found, found) == (layer, index)
+            diagonal = (math.isqrt(8 * number + 1) - 1) // 2  # the viewers' inverse
+            second = number - diagonal * (diagonal + 1) // 2
+            assert (diagonal - second, second) == (layer, index)
 
 
 CARD = Card(
@@ -442,11 +444,11 @@ LABELS = ["cat", "dog", "car", "tree", "frog"]
 
 
 def test_details_of_a_feature_that_is_read_at_cls():
-    found = as_json(feature_details(CARD, "sha256:abc/1", TOKENS, LABELS))
-    fits(found, FEATURE)
-    percentiles = found.pop("quantile_values")
+    details = as_json(feature_details(CARD, "sha256:abc/1", TOKENS, LABELS))
+    check_schema(details, FEATURE)
+    percentiles = details.pop("quantile_values")
     example = {"tokens": TOKENS, "train_token_ind": 0, "is_repeated_datapoint": False}
-    assert found == {
+    assert details == {
         "transcoder_id": "sha256:abc/1",
         "index": 7,
         "examples_quantiles": [
@@ -472,35 +474,35 @@ def test_details_of_a_feature_that_is_read_at_cls():
 
 
 def test_details_of_a_feature_that_is_read_at_patches():
-    found = as_json(feature_details(replace(CARD, read_at="patches"), "", TOKENS, LABELS))
-    fits(found, FEATURE)
-    first, _ = found["examples_quantiles"][0]["examples"]
+    details = as_json(feature_details(replace(CARD, read_at="patches"), "", TOKENS, LABELS))
+    check_schema(details, FEATURE)
+    first, _ = details["examples_quantiles"][0]["examples"]
     assert (first["tokens"], first["tokens_acts_list"]) == (TOKENS[1:], [0, 0.5, 0.1, 0, 0, 0])
     assert first["train_token_ind"] == 1
-    assert found["activation_frequency"] == 0.125
+    assert details["activation_frequency"] == 0.125
 
 
 def test_details_of_a_feature_that_fires_below_zero():
-    below = replace(CARD, quantiles=[-5.0, -4.0, -3.0, -2.0, -1.0], exemplars=[Exemplar(0, -6.0, bytes(6))])
-    found = feature_details(below, "", TOKENS, LABELS)
-    assert found.examples_quantiles[0]["examples"][0]["tokens_acts_list"][0] == 6
-    assert found.quantile_values[0] == pytest.approx(-5.8)
-    assert found.quantile_values == sorted(found.quantile_values)
+    negative = replace(CARD, quantiles=[-5.0, -4.0, -3.0, -2.0, -1.0], exemplars=[Exemplar(0, -6.0, bytes(6))])
+    details = feature_details(negative, "", TOKENS, LABELS)
+    assert details.examples_quantiles[0]["examples"][0]["tokens_acts_list"][0] == 6
+    assert details.quantile_values[0] == pytest.approx(-5.8)
+    assert details.quantile_values == sorted(details.quantile_values)
 
 
 def test_details_of_a_feature_that_never_fires():
     dead = replace(CARD, quantiles=[], largest=0.0, histogram=[], exemplars=[])
-    found = as_json(feature_details(dead, "", TOKENS, ["cat"]))
-    fits(found, FEATURE)
+    details = as_json(feature_details(dead, "", TOKENS, ["cat"]))
+    check_schema(details, FEATURE)
     # Neuronpedia reads the first group, whether there is one or not.
-    assert found["examples_quantiles"] == [{"quantile_name": "Top activations", "examples": []}]
-    assert (found["quantile_values"], found["top_logits"], found["bottom_logits"]) == ([], [], [])
+    assert details["examples_quantiles"] == [{"quantile_name": "Top activations", "examples": []}]
+    assert (details["quantile_values"], details["top_logits"], details["bottom_logits"]) == ([], [], [])
 
 
 def test_long_lists_of_labels_are_cut():
-    found = feature_details(CARD, "", TOKENS, [str(place) for place in range(100)])
-    assert found.top_logits == [str(place) for place in range(10)]
-    assert found.bottom_logits == [str(place) for place in range(99, 89, -1)]
+    details = feature_details(CARD, "", TOKENS, [str(place) for place in range(100)])
+    assert details.top_logits == [str(place) for place in range(10)]
+    assert details.bottom_logits == [str(place) for place in range(99, 89, -1)]
 
 
 @pytest.fixture(scope="module")
@@ -514,17 +516,17 @@ def test_files_lie_where_the_viewer_looks(asked, carded, tmp_path):
     written = write_graphs(tmp_path / "new" / "cat.json", answer, "cat.png", carded, labels, carded.cards)
     assert [path.name for path in written] == ["cat.json", "cat-2.json"]
     served = {path.relative_to(tmp_path / "new").as_posix() for path in (tmp_path / "new").rglob("*") if path.is_file()}
-    for path, told in zip(written, answer.explanations, strict=True):
+    for path, explanation in zip(written, answer.explanations, strict=True):
         assert path.read_bytes().endswith(b"}\n")
         graph = json.loads(path.read_text(encoding="utf-8"))
-        fits(graph, GRAPH)
+        check_schema(graph, GRAPH)
         metadata = graph["metadata"]
-        assert (metadata["slug"], metadata["generation_settings"]["target"]) == (path.stem, told.target)
+        assert (metadata["slug"], metadata["generation_settings"]["target"]) == (path.stem, explanation.target)
         assert metadata["scan"].startswith("custom-"), "or the viewer does not ask `transcoder_list`"
         features = [node for node in graph["nodes"] if node["feature_type"] == "cross layer transcoder"]
-        places = {f"{metadata['transcoder_list'][int(node['layer'])]}/{node['feature']}.json" for node in features}
-        # The viewer's server shows the folder as ./data.
-        assert {place.removeprefix("./data/") for place in places} | {"cat.json", "cat-2.json"} == served
+        addresses = {f"{metadata['transcoder_list'][int(node['layer'])]}/{node['feature']}.json" for node in features}
+        # The viewer's server serves the folder as ./data.
+        assert {address.removeprefix("./data/") for address in addresses} | {"cat.json", "cat-2.json"} == served
 
 
 def test_feature_files_are_the_cards(asked, carded, tmp_path):
@@ -535,11 +537,11 @@ def test_feature_files_are_the_cards(asked, carded, tmp_path):
         for feature in layer.features:
             text = (tmp_path / f"cat-features/{feature_number(layer.layer, feature.index)}.json").read_text("utf-8")
             assert text.endswith("}\n")
-            found, card = json.loads(text), carded.cards.card(layer.layer, feature.index)
-            fits(found, FEATURE)
-            assert (found["index"], found["act_max"], found["histogram"]) == (card.index, card.largest, card.histogram)
-            assert found["transcoder_id"] == f"{carded.digest}/{layer.layer}"
-            (group,) = found["examples_quantiles"]
+            file, card = json.loads(text), carded.cards.card(layer.layer, feature.index)
+            check_schema(file, FEATURE)
+            assert (file["index"], file["act_max"], file["histogram"]) == (card.index, card.largest, card.histogram)
+            assert file["transcoder_id"] == f"{carded.digest}/{layer.layer}"
+            (group,) = file["examples_quantiles"]
             assert len(group["examples"]) == len(card.exemplars)
             for example, exemplar in zip(group["examples"], card.exemplars, strict=True):
                 assert len(example["tokens"]) == len(example["tokens_acts_list"])
@@ -548,19 +550,19 @@ def test_feature_files_are_the_cards(asked, carded, tmp_path):
             effects = carded.directions[layer.layer, feature.index].astype(float) @ carded.fold @ labels.embeddings.T
             ranked = [labels.labels[place] for place in np.argsort(-effects)]
             half = len(ranked) // 2
-            assert (found["top_logits"], found["bottom_logits"]) == (ranked[:half], ranked[::-1][:half])
+            assert (file["top_logits"], file["bottom_logits"]) == (ranked[:half], ranked[::-1][:half])
 
 
 def test_without_cards_there_are_no_feature_files(tmp_path):
-    (tmp_path / "cat-features").mkdir()  # of an earlier export, perhaps of another bundle
-    (path,) = write_graphs(tmp_path / "cat.json", made(), "cat.png", None, None, None)
+    (tmp_path / "cat-features").mkdir()  # left by an earlier export, perhaps of another bundle
+    (path,) = write_graphs(tmp_path / "cat.json", make_answer(), "cat.png", None, None, None)
     assert list((tmp_path / "cat-features").iterdir()) == []
     graph = json.loads(path.read_text(encoding="utf-8"))
-    assert not any("cat-features" in place for place in graph["metadata"]["transcoder_list"])
+    assert not any("cat-features" in address for address in graph["metadata"]["transcoder_list"])
 
 
 @pytest.mark.parametrize("name", ["cat", "cat.txt", "my cat.json", "cät.json", ".json", "cat.json.gz"])
 def test_names_that_the_viewers_do_not_find_are_refused(name, tmp_path):
     with pytest.raises(CircuitError, match=r"NAME\.json"):
-        write_graphs(tmp_path / name, made(), "cat.png", None, None, None)
+        write_graphs(tmp_path / name, make_answer(), "cat.png", None, None, None)
     assert not list(tmp_path.iterdir())

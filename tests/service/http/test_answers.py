@@ -1,4 +1,4 @@
-"""What a request is answered, through a real server process."""
+"""The answers to requests, through a real server process."""
 
 import json
 import math
@@ -21,9 +21,9 @@ def without_timings(answer):
 
 
 def test_multipart_and_json_give_the_same_answer(server, picture):
-    asked = {"labels": ["cat", "dog"], "top_k": 1, "explain": {"targets": ["dog"], "contrast": "cat", "features": 2}}
-    multipart = server.attribute(picture(), **asked)
-    plain = server.post_json("/v1/attribute", picture(), **asked)
+    request = {"labels": ["cat", "dog"], "top_k": 1, "explain": {"targets": ["dog"], "contrast": "cat", "features": 2}}
+    multipart = server.attribute(picture(), **request)
+    plain = server.post_json("/v1/attribute", picture(), **request)
     assert plain.status_code == 200
     assert without_timings(plain.json()) == without_timings(multipart)
 
@@ -89,8 +89,8 @@ def test_layers_say_what_the_ledger_says(server, picture):
 
 def test_named_label_set_is_its_labels_and_templates(server, picture):
     named = server.attribute(picture(), label_set="pets")
-    spelled = server.attribute(picture(), labels=["cat", "dog"], templates=["a photo of my {}"])
-    assert without_timings(named) == without_timings(spelled)
+    explicit = server.attribute(picture(), labels=["cat", "dog"], templates=["a photo of my {}"])
+    assert without_timings(named) == without_timings(explicit)
     other = server.attribute(picture(), label_set="pets", templates=["{}"])
     assert without_timings(other) == without_timings(
         server.attribute(picture(), labels=["cat", "dog"], templates=["{}"])
@@ -112,13 +112,13 @@ def test_heat_maps_split_the_attention_rows(server, picture):
 
 def test_matrix_sums_to_one_and_ends_with_the_projection(server, picture):
     answer = server.attribute(picture(), explain={"matrix": True})
-    for of_type in answer["matrix"].values():
-        assert len(of_type) == LAYERS
-        for target, row in enumerate(of_type):
+    for matrix in answer["matrix"].values():
+        assert len(matrix) == LAYERS
+        for target, row in enumerate(matrix):
             assert sum(row) == pytest.approx(1, abs=1e-5)
             assert row[target + 1 :] == [0] * (LAYERS - 1 - target)
     projection = [layer["projection"] for layer in answer["explanations"][0]["layers"]]
-    assert answer["matrix"]["cls"][-1] == pytest.approx(projection, abs=0.02)  # bytes for what is float32 there
+    assert answer["matrix"]["cls"][-1] == pytest.approx(projection, abs=0.02)  # stored as bytes here, as float32 there
     assert answer["timings_ms"]["matrix"] > 0
 
 
@@ -159,8 +159,8 @@ def test_features_are_sorted_and_sum_to_their_layers_row(server, picture):
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_fewer_features_are_the_first_of_all(server, picture, count):
     everything = server.attribute(picture(), explain={"features": ACTIVE})["explanations"][0]["layers"]
-    some = server.attribute(picture(), explain={"features": count})["explanations"][0]["layers"]
-    assert [layer["features"] for layer in some] == [layer["features"][:count] for layer in everything]
+    limited = server.attribute(picture(), explain={"features": count})["explanations"][0]["layers"]
+    assert [layer["features"] for layer in limited] == [layer["features"][:count] for layer in everything]
 
 
 def test_probabilities_of_all_labels_sum_to_one(server, picture):
@@ -182,8 +182,8 @@ def test_top_k_limits_the_predictions_and_not_the_softmax(server, picture, top_k
 def test_contrast_is_the_difference_of_two_single_ledgers(server, picture):
     singles = {e["target"]: e for e in server.attribute(picture(), explain=EVERYTHING)["explanations"]}
     contrast, *others = LABELS
-    asked = {"targets": others, "contrast": contrast, "features": ACTIVE}
-    for explanation in server.attribute(picture(), explain=asked)["explanations"]:
+    explain = {"targets": others, "contrast": contrast, "features": ACTIVE}
+    for explanation in server.attribute(picture(), explain=explain)["explanations"]:
         this, that = singles[explanation["target"]], singles[contrast]
         assert explanation["contrast"] == contrast
         assert explanation["logit"] == pytest.approx(this["logit"] - that["logit"], abs=1e-4)
@@ -205,10 +205,10 @@ def test_contrast_with_itself_is_nothing_and_no_error(server, picture):
 
 
 def test_several_targets_come_in_the_order_asked_for(server, picture):
-    wanted = [LABELS[2], LABELS[0]]
-    both = server.attribute(picture(), explain={"targets": wanted})["explanations"]
-    assert [explanation["target"] for explanation in both] == wanted
-    alone = [server.attribute(picture(), explain={"targets": [target]})["explanations"][0] for target in wanted]
+    targets = [LABELS[2], LABELS[0]]
+    both = server.attribute(picture(), explain={"targets": targets})["explanations"]
+    assert [explanation["target"] for explanation in both] == targets
+    alone = [server.attribute(picture(), explain={"targets": [target]})["explanations"][0] for target in targets]
     assert both == alone
 
 
@@ -229,16 +229,16 @@ def test_the_bundles_own_labels_and_templates_are_the_default(server, picture):
     default = without_timings(server.attribute(picture()))
     assert without_timings(server.attribute(picture(), label_set="default")) == default
     assert without_timings(server.attribute(picture(), labels=LABELS, templates=text["templates"])) == default
-    nothing = server.post("/v1/attribute", picture(), '{"labels": null, "label_set": null, "templates": null}')
-    assert without_timings(nothing.json()) == default
+    nulls = server.post("/v1/attribute", picture(), '{"labels": null, "label_set": null, "templates": null}')
+    assert without_timings(nulls.json()) == default
 
 
 def test_order_of_labels_does_not_matter(server, picture):
     one = server.attribute(picture(), labels=["cat", "dog", "car"])
     other = server.attribute(picture(), labels=["car", "cat", "dog"])
-    for found, expected in zip(one["predictions"], other["predictions"], strict=True):
-        assert found["label"] == expected["label"]
-        assert found["probability"] == pytest.approx(expected["probability"], abs=1e-6)
+    for prediction, expected in zip(one["predictions"], other["predictions"], strict=True):
+        assert prediction["label"] == expected["label"]
+        assert prediction["probability"] == pytest.approx(expected["probability"], abs=1e-6)
 
 
 def test_whitespace_around_labels_is_taken_off_everywhere(server, picture):
@@ -269,11 +269,11 @@ def test_unusual_labels_are_answered(server, picture, labels):
 
 
 def test_classify_is_attribute_without_the_account(server, picture):
-    asked = {"labels": ["cat", "dog", "car"], "templates": ["this is a {}"], "top_k": 2}
-    full = server.attribute(picture(), **asked)
+    request = {"labels": ["cat", "dog", "car"], "templates": ["this is a {}"], "top_k": 2}
+    full = server.attribute(picture(), **request)
     for response in (
-        server.post("/v1/classify", picture(), asked),
-        server.post_json("/v1/classify", picture(), **asked),
+        server.post("/v1/classify", picture(), request),
+        server.post_json("/v1/classify", picture(), **request),
     ):
         assert response.status_code == 200
         answer = response.json()
@@ -286,10 +286,10 @@ def test_many_at_once_get_their_own_answers(server, picture):
     alone = [server.attribute(image)["explanations"] for image in images]
     with ThreadPoolExecutor(12) as pool:
         together = list(pool.map(lambda image: server.attribute(image)["explanations"], images * 3))
-    for found, expected in zip(together, alone * 3, strict=True):
-        assert found[0]["target"] == expected[0]["target"]
-        assert found[0]["logit"] == pytest.approx(expected[0]["logit"], abs=1e-4)
-        assert found[0]["ledger"]["clt"] == pytest.approx(expected[0]["ledger"]["clt"], abs=1e-4)
+    for explanations, expected in zip(together, alone * 3, strict=True):
+        assert explanations[0]["target"] == expected[0]["target"]
+        assert explanations[0]["logit"] == pytest.approx(expected[0]["logit"], abs=1e-4)
+        assert explanations[0]["ledger"]["clt"] == pytest.approx(expected[0]["ledger"]["clt"], abs=1e-4)
 
 
 def test_model_is_the_bundle_that_is_served(server, carded, picture):

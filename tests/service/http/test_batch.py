@@ -1,4 +1,4 @@
-"""/v1/attribute:batch: every image as if it had come alone, and one that fails, fails alone."""
+"""/v1/attribute:batch: every image is answered as if it had come alone, and one that fails, fails alone."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ def post(server, images, request=None, **headers):
 
 
 def numbers(answer):
-    """Every number of an answer, in order, but for the times."""
+    """All numbers of an answer, in order, except the timings."""
     if isinstance(answer, dict):
         return [number for key, value in answer.items() if key != "timings_ms" for number in numbers(value)]
     if isinstance(answer, list):
@@ -80,13 +80,13 @@ def test_what_concerns_all_is_one_refusal(server, picture, refused):
 
 @pytest.mark.parametrize("more", [1, 2, 30])
 def test_more_images_than_allowed_are_refused(server, picture, refused, more):
-    most = Settings.model_fields["max_batch"].default
-    refused(post(server, [b"x"] * (most + more)), 413, "batch_too_large")
-    body = json.dumps({"images_base64": ["AAAA"] * (most + more)})
+    limit = Settings.model_fields["max_batch"].default
+    refused(post(server, [b"x"] * (limit + more)), 413, "batch_too_large")
+    body = json.dumps({"images_base64": ["AAAA"] * (limit + more)})
     refused(server.post_text(body, PATH), 413, "batch_too_large")
 
 
 def test_a_batch_of_the_largest_size_is_answered(server, picture):
-    most = Settings.model_fields["max_batch"].default
-    response = post(server, [picture(size=(32, 32), seed=seed) for seed in range(most)])
-    assert [result["status"] for result in response.json()["results"]] == [200] * most
+    limit = Settings.model_fields["max_batch"].default
+    response = post(server, [picture(size=(32, 32), seed=seed) for seed in range(limit)])
+    assert [result["status"] for result in response.json()["results"]] == [200] * limit

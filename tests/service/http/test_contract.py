@@ -1,7 +1,7 @@
-"""The OpenAPI document is true: schemathesis asks everything that it allows, and much that it does not.
+"""The OpenAPI document is accurate: schemathesis sends requests that it allows, and many that it does not.
 
-Two of its checks do not fit. Random bytes are no image, whatever a schema can say (positive_data_acceptance); and its
-multipart encoder sends nothing at all for an empty list in the place of an object, which is then a valid request
+Two of its checks do not apply. Random bytes are not an image, which no schema can say (positive_data_acceptance); and
+its multipart encoder sends nothing at all for an empty list instead of an object, which is then a valid request
 (negative_data_rejection).
 """
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CASES = "60"  # an operation, besides those of its coverage phase
+CASES = "60"  # per operation, besides those of its coverage phase
 
 
 def test_schemathesis_finds_nothing(server, tmp_path):
@@ -18,9 +18,9 @@ def test_schemathesis_finds_nothing(server, tmp_path):
     options = ["--max-examples", CASES, "--checks", "all", "--generation-deterministic", "--no-color"]
     options += ["--phases", "coverage,fuzzing", "--continue-on-failure", "--warnings", "off"]
     options += ["--exclude-checks", "positive_data_acceptance,negative_data_rejection"]
-    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-6_000:] + done.stderr[-2_000:]
-    generated = re.search(r"([\d,]+) generated", done.stdout)
-    assert generated, done.stdout[-2_000:]
+    finished = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert finished.returncode == 0, finished.stdout[-6_000:] + finished.stderr[-2_000:]
+    generated = re.search(r"([\d,]+) generated", finished.stdout)
+    assert generated, finished.stdout[-2_000:]
     assert int(generated[1].replace(",", "")) > 500
     assert server.log.read_text().count('"status": 5') == 0

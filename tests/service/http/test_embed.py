@@ -10,16 +10,16 @@ import pytest
 def test_an_image_and_texts_are_embedded_as_the_engine_does(server, engine, picture):
     texts = ["a photo of a cat", "x"]
     answer = server.post("/v1/embed", picture(), {"texts": texts}).json()
-    embedding, of_texts = np.array(answer["embedding"]), np.array(answer["text_embeddings"])
+    embedding, text_embeddings = np.array(answer["embedding"]), np.array(answer["text_embeddings"])
     width = engine.bundle.manifest.shape.embedding
-    assert (embedding.shape, of_texts.shape) == ((width,), (2, width))
+    assert (embedding.shape, text_embeddings.shape) == ((width,), (2, width))
     assert np.linalg.norm(embedding) == pytest.approx(1, abs=1e-5)
-    assert np.linalg.norm(of_texts, axis=1) == pytest.approx(1, abs=1e-5)
-    # what /v1/classify makes of the same: logits are scaled cosines
-    asked = {"labels": texts, "templates": ["{}"]}
-    predictions = server.post("/v1/classify", picture(), asked).json()["predictions"]
+    assert np.linalg.norm(text_embeddings, axis=1) == pytest.approx(1, abs=1e-5)
+    # /v1/classify answers the same: logits are scaled cosines
+    request = {"labels": texts, "templates": ["{}"]}
+    predictions = server.post("/v1/classify", picture(), request).json()["predictions"]
     logits = {prediction["label"]: prediction["logit"] for prediction in predictions}
-    cosines = engine.bundle.manifest.logit_scale * of_texts @ embedding
+    cosines = engine.bundle.manifest.logit_scale * text_embeddings @ embedding
     assert [logits[text] for text in texts] == pytest.approx(cosines, abs=1e-3)
 
 
@@ -57,7 +57,7 @@ def test_refusals(server, refused, image, request_part, status, code):
 
 def test_labels_are_the_sets_that_may_be_named(server, carded):
     answer = server.http.get("/v1/labels").json()
-    sets = {found["name"]: (found["labels"], found["templates"]) for found in answer["label_sets"]}
+    sets = {label_set["name"]: (label_set["labels"], label_set["templates"]) for label_set in answer["label_sets"]}
     text = carded.manifest.text
     assert sets["default"] == (list(text.labels), list(text.templates))
     assert sets["pets"] == (["cat", "dog"], ["a photo of my {}"])

@@ -1,4 +1,4 @@
-"""The clients in service/examples, run against a real server that asks for a key."""
+"""The clients in service/examples, run against a real server that requires a key."""
 
 import json
 import os
@@ -29,11 +29,11 @@ def photo(picture, tmp_path):
 
 @pytest.fixture
 def expected(guarded, photo):
-    """The predictions, as the engine's server gives them."""
+    """The predictions, as the server answers them."""
     answer = guarded.post(
         "/v1/attribute", photo.read_bytes(), {"labels": LABELS}, Authorization="Bearer the-key"
     ).json()
-    return [(found["label"], found["probability"]) for found in answer["predictions"]]
+    return [(prediction["label"], prediction["probability"]) for prediction in answer["predictions"]]
 
 
 def example(name, guarded, photo, key="the-key"):
@@ -48,8 +48,8 @@ def example(name, guarded, photo, key="the-key"):
         environment |= {"URL": url, "KEY": key}
     else:
         command = [sys.executable, EXAMPLES / name, photo, *LABELS, "--url", url, "--key", key]
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=120)
-    return done.returncode, done.stdout, done.stderr
+    finished = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=120)
+    return finished.returncode, finished.stdout, finished.stderr
 
 
 NAMES = sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".sh", ".py", ".mjs"))
@@ -61,13 +61,13 @@ def test_there_is_one_for_each_language():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_answer_is_shown(name, guarded, photo, expected):
-    status, shown, error = example(name, guarded, photo)
+    status, output, error = example(name, guarded, photo)
     assert (status, error) == (0, "")
     if name == "attribute.sh":
-        found = [(p["label"], p["probability"]) for p in json.loads(shown)["predictions"]]
-        assert [label for label, _ in found] == [label for label, _ in expected]
+        predictions = [(p["label"], p["probability"]) for p in json.loads(output)["predictions"]]
+        assert [label for label, _ in predictions] == [label for label, _ in expected]
         return
-    lines = [line.split() for line in shown.splitlines()[: len(LABELS)]]
+    lines = [line.split() for line in output.splitlines()[: len(LABELS)]]
     assert [label for _, label in lines] == [label for label, _ in expected]
     assert [float(share.rstrip("%")) for share, _ in lines] == pytest.approx([100 * p for _, p in expected], abs=0.06)
 
@@ -77,7 +77,7 @@ def test_the_answer_is_shown(name, guarded, photo, expected):
 def test_a_refusal_is_shown_and_is_no_success(name, guarded, photo, mistake):
     if mistake == "no image":
         photo.write_bytes(b"no image")
-    status, shown, error = example(name, guarded, photo, key="wrong" if mistake == "wrong key" else "the-key")
+    status, output, error = example(name, guarded, photo, key="wrong" if mistake == "wrong key" else "the-key")
     assert status != 0
-    assert ("unsupported_image" if mistake == "no image" else "unauthorized") in shown + error
+    assert ("unsupported_image" if mistake == "no image" else "unauthorized") in output + error
     assert "Traceback" not in error

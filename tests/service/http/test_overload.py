@@ -1,4 +1,4 @@
-"""What a healthy server does not show: the same app in this process, its engine held up."""
+"""What a healthy server does not show: the same app in this process, with its engine blocked."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ from vitrine.service.operations.settings import Settings
 
 
 def talk_to(app, conversation, ready=True):
-    """What `conversation(client)` returns, spoken to `app` after (or before) it has loaded its bundle."""
+    """The result of `conversation(client)` with `app`, after (or before) it has loaded its bundle."""
 
     async def talk():
         transport, headers = httpx.ASGITransport(app, raise_app_exceptions=False), {"X-Request-ID": "mine"}
@@ -38,7 +38,7 @@ def talk_to(app, conversation, ready=True):
     return asyncio.run(talk())
 
 
-def test_label_sets_that_are_none_stop_the_start(bundle_path, tmp_path):
+def test_invalid_label_sets_stop_the_start(bundle_path, tmp_path):
     (tmp_path / "pets.json").write_text('{"labels": []}')
     app = create_app(Settings(bundle=bundle_path, label_sets=tmp_path))
     with pytest.raises(LabelSetError, match=r"pets\.json: labels: "):
@@ -51,7 +51,7 @@ def error_of(response):
     return response.status_code, error["code"]
 
 
-def test_a_full_queue_is_said_at_once(bundle_path, picture, gate):
+def test_a_full_queue_is_reported_at_once(bundle_path, picture, gate):
     app = create_app(Settings(bundle=bundle_path, queue_size=1, batch_size=1))
 
     async def conversation(client):
@@ -77,7 +77,7 @@ def test_a_full_queue_is_said_at_once(bundle_path, picture, gate):
     assert int(refused.headers["retry-after"]) >= 1
 
 
-def test_a_full_service_reads_no_body_to_say_so(bundle_path, picture, gate):
+def test_a_full_service_refuses_without_reading_the_body(bundle_path, picture, gate):
     app = create_app(Settings(bundle=bundle_path, queue_size=1, batch_size=1))
 
     async def conversation(client):
@@ -94,13 +94,13 @@ def test_a_full_service_reads_no_body_to_say_so(bundle_path, picture, gate):
         for path in ("attribute", "attribute:batch", "classify", "embed"):
             headers = {"content-type": "application/json"}
             refused.append(await client.post(f"/v1/{path}", content=unread(), headers=headers))
-        known = [await client.get(f"/v1/{path}") for path in ("model", "labels")]
+        others = [await client.get(f"/v1/{path}") for path in ("model", "labels")]
         gate.set()
-        return refused, known, await asyncio.gather(*waiting)
+        return refused, others, await asyncio.gather(*waiting)
 
-    refused, known, answered = talk_to(app, conversation)
+    refused, others, answered = talk_to(app, conversation)
     assert [error_of(response) for response in refused] == [(429, "queue_full")] * 4
-    assert [response.status_code for response in (*known, *answered)] == [200] * 4
+    assert [response.status_code for response in (*others, *answered)] == [200] * 4
 
 
 def test_images_that_wait_for_decoding_are_counted_too(bundle_path, picture, monkeypatch):
@@ -133,7 +133,7 @@ def test_images_that_wait_for_decoding_are_counted_too(bundle_path, picture, mon
     ids=["labels", "templates", "targets", "unknown fields"],
 )
 def test_many_mistakes_take_no_memory(bundle_path, fields):
-    """16 MiB hold 8 million of them: told one by one they would take gigabytes, and the event loop for a minute."""
+    """16 MiB hold 8 million of them: one by one they would take gigabytes, and block the event loop for a minute."""
 
     async def conversation(client):
         body = json.dumps({"image_base64": "AAAA", **fields})
@@ -173,7 +173,7 @@ def test_the_deadline_covers_a_slow_upload(bundle_path):
     assert error_of(response) == (504, "deadline_exceeded")
 
 
-def test_an_unforeseen_error_is_logged_under_its_request_id_and_not_told(bundle_path, picture, monkeypatch, caplog):
+def test_an_unforeseen_error_is_logged_under_its_request_id_and_not_exposed(bundle_path, picture, monkeypatch, caplog):
     async def fail(*_):
         raise RuntimeError("a secret")
 
@@ -188,14 +188,14 @@ def test_an_unforeseen_error_is_logged_under_its_request_id_and_not_told(bundle_
 @pytest.mark.parametrize(
     ("method", "path"), [("POST", "/v1/attribute"), ("POST", "/v1/classify"), ("GET", "/v1/model")]
 )
-def test_before_the_bundle_is_loaded_nothing_but_that_is_said(bundle_path, method, path):
+def test_before_the_bundle_is_loaded_requests_are_refused_as_not_ready(bundle_path, method, path):
     app = create_app(Settings(bundle=bundle_path))
     response = talk_to(app, lambda client: client.request(method, path), ready=False)
     assert error_of(response) == (503, "not_ready")
 
 
-def test_a_bundle_with_an_unfitting_table_stops_the_start(bundle_path, tmp_path):
-    """And not the first request that needs it, when /readyz has long said that all is well."""
+def test_a_bundle_with_a_mismatched_table_stops_the_start(bundle_path, tmp_path):
+    """Rather than failing the first request that needs it, long after /readyz reported ready."""
     path = shutil.copytree(bundle_path, tmp_path / "bundle")
     manifest = json.loads((path / "manifest.json").read_text())
     np.save(path / "fold.npy", np.load(path / "fold.npy")[:-1])

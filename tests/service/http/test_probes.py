@@ -93,7 +93,7 @@ def test_openapi_references_exist(openapi):
 
 
 @pytest.mark.parametrize(("path", "has_explain"), [("/v1/attribute", True), ("/v1/classify", False)])
-def test_openapi_describes_both_ways_of_asking(openapi, path, has_explain):
+def test_openapi_describes_both_kinds_of_request(openapi, path, has_explain):
     body = openapi["paths"][path]["post"]["requestBody"]
     assert body["required"]
     fields = {"labels", "label_set", "templates", "top_k"} | ({"explain"} if has_explain else set())
@@ -118,16 +118,16 @@ def test_openapi_describes_the_answer_that_is_given(server, picture, openapi):
             for element in value:
                 check(element, schema["items"])
 
-    asked = {"explain": {"targets": LABELS}}
+    request = {"explain": {"targets": LABELS}}
     for path in ("/v1/attribute", "/v1/classify"):
         responses = openapi["paths"][path]["post"]["responses"]
-        answer = server.post(path, picture(), asked if path == "/v1/attribute" else None).json()
+        answer = server.post(path, picture(), request if path == "/v1/attribute" else None).json()
         check(answer, responses["200"]["content"]["application/json"]["schema"])
         refusal = server.post(path, b"no image")
         check(refusal.json(), responses[str(refusal.status_code)]["content"]["application/json"]["schema"])
 
 
-def test_the_docs_page_needs_nobody_else(server):
+def test_the_docs_page_needs_no_other_host(server):
     page = server.http.get("/docs")
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")
@@ -136,16 +136,16 @@ def test_the_docs_page_needs_nobody_else(server):
     assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
     assert policy["script-src"] == "'self'"
     assert "//" not in page.text
-    needed = re.findall(r'(?:src|href)="([^"]*)"', page.text)
-    assert len(needed) == 3
-    for file in needed:
-        found = server.http.get(f"/{file}")
-        assert found.status_code == 200
-        assert found.headers["content-type"].startswith(("text/css", "text/javascript"))
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', page.text)
+    assert len(addresses) == 3
+    for file in addresses:
+        response = server.http.get(f"/{file}")
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith(("text/css", "text/javascript"))
     assert "<script>" not in page.text  # the policy would not let it run
 
 
-def test_a_file_that_is_not_there_is_told_in_the_envelope(server, refused):
+def test_a_missing_file_is_reported_in_the_envelope(server, refused):
     refused(server.http.get("/docs/nothing.js"), 404, "not_found")
     refused(server.http.get("/docs/../app.py"), 404, "not_found")
     refused(server.http.post("/docs"), 405, "method_not_allowed")
@@ -155,7 +155,7 @@ def test_a_file_that_is_not_there_is_told_in_the_envelope(server, refused):
 
 
 @pytest.mark.parametrize("request_id", ["abc-123", "A.b_c:d-9", "x" * 128])
-def test_request_id_is_taken_over(server, picture, request_id):
+def test_request_id_is_adopted(server, picture, request_id):
     response = server.post("/v1/attribute", picture(), **{"X-Request-ID": request_id})
     assert response.headers["x-request-id"] == response.json()["request_id"] == request_id
 

@@ -1,4 +1,4 @@
-"""Everything that is no sound request: status, code and envelope, and the server unharmed."""
+"""Every kind of invalid request: status, code and envelope, and the server still works."""
 
 import http.client
 import json
@@ -88,22 +88,22 @@ def test_missing_image_is_refused(server, refused):
 
 @pytest.fixture
 def bait():
-    """A listening socket: (its URL, whether anyone came)."""
+    """A listening socket: (its URL, a function that says whether anything connected)."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setblocking(False)
 
-        def came():
+        def was_contacted():
             try:
                 listening.accept()[0].close()
             except BlockingIOError:
                 return False
             return True
 
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/cat.png", came
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/cat.png", was_contacted
 
 
 def test_no_url_is_fetched(server, refused, bait):
-    url, came = bait
+    url, was_contacted = bait
     refused(server.http.post("/v1/attribute", files={"image": (None, url)}), 400, "missing_image")
     refused(server.http.post("/v1/attribute", files={"image": (None, "")}), 400, "missing_image")
     refused(server.post("/v1/attribute", url.encode()), 415, "unsupported_image")
@@ -111,7 +111,7 @@ def test_no_url_is_fetched(server, refused, bait):
     response = server.http.post("/v1/attribute", json={"image": url})
     refused(response, 400, response.json()["error"]["code"])
     refused(server.http.post("/v1/attribute", data={"image": url}), 415, "unsupported_media_type")
-    assert not came()
+    assert not was_contacted()
 
 
 BAD_JSON = {

@@ -19,9 +19,9 @@ from rich.console import Console
 from vitrine.service.answers.attribute import answer_attribute
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.errors import ServiceError
-from vitrine.service.offline.bulk import inputs, run, tables
+from vitrine.service.offline.bulk import inputs, run, tables, work
 from vitrine.service.offline.bulk.inputs import BulkError, open_source
-from vitrine.service.offline.bulk.job import Job, claimed, make_job
+from vitrine.service.offline.bulk.job import Job, lock_output, make_job
 from vitrine.service.offline.bulk.run import Summary, bulk
 from vitrine.service.offline.bulk.work import Work
 from vitrine.service.operations.settings import Settings
@@ -33,7 +33,7 @@ COUNT = 10  # pictures in `photos`
 
 @pytest.fixture(scope="module")
 def photos(picture, tmp_path_factory):
-    """A folder of ten pictures, some of them deeper down, and what is none: hidden files."""
+    """A folder of ten pictures, some of them in subfolders, and hidden files, which are not images."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "deep" / "er").mkdir(parents=True)
     (folder / ".hidden").mkdir()
@@ -49,21 +49,21 @@ def photos(picture, tmp_path_factory):
 def start(bundle):
     """start(inputs, out, column=None, settings=SETTINGS, bundle=bundle, part_size=4, ray_workers=0, **request) ->
     `Summary` of a run in this process."""
-    of_tests = bundle
+    default_bundle = bundle
 
     def begin(
         source, out, column=None, settings=SETTINGS, bundle=None, part_size=4, ray_workers=0, console=None, **request
     ):
-        bundle, opened = bundle or of_tests, open_source(str(source), column)
-        asked = AttributeRequest(**request)
-        job = make_job(bundle, settings, opened, asked, path=str(source), column=column, part_size=part_size)
+        bundle, opened = bundle or default_bundle, open_source(str(source), column)
+        parsed = AttributeRequest(**request)
+        job = make_job(bundle, settings, opened, parsed, path=str(source), column=column, part_size=part_size)
         return bulk(bundle, Work(job, opened, out, settings), console or Console(quiet=True), ray_workers)
 
     return begin
 
 
 def read(folder):
-    """Rows of a folder's parts, as dicts, in the order in which they lie there."""
+    """Rows of a folder's parts, as dicts, in the order of the files."""
     files = sorted(map(str, folder.glob("part-*.parquet")))
     if not files:
         return []
@@ -84,11 +84,14 @@ def test_answers_are_those_of_the_service(carded, start, photos, tmp_path):
     request = {"labels": ["cat", "dog", "frog", "boat"], "templates": ["a photo of a {}", "one {}"], "top_k": 3}
     start(photos, tmp_path / "out", bundle=carded, explain={"features": 4}, **request)
     rows = read(tmp_path / "out")
-    asked = AttributeRequest(explain=Explain(features=carded.manifest.shape.k), **request)
+    full_request = AttributeRequest(explain=Explain(features=carded.manifest.shape.k), **request)
 
     async def answers():
         async with Attributor(carded, SETTINGS) as attributor:
-            return [await answer_attribute(attributor, (photos / row["name"]).read_bytes(), asked, "x") for row in rows]
+            return [
+                await answer_attribute(attributor, (photos / row["name"]).read_bytes(), full_request, "x")
+                for row in rows
+            ]
 
     labelled = 0
     for row, answer in zip(rows, asyncio.run(answers()), strict=True):
@@ -139,9 +142,9 @@ def write_list(photos, folder, picture):
 
 def write_parquet_of_bytes(photos, folder, picture):
     with duckdb.connect() as database:
-        for number, some in enumerate((files(photos)[:3], files(photos)[3:])):
+        for number, group in enumerate((files(photos)[:3], files(photos)[3:])):
             database.execute("CREATE OR REPLACE TABLE photos (number INTEGER, photo BLOB)")
-            for file in some:
+            for file in group:
                 database.execute("INSERT INTO photos VALUES (0, ?)", [file.read_bytes()])
             database.table("photos").write_parquet(str(folder / f"x-{number:03}.parquet"))
     return folder / "x-{000..001}.parquet", None
@@ -168,9 +171,9 @@ def write_parquet_of_the_hub(photos, folder, picture):
 
 def write_shards(photos, folder, picture):
     (folder / "shards").mkdir()
-    for shard, some in enumerate((files(photos)[:4], files(photos)[4:7], files(photos)[7:])):
+    for shard, group in enumerate((files(photos)[:4], files(photos)[4:7], files(photos)[7:])):
         with tarfile.open(folder / "shards" / f"x-{shard:03}.tar", "w") as tar:
-            for number, file in enumerate(some):
+            for number, file in enumerate(group):
                 for name, content in ((f"{number}.png", file.read_bytes()), (f"{number}.cls", b"3")):
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
@@ -221,7 +224,7 @@ def test_broken_images_are_in_the_errors_table(start, photos, picture, tmp_path)
         "3-text.txt": b"these are no pixels",
         "4-large.png": picture(size=(300, 300)),
         "5.png": picture(seed=1),
-        "6-\udcff.png": b"",  # a name that is no UTF-8
+        "6-\udcff.png": b"",  # a name that is not UTF-8
     }
     for name, content in contents.items():
         (folder / name).write_bytes(content)
@@ -245,7 +248,7 @@ def test_broken_images_are_in_the_errors_table(start, photos, picture, tmp_path)
 def test_a_part_of_broken_images_alone_is_done_too(start, tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text("a.png\nb.png\n")
     assert start(tmp_path / "list.txt", tmp_path / "out") == Summary(0, 2)
-    monkeypatch.setattr(run, "Worker", None)  # nothing is loaded for what is done
+    monkeypatch.setattr(run, "Worker", None)  # nothing is loaded when all is done
     assert start(tmp_path / "list.txt", tmp_path / "out") == Summary(0, 2)
 
 
@@ -304,7 +307,8 @@ def test_a_resume_with_other_options_is_refused(start, photos, found, tmp_path, 
         (photos / "new.png").unlink()
     (tmp_path / "list.txt").write_text("\n".join(map(str, files(photos))))
     refused(r"inputs\.kind was folder and is list; inputs\.path was", source=tmp_path / "list.txt")
-    assert start(photos, out, settings=Settings(batch_size=3, decode_threads=1)) == Summary(COUNT, 0)  # not answers
+    # These settings do not affect answers.
+    assert start(photos, out, settings=Settings(batch_size=3, decode_threads=1)) == Summary(COUNT, 0)
     assert read(out) == found
 
 
@@ -340,7 +344,7 @@ def test_output_that_is_something_else(start, photos, tmp_path):
 def test_two_runs_do_not_share_an_output(start, bundle, photos, tmp_path):
     source = open_source(str(photos))
     job = make_job(bundle, SETTINGS, source, AttributeRequest(), path=str(photos), part_size=4)
-    with claimed(tmp_path / "out", job), pytest.raises(BulkError, match="another run writes to"):
+    with lock_output(tmp_path / "out", job), pytest.raises(BulkError, match="another run writes to"):
         start(photos, tmp_path / "out")
     assert start(photos, tmp_path / "out") == Summary(COUNT, 0)
 
@@ -348,31 +352,31 @@ def test_two_runs_do_not_share_an_output(start, bundle, photos, tmp_path):
 def test_batches_are_full_and_memory_is_bounded(start, photos, tmp_path, monkeypatch):
     """An image is not read before its turn comes, and broken ones leave no holes in batches."""
     sizes, ahead, read_so_far = [], [], 0
-    explain, read_bytes = run.Engine.explain, inputs.Path.read_bytes
+    explain, read_bytes = work.Engine.explain, inputs.Path.read_bytes
 
     def count_read(path):
         nonlocal read_so_far
         read_so_far += path.suffix == ".png"
         return read_bytes(path)
 
-    def note(engine, pixels, *more):
+    def record(engine, pixels, *more):
         sizes.append(len(pixels))
         ahead.append(read_so_far - sum(sizes[2:]))
         return explain(engine, pixels, *more)
 
-    monkeypatch.setattr(run.Engine, "explain", note)
-    monkeypatch.setattr(run.Engine, "warm_up", lambda _: None)
+    monkeypatch.setattr(work.Engine, "explain", record)
+    monkeypatch.setattr(work.Engine, "warm_up", lambda _: None)
     monkeypatch.setattr(inputs.Path, "read_bytes", count_read)
-    monkeypatch.setattr(run, "AHEAD", 1)
+    monkeypatch.setattr(work, "AHEAD", 1)
     listed = [str(file) for file in files(photos)] * 8
     listed.insert(3, "gone")  # in the middle of a batch
     (tmp_path / "list.txt").write_text("\n".join(listed))
     assert start(tmp_path / "list.txt", tmp_path / "out", settings=Settings(batch_size=2), part_size=81) == (80, 1)
     assert sizes == [2] * 40
-    assert max(ahead) <= 2 * 2 + 2 + 2  # a batch ahead, one in hand, one being gathered
+    assert max(ahead) <= 2 * 2 + 2 + 2  # one batch ahead, one in progress, one being collected
 
 
-def test_progress_tells_what_is_done_and_broken(start, photos, tmp_path):
+def test_progress_shows_what_is_done_and_broken(start, photos, tmp_path):
     text = io.StringIO()
     (tmp_path / "list.txt").write_text("\n".join(["gone", *map(str, files(photos))]))
     start(tmp_path / "list.txt", tmp_path / "out", console=Console(file=text, width=200, force_terminal=True))
@@ -381,15 +385,15 @@ def test_progress_tells_what_is_done_and_broken(start, photos, tmp_path):
     assert "1 broken" in text.getvalue()
 
 
-def test_ray_that_is_not_there_is_named(start, photos, tmp_path, monkeypatch):
+def test_missing_ray_is_named(start, photos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "vitrine.service.offline.bulk.ray_engine", raising=False)
     with pytest.raises(BulkError, match=r"--ray needs Ray: pip install 'vitrine\[bulk\]'"):
         start(photos, tmp_path / "out", ray_workers=2)
 
 
-# A run of its own process: python -c CODE bundle inputs out dies_at ray_workers. With dies_at = n it kills itself, as
-# kill -9 would, at the n-th step of the writing: every write, flush and rename of a file is one.
+# A run in a separate process: python -c CODE bundle inputs out dies_at ray_workers. With dies_at = n it kills itself,
+# as kill -9 would, at the n-th step of writing: every write, flush and rename of a file is one.
 CODE = """
 import os, signal, sys
 from pathlib import Path
@@ -428,20 +432,20 @@ print(*bulk(opened, Work(job, source, Path(out), settings), Console(quiet=True),
 def many(picture, tmp_path_factory):
     """A folder of 300 tiny files, every 25th broken."""
     folder = tmp_path_factory.mktemp("many")
-    some = [picture(seed=seed) for seed in range(5)]
+    pictures = [picture(seed=seed) for seed in range(5)]
     for number in range(300):
-        (folder / f"{number:03}.png").write_bytes(b"broken" if number % 25 == 3 else some[number % 5])
+        (folder / f"{number:03}.png").write_bytes(b"broken" if number % 25 == 3 else pictures[number % 5])
     return folder
 
 
-def whole(out):
-    """Whether every image of `many` is there once, as what it is."""
+def check_complete(out):
+    """Assert that every image of `many` is there once, in the right table."""
     rows, problems = read(out), read(out / "errors")
     assert [row["id"] for row in rows] == [number for number in range(300) if number % 25 != 3]
     assert [row["id"] for row in problems] == [number for number in range(300) if number % 25 == 3]
     assert all(row["name"] == f"{row['id']:03}.png" for row in rows + problems)
-    left = [path for path in out.rglob("*") if path.is_file() and path.name not in (".lock", "job.json")]
-    assert all(path.name.startswith("part-") for path in left), "half written files are left"
+    remaining = [path for path in out.rglob("*") if path.is_file() and path.name not in (".lock", "job.json")]
+    assert all(path.name.startswith("part-") for path in remaining), "half written files are left"
 
 
 def test_kill_at_any_moment_loses_nothing_and_does_nothing_twice(bundle_path, many, tmp_path, light_python):
@@ -464,7 +468,7 @@ def test_kill_at_any_moment_loses_nothing_and_does_nothing_twice(bundle_path, ma
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
     assert finished.stdout.split() == ["288", "12"]
     assert written <= {(path.name, path.stat().st_mtime_ns) for path in out.glob("part-*")}
-    whole(out)
+    check_complete(out)
 
 
 @pytest.mark.parametrize("dies_at", [2, 5, 8, 10, 11])
@@ -476,10 +480,10 @@ def test_kill_between_any_two_steps_of_writing(dies_at, bundle_path, many, tmp_p
     assert len(list(out.glob("part-*"))) == (dies_at == 11)
     summary = start(many, out, part_size=8)
     assert summary == Summary(288, 12)
-    whole(out)
+    check_complete(out)
 
 
-def test_an_image_that_was_mended_between_two_runs_is_no_error_any_more(start, picture, tmp_path, monkeypatch):
+def test_an_image_that_was_fixed_between_two_runs_is_no_longer_an_error(start, picture, tmp_path, monkeypatch):
     folder, out, write = tmp_path / "photos", tmp_path / "out", tables._write
     folder.mkdir()
     (folder / "a.png").write_bytes(b"")
@@ -509,15 +513,15 @@ def test_job_is_readable(start, photos, tmp_path, bundle):
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 def test_ray_writes_the_same(start, bundle_path, many, tmp_path):
-    """Its processes take up what one process without it has begun."""
+    """Its processes resume what one process without Ray has begun."""
     out = tmp_path / "out"
     start(many, tmp_path / "one", part_size=8)
     command = [sys.executable, "-c", CODE, bundle_path, many, out]
     assert subprocess.run([*command, "11", "0"], capture_output=True).returncode == -signal.SIGKILL
-    environment = {**os.environ, "HOME": str(tmp_path)}  # Ray keeps things there
+    environment = {**os.environ, "HOME": str(tmp_path)}  # Ray stores files there
     finished = subprocess.run([*command, "0", "2"], capture_output=True, text=True, env=environment)
     assert finished.stdout.split() == ["288", "12"], finished.stderr
-    whole(out)
+    check_complete(out)
     for row, expected in zip(read(out), read(tmp_path / "one"), strict=True):
         np.testing.assert_allclose(row["ledger"]["clt"], expected["ledger"]["clt"], rtol=0, atol=1e-5)
     assert read(out / "errors") == read(tmp_path / "one" / "errors")
@@ -525,9 +529,9 @@ def test_ray_writes_the_same(start, bundle_path, many, tmp_path):
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 def test_more_than_ray_has_is_refused_and_not_waited_for(photos, tmp_path, bundle_path):
-    asked = "Work(job, source, Path(out), settings)"
-    assert asked in CODE
-    code = CODE.replace(asked, asked.replace("settings", "settings.model_copy(update={'provider': 'cuda'})"))
+    argument = "Work(job, source, Path(out), settings)"
+    assert argument in CODE
+    code = CODE.replace(argument, argument.replace("settings", "settings.model_copy(update={'provider': 'cuda'})"))
     command = [sys.executable, "-c", code, bundle_path, photos, tmp_path / "out", "0", "9"]
     environment = {**os.environ, "HOME": str(tmp_path)}
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)

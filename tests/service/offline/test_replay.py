@@ -56,18 +56,18 @@ def test_figures_are_the_torch_models(found, expected, engine):
     for row in found.rows:
         theirs = logs[row.first, row.tokens].double()
         divergence = (own.exp() * (own - theirs)).sum(-1).mean().item()
-        assert row.divergence == pytest.approx(divergence, rel=0.05, abs=1e-4)  # decoders of a byte a number
+        assert row.divergence == pytest.approx(divergence, rel=0.05, abs=1e-4)  # decoders store one byte per number
         assert row.top1 == pytest.approx((theirs.argmax(-1) == truth).double().mean().item(), abs=1 / 12 + 1e-9)
         assert row.agreement == pytest.approx((theirs.argmax(-1) == own.argmax(-1)).double().mean().item(), abs=0.09)
     assert max(row.divergence for row in found.rows) > 0.01
 
 
 def test_accuracies_by_hand(engine, data_root, monkeypatch):
-    """Of three labels with 4 images each: CLIP takes the second for the first, the replacement takes all
-    for the first, but leaves CLIP's word for it where only patches are replaced."""
+    """Three labels with 4 images each: CLIP takes the second for the first, the replacement takes all for the first,
+    but keeps CLIP's prediction where only patches are replaced."""
     manifest = engine.bundle.manifest
-    names = LabelEncoder(engine, 3).encode(LABELS, manifest.text.templates)
-    truths = []  # of the batches, each of which comes first with nothing replaced
+    embeddings = LabelEncoder(engine, 3).encode(LABELS, manifest.text.templates)
+    truths = []  # one per batch; each batch first comes with nothing replaced
 
     def replace(pixels, mask):
         if not mask.any():
@@ -75,14 +75,14 @@ def test_accuracies_by_hand(engine, data_root, monkeypatch):
             truths.append(np.arange(first, first + len(pixels)) // 4)
         own = np.where(truths[-1] == 1, 0, truths[-1])
         chosen = np.zeros_like(own) if mask[:, 0].any() else own
-        return names[chosen], np.zeros((len(pixels), 2, 3, 3), np.float32)
+        return embeddings[chosen], np.zeros((len(pixels), 2, 3, 3), np.float32)
 
     monkeypatch.setattr(engine, "replace", replace)
-    found = replay(engine, data_root / "val", LIMITS)
-    assert found.top1 == pytest.approx(2 / 3)
-    for row in found.rows:
+    result = replay(engine, data_root / "val", LIMITS)
+    assert result.top1 == pytest.approx(2 / 3)
+    for row in result.rows:
         if row.tokens == "patches":
-            assert (row.top1, row.agreement, row.divergence) == (found.top1, 1, 0)
+            assert (row.top1, row.agreement, row.divergence) == (result.top1, 1, 0)
         else:
             assert (row.top1, row.agreement) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
             assert row.divergence > 0
@@ -100,11 +100,11 @@ def test_matrix_is_the_mean_over_images_of_clip_itself(found, engine, data_root)
 def test_images_without_labels_have_no_accuracy(engine, data_root, tmp_path):
     for file in (data_root / "val" / "red circle").iterdir():
         shutil.copy(file, tmp_path)
-    found = replay(engine, tmp_path, LIMITS)
-    assert found.images == 4
-    assert found.labels == list(engine.bundle.manifest.text.labels)
-    assert found.top1 is None
-    assert all(row.top1 is None and 0 <= row.agreement <= 1 for row in found.rows)
+    result = replay(engine, tmp_path, LIMITS)
+    assert result.images == 4
+    assert result.labels == list(engine.bundle.manifest.text.labels)
+    assert result.top1 is None
+    assert all(row.top1 is None and 0 <= row.agreement <= 1 for row in result.rows)
 
 
 def test_broken_images_are_named_and_left_out(engine, data_root, tmp_path, capsys):
@@ -112,13 +112,13 @@ def test_broken_images_are_named_and_left_out(engine, data_root, tmp_path, capsy
     for name in ("blue triangle/broken.png", "red circle/notes.txt"):
         (tmp_path / "val" / name).write_bytes(b"\x89PNG\r\n\x1a\nno")
     (tmp_path / "val" / "green square" / ".hidden").write_bytes(b"x")
-    found, whole = replay(engine, tmp_path / "val", LIMITS), replay(engine, data_root / "val", LIMITS)
-    assert found.rows == whole.rows
-    assert [line.split(": ", 1)[1] for line in found.unreadable] == ["the PNG image's header is damaged"] * 2
-    assert "broken.png" in found.unreadable[0]
-    print_replay(found, Console(width=300))
-    assert "left out: " in (shown := capsys.readouterr().out)
-    assert "notes.txt: the PNG image's header is damaged" in shown
+    result, clean = replay(engine, tmp_path / "val", LIMITS), replay(engine, data_root / "val", LIMITS)
+    assert result.rows == clean.rows
+    assert [line.split(": ", 1)[1] for line in result.unreadable] == ["the PNG image's header is damaged"] * 2
+    assert "broken.png" in result.unreadable[0]
+    print_replay(result, Console(width=300))
+    assert "left out: " in (output := capsys.readouterr().out)
+    assert "notes.txt: the PNG image's header is damaged" in output
 
 
 def test_a_sample_is_of_the_seed(engine, data_root):

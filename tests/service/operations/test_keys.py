@@ -1,4 +1,4 @@
-"""API keys: who may ask, and that nothing of a stranger's request is read."""
+"""API keys: who has access, and that nothing of an unauthorised request is read."""
 
 import asyncio
 
@@ -29,7 +29,7 @@ def test_every_given_key_opens_and_no_other(key_file):
     assert not keys.accept("Bearer \udcff")
 
 
-def test_without_keys_nothing_is_asked_for():
+def test_without_keys_none_is_required():
     assert not Keys("api_keys", None, None)
 
 
@@ -78,11 +78,11 @@ def test_keys_guard_v1_and_not_the_probes(bundle_path, key_file, picture):
 
 def test_a_body_without_a_key_is_not_read(bundle_path):
     async def conversation(client, app):
-        async def endless():
+        async def unread():
             raise AssertionError("read")
             yield b""
 
-        response = await client.post("/v1/attribute", content=endless(), headers={"content-type": "application/json"})
+        response = await client.post("/v1/attribute", content=unread(), headers={"content-type": "application/json"})
         assert response.status_code == 401
 
     talk(Settings(bundle=bundle_path, api_keys=SecretStr("k")), conversation)

@@ -17,13 +17,13 @@ TRACEPARENT = f"00-{TRACE}-b7ad6b7169203331-01"
 
 
 def log_lines(server, **fields):
-    """The log's lines of requests that have these fields, once there are some."""
+    """The log lines of requests with these fields; waits until there are some."""
     end = time.monotonic() + 10
     while time.monotonic() < end:
         lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
         requests = [line["request"] for line in lines if "request" in line]
-        if found := [request for request in requests if fields.items() <= request.items()]:
-            return found
+        if matches := [request for request in requests if fields.items() <= request.items()]:
+            return matches
         time.sleep(0.05)
     pytest.fail(f"no line with {fields} in:\n{server.log.read_text()}")
 
@@ -40,8 +40,8 @@ def test_every_request_is_one_json_line_with_its_id_and_trace(server, picture):
 
 def test_neither_images_nor_labels_are_logged_nor_probes_nor_scrapes(server, picture):
     size = server.log.stat().st_size
-    asked = {"labels": ["a secret label", "another one"], "explain": {"targets": ["a secret label"]}}
-    server.post("/v1/attribute", picture(), asked, **{"X-Request-ID": "the-last"})
+    request = {"labels": ["a secret label", "another one"], "explain": {"targets": ["a secret label"]}}
+    server.post("/v1/attribute", picture(), request, **{"X-Request-ID": "the-last"})
     for path in ("/metrics", "/livez", "/readyz"):
         server.http.get(path)
     server.http.get("/nowhere/else?secret=1", headers={"X-Request-ID": "nowhere"})
@@ -62,7 +62,7 @@ def test_every_line_of_the_log_is_json(server, picture):
 
 @contextmanager
 def collector():
-    """A stand-in for an OpenTelemetry collector: (its endpoint, the spans that it got)."""
+    """A stand-in for an OpenTelemetry collector: (its endpoint, the spans that it received)."""
     spans = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -93,7 +93,7 @@ def test_stages_are_spans_of_the_callers_trace_and_log_settings_are_kept(start_s
         environment = {"VITRINE_TRACE_ENDPOINT": endpoint, "VITRINE_LOG_FORMAT": "text", "VITRINE_LOG_LABELS": "true"}
         with start_server(python=sys.executable, VITRINE_BUNDLE=bundle_path, **environment) as server:
             label = server.post("/v1/attribute", picture(), traceparent=TRACEPARENT).json()["predictions"][0]["label"]
-            end = time.monotonic() + 10  # the answer is out before its line is
+            end = time.monotonic() + 10  # the answer is sent before its line is logged
             while TRACE not in (text := server.log.read_text()) and time.monotonic() < end:
                 time.sleep(0.05)
         assert "POST /v1/attribute 200 id=" in text
@@ -133,18 +133,18 @@ def test_explanations_and_refusals_are_measured(server, picture, bundle):
     server.http.post("/v1/attribute:batch", files=files)
     after = samples(server)
 
-    def more(name, **labels):
+    def increase(name, **labels):
         key = (f"vitrine_{name}", frozenset(labels.items()))
         return after[key] - before.get(key, 0)
 
     agrees = answer["fidelity"]["reconstructed_top1_agrees"]
-    assert more("reconstructed_top1_total", agrees=str(agrees).lower()) >= 2
-    assert more("fidelity_r2_count") == more("error_share_count") == 4
-    assert more("labels_total", source="encoder") == 3
-    assert more("labels_total", source="cache") == 9  # three, then the default set twice
-    assert more("rejected_total", code="unsupported_image") == 2
-    assert more("batch_images_sum") == 4
+    assert increase("reconstructed_top1_total", agrees=str(agrees).lower()) >= 2
+    assert increase("fidelity_r2_count") == increase("error_share_count") == 4
+    assert increase("labels_total", source="encoder") == 3
+    assert increase("labels_total", source="cache") == 9  # three, then the default set twice
+    assert increase("rejected_total", code="unsupported_image") == 2
+    assert increase("batch_images_sum") == 4
     shares = [layer["share"] for layer in answer["explanations"][0]["layers"]]
     for layer in range(len(shares)):
-        assert more("layer_share_count", layer=str(layer)) == 4
+        assert increase("layer_share_count", layer=str(layer)) == 4
     assert after["vitrine_images_in_flight", frozenset()] == after["vitrine_queue_images", frozenset()] == 0

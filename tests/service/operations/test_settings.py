@@ -1,4 +1,4 @@
-"""The settings: documented one by one, and wrong ones stop the start with a sentence."""
+"""The settings: each is documented, and wrong ones stop the start with one sentence."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ README = ROOT / "service" / "README.md"
 
 
 def documented():
-    """Variable -> default, of service/README.md's table."""
+    """Variable -> default, from the table in service/README.md."""
     rows = re.findall(r"^\| *`(VITRINE_\w+)` *\| *([^|]*?) *\| *([^|]*?) *\|$", README.read_text(), re.MULTILINE)
     assert len({name for name, _, _ in rows}) == len(rows)
     assert all(meaning for _, _, meaning in rows)
@@ -36,7 +36,7 @@ def test_settings_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("VITRINE_BUNDLE", "elsewhere")
     monkeypatch.setenv("BATCH_SIZE", "4")
     settings = load_settings()
-    assert (settings.batch_size, settings.bundle) == (3, Path("elsewhere"))
+    assert (settings.batch_size, settings.bundle) == (3, Path("elsewhere").absolute())
 
 
 WRONG = {
@@ -71,7 +71,7 @@ def test_a_wrong_value_is_refused_by_name(monkeypatch, name, value):
     ],
 )
 def test_a_name_that_is_no_setting_is_refused_with_the_nearest_one(monkeypatch, name, hint):
-    """It would be left out of account in silence, an API key's name too."""
+    """Otherwise it would be ignored silently, even the name of an API key setting."""
     monkeypatch.setenv(name, "1")
     with pytest.raises(SettingsError, match=rf"{name} is no setting.*{re.escape(hint)}"):
         load_settings()

@@ -1,4 +1,4 @@
-"""A real browser for the tests of pages: the system's Chromium, driven by Playwright; and what no page may do in it."""
+"""A real browser for page tests, the system's Chromium driven by Playwright, and checks that every page must pass."""
 
 import base64
 import io
@@ -21,105 +21,105 @@ WATCH = """document.addEventListener("securitypolicyviolation",
 @contextmanager
 def chromium():
     """A running browser. Skips, or fails with VITRINE_REQUIRE_BROWSER, where there is none."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
+    executable = next(filter(None, map(shutil.which, NAMES)), None)
+    if executable is None:
         missing = pytest.fail if os.environ.get("VITRINE_REQUIRE_BROWSER") else pytest.skip
         missing(f"no Chromium: none of {', '.join(NAMES)} is on the PATH")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
 @contextmanager
 def visit(browser, url, **options):
-    """A page at `url`, in a context of its own. At the end: no script failed, nothing broke the page's policy, and
-    nothing was asked of anybody but the page's own origin (of a file: but itself)."""
+    """A page at `url`, in its own browser context. Checks at the end that no script failed, that nothing violated the
+    page's policy and that all requests went to the page's own origin (for a file: to the file itself)."""
     context = browser.new_context(accept_downloads=True, **options)
     context.set_default_timeout(10_000)
     context.add_init_script(WATCH)
     page = context.new_page()
-    wrong, requests = [], []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    problems, requests = [], []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
     page.on("request", lambda request: requests.append(request.url))
     try:
         page.goto(url)
         yield page
-        # A refused request is the test's business; the browser notes each on the console.
-        assert not [text for text in wrong if not text.startswith("Failed to load resource")]
+        # Tests check refused requests themselves; the browser logs each one on the console.
+        assert not [text for text in problems if not text.startswith("Failed to load resource")]
         assert requests
-        assert not [asked for asked in requests if not asked.startswith((url, "blob:", "data:"))]
+        assert not [address for address in requests if not address.startswith((url, "blob:", "data:"))]
     finally:
         context.close()
 
 
 @contextmanager
-def opened(browser, server, **options):
-    """The page of a running service, once it knows which model it asks."""
+def open_page(browser, server, **options):
+    """The page of a running service, once it shows the model's name."""
     with visit(browser, f"http://127.0.0.1:{server.port}/", **options) as page:
         expect(page.locator("#model")).not_to_be_empty()
         yield page
 
 
 def upload(page, image, name="photo.png"):
-    """Choose a file; the API's answer to it, once the page shows it."""
-    with page.expect_response("**/v1/attribute") as asked:
+    """Choose a file; returns the API's answer once the page shows it."""
+    with page.expect_response("**/v1/attribute") as response_info:
         page.set_input_files("#file", {"name": name, "mimeType": "application/octet-stream", "buffer": image})
-    return shown(page, asked)
+    return shown_answer(page, response_info)
 
 
-def shown(page, asked):
-    """The answer to what was asked, once the page shows it."""
-    answer = asked.value.json()
+def shown_answer(page, response_info):
+    """The answer to a request, once the page shows it."""
+    answer = response_info.value.json()
     expect(page.locator("#take")).to_contain_text(answer["request_id"])
     return answer
 
 
-def changed(page, change):
-    """From now on answers come to the page as `change(answer)` leaves them."""
+def change_answers(page, change):
+    """From now on, apply `change` to each answer before the page receives it."""
 
     def answer(route):
-        given = route.fetch().json()
-        change(given)
-        route.fulfill(json=given)
+        body = route.fetch().json()
+        change(body)
+        route.fulfill(json=body)
 
     page.unroute_all()
     page.route("**/v1/attribute", answer)
 
 
-def grave_violations(page):
-    """What axe-core finds in the page as it is now, of serious or critical impact."""
-    found = Axe().run(page, options={"resultTypes": ["violations"]})
+def serious_violations(page):
+    """axe-core's violations of serious or critical impact in the current state of the page."""
+    results = Axe().run(page, options={"resultTypes": ["violations"]})
     return [
         (violation["id"], [node["html"][:200] for node in violation["nodes"]])
-        for violation in found.response["violations"]
+        for violation in results.response["violations"]
         if violation["impact"] in ("serious", "critical")
     ]
 
 
 def signed(value, digits=3):
-    """A number of logits, as pages write it."""
+    """A signed number of logits, as pages format it."""
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def number(value, digits=3):
-    """The same without a plus."""
+    """The same without a plus sign."""
     return f"{value:.{digits}f}".replace("-", "−")
 
 
 def card(layer, index, **fields):
-    """A feature's card with everything on it, as the API gives it. One exemplar lacks a picture, one a mask."""
-    drawn = io.BytesIO()
-    Image.linear_gradient("L").resize((32, 32)).save(drawn, "WEBP")
-    picture = "data:image/webp;base64," + base64.b64encode(drawn.getvalue()).decode()
+    """A feature's card with all fields set, as the API returns it. One exemplar lacks a picture, one a mask."""
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((32, 32)).save(buffer, "WEBP")
+    picture = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
     masks = ([0.0] * 63 + [2.5], [0.1 * (patch % 8) for patch in range(64)], [0.0] * 64)
     exemplars = [
         {"name": f"train/{place}.png", "class_name": "cat", "thumbnail": None if place == 1 else picture}
         | {"activation": 4.5 - place, "mask": mask}
         for place, mask in enumerate(masks)
     ]
-    known = {
+    defaults = {
         "model": {"name": "demo", "digest": "sha256:00"},
         "layer": layer,
         "index": index,
@@ -140,4 +140,4 @@ def card(layer, index, **fields):
         "columns": 8,
         "coactive": [{"layer": 10, "index": 7, "label": None, "jaccard": 0.41}],
     }
-    return CardResponse.model_validate(known | fields)
+    return CardResponse.model_validate(defaults | fields)

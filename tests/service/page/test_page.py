@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browsing import changed, number, shown, signed, upload
+from browsing import change_answers, number, shown_answer, signed, upload
 from PIL import Image, ImageOps
 from playwright.sync_api import expect
 
@@ -21,21 +21,21 @@ from vitrine.service.engine.images import ImageLimits, to_pixels
 DEMO = ROOT / "models" / "demo"
 
 
-def asks(page, act):
-    """The answer to the request that `act` makes the page send, and that request's JSON, as the curl line has it."""
-    with page.expect_response("**/v1/attribute") as asked:
+def trigger(page, act):
+    """Run `act`; returns the answer to the request that the page then sends, and its JSON as in the curl line."""
+    with page.expect_response("**/v1/attribute") as response_info:
         act()
-    answer = shown(page, asked)
+    answer = shown_answer(page, response_info)
     words = shlex.split(page.locator(".curl code").inner_text())
     return answer, json.loads(words[words.index("--form-string") + 1].removeprefix("request="))
 
 
 def rows(page):
-    """What the account's table says: row -> text of its logits."""
-    found = page.locator("#account [data-row]").evaluate_all(
+    """The account table: row -> text of its logits."""
+    entries = page.locator("#account [data-row]").evaluate_all(
         "rows => rows.map((row) => [row.dataset.row, row.querySelector('.value').textContent])"
     )
-    return {name: text for name, text in found if not name.startswith(("feature", "others"))}
+    return {name: text for name, text in entries if not name.startswith(("feature", "others"))}
 
 
 def value(text):
@@ -48,16 +48,16 @@ def value(text):
 def test_an_uploaded_photo_is_accounted_for_as_the_api_accounts_for_it(page, service, photo):
     upload(page, photo)
     expected = service.attribute(photo)
-    explanation, found = expected["explanations"][0], rows(page)
+    explanation, row_texts = expected["explanations"][0], rows(page)
     ledger = explanation["ledger"]
     for name in ("prior", "bias", "error"):
-        assert found[name] == signed(ledger[name])
+        assert row_texts[name] == signed(ledger[name])
     for name in ("attention", "clt"):
-        assert [found[f"{name}.{layer}"] for layer in range(12)] == [signed(part) for part in ledger[name]]
-    assert abs(value(found["remainder"])) <= 1e-3
-    assert found["logit"] == number(explanation["logit"])
-    assert len(found) == 29
-    parts = sum(value(text) for name, text in found.items() if name != "logit")
+        assert [row_texts[f"{name}.{layer}"] for layer in range(12)] == [signed(part) for part in ledger[name]]
+    assert abs(value(row_texts["remainder"])) <= 1e-3
+    assert row_texts["logit"] == number(explanation["logit"])
+    assert len(row_texts) == 29
+    parts = sum(value(text) for name, text in row_texts.items() if name != "logit")
     assert parts == pytest.approx(explanation["logit"], abs=28 * 0.0005)
     top = page.locator(".predictions li")
     assert top.count() == 5
@@ -83,11 +83,11 @@ def test_features_of_a_layer_add_up_to_its_row(page, photo):
     assert f"activation {number(first['activation'], 2)}" in lines.first.inner_text()
 
 
-def test_examples_are_drawn_sent_and_told_right(page):
+def test_examples_are_drawn_sent_and_classified_correctly(page):
     for name in ("airplane", "ship", "horse", "frog"):
-        with page.expect_response("**/v1/attribute") as asked:
+        with page.expect_response("**/v1/attribute") as response_info:
             page.click(f"[data-example={name}]")
-        answer = shown(page, asked)
+        answer = shown_answer(page, response_info)
         assert answer["predictions"][0]["label"] == name
         assert answer["predictions"][0]["probability"] > 0.75
         expect(page.get_by_role("heading", name=f"Why {name}?")).to_be_visible()
@@ -99,7 +99,7 @@ def test_a_photo_is_dropped_or_pasted(page, photo):
         "new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true})",
         "new ClipboardEvent('paste', {clipboardData: data, bubbles: true})",
     ):
-        with page.expect_response("**/v1/attribute") as asked:
+        with page.expect_response("**/v1/attribute") as response_info:
             page.evaluate(
                 f"""bytes => {{
                     const data = new DataTransfer();
@@ -108,20 +108,20 @@ def test_a_photo_is_dropped_or_pasted(page, photo):
                 }}""",
                 list(photo),
             )
-        assert shown(page, asked)["predictions"]
+        assert shown_answer(page, response_info)["predictions"]
 
 
 def test_labels_are_edited_and_sets_chosen(page, photo):
     upload(page, photo)
     page.fill("#labels", 'red thing,  blue thing\nred thing, "thing, grey"')
-    answer, request = asks(page, lambda: page.press("#labels", "Control+Enter"))
+    answer, request = trigger(page, lambda: page.press("#labels", "Control+Enter"))
     assert request["labels"] == ["red thing", "blue thing", "thing, grey"]
-    assert {found["label"] for found in answer["predictions"]} == set(request["labels"])
-    answer, request = asks(page, lambda: page.select_option("#set", "pets"))
+    assert {prediction["label"] for prediction in answer["predictions"]} == set(request["labels"])
+    answer, request = trigger(page, lambda: page.select_option("#set", "pets"))
     assert request["label_set"] == "pets"
     assert "labels" not in request
     assert page.input_value("#labels") == "cat, dog"
-    answer, request = asks(page, lambda: page.select_option("#set", "default"))
+    answer, request = trigger(page, lambda: page.select_option("#set", "default"))
     assert not {"labels", "label_set"} & set(request)
 
 
@@ -133,11 +133,11 @@ def test_labels_survive_the_field(page):
 def test_a_prediction_is_explained_and_compared(page, photo):
     first = upload(page, photo)
     other, third = (first["predictions"][place]["label"] for place in (1, 2))
-    answer, request = asks(page, lambda: page.locator(".predictions button").nth(1).click())
+    answer, request = trigger(page, lambda: page.locator(".predictions button").nth(1).click())
     assert request["explain"]["targets"] == [other]
     assert rows(page)["logit"] == number(answer["explanations"][0]["logit"])
-    expect(page.locator(".predictions button").nth(1)).to_be_focused()  # where it was, though all is drawn anew
-    answer, request = asks(page, lambda: page.select_option("#contrast", third))
+    expect(page.locator(".predictions button").nth(1)).to_be_focused()  # focus stays, although everything is redrawn
+    answer, request = trigger(page, lambda: page.select_option("#contrast", third))
     assert request["explain"] == {"heatmap": True, "targets": [other], "contrast": third}
     expect(page.get_by_role("heading", name=f"Why {other} rather than {third}?")).to_be_visible()
     difference = first["predictions"][1]["logit"] - first["predictions"][2]["logit"]
@@ -146,21 +146,21 @@ def test_a_prediction_is_explained_and_compared(page, photo):
 
 
 def test_the_newest_request_counts(page, photo):
-    """The first answer is held back until the second is there."""
+    """The first answer is held back until the second has arrived."""
     held = []
     page.route("**/v1/attribute", lambda route: held.append(route) if not held else route.continue_(), times=2)
     page.set_input_files("#file", {"name": "old.png", "mimeType": "image/png", "buffer": photo})
-    with page.expect_event("requestfailed") as failed, page.expect_response("**/v1/attribute") as asked:
+    with page.expect_event("requestfailed") as failed, page.expect_response("**/v1/attribute") as response_info:
         page.click("[data-example=ship]")
     assert failed.value.failure == "net::ERR_ABORTED"
-    assert shown(page, asked)["predictions"][0]["label"] == "ship"
+    assert shown_answer(page, response_info)["predictions"][0]["label"] == "ship"
 
 
 # The heat map
 
 
 def test_the_map_lies_over_what_the_model_saw(page):
-    """A gradient tells where each column of the model's input comes from, by the service's own preprocessing."""
+    """Sent through the service's own preprocessing, a gradient shows where each column of the model's input is from."""
     demo = open_bundle(DEMO).manifest.preprocessing
     plain = Preprocessing(**{**demo.model_dump(), "mean": (0, 0, 0), "std": (1, 1, 1)})
     for size in ((900, 600), (580, 500), (500, 580), (333, 1000), (64, 64)):
@@ -177,8 +177,8 @@ def test_the_map_lies_over_what_the_model_saw(page):
             levels = to_pixels(image, plain, ImageLimits(10**7, 10**4))[0]
             line = (levels[0] if axis == 0 else levels[:, 0]) * (size[axis] - 1)
             scale = seen[extent] / len(line)
-            found = [line[10] - 10.5 * scale, line[21] + 10.5 * scale]  # away from the ramp's clipped ends
-            assert found == pytest.approx([seen[start], seen[start] + seen[extent]], abs=0.4 * scale + 2)
+            edges = [line[10] - 10.5 * scale, line[21] + 10.5 * scale]  # away from the ramp's clipped ends
+            assert edges == pytest.approx([seen[start], seen[start] + seen[extent]], abs=0.4 * scale + 2)
 
 
 def test_the_map_is_drawn_where_it_lies(page, photo):
@@ -256,7 +256,7 @@ def test_patches_are_read_with_the_arrow_keys(page, photo):
 
 
 def test_outliers_are_marked(page, photo):
-    changed(page, lambda answer: answer["explanations"][0]["heatmap"].update(outliers=[0, 63]))
+    change_answers(page, lambda answer: answer["explanations"][0]["heatmap"].update(outliers=[0, 63]))
     upload(page, photo)
     assert page.locator(".photo .outlier:not(.under)").count() == 2
     assert page.get_by_text("Circles mark outlier patches").is_visible()
@@ -265,7 +265,7 @@ def test_outliers_are_marked(page, photo):
 
 
 def test_photos_are_shown_upright(page):
-    """As the service reads them, in each of the ways that EXIF knows of turning a photo."""
+    """As the service reads them, in every EXIF orientation."""
     corners = Image.fromarray(np.array([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [250, 250, 0]]], np.uint8))
     for format, orientation in [("JPEG", 6), ("PNG", 6), *(("WEBP", turned) for turned in range(1, 9))]:
         exif, file = Image.Exif(), io.BytesIO()
@@ -299,7 +299,7 @@ def test_of_a_moving_picture_the_first_frame_is_shown(page, encode):
     assert red > 200 > 50 > blue
 
 
-# Tables, trust, time, what to take along
+# Tables, fidelity, timings, exports
 
 
 def test_the_table_is_always_there_and_can_be_shown(page, photo):
@@ -312,10 +312,10 @@ def test_the_table_is_always_there_and_can_be_shown(page, photo):
     toggle.click()
     expect(toggle).to_have_attribute("aria-pressed", "true")
     ledger = answer["explanations"][0]["ledger"]
-    until = ledger["prior"] + sum(ledger["attention"]) + sum(ledger["clt"])
+    running_total = ledger["prior"] + sum(ledger["attention"]) + sum(ledger["clt"])
     cells = page.locator("[data-row='clt.11'] .more").all_inner_texts()
     layer = answer["explanations"][0]["layers"][11]
-    assert cells[0] == signed(until)
+    assert cells[0] == signed(running_total)
     assert cells[1][:-2] == f"{layer['share']:.1%}"[:-1]
     assert cells[2] == f"{signed(100 * layer['drop_effect'], 1)} points"
 
@@ -329,7 +329,7 @@ def test_trust_is_put_into_words(page, photo):
         (0.95, 0.96, 0.01, False): "Poor",
     }.items():
         fidelity = {"r2": r2, "cosine": cosine, "error_share": error_share, "reconstructed_top1_agrees": agrees}
-        changed(page, lambda answer, fidelity=fidelity: answer.update(fidelity=fidelity))
+        change_answers(page, lambda answer, fidelity=fidelity: answer.update(fidelity=fidelity))
         upload(page, photo)
         expect(page.locator(".verdict")).to_contain_text(f"{verdict}:")
         assert number(r2) in page.locator("[data-measure=r2]").inner_text()
@@ -345,7 +345,7 @@ def test_timings_are_drawn_and_added_up(page, photo):
 
 
 def test_the_answer_is_saved_as_it_came(page, photo):
-    """To the byte: here with spaces that no script would write."""
+    """Byte for byte: here with whitespace that no script would write."""
     spaced = []
 
     def answer(route):
@@ -364,11 +364,11 @@ def test_the_curl_line_asks_for_the_same(page, photo, tmp_path):
     for name in ("photo.png", """it's; a "photo", $(no) \\.png""", "-", "@b=c;type=x"):
         upload(page, photo, name)
         page.fill("#labels", "the cat's paw; 100 %, dog, @home, <html>")
-        answer, _ = asks(page, lambda: page.press("#labels", "Control+Enter"))
+        answer, _ = trigger(page, lambda: page.press("#labels", "Control+Enter"))
         (tmp_path / name).write_bytes(photo)
         line = page.locator(".curl code").inner_text()
-        done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=30)
-        again = json.loads(done.stdout)
+        finished = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+        again = json.loads(finished.stdout)
         assert again["predictions"] == answer["predictions"]
         assert again["explanations"] == answer["explanations"]
     page.get_by_role("button", name="Copy").click()

@@ -1,4 +1,4 @@
-"""An account saved as one HTML file: opened from the disk, it asks nobody for anything and says what the page says."""
+"""An account saved as one HTML file: opened from disk, it sends no requests and shows the same as the page."""
 
 import base64
 import io
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from browsing import card, grave_violations, number, signed, visit
+from browsing import card, number, serious_violations, signed, visit
 from PIL import Image
 from playwright.sync_api import expect
 
@@ -27,15 +27,15 @@ def photo(picture):
 @pytest.fixture(scope="module")
 def answer(server, photo):
     """Every label explained, with heat maps; the first feature of the last layer has a hostile label."""
-    found = server.attribute(photo, labels=LABELS, explain={"targets": LABELS, "heatmap": True})
-    for explanation in found["explanations"]:
+    response = server.attribute(photo, labels=LABELS, explain={"targets": LABELS, "heatmap": True})
+    for explanation in response["explanations"]:
         explanation["layers"][2]["features"][0].update(label=HOSTILE, label_score=0.5)
-    return AttributeResponse.model_validate(found)
+    return AttributeResponse.model_validate(response)
 
 
 @pytest.fixture(scope="module")
 def saved(answer, photo, bundle, tmp_path_factory):
-    """The file, with cards of the last layer's features but the second."""
+    """The file, with cards of all features of the last layer except the second."""
     features = answer.explanations[0].layers[2].features
     cards = {f"2/{feature.index}": card(2, feature.index, label=HOSTILE) for feature in features}
     cards.pop(f"2/{features[1].index}")
@@ -56,8 +56,8 @@ def test_it_shows_the_same_account(page, answer):
         ledger = explanation.ledger
         expect(page.locator("[data-row=logit] .value")).to_have_text(number(explanation.logit))
         for name, parts in (("attention", ledger.attention), ("clt", ledger.clt)):
-            found = page.locator(f"[data-row^='{name}.'] .value").all_text_contents()
-            assert found == [signed(part) for part in parts]
+            texts = page.locator(f"[data-row^='{name}.'] .value").all_text_contents()
+            assert texts == [signed(part) for part in parts]
         for name in ("prior", "bias", "error"):
             assert page.locator(f"[data-row={name}] .value").text_content() == signed(getattr(ledger, name))
 
@@ -97,31 +97,31 @@ def test_cards_that_came_along_open(page, answer):
 
 
 def test_the_answer_is_saved_again(page, answer):
-    with page.expect_download() as found:
+    with page.expect_download() as download:
         page.get_by_role("link", name="Save the answer (JSON)").click()
-    assert json.loads(Path(found.value.path()).read_text()) == answer.model_dump(mode="json")
+    assert json.loads(Path(download.value.path()).read_text()) == answer.model_dump(mode="json")
 
 
 @pytest.mark.parametrize("look", [{}, {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark"}])
-def test_axe_finds_nothing_grave(browser, saved, look):
+def test_axe_finds_nothing_serious(browser, saved, look):
     with visit(browser, saved.as_uri(), **look) as page:
         expect(page.locator(".question")).to_be_visible()
-        assert not grave_violations(page)
+        assert not serious_violations(page)
         width, scrolled = page.evaluate("[innerWidth, document.documentElement.scrollWidth]")
         assert scrolled <= width
 
 
 def test_its_policy_lets_no_other_script_run(browser, saved, tmp_path):
-    """Neither one that is put in, nor its own with a change."""
-    whole = saved.read_text(encoding="utf-8")
-    more = tmp_path / "more.html"
-    more.write_text(whole.replace("</body>", "<script>document.title = 'more'</script></body>"), encoding="utf-8")
-    other = tmp_path / "other.html"
-    other.write_text(
-        whole.replace("const Vitrine = {};", "document.title = 'other'; const Vitrine = {};"), encoding="utf-8"
+    """Neither an inserted script nor a modified version of its own."""
+    html = saved.read_text(encoding="utf-8")
+    inserted = tmp_path / "more.html"
+    inserted.write_text(html.replace("</body>", "<script>document.title = 'more'</script></body>"), encoding="utf-8")
+    modified = tmp_path / "other.html"
+    modified.write_text(
+        html.replace("const Vitrine = {};", "document.title = 'other'; const Vitrine = {};"), encoding="utf-8"
     )
     page = browser.new_page()
-    for path in (more, other):
+    for path in (inserted, modified):
         page.goto(path.as_uri())
         assert "account of a prediction" in page.title()
     assert page.locator(".question").count() == 0
@@ -141,7 +141,7 @@ def test_it_holds_the_photo_in_any_format(browser, answer, picture, bundle, tmp_
 
 
 def test_what_browsers_show_otherwise_is_drawn_anew(answer, encode, bundle):
-    """A moving picture's first frame; a WebP that EXIF turns."""
+    """The first frame of an animation; a WebP with an EXIF orientation."""
     frames = [Image.new("RGB", (40, 20), colour) for colour in ("red", "blue")]
     exif = Image.Exif()
     exif[0x112] = 6
@@ -158,6 +158,6 @@ def test_what_browsers_show_otherwise_is_drawn_anew(answer, encode, bundle):
         assert drawn.getpixel((5, 5))[0] > 200
 
 
-def test_what_is_no_image_is_refused(answer, bundle):
+def test_a_file_that_is_not_an_image_is_refused(answer, bundle):
     with pytest.raises(ServiceError, match="formats JPEG, PNG, WEBP, GIF, BMP"):
         draw_page(answer, b"text", {}, bundle.manifest.preprocessing)

@@ -1,10 +1,10 @@
-"""The page in use: feature cards, mistakes and refusals, keys, the keyboard alone, narrow screens, its own policy."""
+"""The page in use: feature cards, mistakes and refusals, keys, keyboard-only use, narrow screens, its own policy."""
 
 import hashlib
 import json
 
 import pytest
-from browsing import card, changed, grave_violations, opened, shown, upload
+from browsing import card, change_answers, open_page, serious_violations, shown_answer, upload
 from playwright.sync_api import expect
 
 from common import ROOT
@@ -19,8 +19,8 @@ POLICY = (
 )
 
 
-def with_cards(page, **fields):
-    """Cards for all features, in the place of the bundle's."""
+def serve_cards(page, **fields):
+    """Serve a card for every feature instead of the bundle's cards."""
 
     def answer(route):
         layer, index = map(int, route.request.url.split("/")[-2:])
@@ -30,7 +30,7 @@ def with_cards(page, **fields):
 
 
 def open_card(page, answer, layer=11):
-    """Open the first feature of a layer; its index."""
+    """Open the card of the first feature of a layer; returns its index."""
     page.get_by_role("button", name=f"CLT {layer}").click()
     page.locator(".features:not([hidden]) button.feature-name").first.click()
     expect(page.get_by_role("dialog")).to_be_visible()
@@ -41,7 +41,7 @@ def open_card(page, answer, layer=11):
 
 
 def test_a_card_says_what_is_known(page, photo):
-    with_cards(page)
+    serve_cards(page)
     index = open_card(page, upload(page, photo))
     dialog = page.get_by_role("dialog", name="stripes")
     text = dialog.inner_text()
@@ -71,27 +71,27 @@ def test_a_card_says_what_is_known(page, photo):
 
 
 def test_cards_lead_to_cards_and_back(page, photo):
-    with_cards(page)
-    found = {"layer": 3, "index": 4, "label": "stripes", "label_score": 0.4, "label_auroc": None, "frequency_cls": 0.01}
+    serve_cards(page)
+    entry = {"layer": 3, "index": 4, "label": "stripes", "label_score": 0.4, "label_auroc": None, "frequency_cls": 0.01}
     page_of = {"model": {"name": "demo", "digest": "x"}, "offset": 0, "limit": 1, "total": 2}
-    second = page_of | {"features": [found | {"index": 5}], "next": None}
-    first = page_of | {"features": [found], "next": "/v1/features?label=stripes&offset=1"}
+    second = page_of | {"features": [entry | {"index": 5}], "next": None}
+    first = page_of | {"features": [entry], "next": "/v1/features?label=stripes&offset=1"}
     page.route("**/v1/features?*", lambda route: route.fulfill(json=second if "offset" in route.request.url else first))
     index = open_card(page, upload(page, photo))
     dialog = page.get_by_role("dialog")
-    above = dialog.locator(".kicker")
+    kicker = dialog.locator(".kicker")
     back = dialog.get_by_role("button", name="Back")
     expect(back).to_be_hidden()
     dialog.get_by_role("button", name="#7 layer 10 #7").click()
-    expect(above).to_have_text("Layer 10, feature #7")
+    expect(kicker).to_have_text("Layer 10, feature #7")
     dialog.get_by_role("button", name="Other features labelled “stripes”").click()
     expect(dialog.get_by_text("2 found")).to_be_visible()
     dialog.get_by_role("button", name="More").click()
     dialog.get_by_role("button", name="stripes layer 3 #5").click()
-    expect(above).to_have_text("Layer 3, feature #5")
+    expect(kicker).to_have_text("Layer 3, feature #5")
     for place in ("Features whose label contains", "Layer 10, feature #7", f"Layer 11, feature #{index}"):
         back.click()
-        expect(above).to_have_text(place)
+        expect(kicker).to_have_text(place)
     expect(back).to_be_hidden()
 
 
@@ -107,7 +107,7 @@ def test_cards_lead_to_cards_and_back(page, photo):
 def test_a_card_without_a_label_says_why(page, photo, reason, said):
     nothing = dict.fromkeys(("label", "label_score", "label_margin", "label_clarity", "label_auroc", "writes"))
     empty = {"histogram": None, "exemplars": [], "mean_picture": None, "coactive": [], "quantiles": {}}
-    with_cards(page, abstained=reason, **nothing, **empty)
+    serve_cards(page, abstained=reason, **nothing, **empty)
     index = open_card(page, upload(page, photo))
     dialog = page.get_by_role("dialog", name=f"#{index}")
     expect(dialog.locator(".confidence")).to_contain_text(said)
@@ -138,7 +138,7 @@ def test_similar_images_are_shown_layer_by_layer(page, photo):
 # Mistakes and refusals
 
 
-def test_what_is_no_image_is_told_in_a_sentence(page, photo):
+def test_a_file_that_is_not_an_image_is_reported_in_a_sentence(page, photo):
     page.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"not a picture"})
     expect(page.locator("#error")).to_contain_text("no image in a supported format (JPEG, PNG, WEBP, GIF, BMP).")
     assert page.locator("#answer").is_hidden()
@@ -146,7 +146,7 @@ def test_what_is_no_image_is_told_in_a_sentence(page, photo):
     expect(page.locator("#error")).to_be_empty()
 
 
-def test_without_labels_nothing_is_asked(page, photo):
+def test_without_labels_no_request_is_sent(page, photo):
     upload(page, photo)
     requests = []
     page.on("request", lambda request: requests.append(request.url))
@@ -156,7 +156,7 @@ def test_without_labels_nothing_is_asked(page, photo):
     assert not requests
 
 
-def test_a_service_that_is_gone_is_told(page, photo):
+def test_an_unreachable_service_is_reported(page, photo):
     page.route("**/v1/attribute", lambda route: route.abort("connectionrefused"))
     page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": photo})
     expect(page.locator("#error")).to_contain_text("cannot be reached")
@@ -165,42 +165,42 @@ def test_a_service_that_is_gone_is_told(page, photo):
     expect(page.locator("#error")).to_be_empty()
 
 
-def refusing(page, status, code, times, **headers):
-    """The first `times` requests are refused; the list of those that came."""
-    seen = []
+def refuse_requests(page, status, code, times, **headers):
+    """Refuse the first `times` requests; returns the list of the requested URLs."""
+    urls = []
 
     def answer(route):
-        seen.append(route.request.url)
+        urls.append(route.request.url)
         error = {"code": code, "message": "too many images are waiting", "details": [], "request_id": "the-id"}
-        if len(seen) > times:
+        if len(urls) > times:
             route.continue_()
         else:
             route.fulfill(status=status, headers=headers, json={"error": error})
 
     page.route("**/v1/attribute", answer)
-    return seen
+    return urls
 
 
-def test_a_busy_service_is_asked_again(page, photo):
-    seen = refusing(page, 429, "queue_full", 1, **{"Retry-After": "1"})
+def test_a_request_to_a_busy_service_is_retried(page, photo):
+    urls = refuse_requests(page, 429, "queue_full", 1, **{"Retry-After": "1"})
     page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": photo})
     expect(page.locator("#status")).to_have_text("The service is busy; trying again in 1 s.")
     expect(page.locator("#answer")).to_be_visible()
-    assert len(seen) == 2
+    assert len(urls) == 2
 
 
-def test_not_for_ever(page, photo):
-    seen = refusing(page, 429, "queue_full", 99, **{"Retry-After": "0"})
+def test_retries_are_limited(page, photo):
+    urls = refuse_requests(page, 429, "queue_full", 99, **{"Retry-After": "0"})
     page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": photo})
     expect(page.locator("#error")).to_contain_text("still busy after 3 more tries")
-    assert len(seen) == 4
+    assert len(urls) == 4
 
 
 @pytest.mark.parametrize(
     ("status", "code", "said"), [(503, "not_ready", "not ready"), (413, "body_too_large", "Too many")]
 )
-def test_refusals_are_told_with_their_id(page, photo, status, code, said):
-    refusing(page, status, code, 1)
+def test_refusals_are_reported_with_their_id(page, photo, status, code, said):
+    refuse_requests(page, status, code, 1)
     page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": photo})
     expect(page.locator("#error")).to_contain_text(said)
     expect(page.locator("#error")).to_contain_text("Request the-id.")
@@ -214,7 +214,7 @@ def test_a_key_is_asked_for_and_kept_nowhere(browser, service, photo):
             error = {"code": "unauthorized", "message": "send a valid key", "details": [], "request_id": "x"}
             route.fulfill(status=401, json={"error": error})
 
-    with opened(browser, service) as page:
+    with open_page(browser, service) as page:
         page.route("**/v1/**", guard)
         page.reload()
         field = page.get_by_label("Key of this service")
@@ -229,21 +229,21 @@ def test_a_key_is_asked_for_and_kept_nowhere(browser, service, photo):
         line = page.locator(".curl code").inner_text()
         assert 'Authorization: Bearer $VITRINE_KEY"' in line
         assert "the-key" not in page.content()
-        kept = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
-        assert json.loads(kept) == [{}, {}, ""]
+        stored = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
+        assert json.loads(stored) == [{}, {}, ""]
 
 
 def test_nothing_that_comes_from_elsewhere_is_run(page, photo):
-    """Labels, file names, features and cards that would be markup stay texts."""
+    """Labels, file names, features and cards that would be markup stay text."""
 
-    def put(answer):
+    def insert_markup(answer):
         for layer in answer["explanations"][0]["layers"]:
             layer["features"][0].update(label=HOSTILE, label_score=0.5)
         answer["timings_ms"][HOSTILE] = 1.0
         answer["model"]["name"] = HOSTILE
 
-    changed(page, put)
-    with_cards(page, label=HOSTILE, writes={"label": HOSTILE, "score": 0.1, "margin": 0.1})
+    change_answers(page, insert_markup)
+    serve_cards(page, label=HOSTILE, writes={"label": HOSTILE, "score": 0.1, "margin": 0.1})
     page.fill("#labels", f"{HOSTILE}, cat")
     answer = upload(page, photo, f"{HOSTILE}.png")
     open_card(page, answer)
@@ -254,12 +254,12 @@ def test_nothing_that_comes_from_elsewhere_is_run(page, photo):
     assert page.title() == "Vitrine: a prediction and its account"
 
 
-# Hands and eyes
+# Keyboard and display
 
 
 def test_everything_is_done_with_the_keyboard(page):
-    """From the empty page to an account, a card and back, by Tab, Enter and Escape alone."""
-    with_cards(page)
+    """From the empty page to an account, a card and back, with only Tab, Enter, Escape and an arrow key."""
+    serve_cards(page)
 
     def tab_to(name):
         for _ in range(80):
@@ -274,9 +274,9 @@ def test_everything_is_done_with_the_keyboard(page):
     assert page.evaluate("document.activeElement.innerText") == "Skip to the account"
     for _ in range(3):
         page.keyboard.press("Tab")
-    with page.expect_response("**/v1/attribute") as asked:
+    with page.expect_response("**/v1/attribute") as response_info:
         page.keyboard.press("Enter")
-    assert shown(page, asked)["predictions"][0]["label"] == "airplane"
+    assert shown_answer(page, response_info)["predictions"][0]["label"] == "airplane"
     tab_to("Heat map of 8 by 8 patches")
     page.keyboard.press("ArrowRight")
     expect(page.locator(".readout")).to_contain_text("Row 1, column 2")
@@ -304,14 +304,14 @@ LOOKS = {
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_axe_finds_nothing_grave_and_nothing_scrolls_sideways(browser, service, photo, look):
+def test_axe_finds_nothing_serious_and_nothing_scrolls_sideways(browser, service, photo, look):
     def fits():
         width, scrolled = page.evaluate("[innerWidth, document.documentElement.scrollWidth]")
         assert scrolled <= width
 
-    with opened(browser, service, **LOOKS[look]) as page:
-        with_cards(page)
-        assert not grave_violations(page)
+    with open_page(browser, service, **LOOKS[look]) as page:
+        serve_cards(page)
+        assert not serious_violations(page)
         fits()
         page.fill("#labels", f"cat, dog, {'long' * 30}, {'many words ' * 12}")
         answer = upload(page, photo)
@@ -321,31 +321,31 @@ def test_axe_finds_nothing_grave_and_nothing_scrolls_sideways(browser, service, 
         open_card(page, answer)
         page.get_by_role("button", name="What is Score?").click()
         fits()
-        assert not grave_violations(page)
+        assert not serious_violations(page)
         page.keyboard.press("Escape")
         page.get_by_text("What the rows mean").click()
         page.get_by_text("Patch values as a table").click()
-        assert not grave_violations(page)
+        assert not serious_violations(page)
         page.get_by_role("button", name="Show as table").click()
         fits()
         page.set_input_files("#file", {"name": "a.txt", "mimeType": "text/plain", "buffer": b"text"})
         expect(page.locator("#error")).not_to_be_empty()
-        assert not grave_violations(page)
+        assert not serious_violations(page)
 
 
-# What is served
+# Served files
 
 
 def test_the_page_and_its_files_have_a_strict_policy_and_are_not_fetched_twice(service):
     for path in ("/", "/web/app.js", "/web/style.css", "/web/examples/ship.svg"):
-        answer = service.http.get(path)
-        assert answer.status_code == 200
-        assert answer.headers["content-security-policy"] == POLICY
-        assert answer.headers["referrer-policy"] == "no-referrer"
-        assert answer.headers["x-content-type-options"] == "nosniff"
-        assert answer.headers["cache-control"] == "no-cache"
-        etag = answer.headers["etag"]
-        assert hashlib.sha256(answer.content).hexdigest().startswith(etag.strip('"'))
+        response = service.http.get(path)
+        assert response.status_code == 200
+        assert response.headers["content-security-policy"] == POLICY
+        assert response.headers["referrer-policy"] == "no-referrer"
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["cache-control"] == "no-cache"
+        etag = response.headers["etag"]
+        assert hashlib.sha256(response.content).hexdigest().startswith(etag.strip('"'))
         again = service.http.get(path, headers={"If-None-Match": f'W/"other", {etag}'})
         assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", etag)
         assert service.http.get(path, headers={"If-None-Match": '"other"'}).status_code == 200
@@ -355,8 +355,8 @@ def test_the_page_and_its_files_have_a_strict_policy_and_are_not_fetched_twice(s
 
 def test_nothing_else_is_served(service):
     for path in ("", "nothing.js", "../page.py", "%2e%2e/page.py", "saved.html", "index.html", "examples"):
-        answer = service.http.get(f"/web/{path}")
-        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found"), path
+        response = service.http.get(f"/web/{path}")
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found"), path
     assert service.http.post("/").status_code == 405
 
 
@@ -365,9 +365,9 @@ def test_the_page_is_small_and_writes_no_markup():
     assert sum(path.stat().st_size for path in files) <= MAX_BYTES
     for path in files:
         text = path.read_text()
-        for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
-            assert way not in text, path
-        elsewhere = text.replace('"http://www.w3.org/2000/svg"', "")
-        assert "http://" not in elsewhere, path
-        assert "https://" not in elsewhere, path
+        for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+            assert sink not in text, path
+        without_namespace = text.replace('"http://www.w3.org/2000/svg"', "")
+        assert "http://" not in without_namespace, path
+        assert "https://" not in without_namespace, path
         assert " style=" not in text, path

@@ -17,12 +17,12 @@ import pytest
 from vitrine.models.bundle.bundle import open_bundle, seal
 from vitrine.models.bundle.manifest import Manifest
 
-WITHIN_SECONDS = 10  # a killed worker is replaced
+WITHIN_SECONDS = 10  # a killed worker is replaced within this time
 
 
 @pytest.fixture(scope="module")
 def other_bundle(bundle_path, tmp_path_factory):
-    """The same CLIP at half the logit scale: another digest, and every logit halved."""
+    """The same CLIP at half the logit scale: a different digest, and every logit halved."""
     path = shutil.copytree(bundle_path, tmp_path_factory.mktemp("other") / "bundle")
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").unlink()
@@ -31,24 +31,24 @@ def other_bundle(bundle_path, tmp_path_factory):
 
 
 class Load:
-    """Clients that ask without pause until they are told to stop.
+    """Clients that send requests without pause until the load is stopped.
 
-    Keeps (time, status or error, answer) of each request, and the ids of those that got no answer.
+    Records (time, status or error, answer) of each request, and the ids of those that got no answer.
     """
 
     def __init__(self, server, picture, clients=4, path="/v1/attribute", **headers):
         self.answers, self.unanswered, self._stop = [], [], threading.Event()
         self._url, self._picture, self._headers = f"http://127.0.0.1:{server.port}{path}", picture, headers
-        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
+        self._threads = [threading.Thread(target=self._send) for _ in range(clients)]
 
-    def _ask(self):
+    def _send(self):
         with httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0)) as http:
             while not self._stop.is_set():
                 start, request_id = time.monotonic(), uuid.uuid4().hex
                 headers = {"X-Request-ID": request_id, **self._headers}
                 try:
-                    found = http.post(self._url, files={"image": self._picture}, headers=headers)
-                    self.answers.append((start, found.status_code, found.json()))
+                    response = http.post(self._url, files={"image": self._picture}, headers=headers)
+                    self.answers.append((start, response.status_code, response.json()))
                 except httpx.TransportError as error:
                     self.answers.append((start, type(error).__name__, None))
                     self.unanswered.append(request_id)
@@ -67,14 +67,14 @@ class Load:
             thread.join()
 
     def wait_for(self, more):
-        """Until so many more requests have been answered 200."""
-        enough, end = self.count(200) + more, time.monotonic() + 30
-        while self.count(200) < enough:
+        """Wait until `more` further requests have been answered with 200."""
+        target, end = self.count(200) + more, time.monotonic() + 30
+        while self.count(200) < target:
             assert time.monotonic() < end, Counter(status for _, status, _ in self.answers)
             time.sleep(0.01)
 
     def count(self, status):
-        return sum(found == status for _, found, _ in list(self.answers))
+        return sum(actual == status for _, actual, _ in list(self.answers))
 
     def statuses(self):
         return {status for _, status, _ in self.answers}
@@ -82,14 +82,14 @@ class Load:
 
 @pytest.fixture
 def link(bundle_path, tmp_path):
-    """A symbolic link to the bundle: what is served, and can be pointed elsewhere."""
+    """A symbolic link to the bundle: it is what is served, and can be pointed elsewhere."""
     path = tmp_path / "serve-this"
     path.symlink_to(bundle_path)
     return path
 
 
 def point(link, target):
-    """As deployments do it: at no moment is there nothing."""
+    """Replace the link atomically, as deployments do: it exists at every moment."""
     new = link.with_suffix(".new")
     new.symlink_to(target)
     os.replace(new, link)
@@ -107,7 +107,7 @@ def reload_by_key(server, key="let me in"):
 
 
 @pytest.mark.parametrize("how", ["SIGHUP", "/admin/reload"])
-def test_a_new_bundle_is_taken_over_under_load(start_server, bundle, other_bundle, link, keys, picture, how):
+def test_a_new_bundle_is_loaded_under_load(start_server, bundle, other_bundle, link, keys, picture, how):
     digests = {bundle.digest, open_bundle(other_bundle).digest}
     with start_server(VITRINE_BUNDLE=link, VITRINE_ADMIN_KEYS_FILE=keys) as server, Load(server, picture()) as load:
         (worker,) = server.workers
@@ -168,9 +168,9 @@ def test_only_the_requests_of_a_killed_worker_fail_and_another_takes_its_place(s
         worker.kill()
         killed = time.monotonic()
         load.wait_for(8)
-        back = next(start for start, status, _ in load.answers if status == 200 and start > killed)
+        recovered = next(start for start, status, _ in load.answers if status == 200 and start > killed)
         assert [process.pid for process in server.workers] != [worker.pid]
-    assert back - killed < WITHIN_SECONDS
+    assert recovered - killed < WITHIN_SECONDS
     failed = [status for _, status, _ in load.answers if status != 200]
     assert len(failed) <= clients, failed  # each had one in flight
 
@@ -194,12 +194,12 @@ def test_sigterm_under_load_loses_no_request_that_was_read(start_server, bundle_
     with start_server(VITRINE_BUNDLE=bundle_path) as server, Load(server, picture(), 8) as load:
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(20) == 0
-        admitted = server.log.read_text()  # one line a request that was read, however it ended
-    # A connection whose request was never read is refused, reset or closed: nobody had been promised anything.
+        log = server.log.read_text()  # one line per request that was read, whatever its outcome
+    # A connection whose request was never read is refused, reset or closed: it was never admitted.
     assert load.statuses() <= {200, "ConnectError", "ReadError", "RemoteProtocolError"}
     assert load.unanswered, "the load went on after the end"
-    assert not [request_id for request_id in load.unanswered if request_id in admitted]
-    assert admitted.count('"status": 200') >= load.count(200)
+    assert not [request_id for request_id in load.unanswered if request_id in log]
+    assert log.count('"status": 200') >= load.count(200)
 
 
 def test_several_workers_share_the_port_and_a_reload(start_server, bundle, other_bundle, link, keys, picture):
@@ -214,7 +214,7 @@ def test_several_workers_share_the_port_and_a_reload(start_server, bundle, other
 
 
 def test_workers_end_with_a_parent_that_was_killed(start_server, bundle_path):
-    """They would keep the port, with nobody to look after them."""
+    """Otherwise they would keep the port, with no process to supervise them."""
     with start_server(VITRINE_BUNDLE=bundle_path, VITRINE_WORKERS=2) as server:
         orphans = server.workers
         assert len(orphans) == 2
@@ -223,7 +223,7 @@ def test_workers_end_with_a_parent_that_was_killed(start_server, bundle_path):
         assert not alive
 
 
-def test_a_port_in_use_is_said_in_one_line(server, run_python, bundle_path):
+def test_a_port_in_use_is_reported_in_one_line(server, run_python, bundle_path):
     finished = run_python("-m", "vitrine", "serve", "--port", server.port, VITRINE_BUNDLE=bundle_path)
     assert finished.returncode == 1
     assert finished.stderr.startswith(f"error: cannot listen on 127.0.0.1:{server.port}: Address already in use")

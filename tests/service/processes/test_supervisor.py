@@ -1,4 +1,4 @@
-"""What `vitrine serve` does when BentoML's server cannot start; tests/service/test_lifecycle.py has the rest."""
+"""What `vitrine serve` does when BentoML's server cannot start; test_lifecycle.py has the rest."""
 
 import errno
 import os
@@ -14,13 +14,13 @@ from vitrine.service.processes import supervisor, workers
 
 @pytest.fixture
 def start(monkeypatch):
-    """start(*failures) -> how often BentoML was started, where its arbiters fail so, one after the other, then end."""
+    """start(*failures) -> how often BentoML was started, when its arbiters fail with these in turn and then end."""
 
     def play(*failures):
-        left, closed = list(failures), []
+        remaining, closed = list(failures), []
 
         def serve(*_, **__):
-            failure = left.pop(0) if left else None
+            failure = remaining.pop(0) if remaining else None
 
             def run():
                 if failure:
@@ -33,7 +33,7 @@ def start(monkeypatch):
             return SimpleNamespace(arbiter=arbiter)
 
         monkeypatch.setattr(supervisor, "bentoml", SimpleNamespace(serve=serve))
-        monkeypatch.setattr(supervisor, "LOOK_SECONDS", 0.01)
+        monkeypatch.setattr(supervisor, "POLL_SECONDS", 0.01)
         supervisor.serve("127.0.0.1", 0)
         return len(closed)
 
@@ -43,28 +43,28 @@ def start(monkeypatch):
     signal.signal(signal.SIGHUP, on_hangup)
 
 
-def taken():
+def port_in_use():
     return ZMQError(errno.EADDRINUSE)
 
 
 def test_a_port_that_was_taken_meanwhile_is_tried_again(start):
-    assert start(taken(), taken()) == 2
+    assert start(port_in_use(), port_in_use()) == 2
 
 
 @pytest.mark.parametrize("failure", [ValueError("no service"), ZMQError(errno.EACCES)])
-def test_any_other_failure_is_told_at_once(start, failure):
+def test_any_other_failure_is_reported_at_once(start, failure):
     with pytest.raises(supervisor.ServeError, match=str(failure)):
         start(failure)
 
 
-def test_it_is_not_tried_for_ever(start):
+def test_retries_are_limited(start):
     with pytest.raises(supervisor.ServeError, match="Address already in use"):
-        start(*[taken() for _ in range(100)])
+        start(*[port_in_use() for _ in range(100)])
 
 
 def test_its_environment_is_left_as_it_was(start):
-    """What tells workers of their parent would end those of another."""
+    """The variable that names the workers' parent would end the workers of a later server."""
     start()
     with pytest.raises(supervisor.ServeError):
         start(ValueError("no service"))
-    assert workers.PARENT not in os.environ
+    assert workers.PARENT_PID_VARIABLE not in os.environ

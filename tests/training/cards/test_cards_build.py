@@ -48,8 +48,8 @@ def test_the_command(checkpoint, bundle_path, data_root, tmp_path):
     arguments = ["cards", "--checkpoint", checkpoint, "--bundle", bundle_path, "--data-root", data_root]
     result = CliRunner().invoke(app, [str(a) for a in [*arguments, "--out", tmp_path / "out", *options]])
     assert result.exit_code == 0, result.output
-    made = open_bundle(tmp_path / "out").manifest.cards
-    assert (made.images, made.vocabulary, made.pictures, made.references) == (30, 22, "means", 30)
+    cards = open_bundle(tmp_path / "out").manifest.cards
+    assert (cards.images, cards.vocabulary, cards.pictures, cards.references) == (30, 22, "means", 30)
     assert "features have a label" in result.output
     assert not (tmp_path / "out.partial").exists()
     again = CliRunner().invoke(app, [str(a) for a in [*arguments, "--out", tmp_path / "out", *options]])
@@ -110,19 +110,19 @@ def test_statistics_fit_one_another(carded):
 
 
 @pytest.mark.parametrize("batches", [2, 6])  # within the exemplar images, within the held-out ones
-def test_an_interrupted_call_is_taken_up_to_the_same_bundle(build, tmp_path, monkeypatch, batches):
+def test_an_interrupted_call_is_resumed_to_the_same_bundle(build, tmp_path, monkeypatch, batches):
     whole = build(batch_size=8)
     shutil.rmtree(tmp_path / "out")
     add, seen = Survey.add, []
 
-    def torn(self, *batch):
+    def interrupted(self, *batch):
         if len(seen) == batches:
             raise KeyboardInterrupt
         add(self, *batch)
         seen.append(len(batch[-1]))
 
     monkeypatch.setattr("vitrine.training.cards.survey.SAVE_EVERY_SECONDS", 0)
-    monkeypatch.setattr(Survey, "add", torn)
+    monkeypatch.setattr(Survey, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(batch_size=8)
     assert not (tmp_path / "out").exists()
@@ -134,12 +134,12 @@ def test_an_interrupted_call_is_taken_up_to_the_same_bundle(build, tmp_path, mon
 
 @pytest.mark.parametrize("pictures", ["thumbnails", "means", "none"])
 def test_pictures_are_a_choice(build, pictures):
-    made = build(pictures=pictures)
-    cards = [made.cards.card(layer, index) for layer in range(3) for index in range(64)]
+    built = build(pictures=pictures)
+    cards = [built.cards.card(layer, index) for layer in range(3) for index in range(64)]
     means = [card.mean_picture for card in cards if card.mean_picture]
-    images = made.cards.images(sorted({exemplar.image for card in cards for exemplar in card.exemplars}))
+    images = built.cards.images(sorted({exemplar.image for card in cards for exemplar in card.exemplars}))
     thumbnails = [image.picture for image in images if image.picture]
-    # one of fewer exemplars would show them
+    # a mean of fewer exemplars would reveal them
     full = [card.abstained != "too_few_exemplars" for card in cards]
     assert [card.mean_picture is not None for card in cards] == [pictures == "means" and enough for enough in full]
     assert 20 < sum(full) < len(full)
@@ -149,32 +149,32 @@ def test_pictures_are_a_choice(build, pictures):
 
 
 def test_random_weights_earn_no_label(build):
-    """With the thresholds that hold: nothing could be checked on six images, so nothing is said."""
-    made = build()
-    assert made.manifest.cards.thresholds == {"cls": None, "patches": None}
-    assert made.manifest.cards.quality.labelled == 0
-    assert made.manifest.cards.quality.auroc_share is None
-    assert made.cards.search(None, None, 0, 10) == (0, [])
+    """With the actual thresholds: six images are too few to check anything, so nothing is labelled."""
+    built = build()
+    assert built.manifest.cards.thresholds == {"cls": None, "patches": None}
+    assert built.manifest.cards.quality.labelled == 0
+    assert built.manifest.cards.quality.auroc_share is None
+    assert built.cards.search(None, None, 0, 10) == (0, [])
 
 
 def test_the_summary_counts_what_the_cards_say(carded):
     quality = carded.manifest.cards.quality
-    total, found = carded.cards.search(None, None, 0, 100)
-    assert quality.labelled == total == sum(1 for _ in found) > 0
+    total, entries = carded.cards.search(None, None, 0, 100)
+    assert quality.labelled == total == sum(1 for _ in entries) > 0
     assert quality.held_out_images == 6
 
 
 def test_label_quality_is_measured_on_images_that_calibrated_nothing(build, monkeypatch):
-    """With one image enough to measure by, the share in the manifest is that of the labels' own AUROC."""
-    monkeypatch.setattr("vitrine.training.cards.quality.LEAST_IMAGES", 1)
-    for name, lax in (("PRECISION", 0.0), ("LEAST_LABELS", 0), ("RANDOM_QUANTILE", 0.0)):
+    """With one image enough for measuring, the share in the manifest is that of the labels' own AUROC."""
+    monkeypatch.setattr("vitrine.training.cards.quality.MIN_IMAGES", 1)
+    for name, lax in (("PRECISION", 0.0), ("MIN_LABELS", 0), ("RANDOM_QUANTILE", 0.0)):
         monkeypatch.setattr(labels, name, lax)
-    made = build()
-    _, found = made.cards.search(None, None, 0, 1000)
-    known = [line.label_auroc for line in found if line.label_auroc is not None]
-    quality = made.manifest.cards.quality
-    assert (quality.measured, quality.labelled) == (len(known), len(found))
-    assert quality.auroc_share == pytest.approx(np.mean([auroc >= 0.8 for auroc in known]))
+    built = build()
+    _, entries = built.cards.search(None, None, 0, 1000)
+    aurocs = [line.label_auroc for line in entries if line.label_auroc is not None]
+    quality = built.manifest.cards.quality
+    assert (quality.measured, quality.labelled) == (len(aurocs), len(entries))
+    assert quality.auroc_share == pytest.approx(np.mean([auroc >= 0.8 for auroc in aurocs]))
 
 
 def test_another_bundle_is_refused(build, bundle, bundle_path, tmp_path):
@@ -187,15 +187,15 @@ def test_another_bundle_is_refused(build, bundle, bundle_path, tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_damaged_images_are_passed_over_and_named_by_their_stand_in(
+def test_damaged_images_are_skipped_and_named_by_their_replacement(
     clip, checkpoint, bundle, data_root, tmp_path, recipe
 ):
     root = shutil.copytree(data_root, tmp_path / "data")
     broken = sorted((root / "train").rglob("*.png"))[7]
     broken.write_bytes(b"no image")
     options = replace(OPTIONS, images=48, references=48)
-    made = build_cards(clip, checkpoint, bundle, root, tmp_path / "out", options, QUIET)
-    names = [image.name for image in made.cards.images(range(48))]
+    built = build_cards(clip, checkpoint, bundle, root, tmp_path / "out", options, QUIET)
+    names = [image.name for image in built.cards.images(range(48))]
     assert broken.relative_to(root).as_posix() not in names
     assert len(set(names)) == 47
     for path in sorted((root / "train").rglob("*.png"))[:3]:

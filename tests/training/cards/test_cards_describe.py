@@ -75,9 +75,9 @@ def test_features_are_read_where_they_fire(described):
 
 
 def test_features_that_fire_on_one_words_images_are_labelled_so(described):
-    meant = np.array([feature for feature in range(FEATURES) if feature not in RANDOM])
-    assert described.label.word[meant].tolist() == (meant % WORDS).tolist()
-    assert described.labelled[meant].mean() > 0.8
+    meaningful = np.array([feature for feature in range(FEATURES) if feature not in RANDOM])
+    assert described.label.word[meaningful].tolist() == (meaningful % WORDS).tolist()
+    assert described.labelled[meaningful].mean() > 0.8
 
 
 def test_features_that_fire_on_random_images_are_not(described):
@@ -85,7 +85,7 @@ def test_features_that_fire_on_random_images_are_not(described):
 
 
 def test_a_label_is_measured_on_images_that_did_not_calibrate_it(described):
-    """The liars fooled the even held-out images; the odd ones tell."""
+    """The liars passed calibration on the even held-out images; the odd ones expose them."""
     honest = [feature for feature in range(140) if described.labelled[feature]]
     assert described.labelled[list(LIARS)].any()
     assert (described.auroc[honest] > 0.95).all()

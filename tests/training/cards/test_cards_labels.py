@@ -1,4 +1,4 @@
-"""Words for features whose exemplars are placed by hand, and for none where there is nothing to say."""
+"""Labels of features whose exemplars are placed by hand, and no labels where there is nothing to say."""
 
 import numpy as np
 import pytest
@@ -14,27 +14,27 @@ HALF = 2**-0.5
 
 def test_a_label_by_hand():
     embeddings = torch.tensor([[1.0, 0, 0], [HALF, HALF, 0], [0, 0, 1.0]])
-    found = describe(embeddings, torch.tensor([[0, 1, 2]]), torch.tensor([[3.0, 1.0, 0.0]]), WORDS)
+    described = describe(embeddings, torch.tensor([[0, 1, 2]]), torch.tensor([[3.0, 1.0, 0.0]]), WORDS)
     mean = np.array([3 + HALF, HALF, 0]) / 4
-    assert found.word.tolist() == [0]
-    assert found.score[0] == pytest.approx(mean[0], abs=1e-6)
-    assert found.margin[0] == pytest.approx(mean[0] - mean[1], abs=1e-6)
-    assert found.clarity[0] == pytest.approx(HALF, abs=1e-6)  # of the two that are used
+    assert described.word.tolist() == [0]
+    assert described.score[0] == pytest.approx(mean[0], abs=1e-6)
+    assert described.margin[0] == pytest.approx(mean[0] - mean[1], abs=1e-6)
+    assert described.clarity[0] == pytest.approx(HALF, abs=1e-6)  # of the two that are used
 
 
 def test_clarity_is_the_mean_cosine_of_two_exemplars():
     embeddings = F.normalize(torch.randn(30, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     exemplars = torch.arange(30).view(5, 6)
-    found = describe(embeddings, exemplars, torch.ones(5, 6), torch.eye(8))
-    for row, clarity in zip(exemplars, found.clarity, strict=True):
+    described = describe(embeddings, exemplars, torch.ones(5, 6), torch.eye(8))
+    for row, clarity in zip(exemplars, described.clarity, strict=True):
         cosines = (embeddings[row] @ embeddings[row].T).double().numpy()
         assert clarity == pytest.approx(cosines[np.triu_indices(6, 1)].mean(), abs=1e-6)
 
 
 def test_one_exemplar_says_nothing():
-    found = describe(torch.eye(3), torch.tensor([[0, 1]]), torch.tensor([[1.0, 0.0]]), WORDS)
-    assert np.isnan([found.score[0], found.margin[0], found.clarity[0]]).all()
-    assert not Thresholds(-1, -1, -1).passed(found).any()
+    described = describe(torch.eye(3), torch.tensor([[0, 1]]), torch.tensor([[1.0, 0.0]]), WORDS)
+    assert np.isnan([described.score[0], described.margin[0], described.clarity[0]]).all()
+    assert not Thresholds(-1, -1, -1).passed(described).any()
 
 
 def features(count=400, images=2000, clear=0.5, seed=0):
@@ -57,26 +57,26 @@ def features(count=400, images=2000, clear=0.5, seed=0):
 
 def test_features_that_fire_on_random_images_get_no_label():
     words, embeddings, exemplars, weights = features(count=5000, clear=0.0)
-    found = describe(embeddings, exemplars, weights, words)
+    described = describe(embeddings, exemplars, weights, words)
     floor = random_floor(embeddings, weights, words, seed=1)
-    assert floor.passed(found).sum() <= 5  # a thousandth of 5,000 in each of two ways, in both: hardly any
-    # as they would be: their labels tell nothing, on held-out images
+    assert floor.passed(described).sum() <= 5  # a thousandth of 5,000 by each of two criteria; by both: hardly any
+    # as expected of them: their labels say nothing about held-out images
     aurocs = np.random.default_rng(0).normal(0.5, 0.05, 5000)
-    thresholds = calibrate(found, aurocs, floor)
+    thresholds = calibrate(described, aurocs, floor)
     assert thresholds == Thresholds(np.inf, np.inf, np.inf)
-    assert thresholds.passed(found).sum() == 0
+    assert thresholds.passed(described).sum() == 0
 
 
 def test_features_with_a_meaning_get_theirs_beside_random_ones():
     words, embeddings, exemplars, weights = features()
-    found = describe(embeddings, exemplars, weights, words)
-    meant = np.arange(400) < 200
-    aurocs = np.where(meant, 0.95, 0.5)
-    thresholds = calibrate(found, aurocs, random_floor(embeddings, weights, words, seed=1))
-    passed = thresholds.passed(found)
-    assert found.word[meant].tolist() == [feature % 12 for feature in range(200)]
-    assert passed[meant].mean() > 0.95
-    assert not passed[~meant].any()
+    described = describe(embeddings, exemplars, weights, words)
+    meaningful = np.arange(400) < 200
+    aurocs = np.where(meaningful, 0.95, 0.5)
+    thresholds = calibrate(described, aurocs, random_floor(embeddings, weights, words, seed=1))
+    passed = thresholds.passed(described)
+    assert described.word[meaningful].tolist() == [feature % 12 for feature in range(200)]
+    assert passed[meaningful].mean() > 0.95
+    assert not passed[~meaningful].any()
 
 
 def labels(score, margin=None, clarity=None):
@@ -100,7 +100,7 @@ def test_what_was_not_measured_calibrates_nothing():
     score = np.linspace(0, 1, 100)
     aurocs = np.full(100, np.nan)
     assert not np.isfinite(calibrate(labels(score), aurocs, Thresholds(0.0, 0.0, 0.0)).score)
-    aurocs[90:] = 0.99  # ten are too few to tell a precision by
+    aurocs[90:] = 0.99  # ten are too few to estimate a precision
     assert not np.isfinite(calibrate(labels(score), aurocs, Thresholds(0.0, 0.0, 0.0)).score)
     assert not np.isfinite(calibrate(labels([]), np.array([]), Thresholds(0.0, 0.0, 0.0)).score)
 
@@ -113,16 +113,16 @@ def test_no_threshold_falls_below_what_random_sets_reach():
 
 def test_each_of_the_three_can_forbid_a_label():
     thresholds = Thresholds(score=0.5, clarity=0.4, margin=0.3)
-    found = labels([0.6, 0.4, 0.6, 0.6], margin=[0.4, 0.4, 0.2, 0.4], clarity=[0.5, 0.5, 0.5, 0.3])
-    assert thresholds.passed(found).tolist() == [True, False, False, False]
+    described = labels([0.6, 0.4, 0.6, 0.6], margin=[0.4, 0.4, 0.2, 0.4], clarity=[0.5, 0.5, 0.5, 0.3])
+    assert thresholds.passed(described).tolist() == [True, False, False, False]
 
 
 def test_what_a_direction_writes():
     words = F.normalize(torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [-1.0, -1.0, 0]]), dim=-1)
-    found = written(torch.tensor([[2.0, 0.1, 7.0], [-3.0, -3.0, 0.0]]), words)
-    assert found.word.tolist() == [0, 2]
-    assert found.score[1] == pytest.approx(1, abs=1e-6)
-    assert found.margin[1] == pytest.approx(1 + HALF, abs=1e-6)
+    writes = written(torch.tensor([[2.0, 0.1, 7.0], [-3.0, -3.0, 0.0]]), words)
+    assert writes.word.tolist() == [0, 2]
+    assert writes.score[1] == pytest.approx(1, abs=1e-6)
+    assert writes.margin[1] == pytest.approx(1 + HALF, abs=1e-6)
 
 
 def test_random_directions_write_nothing():

@@ -18,7 +18,7 @@ def preprocessing(height, width):
 
 
 def normalised(images):
-    """uint8 [N, H, W, 3] as a model gets it."""
+    """uint8 [N, H, W, 3] as the input of a model."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
@@ -30,9 +30,9 @@ def opened(picture):
 @pytest.fixture
 def images():
     """Two: red above blue, and green."""
-    made = np.zeros((2, 32, 48, 3), np.uint8)
-    made[0, :16, :, 0] = made[0, 16:, :, 2] = made[1, :, :, 1] = 200
-    return made
+    pixels = np.zeros((2, 32, 48, 3), np.uint8)
+    pixels[0, :16, :, 0] = pixels[0, 16:, :, 2] = pixels[1, :, :, 1] = 200
+    return pixels
 
 
 def test_a_picture_is_what_the_model_saw_upright_and_in_its_colours(images, tmp_path):
@@ -59,14 +59,14 @@ def test_the_mean_of_two(images, tmp_path):
     assert np.abs(mean[2, 16] - [100, 100, 0]).max() < 30
 
 
-def test_it_goes_on_after_an_interruption(images, tmp_path):
+def test_it_resumes_after_an_interruption(images, tmp_path):
     file = tmp_path / "p.npy"
     Album(file, preprocessing(32, 48), 3, "thumbnails").add(0, normalised(images)[:1])
     album = Album(file, preprocessing(32, 48), 3, "thumbnails")
     album.add(1, normalised(images)[1:])
     assert np.abs(opened(album.picture(0))[4, 24] - [200, 0, 0]).max() < 30
     assert np.abs(opened(album.picture(1))[4, 24] - [0, 200, 0]).max() < 30
-    # of another size: made anew
+    # of another size: recreated
     assert not Album(file, preprocessing(32, 48), 2, "means")._pixels.any()
 
 

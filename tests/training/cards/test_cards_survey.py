@@ -10,8 +10,8 @@ from vitrine.training.cards.survey import CLS, LOG_BINS, PATCHES, Survey, centre
 IMAGES, HELD_OUT, EXEMPLARS, CODES = 23, 9, 4, 10
 
 
-def made(clip, clt, pixels, sizes):
-    """A survey of these pixels in batches of so many images."""
+def make_survey(clip, clt, pixels, sizes):
+    """A survey of these pixels in batches of these sizes."""
     survey = Survey.empty(clip.tower, clt, IMAGES, HELD_OUT, EXEMPLARS, CODES)
     for batch in pixels.split(sizes):
         start = int(survey.seen)
@@ -40,7 +40,7 @@ def dense(clip, any_clt, pixels):
 
 @pytest.fixture(scope="module")
 def survey(clip, any_clt, pixels):
-    return made(clip, any_clt, pixels, [5, 5, 5, 8, 9])
+    return make_survey(clip, any_clt, pixels, [5, 5, 5, 8, 9])
 
 
 def strongest(dense, reading):
@@ -86,10 +86,12 @@ def test_every_activation_is_counted_in_its_bin(survey, dense):
         values = strongest(dense, reading).abs()
         assert torch.equal(survey.bins[reading].sum(-1), (values != 0).sum(0).int())
         layer, feature = divmod(int((values != 0).sum(0).flatten().argmax()), values.shape[-1])
-        found = values[:, layer, feature]
-        kept = quantiles(survey.bins[reading, layer, feature], (0.0, 0.5, 1.0))
-        ends = [max(float(end), module.LEAST) for end in (found[found > 0].min(), found.max())]
-        assert kept[[0, 2]].tolist() == pytest.approx(ends, rel=0.03)
+        activations = values[:, layer, feature]
+        estimates = quantiles(survey.bins[reading, layer, feature], (0.0, 0.5, 1.0))
+        ends = [
+            max(float(end), module.MIN_ACTIVATION) for end in (activations[activations > 0].min(), activations.max())
+        ]
+        assert estimates[[0, 2]].tolist() == pytest.approx(ends, rel=0.03)
 
 
 def test_embeddings_and_codes(survey, clip, pixels, dense):
@@ -107,19 +109,19 @@ def test_what_fires_in_held_out_images(survey, dense):
         assert torch.equal(survey.fires_held_out(PATCHES, layer), fires[:, layer, 1:].any(1))
 
 
-def test_an_interrupted_survey_goes_on_as_if_it_had_not_been(clip, clt, pixels, tmp_path):
-    whole = made(clip, clt, pixels, [5, 5, 5, 8, 9])
+def test_a_resumed_survey_equals_an_uninterrupted_one(clip, clt, pixels, tmp_path):
+    whole = make_survey(clip, clt, pixels, [5, 5, 5, 8, 9])
     half = Survey.empty(clip.tower, clt, IMAGES, HELD_OUT, EXEMPLARS, CODES)
     for batch, classes in ((pixels[:5], torch.arange(5)), (pixels[5:10], torch.arange(5, 10) % 7)):
         half.add(clip.tower, clt, batch, classes)
     half.save(tmp_path / "state", "mine")
     assert Survey.load(tmp_path / "state", "another's") is None
     assert Survey.load(tmp_path / "nothing", "mine") is None
-    taken_up = Survey.load(tmp_path / "state", "mine")
+    resumed = Survey.load(tmp_path / "state", "mine")
     for start, end in ((10, 15), (15, 23), (23, 32)):
-        taken_up.add(clip.tower, clt, pixels[start:end], torch.arange(start, end) % 7)
+        resumed.add(clip.tower, clt, pixels[start:end], torch.arange(start, end) % 7)
     for name, tensor in vars(whole).items():
-        assert torch.equal(tensor, getattr(taken_up, name)), name
+        assert torch.equal(tensor, getattr(resumed, name)), name
 
 
 def test_features_beyond_a_multiple_of_eight(clip, clt):
@@ -137,9 +139,9 @@ def test_a_histogram_of_equal_widths():
     bins = torch.zeros(2, LOG_BINS, dtype=torch.int32)
     values = np.array([0.3, 1.1, 1.1, 3.9])
     for value in values:
-        bins[0, int(np.floor(np.log2(value / module.LEAST) * module.BINS_AN_OCTAVE))] += 1
-    found = histogram(bins, torch.tensor([4.0, 0.0]), 4)
-    assert found.tolist() == [[1, 2, 0, 1], [0, 0, 0, 0]]
+        bins[0, int(np.floor(np.log2(value / module.MIN_ACTIVATION) * module.BINS_PER_OCTAVE))] += 1
+    counts = histogram(bins, torch.tensor([4.0, 0.0]), 4)
+    assert counts.tolist() == [[1, 2, 0, 1], [0, 0, 0, 0]]
     assert torch.isnan(quantiles(bins, (0.5,))[1])
     assert quantiles(bins, (0.5,))[0].item() == pytest.approx(1.1, rel=0.03)
 

@@ -17,12 +17,12 @@ def test_every_word_once_in_order(tmp_path):
 
 
 @pytest.mark.parametrize("sources", [["nowhere.txt"], ["labels"]])
-def test_what_is_no_vocabulary_is_refused(sources):
+def test_an_invalid_vocabulary_is_refused(sources):
     with pytest.raises(VocabularyError, match=sources[0]):
         read_vocabulary(sources, ["only one"])
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path):
+def test_a_file_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(VocabularyError, match=r"x\.txt"):
         read_vocabulary([str(tmp_path / "x.txt")], ["a", "b"])
@@ -30,7 +30,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
 
 def test_embeddings_are_about_their_mean(clip):
     words, templates = ["red circle", "green square", "blue triangle"], ["a photo of a {}", "{}"]
-    found = embed(clip, words, templates, Progress(disable=True))
+    embeddings = embed(clip, words, templates, Progress(disable=True))
     raw = clip.encode_labels(words, templates)
     expected = torch.nn.functional.normalize(raw - raw.mean(0), dim=-1)
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(embeddings, expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Which token is where, steps that need not know their past, a normalisation that can be folded away."""
+"""The order of tokens, steps that do not depend on earlier ones, a normalisation that can be folded away."""
 
 import numpy as np
 import pytest
@@ -27,12 +27,12 @@ def normalisation(batches):
 
 def test_tokens_lie_image_by_image_with_cls_first(clip, make_pixels):
     pixels = make_pixels(3)
-    taps, found = clip.tower(pixels), activations(clip.tower(pixels))
-    assert found.is_cls.nonzero().flatten().tolist() == [0, 17, 34]
+    taps, flat = clip.tower(pixels), activations(clip.tower(pixels))
+    assert flat.is_cls.nonzero().flatten().tolist() == [0, 17, 34]
     for image, token in ((0, 0), (1, 0), (1, 5), (2, 16)):
         place = image * 17 + token
-        torch.testing.assert_close(found.mlp_in[:, place], taps.mlp_in[:, image, token], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found.mlp_out[:, place], taps.mlp_out[:, image, token], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(flat.mlp_in[:, place], taps.mlp_in[:, image, token], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(flat.mlp_out[:, place], taps.mlp_out[:, image, token], rtol=1e-5, atol=1e-5)
 
 
 def marks(step):
@@ -46,14 +46,14 @@ def marks(step):
 
 def test_steps_serve_the_plans_tokens(numbers, marking_tower):
     plan = Plan(images=23, images_per_step=3, mixed_images=6, seed=0, epochs=2)
-    found = [marks(step) for step in steps(marking_tower, numbers(23), plan, workers=0)]
+    served = [marks(step) for step in steps(marking_tower, numbers(23), plan, workers=0)]
     expected = []
     for visit in plan.visits():
         images = plan.chunk(visit.chunk)
         for places in plan.tokens(visit, 5):
             expected.append([(images[place // 5], place % 5) for place in places.tolist()])
-    assert found == expected
-    for epoch in (found[:7], found[7:]):
+    assert served == expected
+    for epoch in (served[:7], served[7:]):
         assert len({mark for step in epoch for mark in step}) == 7 * 3 * 5
     assert {len(batch) for batch in marking_tower.batches} == {3}
 
@@ -66,13 +66,13 @@ def test_unmixed_steps_are_whole_images(numbers, marking_tower):
 
 @pytest.mark.parametrize("mixed_images", [8, 32])
 @pytest.mark.parametrize("skip", [1, 3, 4, 5, 6, 9, 11, 12])  # chunks end at 4 or 2, 6, 10 or 8, 12
-def test_a_run_that_is_taken_up_sees_the_same_bits(clip, data_root, mixed_images, skip):
+def test_a_resumed_run_sees_the_same_bits(clip, data_root, mixed_images, skip):
     plan = Plan(images=48, images_per_step=8, mixed_images=mixed_images, seed=0, epochs=2)
     images = open_images(TRAIN, data_root, clip.transform())
     whole = list(steps(clip.tower, images, plan, workers=0))
-    taken_up = list(steps(clip.tower, images, plan, workers=0, skip=skip))
-    assert len(taken_up) == 12 - skip
-    for one, two in zip(whole[skip:], taken_up, strict=True):
+    resumed = list(steps(clip.tower, images, plan, workers=0, skip=skip))
+    assert len(resumed) == 12 - skip
+    for one, two in zip(whole[skip:], resumed, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
@@ -110,10 +110,10 @@ def test_processes_together_see_the_tokens_of_one(numbers, marking_tower, mixed_
 def test_broken_images_do_not_change_the_length_of_a_step(numbers, marking_tower):
     plan = Plan(images=12, images_per_step=4, mixed_images=8, seed=0, epochs=1)
     images = numbers(12, broken={5, 6}, max_broken=0.2)
-    found = [marks(step) for step in steps(marking_tower, images, plan, workers=0)]
-    assert [len(step) for step in found] == [20, 20, 20]
+    step_marks = [marks(step) for step in steps(marking_tower, images, plan, workers=0)]
+    assert [len(step) for step in step_marks] == [20, 20, 20]
     assert images.broken.keys() == {"number 5", "number 6"}
-    served = sorted(mark for step in found for mark in step)
+    served = sorted(mark for step in step_marks for mark in step)
     assert served == sorted((7 if n in (5, 6) else n, token) for n in range(12) for token in range(5))
 
 
@@ -157,12 +157,12 @@ def test_normalised_activations_have_mean_0_and_scale_1(batches, normalisation):
 
 def test_estimate_by_hand():
     x = torch.tensor([[[1.0, 10.0], [3.0, 10.0]]])  # one layer, two tokens, width 2
-    found = Normalisation.estimate([Activations(x, 2 * x, torch.tensor([True, False]))])
-    assert found.in_mean.tolist() == [[2, 10]]
-    assert found.in_scale.tolist() == pytest.approx([0.5**0.5])  # deviations -1, 1, 0, 0
-    assert found.out_mean.tolist() == [[4, 20]]
-    assert found.out_scale.tolist() == pytest.approx([2 * 0.5**0.5])
-    assert found.out_mean_cls.tolist() == [[2, 20]]
+    estimate = Normalisation.estimate([Activations(x, 2 * x, torch.tensor([True, False]))])
+    assert estimate.in_mean.tolist() == [[2, 10]]
+    assert estimate.in_scale.tolist() == pytest.approx([0.5**0.5])  # deviations -1, 1, 0, 0
+    assert estimate.out_mean.tolist() == [[4, 20]]
+    assert estimate.out_scale.tolist() == pytest.approx([2 * 0.5**0.5])
+    assert estimate.out_mean_cls.tolist() == [[2, 20]]
 
 
 def test_estimate_of_nothing_is_refused():
@@ -184,8 +184,8 @@ def test_folded_clt_does_on_raw_activations_what_the_other_does_on_normalised_on
     assert not folded.training
     for batch in batches:
         expected, output = clt(normalisation.inputs(batch.mlp_in), batch.is_cls)
-        found, raw_output = folded(batch.mlp_in, batch.is_cls)
-        for one, two in zip(expected, found, strict=True):
+        folded_codes, raw_output = folded(batch.mlp_in, batch.is_cls)
+        for one, two in zip(expected, folded_codes, strict=True):
             assert one.values.count_nonzero() > 0
             torch.testing.assert_close(_dense(one), _dense(two), rtol=0, atol=1e-4)
         torch.testing.assert_close(normalisation.targets(raw_output), output, rtol=0, atol=1e-4)

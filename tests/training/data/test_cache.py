@@ -1,4 +1,4 @@
-"""A cache changes where activations come from, and nothing else; another run's is refused."""
+"""A cache changes where activations come from, and nothing else; the cache of another run is refused."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def start(marking_clip, tmp_path):
     """start(**changes) -> the cache in tmp_path/"cache", with its arguments changed."""
 
     def start(dtype="float32", plan=PLAN, **changes):
-        arguments = {"clip": marking_clip, "source": SOURCE, "plan": plan, "say": lambda message: None} | changes
+        arguments = {"clip": marking_clip, "source": SOURCE, "plan": plan, "log": lambda message: None} | changes
         return open_cache(tmp_path / "cache", dtype, **arguments)
 
     return start
@@ -70,7 +70,7 @@ def test_a_chunk_is_forwarded_once(numbers, marking_tower, start, tmp_path):
     assert marking_tower.batches == []
 
 
-def test_interrupted_run_goes_on_with_what_is_cached(numbers, marking_tower, start, tmp_path):
+def test_interrupted_run_resumes_with_what_is_cached(numbers, marking_tower, start, tmp_path):
     plain = run(marking_tower, numbers(23))
     first = steps(marking_tower, numbers(23), PLAN, workers=0, cache=start())
     for _ in range(4):
@@ -113,14 +113,14 @@ def test_every_process_has_its_own_files(numbers, marking_tower, start, tmp_path
     assert len(shards(tmp_path)) == 6
 
 
-def _cut(path):
+def _truncate(path):
     os.truncate(path, path.stat().st_size - 3)
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        _cut,
+        _truncate,
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"no tensors, but more than eight bytes"),
         lambda path: path.write_bytes(path.with_name("chunk-00002-process-0-of-1.safetensors").read_bytes()),
@@ -128,32 +128,32 @@ def _cut(path):
     ids=["cut short", "empty", "garbage", "another chunk's"],
 )
 @pytest.mark.parametrize("when", ["before", "during"])
-def test_damaged_file_is_computed_again_and_told_once(numbers, marking_tower, start, tmp_path, damage, when):
+def test_damaged_file_is_computed_again_and_reported_once(numbers, marking_tower, start, tmp_path, damage, when):
     plain = run(marking_tower, numbers(23))
-    said = []
+    messages = []
     if when == "before":
         run(marking_tower, numbers(23), cache=start())
         damage(shards(tmp_path)[0])
     marking_tower.batches.clear()
-    found = []
-    for number, step in enumerate(steps(marking_tower, numbers(23), PLAN, workers=0, cache=start(say=said.append))):
+    served = []
+    for number, step in enumerate(steps(marking_tower, numbers(23), PLAN, workers=0, cache=start(log=messages.append))):
         if when == "during" and number == 7:  # the first epoch is over
             damage(shards(tmp_path)[0])
-        found.append(step)
-    assert_same_bits(found, plain)
+        served.append(step)
+    assert_same_bits(served, plain)
     assert sum(map(len, marking_tower.batches)) == (9 if when == "before" else 21 + 9)
-    assert len(said) == 1
-    assert said[0].startswith(f"{shards(tmp_path)[0]} is damaged")
-    assert start().whole() == {0, 1, 2}
+    assert len(messages) == 1
+    assert messages[0].startswith(f"{shards(tmp_path)[0]} is damaged")
+    assert start().readable_chunks() == {0, 1, 2}
 
 
 def test_files_that_vanish_are_computed_again(numbers, marking_tower, start, tmp_path):
     plain = run(marking_tower, numbers(23))
-    found = steps(marking_tower, numbers(23), PLAN, workers=0, cache=start())
-    first = [next(found) for _ in range(7)]
+    stream = steps(marking_tower, numbers(23), PLAN, workers=0, cache=start())
+    first = [next(stream) for _ in range(7)]
     for path in shards(tmp_path):
         path.unlink()
-    assert_same_bits(first + list(found), plain)
+    assert_same_bits(first + list(stream), plain)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_activations_of_unknown_origin_are_refused(numbers, marking_tower, start
         start()
 
 
-def test_full_disk_is_told_beforehand(numbers, marking_tower, start, monkeypatch):
+def test_full_disk_is_reported_beforehand(numbers, marking_tower, start, monkeypatch):
     def free(count):
         monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=count))
 
@@ -218,7 +218,7 @@ def test_full_disk_is_told_beforehand(numbers, marking_tower, start, monkeypatch
     free(needed)
     run(marking_tower, numbers(23), cache=start())
     free(0)
-    start()  # all is there
+    start()  # everything is there
 
 
 def test_file_that_cannot_be_written_is_named(numbers, marking_tower, start, tmp_path):
@@ -252,7 +252,7 @@ def test_broken_images_are_named_by_a_cached_run_too(numbers, marking_tower, sta
 
 def test_cache_json_can_be_read(start, tmp_path):
     start()
-    found = json.loads((tmp_path / "cache/cache.json").read_text())
-    assert found["CLIP"] == "a" * 64
-    assert found["source"] == {"kind": "folder", "path": "train"}
-    assert found["plan"] == {"images": 23, "images_per_step": 3, "mixed_images": 9, "seed": 0}
+    content = json.loads((tmp_path / "cache/cache.json").read_text())
+    assert content["CLIP"] == "a" * 64
+    assert content["source"] == {"kind": "folder", "path": "train"}
+    assert content["plan"] == {"images": 23, "images_per_step": 3, "mixed_images": 9, "seed": 0}

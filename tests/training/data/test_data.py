@@ -1,4 +1,4 @@
-"""Broken images are replaced and named; which image and token comes when is a function of the plan's numbers."""
+"""Broken images are replaced and named; the order of images and tokens is a function of the plan's numbers."""
 
 import re
 import struct
@@ -17,13 +17,13 @@ FOLDER = FolderSource(kind="folder", path=".")
 
 
 def values(images, batches, workers=0):
-    """The numbers that were loaded; their classes must be their own."""
-    found = []
+    """The numbers that were loaded; asserts that the classes match."""
+    loaded = []
     for pixels, classes in load(images, batches, workers):
         assert pixels.shape == (len(classes), 3, 2, 2)
         assert classes.tolist() == [10 * number for number in pixels[:, 0, 0, 0].int().tolist()]
-        found.append(pixels[:, 0, 0, 0].int().tolist())
-    return found
+        loaded.append(pixels[:, 0, 0, 0].int().tolist())
+    return loaded
 
 
 def test_images_by_number(numbers):
@@ -67,14 +67,14 @@ def test_more_broken_images_than_may_be_end_the_run(numbers, broken, max_broken,
         values(numbers(10, broken, max_broken), [[index] for index in range(10)])
 
 
-def test_what_a_checkpoint_knows_counts_on(numbers):
+def test_broken_images_of_a_checkpoint_are_counted_too(numbers):
     images = numbers(10, broken={3}, max_broken=0.2)
-    images.note({"number 8": "torn", "number 9": "torn"})
+    images.record_broken({"number 8": "torn", "number 9": "torn"})
     with pytest.raises(DataError, match="3 of 10 images"):
         values(images, [[3]])
 
 
-def test_too_many_broken_images_are_told_by_a_worker_process_too(numbers):
+def test_too_many_broken_images_are_reported_by_a_worker_process_too(numbers):
     message = ""
     try:  # not pytest.raises: it would keep the worker process alive
         values(numbers(10, broken={0, 1}, max_broken=0.1), [[0]], workers=1)
@@ -147,12 +147,12 @@ def plans(draw):
 
 def tokens(plan, tokens_per_image, skip=0, rank=0, world=1):
     """For each step the tokens as (image, number of token)."""
-    found = []
+    by_step = []
     for visit in plan.visits(skip):
         images = [image for batch in plan.share(visit.chunk, rank, world) for image in batch]
         for places in plan.tokens(visit, tokens_per_image, rank, world):
-            found.append([(images[place // tokens_per_image], place % tokens_per_image) for place in places.tolist()])
-    return found
+            by_step.append([(images[place // tokens_per_image], place % tokens_per_image) for place in places.tolist()])
+    return by_step
 
 
 @settings(deadline=None, max_examples=60)
@@ -188,7 +188,7 @@ def test_all_processes_together_serve_the_steps_of_one(plan, data):
     shares = [tokens(plan, 3, skip, rank, world) for rank in range(world)]
     for whole, *parts in zip(tokens(plan, 3, skip), *shares, strict=True):
         assert sorted(token for part in parts for token in part) == sorted(whole)
-        for part in parts:  # in the order of the one process
+        for part in parts:  # in the order of the single process
             assert part == [token for token in whole if token in set(part)]
 
 
@@ -210,7 +210,7 @@ def test_tokens_are_shuffled_over_a_chunk_and_anew_in_every_epoch():
 
 
 def test_every_visit_shuffles_in_its_own_way():
-    """Places alone, whatever images lie there."""
+    """Only the places matter, not the images at them."""
     shuffles = {
         (seed, visit.epoch, visit.chunk): tuple(torch.cat(list(plan.tokens(visit, 5))).tolist())
         for seed in (0, 1)

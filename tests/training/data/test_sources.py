@@ -1,4 +1,4 @@
-"""Every kind of source: classes, images by number, names, broken images, and what is said of those that cannot be."""
+"""Every kind of source: classes, images by number, names, broken images, and the errors of unusable sources."""
 
 import io
 import pickle
@@ -22,7 +22,7 @@ NO_IMAGE = b"no image"
 
 
 def colour(image):
-    """The first pixel as a picture of its own: [3, 1, 1]."""
+    """The first pixel as a separate picture: [3, 1, 1]."""
     assert image.mode == "RGB"
     return torch.tensor(image.getpixel((0, 0)), dtype=torch.float32)[:, None, None]
 
@@ -128,7 +128,7 @@ def test_torchvision_set_is_downloaded_if_it_is_not_there(tmp_path, no_checksums
     assert reds(open_images(cifar10(), tmp_path, colour)) == [(50, 1), (51, 0)]
 
 
-def test_failed_download_is_told(tmp_path, no_network):
+def test_failed_download_is_reported(tmp_path, no_network):
     with pytest.raises(
         DataError, match=rf"^CIFAR10\[val\] is not in {tmp_path} and cannot be downloaded: .*no network"
     ):
@@ -156,7 +156,7 @@ def test_broken_image_in_a_torchvision_set(tmp_path):
 
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_knows_the_sets_and_their_splits(name, tmp_path):
-    """Without the data every one must get as far as missing them."""
+    """Without the data, each must get as far as reporting them missing."""
     for options in TORCHVISION[name]:
         with pytest.raises(RuntimeError, match=r"(?i)not found|corrupted"):
             getattr(torchvision.datasets, name)(str(tmp_path), **options)
@@ -381,7 +381,7 @@ def test_unreadable_shard_is_named(tmp_path, kind):
         open_images(shards(), tmp_path, colour)
 
 
-def test_missing_class_names_are_told(tmp_path):
+def test_missing_class_names_are_reported(tmp_path):
     tar(tmp_path / "x.tar", {"1.png": b"", "1.cls": b"0"})
     with pytest.raises(DataError, match=f"class names cannot be read from {tmp_path}/names"):
         open_images(shards("x.tar", "names"), tmp_path, colour)

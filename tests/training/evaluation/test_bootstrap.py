@@ -1,4 +1,4 @@
-"""The bootstrap, against a known distribution, SciPy's, and by hand."""
+"""The bootstrap, against a known distribution, against SciPy's, and by hand."""
 
 import numpy as np
 import pytest
@@ -9,11 +9,11 @@ from vitrine.training.evaluation.bootstrap import Bootstrap
 
 def test_the_interval_of_a_normal_mean_is_the_known_one():
     values = np.random.default_rng(3).normal(5.0, 2.0, size=2000)
-    found = Bootstrap(2000, seed=1).estimate(values)
+    estimate = Bootstrap(2000, seed=1).estimate(values)
     error = 1.96 * values.std() / np.sqrt(2000)
-    assert found.value == pytest.approx(values.mean())
-    assert found.low == pytest.approx(values.mean() - error, abs=0.1 * error)
-    assert found.high == pytest.approx(values.mean() + error, abs=0.1 * error)
+    assert estimate.value == pytest.approx(values.mean())
+    assert estimate.low == pytest.approx(values.mean() - error, abs=0.1 * error)
+    assert estimate.high == pytest.approx(values.mean() + error, abs=0.1 * error)
 
 
 def test_it_is_scipys_percentile_bootstrap():
@@ -26,16 +26,16 @@ def test_it_is_scipys_percentile_bootstrap():
 def test_intervals_hold_the_true_mean_as_often_as_they_say():
     generator = np.random.default_rng(5)
     bootstrap = Bootstrap(100, resamples=500)
-    held = [bootstrap.estimate(generator.random(100) < 0.7) for _ in range(400)]
-    share = np.mean([found.low <= 0.7 <= found.high for found in held])
+    estimates = [bootstrap.estimate(generator.random(100) < 0.7) for _ in range(400)]
+    share = np.mean([estimate.low <= 0.7 <= estimate.high for estimate in estimates])
     assert 0.9 <= share <= 0.98
 
 
 def test_differences_are_paired():
     """Two figures that differ by a constant for every image differ by it in every resample."""
     values = np.random.default_rng(6).random(50)
-    found = Bootstrap(50).estimate((values + 0.25) - values)
-    assert (found.low, found.high) == pytest.approx((0.25, 0.25))
+    estimate = Bootstrap(50).estimate((values + 0.25) - values)
+    assert (estimate.low, estimate.high) == pytest.approx((0.25, 0.25))
 
 
 def test_every_resample_draws_as_many_images_as_there_are():
@@ -49,9 +49,9 @@ def test_every_resample_draws_as_many_images_as_there_are():
 def test_columns_are_estimated_together():
     values = np.random.default_rng(7).random((40, 3))
     bootstrap = Bootstrap(40, seed=2)
-    for column, found in enumerate(bootstrap.estimates(values)):
+    for column, estimate in enumerate(bootstrap.estimates(values)):
         alone = bootstrap.estimate(values[:, column])
-        assert (found.value, found.low, found.high) == pytest.approx((alone.value, alone.low, alone.high))
+        assert (estimate.value, estimate.low, estimate.high) == pytest.approx((alone.value, alone.low, alone.high))
 
 
 def test_the_seed_decides():

@@ -1,16 +1,16 @@
-"""What a prediction under replacement counts as."""
+"""How predictions under replacement are counted."""
 
 import pytest
 import torch
 
-from vitrine.models.dictionary.replacement import Known, Replaced
+from vitrine.models.dictionary.replacement import Precomputed, ReplacementOutput
 from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.cascades import Cascades, divergence
 
 
 def test_divergence_by_hand():
-    own, found = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
-    assert divergence(own, found).item() == pytest.approx(0.5 * torch.tensor([2.0, 2 / 3]).log().sum().item())
+    own, replaced = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+    assert divergence(own, replaced).item() == pytest.approx(0.5 * torch.tensor([2.0, 2 / 3]).log().sum().item())
     assert divergence(own, own).item() == 0
 
 
@@ -20,11 +20,11 @@ def test_figures_by_hand():
 
     def model(pixels, window, tokens, known):
         predicted = pixels if len(window) == 2 else 1 - pixels
-        return Replaced(predicted[:, None], None, None, [])
+        return ReplacementOutput(predicted[:, None], None, None, [])
 
     cascades = Cascades(model, lambda residual: certain[residual], [range(2), range(1, 2)], ("all",))
     for truth, own in (([0, 0], [0, 1]), ([1, 0], [1, 0])):
-        cascades.update(torch.tensor(own), Known(None, []), certain[own], torch.tensor(truth))
+        cascades.update(torch.tensor(own), Precomputed(None, []), certain[own], torch.tensor(truth))
     baseline, (same, other) = cascades.figures(Bootstrap(4))
     assert baseline.value == 0.75
     assert (same.first, same.last, same.window, same.tokens) == (0, 1, "0–1", "all")

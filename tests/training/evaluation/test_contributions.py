@@ -3,26 +3,21 @@
 import pytest
 import torch
 
-from vitrine.training.evaluation.contributions import ScoreMean, add_codes, by_type, centred, mean_contributions, scores
+from vitrine.training.evaluation.contributions import ScoreMean, add_codes, by_type, centred, mean_contributions
 
 CLS_OF_FOUR = torch.tensor([True, False, True, False])
-
-
-def test_scores_by_hand():
-    parts = torch.tensor([[[3.0, 0.0]], [[0.0, 4.0]], [[1.0, 0.0]]])  # y = (4, 4), |y|^2 = 32
-    assert scores(parts)[:, 0].tolist() == pytest.approx([12 / 32, 16 / 32, 4 / 32])
 
 
 def test_a_token_that_nothing_writes_to_is_left_out():
     parts = torch.zeros(2, 4, 3)
     parts[0, 0] = 1.0
     parts[1, 1] = 2.0
-    found = ScoreMean(2)
-    found.update(1, [0, 1], parts, CLS_OF_FOUR)
-    assert found.matrix("cls")[1].tolist() == [1, 0]
-    assert found.matrix("patches")[1].tolist() == [0, 1]
-    assert found.matrix("all")[1].tolist() == [0.5, 0.5]
-    assert found.matrix("all")[0].tolist() == [0, 0]
+    score_mean = ScoreMean(2)
+    score_mean.update(1, [0, 1], parts, CLS_OF_FOUR)
+    assert score_mean.matrix("cls")[1].tolist() == [1, 0]
+    assert score_mean.matrix("patches")[1].tolist() == [0, 1]
+    assert score_mean.matrix("all")[1].tolist() == [0.5, 0.5]
+    assert score_mean.matrix("all")[0].tolist() == [0, 0]
 
 
 def test_by_type_by_hand():
@@ -33,9 +28,9 @@ def test_by_type_by_hand():
 def test_centring_takes_each_type_s_own_mean():
     parts = torch.arange(8.0).view(2, 4, 1)
     means = torch.tensor([[[1.0], [10.0]], [[100.0], [1000.0]]])  # [type, source, d]
-    found = centred(parts, means, CLS_OF_FOUR)
-    assert found[0, :, 0].tolist() == [-1, 1 - 100, 2 - 1, 3 - 100]
-    assert found[1, :, 0].tolist() == [4 - 10, 5 - 1000, 6 - 10, 7 - 1000]
+    result = centred(parts, means, CLS_OF_FOUR)
+    assert result[0, :, 0].tolist() == [-1, 1 - 100, 2 - 1, 3 - 100]
+    assert result[1, :, 0].tolist() == [4 - 10, 5 - 1000, 6 - 10, 7 - 1000]
 
 
 @pytest.mark.parametrize("cross_layer", [True, False])
@@ -48,7 +43,7 @@ def test_mean_codes_give_mean_contributions(clip, make_clt, make_pixels, sparsif
     sums = torch.zeros(2, clt.layers, clt.features, dtype=torch.float64)
     add_codes(sums, codes, is_cls)
     means = mean_contributions(clt, sums / by_type(torch.ones(68), is_cls)[:, None, None])
-    for decoder, found in zip(clt.decoders, means, strict=True):
+    for decoder, mean in zip(clt.decoders, means, strict=True):
         parts = decoder.contributions(codes)
         expected = torch.stack([parts[:, is_cls].mean(1), parts[:, ~is_cls].mean(1)])
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Everything together on the tiny CLIP and the drawn shapes: against direct computations, and as a command."""
+"""The whole evaluation of the tiny CLIP on the drawn shapes: against direct computations, and as a command."""
 
 import json
 from html.parser import HTMLParser
@@ -98,8 +98,8 @@ def test_r2_is_about_the_means_of_these_images(clt, taps, codes, measured, token
     decoded = clt.decode(codes).view_as(taps.mlp_out)[:, :, chosen].double().flatten(1, 2)
     error = (truth - decoded).square().sum((1, 2))
     expected = 1 - error / (truth - truth.mean(1, keepdim=True)).square().sum((1, 2))
-    found = measured.reconstruction.figures(Bootstrap(12))[tokens]
-    assert [layer.r2 for layer in found.layers] == pytest.approx(expected.tolist(), rel=1e-6)
+    figures = measured.reconstruction.figures(Bootstrap(12))[tokens]
+    assert [layer.r2 for layer in figures.layers] == pytest.approx(expected.tolist(), rel=1e-6)
 
 
 def test_centred_and_raw_scores_differ(measured):
@@ -132,7 +132,7 @@ def test_keeping_every_source_is_replacing_the_last_layer(clip, clt, everything,
 
 
 def test_interventions_are_the_definition(clip, clt, taps, codes, everything, label_embeddings, measured):
-    """Keep-k by the ranking at [CLS], with explicit sums; the divergence tells apart what the top-1 may not."""
+    """Keep-k by the ranking at [CLS], with explicit sums; the divergence shows differences that top-1 may not."""
     order = measured.raw.matrix("cls")[2].argsort(descending=True).tolist()
     assert measured.interventions.rankings["cls"].tolist() == order
     decoder, at_cls = clt.decoders[2], slice(0, None, 17)
@@ -150,43 +150,46 @@ def test_interventions_are_the_definition(clip, clt, taps, codes, everything, la
             for image in range(12):
                 for feature, value in zip(code.indices[at_cls][image], code.values[at_cls][image], strict=True):
                     residual[image] += value * decoder.weights[source][feature]
-        found = log_probabilities(residual)
-        expected = (own.exp() * (own - found)).sum(-1)
+        replaced = log_probabilities(residual)
+        expected = (own.exp() * (own - replaced)).sum(-1)
         torch.testing.assert_close(measured.interventions.diverges("keep")[:, 0, k], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_per_layer_clt_contributes_from_its_own_layer_alone(clip, make_clt, images, label_embeddings):
     clt = make_clt(clip, cross_layer=False)
-    found = measure(clip, clt, images, label_embeddings, Plan(WINDOWS, matrices=True), Console(quiet=True))
-    torch.testing.assert_close(found.raw.matrix("all"), torch.eye(3, dtype=torch.float64))
-    figures = found.interventions.figures(Bootstrap(12), found.cascades.clip_right)
+    measurement = measure(clip, clt, images, label_embeddings, Plan(WINDOWS, matrices=True), Console(quiet=True))
+    torch.testing.assert_close(measurement.raw.matrix("all"), torch.eye(3, dtype=torch.float64))
+    figures = measurement.interventions.figures(Bootstrap(12), measurement.cascades.clip_right)
     assert figures.curve("cls").order[0] == 2
     assert len({point.value for point in figures.curve("cls").keep[1:]}) == 1
 
 
 def test_the_batch_size_does_not_matter(clip, clt, recipe, data_root, label_embeddings, measured):
     images = held_out(recipe.data, data_root, clip, batch_size=12, workers=0)
-    found = measure(clip, clt, images, label_embeddings, Plan(WINDOWS, matrices=True), Console(quiet=True))
+    measurement = measure(clip, clt, images, label_embeddings, Plan(WINDOWS, matrices=True), Console(quiet=True))
     torch.testing.assert_close(
-        found.centred.matrix("patches"), measured.centred.matrix("patches"), rtol=1e-4, atol=1e-5
+        measurement.centred.matrix("patches"), measured.centred.matrix("patches"), rtol=1e-4, atol=1e-5
     )
-    ours, theirs = (m.reconstruction.figures(Bootstrap(12))["all"].r2.value for m in (found, measured))
+    ours, theirs = (m.reconstruction.figures(Bootstrap(12))["all"].r2.value for m in (measurement, measured))
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_the_summary_is_the_same_figures(clip, clt, images, recipe, measured):
-    found = evaluate_summary(clip, clt, images, recipe.data.templates, Console(quiet=True))
+    summary = evaluate_summary(clip, clt, images, recipe.data.templates, Console(quiet=True))
     bootstrap = Bootstrap(12)
     baseline, cascades = measured.cascades.figures(bootstrap)
     reconstruction = measured.reconstruction.figures(bootstrap)
     curve = measured.interventions.figures(bootstrap, measured.cascades.clip_right).curve("cls")
-    assert found.r2 == pytest.approx(reconstruction["all"].r2.value)
-    assert found.r2_cls == pytest.approx(reconstruction["cls"].r2.value)
-    assert found.cosine == pytest.approx(reconstruction["all"].cosine)
-    assert found.dead_share == reconstruction["all"].dead_share
-    assert found.zero_shot_top1 == baseline.value
-    assert (found.replacement_all_top1, found.replacement_cls_top1) == (cascades[0].top1.value, cascades[1].top1.value)
-    assert (found.keep_top4_top1, found.drop_top1_top1) == (curve.keep[3].value, curve.drop[1].value)
+    assert summary.r2 == pytest.approx(reconstruction["all"].r2.value)
+    assert summary.r2_cls == pytest.approx(reconstruction["cls"].r2.value)
+    assert summary.cosine == pytest.approx(reconstruction["all"].cosine)
+    assert summary.dead_share == reconstruction["all"].dead_share
+    assert summary.zero_shot_top1 == baseline.value
+    assert (summary.replacement_all_top1, summary.replacement_cls_top1) == (
+        cascades[0].top1.value,
+        cascades[1].top1.value,
+    )
+    assert (summary.keep_top4_top1, summary.drop_top1_top1) == (curve.keep[3].value, curve.drop[1].value)
 
 
 # Which images
@@ -218,17 +221,17 @@ def test_classes_that_are_no_labels_are_refused(recipe, data_root, clip):
 
 @pytest.fixture(scope="module")
 def runs(recipe, clip, make_clt, cls_mean, tmp_path_factory):
-    """A run's folder, and a per-layer one's."""
-    found = []
+    """The folders of a run and of a per-layer run."""
+    folders = []
     for cross_layer in (True, False):
-        own = recipe.model_copy(update={"clt": recipe.clt.model_copy(update={"cross_layer": cross_layer})})
-        own = own.model_copy(update={"name": "tiny" if cross_layer else "tiny per-layer"})
-        meta = CheckpointMeta(step=24, steps=24, recipe=own, clip_sha256=clip.sha256, layers=3, width=32)
+        variant = recipe.model_copy(update={"clt": recipe.clt.model_copy(update={"cross_layer": cross_layer})})
+        variant = variant.model_copy(update={"name": "tiny" if cross_layer else "tiny per-layer"})
+        meta = CheckpointMeta(step=24, steps=24, recipe=variant, clip_sha256=clip.sha256, layers=3, width=32)
         clt = make_clt(clip, cross_layer=cross_layer)
         out = tmp_path_factory.mktemp("runs")
         save_checkpoint(out, meta, clt, {"out_mean_cls": cls_mean}, {"step": torch.zeros(1)})
-        found.append(out)
-    return found
+        folders.append(out)
+    return folders
 
 
 def run(*arguments):

@@ -30,14 +30,14 @@ def collected():
     Residual before: 0; bias: -1. Layer by layer, image 0 gets (-2, 0, 4), image 1 (-2, 0, 2).
     """
     rankings = {"cls": torch.tensor([2, 1, 0]), "all": torch.tensor([0, 1, 2])}
-    found = Interventions(classify, torch.tensor([-1.0, 0.0]), rankings, random_orders=5, seed=0)
+    interventions = Interventions(classify, torch.tensor([-1.0, 0.0]), rankings, random_orders=5, seed=0)
     parts = torch.zeros(3, 2, 2)
     parts[:, 0, 0], parts[:, 1, 0] = torch.tensor([-2.0, 0, 4]), torch.tensor([-2.0, 0, 2])
     own = classify(torch.tensor([[1.0, 0], [1.0, 0]]))
     for image in range(2):
-        some = slice(image, image + 1)
-        found.update(torch.zeros(1, 2), parts[:, some], own[some], torch.tensor([0]))
-    return found
+        single = slice(image, image + 1)
+        interventions.update(torch.zeros(1, 2), parts[:, single], own[single], torch.tensor([0]))
+    return interventions
 
 
 def test_curves_by_hand(collected):
@@ -60,8 +60,8 @@ def test_divergences_are_those_of_the_curves(collected):
     figures = collected.figures(Bootstrap(2), torch.tensor([1.0, 1.0]))
     own = classify(torch.tensor([1.0, 0.0]))
     for at, values in ((0, (-1, -1)), (1, (3, 1)), (3, (1, -1))):
-        found = [classify(torch.tensor([float(value), 0.0])) for value in values]
-        expected = sum((own.exp() * (own - other)).sum().item() for other in found) / 2
+        log_probabilities = [classify(torch.tensor([float(value), 0.0])) for value in values]
+        expected = sum((own.exp() * (own - other)).sum().item() for other in log_probabilities) / 2
         assert figures.curve("cls").keep_divergence[at] == pytest.approx(expected, abs=1e-6)
 
 
@@ -77,7 +77,7 @@ def test_dropping_is_keeping_the_others(collected):
     keep, drop = collected.right("keep"), collected.right("drop")
     assert torch.equal(keep[..., 0], drop[..., -1])
     assert torch.equal(keep[..., -1], drop[..., 0])
-    assert torch.equal(keep[:, 0].flip(-1), drop[:, 1])  # "all" is "cls" the other way round
+    assert torch.equal(keep[:, 0].flip(-1), drop[:, 1])  # "all" is "cls" reversed
 
 
 def test_random_orders_have_a_mean_and_a_spread(collected):

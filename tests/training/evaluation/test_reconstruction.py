@@ -11,7 +11,7 @@ from vitrine.training.evaluation.reconstruction import Reconstruction, chosen_to
 
 @pytest.fixture(scope="module")
 def pieces(clip, make_clt, make_pixels):
-    """(CLT, MLP outputs [L, 6, T, d], the CLT's, codes of the tokens) for six images."""
+    """(CLT, MLP outputs [L, 6, T, d], CLT outputs, codes of the tokens) for six images."""
     clt = make_clt(clip, k=8, k_cls=3)
     taps = clip.tower(make_pixels(6))
     codes, decoded = clt(taps.mlp_in.flatten(1, 2), torch.arange(17).eq(0).repeat(6))
@@ -26,8 +26,8 @@ def figures(pieces):
     collected = Reconstruction(clt, means)
     for part in (slice(0, 4), slice(4, 6)):
         tokens = slice(17 * part.start, 17 * part.stop)
-        some = [code._replace(indices=code.indices[tokens], values=code.values[tokens]) for code in codes]
-        collected.update(truth[:, part], decoded[:, part], some)
+        part_codes = [code._replace(indices=code.indices[tokens], values=code.values[tokens]) for code in codes]
+        collected.update(truth[:, part], decoded[:, part], part_codes)
     return collected.figures(Bootstrap(6))
 
 
@@ -35,24 +35,24 @@ def figures(pieces):
 def test_every_figure_of_every_layer(pieces, figures, tokens):
     clt, truth, decoded, codes = pieces
     for layer in range(clt.layers):
-        found = figures[tokens].layers[layer]
-        y, made = (chosen_tokens(part, tokens)[layer].flatten(0, 1).double() for part in (truth, decoded))
+        layer_figures = figures[tokens].layers[layer]
+        y, output = (chosen_tokens(part, tokens)[layer].flatten(0, 1).double() for part in (truth, decoded))
         r2 = R2Score(multioutput="variance_weighted").set_dtype(torch.float64)
-        assert found.r2 == pytest.approx(r2(made, y).item(), rel=1e-9)
-        assert found.mse == pytest.approx((made - y).square().mean().item(), rel=1e-9)
-        assert found.cosine == pytest.approx(torch.cosine_similarity(made, y, dim=-1).mean().item(), rel=1e-9)
+        assert layer_figures.r2 == pytest.approx(r2(output, y).item(), rel=1e-9)
+        assert layer_figures.mse == pytest.approx((output - y).square().mean().item(), rel=1e-9)
+        assert layer_figures.cosine == pytest.approx(torch.cosine_similarity(output, y, dim=-1).mean().item(), rel=1e-9)
         dense = torch.zeros(6 * 17, clt.features).scatter_add(1, codes[layer].indices, codes[layer].values)
         active = chosen_tokens(dense.view(1, 6, 17, -1), tokens)[0].flatten(0, 1) != 0
-        assert found.l0 == pytest.approx(active.sum(-1).double().mean().item())
-        assert found.dead_share == pytest.approx(1 - active.any(0).double().mean().item())
+        assert layer_figures.l0 == pytest.approx(active.sum(-1).double().mean().item())
+        assert layer_figures.dead_share == pytest.approx(1 - active.any(0).double().mean().item())
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_a_clts_figures_are_means_over_layers(figures, tokens):
-    found = figures[tokens]
-    assert found.r2.value == pytest.approx(sum(layer.r2 for layer in found.layers) / 3)
-    assert found.mse == pytest.approx(sum(layer.mse for layer in found.layers) / 3)
-    assert found.r2.low <= found.r2.value <= found.r2.high
+    figure = figures[tokens]
+    assert figure.r2.value == pytest.approx(sum(layer.r2 for layer in figure.layers) / 3)
+    assert figure.mse == pytest.approx(sum(layer.mse for layer in figure.layers) / 3)
+    assert figure.r2.low <= figure.r2.value <= figure.r2.high
 
 
 def test_cls_budgets_show_in_l0(figures):
@@ -65,6 +65,6 @@ def test_an_exact_clt_has_r2_1(pieces):
     means = torch.stack([chosen_tokens(truth, tokens).double().mean((1, 2)) for tokens in TOKENS])
     collected = Reconstruction(clt, means)
     collected.update(truth, truth, codes)
-    found = collected.figures(Bootstrap(6))["all"]
-    assert (found.r2.value, found.r2.low, found.mse) == (1, 1, 0)
-    assert found.cosine == pytest.approx(1)
+    figure = collected.figures(Bootstrap(6))["all"]
+    assert (figure.r2.value, figure.r2.low, figure.mse) == (1, 1, 0)
+    assert figure.cosine == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""Retrieval on six images whose neighbours can be counted on one hand."""
+"""Retrieval on six images whose neighbours can be found by hand."""
 
 import numpy as np
 import pytest
@@ -22,10 +22,10 @@ ROWS = np.array(
 
 
 def test_the_nearest_by_cosine():
-    found = nearest(sparse.csr_array(ROWS), np.array([0, 3, 5]), 3)
-    assert found[0].tolist() == [1, 2, 3]
-    assert found[1].tolist() == [2, 0, 1]
-    assert found[2].tolist() == [0, 1, 2]  # orthogonal ones by their place, before the opposite
+    neighbours = nearest(sparse.csr_array(ROWS), np.array([0, 3, 5]), 3)
+    assert neighbours[0].tolist() == [1, 2, 3]
+    assert neighbours[1].tolist() == [2, 0, 1]
+    assert neighbours[2].tolist() == [0, 1, 2]  # orthogonal ones in index order, before the opposite
     assert nearest(sparse.csr_array(ROWS), np.array([5]), 5)[0, -1] == 4
 
 
@@ -38,32 +38,32 @@ def test_it_is_the_dense_cosine(monkeypatch):
     similarity = unit @ unit.T
     np.fill_diagonal(similarity, -np.inf)
     order = np.argsort(-similarity.round(12), axis=1, kind="stable")[:, :4]
-    found = nearest(sparse.csr_array(rows), np.arange(40), 4)
-    assert np.take_along_axis(similarity, found, 1) == pytest.approx(np.take_along_axis(similarity, order, 1))
+    neighbours = nearest(sparse.csr_array(rows), np.arange(40), 4)
+    assert np.take_along_axis(similarity, neighbours, 1) == pytest.approx(np.take_along_axis(similarity, order, 1))
 
 
 def gallery(truth):
     """One layer that knows the classes, one that knows nothing, in two batches."""
     truth = torch.tensor(truth)
-    found = Gallery(layers=2, features=8)
+    collected = Gallery(layers=2, features=8)
     for part in truth.split(4):
         knows = Code(torch.stack([part, part], 1), torch.tensor([[1.0, 0.0]]).repeat(len(part), 1))
         nothing = Code(torch.full((len(part), 1), 7), torch.ones(len(part), 1))
-        found.update([knows, nothing], torch.eye(8)[part], part)
-    return found
+        collected.update([knows, nothing], torch.eye(8)[part], part)
+    return collected
 
 
 def test_scores_by_hand(monkeypatch):
     monkeypatch.setattr(retrieval, "NEAREST", 2)
-    found = gallery([0, 0, 0, 1, 1, 1]).figures(("a", "b"), seed=0)
-    assert found.layers[0].value == 1
+    figures = gallery([0, 0, 0, 1, 1, 1]).figures(("a", "b"), seed=0)
+    assert figures.layers[0].value == 1
     # all alike: the first two other images, so (0, 1, 2) see 2 of their class, (3, 4, 5) none
-    assert found.layers[1].value == 0.5
-    assert found.embedding.value == 1
-    assert found.chance == pytest.approx(2 / 5)
-    assert found.queries == 6
-    assert {example.label for example in found.examples} == {"a", "b"}
-    for example in found.examples:
+    assert figures.layers[1].value == 0.5
+    assert figures.embedding.value == 1
+    assert figures.chance == pytest.approx(2 / 5)
+    assert figures.queries == 6
+    assert {example.label for example in figures.examples} == {"a", "b"}
+    for example in figures.examples:
         assert all(example.query not in layer for layer in example.layers)
         assert example.labels[0] == [example.label] * 2
 

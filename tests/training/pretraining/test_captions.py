@@ -1,4 +1,4 @@
-"""What is said about an image, and that a sentence's place can be computed."""
+"""What captions say about an image, and that the index of a sentence can be computed."""
 
 import pytest
 from PIL import Image, ImageDraw
@@ -9,7 +9,7 @@ NAMES = list(COLOURS)
 
 
 def bordered(border, interior, size=(12, 9), thickness=1):
-    """A picture of one colour in a frame of another."""
+    """A picture of one colour with a border of another."""
     image = Image.new("RGB", size, border)
     box = (thickness, thickness, size[0] - 1 - thickness, size[1] - 1 - thickness)
     ImageDraw.Draw(image).rectangle(box, fill=interior)
@@ -74,7 +74,7 @@ def test_prompts_by_hand():
 
 
 def test_place_of_a_sentence():
-    """What training computes as the truth: class * len(COLOURS) + colour."""
+    """The truth that training computes: class * len(COLOURS) + colour."""
     labels = ("cat", "dog", "frog")
     prompts = coloured_prompts(labels, "a {}")
     assert len(set(prompts)) == len(prompts) == 3 * len(COLOURS)

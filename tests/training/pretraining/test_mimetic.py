@@ -37,12 +37,12 @@ def test_query_key_product_is_the_best_approximation_of_its_rank(products):
         query, key, _ = attention.in_proj_weight.detach().double().chunk(3)
         for head, noise in enumerate(noises):
             rows = slice(8 * head, 8 * head + 8)
-            found, wanted = query[rows].T @ key[rows], 0.7 * noise + 0.7 * identity
-            values = torch.linalg.svdvals(wanted)
-            # Eckart and Young: of rank 8, and as far from `wanted` as its other singular values say, not further.
-            assert torch.linalg.matrix_rank(found, rtol=1e-4) == 8
-            assert torch.linalg.svdvals(wanted - found)[0] == pytest.approx(float(values[8]), rel=1e-4)
-            assert (wanted - found).square().sum() == pytest.approx(float(values[8:].square().sum()), rel=1e-4)
+            product, target = query[rows].T @ key[rows], 0.7 * noise + 0.7 * identity
+            values = torch.linalg.svdvals(target)
+            # Eckart and Young: of rank 8, and as far from `target` as its other singular values say, not further.
+            assert torch.linalg.matrix_rank(product, rtol=1e-4) == 8
+            assert torch.linalg.svdvals(target - product)[0] == pytest.approx(float(values[8]), rel=1e-4)
+            assert (target - product).square().sum() == pytest.approx(float(values[8:].square().sum()), rel=1e-4)
             assert query[rows].norm() == pytest.approx(
                 float(key[rows].norm()), rel=1e-4
             )  # the values are shared out evenly
@@ -53,8 +53,8 @@ def test_value_output_product(products):
     mimetic_start(visual, torch.Generator().manual_seed(6))
     for attention, identity, _, noise in products(visual, 6):
         value = attention.in_proj_weight.detach().double().chunk(3)[2]
-        wanted = 0.4 * noise - 0.4 * identity
-        torch.testing.assert_close(value.T @ attention.out_proj.weight.double().T, wanted, atol=1e-6, rtol=1e-5)
+        target = 0.4 * noise - 0.4 * identity
+        torch.testing.assert_close(value.T @ attention.out_proj.weight.double().T, target, atol=1e-6, rtol=1e-5)
 
 
 def test_attention_does_with_the_products_what_the_paper_says(products):
@@ -63,8 +63,8 @@ def test_attention_does_with_the_products_what_the_paper_says(products):
     mimetic_start(visual, torch.Generator().manual_seed(7))
     tokens = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(0))
     for attention, identity, _, noise in products(visual, 7):
-        found, _ = attention(tokens, tokens, tokens)
-        torch.testing.assert_close(found.double(), tokens.double() @ (0.4 * noise - 0.4 * identity), atol=1e-5, rtol=0)
+        output, _ = attention(tokens, tokens, tokens)
+        torch.testing.assert_close(output.double(), tokens.double() @ (0.4 * noise - 0.4 * identity), atol=1e-5, rtol=0)
 
 
 def test_attention_starts_near_the_identity():
@@ -75,14 +75,14 @@ def test_attention_starts_near_the_identity():
     attention = visual.transformer.resblocks[0].attn
     tokens = 2 * torch.randn(4, 16, 64, generator=torch.Generator().manual_seed(0))
 
-    def own():
+    def share_on_itself():
         weights = attention(tokens, tokens, tokens, average_attn_weights=False)[1]
         return (weights.argmax(-1) == torch.arange(16)).double().mean()
 
-    assert own() > 0.6
+    assert share_on_itself() > 0.6
     with torch.no_grad():
         attention.in_proj_weight.copy_(before)
-    assert own() < 0.2
+    assert share_on_itself() < 0.2
 
 
 def test_only_attention_and_patches_positions_are_overwritten():
@@ -115,16 +115,16 @@ def test_positions_by_hand():
     """2 rows, 3 columns, width 8: frequencies 1 and 1 / 100; sin, sin, cos, cos of the row, then of the column."""
     positions = sine_cosine_positions(2, 3, 8)
     row, column = torch.tensor([[1.0, 0.01], [2.0, 0.02]])
-    wanted = torch.cat([row.sin(), row.cos(), column.sin(), column.cos()])
+    expected = torch.cat([row.sin(), row.cos(), column.sin(), column.cos()])
     assert positions.shape == (6, 8)
-    torch.testing.assert_close(positions[5], wanted)
+    torch.testing.assert_close(positions[5], expected)
     torch.testing.assert_close(positions[0], torch.tensor([0.0, 0, 1, 1, 0, 0, 1, 1]))
-    torch.testing.assert_close(positions[3][:4], wanted[:4])  # row 1, column 0: row by row
-    torch.testing.assert_close(positions[2][4:], wanted[4:])
+    torch.testing.assert_close(positions[3][:4], expected[:4])  # row 1, column 0: row by row
+    torch.testing.assert_close(positions[2][4:], expected[4:])
 
 
 @pytest.mark.parametrize(("rows", "columns", "width"), [(8, 8, 128), (14, 14, 768), (4, 6, 32), (6, 4, 32), (1, 5, 4)])
-def test_positions_tell_all_patches_apart(rows, columns, width):
+def test_positions_distinguish_all_patches(rows, columns, width):
     """The nearest patch to a patch, by dot product, is itself, then one beside it."""
     positions = sine_cosine_positions(rows, columns, width).double()
     distance = torch.cdist(positions, positions)

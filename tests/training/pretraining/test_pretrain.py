@@ -1,4 +1,4 @@
-"""A CLIP from drawn shapes: it learns, it can be interrupted anywhere, and what is wrong is said."""
+"""A CLIP from drawn shapes: it learns, it can be interrupted anywhere, and errors are reported."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def start(data_root):
 
 @pytest.fixture(scope="module")
 def straight(data_root, tmp_path_factory):
-    """The folder of a run of two epochs in one go."""
+    """The folder of an uninterrupted run of two epochs."""
     out = tmp_path_factory.mktemp("pretrained") / "straight"
     pretrain(recipe_of(), data_root, out, QUIET)
     return out
@@ -118,7 +118,7 @@ def test_files_of_a_run(straight):
 
 
 def test_state_is_laid_out_as_runs_in_progress_have_it(straight):
-    """Runs last for hours: what they wrote must be taken up by what comes after."""
+    """Runs last for hours: later versions must be able to resume from what they wrote."""
     state = load_file(straight / "state-2.safetensors")
     model = open_clip.CLIP(**TINY_CLIP)
     parameters = list(model.parameters())
@@ -138,7 +138,7 @@ def test_seed_decides_every_bit(start, straight, tmp_path):
 
 
 def test_weights_are_those_that_the_recipe_always_gave(straight):
-    """If this moves, the embedded bundle's CLIP can no longer be made: find out why before you pin it anew."""
+    """If this changes, the embedded bundle's CLIP cannot be reproduced: find out why before pinning new values."""
     assert [epoch["loss"] for epoch in epochs(straight)] == pytest.approx([1.8327, 2.1123], rel=0.01)
     state = load_file(straight / "state-2.safetensors")
     assert state["model.visual.proj"][0, :3].tolist() == pytest.approx([0.2214, -0.1517, -0.3123], abs=2e-3)
@@ -154,7 +154,7 @@ def test_weights_load_as_any_clip(straight, data_root):
     words = clip.tokenizer([f"a photo of a {label} on {colour} background" for label in CLASSES for colour in COLOURS])
     for key, tensor in clip.model.state_dict().items():
         trained = state[f"model.{key}"].half().float()
-        if key == "token_embedding.weight":  # of words that no sentence has, nothing is published
+        if key == "token_embedding.weight":  # words that no sentence has are not published
             assert trained.abs().sum(1).min() > 0
             trained[torch.ones(len(trained)).index_fill(0, words.flatten(), 0).bool()] = 0
         assert torch.equal(tensor, trained), key
@@ -187,9 +187,9 @@ def test_a_clt_can_be_trained_on_it(straight, data_root, tmp_path):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What every step was given: (share of patches dropped, training mode, sentences)."""
+    """The inputs of every step: (share of patches dropped, training mode, sentences)."""
     steps = []
-    step, real = pretrain_module._Run.step, open_clip.SimpleTokenizer.__call__
+    step, tokenize = pretrain_module._Run.step, open_clip.SimpleTokenizer.__call__
 
     def spy(run, pixels, places):
         steps.append({"pixels": pixels, "places": places})
@@ -201,7 +201,7 @@ def seen(monkeypatch):
     def read(tokenizer, texts, *arguments):
         if steps and "sentences" not in steps[-1]:
             steps[-1]["sentences"] = texts
-        return real(tokenizer, texts, *arguments)
+        return tokenize(tokenizer, texts, *arguments)
 
     monkeypatch.setattr(pretrain_module._Run, "step", spy)
     monkeypatch.setattr(open_clip.SimpleTokenizer, "__call__", read)
@@ -220,19 +220,21 @@ def test_patches_are_all_seen_in_the_last_share_alone(start, tmp_path, seen):
 
 
 def test_images_come_once_an_epoch_with_their_own_sentence(start, tmp_path, seen, data_root):
-    """Without shifts every picture, or its mirror image, can be found again, and its colour told."""
+    """Without shifts every picture, or its mirror image, can be identified, and its colour as well."""
     start(tmp_path, training={"crop_padding": 0})
     plain = open_images(recipe_of().data.train, data_root, pretrain_module._pixels(32))
     colours = open_images(recipe_of().data.train, data_root, background_colour)
-    known, classes = (torch.stack([torch.as_tensor(plain[n][part]) for n in range(48)]) for part in (0, 1))
-    wanted = classes * len(COLOURS) + torch.tensor([colours[n][0] for n in range(48)])
+    originals, classes = (torch.stack([torch.as_tensor(plain[n][part]) for n in range(48)]) for part in (0, 1))
+    expected = classes * len(COLOURS) + torch.tensor([colours[n][0] for n in range(48)])
     for epoch in (seen[:4], seen[4:]):
         pixels, places = (torch.cat([step[key] for step in epoch]).double() for key in ("pixels", "places"))
-        straight, mirrored = (torch.cdist(pixels.flatten(1), k.double().flatten(1)) for k in (known, known.flip(-1)))
-        distance, found = torch.minimum(straight, mirrored).min(1)
+        straight, mirrored = (
+            torch.cdist(pixels.flatten(1), k.double().flatten(1)) for k in (originals, originals.flip(-1))
+        )
+        distance, nearest = torch.minimum(straight, mirrored).min(1)
         assert distance.max() < 1e-5
-        assert sorted(found.tolist()) == list(range(48))
-        assert torch.equal(places, wanted[found].double())
+        assert sorted(nearest.tolist()) == list(range(48))
+        assert torch.equal(places, expected[nearest].double())
         assert 10 < (straight.min(1).values < 1e-5).sum() < 38  # about half are mirrored
     assert not torch.equal(seen[0]["pixels"], seen[4]["pixels"])
 
@@ -285,7 +287,7 @@ def test_what_decays(data_root):
     assert len(decayed["params"]) + len(others["params"]) == len(names)
 
 
-# Taking up
+# Resuming
 
 
 class Killed(BaseException):
@@ -315,7 +317,7 @@ def test_interrupted_in_an_epoch(start, straight, tmp_path, monkeypatch, at):
 @pytest.mark.parametrize("epoch", [1, 2])
 @pytest.mark.parametrize("when", range(8))
 def test_killed_while_it_writes(start, straight, tmp_path, monkeypatch, epoch, when):
-    """Before and after each of three files takes its place (0 to 5), before and after the old state goes (6, 7)."""
+    """Before and after each of three files is renamed (0 to 5), before and after the old state is deleted (6, 7)."""
     done, moments = [], []
 
     def may_die():
@@ -350,12 +352,12 @@ def test_killed_while_it_writes(start, straight, tmp_path, monkeypatch, epoch, w
             assert len(done) == epoch
     recorded = len(epochs(tmp_path)) if (tmp_path / "pretrain.json").exists() else 0
     assert recorded == (2 if epoch == 1 and when >= 6 else epoch - (when < 5))
-    if recorded:  # then all that it names is there, and whole
+    if recorded:  # then every file that it names exists and is complete
         load_file(tmp_path / f"state-{recorded}.safetensors")
         load_file(tmp_path / "model.safetensors")
     start(tmp_path)
-    for rest in ("state-1.safetensors", *(path.name for path in tmp_path.glob(".*"))):
-        (tmp_path / rest).unlink(missing_ok=True)  # of a run that was done but for clearing up
+    for name in ("state-1.safetensors", *(path.name for path in tmp_path.glob(".*"))):
+        (tmp_path / name).unlink(missing_ok=True)  # left by a run that was complete except for the cleanup
     assert_same_run(tmp_path, straight)
 
 
@@ -423,7 +425,7 @@ def test_missing_images(start, tmp_path):
 
 
 def test_images_of_any_size(start, own_data, tmp_path, seen):
-    """Scaled by the shorter edge, the middle cut out; the model sees its own size."""
+    """Scaled by the shorter edge, then centre-cropped; the model sees its own size."""
     for number, (size, mode) in enumerate([((100, 33), "RGB"), ((5, 90), "L"), ((1, 1), "RGBA")]):
         Image.new(mode, size, "white").save(own_data / "train" / "red circle" / f"{number:02}.png")
     start(tmp_path / "out", root=own_data, training={"epochs": 1})
@@ -571,7 +573,7 @@ def test_command(command, straight, tmp_path):
         (toml("epochs = 1").replace('path = "val"', 'path = "nowhere"'), "no images under"),
     ],
 )
-def test_command_says_what_is_wrong(command, tmp_path, recipe, message):
+def test_command_reports_what_is_wrong(command, tmp_path, recipe, message):
     code, output, errors = command(recipe)
     assert code == 1
     assert errors.startswith("error: ")
@@ -589,7 +591,7 @@ def test_command_without_images(command, tmp_path):
 
 
 def test_demos_recipe():
-    """It stays what the embedded CLIP was made of."""
+    """It stays the recipe that the embedded CLIP was made with."""
     path = ROOT / "training" / "recipes" / "clip" / "demo.toml"
     recipe = read_toml(path, PretrainRecipe)
     assert recipe.name == "demo-clip"

@@ -57,31 +57,31 @@ def test_a_share_of_the_peak_can_be_chosen(run):
 
 
 def test_one_recipe_in_detail(run):
-    shown = run("b32-coco-jumprelu")
+    output = run("b32-coco-jumprelu")
     path = next(path for path in shipped() if path.stem == "b32-coco-jumprelu")
-    assert str(path) in shown
-    for said in ("12 layers of width 768, 50 tokens an image", "118,287 images", "Adam's moments", "mixing buffer"):
-        assert said in shown
+    assert str(path) in output
+    for phrase in ("12 layers of width 768, 50 tokens an image", "118,287 images", "Adam's moments", "mixing buffer"):
+        assert phrase in output
     for gpu in GPUS:
-        assert gpu.name in shown
+        assert gpu.name in output
 
 
-def test_what_does_not_fit_is_said(run, tmp_path):
+def test_what_does_not_fit_is_reported(run, tmp_path):
     path = tmp_path / "huge.toml"
     text = next(path for path in shipped() if path.stem == "b32-coco-jumprelu").read_text()
     path.write_text(text.replace("features = 6144", "features = 24576"))
-    shown = run(path)
-    assert "24 GiB: does not fit" in shown
-    assert "141 GiB: does not fit" not in shown
+    output = run(path)
+    assert "24 GiB: does not fit" in output
+    assert "141 GiB: does not fit" not in output
 
 
-def test_a_recipe_of_ones_own_by_its_path(run, recipe_path, data_root):
-    shown = run(recipe_path, "--data-root", data_root)
-    assert "3 layers of width 32, 17 tokens an image" in shown
-    assert "4 epochs of 48 images" in shown
+def test_your_own_recipe_by_its_path(run, recipe_path, data_root):
+    output = run(recipe_path, "--data-root", data_root)
+    assert "3 layers of width 32, 17 tokens an image" in output
+    assert "4 epochs of 48 images" in output
 
 
-def test_what_is_unknown_is_said(run, recipe_path, data_root, tmp_path):
+def test_what_is_unknown_is_reported(run, recipe_path, data_root, tmp_path):
     assert "costs unknown: " in run(recipe_path)
     assert "clip/tiny.json is not there" in run(recipe_path)
     path = tmp_path / "shards.toml"

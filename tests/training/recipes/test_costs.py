@@ -15,8 +15,8 @@ from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
 from vitrine.training.recipes.catalogue import shipped
 from vitrine.training.recipes.clip_shape import UnknownShape, clip_shape
 from vitrine.training.recipes.costs import (
+    BYTES_PER_PLACE,
     GPUS,
-    PLACE,
     Gpu,
     Work,
     cache_bytes,
@@ -104,7 +104,7 @@ def test_the_towers_flops_are_what_torch_counts(write_clip, make_clip, data_root
         ({"config": "list.json"}, "list.json is not a plain Vision Transformer"),
     ],
 )
-def test_a_clip_without_a_readable_shape_is_said(tmp_path, clip, message):
+def test_a_clip_without_a_readable_shape_is_reported(tmp_path, clip, message):
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "folder.json").mkdir()
@@ -127,7 +127,7 @@ def test_parameters_and_places_are_the_modules(sparsifier, cross_layer):
 
 @pytest.mark.parametrize("cross_layer", [True, False])
 def test_dense_flops_are_what_torch_counts(cross_layer):
-    """The product that finds active features; and a decoder's, were every feature active."""
+    """The product that finds active features, and that of a decoder if every feature were active."""
     shape, tokens = architecture(cross_layer=cross_layer), 7
     clt = CrossLayerTranscoder(shape)
     clt.initialise(torch.Generator().manual_seed(0))
@@ -192,7 +192,7 @@ def test_memory_of_a_place_is_that_of_the_tensors_that_training_keeps():
     preactivations = code.values  # as many, of the same type
     kept = [code.indices, code.values, preactivations, places, tokens]
     gradients = [code.values, preactivations]
-    assert PLACE * code.indices.numel() == size(kept) + size(gradients)
+    assert BYTES_PER_PLACE * code.indices.numel() == size(kept) + size(gradients)
 
 
 def test_memory_of_a_step_by_hand():
@@ -297,8 +297,8 @@ def test_a_wrong_number_of_layers_in_k_is_refused(make_recipe, data_root):
 
 
 def source(**fields):
-    known = load_recipe(shipped()[0]).model_dump()
-    return Recipe.model_validate(known | {"data": known["data"] | {"train": fields}}).data.train
+    recipe = load_recipe(shipped()[0]).model_dump()
+    return Recipe.model_validate(recipe | {"data": recipe["data"] | {"train": fields}}).data.train
 
 
 @pytest.mark.parametrize(
@@ -336,8 +336,8 @@ def test_without_a_number_of_images_the_step_is_known_and_the_run_is_not(make_re
 # Shipped recipes
 
 
-def configured(tmp_path: Path, recipe: Recipe) -> None:
-    """Put a small configuration where a recipe's own is expected."""
+def write_clip_config(tmp_path: Path, recipe: Recipe) -> None:
+    """Write a small configuration file where the recipe expects its own."""
     if recipe.clip.config:
         vision = {"image_size": 32, "layers": 12, "width": 128, "patch_size": 4}
         text = {"context_length": 16, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1}
@@ -349,7 +349,7 @@ def configured(tmp_path: Path, recipe: Recipe) -> None:
 @pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
 def test_every_shipped_recipe_can_be_costed_and_fits_a_gpu(path, tmp_path):
     recipe = load_recipe(path)
-    configured(tmp_path, recipe)
+    write_clip_config(tmp_path, recipe)
     costs = estimate(recipe, tmp_path)
     assert all(costs.fits(gpu) for gpu in GPUS)
     if recipe.data.train.kind != "folder":

@@ -1,4 +1,4 @@
-"""training/README.md lists every key of a recipe, with its default and its meaning, as the code has them."""
+"""training/README.md lists every key of a recipe, with the same default and meaning as the code."""
 
 import re
 
@@ -24,7 +24,7 @@ SECTIONS = {
 }
 
 
-def shown(value):
+def format_default(value):
     if value is PydanticUndefined:
         return "required"
     if value is None:
@@ -42,7 +42,7 @@ def test_table_is_the_code():
     text = (ROOT / "training" / "README.md").read_text()
     listed = re.findall(r"^\| `(\w+\.\w+)` \| (.*?) \| (.*) \|$", text, flags=re.MULTILINE)
     expected = [
-        (f"{name}.{key}", shown(field.default), field.description)
+        (f"{name}.{key}", format_default(field.default), field.description)
         for name, section in SECTIONS.items()
         for key, field in section.model_fields.items()
     ]

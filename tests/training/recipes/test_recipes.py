@@ -1,4 +1,4 @@
-"""A wrong recipe is refused with every wrong key named, and the nearest right one; the shipped ones do not drift."""
+"""A wrong recipe is refused, naming each wrong key and the nearest right one; shipped recipes stay consistent."""
 
 import itertools
 import re
@@ -38,7 +38,7 @@ def test_recipe_is_what_its_file_says(recipe):
 
 
 def test_recipe_survives_json(recipe):
-    """As checkpoints keep it; resuming compares the two."""
+    """Checkpoints store it so; resuming compares the two."""
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
@@ -60,7 +60,7 @@ def differences(one, other):
 
 
 def test_recipe_survives_a_dump_as_toml(recipe, tmp_path):
-    """As bundles keep it."""
+    """Bundles store it so."""
     path = tmp_path / "dumped.toml"
     path.write_text(tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)))
     assert load_recipe(path) == recipe
@@ -74,8 +74,8 @@ CLIPS, DATA, SPARSIFIERS = (
     ("relu_topk", "abs_topk", "jumprelu"),
 )
 CELLS = list(itertools.product(CLIPS, DATA, SPARSIFIERS))
-FOLLOWS_FROM = {  # what may differ between two cells, beside their names
-    "clip": {  # as many tokens a step and in the run, of which a fourth as many are [CLS]
+FOLLOWS_FROM = {  # what may differ between two cells, besides their names
+    "clip": {  # the same number of tokens per step and run, with a fourth as many [CLS] tokens
         "clip.name",
         "training.images_per_step",
         "training.mixed_images",

@@ -66,9 +66,9 @@ def test_each_loss_by_hand(make, clip, normalisation, pixels):
     )
     divergence = (p * (p / q).log()).sum(-1).mean()
     clean = objective.reconstruction(activations(taps)).total
-    found = objective(pixels)
-    torch.testing.assert_close(found.total, 0.5 * clean + 2 * replaced + 3 * divergence, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.unexplained, error.square().mean((1, 2)), rtol=1e-4, atol=1e-6)
+    losses = objective(pixels)
+    torch.testing.assert_close(losses.total, 0.5 * clean + 2 * replaced + 3 * divergence, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses.unexplained, error.square().mean((1, 2)), rtol=1e-4, atol=1e-6)
     assert divergence > 0.01
     assert abs(replaced - clean) > 1e-4
 
@@ -77,8 +77,8 @@ def test_gradient_reaches_the_first_layer_through_the_tower(make, pixels):
     objective = make(clean_weight=0, replaced_weight=0, prediction_weight=1)
     clt = objective.reconstruction.clt
     weight = clt.encoders[0].weight
-    (found,) = torch.autograd.grad(objective(pixels).total, weight)
-    direction, size = found / found.norm(), 1e-3
+    (gradient,) = torch.autograd.grad(objective(pixels).total, weight)
+    direction, size = gradient / gradient.norm(), 1e-3
     with torch.no_grad():
         values = []
         for sign in (1, -1):
@@ -86,7 +86,7 @@ def test_gradient_reaches_the_first_layer_through_the_tower(make, pixels):
             values.append(objective(pixels).total.double())
             weight -= sign * size * direction
     slope = (values[0] - values[1]) / (2 * size)
-    assert slope.item() == pytest.approx(found.norm().item(), rel=0.05)
+    assert slope.item() == pytest.approx(gradient.norm().item(), rel=0.05)
 
 
 def test_only_the_clt_is_trained(make, clip):
@@ -96,7 +96,7 @@ def test_only_the_clt_is_trained(make, clip):
 
 
 def test_perfect_stand_in_has_nothing_to_learn(make, clip, pixels, monkeypatch):
-    """With MLPs in the CLT's place both losses under replacement vanish."""
+    """With MLPs instead of the CLT, both losses under replacement vanish."""
     objective = make(clean_weight=0)
     denormalised = objective.replacement.clt
     monkeypatch.setattr(denormalised, "decoders", [_Perfect(clip.tower, layer) for layer in range(clip.tower.layers)])

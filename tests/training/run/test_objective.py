@@ -46,8 +46,8 @@ def squared_errors(objective, batch):
     """[L, N], by dense products."""
     x, y = normalised(objective, batch)
     codes = [encoder.encode_dense(x[layer], batch.is_cls) for layer, encoder in enumerate(objective.clt.encoders)]
-    found = torch.stack([decoder.decode_dense(codes) for decoder in objective.clt.decoders])
-    return (found - y).square().mean(-1), codes
+    decoded = torch.stack([decoder.decode_dense(codes) for decoder in objective.clt.decoders])
+    return (decoded - y).square().mean(-1), codes
 
 
 def test_reconstruction_weighs_cls():
@@ -70,8 +70,8 @@ def test_gradient_is_that_of_the_dense_loss():
     errors, _ = squared_errors(objective, batch)
     weights = torch.where(batch.is_cls, 7.0, 1.0).double()
     expected = torch.autograd.grad((errors * weights).sum(1).mean() / weights.sum(), parameters)
-    found = torch.autograd.grad(objective(batch).total, parameters)
-    for name, ours, theirs in zip(names, found, expected, strict=True):
+    gradients = torch.autograd.grad(objective(batch).total, parameters)
+    for name, ours, theirs in zip(names, gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -88,13 +88,13 @@ def test_processes_together_do_what_one_does(world):
         Activations(*(part[..., share == rank, :] if part.ndim == 3 else part[share == rank] for part in batch))
         for rank in range(world)
     ]
-    found = [objective(part) for part in parts]
-    gradients = [torch.autograd.grad(losses.total, parameters) for losses in found]
+    results = [objective(part) for part in parts]
+    gradients = [torch.autograd.grad(losses.total, parameters) for losses in results]
     for ours, theirs in zip(zip(*gradients, strict=True), expected, strict=True):
         torch.testing.assert_close(torch.stack(ours).mean(0), theirs)
-    torch.testing.assert_close(torch.stack([losses.unexplained for losses in found]).sum(0), whole.unexplained)
-    torch.testing.assert_close(torch.stack([losses.active for losses in found]).sum(0), whole.active)
-    assert torch.equal(torch.stack([losses.fired for losses in found]).any(0), whole.fired)
+    torch.testing.assert_close(torch.stack([losses.unexplained for losses in results]).sum(0), whole.unexplained)
+    torch.testing.assert_close(torch.stack([losses.active for losses in results]).sum(0), whole.active)
+    assert torch.equal(torch.stack([losses.fired for losses in results]).any(0), whole.fired)
 
 
 def test_fired_are_the_features_with_an_activation():

@@ -1,4 +1,4 @@
-"""Two processes on the CPU do what one does; what cannot be is said."""
+"""Two processes on the CPU do what one does; impossible settings are reported."""
 
 import json
 import os
@@ -17,21 +17,21 @@ CASCADE = "\n[cascade]\nsteps = 4\nimages_per_step = 8\n"
 
 @pytest.fixture(scope="module")
 def run(recipe_path, data_root, tmp_path_factory):
-    """run(name, *options, recipe=...) -> (last checkpoint, log) of `vitrine train`, in processes of its own."""
+    """run(name, *options, recipe=...) -> (last checkpoint, log) of `vitrine train`, in separate processes."""
 
     def run(name, *options, more=CASCADE):
         out = tmp_path_factory.mktemp("parallel") / name
         recipe = out.with_suffix(".toml")
         recipe.write_text(recipe_path.read_text().replace("epochs = 4", EPOCHS) + more)
-        where = ["--recipe", str(recipe), "--data-root", str(data_root), "--out", str(out), "--accelerator", "cpu"]
-        done = subprocess.run(
-            [sys.executable, "-m", "vitrine", "train", *where, *options],
+        arguments = ["--recipe", str(recipe), "--data-root", str(data_root), "--out", str(out), "--accelerator", "cpu"]
+        finished = subprocess.run(
+            [sys.executable, "-m", "vitrine", "train", *arguments, *options],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             timeout=300,
         )
-        assert done.returncode == 0, done.stderr
+        assert finished.returncode == 0, finished.stderr
         return latest(out), [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
     return run
@@ -56,13 +56,13 @@ def test_two_processes_do_what_one_does(run, alone, options):
             torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-4)
 
 
-def test_sharded_run_can_be_taken_up_by_one_process(run, alone, recipe_path, data_root):
+def test_sharded_run_can_be_resumed_by_one_process(run, alone, recipe_path, data_root):
     checkpoint, _ = run("sharded", "--devices", "2", "--shard", "--max-steps", "7")
     assert checkpoint.name == "step-00000007"
     out = checkpoint.parent
     command = [sys.executable, "-m", "vitrine", "train", "--recipe", str(out.with_suffix(".toml")), "--out", str(out)]
     subprocess.run([*command, "--data-root", str(data_root), "--accelerator", "cpu"], check=True, capture_output=True)
-    ours, theirs = (load_tensors(found / "clt.safetensors") for found in (latest(out), alone[0]))
+    ours, theirs = (load_tensors(folder / "clt.safetensors") for folder in (latest(out), alone[0]))
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-4)
 
@@ -71,11 +71,11 @@ def test_torchrun_says_how_many_processes_there_are(alone, recipe_path, data_roo
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(recipe_path.read_text().replace("epochs = 4", EPOCHS) + CASCADE)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
-    where = ["--recipe", str(recipe), "--data-root", str(data_root), "--out", str(tmp_path / "run")]
+    arguments = ["--recipe", str(recipe), "--data-root", str(data_root), "--out", str(tmp_path / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, "vitrine", "train", *where, "--accelerator", "cpu", "--max-steps", "4"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    command = [*torchrun, "vitrine", "train", *arguments, "--accelerator", "cpu", "--max-steps", "4"]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     for ours, theirs in zip(log, alone[1][:4], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)

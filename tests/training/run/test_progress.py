@@ -1,4 +1,4 @@
-"""What a run leaves for people to look at, and what it leaves alone."""
+"""The logs and curves that a run writes, and the files that it leaves alone."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vitrine.models.errors import VitrineError
 from vitrine.training.run import progress
-from vitrine.training.run.progress import StepMetrics, follow
+from vitrine.training.run.progress import StepMetrics, track_progress
 
 QUIET = Console(quiet=True)
 
@@ -24,10 +24,10 @@ def metrics(step, **changes):
     return StepMetrics(**values, r2_by_layer=[0.4, 0.6], l0_by_layer=[7.0, 9.0])._replace(**changes)
 
 
-def go(out, start, stop, steps=100, console=QUIET, tokens=100, **changes):
-    """Steps start + 1 to stop of a run that is taken up at `start`; returns what the bar showed last."""
+def run_steps(out, start, stop, steps=100, console=QUIET, tokens=100, **changes):
+    """Steps start + 1 to stop of a run that is resumed at `start`; returns what the bar showed last."""
     options = {"first": True, "wandb_project": None, "name": "test"} | changes
-    with follow(out, start, steps, console, **options) as report:
+    with track_progress(out, start, steps, console, **options) as report:
         for step in range(start + 1, stop + 1):
             report.add(step, metrics(step), tokens)
         return report.shown
@@ -48,40 +48,40 @@ def curves(out):
 
 
 def test_log_has_a_line_a_step(tmp_path):
-    go(tmp_path / "new" / "run", 0, 3)
+    run_steps(tmp_path / "new" / "run", 0, 3)
     first, *_ = lines = log(tmp_path / "new" / "run")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert first == {"step": 1, "loss": 1.0, "r2": 0.5, "l0": 8.0, "dead": 1234, "rate": 1e-3}
 
 
 def test_log_is_cut_at_the_checkpoint(tmp_path):
-    go(tmp_path, 0, 9)
-    go(tmp_path, 6, 8)
+    run_steps(tmp_path, 0, 9)
+    run_steps(tmp_path, 6, 8)
     assert [line["step"] for line in log(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8]
-    go(tmp_path, 0, 2)
+    run_steps(tmp_path, 0, 2)
     assert [line["step"] for line in log(tmp_path)] == [1, 2]
 
 
 def test_log_is_cut_by_step_and_not_by_lines(tmp_path):
-    """Someone removed the first half."""
-    go(tmp_path, 0, 9)
+    """After someone removed the first half."""
+    run_steps(tmp_path, 0, 9)
     kept = (tmp_path / "log.jsonl").read_text().splitlines(keepends=True)[4:]
     (tmp_path / "log.jsonl").write_text("".join(kept))
-    go(tmp_path, 6, 7)
+    run_steps(tmp_path, 6, 7)
     assert [line["step"] for line in log(tmp_path)] == [5, 6, 7]
 
 
-def test_half_a_line_goes(tmp_path):
-    go(tmp_path, 0, 3)
+def test_half_a_line_is_removed(tmp_path):
+    run_steps(tmp_path, 0, 3)
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    go(tmp_path, 3, 4)
+    run_steps(tmp_path, 3, 4)
     assert [line["step"] for line in log(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_log_is_whole_at_every_moment(tmp_path, monkeypatch):
-    """Killed while it is cut, before the new one takes its place: nothing is lost."""
-    go(tmp_path, 0, 9)
+    """Killed while it is cut, before the new file replaces it: nothing is lost."""
+    run_steps(tmp_path, 0, 9)
     before = (tmp_path / "log.jsonl").read_text()
 
     def kill(*_):
@@ -90,21 +90,21 @@ def test_log_is_whole_at_every_moment(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(progress.os, "replace", kill)
         with pytest.raises(KeyboardInterrupt):
-            go(tmp_path, 6, 7)
+            run_steps(tmp_path, 6, 7)
     assert (tmp_path / "log.jsonl").read_text() == before
 
 
 def test_flush_brings_lines_to_disk(tmp_path):
-    with follow(tmp_path, 0, 10, QUIET, first=True, wandb_project=None, name="test") as report:
+    with track_progress(tmp_path, 0, 10, QUIET, first=True, wandb_project=None, name="test") as report:
         report.add(1, metrics(1), 1)
         report.flush()
         assert [line["step"] for line in log(tmp_path)] == [1]
 
 
 def test_finished_runs_files_are_left_alone(tmp_path):
-    go(tmp_path, 0, 40, steps=40)
+    run_steps(tmp_path, 0, 40, steps=40)
     before, stamp = curves(tmp_path), (tmp_path / "log.jsonl").stat().st_mtime_ns
-    go(tmp_path, 40, 40, steps=40)
+    run_steps(tmp_path, 40, 40, steps=40)
     assert (tmp_path / "log.jsonl").stat().st_mtime_ns == stamp
     assert curves(tmp_path) == before
 
@@ -113,37 +113,37 @@ def test_finished_runs_files_are_left_alone(tmp_path):
 
 
 def test_curves(tmp_path):
-    go(tmp_path, 0, 45)
-    found = curves(tmp_path)
+    run_steps(tmp_path, 0, 45)
+    points_by_tag = curves(tmp_path)
     layers = {f"{name}/layer_{layer:02}" for name in ("r2", "l0") for layer in (0, 1)}
-    assert set(found) == {"loss", "r2", "l0", "dead", "rate", "tokens_per_second"} | layers
-    assert all(set(points) == {20, 40} for points in found.values())
-    assert found["loss"] == pytest.approx({20: 1 / 20, 40: 1 / 40})
-    assert (found["l0/layer_00"][20], found["l0/layer_01"][20]) == (7, 9)
+    assert set(points_by_tag) == {"loss", "r2", "l0", "dead", "rate", "tokens_per_second"} | layers
+    assert all(set(points) == {20, 40} for points in points_by_tag.values())
+    assert points_by_tag["loss"] == pytest.approx({20: 1 / 20, 40: 1 / 40})
+    assert (points_by_tag["l0/layer_00"][20], points_by_tag["l0/layer_01"][20]) == (7, 9)
 
 
-def test_curves_after_the_checkpoint_are_made_anew(tmp_path):
-    """Taken up at 40: the point of step 40 stays, those of 60 and 80 go."""
-    go(tmp_path, 0, 85)
+def test_curves_after_the_checkpoint_are_replaced(tmp_path):
+    """Resumed at 40: the point of step 40 stays, those of 60 and 80 are removed."""
+    run_steps(tmp_path, 0, 85)
     assert set(curves(tmp_path)["loss"]) == {20, 40, 60, 80}
-    go(tmp_path, 40, 45)
+    run_steps(tmp_path, 40, 45)
     assert set(curves(tmp_path)["loss"]) == {20, 40}
-    go(tmp_path, 45, 65)
+    run_steps(tmp_path, 45, 65)
     assert set(curves(tmp_path)["loss"]) == {20, 40, 60}
 
 
-def test_curves_of_a_run_begun_anew(tmp_path):
-    go(tmp_path, 0, 60)
-    go(tmp_path, 0, 20)
+def test_curves_of_a_restarted_run(tmp_path):
+    run_steps(tmp_path, 0, 60)
+    run_steps(tmp_path, 0, 20)
     assert set(curves(tmp_path)["loss"]) == {20}
 
 
 def test_tokens_per_second(tmp_path, monkeypatch):
-    """100 tokens take a second by this clock, two after step 40: of the steps since the last point, resumed or not."""
+    """By this clock 100 tokens take 1 s, after step 40 2 s: the rate since the last point, whether resumed or not."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     for start, stop in ((0, 45), (30, 60)):
-        with follow(tmp_path, start, 100, QUIET, first=True, wandb_project=None, name="test") as report:
+        with track_progress(tmp_path, start, 100, QUIET, first=True, wandb_project=None, name="test") as report:
             for step in range(start + 1, stop + 1):
                 now[0] += 1.0 if step <= 40 else 2.0
                 report.add(step, metrics(step), 100)
@@ -156,16 +156,16 @@ def test_tokens_per_second(tmp_path, monkeypatch):
 
 def test_bar_shows_where_the_run_is(tmp_path):
     screen = io.StringIO()
-    shown = go(tmp_path, 30, 35, console=Console(file=screen, width=150))
+    shown = run_steps(tmp_path, 30, 35, console=Console(file=screen, width=150))
     assert shown == f"loss {1 / 35:.4f}  R² 0.5000  L0 8.0  dead 1,234"
     assert "35/100" in screen.getvalue()
     assert "dead 1,234" in screen.getvalue()
 
 
-def test_other_processes_say_and_write_nothing(tmp_path):
+def test_other_processes_print_and_write_nothing(tmp_path):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=150)
-    shown = go(tmp_path / "run", 0, 45, console=console, first=False, wandb_project="never imported")
+    shown = run_steps(tmp_path / "run", 0, 45, console=console, first=False, wandb_project="never imported")
     assert shown.startswith("loss 0.0222")
     assert screen.getvalue() == ""
     assert not (tmp_path / "run").exists()
@@ -173,7 +173,7 @@ def test_other_processes_say_and_write_nothing(tmp_path):
 
 def test_files_are_closed_when_training_fails(tmp_path):
     def fail():
-        with follow(tmp_path, 0, 100, QUIET, first=True, wandb_project=None, name="test") as report:
+        with track_progress(tmp_path, 0, 100, QUIET, first=True, wandb_project=None, name="test") as report:
             reports.append(report)
             for step in range(1, 21):
                 report.add(step, metrics(step), 1)
@@ -220,44 +220,44 @@ def remote(monkeypatch):
 
 
 def test_points_are_sent_as_tensorboard_gets_them(tmp_path, remote):
-    go(tmp_path / "run", 0, 45, wandb_project="vitrine")
+    run_steps(tmp_path / "run", 0, 45, wandb_project="vitrine")
     assert [step for step, _ in remote.logged] == [20, 40]
-    found = curves(tmp_path / "run")
-    assert remote.logged[1][1] == pytest.approx({tag: points[40] for tag, points in found.items()})
+    points_by_tag = curves(tmp_path / "run")
+    assert remote.logged[1][1] == pytest.approx({tag: points[40] for tag, points in points_by_tag.items()})
     assert remote.exit_codes == [0]
     assert (remote.started[0]["project"], remote.started[0]["name"]) == ("vitrine", "test")
 
 
-def test_run_taken_up_is_the_same_run_there(tmp_path, remote):
+def test_resumed_run_is_the_same_run_there(tmp_path, remote):
     """Two folders of the same name are two runs; any recipe's name will do."""
     for out, start in ((tmp_path / "run", 0), (tmp_path / "run", 5), (tmp_path / "other" / "run", 0)):
-        go(out, start, start + 5, wandb_project="vitrine", name="b/32: #1?")
+        run_steps(out, start, start + 5, wandb_project="vitrine", name="b/32: #1?")
     first, again, other = (options["id"] for options in remote.started)
     assert first == again != other
     assert first.isalnum()
     assert {options["resume"] for options in remote.started} == {"allow"}
 
 
-def test_failure_is_told_there(tmp_path, remote):
+def test_failure_is_reported_there(tmp_path, remote):
     with (
         pytest.raises(KeyboardInterrupt),
-        follow(tmp_path, 0, 100, QUIET, first=True, wandb_project="vitrine", name="test"),
+        track_progress(tmp_path, 0, 100, QUIET, first=True, wandb_project="vitrine", name="test"),
     ):
         raise KeyboardInterrupt
     assert remote.exit_codes == [1]
 
 
-def test_refusal_is_said_before_anything_is_shown(tmp_path, remote):
+def test_refusal_is_reported_before_anything_is_shown(tmp_path, remote):
     remote.refuse, screen = "no API key", io.StringIO()
     with pytest.raises(VitrineError, match="Weights & Biases refuses: no API key; mend that, or leave --wandb out"):
-        go(tmp_path, 0, 5, console=Console(file=screen), wandb_project="vitrine")
+        run_steps(tmp_path, 0, 5, console=Console(file=screen), wandb_project="vitrine")
     assert screen.getvalue() == ""
 
 
 def test_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if not installed
     with pytest.raises(VitrineError, match=r"pip install 'vitrine\[wandb\]', or leave --wandb out"):
-        go(tmp_path, 0, 5, wandb_project="vitrine")
+        run_steps(tmp_path, 0, 5, wandb_project="vitrine")
 
 
 OFFLINE = """
@@ -266,11 +266,11 @@ import time
 from pathlib import Path
 from rich.console import Console
 from vitrine.models.errors import VitrineError
-from vitrine.training.run.progress import StepMetrics, follow
+from vitrine.training.run.progress import StepMetrics, track_progress
 
 def go(project, start, stop):
     console, out = Console(quiet=True), Path(sys.argv[1])
-    with follow(out, start, 100, console, first=True, wandb_project=project, name="b/32: #1?") as report:
+    with track_progress(out, start, 100, console, first=True, wandb_project=project, name="b/32: #1?") as report:
         for step in range(start + 1, stop + 1):
             report.add(step, StepMetrics(1.0, 0.5, 8.0, 0, 1e-3, [0.5], [8.0]), 100)
 
@@ -285,7 +285,7 @@ go("vitrine", 20, 45)
 
 
 def test_with_wandb_itself(tmp_path):
-    """Offline: nobody is called, and nothing is written but in the run's folder (and wandb's own log in its home)."""
+    """Offline: no connection is made, and only the run's folder (and wandb's own log in its home) is written to."""
     pytest.importorskip("wandb")
     home, scratch, out = tmp_path / "home", tmp_path / "scratch", tmp_path / "work" / "run"
     for folder in (home, scratch, out.parent):

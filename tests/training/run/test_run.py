@@ -41,7 +41,7 @@ def start(recipe, clip, data_root):
 
 @pytest.fixture(scope="module")
 def straight(recipe, clip, data_root, tmp_path_factory):
-    """The folder of a run from start to end in one go."""
+    """The folder of an uninterrupted run from start to end."""
     out = tmp_path_factory.mktemp("runs") / "straight"
     train(recipe, clip, data_root, out, QUIET)
     return out
@@ -63,7 +63,7 @@ def change(recipe, section, **values):
 
 
 def test_r2_at_fixed_steps(straight):
-    """If this moves, training is no longer the same: find out whether it became better before you pin it anew."""
+    """If this changes, training is no longer the same: find out whether it improved before pinning new values."""
     r2 = {line["step"]: line["r2"] for line in log(straight)}
     assert [r2[step] for step in (3, 6, 12, 24)] == pytest.approx([0.361, 0.557, 0.769, 0.855], abs=0.005)
 
@@ -93,8 +93,8 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "narrowing", "reviving", "cascade", "cache", "bf16"])
-def test_every_kind_of_run_can_be_taken_up(start, recipe, tmp_path, variant):
-    """Interrupted twice, once in each phase where there are two: the same bits as in one go."""
+def test_every_kind_of_run_can_be_resumed(start, recipe, tmp_path, variant):
+    """Interrupted twice, once in each phase where there are two: the same bits as without interruption."""
     if variant in VARIANTS:
         recipe = change(recipe, "clt", **VARIANTS[variant])
     settings = {
@@ -129,7 +129,7 @@ def test_finished_reconstruction_may_be_given_a_cascade(start, recipe, tmp_path)
     late = start(tmp_path / "late", with_cascade)
     assert read_meta(late).step == 10
     assert_same_bits(late, start(tmp_path / "whole", with_cascade))
-    assert load_tensors(late / "state.safetensors")["adam.encoders.0.weight.step"] == 10  # the moments went along
+    assert load_tensors(late / "state.safetensors")["adam.encoders.0.weight.step"] == 10  # the moments are carried over
     longer = with_cascade.model_copy(update={"cascade": CascadeSection(steps=5, images_per_step=8)})
     with pytest.raises(CheckpointError, match=r"another \[cascade\]"):
         start(tmp_path / "late", longer)
@@ -143,20 +143,20 @@ def test_cascade_helps_the_cascade(start, recipe, tmp_path, clip, make_pixels):
 
     def distance(clt):
         pixels = make_pixels(8, seed=11)
-        found = clip.tower.head(Replacement(clip.tower, clt)(pixels, range(3)).residual[:, 0])
-        return (found - clip.model.encode_image(pixels)).square().mean()
+        embeddings = clip.tower.head(Replacement(clip.tower, clt)(pixels, range(3)).residual[:, 0])
+        return (embeddings - clip.model.encode_image(pixels)).square().mean()
 
     assert distance(after) < 0.9 * distance(before)
 
 
-def test_killed_process_can_be_taken_up_at_any_step(recipe_path, data_root, straight, tmp_path):
-    """kill -9, three times, wherever it happens to be; the fourth process ends the run."""
+def test_killed_process_can_be_resumed_at_any_step(recipe_path, data_root, straight, tmp_path):
+    """kill -9, three times, at arbitrary points; the fourth process finishes the run."""
     command = [sys.executable, "-m", "vitrine", "train", "--recipe", str(recipe_path), "--data-root", str(data_root)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = tmp_path / "killed"
-    for wanted in (2, 9, 16):
+    for target in (2, 9, 16):
         process = subprocess.Popen([*command, "--out", str(out)], env=environment, stdout=subprocess.DEVNULL)
-        while process.poll() is None and _step(out) < wanted:
+        while process.poll() is None and _step(out) < target:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -166,9 +166,9 @@ def test_killed_process_can_be_taken_up_at_any_step(recipe_path, data_root, stra
 
 
 def _step(out):
-    """How far a run has come, by its checkpoints."""
-    found = checkpoints(out)
-    return int(found[-1].name.removeprefix("step-")) if found else 0
+    """The step that a run has reached, by its checkpoints."""
+    saved = checkpoints(out)
+    return int(saved[-1].name.removeprefix("step-")) if saved else 0
 
 
 def test_broken_images_are_named(start, recipe, tmp_path, data_root, clip):
@@ -198,13 +198,13 @@ def test_curves_are_written_for_tensorboard(straight):
 def test_resumed_run_ends_with_the_same_bits(straight, start, tmp_path, recipe_path, write_clip, steps):
     assert read_meta(start(tmp_path, max_steps=steps)).step == steps
     config, weights = write_clip()
-    whole = start(tmp_path, load_recipe(recipe_path), load_clip(None, str(weights), config))  # all read anew
+    whole = start(tmp_path, load_recipe(recipe_path), load_clip(None, str(weights), config))  # everything is read again
     assert_same_bits(whole, latest(straight))
     assert read_meta(whole) == read_meta(latest(straight))
 
 
 def interrupt(monkeypatch, at, what):
-    """Let the stream of training batches do `what` in place of batch number `at`."""
+    """Let the stream of training batches yield `what(batch)` instead of batch number `at`."""
 
     def interrupted(*arguments, **options):
         for number, batch in enumerate(steps(*arguments, **options)):
@@ -213,7 +213,7 @@ def interrupt(monkeypatch, at, what):
     monkeypatch.setattr(run_module, "steps", interrupted)
 
 
-def test_killed_run_goes_on_from_its_last_checkpoint(straight, start, tmp_path, monkeypatch):
+def test_killed_run_resumes_from_its_last_checkpoint(straight, start, tmp_path, monkeypatch):
     def kill(_batch):
         raise KeyboardInterrupt
 
@@ -243,7 +243,7 @@ def test_run_that_was_killed_while_it_was_measured_is_measured_then(straight, st
 
 def test_seed_decides_the_weights(straight, start, tmp_path, recipe):
     other = start(tmp_path, change(recipe, "training", seed=1))
-    ours, theirs = (load_clt(found)[0].encoders[0].weight for found in (other, latest(straight)))
+    ours, theirs = (load_clt(checkpoint)[0].encoders[0].weight for checkpoint in (other, latest(straight)))
     assert not torch.allclose(ours, theirs)
 
 
@@ -291,7 +291,7 @@ def test_loss_that_is_no_number_ends_the_run_with_a_good_checkpoint(straight, st
 
 
 @pytest.mark.parametrize("wrong", [{"val": FolderSource(kind="folder", path="nowhere")}, {"labels": ("cat", "dog")}])
-def test_val_split_that_cannot_be_measured_is_told_before_training(start, tmp_path, recipe, wrong):
+def test_val_split_that_cannot_be_measured_is_reported_before_training(start, tmp_path, recipe, wrong):
     with pytest.raises(DataError):
         start(tmp_path, change(recipe, "data", **wrong))
     assert not (tmp_path / "log.jsonl").exists()

@@ -1,4 +1,4 @@
-"""One optimiser step after the other."""
+"""Single optimiser steps."""
 
 import math
 
