@@ -28,5 +28,5 @@ def projection_scores(parts: Tensor, dim: int) -> Tensor:
     direction = total / largest.clamp_min(tiny)
     along = (parts * direction).sum(-1)  # <c_i, y> / max |y|
     whole = along.sum(dim, keepdim=True)  # |y|^2 / max |y|
-    known = (largest[..., 0] >= tiny) & (whole > along.abs().amax(dim, keepdim=True) * CANCELLED)
-    return (along / whole.where(known, 1.0)).where(known, 0.0)
+    lost = (largest[..., 0] < tiny) | (whole <= along.abs().amax(dim, keepdim=True) * CANCELLED)  # false for nan
+    return (along / whole.masked_fill(lost, 1.0)).masked_fill(lost, 0.0)

@@ -13,9 +13,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from vitrine.models.bundle.manifest import Preprocessing
 from vitrine.service.engine.images import SIGNATURES, ImageLimits, decode
 from vitrine.service.errors import ServiceError
+from vitrine.service.page_files import DRAWING_SCRIPTS, FOLDER, STYLES
 from vitrine.service.schemas.attribute import AttributeResponse
 from vitrine.service.schemas.features import CardResponse
-from vitrine.service.web import DRAWING_SCRIPTS, FOLDER, STYLES
 
 _ANY_SIZE = ImageLimits(pixels=2**63, side=2**31)  # the image was answered, so it is not too large
 _SAVED = """<!DOCTYPE html>

@@ -1,6 +1,6 @@
 """The page at `/`: a photo in, the prediction and its account on the screen.
 
-It uses this service only, and its content security policy allows nothing else. Its files are in `service.web`.
+It uses this service only, and its content security policy allows nothing else. Its files are in `service.page_files`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vitrine.service.errors import ServiceError
-from vitrine.service.web import FOLDER
+from vitrine.service.page_files import FOLDER
 
 TYPES = {
     ".html": "text/html; charset=utf-8",

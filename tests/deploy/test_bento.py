@@ -44,8 +44,8 @@ def bento(home):
     command = [sys.executable, "-m", "bentoml", "build", "--output", "tag", "--version", "tried"]
     finished = subprocess.run(command, cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "__tag__:vitrine:tried" in finished.stdout
-    return home / "bentos" / "vitrine" / "tried"
+    assert "__tag__:vitrine-service:tried" in finished.stdout
+    return home / "bentos" / "vitrine-service" / "tried"
 
 
 def test_it_holds_the_service_and_the_demo_and_nothing_else(bento):
@@ -69,7 +69,7 @@ def test_it_serves_what_it_holds(bento, home, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "bentoml", "serve", "vitrine:tried", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "bentoml", "serve", "vitrine-service:tried", "--host", "127.0.0.1", "--port", str(port)]
     log = tmp_path / "log"
     with (
         log.open("w") as output,

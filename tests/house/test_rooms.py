@@ -24,7 +24,7 @@ FLOORS = {
         ("pretraining",),
     ),
     "service": (
-        ("errors", "processes", "web"),
+        ("errors", "page_files", "processes"),
         ("operations", "schemas"),
         ("engine",),
         ("answers",),

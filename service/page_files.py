@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "web"
 
 STYLES = ("style.css", "figures.css", "card.css")
 # Scripts that draw an answer, in order of their dependencies; the page has more, which send the requests.
