@@ -69,7 +69,8 @@ def test_it_serves_what_it_holds(bento, home, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "bentoml", "serve", "vitrine-service:tried", "--host", "127.0.0.1", "--port", str(port)]
+    serve = [sys.executable, "-m", "bentoml", "serve", "vitrine-service:tried"]
+    command = [*serve, "--host", "127.0.0.1", "--port", str(port)]
     log = tmp_path / "log"
     with (
         log.open("w") as output,
