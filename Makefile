@@ -72,13 +72,13 @@ demo: .venv-dev/installed
 	  mv build/demo models/demo; fi
 
 # The service's environment: no torch.
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt vitrine/__main__.py
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP) --editable '.[$(RUNTIME)]'
 	@touch $@
 
 # Training, export and tests: everything.
-.venv-dev/installed: pyproject.toml constraints.txt
+.venv-dev/installed: pyproject.toml constraints.txt vitrine/__main__.py
 	$(PYTHON) -m venv .venv-dev
 	.venv-dev/bin/python $(PIP) --editable '.[cpu,training,dev]'
 	@touch $@

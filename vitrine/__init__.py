@@ -4,8 +4,8 @@ One import name for three folders: `vitrine.models`, `vitrine.training` and `vit
 symbolic links to the folders beside this one; an installed Vitrine contains the folders themselves.
 """
 
-import os
+import os as _os
 
 # A bento, or a checkout on a system without links, has neither: search the folders beside this one, too.
-if not os.path.isdir(os.path.join(__path__[0], "models")):
-    __path__.append(os.path.dirname(__path__[0]))
+if not _os.path.isdir(_os.path.join(__path__[0], "models")):
+    __path__.append(_os.path.dirname(__path__[0]))

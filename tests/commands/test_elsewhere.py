@@ -118,6 +118,40 @@ def test_from_a_recipe_to_cards(run, tmp_path, recipe_path, data_root):
     assert "the graphs run" in run("verify", tmp_path / "cards")
 
 
+SPAWN = """
+import multiprocessing, runpy, sys
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    command = sys.argv.pop(1)
+    sys.argv[0] = command
+    runpy.run_path(command, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("how", ["spawn", "torchrun"])
+def test_train_in_processes_started_otherwise(project, tmp_path, recipe_path, data_root, how):
+    """By `spawn` instead of `fork` (the decoding workers), and by torchrun (the training processes)."""
+    recipe, script = tmp_path / "short.toml", tmp_path / "spawn.py"
+    recipe.write_text(recipe_path.read_text().replace("workers = 0", "workers = 1"))
+    script.write_text(SPAWN)
+    vitrine = Path(sys.executable).with_name("vitrine")
+    starts = {
+        "spawn": [sys.executable, script, vitrine],
+        "torchrun": [vitrine.with_name("torchrun"), "--standalone", "--nproc-per-node", 2, "--no-python", vitrine],
+    }
+    options = ["--data-root", data_root, "--accelerator", "cpu", "--max-steps", 2, "--out", tmp_path / "run"]
+    finished = subprocess.run(
+        [str(word) for word in (*BOUND, *starts[how], "train", "--recipe", recipe, *options)],
+        cwd=project,
+        env=environment(project),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert (tmp_path / "run" / "log.jsonl").read_text().count("\n") == 2
+
+
 def test_serve_and_a_worker_that_is_replaced(project, tmp_path, bundle_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

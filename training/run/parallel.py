@@ -1,9 +1,9 @@
 """Distributed training with Lightning Fabric: one process, data-parallel, or with sharded parameters.
 
 `vitrine train --devices 4` starts the processes itself. For several nodes start it with `torchrun`, which sets their
-number: `torchrun --nnodes 2 --nproc-per-node 8 ... -m vitrine train --recipe ...`. Sharding (PyTorch's FSDP2, one unit
-per encoder and per decoder) is for CLTs whose weights, gradients and moments do not fit on one device; checkpoints are
-the same either way.
+number: `torchrun --nnodes 2 --nproc-per-node 8 ... --no-python vitrine train --recipe ...`. Sharding (PyTorch's FSDP2,
+one unit per encoder and per decoder) is for CLTs whose weights, gradients and moments do not fit on one device;
+checkpoints are the same either way.
 """
 
 from __future__ import annotations
