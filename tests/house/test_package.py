@@ -1,5 +1,6 @@
 """What is installed: one name to import, whatever is installed from, with all the files that the package reads."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -76,7 +77,8 @@ def installed(wheel, tmp_path_factory):
 
 
 def ask(python, code, cwd):
-    done = subprocess.run([python, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run([python, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
