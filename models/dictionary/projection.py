@@ -22,11 +22,9 @@ def projection_scores(parts: Tensor, dim: int) -> Tensor:
     y is taken relative to its largest element, and C_i relative to the sum of all, so that nothing underflows. In
     exported graphs this runs as ONNX operators.
     """
-    tiny = torch.finfo(parts.dtype).tiny
     total = parts.sum(dim, keepdim=True)
-    largest = total.abs().amax(-1, keepdim=True)
-    direction = total / largest.clamp_min(tiny)
+    direction = total / total.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(parts.dtype).tiny)
     along = (parts * direction).sum(-1)  # <c_i, y> / max |y|
     whole = along.sum(dim, keepdim=True)  # |y|^2 / max |y|
-    lost = (largest[..., 0] < tiny) | (whole <= along.abs().amax(dim, keepdim=True) * CANCELLED)  # false for nan
-    return (along / whole.masked_fill(lost, 1.0)).masked_fill(lost, 0.0)
+    lost = whole <= along.abs().amax(dim, keepdim=True) * CANCELLED  # false for nan, which stays nan
+    return along / whole.masked_fill(lost, torch.inf)
