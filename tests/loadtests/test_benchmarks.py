@@ -35,3 +35,11 @@ def test_engine_benchmark_writes_a_row_for_every_variant(tmp_path):
     assert memory["peak_bytes"] > memory["weights_bytes"] > 0
     for variant in VARIANTS:
         assert variant in finished.stdout
+
+
+def test_two_graphs_are_timed_in_turns(bundle_path):
+    graph = bundle_path / "vision.onnx"
+    command = [sys.executable, ROOT / "loadtests/graphs.py", graph, graph, "--pairs", "3", "--batch", "2"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith("second over first: ")

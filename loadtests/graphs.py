@@ -1,0 +1,53 @@
+"""Two vision graphs in turns, on the same pixels: whether a change of the graph costs anything.
+
+    python loadtests/graphs.py old/vision.onnx new/vision.onnx --batch 1 --pairs 300
+
+A graph against a copy of itself says how much of a difference is noise.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated
+
+import numpy as np
+import onnxruntime
+import typer
+
+from vitrine.models.bundle.layout import DETAILS_INPUT, VISION_OUTPUTS
+
+
+def main(
+    first: Annotated[Path, typer.Argument(exists=True, help="vision.onnx of one bundle.")],
+    second: Annotated[Path, typer.Argument(exists=True, help="vision.onnx of another.")],
+    pairs: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 300,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
+) -> None:
+    """Print the median of the pairs' ratios, second over first, and both medians."""
+    sessions = [_open(path) for path in (first, second)]
+    height, width = sessions[0].get_inputs()[0].shape[2:]
+    pixels = np.random.default_rng(0).standard_normal((batch, 3, height, width), np.float32)
+    feeds = {"pixels": pixels, DETAILS_INPUT: np.array(False)}
+    seconds: list[list[float]] = [[], []]
+    for number in range(-5, pairs):  # the first five warm up
+        for which in (0, 1) if number % 2 else (1, 0):
+            start = perf_counter()
+            sessions[which].run(VISION_OUTPUTS, feeds)
+            if number >= 0:
+                seconds[which].append(perf_counter() - start)
+    ratio = statistics.median(later / earlier for earlier, later in zip(*seconds, strict=True))
+    medians = [statistics.median(times) * 1e3 for times in seconds]
+    typer.echo(f"second over first: {ratio:.3f} (median of {pairs} pairs); {medians[0]:.2f} and {medians[1]:.2f} ms")
+
+
+def _open(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    # The threads of the session that has just run would otherwise keep the processors from the other one.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+if __name__ == "__main__":
+    typer.run(main)
