@@ -1,5 +1,6 @@
-"""Shared constants: the repository's path, and the recipe of the tiny CLIP and its CLT."""
+"""What many tests need: the repository, a free port, and the recipe of the tiny CLIP and its CLT."""
 
+import socket
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,3 +41,9 @@ normalisation_images = 32
 checkpoint_every = 3
 workers = 0
 """
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

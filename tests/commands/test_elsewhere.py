@@ -6,9 +6,7 @@ written there.
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from common import free_port
 from vitrine.service.processes import workers
 
 THEIRS = ("models/__init__.py", "service/__init__.py", "training/__init__.py", "vitrine.py")
@@ -153,12 +152,8 @@ def test_train_in_processes_started_otherwise(project, tmp_path, recipe_path, da
 
 
 def test_serve_and_a_worker_that_is_replaced(project, tmp_path, bundle_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log, link = tmp_path / "log", tmp_path / "bundle"
-    shutil.copytree(bundle_path, link)
-    relative = os.path.relpath(link, project)
+    port, log = free_port(), tmp_path / "log"
+    relative = os.path.relpath(bundle_path, project)
     variables = environment(project, BENTOML_HOME=tmp_path / "home", VITRINE_BUNDLE=relative)
     command = [*BOUND, str(Path(LIGHT).with_name("vitrine")), "serve", "--port", str(port)]
     with (
@@ -170,7 +165,7 @@ def test_serve_and_a_worker_that_is_replaced(project, tmp_path, bundle_path):
             (first,) = workers.worker_processes(process.pid)
             first.kill()
             end = time.monotonic() + SECONDS
-            while time.monotonic() < end and first.pid in {worker.pid for worker in serving(process)} | {None}:
+            while time.monotonic() < end and first.pid in {worker.pid for worker in serving(process)}:
                 time.sleep(0.1)
             wait_until_ready(process, port, log)
             (second,) = serving(process)

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ import yaml
 from PIL import Image
 from requirements import normalised, pins
 
-from common import ROOT
+from common import ROOT, free_port
 
 START_SECONDS = 60  # a bound, not an expectation
 NOWHERE = "http://127.0.0.1:9"  # a proxy that never answers: requests to other hosts fail
@@ -66,9 +65,7 @@ def test_its_requirements_are_the_projects_as_they_are_pinned(bento):
 
 
 def test_it_serves_what_it_holds(bento, home, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     serve = [sys.executable, "-m", "bentoml", "serve", "vitrine-service:tried"]
     command = [*serve, "--host", "127.0.0.1", "--port", str(port)]
     log = tmp_path / "log"

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from common import ROOT
+from common import ROOT, free_port
 
 DEPLOY = ROOT / "deploy"
 START_SECONDS = 60
@@ -66,12 +65,6 @@ def wait_until(condition, describe):
                 return
         time.sleep(0.2)
     pytest.fail(f"it did not come about in {START_SECONDS} s: {describe()}")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import ROOT
+from common import ROOT, free_port
 from vitrine.service.engine.engine import Engine
 from vitrine.service.operations.settings import Settings
 from vitrine.service.processes import workers
@@ -115,7 +114,7 @@ def start_server(light_python, tmp_path_factory):
 
     @contextmanager
     def start(command=("-m", "vitrine", "serve"), python=light_python, **environment):
-        home, port = tmp_path_factory.mktemp("bentoml"), _free_port()
+        home, port = tmp_path_factory.mktemp("bentoml"), free_port()
         log = home / "serve.log"
         with log.open("w") as output:
             process = subprocess.Popen(
@@ -144,12 +143,6 @@ def server(carded, start_server, tmp_path_factory):
     command = ("-m", "bentoml", "serve", "vitrine.service.app:Vitrine")
     with start_server(command, VITRINE_BUNDLE=carded.path, VITRINE_LABEL_SETS=label_sets) as running:
         yield running
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.hookimpl(wrapper=True)
