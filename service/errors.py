@@ -16,6 +16,7 @@ STATUS = {
     "no_cards": 404,
     "method_not_allowed": 405,
     "bundle_refused": 409,
+    "answer_too_large": 413,
     "batch_too_large": 413,
     "body_too_large": 413,
     "image_too_large": 413,

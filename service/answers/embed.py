@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitrine.service.answers.answer_size import check_answer_size
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.answers.texts import check_texts
 from vitrine.service.errors import ServiceError
@@ -15,6 +21,10 @@ async def answer_embed(
     """Unit embeddings of an image, of texts, or of both. Raises `ServiceError`."""
     if image is None and request.texts is None:
         raise ServiceError("missing_image", "send an image, `texts`, or both")
+    if request.texts is not None:
+        check_texts(tuple(request.texts), ("{}",), attributor.settings)
+    values = attributor.bundle.manifest.shape.embedding * ((image is not None) + len(request.texts or ()))
+    check_answer_size(values, attributor.settings.max_answer_values, "send fewer texts")
     timings: dict[str, float] = {}
     embedding = texts = None
     with attributor.admit():
@@ -23,14 +33,18 @@ async def answer_embed(
                 pixels = await attributor.in_thread(attributor.decode, image)
             embedding = (await attributor.submit(pixels, timings)).embedding
         if request.texts is not None:
-            check_texts(tuple(request.texts), ("{}",), attributor.settings)
             with timed_stage("labels", timings):
                 resolve, run = attributor.labels.resolve, attributor.batcher.run
                 texts = (await resolve(tuple(request.texts), ("{}",), run)).embeddings
-    return EmbedResponse(
+    vectors = await attributor.in_thread(_to_lists, embedding, texts)
+    return EmbedResponse.model_construct(
         request_id=request_id,
         model=attributor.model,
-        embedding=None if embedding is None else embedding.tolist(),
-        text_embeddings=None if texts is None else texts.tolist(),
+        embedding=vectors[0],
+        text_embeddings=vectors[1],
         timings_ms=timings,
     )
+
+
+def _to_lists(*arrays: NDArray[np.floating] | None) -> list[Any]:
+    return [None if array is None else array.tolist() for array in arrays]

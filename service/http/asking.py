@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.answers.reload import Serving
+from vitrine.service.answers.serialise import json_text
 from vitrine.service.errors import ServiceError, queue_full
 from vitrine.service.operations.keys import Keys
 from vitrine.service.schemas.classify import Prediction
@@ -97,3 +98,8 @@ def log_predictions(request: Request, *predictions: list[Prediction]) -> None:
 
 def json_response(answer: BaseModel) -> Response:
     return Response(answer.model_dump_json(), media_type="application/json")
+
+
+async def large_json_response(answer: BaseModel) -> Response:
+    """The same for an answer so large that making its text would delay other requests."""
+    return Response(await asyncio.to_thread(json_text, answer), media_type="application/json")

@@ -1,20 +1,21 @@
-"""Request bodies, multipart or JSON: image bytes and the payload. Every error in them is a `ServiceError`."""
+"""Reading the bodies of requests: multipart or JSON, into image bytes and a validated payload.
+
+Bodies are parsed in a thread if they are large; whatever the client sends, the time is proportional to its length.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import binascii
 import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
-from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from vitrine.service.errors import ServiceError
+from vitrine.service.http.multipart import TooManyParts, parse_multipart
 from vitrine.service.schemas.attribute import AttributeRequest
 from vitrine.service.schemas.base import validated
 from vitrine.service.schemas.batch import BatchJson
@@ -22,7 +23,10 @@ from vitrine.service.schemas.batch import BatchJson
 Payload = TypeVar("Payload", bound=BaseModel)
 Parsed = TypeVar("Parsed")
 
-LARGE_BYTES = 256 * 2**10  # JSON of this size takes a millisecond to parse
+LARGE_BYTES = 256 * 2**10  # a body of this size takes a millisecond to parse
+# Values in one JSON body: far more than the largest request has. The parser holds the GIL, which stops the event loop
+# even from another thread: 100 ms for a million values.
+MAX_JSON_VALUES = 200_000
 
 
 async def read_image(request: Request, shape: type[Payload], json_shape: type[BaseModel]) -> tuple[bytes, Payload]:
@@ -38,24 +42,29 @@ async def read_optional_image(
 ) -> tuple[bytes | None, Payload]:
     """The same, where the image is optional."""
     if _is_json(request):
-        return await _parse_off_loop(_parse_image, await request.body(), json_shape)
-    images, payload = await _read_multipart(request, shape, 1)
+        return await _parse_body(request, _parse_image, json_shape)
+    images, payload = await _parse_body(request, _parse_parts, _content_type(request), shape, 1)
     return images[0] if images else None, payload
 
 
 async def read_batch(request: Request, max_images: int) -> tuple[list[bytes | ServiceError], AttributeRequest]:
     """(at most `max_images` images, each one or its error, and the payload for all of them)."""
-    if not _is_json(request):
-        parts, payload = await _read_multipart(request, AttributeRequest, max_images)
-        if not parts:
-            raise ServiceError("missing_image", "send at least one file part `image`")
-        return parts, payload
-    return await _parse_off_loop(_parse_batch, await request.body(), max_images)
+    if _is_json(request):
+        return await _parse_body(request, _parse_batch, max_images)
+    images, payload = await _parse_body(
+        request, _parse_parts, _content_type(request), AttributeRequest, max_images, many=True
+    )
+    if not images:
+        raise ServiceError("missing_image", "send at least one file part `image`")
+    return images, payload
 
 
-async def _parse_off_loop(parse: Callable[..., Parsed], body: bytes, *args: Any) -> Parsed:
-    """parse(body, *args), in a thread if it is slow enough to delay other requests."""
-    return await asyncio.to_thread(parse, body, *args) if len(body) > LARGE_BYTES else parse(body, *args)
+async def _parse_body(request: Request, parse: Callable[..., Parsed], *args: Any, **options: Any) -> Parsed:
+    """parse(body, *args, **options), in a thread if that is slow enough to delay other requests."""
+    body = await request.body()
+    if len(body) > LARGE_BYTES:
+        return await asyncio.to_thread(parse, body, *args, **options)
+    return parse(body, *args, **options)
 
 
 def _parse_image(body: bytes, json_shape: type[BaseModel]) -> tuple[bytes | None, Any]:
@@ -76,7 +85,9 @@ def _parse_batch(body: bytes, max_images: int) -> tuple[list[bytes | ServiceErro
     return images, payload
 
 
-def _load_json(text: str | bytes, where: str) -> Any:
+def _load_json(text: bytes, where: str) -> Any:
+    if len(text) > MAX_JSON_VALUES and sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise ServiceError("invalid_request", f"{where} has more than {MAX_JSON_VALUES:,} JSON values")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # malformed, not UTF-8, integers of thousands of digits, too deep
@@ -84,56 +95,49 @@ def _load_json(text: str | bytes, where: str) -> Any:
 
 
 def _is_json(request: Request) -> bool:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = _content_type(request).partition(";")[0].strip().lower()
     if kind not in ("multipart/form-data", "application/json"):
         raise ServiceError(
             "unsupported_media_type",
-            f"content type {kind or '(none)'!r}: send multipart/form-data with a file part `image`, "
+            f"content type {kind[:100] or '(none)'!r}: send multipart/form-data with a file part `image`, "
             "or application/json with `image_base64`",
         )
     return kind == "application/json"
 
 
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "")
+
+
 def _image(text: str, field: str) -> bytes:
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+        return binascii.a2b_base64(text.encode().translate(None, b" \t\r\n"), strict_mode=True)
+    except (binascii.Error, UnicodeEncodeError) as error:
         raise ServiceError("invalid_image", f"{field} is not base64: {error}") from error
 
 
-async def _read_multipart(request: Request, shape: type[Payload], max_images: int) -> tuple[list[Any], Payload]:
-    """(bytes of each part `image`, part `request` as `shape`)."""
-    limit = request.app.state.settings.max_body_bytes
+def _parse_parts(
+    body: bytes, content_type: str, shape: type[Payload], max_images: int, many: bool = False
+) -> tuple[list[Any], Payload]:
+    """(bytes of each part `image`, part `request` as `shape`). many: whether there may be several images."""
     try:
-        form = await request.form(max_files=max_images + 1, max_fields=2, max_part_size=limit)
-    except (LookupError, UnicodeError) as error:
-        raise ServiceError("invalid_request", f"the multipart body's charset cannot be used: {error}") from error
-    except HTTPException as error:
-        if max_images > 1 and error.detail.startswith("Too many files"):
-            raise _too_many(max_images) from error
-        raise
-    try:
-        return await _read_parts(form, shape, max_images)
-    finally:
-        await form.close()
-
-
-async def _read_parts(form: FormData, shape: type[Payload], max_images: int) -> tuple[list[bytes], Payload]:
-    if unknown := sorted(set(form) - {"image", "request"}):
+        parts = parse_multipart(
+            content_type, body, max_images + 2
+        )  # two `request`, one of them too many, are seen below
+    except TooManyParts as error:
+        raise (_too_many(max_images) if many else error) from error
+    if unknown := sorted({part.name for part in parts} - {"image", "request"}):
         raise ServiceError("invalid_request", f"unknown part {unknown[0][:100]!r}; parts are `image` and `request`")
-    single = ("request",) if max_images > 1 else ("image", "request")
-    if repeated := [name for name in single if len(form.getlist(name)) > 1]:
+    images = [part for part in parts if part.name == "image"]
+    requests = [part for part in parts if part.name == "request"]
+    if repeated := [found[0].name for found in (requests, () if many else images) if len(found) > 1]:
         raise ServiceError("invalid_request", f"part {repeated[0]!r} is there more than once")
-    images = []
-    for part in form.getlist("image"):
-        if not isinstance(part, UploadFile):
-            raise ServiceError("missing_image", "`image` must be a file part (curl: -F image=@photo.jpg)")
-        images.append(await part.read())
+    if not all(part.is_file for part in images):
+        raise ServiceError("missing_image", "`image` must be a file part (curl: -F image=@photo.jpg)")
     if len(images) > max_images:
         raise _too_many(max_images)
-    request_part = form.get("request")
-    text = await request_part.read() if isinstance(request_part, UploadFile) else (request_part or "{}")
-    return images, validated(shape, _load_json(text, "part `request`"))
+    text = bytes(requests[0].data) if requests else b"{}"
+    return [bytes(part.data) for part in images], validated(shape, _load_json(text or b"{}", "part `request`"))
 
 
 def _too_many(max_images: int) -> ServiceError:

@@ -85,6 +85,9 @@ class Settings(BaseSettings):
     max_templates: PositiveInt = Field(default=128, description="templates in one request")
     max_prompts: PositiveInt = Field(default=16_384, description="labels times templates in one request")
     max_targets: PositiveInt = Field(default=32, description="labels explained in one request")
+    max_answer_values: PositiveInt = Field(
+        default=2_000_000, description="numbers in one answer, about 10 bytes each: images x targets x details; 413"
+    )
     label_cache: PositiveInt = Field(default=65_536, description="label embeddings kept in memory")
     api_keys: SecretStr | None = Field(
         default=None, description="keys, separated by commas, one of which `/v1/` then asks for"

@@ -11,7 +11,7 @@ from vitrine.service.answers.attribute import answer_attribute, answer_batch
 from vitrine.service.answers.classify import answer_classify
 from vitrine.service.answers.embed import answer_embed
 from vitrine.service.answers.similar import answer_similar
-from vitrine.service.http.asking import handle, json_response, log_predictions
+from vitrine.service.http.asking import handle, json_response, large_json_response, log_predictions
 from vitrine.service.http.openapi import errors, multipart_or_json
 from vitrine.service.http.requests import read_batch, read_image, read_optional_image
 from vitrine.service.operations.settings import Settings
@@ -47,6 +47,8 @@ async def attribute(request: Request) -> Response:
     read = partial(read_image, request, AttributeRequest, AttributeJson)
     answer = await handle(request, read, answer_attribute)
     log_predictions(request, answer.predictions)
+    if len(answer.explanations) > 1 or answer.explanations[0].heatmap:
+        return await large_json_response(answer)
     return json_response(answer)
 
 
@@ -54,8 +56,8 @@ async def attribute_batch(request: Request) -> Response:
     """The same for many images; each is answered or refused for itself."""
     read = partial(read_batch, request, request.app.state.settings.images_per_request)
     answer = await handle(request, read, answer_batch)
-    log_predictions(request, *(item.answer.predictions for item in answer.results if item.answer))
-    return json_response(answer)
+    log_predictions(request, *answer.predictions)
+    return Response(answer.text, media_type="application/json")
 
 
 async def classify(request: Request) -> Response:
@@ -69,7 +71,8 @@ async def classify(request: Request) -> Response:
 async def embed(request: Request) -> Response:
     """CLIP's embeddings of an image, of texts, or of both: vectors of length 1, whose products are cosines."""
     read = partial(read_optional_image, request, EmbedRequest, EmbedJson)
-    return json_response(await handle(request, read, answer_embed))
+    answer = await handle(request, read, answer_embed)
+    return await large_json_response(answer) if answer.text_embeddings else json_response(answer)
 
 
 async def similar(request: Request) -> Response:

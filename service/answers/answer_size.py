@@ -1,0 +1,40 @@
+"""How large an answer will be, known before any work is done for it.
+
+An answer's size is its number of values (numbers and texts), about ten bytes of JSON each. What a request asks for
+multiplies: images, targets, and the details of each.
+"""
+
+from __future__ import annotations
+
+from vitrine.models.bundle.manifest import Shape
+from vitrine.service.errors import ServiceError
+from vitrine.service.schemas.attribute import AttributeRequest
+
+_HEAD_WIDTH = 64  # of nearly every published CLIP; the manifest does not say
+
+
+def check_answer_size(values: int, limit: int, advice: str) -> None:
+    """Raise `ServiceError` answer_too_large if an answer would have more than `limit` values.
+
+    advice: what to ask for less of.
+    """
+    if values > limit:
+        raise ServiceError(
+            "answer_too_large",
+            f"the answer would have about {values:,} numbers; at most {limit:,} are given at once: {advice}",
+        )
+
+
+def attribution_values(shape: Shape, request: AttributeRequest, labels: int) -> int:
+    """About how many values the answer for one image has, among `labels` labels."""
+    explain, layers, patches = request.explain, shape.layers, shape.tokens - 1
+    per_explanation = 2 * layers + 6 + layers * (5 + 5 * min(explain.features, shape.k))  # ledger, layers, features
+    if explain.heatmap:
+        heads = max(1, shape.width // _HEAD_WIDTH)
+        per_explanation += (layers + 1) * patches + layers * (heads + 2)
+    values = 3 * min(request.top_k, labels) + len(explain.targets or (None,)) * per_explanation
+    if explain.lens:
+        values += 4 * layers
+    if explain.matrix:
+        values += 2 * layers * layers
+    return values
