@@ -5,6 +5,8 @@
     python loadtests/abuse.py overload                    # far more clients than places
     python loadtests/abuse.py recovery                    # kill -9 of the worker
     python loadtests/abuse.py soak --minutes 30           # memory under steady load
+    python loadtests/abuse.py attacks                     # every attack of attacks.py, beside valid requests
+    python loadtests/abuse.py attacks --minutes 30        # again and again
 
 Each starts a server of its own on the embedded bundle (or --bundle) and ends with 1 if it did not hold.
 """
@@ -27,6 +29,8 @@ import numpy as np
 import typer
 from rich.progress import track
 
+import attack_run
+import attacks as hostile
 from corpus import drawn_images, http_request, image_files, multipart, mutated_files
 from server import Server, serving
 from vitrine.models.bundle.bundle import open_bundle
@@ -322,6 +326,43 @@ async def _soak(
         await asyncio.gather(read(), *(client() for _ in range(clients)))
     readings.append((seconds, server.resident_mib()))
     return count, readings
+
+
+@app.command()
+def attacks(
+    names: Annotated[list[str] | None, typer.Argument(help="Of attacks.py; default: all.")] = None,
+    minutes: Annotated[float, typer.Option(help="Repeat them for this long; 0: each once.")] = 0,
+    allowed_stall_ms: Annotated[float, typer.Option(help="Longest stall of the event loop.")] = 100,
+    allowed_mib: Annotated[float, typer.Option(help="Most memory of workers and decoders.")] = 2048,
+    allowed_share: Annotated[float, typer.Option(help="Growth of memory at rest after the first round.")] = 0.05,
+    bundle: BundleOption = None,
+) -> None:
+    """Every attack of attacks.py beside valid requests, which are answered 200 or 429 and nothing else; the event loop
+    never stalls for long, and memory stays bounded."""
+    chosen = [attack for attack in hostile.ATTACKS if not names or attack.__name__ in names]
+    if names and len(chosen) < len(set(names)):
+        raise typer.BadParameter(f"there are {', '.join(attack.__name__ for attack in hostile.ATTACKS)}")
+    (photo,), watched, at_rest = drawn_images(1, 400), [], []
+    with serving(bundle) as server:
+        print(f"{'attack':<18} {'s':>5} {'stall ms':>8} {'livez ms':>8} {'MiB':>6} {'p99 ms':>7}  valid; attack")
+        for seen in attack_run.run_attacks(server, photo, chosen, minutes * 60):
+            watched.append(seen)
+            p99 = np.percentile(seen.valid_ms, 99) if seen.valid_ms else float("nan")
+            numbers = f"{seen.seconds:5.0f} {seen.stall_ms:8.0f} {max(seen.probe_ms):8.0f} {seen.mib:6.0f} {p99:7.0f}"
+            print(f"{seen.name:<18} {numbers}  {_counts(seen.valid)}; {_counts(seen.attack)}", flush=True)
+            if (len(watched) - 1) % len(chosen) == 0:  # before the first attack, and after every round
+                at_rest.append(server.resident_mib())
+    growth = at_rest[-1] / at_rest[min(1, len(at_rest) - 1)] - 1
+    print(f"memory at rest, after each round: {', '.join(f'{mib:.0f}' for mib in at_rest)} MiB ({growth:+.1%})")
+    failed = sum(seen.failed for seen in watched)
+    stall, mib = max(seen.stall_ms for seen in watched), max(seen.mib for seen in watched)
+    print(f"longest stall {stall:.0f} ms, most memory {mib:.0f} MiB, {failed} valid requests failed")
+    if failed or stall > allowed_stall_ms or mib > allowed_mib or growth > allowed_share:
+        raise typer.Exit(1)
+
+
+def _counts(outcomes: Counter[str]) -> str:
+    return ", ".join(f"{count} x {outcome}" for outcome, count in outcomes.most_common()) or "-"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,13 @@ class Server:
         return workers.worker_processes(self.process.pid)
 
     def resident_mib(self) -> float:
-        """Resident memory of all workers, in MiB."""
-        return sum(worker.memory_info().rss for worker in self.workers) / 2**20
+        """Resident memory of all workers and of the processes that they started, in MiB."""
+        total = 0
+        for worker in self.workers:
+            for process in (worker, *worker.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    total += process.memory_info().rss
+        return total / 2**20
 
     def processor_seconds(self) -> float:
         """Processor time that the parent and all workers have used so far."""
