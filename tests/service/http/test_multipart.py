@@ -58,14 +58,14 @@ ODD_CHARSETS = [
 
 @pytest.mark.parametrize("charset", ODD_CHARSETS)
 def test_other_charsets_are_refused_before_anything_is_decoded(charset):
-    body = body_of(('name="request"', b"-" * 300_000))
+    body = body_of(('name="request"', b"a" * 300_000))
     with pytest.raises(ServiceError, match="send UTF-8"):  # punycode would take minutes
         parse_multipart(f"{TYPE}; charset={charset}", body, 1)
 
 
 @pytest.mark.parametrize("charset", ODD_CHARSETS)
 def test_a_request_with_another_charset_is_refused(server, picture, charset):
-    body = body_of(('name="image"; filename="a"', picture()), ('name="request"', b"-" * 300_000))
+    body = body_of(('name="image"; filename="a"', picture()), ('name="request"', b"a" * 300_000))
     headers = {"content-type": f"{TYPE}; charset={charset}"}
     response = server.http.post("/v1/attribute", content=body, headers=headers)
     assert response.status_code == 400
