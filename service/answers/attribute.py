@@ -69,7 +69,7 @@ async def answer_batch(
             item = BatchItem(status=error.status, answer=None, error=problem)
         return await attributor.in_thread(json_text, item), item.answer.predictions if item.answer else []
 
-    with attributor.admit(len(images)):
+    with attributor.admit(len(images)), attributor.taking_turns():
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(answer_one(image)) for image in images]
     results = [task.result() for task in tasks]

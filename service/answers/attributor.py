@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,6 +33,8 @@ from vitrine.service.schemas.base import Model
 from vitrine.service.schemas.classify import ClassifyRequest
 
 Result = TypeVar("Result")
+
+_turns: ContextVar[asyncio.Semaphore | None] = ContextVar("turns", default=None)  # see `Attributor.taking_turns`
 
 
 class Attributor:
@@ -137,6 +140,17 @@ class Attributor:
         """Normalised pixels [3, H, W]. Raises `ServiceError`."""
         return to_pixels(decode(image, self.limits), self.bundle.manifest.preprocessing, self.limits)
 
+    @contextmanager
+    def taking_turns(self) -> Iterator[None]:
+        """For a request of many images: it never has more calls in the pool's queue than the pool has threads, so that
+        other requests' calls need not wait for all of its images."""
+        token = _turns.set(asyncio.Semaphore(self.settings.decode_threads))
+        try:
+            yield
+        finally:
+            _turns.reset(token)
+
     async def in_thread(self, function: Callable[..., Result], *args: Any) -> Result:
         """Call function(*args) in the thread pool."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+        async with _turns.get() or nullcontext():
+            return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)

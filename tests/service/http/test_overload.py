@@ -103,6 +103,35 @@ def test_a_full_service_refuses_without_reading_the_body(bundle_path, picture, g
     assert [response.status_code for response in (*others, *answered)] == [200] * 4
 
 
+def test_a_request_need_not_wait_for_all_images_of_a_batch(bundle_path, picture, monkeypatch):
+    decode, gate, order = Attributor.decode, threading.Event(), []
+
+    def recorded(self, image):
+        order.append(image)
+        gate.wait(30)
+        return decode(self, image)
+
+    monkeypatch.setattr(Attributor, "decode", recorded)
+    app = create_app(Settings(bundle=bundle_path, decode_threads=1))
+    alone = picture(seed=100)
+
+    async def conversation(client):
+        files = [("image", (str(seed), picture(seed=seed))) for seed in range(8)]
+        batch = asyncio.create_task(client.post("/v1/attribute:batch", files=files))
+        while app.state.serving.attributor._in_flight < 8:
+            await asyncio.sleep(0.01)
+        single = asyncio.create_task(client.post("/v1/attribute", files={"image": alone}))
+        while app.state.serving.attributor._in_flight < 9:
+            await asyncio.sleep(0.01)
+        gate.set()
+        return await asyncio.gather(batch, single)
+
+    batch, single = talk_to(app, conversation)
+    assert [result["status"] for result in batch.json()["results"]] == [200] * 8
+    assert single.status_code == 200
+    assert order.index(alone) <= 2
+
+
 def test_images_that_wait_for_decoding_are_counted_too(bundle_path, picture, monkeypatch):
     decode, gate = Attributor.decode, threading.Event()
     monkeypatch.setattr(Attributor, "decode", lambda self, image: gate.wait(30) and decode(self, image))
