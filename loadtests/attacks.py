@@ -24,6 +24,7 @@ from corpus import drawn_images, http_request, multipart
 
 MIB = 2**20
 BODY_LIMIT = 16 * MIB
+JSON = "application/json"
 PATIENCE = 60  # seconds until an attacker gives up on an answer
 
 Outcomes = Counter[str]
@@ -75,7 +76,7 @@ async def _many(requests: Iterable[Awaitable[str]]) -> Outcomes:
     return Counter(await asyncio.gather(*requests))
 
 
-def _post(path: str, body: bytes, content_type: str = "application/json") -> list[bytes]:
+def _post(path: str, body: bytes, content_type: str = JSON) -> list[bytes]:
     return [http_request(path, body, {"Content-Type": content_type})]
 
 
@@ -88,7 +89,7 @@ def _image(target: Target, image: bytes, path: str = "/v1/classify") -> Awaitabl
 
 async def odd_charsets(target: Target) -> Outcomes:
     """Multipart bodies in codecs that take quadratic time, of 1 MB each."""
-    part = b'--x\r\nContent-Disposition: form-data; name="request"\r\n\r\n' + b"-" * MIB + b"\r\n--x--\r\n"
+    part = b'--x\r\nContent-Disposition: form-data; name="a-"\r\n\r\n' + b"a" * MIB + b"\r\n--x--\r\n"
     kinds = [f"multipart/form-data; boundary=x; charset={name}" for name in ("punycode", "idna", "utf-7", "zlib")]
     return await _many(ask(target, _post("/v1/attribute", part, kind)) for kind in kinds * 4)
 
@@ -118,8 +119,8 @@ async def hard_multipart(target: Target) -> Outcomes:
 
 
 async def held_uploads(target: Target) -> Outcomes:
-    """80 uploads of 15 MB whose last byte never comes, for ten seconds."""
-    whole = http_request("/v1/attribute", *multipart(bytes(15 * MIB), "{}"))[:-1]
+    """80 uploads of 15 MB, base64 in JSON, whose last byte never comes, for ten seconds."""
+    whole = http_request("/v1/attribute", b'{"image_base64": "' + b"A" * 15 * MIB + b'"}', {"Content-Type": JSON})[:-1]
 
     async def hold() -> str:
         with suppress(TimeoutError):

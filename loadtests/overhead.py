@@ -2,6 +2,7 @@
 
     python loadtests/random_bundle.py build/b32-random
     python loadtests/overhead.py --bundle build/b32-random --photo photo.jpg
+    python loadtests/overhead.py --against ../older        # another checkout's service, in turns with this one's
 
 Latency: requests and bare calls alternate on the same photo, medians of both. Throughput: full batches in a bare loop,
 then wrk's clients (a C program: a client in Python would use the processors that it measures), in alternating rounds.
@@ -51,8 +52,12 @@ def main(
     rounds: Annotated[int, typer.Option(help="Of load and bare loop, in turns.")] = 5,
     clients: Annotated[int, typer.Option(help="At once, under load.")] = 32,
     path: Annotated[str, typer.Option(help="What is asked.")] = "/v1/attribute",
+    against: Annotated[Path | None, typer.Option(help="Compare with this checkout's service instead.")] = None,
 ) -> None:
     """Print both ratios and the largest difference between answers."""
+    if against:
+        _compare_checkouts(against.resolve(), bundle, photo.read_bytes() if photo else _drawn(), path, pairs, clients)
+        return
     settings = Settings(bundle=bundle or DEMO_BUNDLE)
     opened = open_bundle(settings.bundle)
     image = photo.read_bytes() if photo else _drawn()
@@ -81,6 +86,46 @@ def main(
             print("wrk is not installed: no throughput")
     if worst > TOLERANCE:
         raise typer.Exit(1)
+
+
+def _compare_checkouts(other: Path, bundle: Path | None, image: bytes, path: str, pairs: int, clients: int) -> None:
+    """One client's requests to both services in turns, then rounds of load in turns: medians of the pairs' ratios."""
+    bundle = (bundle or DEMO_BUNDLE).resolve()
+    with serving(bundle) as new, serving(bundle, other) as old:
+        times = []
+        with httpx.Client(timeout=60) as http:
+            for number in track(range(pairs + 20), "one client, in turns", transient=True):
+                pair = {}
+                for server in (new, old) if number % 2 else (old, new):
+                    start = time.perf_counter()
+                    http.post(server.url + path, files={"image": image}).raise_for_status()
+                    pair[server.url] = (time.perf_counter() - start) * 1e3
+                if number >= 20:
+                    times.append((pair[new.url], pair[old.url]))
+        new_ms, old_ms = zip(*times, strict=True)
+        medians = statistics.median(new_ms), statistics.median(old_ms)
+        print(
+            f"one client, {pairs} pairs: p50 {medians[0]:.2f} ms, {other.name} {medians[1]:.2f} ms; ratio of medians "
+            f"{medians[0] / medians[1]:.3f}, median of ratios {statistics.median(a / b for a, b in times):.3f}"
+        )
+        seconds = []
+        for number in track(range(pairs // 10), f"bursts of {clients}, in turns", transient=True):
+            burst = {}
+            for server in (new, old) if number % 2 else (old, new):
+                start = time.perf_counter()
+                asyncio.run(_burst(server, path, image, clients))
+                burst[server.url] = time.perf_counter() - start
+            seconds.append((burst[new.url], burst[old.url]))
+        print(
+            f"bursts of {clients}, {len(seconds)} pairs: median of the ratios of their times "
+            f"{statistics.median(a / b for a, b in seconds):.3f}"
+        )
+
+
+async def _burst(server: Server, path: str, image: bytes, requests: int) -> None:
+    async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
+        for answer in await asyncio.gather(*(http.post(path, files={"image": image}) for _ in range(requests))):
+            answer.raise_for_status()
 
 
 def _drawn() -> bytes:

@@ -20,6 +20,7 @@ import psutil
 from vitrine.service.processes import workers
 
 START_SECONDS = 120
+CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,15 @@ class Server:
 
 
 @contextmanager
-def serving(bundle: Path | None, **settings: str) -> Iterator[Server]:
-    """A ready server. settings: `VITRINE_...` variables. Raises RuntimeError with its log if it does not start."""
+def serving(bundle: Path | None, checkout: Path = CHECKOUT, **settings: str) -> Iterator[Server]:
+    """A ready server.
+
+    Args:
+        checkout: whose code it runs, with the packages of this Python.
+        settings: `VITRINE_...` variables.
+
+    Raises RuntimeError with its log if it does not start.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -61,8 +69,8 @@ def serving(bundle: Path | None, **settings: str) -> Iterator[Server]:
         with log.open("wb") as output:
             process = subprocess.Popen(  # noqa: S603
                 command,
-                cwd=Path(__file__).resolve().parent.parent,
-                env={**os.environ, "BENTOML_HOME": home, **settings},
+                cwd=checkout,
+                env={**os.environ, "PYTHONPATH": str(checkout), "BENTOML_HOME": home, **settings},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
