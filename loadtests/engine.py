@@ -42,6 +42,9 @@ from typing import Annotated, Any, Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's threads spin while ONNX Runtime runs
 
+import vitrine  # noqa: F401  # first: it stops the libraries' telemetry
+
+# isort: split
 import numpy as np
 import onnxruntime
 import open_clip

@@ -30,6 +30,7 @@ OTHER_VARIABLES = (
     "REQUIRE_BROWSER",
     "REQUIRE_CHROOT",
     "REQUIRE_PROMETHEUS",
+    "REQUIRE_STRACE",
 )  # variables with our prefix that belong to training and to the tests
 DEMO_BUNDLE = Path(__file__).resolve().parents[2] / "models" / "demo"
 
