@@ -53,6 +53,11 @@ def keep_caches_apart() -> None:
     """
     if "MPLCONFIGDIR" in os.environ:
         return
-    owner, folder = os.getpid(), tempfile.mkdtemp(prefix="vitrine-matplotlib-")
+    folder = tempfile.mkdtemp(prefix="vitrine-matplotlib-")
     os.environ["MPLCONFIGDIR"] = folder  # child processes share it
-    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+    atexit.register(_remove, folder, os.getpid())
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # forked processes run it, too
+        shutil.rmtree(folder, ignore_errors=True)

@@ -27,6 +27,8 @@ _log_at_once = False
 class AllocatedDict(MmapedDict):
     """prometheus_client's dictionary of one worker's numbers, in a file with room, else in memory."""
 
+    _f: Any  # None: in memory
+
     def __init__(self, filename: str, read_mode: bool = False) -> None:
         try:
             with open(filename, "ab") as file:
@@ -111,4 +113,4 @@ def _allocate(descriptor: int, size: int) -> None:
         os.posix_fallocate(descriptor, 0, size)
 
 
-values.MmapedDict = multiprocess.MmapedDict = AllocatedDict  # type: ignore[misc, attr-defined]
+values.MmapedDict = multiprocess.MmapedDict = AllocatedDict  # type: ignore[misc]

@@ -62,6 +62,27 @@ BUNDLE = Gauge(
     "vitrine_bundle_info", "The bundle served", ["name", "digest", "provider"], multiprocess_mode="mostrecent"
 )
 
+STALL = Histogram(
+    "vitrine_loop_stall_seconds",
+    "How much later than asked the event loop ran what was due; all requests of the worker wait that long",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
+)
+STALL_MAX = Gauge(
+    "vitrine_loop_stall_max_seconds", "The longest of them since the worker started", multiprocess_mode="livemax"
+)
+MEMORY = Gauge(
+    "vitrine_memory_bytes", "Resident memory of the workers and of their child processes", multiprocess_mode="livesum"
+)
+MEMORY_LIMIT = Gauge(
+    "vitrine_memory_limit_bytes",
+    "Memory that the server may use: the container's, or the machine's",
+    multiprocess_mode="livemax",
+)
+DECODER_RESTARTS = Counter("vitrine_decoder_restarts_total", "Decoders that were ended and replaced", ["reason"])
+CONNECTIONS_REFUSED = Counter(
+    "vitrine_connections_refused_total", "Connections closed without an answer, or before it", ["reason"]
+)
+
 
 def exposition() -> bytes:
     """Every series, over all worker processes (the server sets PROMETHEUS_MULTIPROC_DIR for them)."""

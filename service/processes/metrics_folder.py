@@ -51,9 +51,13 @@ def _claim(home: str) -> str:
     except OSError:  # no room there; where there is none at all, this raises
         folder = tempfile.mkdtemp(prefix=f"{_ROOT}-")
         hold(folder)
-    owner = os.getpid()
-    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+    atexit.register(_remove, folder, os.getpid())
     return folder
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # forked processes run it, too
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sweep(root: Path) -> None:

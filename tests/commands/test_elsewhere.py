@@ -51,7 +51,7 @@ def project(tmp_path_factory):
 
 
 def environment(project, **more):
-    left_out = ("VITRINE_", "PYTHON", "PROMETHEUS_", *telemetry.OFF)
+    left_out = ("VITRINE_", "PYTHON", "PROMETHEUS_", "MPLCONFIGDIR", *telemetry.OFF)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     own = {"PYTHONPATH": project, "PYTHONDONTWRITEBYTECODE": 1, "OMP_NUM_THREADS": 1}
     return kept | {name: str(value) for name, value in (own | more).items()}

@@ -24,8 +24,11 @@ def serve(
     choose(opened, settings)  # checked here, not in a worker that the server would restart again and again
     read_keys(settings)
     write_paths_to_environment(settings.model_copy(update={"bundle": opened.path}))
-    from vitrine.service.processes.supervisor import serve as run
+    from vitrine.service.processes.home import bentoml_home
 
-    print_bundle(opened, new_console())
-    sys.stdout.flush()
-    run(host, port)
+    with bentoml_home():  # before BentoML is imported
+        from vitrine.service.processes.supervisor import serve as run
+
+        print_bundle(opened, new_console())
+        sys.stdout.flush()
+        run(host, port)
