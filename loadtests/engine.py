@@ -42,6 +42,9 @@ from typing import Annotated, Any, Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's threads spin while ONNX Runtime runs
 
+import vitrine  # noqa: F401  # first: it stops the libraries' telemetry
+
+# isort: split
 import numpy as np
 import onnxruntime
 import open_clip
@@ -64,7 +67,8 @@ from vitrine.models.graph.onnx_file import save_onnx, to_onnx
 from vitrine.models.graph.variants import make_variant, preselect
 from vitrine.service.answers.explain import account
 from vitrine.service.engine.labels import LabelSet
-from vitrine.service.engine.runtime import PROVIDERS, available_processors
+from vitrine.service.engine.processors import available_processors
+from vitrine.service.engine.runtime import PROVIDERS
 from vitrine.service.schemas.attribute import Explain
 
 Device = Literal["cpu", "cuda"]

@@ -12,11 +12,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Annotated
 
+from vitrine.models.bundle.layout import DETAILS_INPUT, VISION_OUTPUTS  # first: it stops onnxruntime's telemetry
+
+# isort: split
 import numpy as np
 import onnxruntime
 import typer
-
-from vitrine.models.bundle.layout import DETAILS_INPUT, VISION_OUTPUTS
 
 
 def main(

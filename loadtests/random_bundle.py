@@ -9,6 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
+import vitrine  # noqa: F401  # first: it stops the libraries' telemetry
+
+# isort: split
 import open_clip
 import torch
 import typer

@@ -8,19 +8,25 @@ or `vitrine serve`, which also supervises the workers (`service.processes.superv
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import bentoml
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.server.http import traffic
+from bentoml._internal.utils.analytics import usage_stats
 from opentelemetry import trace
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitrine.service.http.application import create_app
 from vitrine.service.operations import logs
 from vitrine.service.operations.settings import load_settings
+from vitrine.service.processes import metrics_folder
 
+usage_stats.do_not_track.cache_clear()  # `bentoml serve` has asked before Vitrine was imported, which says no
+if "serve" in sys.argv:  # here, in the parent, before BentoML makes one for all servers
+    metrics_folder.use_own_folder()
 settings = load_settings()
 logs.configure(settings.log_format)
 app = create_app(settings)

@@ -8,6 +8,9 @@ import gc
 import json
 from functools import cache
 
+import vitrine  # noqa: F401  # first: it stops the libraries' telemetry
+
+# isort: split
 import open_clip
 import pytest
 import torch

@@ -5,7 +5,6 @@ There is no silent fallback: a setting that cannot be satisfied stops the start 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.layout import Precision
 from vitrine.models.errors import VitrineError
+from vitrine.service.engine.processors import available_processors
 from vitrine.service.operations.settings import Settings
 
 # ONNX Runtime's errors for a file that is not a graph, or not one that it can run; they share no specific base class.
@@ -94,20 +94,6 @@ def requested_provider(settings: Settings) -> str:
             "install vitrine[gpu] in place of vitrine[cpu], or set VITRINE_PROVIDER=cpu"
         )
     return requested
-
-
-def available_processors() -> tuple[int, str]:
-    """(processors that this process may use, reason): its CPU affinity, or the container's quota if that is lower.
-
-    ONNX Runtime considers only the machine's processors, and is slower for it in a container with a quota.
-    """
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        limit, period = quota.read_text().split()
-        if limit != "max" and (allowed := max(1, int(limit) // int(period))) < processors:
-            return allowed, f"the container's quota, of {processors} processors"
-    return processors, "the processors that this process may use"
 
 
 def int8_instructions() -> str | None:

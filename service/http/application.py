@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from vitrine.service.answers.reload import Serving
+from vitrine.service.engine.processors import memory_limit
 from vitrine.service.errors import ServiceError
 from vitrine.service.http.errors import on_disconnect, on_http_error, on_service_error
 from vitrine.service.http.middleware import RequestMiddleware
@@ -22,6 +23,7 @@ from vitrine.service.http.page import add_page
 from vitrine.service.http.routes.knowledge import add_knowledge
 from vitrine.service.http.routes.operations import add_operations
 from vitrine.service.http.routes.questions import add_questions
+from vitrine.service.operations import instruments
 from vitrine.service.operations.settings import Settings
 from vitrine.service.processes import workers
 
@@ -38,7 +40,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with serving:
+        async with serving, instruments.running(memory_limit()[0]):
             with workers.on_signal(signal.SIGHUP, serving.reload_by_signal), workers.exit_with_parent():
                 yield
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -22,26 +23,35 @@ class Keys:
         entries = value.get_secret_value().split(",") if value else []
         if file is not None:
             try:
-                lines = file.read_text().splitlines()
+                lines = file.read_text("utf-8-sig").splitlines()  # some editors put a mark before UTF-8
             except (OSError, UnicodeDecodeError) as error:
                 raise SettingsError(f"{PREFIX}{name.upper()}_FILE={file} cannot be read: {error}") from error
             entries += [line for line in lines if not line.lstrip().startswith("#")]
         keys = {key.strip() for key in entries} - {""}
         if not keys and not (value is None and file is None):
             raise SettingsError(f"{PREFIX}{name.upper()} and {PREFIX}{name.upper()}_FILE name no key")
-        self._digests = [_digest(key) for key in keys]
+        self._digests = [_digest(spelling) for key in keys for spelling in _spellings(key)]
 
     def __bool__(self) -> bool:
         """Whether a key is required."""
         return bool(self._digests)
 
     def accept(self, authorization: str) -> bool:
-        """Whether the header `Authorization: Bearer KEY` has a valid key. All keys are always compared."""
-        scheme, _, key = authorization.partition(" ")
-        digest = _digest(key.strip())
+        """Whether the header `Authorization: Bearer KEY`, its bytes decoded as Latin-1, has a valid key. All keys are
+        always compared."""
+        scheme, _, key = authorization.encode("latin-1", "replace").partition(b" ")
+        digest = _digest(key.strip(b" \t"))
         matches = [hmac.compare_digest(digest, valid) for valid in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        return scheme.lower() == b"bearer" and any(matches)
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+def _spellings(key: str) -> set[bytes]:
+    """The bytes that clients send for a key: UTF-8, as most do, or Latin-1, as browsers do."""
+    spellings = {key.encode(errors="surrogateescape")}
+    with suppress(UnicodeEncodeError):
+        spellings.add(key.encode("latin-1"))
+    return spellings
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

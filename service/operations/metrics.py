@@ -18,8 +18,13 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.multiprocess import mark_process_dead
 
+from vitrine.service.operations.metric_files import AllWorkers
+from vitrine.service.processes import metrics_folder
+
+if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # the server's workers share it
+    metrics_folder.hold(os.environ["PROMETHEUS_MULTIPROC_DIR"])
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -57,9 +62,30 @@ BUNDLE = Gauge(
     "vitrine_bundle_info", "The bundle served", ["name", "digest", "provider"], multiprocess_mode="mostrecent"
 )
 
+STALL = Histogram(
+    "vitrine_loop_stall_seconds",
+    "How much later than asked the event loop ran what was due; all requests of the worker wait that long",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
+)
+STALL_MAX = Gauge(
+    "vitrine_loop_stall_max_seconds", "The longest of them since the worker started", multiprocess_mode="livemax"
+)
+MEMORY = Gauge(
+    "vitrine_memory_bytes", "Resident memory of the workers and of their child processes", multiprocess_mode="livesum"
+)
+MEMORY_LIMIT = Gauge(
+    "vitrine_memory_limit_bytes",
+    "Memory that the server may use: the container's, or the machine's",
+    multiprocess_mode="livemax",
+)
+DECODER_RESTARTS = Counter("vitrine_decoder_restarts_total", "Decoders that were ended and replaced", ["reason"])
+CONNECTIONS_REFUSED = Counter(
+    "vitrine_connections_refused_total", "Connections closed without an answer, or before it", ["reason"]
+)
+
 
 def exposition() -> bytes:
-    """Every series, over all worker processes (`bentoml serve` sets PROMETHEUS_MULTIPROC_DIR for them)."""
+    """Every series, over all worker processes (the server sets PROMETHEUS_MULTIPROC_DIR for them)."""
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if folder is None:
         return generate_latest(REGISTRY)
@@ -67,5 +93,5 @@ def exposition() -> bytes:
         if not psutil.pid_exists(pid := int(file.stem.rpartition("_")[2])):
             mark_process_dead(pid)
     registry = CollectorRegistry()
-    MultiProcessCollector(registry)
+    registry.register(AllWorkers(folder))
     return generate_latest(registry)

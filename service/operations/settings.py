@@ -7,7 +7,7 @@ import importlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import (
     Field,
@@ -17,11 +17,14 @@ from pydantic import (
     PositiveInt,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from vitrine.models.errors import VitrineError
+from vitrine.service.operations.bounds import check_bound
 
 PREFIX = "VITRINE_"
 OTHER_VARIABLES = (
@@ -30,6 +33,7 @@ OTHER_VARIABLES = (
     "REQUIRE_BROWSER",
     "REQUIRE_CHROOT",
     "REQUIRE_PROMETHEUS",
+    "REQUIRE_STRACE",
 )  # variables with our prefix that belong to training and to the tests
 DEMO_BUNDLE = Path(__file__).resolve().parents[2] / "models" / "demo"
 
@@ -105,6 +109,22 @@ class Settings(BaseSettings):
     trace_share: float = Field(
         default=1.0, ge=0, le=1, description="of the requests that bring no trace context, those that are traced"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """An empty path or address, as compose files make them, is none. Keys stay, and are refused: access that should
+        be restricted would be open."""
+        defaults = {name: field.default for name, field in cls.model_fields.items() if "keys" not in name}
+        absent = {name for name, default in defaults.items() if default is None or isinstance(default, Path)}
+        return {name: value for name, value in values.items() if value != "" or name not in absent}
+
+    @field_validator("*")
+    @classmethod
+    def _check_bound(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, int | float) and info.field_name:
+            check_bound(info.field_name, value)
+        return value
 
     @field_validator("trace_endpoint")
     @classmethod

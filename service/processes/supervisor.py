@@ -21,7 +21,7 @@ import psutil
 from zmq import ZMQError
 
 from vitrine.models.errors import VitrineError
-from vitrine.service.processes import workers
+from vitrine.service.processes import metrics_folder, workers
 from vitrine.service.processes.import_path import PACKAGE_PARENT
 
 POLL_SECONDS = 0.25
@@ -36,6 +36,7 @@ def serve(host: str, port: int) -> None:
     """Serve until SIGTERM or SIGINT; requests in flight are answered first. Raises `ServeError`."""
     _check_address(host, port)
     failures: list[BaseException | None] = []
+    metrics_folder.use_own_folder()
     threading.excepthook = lambda hook_args: failures.append(hook_args.exc_value)
     with workers.parent_pid_in_environment():
         arbiter = _start(host, port, failures)

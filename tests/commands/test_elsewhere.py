@@ -1,7 +1,7 @@
-"""Every command works in somebody else's project.
+"""Every command works in somebody else's project, sends nothing to anybody, and writes into its own folders alone.
 
 Theirs has packages and a module of our names, PYTHONPATH names it, it is the working directory, and nothing can be
-written there.
+written there. The home is empty, and stays so.
 """
 
 import json
@@ -9,10 +9,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,8 @@ import pytest
 from PIL import Image
 
 from common import free_port
+from strace import Trace
+from vitrine import telemetry
 from vitrine.service.processes import workers
 
 THEIRS = ("models/__init__.py", "service/__init__.py", "training/__init__.py", "vitrine.py")
@@ -48,26 +51,46 @@ def project(tmp_path_factory):
 
 
 def environment(project, **more):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VITRINE_", "PYTHON"))}
-    kept.pop("PROMETHEUS_MULTIPROC_DIR", None)
-    return kept | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"} | {name: str(v) for name, v in more.items()}
+    left_out = ("VITRINE_", "PYTHON", "PROMETHEUS_", "MPLCONFIGDIR", *telemetry.OFF)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
+    own = {"PYTHONPATH": project, "PYTHONDONTWRITEBYTECODE": 1, "OMP_NUM_THREADS": 1}
+    return kept | {name: str(value) for name, value in (own | more).items()}
 
 
 @pytest.fixture
-def run(project):
-    """run(*arguments, python=...) -> what the installed command printed in their project; it must succeed."""
+def watched(project, tmp_path):
+    """watched(folders...) is a context: (trace, environment) of a command that may write to these folders alone."""
 
-    def start(*arguments, python=LIGHT, **variables):
-        command = [*BOUND, Path(python).with_name("vitrine"), *arguments]
-        finished = subprocess.run(
-            [str(word) for word in command],
-            cwd=project,
-            env=environment(project, **variables),
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-        )
-        assert finished.returncode == 0, finished.stdout + finished.stderr
+    @contextmanager
+    def watch(*folders, **variables):
+        place = Path(tempfile.mkdtemp(dir=tmp_path))
+        home, trace = place / "home", Trace(place / "trace")
+        home.mkdir()
+        with tempfile.TemporaryDirectory() as scratch:  # a short path: Ray puts sockets there
+            yield trace, environment(project, HOME=home, TMPDIR=scratch, **variables)
+            assert not trace.outbound()
+            assert not trace.written(scratch, *folders)
+            assert not list(home.rglob("*"))
+
+    return watch
+
+
+@pytest.fixture
+def run(project, watched, tmp_path):
+    """run(*arguments, python=..., folders=()) -> what the installed command printed in their project. It must succeed,
+    send nothing, and write to `folders` alone."""
+
+    def start(*arguments, python=LIGHT, folders=(), **variables):
+        with watched(*folders, **variables) as (trace, inherited):
+            finished = subprocess.run(
+                trace.command(*BOUND, Path(python).with_name("vitrine"), *arguments),
+                cwd=project,
+                env=inherited,
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+            )
+            assert finished.returncode == 0, finished.stdout + finished.stderr
         return finished.stdout
 
     return start
@@ -89,6 +112,14 @@ def test_commands_without_output(run, words, bundle_path):
     assert run(*words, python=python, VITRINE_BUNDLE=bundle_path)
 
 
+def test_an_account_to_take_along(run, carded, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    files = ["--html", out / "account.html", "--graph", out / "account.json"]
+    run("attribute", "photos/0.png", *files, folders=[out], VITRINE_BUNDLE=carded.path)
+    assert (out / "account.html").stat().st_size > 10_000
+
+
 def test_verify(run, bundle_path):
     assert "the graphs run" in run("verify", bundle_path)
 
@@ -98,23 +129,24 @@ def test_bulk(run, tmp_path, bundle_path, ray):
     """With Ray, whose workers have import paths of their own. A relative path is from where the command runs."""
     if ray:
         pytest.importorskip("ray")
-    options = ["--bundle", bundle_path, "--ray", ray, "--part-size", 1]
-    assert "2 rows and 0 errors" in run("bulk", "photos", "--out", tmp_path / "out", *options, python=sys.executable)
+    out, options = tmp_path / "out", ["--bundle", bundle_path, "--ray", ray, "--part-size", 1]
+    assert "2 rows and 0 errors" in run("bulk", "photos", "--out", out, *options, python=sys.executable, folders=[out])
 
 
 def test_from_a_recipe_to_cards(run, tmp_path, recipe_path, data_root):
     """Training starts a process more by itself, and each starts one that decodes images."""
-    recipe, runs, bundle = tmp_path / "short.toml", tmp_path / "runs", tmp_path / "bundle"
+    recipe, out = tmp_path / "short.toml", tmp_path / "out"
+    out.mkdir()
     recipe.write_text(recipe_path.read_text().replace("epochs = 4", "epochs = 1").replace("workers = 0", "workers = 1"))
-    data = ["--data-root", data_root]
+    more = {"python": sys.executable, "folders": [out]}
+    data, runs, bundle = ["--data-root", data_root], out / "runs", out / "bundle"
     options = ["--devices", 2, "--accelerator", "cpu"]
-    run("train", "--recipe", recipe, "--out", runs, *data, *options, python=sys.executable)
-    run("evaluate", "--checkpoint", runs, *data, "--images", 6, python=sys.executable)
-    run("export", "--checkpoint", runs, "--out", bundle, *data, python=sys.executable)
+    run("train", "--recipe", recipe, "--out", runs, *data, *options, **more)
+    run("evaluate", "--checkpoint", runs, *data, "--images", 6, **more)
+    run("export", "--checkpoint", runs, "--out", bundle, *data, **more)
     few = ["--images", 6, "--held-out", 4, "--references", 2]
-    cards = ["--checkpoint", runs, "--bundle", bundle, "--out", tmp_path / "cards"]
-    run("cards", *cards, *data, *few, python=sys.executable)
-    assert "the graphs run" in run("verify", tmp_path / "cards")
+    run("cards", "--checkpoint", runs, "--bundle", bundle, "--out", out / "cards", *data, *few, **more)
+    assert "the graphs run" in run("verify", out / "cards")
 
 
 SPAWN = """
@@ -128,7 +160,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("how", ["spawn", "torchrun"])
-def test_train_in_processes_started_otherwise(project, tmp_path, recipe_path, data_root, how):
+def test_train_in_processes_started_otherwise(project, watched, tmp_path, recipe_path, data_root, how):
     """By `spawn` instead of `fork` (the decoding workers), and by torchrun (the training processes)."""
     recipe, script = tmp_path / "short.toml", tmp_path / "spawn.py"
     recipe.write_text(recipe_path.read_text().replace("workers = 0", "workers = 1"))
@@ -139,41 +171,53 @@ def test_train_in_processes_started_otherwise(project, tmp_path, recipe_path, da
         "torchrun": [vitrine.with_name("torchrun"), "--standalone", "--nproc-per-node", 2, "--no-python", vitrine],
     }
     options = ["--data-root", data_root, "--accelerator", "cpu", "--max-steps", 2, "--out", tmp_path / "run"]
-    finished = subprocess.run(
-        [str(word) for word in (*BOUND, *starts[how], "train", "--recipe", recipe, *options)],
-        cwd=project,
-        env=environment(project),
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    with watched(tmp_path / "run") as (trace, variables):
+        finished = subprocess.run(
+            trace.command(*BOUND, *starts[how], "train", "--recipe", recipe, *options),
+            cwd=project,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert (tmp_path / "run" / "log.jsonl").read_text().count("\n") == 2
 
 
-def test_serve_and_a_worker_that_is_replaced(project, tmp_path, bundle_path):
-    port, log = free_port(), tmp_path / "log"
+def test_serve_a_worker_that_is_replaced_and_a_reload(project, watched, tmp_path, bundle_path):
+    port, log, home = free_port(), tmp_path / "log", tmp_path / "home"
     relative = os.path.relpath(bundle_path, project)
-    variables = environment(project, BENTOML_HOME=tmp_path / "home", VITRINE_BUNDLE=relative)
-    command = [*BOUND, str(Path(LIGHT).with_name("vitrine")), "serve", "--port", str(port)]
+    command = (*BOUND, Path(LIGHT).with_name("vitrine"), "serve", "--port", port)
     with (
+        watched(home, BENTOML_HOME=home, VITRINE_BUNDLE=relative) as (trace, variables),
         log.open("w") as output,
-        subprocess.Popen(command, cwd=project, env=variables, stdout=output, stderr=output) as process,
+        subprocess.Popen(trace.command(*command), cwd=project, env=variables, stdout=output, stderr=output) as root,
     ):
+        wait_until_ready(root, port, log)
+        process = supervisor(root)
         try:
-            wait_until_ready(process, port, log)
             (first,) = workers.worker_processes(process.pid)
             first.kill()
             end = time.monotonic() + SECONDS
             while time.monotonic() < end and first.pid in {worker.pid for worker in serving(process)}:
                 time.sleep(0.1)
-            wait_until_ready(process, port, log)
+            wait_until_ready(root, port, log)
             (second,) = serving(process)
             assert second.pid != first.pid
+            process.send_signal(signal.SIGHUP)
+            wait_until_ready(root, port, log)
+            for path in ("/", "/metrics", "/docs"):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10).close()
         finally:
             process.send_signal(signal.SIGTERM)
-            assert process.wait(40) == 0, log.read_text()
+            assert root.wait(40) == 0, log.read_text()
     assert "somebody else" not in log.read_text()
+
+
+def supervisor(root):
+    """The process of `vitrine serve`, which is strace's child where it is watched."""
+    inner = psutil.Process(root.pid)
+    return inner.children()[0] if inner.name() == "strace" else inner
 
 
 def serving(process):

@@ -120,7 +120,7 @@ def start_server(light_python, tmp_path_factory):
             process = subprocess.Popen(
                 [python, *map(str, command), "--host", "127.0.0.1", "--port", str(port)],
                 cwd=ROOT,
-                env=_environment(BENTOML_HOME=home, **environment),
+                env=_environment(**{"BENTOML_HOME": home} | environment),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

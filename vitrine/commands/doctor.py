@@ -16,7 +16,8 @@ def doctor(bundle: BundlePath = None) -> None:
 
     from vitrine.models.bundle.layout import vision_file
     from vitrine.service.engine.engine import Engine
-    from vitrine.service.engine.runtime import available_processors, int8_instructions
+    from vitrine.service.engine.processors import available_processors, memory_limit
+    from vitrine.service.engine.runtime import int8_instructions
     from vitrine.service.operations.settings import load_settings
 
     settings, opened, console = load_settings(), open_bundle_or_default(bundle), new_console()
@@ -25,7 +26,7 @@ def doctor(bundle: BundlePath = None) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("what", "is", "because"):
         table.add_column(heading, overflow="fold")
-    processors, why = available_processors()
+    (processors, why), (memory, why_memory) = available_processors(), memory_limit()
     rows = [
         ("bundle", f"{opened.manifest.name} {opened.digest[:19]}…", str(opened.path)),
         ("ONNX Runtime", onnxruntime.__version__, f"has {', '.join(onnxruntime.get_available_providers())}"),
@@ -34,6 +35,7 @@ def doctor(bundle: BundlePath = None) -> None:
         ("graph", vision_file(runtime.precision), f"the bundle has {', '.join(opened.manifest.precisions)}"),
         ("int8 instructions", int8_instructions() or "none", "/proc/cpuinfo"),
         ("processors", str(processors), why),
+        ("memory", f"{memory / 2**30:.1f} GiB", why_memory),
         ("threads", str(runtime.threads), runtime.reasons["threads"]),
         ("batches", ", ".join(map(str, engine.batches)), f"warmed up; VITRINE_BATCH_SIZE={settings.batch_size}"),
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
@@ -17,7 +16,6 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 3000,
 ) -> None:
     """Serve a bundle over HTTP with BentoML (settings: service/README.md)."""
-    os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # BentoML reads it when it is imported
     from vitrine.service.answers.reload import read_keys
     from vitrine.service.engine.runtime import choose
     from vitrine.service.operations.settings import load_settings, write_paths_to_environment
@@ -26,8 +24,11 @@ def serve(
     choose(opened, settings)  # checked here, not in a worker that the server would restart again and again
     read_keys(settings)
     write_paths_to_environment(settings.model_copy(update={"bundle": opened.path}))
-    from vitrine.service.processes.supervisor import serve as run
+    from vitrine.service.processes.home import bentoml_home
 
-    print_bundle(opened, new_console())
-    sys.stdout.flush()
-    run(host, port)
+    with bentoml_home():  # before BentoML is imported
+        from vitrine.service.processes.supervisor import serve as run
+
+        print_bundle(opened, new_console())
+        sys.stdout.flush()
+        run(host, port)

@@ -5,6 +5,7 @@
     tables.py      rows and errors, and how a part of them is written atomically
     work.py        the pipeline: decode in threads, infer in batches, account in threads, write
     ray_engine.py  the same pipeline in several processes, by Ray Data
+    ray_alone.py   the environment of a Ray of this machine alone
     run.py         a run from end to end, with a progress bar
 
 The inputs are cut into parts of fixed size. A part is done when its file exists, so a run that was killed resumes

@@ -18,7 +18,7 @@ import ray
 import ray.data
 
 from vitrine.models.bundle.bundle import open_bundle
-from vitrine.service.engine.runtime import available_processors
+from vitrine.service.engine.processors import available_processors
 from vitrine.service.offline.bulk.inputs import BulkError
 from vitrine.service.offline.bulk.work import Step, Work, Worker
 from vitrine.service.processes.import_path import PACKAGE_PARENT
@@ -56,7 +56,10 @@ def run(bundle: Path, work: Work, parts: list[int], workers: int) -> Iterator[St
         else:
             processors, _ = available_processors()
             cpus = max(processors, workers * settings.threads, workers)
-            ray.init(num_cpus=cpus, include_dashboard=False, **options)
+            try:
+                ray.init(num_cpus=cpus, include_dashboard=False, **options)
+            except OSError as error:  # no room, or a TMPDIR too long for the names of sockets
+                raise BulkError(f"Ray cannot start: {error}; let TMPDIR be a short path with room") from error
     try:
         logging.getLogger("ray.data").setLevel(logging.WARNING)  # it logs its plans, across our progress bar
         ray.data.DataContext.get_current().enable_progress_bars = False

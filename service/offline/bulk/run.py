@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.service.offline.bulk.inputs import BulkError
 from vitrine.service.offline.bulk.job import Job, lock_output
+from vitrine.service.offline.bulk.ray_alone import ray_alone
 from vitrine.service.offline.bulk.tables import count, done_parts, remove_partial_files
 from vitrine.service.offline.bulk.work import Step, Work, Worker
 
@@ -38,13 +39,14 @@ def bulk(bundle: Bundle, work: Work, console: Console, ray_workers: int = 0) -> 
 
 
 def _by_ray(bundle: Bundle, work: Work, parts: list[int], workers: int) -> Iterator[Step]:
-    try:
-        from vitrine.service.offline.bulk.ray_engine import run
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise BulkError("--ray needs Ray: pip install 'vitrine[bulk]'") from error
-    return run(bundle.path, work, parts, workers)
+    with ray_alone():
+        try:
+            from vitrine.service.offline.bulk.ray_engine import run
+        except ModuleNotFoundError as error:
+            if error.name != "ray":
+                raise
+            raise BulkError("--ray needs Ray: pip install 'vitrine[bulk]'") from error
+        yield from run(bundle.path, work, parts, workers)
 
 
 def _show_progress(steps: Iterator[Step], job: Job, parts: list[int], console: Console) -> None:

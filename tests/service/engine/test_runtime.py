@@ -1,6 +1,5 @@
 """The graphs run on what the settings say, or the start fails with the reason."""
 
-import os
 from dataclasses import replace
 
 import onnxruntime
@@ -8,10 +7,10 @@ import pytest
 
 import vitrine.service.engine.runtime
 from vitrine.service.engine.engine import Engine
+from vitrine.service.engine.processors import available_processors
 from vitrine.service.engine.runtime import (
     PROVIDERS,
     EngineError,
-    available_processors,
     choose,
     int8_instructions,
     requested_provider,
@@ -53,35 +52,6 @@ def test_threads_are_as_set_or_those_available(bundle, threads):
     engine = Engine(bundle, Settings(bundle=bundle.path, threads=threads))
     for session in (engine.vision, engine.text):
         assert session.get_session_options().intra_op_num_threads == (threads or available_processors()[0])
-
-
-@pytest.mark.parametrize(
-    ("cpu_max", "processors"),
-    [
-        (None, 8),
-        ("max 100000", 8),
-        ("400000 100000", 4),
-        ("150000 100000", 1),
-        ("50000 100000", 1),
-        ("1600000 100000", 8),
-        ("200000 50000\n", 4),
-    ],
-)
-def test_available_processors_honour_the_containers_quota(monkeypatch, tmp_path, cpu_max, processors):
-    quota = tmp_path / "cpu.max"
-    if cpu_max is not None:
-        quota.write_text(cpu_max)
-    monkeypatch.setattr(
-        vitrine.service.engine.runtime, "Path", lambda path: quota if path == "/sys/fs/cgroup/cpu.max" else None
-    )
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert available_processors()[0] == processors
-
-
-def test_available_processors_honour_the_affinity(monkeypatch, tmp_path):
-    monkeypatch.setattr(vitrine.service.engine.runtime, "Path", lambda path: tmp_path / "missing")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
-    assert available_processors() == (2, "the processors that this process may use")
 
 
 @pytest.fixture

@@ -29,6 +29,28 @@ def test_every_given_key_opens_and_no_other(key_file):
     assert not keys.accept("Bearer \udcff")
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "à", "ключ", "鍵"])
+def test_keys_beyond_ascii_are_compared_as_bytes(tmp_path, key):
+    """Sent as UTF-8, as programs do, and, where that can be, as Latin-1, as browsers do. The last byte of à is no space
+    to be stripped, though Latin-1 has one there."""
+    file = tmp_path / "keys"
+    file.write_text(f"{key}\n", "utf-8-sig")
+    for keys in (Keys("api_keys", SecretStr(key), None), Keys("api_keys", None, file)):
+        assert keys.accept(f"Bearer {key}".encode().decode("latin-1"))
+        assert not keys.accept(f"Bearer {key[:-1]}".encode().decode("latin-1"))
+        if key.encode("latin-1", "ignore"):
+            assert keys.accept(f"Bearer {key}")
+
+
+def test_a_key_beyond_ascii_opens_a_route(bundle_path):
+    async def conversation(client, app):
+        answers = [await client.get("/v1/model", headers={b"Authorization": b"Bearer " + key}) for key in keys]
+        assert [answer.status_code for answer in answers] == [200, 200, 401]
+
+    keys = ("schlüssel".encode(), "schlüssel".encode("latin-1"), b"schlussel")
+    talk(Settings(bundle=bundle_path, api_keys=SecretStr("schlüssel")), conversation)
+
+
 def test_without_keys_none_is_required():
     assert not Keys("api_keys", None, None)
 

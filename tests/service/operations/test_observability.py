@@ -148,3 +148,14 @@ def test_explanations_and_refusals_are_measured(server, picture, bundle):
     for layer in range(len(shares)):
         assert increase("layer_share_count", layer=str(layer)) == 4
     assert after["vitrine_images_in_flight", frozenset()] == after["vitrine_queue_images", frozenset()] == 0
+
+
+def test_bentoml_serve_that_asks_before_vitrine_is_imported_is_told_not_to_track(run_python):
+    code = """
+from bentoml._internal.utils.analytics import usage_stats
+assert not usage_stats.do_not_track()
+import vitrine.service.app
+assert usage_stats.do_not_track()
+"""
+    finished = run_python("-c", code, BENTOML_DO_NOT_TRACK="")
+    assert finished.returncode == 0, finished.stderr

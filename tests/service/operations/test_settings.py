@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from common import ROOT
+from vitrine.service.answers.reload import read_keys
+from vitrine.service.operations.bounds import MOST
 from vitrine.service.operations.settings import DEMO_BUNDLE, Settings, SettingsError, load_settings
 
 README = ROOT / "service" / "README.md"
@@ -25,6 +27,43 @@ def test_the_readme_lists_every_setting_with_its_default():
     assert actual.pop("VITRINE_BUNDLE") == str(DEMO_BUNDLE)
     assert documented() == actual | {"VITRINE_BUNDLE": "models/demo"}
     assert DEMO_BUNDLE.parts[-2:] == ("models", "demo")
+
+
+def test_every_number_has_an_upper_bound_with_a_reason():
+    numbers = {
+        name
+        for name, field in Settings.model_fields.items()
+        if isinstance(field.default, int | float) and not isinstance(field.default, bool)
+    }
+    assert numbers <= MOST.keys()
+    for name in numbers:
+        most, reason = MOST[name]
+        assert reason
+        assert Settings.model_fields[name].default < most or name == "trace_share"
+
+
+@pytest.mark.parametrize("name", ["threads", "batch_size", "workers", "deadline_seconds", "max_body_bytes"])
+def test_absurd_numbers_are_refused_with_the_reason(monkeypatch, name):
+    most, reason = MOST[name]
+    monkeypatch.setenv(f"VITRINE_{name.upper()}", str(most))
+    assert getattr(load_settings(), name) == most
+    monkeypatch.setenv(f"VITRINE_{name.upper()}", "1" + 23 * "0")
+    with pytest.raises(SettingsError, match=f"VITRINE_{name.upper()}=.*at most {most:,}, since {reason}"):
+        load_settings()
+
+
+def test_an_empty_path_or_address_is_none(monkeypatch):
+    for name in ("BUNDLE", "LABEL_SETS", "TENSORRT_CACHE", "TRACE_ENDPOINT"):
+        monkeypatch.setenv(f"VITRINE_{name}", "")
+    assert load_settings() == Settings(bundle=DEMO_BUNDLE)
+
+
+@pytest.mark.parametrize("name", ["API_KEYS", "API_KEYS_FILE", "ADMIN_KEYS", "ADMIN_KEYS_FILE"])
+def test_empty_keys_are_refused(monkeypatch, name):
+    """Whoever sets them means to restrict access; that must not vanish with a variable's content."""
+    monkeypatch.setenv(f"VITRINE_{name}", "")
+    with pytest.raises(SettingsError, match=f"VITRINE_{name}"):
+        read_keys(load_settings())
 
 
 def test_every_setting_has_a_description():
