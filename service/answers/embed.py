@@ -25,7 +25,7 @@ async def answer_embed(
         if request.texts is not None:
             check_texts(tuple(request.texts), ("{}",), attributor.settings)
             with timed_stage("labels", timings):
-                resolve, run = attributor.labels.resolve, attributor.batcher.run
+                resolve, run = attributor.labels.resolve, attributor.batcher.run_between
                 texts = (await resolve(tuple(request.texts), ("{}",), run)).embeddings
     return EmbedResponse(
         request_id=request_id,

@@ -84,6 +84,7 @@ class Settings(BaseSettings):
     max_label_chars: PositiveInt = Field(default=256, description="characters in one label, and in one template")
     max_templates: PositiveInt = Field(default=128, description="templates in one request")
     max_prompts: PositiveInt = Field(default=16_384, description="labels times templates in one request")
+    max_prompt_chars: PositiveInt = Field(default=1_024, description="characters in a template filled in with a label")
     max_targets: PositiveInt = Field(default=32, description="labels explained in one request")
     label_cache: PositiveInt = Field(default=65_536, description="label embeddings kept in memory")
     api_keys: SecretStr | None = Field(
