@@ -106,6 +106,9 @@ class Engine:
             self.explain(pixels)
             if self.has_details:
                 self.explain(pixels, [True] * batch)
+        start = perf_counter()
+        self.explain(pixels[:1])
+        self.text_groups.give_way_to(perf_counter() - start)
         for texts in self.text_groups.warm_up():
             self.encode_texts(texts)
         if self.can_replace:

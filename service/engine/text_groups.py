@@ -1,8 +1,8 @@
 """Which texts are encoded together: of about the same length, and few enough that an image waits only briefly for them.
 
-Images cannot interrupt the text encoder, so a group of texts is what delays them. How many tokens are encoded in
-`GROUP_SECONDS` differs by model and machine a hundredfold, and is learnt from the groups themselves, the first of them
-during warm-up. One long text may take longer, as it cannot be divided.
+Images cannot interrupt the text encoder, so a group of texts is what delays them. It may take half as long as an image,
+and at most `MOST_SECONDS`. How many tokens that are differs by model and machine a hundredfold, and is learnt from the
+groups themselves, the first of them during warm-up.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-GROUP_SECONDS = 0.03  # about half of one image of a B/32 on two cores
-MOST_TOKENS = 4096  # in a group; bounds its memory, and larger ones are no faster
-SHORTEST = 8  # tokens; what most labels have, and the first guess of what fits in a group
+MOST_SECONDS, LEAST_SECONDS = 0.03, 0.003  # of a group; below, it would cost more to hand it over
+# Tokens in a group. Below the least, reading the weights takes longer than the products; the most bounds memory, and
+# larger groups are no faster.
+LEAST_TOKENS, MOST_TOKENS = 64, 4096
+SHORT = 8  # tokens: what most labels have
 MOST_PADDING = 0.25  # of the tokens in a group, unless they are few
 GPU_TEXTS = (1, 4, 16, 64)  # texts in a group on a GPU, which plans again for each new shape
 GPU_LENGTHS = (8, 16, 32, 64)  # and their lengths, besides the context
@@ -29,7 +31,8 @@ class TextGroups:
         self._context, self._pad, self._on_gpu = context, pad, on_gpu
         lengths = [length for length in GPU_LENGTHS if length < context] if on_gpu else range(2, context)
         self._lengths = [*(lengths if any_length else ()), context]
-        self.tokens = SHORTEST  # in a group, with padding
+        self.seconds = MOST_SECONDS  # that a group may take
+        self.tokens = LEAST_TOKENS  # that it may have for that, with padding
 
     def divide(self, lengths: Sequence[int]) -> Iterator[NDArray[np.intp]]:
         """Indices of the texts of one group after another, shortest texts first; lengths: tokens of each text.
@@ -53,7 +56,7 @@ class TextGroups:
         if self._on_gpu:
             return texts <= GPU_TEXTS[-1]
         tokens = texts * longest
-        return tokens <= self.tokens and tokens - alone <= max(SHORTEST, alone * MOST_PADDING)
+        return tokens <= self.tokens and tokens - alone <= max(SHORT, alone * MOST_PADDING)
 
     def pad(self, texts: Sequence[Sequence[int]]) -> NDArray[np.int64]:
         """Tokens [N, T] of texts, T as short as the graph takes it. On a GPU N is larger than the number of texts."""
@@ -66,14 +69,18 @@ class TextGroups:
     def _padded(self, length: int) -> int:
         return next(padded for padded in self._lengths if padded >= length)
 
+    def give_way_to(self, image_seconds: float) -> None:
+        """Let groups take half of what an image takes, within limits."""
+        self.seconds = min(max(image_seconds / 2, LEAST_SECONDS), MOST_SECONDS)
+
     def record(self, tokens: int, seconds: float) -> None:
         """Learn from a group of so many tokens, with padding, that took so long."""
-        affordable = tokens * GROUP_SECONDS / max(seconds, 1e-6)
-        if affordable < self.tokens and tokens < self.tokens / 2 and seconds < GROUP_SECONDS:
+        affordable = tokens * self.seconds / max(seconds, 1e-6)
+        if affordable < self.tokens and tokens < self.tokens / 2 and seconds < self.seconds:
             return  # a small group takes longer by token: it says nothing of larger ones
         # By steps, as one measurement may have been disturbed.
         step = min(max(affordable / self.tokens, 0.5), 2.0)
-        self.tokens = min(max(int(self.tokens * step), SHORTEST), MOST_TOKENS)
+        self.tokens = min(max(int(self.tokens * step), LEAST_TOKENS), MOST_TOKENS)
 
     def warm_up(self) -> Iterator[list[list[int]]]:
         """Groups to encode beforehand: on a GPU of every shape, else short and long ones, until the pace is known."""
@@ -86,6 +93,6 @@ class TextGroups:
                 yield [[self._pad] * length] * texts
             return
         yield [[self._pad] * longest]
-        short = self._padded(min(SHORTEST, longest))
-        for _ in range(10):  # from 8 tokens to 4,096
+        short = self._padded(min(SHORT, longest))
+        for _ in range(7):  # from 64 tokens to 4,096
             yield [[self._pad] * short] * max(1, self.tokens // short)

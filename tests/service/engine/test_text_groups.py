@@ -5,7 +5,15 @@ import itertools
 import numpy as np
 import pytest
 
-from vitrine.service.engine.text_groups import GPU_TEXTS, GROUP_SECONDS, MOST_TOKENS, SHORTEST, TextGroups
+from vitrine.service.engine.text_groups import (
+    GPU_TEXTS,
+    LEAST_SECONDS,
+    LEAST_TOKENS,
+    MOST_SECONDS,
+    MOST_TOKENS,
+    SHORT,
+    TextGroups,
+)
 
 CONTEXT = 77
 
@@ -50,17 +58,21 @@ def test_a_group_is_as_large_as_what_was_learnt_from_those_before_it():
     assert sizes == [10, 20, 20, 20, 20, 10]
 
 
-@pytest.mark.parametrize("by_token", [1e-6, 1e-4, 3e-4, 1e-3])
-def test_groups_take_about_the_time_that_images_may_wait(by_token):
-    tokens = learn(text_groups(), lambda tokens: 0.004 + tokens * by_token)
-    taken = 0.004 + tokens * by_token
-    assert tokens == MOST_TOKENS or GROUP_SECONDS / 2 <= taken <= 1.1 * GROUP_SECONDS
-
-
-def test_a_slow_machine_still_encodes_one_text_at_a_time():
+@pytest.mark.parametrize("by_token", [1e-6, 1e-5, 1e-4, 3e-4])
+@pytest.mark.parametrize("image", [0.0, 0.01, 0.05, 3.0])
+def test_groups_take_half_as_long_as_an_image_within_limits(by_token, image):
     groups = text_groups()
-    assert learn(groups, lambda tokens: tokens * 1.0) == SHORTEST
-    assert [group.tolist() for group in groups.divide([30, 20])] == [[1], [0]]
+    groups.give_way_to(image)
+    assert groups.seconds == min(max(image / 2, LEAST_SECONDS), MOST_SECONDS)
+    tokens = learn(groups, lambda tokens: 0.001 + tokens * by_token)
+    taken = 0.001 + tokens * by_token
+    assert tokens in (LEAST_TOKENS, MOST_TOKENS) or groups.seconds / 2 <= taken <= 1.1 * groups.seconds
+
+
+def test_a_slow_machine_encodes_few_texts_at_a_time():
+    groups = text_groups()
+    assert learn(groups, lambda tokens: tokens * 1.0) == LEAST_TOKENS
+    assert [group.tolist() for group in groups.divide([70, 60, 8, 8, 8])] == [[2, 3, 4], [1], [0]]
 
 
 def test_one_disturbed_group_does_not_change_much_and_is_soon_forgotten():
@@ -115,8 +127,8 @@ def test_warm_up_learns_the_pace_and_has_a_short_and_the_longest_text():
         shapes.append(tokens.shape)
         groups.record(tokens.size, tokens.size * 1e-4)
     assert shapes[0] == (1, CONTEXT)
-    assert min(length for _, length in shapes) == SHORTEST
-    assert groups.tokens == pytest.approx(GROUP_SECONDS / 1e-4, rel=0.1)
+    assert min(length for _, length in shapes) == SHORT
+    assert groups.tokens == pytest.approx(MOST_SECONDS / 1e-4, rel=0.1)
     assert max(texts for texts, _ in text_groups_shapes(context=4)) >= 1
 
 
