@@ -120,19 +120,14 @@ class Batcher:
         """Run a short piece of other work on the engine's thread, between two batches.
 
         spent: what the same request's pieces have cost so far, in any unit that all share. A cancelled caller's piece
-        leaves the queue unless it is already running. Raises `ServiceError` not_ready once this batcher is closing.
+        is not run, unless it is running already. Raises `ServiceError` not_ready once this batcher is closing.
         """
         piece = _Piece(partial(function, *args), spent, self._loop.create_future())
         with self._condition:
             self._check_open()
             self._pieces.append(piece)
             self._schedule()
-        try:
-            return await self._answered(piece.answer)
-        finally:
-            with self._condition:
-                if piece in self._pieces:
-                    self._pieces.remove(piece)
+        return await self._answered(piece.answer)
 
     async def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a function on the engine's thread before its next batch, whatever waits."""
@@ -168,7 +163,7 @@ class Batcher:
 
     def _next_piece(self) -> _Piece | None:
         """The piece whose turn it is, taken out of the queue; None if it is that of images."""
-        self._pieces = [piece for piece in self._pieces if not piece.answer.done()]  # cancelled, not yet removed
+        self._pieces = [piece for piece in self._pieces if not piece.answer.done()]  # else cancelled
         if not self._pieces or (self._queue and self._owed > 0):
             return None
         self._turns += 1
