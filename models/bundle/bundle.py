@@ -5,7 +5,8 @@
     vision.int8.onnx, vision.fp16.onnx, each with .data: optional, faster variants (`models.graph.variants`)
     replacement.onnx, .data: optional, the replacement model with C_{i->j} (`models.graph.replacement`); tensors shared
                          with vision.onnx are read from vision.onnx.data
-    text.onnx, .data     `tokens` [N, context] -> `text_embedding` [N, D], unit
+    text.onnx, .data     `tokens` [N, T] -> `text_embedding` [N, D], unit; T: any length of text, or (in older bundles,
+                         and for towers that attend to the padding) the context alone
     tokenizer.json       Hugging Face `tokenizers`
     directions.npy       [L, F, d]: what one unit of a feature adds to the [CLS] residual, memory-mapped; the vision
                          graph reads the same file as its external data, so the table is stored once

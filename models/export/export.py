@@ -38,7 +38,7 @@ from vitrine.models.export.parity import check_replacement, check_text, check_vi
 from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.onnx_file import ExportError, save_onnx, to_onnx
 from vitrine.models.graph.replacement import ReplacementGraph
-from vitrine.models.graph.text import TextGraph
+from vitrine.models.graph.text import TextGraph, text_to_onnx
 from vitrine.models.graph.variants import make_variant, measure, preselect
 
 
@@ -108,8 +108,7 @@ def export_bundle(
         variant_models = {variant: make_variant(vision, variant) for variant in variants}
         save_onnx(preselect(vision), partial / "vision.onnx")
         text = TextGraph(clip.model).eval()
-        tokens = torch.zeros(2, clip.context, dtype=torch.long)
-        save_onnx(to_onnx(text, tokens, "tokens", ("text_embedding",)), partial / "text.onnx")
+        save_onnx(text_to_onnx(text, clip.context), partial / "text.onnx")
 
         for name, labels in (label_sets or {}).items():
             _write_label_set(clip, labels, provenance.templates, partial / "label_sets" / name)
@@ -123,7 +122,7 @@ def export_bundle(
             save_onnx(replacing, partial / "replacement.onnx", beside=partial / "vision.onnx")
             check_replacement(clip, replacement_graph, partial / "replacement.onnx")
         check_vision(clip, graph, partial / "vision.onnx")
-        check_text(text, clip.tokenizer(texts), partial / "text.onnx")
+        check_text(clip, text, tokenizer, texts, partial / "text.onnx")
         default = clip.encode_labels(list(provenance.labels), list(provenance.templates)).numpy()
         agreement = {
             variant: result

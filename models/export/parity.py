@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from tokenizers import Tokenizer
+from torch import Tensor
 
 from vitrine.models.bundle.layout import (
     DETAILS,
@@ -21,9 +23,11 @@ from vitrine.models.clip.loading import Clip
 from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.onnx_file import ExportError
 from vitrine.models.graph.replacement import ReplacementGraph
+from vitrine.models.graph.text import SHORTEST, TextGraph
 
 TOLERANCE = 1e-4  # relative to the largest value of an output, torch against ONNX Runtime
 ADDITIVITY = 1e-5  # sum of rows against the embedding, which has unit norm
+TEXTS, LENGTHS = 5, 12  # of the texts given; between the shortest and the longest
 
 
 def check_vision(clip: Clip, graph: AttributionGraph, path: Path) -> None:
@@ -86,15 +90,49 @@ def no_replacement(layers: int) -> Tensor:
     return torch.zeros(layers, 2, dtype=torch.bool)
 
 
-def check_text(text: nn.Module, tokens: Tensor, path: Path) -> None:
-    """Raise `ExportError` unless text.onnx gives the same embeddings as torch."""
+def check_text(clip: Clip, graph: TextGraph, tokenizer: Tokenizer, texts: Sequence[str], path: Path) -> None:
+    """Raise `ExportError` unless text.onnx gives open_clip's embeddings: of some of `texts` and, if it takes any
+    length, of texts of all kinds of lengths, each alone at its own length and padded to that of a longer one.
+
+    tokenizer: the exported one.
+    """
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for batch in (tokens[:1], tokens[:5]):
-        with torch.no_grad():
-            expected = text(batch).numpy()
-        _check_close(
-            "text embedding", session.run(["text_embedding"], {"tokens": batch.numpy()})[0], expected, TOLERANCE
-        )
+    some = list(texts[:TEXTS])
+    tokens = clip.tokenizer(some)
+    with torch.no_grad():
+        expected = clip.model.encode_text(tokens, normalize=True).numpy()
+    for batch in (1, len(some)):
+        _check_close("text embedding", _embed(session, tokens[:batch]), expected[:batch], TOLERANCE)
+    if not graph.any_length:
+        return
+    unpadded = Tokenizer.from_str(tokenizer.to_str())
+    unpadded.no_padding()
+    padding = tokenizer.padding
+    assert padding is not None
+    for text, row in zip(some, expected, strict=True):
+        ids = torch.tensor([unpadded.encode(text).ids])
+        _check_close(f"text embedding of {text!r} at its own length", _embed(session, ids)[0], row, TOLERANCE)
+    lengths, tokens = _texts_of_all_lengths(clip, unpadded, padding["pad_id"])
+    with torch.no_grad():
+        expected = clip.model.encode_text(tokens, normalize=True).numpy()
+    for row, length in enumerate(lengths):
+        shorter = _embed(session, tokens[: row + 1, :length])  # all up to this one
+        _check_close(f"text embeddings of up to {length} tokens", shorter, expected[: row + 1], TOLERANCE)
+
+
+def _texts_of_all_lengths(clip: Clip, unpadded: Tokenizer, pad: int) -> tuple[list[int], Tensor]:
+    """(lengths, ascending: the shortest, the longest and `LENGTHS` between; tokens [N, context] of texts that long)."""
+    ids = unpadded.encode("a photo of two small dogs and one red ball " * clip.context).ids
+    between = range(SHORTEST + 1, len(ids), max(1, len(ids) // LENGTHS))
+    lengths = [SHORTEST, *between, len(ids)]
+    tokens = torch.full((len(lengths), clip.context), pad)
+    for row, length in enumerate(lengths):
+        tokens[row, : length - 1], tokens[row, length - 1] = torch.tensor(ids[: length - 1]), ids[-1]
+    return lengths, tokens
+
+
+def _embed(session: onnxruntime.InferenceSession, tokens: Tensor) -> NDArray[np.float32]:
+    return session.run(["text_embedding"], {"tokens": tokens.numpy()})[0]
 
 
 def _check_close(what: str, actual: np.ndarray, expected: np.ndarray, tolerance: float) -> None:

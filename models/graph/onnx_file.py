@@ -35,13 +35,18 @@ def to_onnx(
     on_request: Sequence[str] = (),
     flag: str = "",
     fixed: Mapping[str, Tensor] | None = None,
+    lengths: tuple[int, int] | None = None,
 ) -> onnx.ModelProto:
     """Export with a dynamic batch; weights are constants of the model.
 
-    `fixed`: further inputs, without a batch axis. The module's last outputs, `on_request`, are computed only if the
-    boolean input `flag` is true; otherwise their batch size is 0.
+    `fixed`: further inputs, without a batch axis. `lengths`: (least, most) of the second axis, if that is dynamic, too.
+    The module's last outputs, `on_request`, are computed only if the boolean input `flag` is true; otherwise their
+    batch size is 0.
     """
     fixed = fixed or {}
+    dynamic = {0: torch.export.Dim("batch")}
+    if lengths:
+        dynamic[1] = torch.export.Dim("length", min=lengths[0], max=lengths[1])
     with _quiet_exporter():
         program = torch.onnx.export(
             module,
@@ -50,7 +55,7 @@ def to_onnx(
             opset_version=OPSET,
             input_names=[input_name, *fixed],
             output_names=[*outputs, *on_request],
-            dynamic_shapes=({0: torch.export.Dim("batch")}, *[None] * len(fixed)),
+            dynamic_shapes=(dynamic, *[None] * len(fixed)),
             verbose=False,
         )
     assert program is not None

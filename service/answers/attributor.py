@@ -41,8 +41,9 @@ class Attributor:
     """A bundle, ready to answer. Use as an async context manager; entering it loads the bundle and warms it up, and
     may raise `BundleError` or `EngineError`."""
 
-    def __init__(self, bundle: Bundle, settings: Settings) -> None:
-        self.bundle, self.settings = bundle, settings
+    def __init__(self, bundle: Bundle, settings: Settings, in_service: Batcher | None = None) -> None:
+        """in_service: of the bundle that this one replaces; label sets are encoded between that one's batches."""
+        self.bundle, self.settings, self._in_service = bundle, settings, in_service
         self.model = Model(name=bundle.manifest.name, digest=bundle.digest)
         self._no_replacement = np.zeros((bundle.manifest.shape.layers, 2), bool)  # CLIP as it is
         self._in_flight = 0
@@ -62,7 +63,9 @@ class Attributor:
                 Batcher(self.engine.explain, settings.batch_size, settings.batch_wait_ms)
             )
             await self.batcher.run(self.engine.warm_up)
-            await self.labels.add({DEFAULT: self.labels.named[DEFAULT], **self._label_sets}, self.batcher.run)
+            run = (self._in_service or self.batcher).run_between
+            self._in_service = None
+            await self.labels.add({DEFAULT: self.labels.named[DEFAULT], **self._label_sets}, run)
             self._resources = stack.pop_all()
         return self
 
@@ -86,7 +89,7 @@ class Attributor:
 
     async def label_set(self, request: ClassifyRequest) -> LabelSet:
         """The label set of a request. Raises `ServiceError`."""
-        return await self.labels.resolve(*self.texts(request), self.batcher.run)
+        return await self.labels.resolve(*self.texts(request), self.batcher.run_between)
 
     def texts(self, request: ClassifyRequest) -> Texts:
         """(labels, templates) of a request. Raises `ServiceError`."""
@@ -119,7 +122,7 @@ class Attributor:
         with timed_stage("decode", timings):
             pixels = await self.in_thread(self.decode, image)
         with timed_stage("labels", timings):
-            label_set = await self.labels.resolve(labels, templates, self.batcher.run)
+            label_set = await self.labels.resolve(labels, templates, self.batcher.run_between)
         parts = await self.submit(pixels, timings, details)
         contributions = None
         if with_matrix:

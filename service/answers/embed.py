@@ -34,7 +34,7 @@ async def answer_embed(
             embedding = (await attributor.submit(pixels, timings)).embedding
         if request.texts is not None:
             with timed_stage("labels", timings):
-                resolve, run = attributor.labels.resolve, attributor.batcher.run
+                resolve, run = attributor.labels.resolve, attributor.batcher.run_between
                 texts = (await resolve(tuple(request.texts), ("{}",), run)).embeddings
     vectors = await attributor.in_thread(_to_lists, embedding, texts)
     return EmbedResponse.model_construct(

@@ -119,7 +119,8 @@ class Serving:
 
     async def _load(self) -> _Instance:
         bundle = await asyncio.to_thread(open_bundle, self.settings.bundle)
-        attributor = await Attributor(bundle, self.settings).__aenter__()
+        in_service = self._current.attributor.batcher if self._current else None
+        attributor = await Attributor(bundle, self.settings, in_service).__aenter__()
         return _Instance(attributor)
 
     def _announce(self, attributor: Attributor) -> None:

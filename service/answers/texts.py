@@ -44,3 +44,11 @@ def check_texts(labels: tuple[str, ...], templates: tuple[str, ...], settings: S
             "invalid_request",
             f"a label or template has {len(too_long[0]):,} characters; at most {settings.max_label_chars} are taken",
         )
+    longest = max(map(len, labels))
+    filled = max(len(template) + template.count("{}") * (longest - len("{}")) for template in templates)
+    if filled > settings.max_prompt_chars:
+        raise ServiceError(
+            "invalid_request",
+            f"a template filled in with the longest label has {filled:,} characters; "
+            f"at most {settings.max_prompt_chars:,} are taken",
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from vitrine.models.bundle.layout import (
     vision_file,
 )
 from vitrine.service.engine.runtime import PROVIDERS, Runtime, choose, open_session
+from vitrine.service.engine.text_groups import TextGroups
 from vitrine.service.operations.settings import Settings
 
 
@@ -37,6 +39,9 @@ class Engine:
         self._replacement = open_session(bundle.path / "replacement.onnx", self.runtime) if load_replacement else None
         self.on_gpu = self.provider != PROVIDERS["cpu"]
         self.batches = _batches(settings.batch_size, self.on_gpu)
+        any_length = not isinstance(self.text.get_inputs()[0].shape[1], int)  # else a name
+        text = bundle.manifest.text
+        self.text_groups = TextGroups(text.context, text.pad, any_length, self.on_gpu)
 
     @property
     def provider(self) -> str:
@@ -80,18 +85,32 @@ class Engine:
         return outputs[0], outputs[1]
 
     def encode_text(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Unit text embeddings [N, D] of tokens [N, context]."""
+        """Unit text embeddings [N, D] of tokens [N, T]; T is the context, or less if the graph takes any length."""
         return self.text.run(["text_embedding"], {"tokens": tokens})[0]
 
+    def encode_texts(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Unit text embeddings [N, D] of a group of texts (`TextGroups.divide`), each a list of at most as many tokens
+        as the context has."""
+        tokens = self.text_groups.pad(texts)
+        start = perf_counter()
+        embeddings = self.encode_text(tokens)
+        self.text_groups.record(tokens.size, perf_counter() - start)
+        return embeddings[: len(texts)]
+
     def warm_up(self) -> None:
-        """Run the graphs once at every relevant batch size, so that no request pays for it."""
+        """Run the graphs once at every relevant size, so that no request pays for it, and learn the text encoder's
+        pace."""
         manifest = self.bundle.manifest
         for batch in self.batches:
             pixels = np.zeros((batch, 3, *manifest.preprocessing.size), np.float32)
             self.explain(pixels)
             if self.has_details:
                 self.explain(pixels, [True] * batch)
-            self.encode_text(np.zeros((batch, manifest.text.context), np.int64))
+        start = perf_counter()
+        self.explain(pixels[:1])
+        self.text_groups.give_way_to(perf_counter() - start)
+        for texts in self.text_groups.warm_up():
+            self.encode_texts(texts)
         if self.can_replace:
             self.replace(pixels[:1], np.zeros((manifest.shape.layers, 2), bool))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from cachetools import LRUCache
@@ -21,9 +22,18 @@ from vitrine.models.bundle.label_sets import DEFAULT, NamedLabels
 from vitrine.service.engine.engine import Engine
 from vitrine.service.operations import metrics
 
-Run = Callable[..., Awaitable[Any]]  # await run(function, *arguments): call it in another thread
+# `tokenizers` would start a thread per processor of the machine, which the engine's threads then have to share.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-PROMPTS_PER_CALL = 64  # texts per encoder call: few enough that images are processed in between
+PROMPTS_AT_ONCE, CHARS_AT_ONCE = 256, 16_384  # of texts that are tokenised, and then divided into groups, together
+PROMPTS_PER_CALL = 32  # texts in one call of the tokenizer, which holds the interpreter's lock for part of its time
+
+
+class Run(Protocol):
+    """await run(function, *arguments, spent=...): call it in the engine's thread, when its turn comes. spent: what the
+    same request has cost so far (`Batcher.run_between`)."""
+
+    def __call__(self, function: Callable[..., Any], *args: Any, spent: float) -> Awaitable[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -34,27 +44,33 @@ class LabelSet:
     embeddings: NDArray[np.float32]
 
 
+_Key = tuple[tuple[str, ...], bytes]  # labels, digest of their templates
+
+
 class LabelEncoder:
     """Label embeddings, cached by content: a label is encoded once per set of templates, across all requests.
 
-    Must be used on the event loop; only `encode` runs elsewhere, through the `run` passed to `resolve`.
+    Must be used on the event loop. Texts are tokenised in another thread, for one request at a time; groups of them are
+    encoded through the `run` passed to `resolve`. A request has one group in hand, so that requests take turns.
     """
 
     def __init__(self, engine: Engine, capacity: int) -> None:
         text = engine.bundle.manifest.text
         self.engine = engine
         self.tokenizer = _load_tokenizer(engine.bundle.path / "tokenizer.json")
+        self.tokenizer.no_padding()  # texts are padded by group
         self.default_labels, self.default_templates = text.labels, text.templates
         self.named = {DEFAULT: NamedLabels.model_construct(labels=text.labels, templates=text.templates)}
-        self._named_sets: dict[tuple[tuple[str, ...], bytes], LabelSet] = {}  # never evicted
+        self._named_sets: dict[_Key, LabelSet] = {}  # never evicted
         for name, (named, embeddings) in engine.bundle.label_sets.items():
             self._store(self._register(name, named), embeddings)
         # Keyed by the templates' digest: large sets of templates must not be kept once per label.
         self._labels: LRUCache[tuple[str, bytes], NDArray[np.float32]] = LRUCache(capacity)
-        self._sets: LRUCache[tuple[tuple[str, ...], bytes], LabelSet] = LRUCache(
-            capacity, getsizeof=lambda stored: len(stored.labels)
-        )
-        self._encoding = asyncio.Lock()  # a group at a time: no label is encoded twice, no request waits for thousands
+        self._sets: LRUCache[_Key, LabelSet] = LRUCache(capacity, getsizeof=lambda stored: len(stored.labels))
+        # In hand; set when done with, whether it worked or not: who waited then looks again.
+        self._sets_in_hand: dict[_Key, asyncio.Event] = {}
+        self._labels_in_hand: dict[tuple[str, bytes], asyncio.Event] = {}
+        self._tokenising = asyncio.Lock()
 
     async def add(self, label_sets: Mapping[str, NamedLabels], run: Run) -> None:
         """Add named sets, replacing those of the same name, and encode them."""
@@ -73,39 +89,106 @@ class LabelEncoder:
         self._named_sets[labels, _digest(templates)] = LabelSet(labels, embeddings.astype(np.float32, copy=False))
 
     async def resolve(self, labels: tuple[str, ...], templates: tuple[str, ...], run: Run) -> LabelSet:
-        """The label set; labels that are not cached are encoded a few at a time, by `await run(encode, ...)`."""
-        digest = _digest(templates)
-        if cached := self._named_sets.get((labels, digest)) or self._sets.get((labels, digest)):
+        """The label set; labels that are not cached are encoded in groups, by `await run(encode, texts, spent=...)`."""
+        key = labels, _digest(templates)
+        while (cached := self._named_sets.get(key) or self._sets.get(key)) is None:
+            if (in_hand := self._sets_in_hand.get(key)) is None:
+                break
+            await in_hand.wait()  # of the same request's other images, or of another request
+        else:
             metrics.LABELS.labels("cache").inc(len(labels))
             return cached
-        rows: dict[str, NDArray[np.float32]] = {}
-        pending = deque(dict.fromkeys(labels))
-        while pending:
-            async with self._encoding:
-                group: list[str] = []
-                while pending and len(group) < max(1, PROMPTS_PER_CALL // len(templates)):
-                    label = pending.popleft()
-                    embedding = self._labels.get((label, digest))  # maybe encoded for another request meanwhile
-                    if embedding is None:
-                        group.append(label)
-                    else:
-                        rows[label] = embedding
-                        metrics.LABELS.labels("cache").inc()
-                if group:
-                    metrics.LABELS.labels("encoder").inc(len(group))
-                    for label, row in zip(group, await run(self.encode, group, templates), strict=True):
-                        rows[label] = self._labels[label, digest] = row.copy()  # a view would keep the group
-        label_set = LabelSet(labels, np.stack([rows[label] for label in labels]))
-        if len(labels) <= self._sets.maxsize:
-            self._sets[labels, digest] = label_set
+        done = self._sets_in_hand[key] = asyncio.Event()
+        try:
+            label_set = LabelSet(labels, await self._embeddings(labels, templates, key[1], run))
+            if len(labels) <= self._sets.maxsize:
+                self._sets[key] = label_set
+        finally:
+            del self._sets_in_hand[key]
+            done.set()
         return label_set
 
+    async def _embeddings(
+        self, labels: Sequence[str], templates: Sequence[str], digest: bytes, run: Run
+    ) -> NDArray[np.float32]:
+        """Unit embeddings [N, D]."""
+        places = {label: place for place, label in enumerate(dict.fromkeys(labels))}
+        embeddings = np.empty((len(places), self.engine.bundle.manifest.shape.embedding), np.float32)
+        pending, spent, at_once = deque(places), 0, _at_once(places, templates)
+        while pending:
+            new: list[str] = []
+            elsewhere: list[str] = []  # being encoded for another request
+            while pending and len(new) < at_once:
+                label = pending.popleft()
+                if (embedding := self._labels.get((label, digest))) is not None:
+                    embeddings[places[label]] = embedding
+                    metrics.LABELS.labels("cache").inc()
+                else:
+                    (elsewhere if (label, digest) in self._labels_in_hand else new).append(label)
+            pending.extend(elsewhere)
+            if new:
+                rows, spent = await self._encode_new(new, templates, digest, run, spent)
+                embeddings[[places[label] for label in new]] = rows
+            elif elsewhere:
+                await self._labels_in_hand[elsewhere[0], digest].wait()
+        return embeddings if len(places) == len(labels) else embeddings[[places[label] for label in labels]]
+
+    async def _encode_new(
+        self, labels: Sequence[str], templates: Sequence[str], digest: bytes, run: Run, spent: int
+    ) -> tuple[NDArray[np.float32], int]:
+        """(unit embeddings [N, D], spent and what these cost), and keep them in the cache."""
+        metrics.LABELS.labels("encoder").inc(len(labels))
+        done = asyncio.Event()
+        self._labels_in_hand |= dict.fromkeys(((label, digest) for label in labels), done)
+        try:
+            async with self._tokenising:
+                texts = await asyncio.to_thread(self._tokenise, labels, templates)
+            prompts = self._empty(len(texts))
+            for group in self.engine.text_groups.divide([len(text) for text in texts]):
+                members = [texts[index] for index in group]
+                prompts[group] = await run(self.engine.encode_texts, members, spent=spent)
+                spent += len(members) * len(members[-1])
+            rows = _average(prompts, len(templates))
+            for label, row in zip(labels, rows, strict=True):
+                self._labels[label, digest] = row.copy()  # a view would keep all rows in memory
+        finally:
+            for label in labels:
+                del self._labels_in_hand[label, digest]
+            done.set()
+        return rows, spent
+
     def encode(self, labels: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
-        """Unit embeddings [N, D], by the text graph."""
+        """Unit embeddings [N, D], computed here and now: for use without a service."""
+        texts = self._tokenise(labels, templates)
+        prompts = self._empty(len(texts))
+        for group in self.engine.text_groups.divide([len(text) for text in texts]):
+            prompts[group] = self.engine.encode_texts([texts[index] for index in group])
+        return _average(prompts, len(templates))
+
+    def _tokenise(self, labels: Sequence[str], templates: Sequence[str]) -> list[list[int]]:
+        """Tokens of every label in every template, label by label, each with its start and end."""
+        texts: list[list[int]] = []
         prompts = [template.replace("{}", label) for label in labels for template in templates]
-        tokens = np.array([encoding.ids for encoding in self.tokenizer.encode_batch(prompts)], dtype=np.int64)
-        embeddings = self.engine.encode_text(tokens).reshape(len(labels), len(templates), -1).mean(axis=1)
-        return embeddings / np.linalg.norm(embeddings, axis=-1, keepdims=True)
+        for start in range(0, len(prompts), PROMPTS_PER_CALL):
+            encodings = self.tokenizer.encode_batch_fast(prompts[start : start + PROMPTS_PER_CALL])
+            texts += [encoding.ids for encoding in encodings]
+        return texts
+
+    def _empty(self, rows: int) -> NDArray[np.float32]:
+        return np.empty((rows, self.engine.bundle.manifest.shape.embedding), np.float32)
+
+
+def _at_once(labels: Iterable[str], templates: Sequence[str]) -> int:
+    """How many labels are tokenised at once: some milliseconds of work."""
+    longest = max(map(len, labels))
+    chars = sum(len(template) + template.count("{}") * longest for template in templates)
+    return max(1, min(PROMPTS_AT_ONCE // len(templates), CHARS_AT_ONCE // chars))
+
+
+def _average(prompts: NDArray[np.float32], templates: int) -> NDArray[np.float32]:
+    """Unit embeddings [labels, D] of unit embeddings [labels * templates, D]."""
+    embeddings = prompts.reshape(-1, templates, prompts.shape[1]).mean(axis=1)
+    return embeddings / np.linalg.norm(embeddings, axis=-1, keepdims=True)
 
 
 def _digest(templates: tuple[str, ...]) -> bytes:

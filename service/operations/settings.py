@@ -88,6 +88,7 @@ class Settings(BaseSettings):
     max_label_chars: PositiveInt = Field(default=256, description="characters in one label, and in one template")
     max_templates: PositiveInt = Field(default=128, description="templates in one request")
     max_prompts: PositiveInt = Field(default=16_384, description="labels times templates in one request")
+    max_prompt_chars: PositiveInt = Field(default=1_024, description="characters in a template filled in with a label")
     max_targets: PositiveInt = Field(default=32, description="labels explained in one request")
     max_answer_values: PositiveInt = Field(
         default=2_000_000, description="numbers in one answer, about 10 bytes each: images x targets x details; 413"

@@ -144,6 +144,6 @@ def _write(out: Path, part: int, rows: list[Future[str]], problems: list[Problem
     write_part(out, part, (row.result() for row in rows), (problem.model_dump_json() for problem in problems))
 
 
-async def _call_directly(function: Callable[..., Any], *arguments: Any) -> Any:
+async def _call_directly(function: Callable[..., Any], *arguments: Any, spent: float) -> Any:
     """The label encoder's `run`: call directly, as no other task could be blocked."""
     return function(*arguments)

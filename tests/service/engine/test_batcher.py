@@ -2,10 +2,12 @@
 
 import asyncio
 import threading
+from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
 
+from vitrine.service.engine import batcher as batcher_module
 from vitrine.service.engine.batcher import Batcher
 from vitrine.service.errors import ServiceError
 
@@ -303,3 +305,174 @@ def test_nobody_waits_longer_than_that_nor_while_the_service_ends():
         await submit(batcher, 8)
 
     assert run_with_batch_wait(closing, wait_ms=60_000) == [[8]]
+
+
+# pieces of other work
+
+
+class Clock:
+    """Time that passes only where somebody works."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def run_timed(monkeypatch):
+    """run_timed(scene) -> what ran, in order: an image's number, or a piece's name. A batch takes 2 s, a piece 1.
+
+    `scene(batcher, piece, hold)`: `piece(name, spent)` is a task; what is queued within `async with hold()` waits for
+    one another.
+    """
+    clock = Clock()
+    monkeypatch.setattr(batcher_module, "perf_counter", clock)
+
+    def run(scene):
+        order, gate, held = [], threading.Event(), threading.Event()
+        gate.set()
+
+        def explain(pixels, details):
+            order.append(int(pixels.flat[0]))
+            clock.now += 2
+            return list(pixels)
+
+        def work(name):
+            order.append(name)
+            clock.now += 1
+            return name
+
+        def wait():
+            held.set()
+            assert gate.wait(30)
+
+        async def main():
+            async with asyncio.timeout(30), Batcher(explain, 1) as batcher:
+
+                def piece(name, spent=0):
+                    return asyncio.create_task(batcher.run_between(work, name, spent=spent))
+
+                @asynccontextmanager
+                async def hold():
+                    gate.clear()
+                    held.clear()
+                    holding = asyncio.create_task(batcher.run(wait))
+                    await asyncio.to_thread(held.wait, 30)
+                    try:
+                        yield
+                        await asyncio.sleep(0)
+                    finally:
+                        gate.set()
+                    await holding
+
+                await scene(batcher, piece, hold)
+
+        asyncio.run(main())
+        return order
+
+    return run
+
+
+def test_images_go_first_but_do_not_starve_pieces(run_timed):
+    """A piece of 1 s is followed by 8 s of images, if so many wait."""
+
+    async def scene(batcher, piece, hold):
+        async with hold():
+            tasks = [piece(name) for name in "abcd"] + await submit(batcher, *range(10))
+        await asyncio.gather(*tasks)
+
+    assert run_timed(scene) == ["a", 0, 1, 2, 3, "b", 4, 5, 6, 7, "c", 8, 9, "d"]
+
+
+def test_pieces_run_freely_while_no_image_waits(run_timed):
+    async def scene(batcher, piece, hold):
+        async with hold():
+            tasks = [piece(name) for name in "abc"]
+        await asyncio.gather(*tasks)
+        async with hold():
+            tasks = [piece("d"), *await submit(batcher, 1, 2)]
+        await asyncio.gather(*tasks)
+
+    assert run_timed(scene) == ["a", "b", "c", 1, 2, "d"]
+
+
+def test_the_piece_of_who_has_spent_least_goes_first_and_sometimes_the_oldest(run_timed):
+    async def scene(batcher, piece, hold):
+        async with hold():
+            tasks = [piece(spent, spent) for spent in (60, 50, 40, 30, 20, 10, 5, 0, 0.5)]
+        await asyncio.gather(*tasks)
+
+    assert run_timed(scene) == [0, 0.5, 5, 60, 10, 20, 30, 50, 40]
+
+
+def test_pieces_of_equals_take_turns(run_timed):
+    """Three requests, each with one piece in hand."""
+
+    async def scene(batcher, piece, hold):
+        async def ask(name):
+            for spent in range(3):
+                await piece(name, spent)
+
+        async with hold():
+            tasks = [asyncio.create_task(ask(name)) for name in "abc"]
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+
+    order = run_timed(scene)
+    assert sorted(order[:3]) == sorted(order[3:6]) == sorted(order[6:]) == ["a", "b", "c"]
+
+
+def test_a_cancelled_piece_leaves_the_queue(run_timed):
+    async def scene(batcher, piece, hold):
+        async with hold():
+            first, second, third = (piece(name) for name in "abc")
+            await asyncio.sleep(0)
+            second.cancel()
+        assert await asyncio.gather(first, third) == ["a", "c"]
+        with pytest.raises(asyncio.CancelledError):
+            await second
+
+    assert run_timed(scene) == ["a", "c"]
+
+
+def test_a_piece_that_is_cancelled_while_it_runs_disturbs_nobody():
+    async def scene(batcher, engine):
+        running, gate = threading.Event(), threading.Event()
+        piece = asyncio.create_task(batcher.run_between(lambda: running.set() or gate.wait(30), spent=0))
+        await asyncio.to_thread(running.wait, 30)
+        piece.cancel()
+        tasks = await submit(batcher, 1)
+        gate.set()
+        engine.gate.set()
+        assert await answers(tasks) == [1]
+
+    assert run_scene(scene).batches == [[1]]
+
+
+def test_an_error_of_a_piece_reaches_only_its_caller():
+    async def scene(batcher, engine):
+        engine.gate.set()
+        with pytest.raises(ZeroDivisionError):
+            await batcher.run_between(lambda: 1 / 0, spent=0)
+        thread = await batcher.run_between(threading.get_ident, spent=0)
+        assert await answers(await submit(batcher, 1)) == [1]
+        assert engine.threads == {thread}
+
+    run_scene(scene)
+
+
+def test_pieces_are_finished_when_the_batcher_closes_and_then_refused():
+    async def scene():
+        gate = threading.Event()
+        async with Batcher(lambda pixels, details: [], 1) as batcher:
+            tasks = [asyncio.create_task(batcher.run_between(gate.wait, 30, spent=0)) for _ in range(3)]
+            await asyncio.sleep(0)
+            threading.Timer(0.1, gate.set).start()
+        assert await asyncio.gather(*tasks) == [True] * 3
+        with pytest.raises(ServiceError, match="shutting down") as caught:
+            await asyncio.wait_for(batcher.run_between(gate.wait, spent=0), 5)
+        return caught.value.code
+
+    assert asyncio.run(scene()) == "not_ready"

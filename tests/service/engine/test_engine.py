@@ -77,15 +77,21 @@ def test_text_is_the_clips(engine, clip):
     tokens = clip.tokenizer(["a cat", "two dogs"])
     expected = clip.model.encode_text(tokens, normalize=True).numpy()
     np.testing.assert_allclose(engine.encode_text(tokens.numpy()), expected, atol=1e-5)
+    np.testing.assert_allclose(engine.encode_text(tokens.numpy()[:, :4]), expected, atol=1e-5)  # "two dogs" has four
+    texts = [[token for token in text if token] for text in tokens.tolist()]
+    np.testing.assert_allclose(engine.encode_texts(texts), expected, atol=1e-5)
 
 
 def test_warm_up_runs_both_graphs_at_both_batch_sizes(bundle, monkeypatch):
     engine, calls = Engine(bundle, Settings(batch_size=4)), []
     monkeypatch.setattr(engine, "explain", lambda pixels, details=(): calls.append(("vision", pixels.shape)))
-    monkeypatch.setattr(engine, "encode_text", lambda tokens: calls.append(("text", len(tokens))))
+    encode_text = engine.encode_text
+    monkeypatch.setattr(
+        engine, "encode_text", lambda tokens: calls.append(("text", tokens.shape)) or encode_text(tokens)
+    )
     engine.warm_up()
     assert {shape for kind, shape in calls if kind == "vision"} == {(1, 3, 32, 32), (4, 3, 32, 32)}
-    assert "text" in dict(calls)
+    assert {length for kind, (_, length, *_) in calls if kind == "text"} == {8, 16}
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,19 @@
 """Label texts to embeddings: the same as the CLIP's own, each encoded once."""
 
 import asyncio
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from vitrine.models.bundle.bundle import seal
 from vitrine.models.bundle.label_sets import NamedLabels
-from vitrine.service.engine.labels import PROMPTS_PER_CALL, LabelEncoder
+from vitrine.models.graph.onnx_file import save_onnx
+from vitrine.models.graph.text import TextGraph, text_to_onnx
+from vitrine.service.engine.engine import Engine
+from vitrine.service.engine.labels import PROMPTS_AT_ONCE, LabelEncoder
+from vitrine.service.operations.settings import Settings
 
 TEMPLATES = ("a photo of a {}", "{}", "two {}, or one {}.")
 LABELS = ("cat", "Fire  Truck", "naïve café", "猫", "it's", "a" * 256, "<|endoftext|>")
@@ -21,17 +27,17 @@ def encoder(engine):
 @pytest.fixture
 def encoded(encoder, monkeypatch):
     """How often each label was encoded."""
-    counts, encode = Counter(), encoder.encode
+    counts, tokenise = Counter(), encoder._tokenise
 
     def counting(labels, templates):
         counts.update(labels)
-        return encode(labels, templates)
+        return tokenise(labels, templates)
 
-    monkeypatch.setattr(encoder, "encode", counting)
+    monkeypatch.setattr(encoder, "_tokenise", counting)
     return counts
 
 
-async def run(function, *arguments):
+async def run(function, *arguments, spent):
     """Run in another thread, after other tasks had their turn."""
     await asyncio.sleep(0)
     return await asyncio.to_thread(function, *arguments)
@@ -67,8 +73,8 @@ TREES = NamedLabels(labels=("oak", "elm"), templates=("a {} tree",))
 def test_named_sets_are_encoded_once_and_never_forgotten(engine, bundle, monkeypatch):
     encoder = LabelEncoder(engine, 1)  # a cache that holds almost nothing
     asyncio.run(encoder.add({"pets": PETS, "trees": TREES}, run))
-    calls, encode = [], encoder.encode
-    monkeypatch.setattr(encoder, "encode", lambda *texts: calls.append(texts) or encode(*texts))
+    calls, tokenise = [], encoder._tokenise
+    monkeypatch.setattr(encoder, "_tokenise", lambda *texts: calls.append(texts) or tokenise(*texts))
     assert list(encoder.named) == ["default", "pets", "trees"]
     assert encoder.named["pets"].templates == bundle.manifest.text.templates
     for name, definition in (("pets", PETS), ("trees", TREES)):
@@ -85,23 +91,73 @@ def test_the_bundles_sets_are_known_without_encoding(engine, monkeypatch):
     embeddings = np.eye(2, 24, dtype=np.float32)
     monkeypatch.setitem(vars(engine.bundle), "label_sets", {"pets": (PETS, embeddings)})
     encoder = LabelEncoder(engine, 10)
-    monkeypatch.setattr(encoder, "encode", None)
+    monkeypatch.setattr(encoder, "_tokenise", None)
     label_set = resolve(encoder, PETS.labels, encoder.default_templates)
     assert (label_set.labels, encoder.named["pets"].labels) == (PETS.labels, PETS.labels)
     np.testing.assert_array_equal(label_set.embeddings, embeddings)
 
 
-@pytest.mark.parametrize("templates", [1, 3, PROMPTS_PER_CALL, 2 * PROMPTS_PER_CALL])
-def test_large_sets_are_encoded_in_small_calls(encoder, engine, monkeypatch, templates):
-    calls, encode_text = [], engine.encode_text
-    monkeypatch.setattr(engine, "encode_text", lambda tokens: calls.append(len(tokens)) or encode_text(tokens))
-    labels = [f"label {i}" for i in range(70)]
+@pytest.fixture
+def groups(engine, monkeypatch):
+    """Shapes of the groups that are encoded, none of them of more than 100 tokens unless it is one text."""
+    shapes, encode_text = [], engine.encode_text
+    monkeypatch.setattr(engine, "encode_text", lambda tokens: shapes.append(tokens.shape) or encode_text(tokens))
+    monkeypatch.setattr(engine.text_groups, "tokens", 100)
+    monkeypatch.setattr(engine.text_groups, "record", lambda tokens, seconds: None)
+    return shapes
+
+
+@pytest.mark.parametrize("templates", [1, 3, PROMPTS_AT_ONCE, 2 * PROMPTS_AT_ONCE])
+def test_large_sets_are_encoded_in_small_groups(encoder, engine, groups, templates):
+    labels = [f"label {i}" for i in range(7)]
     label_set = resolve(encoder, labels, [f"{{}} {i}" for i in range(templates)])
-    assert label_set.embeddings.shape == (70, 24)
-    assert max(calls) <= max(PROMPTS_PER_CALL, templates)
-    assert sum(calls) == 70 * templates
-    alone = resolve(LabelEncoder(engine, 10), labels[69:], [f"{{}} {i}" for i in range(templates)])
-    np.testing.assert_allclose(label_set.embeddings[69:], alone.embeddings, atol=1e-6)
+    assert label_set.embeddings.shape == (7, 24)
+    assert sum(texts for texts, _ in groups) == 7 * templates
+    assert max(texts * length for texts, length in groups) <= 100
+    alone = resolve(LabelEncoder(engine, 10), labels[6:], [f"{{}} {i}" for i in range(templates)])
+    np.testing.assert_allclose(label_set.embeddings[6:], alone.embeddings, atol=1e-6)
+
+
+def test_texts_are_as_long_as_they_are(encoder, groups):
+    """The context is 16; a short label has three tokens, or four."""
+    resolve(encoder, ["cat", "a" * 256, "dog", "two dogs"], ["{}"])
+    assert groups == [(3, 4), (1, 16)]
+
+
+def test_a_bundle_whose_text_graph_has_one_length_is_served_as_before(bundle, clip, tmp_path):
+    graph = TextGraph(clip.model).eval()
+    graph.any_length = False
+    older = tmp_path / "older"
+    shutil.copytree(bundle.path, older)
+    save_onnx(text_to_onnx(graph, clip.context), older / "text.onnx")
+    encoder = LabelEncoder(Engine(seal(older, bundle.manifest), Settings()), 100)
+    assert encoder.engine.text.get_inputs()[0].shape[1] == 16
+    encoder.engine.warm_up()
+    expected = clip.encode_labels(list(LABELS), list(TEMPLATES)).numpy()
+    np.testing.assert_allclose(resolve(encoder, LABELS).embeddings, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(LABELS, TEMPLATES), expected, rtol=0, atol=1e-5)
+
+
+def test_a_request_has_one_group_in_hand_and_says_what_it_has_spent(encoder, groups):
+    in_hand, most, spending = 0, 0, []
+
+    async def watched(function, texts, spent):
+        nonlocal in_hand, most
+        in_hand += 1
+        most = max(most, in_hand)
+        spending.append((spent, len(texts) * max(map(len, texts))))
+        result = await run(function, texts, spent=spent)
+        in_hand -= 1
+        return result
+
+    async def ask():
+        labels = tuple(f"label {i}" for i in range(100))
+        return await asyncio.gather(*(encoder.resolve(labels, TEMPLATES, watched) for _ in range(8)))
+
+    first, *others = asyncio.run(ask())  # as the images of one batch do
+    assert all(label_set.embeddings is first.embeddings for label_set in others)
+    assert most == 1
+    assert [spent for spent, _ in spending] == np.cumsum([0, *(cost for _, cost in spending)])[:-1].tolist()
 
 
 def test_a_set_asked_for_again_is_not_encoded_again(encoder, encoded):
@@ -159,32 +215,35 @@ def test_many_new_labels_do_not_hold_up_a_few(encoder):
     assert asyncio.run(scene())
 
 
-def test_after_a_failure_the_encoder_works(encoder, monkeypatch):
-    encode = encoder.encode
-
-    def fail(*_):
+def test_after_a_failure_the_encoder_works(encoder):
+    async def fail(*_, spent):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(encoder, "encode", fail)
     with pytest.raises(RuntimeError):
-        resolve(encoder, LABELS)
-    monkeypatch.setattr(encoder, "encode", encode)
+        asyncio.run(encoder.resolve(LABELS, TEMPLATES, fail))
     assert resolve(encoder, LABELS).embeddings.shape == (len(LABELS), 24)
 
 
-def test_after_a_cancelled_request_the_encoder_works(encoder):
+@pytest.mark.parametrize("others", [LABELS, LABELS[::-1], LABELS[:2]], ids=["the same", "reversed", "fewer"])
+def test_who_waits_for_a_request_that_is_cancelled_takes_over(encoder, encoded, others):
     async def scene():
-        async def slow(function, *arguments):
+        begun = asyncio.Event()
+
+        async def slow(function, *arguments, spent):
+            begun.set()
             await asyncio.sleep(60)
 
         first = asyncio.create_task(encoder.resolve(LABELS, TEMPLATES, slow))
-        second = asyncio.create_task(encoder.resolve(LABELS, TEMPLATES, run))
+        second = asyncio.create_task(encoder.resolve(others, TEMPLATES, run))
+        await begun.wait()
         await asyncio.sleep(0)
+        assert not second.done()
         first.cancel()
         async with asyncio.timeout(30):
             return await second
 
-    assert asyncio.run(scene()).embeddings.shape == (len(LABELS), 24)
+    assert asyncio.run(scene()).embeddings.shape == (len(others), 24)
+    assert encoded == {label: 1 + (label in others) for label in LABELS}
 
 
 @pytest.mark.parametrize("capacity", [1, 3, len(LABELS) - 1])

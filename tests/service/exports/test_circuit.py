@@ -125,7 +125,9 @@ def ask(bundle, image, **explain):
             request = {"top_k": 1000, "explain": {"features": 1000, "heatmap": True, **explain}}
             answer = await answer_attribute(attributor, image, AttributeRequest.model_validate(request), "test")
             labels = attributor.labels
-            return answer, await labels.resolve(labels.default_labels, labels.default_templates, attributor.batcher.run)
+            return answer, await labels.resolve(
+                labels.default_labels, labels.default_templates, attributor.batcher.run_between
+            )
 
     return asyncio.run(run())
 
