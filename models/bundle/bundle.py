@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 MAX_MANIFEST_BYTES = 2**26
 SHOWN_PROBLEMS = 5  # of a manifest
-UNIT_TOLERANCE = 1e-2  # of a unit embedding's length, which may be stored in float16
 
 
 @dataclass(frozen=True)
@@ -153,12 +152,7 @@ class Bundle:
                 except (LabelSetError, OSError) as error:
                     raise BundleError(str(error)) from error
                 shape = (len(labels.labels), self.manifest.shape.embedding)
-                table = f"label_sets/{path.stem}.npy"
-                embeddings = np.array(self._table(table, shape))
-                lengths = np.linalg.norm(embeddings.astype(np.float32), axis=1)
-                if np.abs(lengths - 1).max() > UNIT_TOLERANCE:
-                    raise BundleError(f"{self.path / table} has embeddings that are not of length 1")
-                label_sets[path.stem] = labels, embeddings
+                label_sets[path.stem] = labels, np.array(self._table(f"label_sets/{path.stem}.npy", shape))
         return label_sets
 
     @property

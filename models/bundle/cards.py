@@ -128,12 +128,17 @@ class Cards:
         self, path: Path, layers: int, features: int, open_file: Callable[[str], BinaryIO] | None = None
     ) -> None:
         self.path, self.layers, self.features = path, layers, features
-        self._open = open_file or (lambda name: open_regular(path / name))
+        open_file = open_file or (lambda name: open_regular(path / name))  # not kept: it may belong to who keeps us
         self._descriptors: dict[str, int] = {}
         self._closing = weakref.finalize(self, _close, self._descriptors)
-        for name in (FEATURES, IMAGES):
-            with self._open_or_error(name) as stream:
-                self._descriptors[name] = os.dup(stream.fileno())
+        try:
+            for name in (FEATURES, IMAGES):
+                with open_file(name) as stream:
+                    self._descriptors[name] = os.dup(stream.fileno())
+            with open_file(REFERENCES) as stream:
+                self.references = self._references(stream)
+        except OSError as error:
+            raise CardsError(f"{path / 'cards'} cannot be read: {error}") from error
         # Extensions are never downloaded, and one thread is enough to read rows of a small file.
         settings = {"threads": 1, "autoinstall_known_extensions": False, "autoload_known_extensions": False}
         self._lock = threading.Lock()
@@ -145,7 +150,6 @@ class Cards:
         rows = self._rows(f"SELECT label, label_score FROM {self._table(FEATURES)} ORDER BY layer, index")  # noqa: S608
         if len(rows) != layers * features:
             raise CardsError(f"{path / FEATURES} has {len(rows):,} rows for {layers} layers of {features:,} features")
-        self.references = self._references()
         tables = self._table(FEATURES), self._table(IMAGES)
         self._check(IMAGES, image_checks(tables[1], len(self.references[0])))
         self._check(FEATURES, feature_checks(*tables, layers, features, BINS, len(QUANTILES)))
@@ -212,17 +216,11 @@ class Cards:
         norms = np.linalg.norm(reference_values, axis=1) * np.linalg.norm(query)
         return (query[reference_indices] * reference_values).sum(1) / np.where(norms > 0, norms, 1)
 
-    def _open_or_error(self, name: str) -> BinaryIO:
-        try:
-            return self._open(name)
-        except OSError as error:
-            raise CardsError(f"{self.path / name} cannot be read: {error}") from error
-
-    def _references(self) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
+    def _references(self, stream: BinaryIO) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
         """Codes at [CLS] of the reference images: features and activations [N, L, k]."""
         file = self.path / REFERENCES
         try:
-            with self._open_or_error(REFERENCES) as stream, np.load(stream, allow_pickle=False) as stored:
+            with np.load(stream, allow_pickle=False) as stored:
                 indices, values = stored["indices"], stored["values"]
         except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
             raise CardsError(f"{file} cannot be used: {error}") from error

@@ -24,6 +24,7 @@ from vitrine.service.engine.batcher import Batcher
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.images import ImageLimits, decode, to_pixels
 from vitrine.service.engine.labels import LabelEncoder, LabelSet
+from vitrine.service.engine.runtime import session_errors
 from vitrine.service.errors import queue_full
 from vitrine.service.operations import metrics
 from vitrine.service.operations.settings import Settings
@@ -36,7 +37,7 @@ Result = TypeVar("Result")
 
 class Attributor:
     """A bundle, ready to answer. Use as an async context manager; entering it loads the bundle and warms it up, and
-    may raise `BundleError` or `EngineError`."""
+    may raise `BundleError`, `LabelSetError` or `EngineError`."""
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
         self.bundle, self.settings = bundle, settings
@@ -48,18 +49,21 @@ class Attributor:
     async def __aenter__(self) -> Attributor:
         settings = self.settings
         self._label_sets = await asyncio.to_thread(read_label_sets, settings.label_sets) if settings.label_sets else {}
-        # read now, so that a damaged table fails the start and not the first request
-        _ = self.bundle.directions, self.bundle.fold, self.bundle.attention_fold
-        await asyncio.to_thread(getattr, self.bundle, "cards")
+        # read now, so that a damaged table fails the start and not the first request; beside the event loop, which
+        # answers with the previous bundle meanwhile
+        for table in ("directions", "fold", "attention_fold", "cards"):
+            await asyncio.to_thread(getattr, self.bundle, table)
         self.engine = await asyncio.to_thread(Engine, self.bundle, settings)
-        self.labels = LabelEncoder(self.engine, settings.label_cache)
+        self.labels = await asyncio.to_thread(LabelEncoder, self.engine, settings.label_cache)
         async with AsyncExitStack() as stack:  # a failed start leaves no thread behind
-            self._pool = stack.enter_context(ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode"))
+            self._pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+            stack.push_async_callback(asyncio.to_thread, self._pool.shutdown)  # waits for what its threads still do
             self.batcher = await stack.enter_async_context(
                 Batcher(self.engine.explain, settings.batch_size, settings.batch_wait_ms)
             )
             await self.batcher.run(self.engine.warm_up)
-            await self.labels.add({DEFAULT: self.labels.named[DEFAULT], **self._label_sets}, self.batcher.run)
+            with session_errors(self.bundle.path / "text.onnx"):
+                await self.labels.add({DEFAULT: self.labels.named[DEFAULT], **self._label_sets}, self.batcher.run)
             self._resources = stack.pop_all()
         return self
 
