@@ -1,4 +1,4 @@
-"""What the tables of cards must hold, as SQL: a wrong value is refused with the bundle, not when somebody asks for it."""
+"""What the tables of cards must hold, as SQL: a wrong value is refused with the bundle, before anybody asks for it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Whether a bundle's parts fit together: manifest, graphs and tokenizer. Checked when they are loaded, so that what does
-not fit is refused by the name of file and field, and not by a request that fails.
+"""Whether a bundle's parts fit together: manifest, graphs and tokenizer. Checked when they are loaded, so that what
+does not fit is refused by the name of file and field, and not by a request that fails.
 
 First what the graphs declare; then one image and one text go through them, whose outputs must have the manifest's
 shapes and be finite.
@@ -127,7 +127,9 @@ def check_tokenizer(bundle: Bundle, tokens: Tokens, session: InferenceSession) -
     file, text = bundle.path / "tokenizer.json", bundle.manifest.text
     length = (tokens.truncation or {}).get("max_length")
     if length != text.context:
-        raise BundleError(f"{file} cuts texts to {length} tokens (truncation), {MANIFEST} says text.context = {text.context}")
+        raise BundleError(
+            f"{file} cuts texts to {length} tokens (truncation), {MANIFEST} says text.context = {text.context}"
+        )
     is_fixed = isinstance(session.get_inputs()[0].shape[1], int)
     padding = tokens.padding or {}
     if is_fixed and (padding.get("length"), padding.get("pad_id")) != (text.context, text.pad):
@@ -171,9 +173,11 @@ def _fits(found: Dimensions, wanted: Dimensions) -> bool:
 
 def _feeds(graph: Graph) -> dict[str, NDArray[Any]]:
     """One image of noise with all details, one text of padding."""
-    feeds = {name: np.zeros([size or 1 for size in shape], _TYPES[kind]) for name, (kind, shape) in graph.inputs.items()}
+    feeds = {
+        name: np.zeros([size or 1 for size in shape], _TYPES[kind]) for name, (kind, shape) in graph.inputs.items()
+    }
     if "pixels" in feeds:
-        feeds["pixels"] = np.random.default_rng(0).standard_normal(feeds["pixels"].shape, np.float32)
+        feeds["pixels"] += np.random.default_rng(0).standard_normal(feeds["pixels"].shape).astype(np.float32)
     if DETAILS_INPUT in feeds:
         feeds[DETAILS_INPUT] = np.array(True)
     return feeds

@@ -31,8 +31,9 @@ def verify(path: Path) -> Bundle:
         with session_errors(bundle.path / vision_file(precision)):
             _check_sums(engine)
     encoder, text = LabelEncoder(engine, capacity=1), bundle.manifest.text
-    with session_errors(bundle.path / "text.onnx"):
-        check_unit(encoder.encode(text.labels, text.templates), f"{bundle.path / 'text.onnx'}: the embedding of a label")
+    file = bundle.path / "text.onnx"
+    with session_errors(file):
+        check_unit(encoder.encode(text.labels, text.templates), f"{file}: the embedding of a label")
     _check_cards(bundle)
     return bundle
 
@@ -45,14 +46,14 @@ def _check_sums(engine: Engine) -> None:
     for parts in decompositions:
         deviation = float(np.abs(parts.rows.sum(0) - parts.embedding).max())
         if not deviation <= TOLERANCE:
-            file = bundle.path / vision_file(engine.runtime.precision)
-            raise BundleError(f"{file}: its rows miss its embedding by {deviation:.1e}")
+            file = vision_file(engine.runtime.precision)
+            raise BundleError(f"{bundle.path}: the rows of {file} miss its embedding by {deviation:.1e}")
     if engine.can_replace and engine.runtime.precision == "fp32":
         embeddings, _ = engine.replace(pixels, np.zeros((bundle.manifest.shape.layers, 2), bool))
         deviation = float(np.abs(embeddings - np.stack([parts.embedding for parts in decompositions])).max())
         if not deviation <= TOLERANCE:
             raise BundleError(
-                f"{bundle.path / 'replacement.onnx'}: with nothing replaced, it misses vision.onnx's embedding by "
+                f"{bundle.path}: with nothing replaced, replacement.onnx misses vision.onnx's embedding by "
                 f"{deviation:.1e}"
             )
 

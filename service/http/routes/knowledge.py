@@ -17,13 +17,12 @@ from vitrine.service.schemas.features import (
     FeaturesResponse,
 )
 
-
 MOST_DIGITS = 9  # of a layer or an index; more name nothing
 
 
 class NumberConvertor(Convertor[int]):
-    """A number in a path, as `int`, whose converter fails where Python does: at 4,300 digits, before any key is asked for.
-    Of more than `MOST_DIGITS` any that names nothing will do."""
+    """A number in a path. Of those with more digits than `MOST_DIGITS` any that names nothing will do: Starlette's own
+    converter fails at 4,300 digits, as Python's `int` does, before a key is asked for."""
 
     regex = "[0-9]+"
 
