@@ -177,7 +177,7 @@ def _feeds(graph: Graph) -> dict[str, NDArray[Any]]:
         name: np.zeros([size or 1 for size in shape], _TYPES[kind]) for name, (kind, shape) in graph.inputs.items()
     }
     if "pixels" in feeds:
-        feeds["pixels"] += np.random.default_rng(0).standard_normal(feeds["pixels"].shape).astype(np.float32)
+        feeds["pixels"] += np.asarray(np.random.default_rng(0).standard_normal(feeds["pixels"].shape), np.float32)
     if DETAILS_INPUT in feeds:
         feeds[DETAILS_INPUT] = np.array(True)
     return feeds
