@@ -135,21 +135,17 @@ class Cards:
             for name in (FEATURES, IMAGES):
                 with open_file(name) as stream:
                     self._descriptors[name] = os.dup(stream.fileno())
-            with open_file(REFERENCES) as stream:
-                self.references = self._references(stream)
+            references = open_file(REFERENCES)
         except OSError as error:
             raise CardsError(f"{path / 'cards'} cannot be read: {error}") from error
-        # Extensions are never downloaded, and one thread is enough to read rows of a small file.
-        settings = {"threads": 1, "autoinstall_known_extensions": False, "autoload_known_extensions": False}
-        self._lock = threading.Lock()
-        try:
-            self._database = duckdb.connect(config=settings)  # type: ignore[arg-type]
-            self._database.execute("SET parquet_metadata_cache = true")  # they never change: halves the time per row
-        except duckdb.Error as error:
-            raise CardsError(f"DuckDB, which reads the cards of {path}, cannot be started: {error}") from error
-        rows = self._rows(f"SELECT label, label_score FROM {self._table(FEATURES)} ORDER BY layer, index")  # noqa: S608
-        if len(rows) != layers * features:
-            raise CardsError(f"{path / FEATURES} has {len(rows):,} rows for {layers} layers of {features:,} features")
+        with references:
+            self._database, self._lock = _connect(path), threading.Lock()
+            rows = self._rows(f"SELECT label, label_score FROM {self._table(FEATURES)} ORDER BY layer, index")  # noqa: S608
+            if len(rows) != layers * features:
+                raise CardsError(
+                    f"{path / FEATURES} has {len(rows):,} rows for {layers} layers of {features:,} features"
+                )
+            self.references = self._references(references)
         tables = self._table(FEATURES), self._table(IMAGES)
         self._check(IMAGES, image_checks(tables[1], len(self.references[0])))
         self._check(FEATURES, feature_checks(*tables, layers, features, BINS, len(QUANTILES)))
@@ -265,6 +261,17 @@ class Cards:
         except duckdb.Error as error:
             raise CardsError(f"{self.path / 'cards'} cannot be read: {error}") from error
         return [dict(zip(names, row, strict=True)) for row in rows] if named else rows
+
+
+def _connect(path: Path) -> duckdb.DuckDBPyConnection:
+    # Extensions are never downloaded, and one thread is enough to read rows of a small file.
+    settings = {"threads": 1, "autoinstall_known_extensions": False, "autoload_known_extensions": False}
+    try:
+        database = duckdb.connect(config=settings)  # type: ignore[arg-type]
+        database.execute("SET parquet_metadata_cache = true")  # the files never change: halves the time per row
+    except duckdb.Error as error:
+        raise CardsError(f"DuckDB, which reads the cards of {path}, cannot be started: {error}") from error
+    return database
 
 
 def _close(descriptors: dict[str, int]) -> None:
