@@ -27,36 +27,75 @@ No torch here: the service reads bundles with numpy and pydantic.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from vitrine.models.bundle.label_sets import LabelSetError, NamedLabels, read_label_set
-from vitrine.models.bundle.layout import CARDS, MANIFEST, REQUIRED, vision_file
+from vitrine.models.bundle.files import BundleError as BundleError
+from vitrine.models.bundle.files import Identity, map_table, open_regular, sha256_and_identity
+from vitrine.models.bundle.label_sets import LabelSetError, NamedLabels, parse_label_set
+from vitrine.models.bundle.layout import CARDS, MANIFEST, READ_BY_GRAPHS, REQUIRED, vision_file
 from vitrine.models.bundle.manifest import FORMAT, FileEntry, Manifest
 from vitrine.models.bundle.model_card import model_card
-from vitrine.models.errors import VitrineError
 
 if TYPE_CHECKING:
     from vitrine.models.bundle.cards import Cards
 
-
-class BundleError(VitrineError, ValueError):
-    """A directory is not a bundle that this version can serve; the message says which file and why."""
+MAX_MANIFEST_BYTES = 2**26
+SHOWN_PROBLEMS = 5  # of a manifest
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle, created by `open_bundle`. Tables are read on first use."""
+    """An opened bundle, created by `open_bundle`. Tables are read on first use, from the files that were verified."""
 
-    path: Path
+    path: Path  # without symbolic links
     manifest: Manifest
     digest: str  # sha256:... of manifest.json, and so of the whole bundle
+    # Of the files as they were verified; empty for a bundle that this process has just written.
+    identities: Mapping[str, Identity] = field(default_factory=dict, compare=False, repr=False)
+
+    def open(self, name: str) -> BinaryIO:
+        """One of the files that were verified. Raises `BundleError` if the path names another file by now."""
+        file = self.path / name
+        if self.identities and name not in self.identities:
+            raise BundleError(f"{self.path / MANIFEST} does not list {name}")
+        try:
+            stream = open_regular(file)
+        except OSError as error:
+            raise BundleError(f"{file} cannot be read: {error}") from error
+        if self.identities and Identity.of(os.fstat(stream.fileno())) != self.identities[name]:
+            stream.close()
+            raise self._changed(name)
+        return stream
+
+    def check_unchanged(self) -> None:
+        """Raise `BundleError` if one of the paths names another file than the one verified, or if it was written to.
+
+        For what is opened by its path, as ONNX Runtime does: to be called once it is open.
+        """
+        for name, identity in self.identities.items():
+            try:
+                current = Identity.of((self.path / name).stat())
+            except OSError as error:
+                raise self._changed(name) from error
+            if current != identity:
+                raise self._changed(name)
+
+    def _changed(self, name: str) -> BundleError:
+        return BundleError(f"{self.path / name} was changed while it was being loaded; load the bundle again")
+
+    def close(self) -> None:
+        """Close what is held open for the cards; they cannot be read any more."""
+        if (cards := vars(self).get("cards")) is not None:
+            cards.close()
 
     @cached_property
     def directions(self) -> NDArray[np.floating]:
@@ -69,14 +108,12 @@ class Bundle:
         return np.array(self._table("fold.npy", (self.manifest.shape.width + 1, self.manifest.shape.embedding)))
 
     def _table(self, name: str, shape: tuple[int, ...]) -> NDArray[np.floating]:
-        """A .npy file, memory-mapped. Raises `BundleError` unless it holds floats of this shape."""
-        try:
-            table = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise BundleError(f"{self.path / name} cannot be used: {error}") from error
-        if table.shape != shape or not np.issubdtype(table.dtype, np.floating):
-            raise BundleError(f"{self.path / name} is {table.dtype} {table.shape}, the manifest says {shape}")
-        return table
+        """A .npy file, memory-mapped. Raises `BundleError` unless it holds finite floats of this shape."""
+        with self.open(name) as stream:
+            try:
+                return map_table(stream, shape)
+            except (OSError, ValueError) as error:
+                raise BundleError(f"{self.path / name} cannot be used: {error}") from error
 
     @property
     def has_replacement(self) -> bool:
@@ -91,7 +128,7 @@ class Bundle:
         from vitrine.models.bundle.cards import Cards, CardsError  # imports DuckDB, not needed without cards
 
         try:
-            return Cards(self.path, self.manifest.shape.layers, self.manifest.shape.features)
+            return Cards(self.path, self.manifest.shape.layers, self.manifest.shape.features, self.open)
         except CardsError as error:
             raise BundleError(str(error)) from error
 
@@ -111,8 +148,9 @@ class Bundle:
             path = PurePosixPath(name)
             if path.parts[:-1] == ("label_sets",) and path.suffix == ".json":
                 try:
-                    labels = read_label_set(self.path / name)
-                except LabelSetError as error:
+                    with self.open(name) as stream:
+                        labels = parse_label_set(self.path / name, stream)
+                except (LabelSetError, OSError) as error:
                     raise BundleError(str(error)) from error
                 shape = (len(labels.labels), self.manifest.shape.embedding)
                 label_sets[path.stem] = labels, np.array(self._table(f"label_sets/{path.stem}.npy", shape))
@@ -135,28 +173,58 @@ class Bundle:
 def open_bundle(path: Path) -> Bundle:
     """Read and check a bundle: manifest, version, and the presence, size and sha256 of every file.
 
-    Raises `BundleError` naming the first problem.
+    Symbolic links in `path` are followed once, here: whatever is read later comes from the directory that was
+    verified. Raises `BundleError` naming the first problem.
     """
+    try:
+        path = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a NUL in the name
+        raise BundleError(f"{path} cannot be opened: {error}") from error
     raw = _read_manifest(path)
     try:
         manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise BundleError(f"{path / MANIFEST}: {problems}") from error
+        raise BundleError(f"{path / MANIFEST}: {_problems(error)}") from error
     variants = [vision_file(precision) for precision in manifest.precisions]
     cards = CARDS if manifest.cards else ()
     required = dict.fromkeys([*REQUIRED, *variants, *(f"{name}.data" for name in variants), *cards])
     if missing := [name for name in required if name not in manifest.files]:
         raise BundleError(f"{path / MANIFEST} does not list {', '.join(missing)}")
-    for name, entry in manifest.files.items():
-        file = path / name
+    identities = {name: _verify(path / name, entry) for name, entry in manifest.files.items()}
+    _refuse_unlisted(path, manifest)
+    return Bundle(path, manifest, "sha256:" + hashlib.sha256(raw).hexdigest(), identities)
+
+
+def _verify(file: Path, entry: FileEntry) -> Identity:
+    """The identity of a file that is as its entry says. Raises `BundleError`."""
+    try:
         if not file.is_file():
             raise BundleError(f"{file} is missing")
         if (size := file.stat().st_size) != entry.bytes:
             raise BundleError(f"{file} has {size:,} bytes, the manifest says {entry.bytes:,}")
-        if file_sha256(file) != entry.sha256:
-            raise BundleError(f"{file} does not have the manifest's sha256: it was changed or damaged")
-    return Bundle(path, manifest, "sha256:" + hashlib.sha256(raw).hexdigest())
+        sha256, identity = sha256_and_identity(file)
+    except OSError as error:
+        raise BundleError(f"{file} cannot be read: {error}") from error
+    if sha256 != entry.sha256:
+        raise BundleError(f"{file} does not have the manifest's sha256: it was changed or damaged")
+    return identity
+
+
+def _refuse_unlisted(path: Path, manifest: Manifest) -> None:
+    """Raise `BundleError` for tensors beside the graphs that nobody has verified: a graph may name them as its own."""
+    try:
+        names = sorted(file.name for file in path.iterdir() if file.suffix in READ_BY_GRAPHS)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+    if unlisted := [name for name in names if name not in manifest.files]:
+        raise BundleError(f"{path / MANIFEST} does not list {', '.join(unlisted)}, which lies beside it")
+
+
+def _problems(error: ValidationError) -> str:
+    """Field and problem, of the first few."""
+    problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+    more = [f"and {len(problems) - SHOWN_PROBLEMS:,} more"] if len(problems) > SHOWN_PROBLEMS else []
+    return "; ".join(problems[:SHOWN_PROBLEMS] + more)
 
 
 def seal(path: Path, manifest: Manifest) -> Bundle:
@@ -175,14 +243,17 @@ def seal(path: Path, manifest: Manifest) -> Bundle:
 
 def _read_manifest(path: Path) -> bytes:
     """The bytes of manifest.json. Only the format version is checked here: other versions have other fields."""
-    if not path.is_dir():
-        raise BundleError(f"{path} is no directory")
     try:
-        raw = (path / MANIFEST).read_bytes()
+        if not path.is_dir():
+            raise BundleError(f"{path} is no directory")
+        with open_regular(path / MANIFEST) as stream:
+            raw = stream.read(MAX_MANIFEST_BYTES + 1)
     except FileNotFoundError as error:
         raise BundleError(f"{path / MANIFEST} is missing: {path} is no bundle") from error
     except OSError as error:
         raise BundleError(f"{path / MANIFEST} cannot be read: {error}") from error
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path / MANIFEST} is larger than {MAX_MANIFEST_BYTES:,} bytes: that is no manifest")
     try:
         version = _Version.model_validate_json(raw).format_version
     except ValidationError as error:
@@ -198,5 +269,4 @@ class _Version(BaseModel):
 
 def file_sha256(file: Path) -> str:
     """SHA-256 of a file's contents, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256_and_identity(file)[0]

@@ -6,7 +6,8 @@
                        0 in unused places
 
 Written by `vitrine cards` (training/cards). The Parquet tables are read with DuckDB, one row at a time, so that the
-tables of a large CLT stay on disk. No torch.
+tables of a large CLT stay on disk. They stay open, and are read by descriptor: a path may name another file by then.
+No torch.
 
 A feature is *read* at [CLS], where answers explain it, or, if it hardly ever fires there, at the patches. Its
 activation on an image is the one at [CLS], or the largest over patches. Exemplars, quantiles, histogram and label all
@@ -15,22 +16,27 @@ refer to that reading.
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 from zipfile import BadZipFile
 
 import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
+from vitrine.models.bundle.cards_check import feature_checks, image_checks
+from vitrine.models.bundle.files import Identity, is_finite, open_regular
 from vitrine.models.bundle.layout import CARDS
 from vitrine.models.errors import VitrineError
 
 FEATURES, IMAGES, REFERENCES = CARDS
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+DESCRIPTORS = Path("/proc/self/fd")  # the files that this process has open, where the system shows them (Linux)
 BINS = 16  # in a card's histogram, of equal width from 0 to the largest |activation|
 
 Reading = Literal["cls", "patches"]
@@ -109,30 +115,49 @@ class SearchHit:
 
 
 class Cards:
-    """The cards of a bundle. Thread-safe.
+    """The cards of a bundle. Thread-safe. Two files stay open until `close`, or until the object is no longer used.
 
     Args:
         path: the bundle's directory.
-        layers, features: the bundle's shape. Raises `CardsError` unless there is one row per feature.
+        layers, features: the bundle's shape. Raises `CardsError` unless there is one row per feature, and every row
+            can be answered with (`cards_check`).
+        open_file: opens a file of the bundle by its name; default: whatever is at that path.
     """
 
-    def __init__(self, path: Path, layers: int, features: int) -> None:
+    def __init__(
+        self, path: Path, layers: int, features: int, open_file: Callable[[str], BinaryIO] | None = None
+    ) -> None:
         self.path, self.layers, self.features = path, layers, features
-        # Extensions are never downloaded, and one thread is enough to read rows of a small file.
-        settings = {"threads": 1, "autoinstall_known_extensions": False, "autoload_known_extensions": False}
-        self._database = duckdb.connect(config=settings)  # type: ignore[arg-type]
-        self._database.execute("SET parquet_metadata_cache = true")  # the files never change: halves the time per row
-        self._lock = threading.Lock()
-        rows = self._rows(f"SELECT label, label_score FROM {self._table(FEATURES)} ORDER BY layer, index")  # noqa: S608
-        if len(rows) != layers * features:
-            raise CardsError(f"{path / FEATURES} has {len(rows):,} rows for {layers} layers of {features:,} features")
-        self.references = self._references()
-        [(images,)] = self._rows(f"SELECT count(*) FROM {self._table(IMAGES)}")  # noqa: S608
-        if images < len(self.references[0]):
-            raise CardsError(f"{path / IMAGES} has {images:,} rows for {len(self.references[0]):,} reference images")
+        open_file = open_file or (lambda name: open_regular(path / name))  # not kept: it may belong to who keeps us
+        self._descriptors: dict[str, int] = {}
+        self._closing = weakref.finalize(self, _close, self._descriptors)
+        try:
+            for name in (FEATURES, IMAGES):
+                with open_file(name) as stream:
+                    self._descriptors[name] = os.dup(stream.fileno())
+            references = open_file(REFERENCES)
+        except OSError as error:
+            raise CardsError(f"{path / 'cards'} cannot be read: {error}") from error
+        with references:
+            self._database, self._lock = _connect(path), threading.Lock()
+            rows = self._rows(f"SELECT label, label_score FROM {self._table(FEATURES)} ORDER BY layer, index")  # noqa: S608
+            if len(rows) != layers * features:
+                raise CardsError(
+                    f"{path / FEATURES} has {len(rows):,} rows for {layers} layers of {features:,} features"
+                )
+            self.references = self._references(references)
+        tables = self._table(FEATURES), self._table(IMAGES)
+        self._check(IMAGES, image_checks(tables[1], len(self.references[0])))
+        self._check(FEATURES, feature_checks(*tables, layers, features, BINS, len(QUANTILES)))
         self._labels: list[tuple[str | None, float | None]] = [
             (label, score if label else None) for label, score in rows
         ]
+
+    def close(self) -> None:
+        """Close the tables. What is asked later raises `CardsError`."""
+        with self._lock:  # not under a query
+            self._database.close()
+            self._closing()
 
     def label(self, layer: int, index: int) -> tuple[str | None, float | None]:
         """(label, label score) of a feature, from memory."""
@@ -187,22 +212,44 @@ class Cards:
         norms = np.linalg.norm(reference_values, axis=1) * np.linalg.norm(query)
         return (query[reference_indices] * reference_values).sum(1) / np.where(norms > 0, norms, 1)
 
-    def _references(self) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
+    def _references(self, stream: BinaryIO) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
         """Codes at [CLS] of the reference images: features and activations [N, L, k]."""
         file = self.path / REFERENCES
         try:
-            with np.load(file, allow_pickle=False) as stored:
+            with np.load(stream, allow_pickle=False) as stored:
                 indices, values = stored["indices"], stored["values"]
         except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
             raise CardsError(f"{file} cannot be used: {error}") from error
         if indices.shape != values.shape or indices.ndim != 3 or indices.shape[1] != self.layers:
             raise CardsError(f"{file}: codes {indices.shape}, {values.shape} do not fit")
-        if indices.size and int(indices.max()) >= self.features:
+        if not np.issubdtype(indices.dtype, np.integer) or not np.issubdtype(values.dtype, np.floating):
+            raise CardsError(f"{file}: indices are {indices.dtype}, values {values.dtype}")
+        if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.features:
             raise CardsError(f"{file} names a feature beyond the {self.features:,} there are")
+        if not is_finite(values):
+            raise CardsError(f"{file} has values that are not finite")
         return indices, values
 
+    def _check(self, name: str, checks: Mapping[str, str]) -> None:
+        for problem, query in checks.items():
+            [(count,)] = self._rows(query)
+            if count > 0:
+                raise CardsError(f"{self.path / name} has {problem}: {count:,}")
+
     def _table(self, name: str) -> str:
-        quoted = str(self.path / name).replace("'", "''")
+        """A table as SQL: by its descriptor, or by its path if that is still the same file."""
+        file, descriptor = self.path / name, self._descriptors.get(name)
+        if descriptor is None:
+            raise CardsError(f"{file} is closed: its bundle is no longer in service")
+        if DESCRIPTORS.is_dir():
+            return f"read_parquet('{DESCRIPTORS}/{descriptor}')"
+        try:
+            same = Identity.of(file.stat()) == Identity.of(os.fstat(descriptor))
+        except OSError:
+            same = False
+        if not same:
+            raise CardsError(f"{file} was replaced while its bundle was in service; load the bundle again")
+        quoted = str(file).replace("'", "''")
         return f"read_parquet('{quoted}')"
 
     def _rows(self, query: str, values: Sequence[Any] = (), named: bool = False) -> list[Any]:
@@ -214,3 +261,19 @@ class Cards:
         except duckdb.Error as error:
             raise CardsError(f"{self.path / 'cards'} cannot be read: {error}") from error
         return [dict(zip(names, row, strict=True)) for row in rows] if named else rows
+
+
+def _connect(path: Path) -> duckdb.DuckDBPyConnection:
+    # Extensions are never downloaded, and one thread is enough to read rows of a small file.
+    settings = {"threads": 1, "autoinstall_known_extensions": False, "autoload_known_extensions": False}
+    try:
+        database = duckdb.connect(config=settings)  # type: ignore[arg-type]
+        database.execute("SET parquet_metadata_cache = true")  # the files never change: halves the time per row
+    except duckdb.Error as error:
+        raise CardsError(f"DuckDB, which reads the cards of {path}, cannot be started: {error}") from error
+    return database
+
+
+def _close(descriptors: dict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])

@@ -6,15 +6,19 @@ operator of the service may add a folder of others. `default` is the bundle's ow
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from vitrine.models.bundle.files import open_regular
 from vitrine.models.errors import VitrineError
 
 DEFAULT = "default"
+MAX_SETS = 1_000  # in a folder: they are encoded before the service is ready
+MAX_BYTES = 2**26  # of one file
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -23,10 +27,20 @@ class LabelSetError(VitrineError, ValueError):
 
 
 def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(labels)) < len(labels):
-        duplicate = next(label for label in labels if labels.count(label) > 1)
-        raise ValueError(f"labels must differ from one another, and {duplicate!r} is there twice")
+    seen: set[str] = set()
+    for label in labels:
+        if label in seen:
+            raise ValueError(f"labels must differ from one another, and {label[:100]!r} is there twice")
+        seen.add(label)
     return labels
+
+
+Labels = Annotated[
+    tuple[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)], ...],
+    Field(min_length=1),
+    AfterValidator(_distinct),
+]
+Templates = Annotated[tuple[Annotated[str, StringConstraints(pattern=r"\{\}")], ...], Field(min_length=1)]
 
 
 class NamedLabels(BaseModel):
@@ -34,34 +48,42 @@ class NamedLabels(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    labels: Annotated[
-        tuple[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)], ...],
-        Field(min_length=1),
-        AfterValidator(_distinct),
-    ]
-    templates: Annotated[tuple[Annotated[str, StringConstraints(pattern=r"\{\}")], ...], Field(min_length=1)] | None = (
-        None
-    )
+    labels: Labels
+    templates: Templates | None = None
 
 
 def read_label_sets(folder: Path) -> dict[str, NamedLabels]:
     """Every NAME.json in a folder, by name. Raises `LabelSetError`."""
-    if not folder.is_dir():
-        raise LabelSetError(f"{folder} is no directory of label sets")
-    return {file.stem: read_label_set(file) for file in sorted(folder.glob("*.json"))}
+    try:  # not by glob, which passes over a folder that may not be read
+        files = [folder / name for name in sorted(os.listdir(folder)) if name.endswith(".json")]
+    except OSError as error:
+        raise LabelSetError(f"{folder} is no directory of label sets: {error.strerror}") from error
+    if len(files) > MAX_SETS:
+        raise LabelSetError(f"{folder} has {len(files):,} label sets; at most {MAX_SETS:,} are taken")
+    return {file.stem: read_label_set(file) for file in files}
 
 
 def read_label_set(file: Path) -> NamedLabels:
     """Read one file. Raises `LabelSetError`."""
+    try:
+        with open_regular(file) as stream:
+            return parse_label_set(file, stream)
+    except OSError as error:
+        raise LabelSetError(f"{file} cannot be read: {error}") from error
+
+
+def parse_label_set(file: Path, stream: BinaryIO) -> NamedLabels:
+    """The contents of an opened file. Raises `LabelSetError`; `OSError` if it cannot be read."""
     if file.stem == DEFAULT or not _NAME.fullmatch(file.stem):
         raise LabelSetError(
             f"{file}: a label set's name has small letters, digits, '.', '_' and '-', at most 64 of them, and is not "
             f"{DEFAULT!r}, which is the bundle's own"
         )
+    raw = stream.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise LabelSetError(f"{file} is larger than {MAX_BYTES:,} bytes")
     try:
-        return NamedLabels.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise LabelSetError(f"{file} cannot be read: {error}") from error
+        return NamedLabels.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         location = ".".join(map(str, first["loc"]))

@@ -15,6 +15,7 @@ REQUIRED = (
     "fold.npy",
     "MODEL_CARD.md",
 )
+READ_BY_GRAPHS = (".onnx", ".data", ".npy")  # ends of the names of files that a graph may read beside itself
 CARDS = ("cards/features.parquet", "cards/images.parquet", "cards/references.npz")
 # Outputs of vision.onnx for `pixels` [B, 3, H, W]; R = 2L + 3 rows, see `models.account.ledger`.
 VISION_OUTPUTS = (

@@ -5,15 +5,25 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from vitrine.models.bundle.label_sets import Labels, Templates
 from vitrine.models.bundle.layout import Precision, Variant
 
 FORMAT = 1
+# Far more than any model has; what is larger is a mistake, and would only be noticed when there is no memory for it.
+_Side = Annotated[int, Field(gt=0, le=16_384)]  # pixels
+_Layers = Annotated[int, Field(gt=0, le=1_024)]
+_Width = Annotated[int, Field(gt=0, le=65_536)]
+_Count = Annotated[int, Field(gt=0, le=2**24)]  # of features, of tokens
+_Mean = Annotated[float, Field(ge=-1e3, le=1e3)]
+_Deviation = Annotated[float, Field(ge=1e-3, le=1e3)]  # below, one of 256 shades is more than a whole deviation
+# Logits are float32: beyond 10,000 a ledger's remainder is no longer below 1e-3, much later they overflow.
+_LogitScale = Annotated[float, Field(ge=1e-3, le=1e4)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ClipIdentity(_Part):
@@ -25,9 +35,9 @@ class ClipIdentity(_Part):
 class Preprocessing(_Part):
     """open_clip's evaluation transform: resize, centre crop, RGB in [0, 1], (x - mean) / std."""
 
-    size: tuple[PositiveInt, PositiveInt]  # height, width
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    size: tuple[_Side, _Side]  # height, width
+    mean: tuple[_Mean, _Mean, _Mean]
+    std: tuple[_Deviation, _Deviation, _Deviation]
     interpolation: Literal["bicubic", "bilinear"]
     resize_mode: Literal["shortest", "squash"]
 
@@ -38,18 +48,25 @@ class Preprocessing(_Part):
         return self
 
 
+def patch_grid(preprocessing: Preprocessing, patches: int) -> tuple[int, int]:
+    """Rows and columns of the patches in the model's input."""
+    height, width = preprocessing.size
+    rows = max(1, round((patches * height / width) ** 0.5))  # patches are square
+    return rows, patches // rows
+
+
 class Shape(_Part):
-    layers: PositiveInt  # L
-    width: PositiveInt  # d
-    embedding: PositiveInt  # D
-    features: PositiveInt  # F, per layer
-    k: PositiveInt  # places of a served code: the most features per layer that can be active on [CLS]
+    layers: _Layers  # L
+    width: _Width  # d
+    embedding: _Width  # D
+    features: _Count  # F, per layer
+    k: _Count  # places of a served code: the most features per layer that can be active on [CLS]
     # Budgets of the sparsifier, one per layer (jumprelu, batch_topk: means). None, as in bundles from before these
     # fields: k in every layer.
-    k_cls: tuple[PositiveInt, ...] | None = None
-    k_patches: tuple[PositiveInt, ...] | None = None
+    k_cls: tuple[_Count, ...] | None = None
+    k_patches: tuple[_Count, ...] | None = None
     cross_layer: bool = True  # False: a feature writes only to the MLP output of its own layer
-    tokens: PositiveInt  # [CLS] and patches
+    tokens: _Count  # [CLS] and patches
 
     @model_validator(mode="after")
     def _one_budget_per_layer(self) -> Shape:
@@ -63,10 +80,10 @@ class Shape(_Part):
 class Text(_Part):
     """How labels are embedded."""
 
-    context: PositiveInt
-    pad: int  # token id that pads a text to `context`
-    labels: tuple[str, ...]  # default label set
-    templates: tuple[str, ...]  # default templates, each with {}
+    context: _Width
+    pad: Annotated[int, Field(ge=0, lt=2**31)]  # token id that pads a text to `context`
+    labels: Labels  # default label set
+    templates: Templates  # default templates, each with {}
 
 
 class Data(_Part):
@@ -92,6 +109,8 @@ class Metrics(_Part):
 
 class Agreement(_Part):
     """How well a variant of the vision graph agrees with the float32 graph, on images that neither was trained on."""
+
+    model_config = ConfigDict(allow_inf_nan=True)  # a variant that fails altogether, which is never written
 
     images: int
     top1: float  # share of images with the same top-1 among the default labels
@@ -130,7 +149,7 @@ class CardsSummary(_Part):
 
 class FileEntry(_Part):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    bytes: int
+    bytes: Annotated[int, Field(ge=0)]
 
 
 class Manifest(_Part):
@@ -141,7 +160,7 @@ class Manifest(_Part):
     preprocessing: Preprocessing
     shape: Shape
     sparsifier: Literal["relu_topk", "abs_topk", "jumprelu", "batch_topk"]
-    logit_scale: float
+    logit_scale: _LogitScale
     text: Text
     precisions: tuple[Precision, ...] = ("fp32",)  # of the vision graph; all except fp32 in vision.<precision>.onnx
     agreement: dict[Variant, Agreement] = {}  # of each variant with fp32
@@ -152,6 +171,14 @@ class Manifest(_Part):
     licence: str
     cards: CardsSummary | None = None
     files: dict[str, FileEntry] = {}
+
+    @model_validator(mode="after")
+    def _square_patches(self) -> Manifest:
+        patches = self.shape.tokens - 1
+        rows, columns = patch_grid(self.preprocessing, patches)
+        if not patches or rows * columns != patches:
+            raise ValueError(f"shape.tokens: {patches} patches do not fill an image of preprocessing.size")
+        return self
 
     @field_validator("files")
     @classmethod

@@ -25,6 +25,7 @@ from vitrine.service.engine.batcher import Batcher
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.images import ImageLimits, decode, to_pixels
 from vitrine.service.engine.labels import LabelEncoder, LabelSet
+from vitrine.service.engine.runtime import session_errors
 from vitrine.service.errors import queue_full
 from vitrine.service.operations import metrics
 from vitrine.service.operations.settings import Settings
@@ -39,7 +40,7 @@ _turns: ContextVar[asyncio.Semaphore | None] = ContextVar("turns", default=None)
 
 class Attributor:
     """A bundle, ready to answer. Use as an async context manager; entering it loads the bundle and warms it up, and
-    may raise `BundleError` or `EngineError`."""
+    may raise `BundleError`, `LabelSetError` or `EngineError`."""
 
     def __init__(self, bundle: Bundle, settings: Settings, in_service: Batcher | None = None) -> None:
         """in_service: of the bundle that this one replaces; label sets are encoded between that one's batches."""
@@ -52,20 +53,23 @@ class Attributor:
     async def __aenter__(self) -> Attributor:
         settings = self.settings
         self._label_sets = await asyncio.to_thread(read_label_sets, settings.label_sets) if settings.label_sets else {}
-        # read now, so that a damaged table fails the start and not the first request
-        _ = self.bundle.directions, self.bundle.fold, self.bundle.attention_fold
-        await asyncio.to_thread(getattr, self.bundle, "cards")
+        # read now, so that a damaged table fails the start and not the first request; beside the event loop, which
+        # answers with the previous bundle meanwhile
+        for table in ("directions", "fold", "attention_fold", "cards"):
+            await asyncio.to_thread(getattr, self.bundle, table)
         self.engine = await asyncio.to_thread(Engine, self.bundle, settings)
-        self.labels = LabelEncoder(self.engine, settings.label_cache)
+        self.labels = await asyncio.to_thread(LabelEncoder, self.engine, settings.label_cache)
         async with AsyncExitStack() as stack:  # a failed start leaves no thread behind
-            self._pool = stack.enter_context(ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode"))
+            self._pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+            stack.push_async_callback(asyncio.to_thread, self._pool.shutdown)  # waits for what its threads still do
             self.batcher = await stack.enter_async_context(
                 Batcher(self.engine.explain, settings.batch_size, settings.batch_wait_ms)
             )
             await self.batcher.run(self.engine.warm_up)
             run = (self._in_service or self.batcher).run_between
             self._in_service = None
-            await self.labels.add({DEFAULT: self.labels.named[DEFAULT], **self._label_sets}, run)
+            with session_errors(self.bundle.path / "text.onnx"):
+                await self.labels.add({DEFAULT: self.labels.named[DEFAULT], **self._label_sets}, run)
             self._resources = stack.pop_all()
         return self
 

@@ -11,7 +11,7 @@ from vitrine.models.account import ledger
 from vitrine.models.account.heatmap import heat_map
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
-from vitrine.models.bundle.manifest import Preprocessing
+from vitrine.models.bundle.manifest import patch_grid
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.labels import LabelSet
 from vitrine.service.errors import ServiceError
@@ -136,13 +136,6 @@ def _heat_map(parts: Decomposition, bundle: Bundle, direction: NDArray[np.floati
         constant=split.constant.tolist(),
         outliers=np.flatnonzero(split.outliers).tolist(),
     )
-
-
-def patch_grid(preprocessing: Preprocessing, patches: int) -> tuple[int, int]:
-    """Rows and columns of the patches in the model's input."""
-    height, width = preprocessing.size
-    rows = round((patches * height / width) ** 0.5)  # patches are square
-    return rows, patches // rows
 
 
 def lens(parts: Decomposition, labels: LabelSet, logit_scale: float) -> list[LensLayer]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.cards import BINS, QUANTILES, Card, CardImage, Cards
-from vitrine.service.answers.explain import patch_grid
+from vitrine.models.bundle.manifest import patch_grid
 from vitrine.service.errors import ServiceError
 from vitrine.service.schemas.base import Model
 from vitrine.service.schemas.features import (

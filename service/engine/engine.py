@@ -18,7 +18,8 @@ from vitrine.models.bundle.layout import (
     VISION_OUTPUTS,
     vision_file,
 )
-from vitrine.service.engine.runtime import PROVIDERS, Runtime, choose, open_session
+from vitrine.service.engine.fit import check_graph, replacement_graph, text_graph, vision_graph
+from vitrine.service.engine.runtime import PROVIDERS, Runtime, choose, open_session, session_errors
 from vitrine.service.engine.text_groups import TextGroups
 from vitrine.service.operations.settings import Settings
 
@@ -26,7 +27,8 @@ from vitrine.service.operations.settings import Settings
 class Engine:
     """Runs a bundle's graphs. Thread-safe, but most efficient when used by one thread at a time.
 
-    Raises `EngineError` if the settings cannot be satisfied (`service.engine.runtime`).
+    Raises `EngineError` if the settings cannot be satisfied (`service.engine.runtime`), `BundleError` if the graphs do
+    not fit the manifest (`service.engine.fit`) or are no longer the files that were verified.
     """
 
     def __init__(self, bundle: Bundle, settings: Settings, runtime: Runtime | None = None) -> None:
@@ -37,11 +39,20 @@ class Engine:
         self.text = open_session(bundle.path / "text.onnx", self.runtime)
         load_replacement = bundle.has_replacement and settings.replacement
         self._replacement = open_session(bundle.path / "replacement.onnx", self.runtime) if load_replacement else None
+        bundle.check_unchanged()  # ONNX Runtime opens the graphs, and what they refer to, by path
+        self._check()
         self.on_gpu = self.provider != PROVIDERS["cpu"]
         self.batches = _batches(settings.batch_size, self.on_gpu)
         any_length = not isinstance(self.text.get_inputs()[0].shape[1], int)  # else a name
         text = bundle.manifest.text
         self.text_groups = TextGroups(text.context, text.pad, any_length, self.on_gpu)
+
+    def _check(self) -> None:
+        manifest = self.bundle.manifest
+        check_graph(self.bundle, vision_graph(manifest, self.runtime.precision, self.has_details), self.vision)
+        check_graph(self.bundle, text_graph(manifest), self.text)
+        if self._replacement is not None:
+            check_graph(self.bundle, replacement_graph(manifest), self._replacement)
 
     @property
     def provider(self) -> str:
@@ -97,9 +108,10 @@ class Engine:
         self.text_groups.record(tokens.size, perf_counter() - start)
         return embeddings[: len(texts)]
 
+    @session_errors("a graph of this bundle, at the largest VITRINE_BATCH_SIZE,")
     def warm_up(self) -> None:
         """Run the graphs once at every relevant size, so that no request pays for it, and learn the text encoder's
-        pace."""
+        pace. Raises `EngineError`."""
         manifest = self.bundle.manifest
         for batch in self.batches:
             pixels = np.zeros((batch, 3, *manifest.preprocessing.size), np.float32)

@@ -6,20 +6,21 @@ import asyncio
 import hashlib
 import json
 import os
+import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from cachetools import LRUCache
+from cachetools import LRUCache, cached
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from vitrine.models.bundle.bundle import BundleError
+from vitrine.models.bundle.bundle import Bundle, BundleError
 from vitrine.models.bundle.label_sets import DEFAULT, NamedLabels
 from vitrine.service.engine.engine import Engine
+from vitrine.service.engine.fit import Tokens, check_tokenizer, check_unit
 from vitrine.service.operations import metrics
 
 # `tokenizers` would start a thread per processor of the machine, which the engine's threads then have to share.
@@ -57,8 +58,9 @@ class LabelEncoder:
     def __init__(self, engine: Engine, capacity: int) -> None:
         text = engine.bundle.manifest.text
         self.engine = engine
-        self.tokenizer = _load_tokenizer(engine.bundle.path / "tokenizer.json")
-        self.tokenizer.no_padding()  # texts are padded by group
+        tokens = _load_tokenizer(engine.bundle)
+        check_tokenizer(engine.bundle, tokens, engine.text)
+        self.tokenizer = tokens.tokenizer
         self.default_labels, self.default_templates = text.labels, text.templates
         self.named = {DEFAULT: NamedLabels.model_construct(labels=text.labels, templates=text.templates)}
         self._named_sets: dict[_Key, LabelSet] = {}  # never evicted
@@ -86,6 +88,7 @@ class LabelEncoder:
 
     def _store(self, named: tuple[tuple[str, ...], tuple[str, ...]], embeddings: NDArray[np.floating]) -> None:
         labels, templates = named
+        check_unit(embeddings, f"{self.engine.bundle.path}: the embedding of a label, {labels[0]!r} or one of its set,")
         self._named_sets[labels, _digest(templates)] = LabelSet(labels, embeddings.astype(np.float32, copy=False))
 
     async def resolve(self, labels: tuple[str, ...], templates: tuple[str, ...], run: Run) -> LabelSet:
@@ -195,8 +198,21 @@ def _digest(templates: tuple[str, ...]) -> bytes:
     return hashlib.sha256(json.dumps(templates).encode()).digest()
 
 
-def _load_tokenizer(file: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # `tokenizers` raises nothing more specific
-        raise BundleError(f"{file} cannot be used: {error}") from error
+def _tokenizer_sha256(bundle: Bundle) -> str:
+    return bundle.manifest.files["tokenizer.json"].sha256
+
+
+@cached(LRUCache(1), key=_tokenizer_sha256, lock=threading.Lock())
+def _load_tokenizer(bundle: Bundle) -> Tokens:
+    """The bundle's tokenizer. The last one is kept, for a bundle that has the same: to load one holds the GIL for 0.1 s
+    and more, in any thread. So bundles may share it, and its padding and truncation must not be changed."""
+    file = bundle.path / "tokenizer.json"
+    with bundle.open("tokenizer.json") as stream:
+        try:
+            tokenizer = Tokenizer.from_buffer(stream.read())
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{file} cannot be used: {error}") from error
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    padding = tokenizer.padding
+    tokenizer.no_padding()  # texts are padded by group
+    return Tokens(tokenizer, padding, tokenizer.truncation, largest)

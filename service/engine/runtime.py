@@ -5,7 +5,8 @@ There is no silent fallback: a setting that cannot be satisfied stops the start 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,18 @@ from vitrine.service.operations.settings import Settings
 
 # ONNX Runtime's errors for a file that is not a graph, or not one that it can run; they share no specific base class.
 _SESSION_ERRORS = (
+    ort.EPFail,
+    ort.EngineError,
     ort.Fail,
     ort.InvalidArgument,
     ort.InvalidGraph,
     ort.InvalidProtobuf,
+    ort.NoModel,
     ort.NoSuchFile,
+    ort.NotFound,
     ort.NotImplemented,
     ort.RuntimeException,
+    MemoryError,
 )
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 # CPU flags for byte products with 32-bit sums: without them int8 is no faster.
@@ -74,15 +80,22 @@ def open_session(path: Path, runtime: Runtime) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = runtime.threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
+    with session_errors(path):
         session = onnxruntime.InferenceSession(path, options, providers=list(runtime.options.items()))
-    except _SESSION_ERRORS as error:
-        raise EngineError(f"{path} cannot be used: {error}") from error
     if session.get_providers()[0] != runtime.provider:
         raise EngineError(
             f"{runtime.provider} could not be used for {path.name}; ONNX Runtime would use {session.get_providers()[0]}"
         )
     return session
+
+
+@contextmanager
+def session_errors(what: object) -> Iterator[None]:
+    """While a graph is loaded or tried: turn ONNX Runtime's errors into `EngineError`, with what could not be used."""
+    try:
+        yield
+    except _SESSION_ERRORS as error:
+        raise EngineError(f"{what} cannot be used: {str(error) or 'there is not enough memory'}") from error
 
 
 def requested_provider(settings: Settings) -> str:

@@ -40,9 +40,10 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with serving, instruments.running(memory_limit()[0]):
-            with workers.on_signal(signal.SIGHUP, serving.reload_by_signal), workers.exit_with_parent():
-                yield
+        with workers.on_signal(signal.SIGHUP, serving.reload_by_signal):  # before loading: by default it kills
+            async with serving, instruments.running(memory_limit()[0]):
+                with workers.exit_with_parent():
+                    yield
 
     app = FastAPI(title="Vitrine", lifespan=lifespan, docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
     app.state.serving, app.state.settings = serving, settings

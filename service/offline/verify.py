@@ -10,8 +10,9 @@ import numpy as np
 from vitrine.models.bundle.bundle import Bundle, BundleError, open_bundle
 from vitrine.models.bundle.layout import vision_file
 from vitrine.service.engine.engine import Engine
+from vitrine.service.engine.fit import check_unit
 from vitrine.service.engine.labels import LabelEncoder
-from vitrine.service.engine.runtime import choose
+from vitrine.service.engine.runtime import choose, session_errors
 from vitrine.service.operations.settings import load_settings
 
 TOLERANCE = 1e-4  # of unit embeddings
@@ -19,32 +20,42 @@ CARDS_PER_LAYER = 4  # cards read per layer
 
 
 def verify(path: Path) -> Bundle:
-    """The opened bundle. Raises `BundleError` for the first error in it."""
+    """The opened bundle. Raises `BundleError` or `EngineError` for the first error in it."""
     bundle = open_bundle(path)
-    pixels = np.random.default_rng(0).standard_normal((2, 3, *bundle.manifest.preprocessing.size), np.float32)
-    directions, fold = bundle.directions, bundle.fold  # before the graph, whose error for a damaged table is less clear
+    # before the graphs, whose errors for a damaged table are less clear
+    _ = bundle.directions, bundle.fold, bundle.attention_fold, bundle.label_sets
     settings = load_settings().model_copy(update={"replacement": True})
     runtime = choose(bundle, settings.model_copy(update={"provider": "cpu", "precision": "fp32"}))
     for precision in bundle.manifest.precisions:
         engine = Engine(bundle, settings, replace(runtime, precision=precision))
-        decompositions = engine.explain(pixels)
-        for parts in decompositions:
-            deviation = float(np.abs(parts.rows.sum(0) - parts.embedding).max())
-            if not deviation <= TOLERANCE:
-                raise BundleError(f"{path}: the rows of {vision_file(precision)} miss its embedding by {deviation:.1e}")
-        if engine.can_replace and precision == "fp32":
-            embeddings, _ = engine.replace(pixels, np.zeros((bundle.manifest.shape.layers, 2), bool))
-            deviation = float(np.abs(embeddings - np.stack([parts.embedding for parts in decompositions])).max())
-            if not deviation <= TOLERANCE:
-                raise BundleError(
-                    f"{path}: with nothing replaced, replacement.onnx misses vision.onnx's embedding by {deviation:.1e}"
-                )
-    text = bundle.manifest.text
-    labels = LabelEncoder(engine, capacity=1).encode(text.labels[:1], text.templates)
-    if (directions.shape[2], labels.shape[1]) != fold.shape:
-        raise BundleError(f"{path}: text.onnx, directions.npy and fold.npy do not fit one another")
+        with session_errors(bundle.path / vision_file(precision)):
+            _check_sums(engine)
+    encoder, text = LabelEncoder(engine, capacity=1), bundle.manifest.text
+    file = bundle.path / "text.onnx"
+    with session_errors(file):
+        check_unit(encoder.encode(text.labels, text.templates), f"{file}: the embedding of a label")
     _check_cards(bundle)
     return bundle
+
+
+def _check_sums(engine: Engine) -> None:
+    """That rows sum to the embedding, and that the replacement graph replaces nothing where it should not."""
+    bundle = engine.bundle
+    pixels = np.random.default_rng(0).standard_normal((2, 3, *bundle.manifest.preprocessing.size), np.float32)
+    decompositions = engine.explain(pixels)
+    for parts in decompositions:
+        deviation = float(np.abs(parts.rows.sum(0) - parts.embedding).max())
+        if not deviation <= TOLERANCE:
+            file = vision_file(engine.runtime.precision)
+            raise BundleError(f"{bundle.path}: the rows of {file} miss its embedding by {deviation:.1e}")
+    if engine.can_replace and engine.runtime.precision == "fp32":
+        embeddings, _ = engine.replace(pixels, np.zeros((bundle.manifest.shape.layers, 2), bool))
+        deviation = float(np.abs(embeddings - np.stack([parts.embedding for parts in decompositions])).max())
+        if not deviation <= TOLERANCE:
+            raise BundleError(
+                f"{bundle.path}: with nothing replaced, replacement.onnx misses vision.onnx's embedding by "
+                f"{deviation:.1e}"
+            )
 
 
 def _check_cards(bundle: Bundle) -> None:

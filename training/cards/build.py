@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +104,7 @@ def build_cards(
     sealed = seal(target, bundle.manifest.model_copy(update={"cards": summary}))
     target.rename(out)
     shutil.rmtree(work)
-    return Bundle(out, sealed.manifest, sealed.digest)
+    return replace(sealed, path=out)
 
 
 def _finite(thresholds: Thresholds) -> dict[str, float] | None:

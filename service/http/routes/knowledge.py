@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import FastAPI, Request
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.responses import Response
 
 from vitrine.service.answers.features import card, search
@@ -15,6 +16,24 @@ from vitrine.service.schemas.features import (
     FeaturesQuery,
     FeaturesResponse,
 )
+
+MOST_DIGITS = 9  # of a layer or an index; more name nothing
+
+
+class NumberConvertor(Convertor[int]):
+    """A number in a path. Of those with more digits than `MOST_DIGITS` any that names nothing will do: Starlette's own
+    converter fails at 4,300 digits, as Python's `int` does, before a key is asked for."""
+
+    regex = "[0-9]+"
+
+    def convert(self, value: str) -> int:
+        return int(value) if len(value) <= MOST_DIGITS else 10**MOST_DIGITS
+
+    def to_string(self, value: int) -> str:
+        return str(value)
+
+
+register_url_convertor("number", NumberConvertor())
 
 
 def add_knowledge(app: FastAPI) -> None:
@@ -30,7 +49,7 @@ def add_knowledge(app: FastAPI) -> None:
     )(features)
     # With these converters, what is not a number gets the 404 of unknown paths.
     app.get(
-        "/v1/features/{layer:int}/{index:int}",
+        "/v1/features/{layer:number}/{index:number}",
         response_model=CardResponse,
         responses=errors(401, 404, 503),
         tags=["know"],

@@ -32,9 +32,10 @@ async def reload(request: Request) -> Response:
     try:
         current, previous = await serving.reload()
     except RELOAD_ERRORS as error:
-        raise ServiceError("bundle_refused", f"{error}; {serving.attributor.model.digest} stays in service") from error
+        stays = f"; {serving.attributor.model.digest} stays in service" if serving.attributor else ""
+        raise ServiceError("bundle_refused", f"{error}{stays}") from error
     workers.signal_others(signal.SIGHUP)
-    return json_response(ReloadResponse(model=current.model, previous=previous.model))
+    return json_response(ReloadResponse(model=current, previous=previous))
 
 
 async def metrics_route(request: Request) -> Response:

@@ -4,6 +4,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -130,3 +131,71 @@ def test_a_path_with_a_quote_in_it(carded, tmp_path):
 
 def test_a_bundle_without_cards_has_none(bundle):
     assert bundle.cards is None
+
+
+def column(name, value, row=5):
+    """One value of features.parquet is another."""
+
+    def change(folder):
+        rows = pq.read_table(folder / "cards/features.parquet")
+        values = rows[name].to_pylist()
+        values[row] = value(values[row]) if callable(value) else value
+        changed = rows.set_column(
+            rows.schema.get_field_index(name), name, pa.array(values, rows.schema.field(name).type)
+        )
+        pq.write_table(changed, folder / "cards/features.parquet")
+
+    return change
+
+
+def references(**changes):
+    def change(folder):
+        with np.load(folder / "cards/references.npz") as stored:
+            arrays = dict(stored)
+        for name, value in changes.items():
+            arrays[name][0, 0, 0] = value
+        np.savez(folder / "cards/references.npz", **arrays)
+
+    return change
+
+
+def without_column(folder):
+    rows = pq.read_table(folder / "cards/features.parquet")
+    pq.write_table(rows.drop_columns(["exemplars"]), folder / "cards/features.parquet")
+
+
+def without_image(folder):
+    rows = pq.read_table(folder / "cards/images.parquet")
+    pq.write_table(rows.slice(1), folder / "cards/images.parquet")
+
+
+EXEMPLAR, COACTIVE = {"image": 0, "activation": 1.0, "mask": b"x"}, {"layer": 0, "index": 0, "jaccard": 0.5}
+WRONG = {
+    "score NaN": (column("label_score", float("nan")), "not finite"),
+    "frequency missing": (column("frequency_cls", None), "missing or not finite"),
+    "quantile infinite": (column("quantiles", [0, 1, 2, 3, float("inf")]), "not finite"),
+    "two quantiles": (column("quantiles", [0.0, 1.0]), "values that are none"),
+    "no such reading": (column("read_at", "nose"), "values that are none"),
+    "a feature twice": (column("index", 4), "features that are there twice"),
+    "a feature beyond": (column("index", 64, row=191), "features that do not exist"),
+    "activation NaN": (column("exemplars", [EXEMPLAR | {"activation": float("nan")}]), "exemplars that are not finite"),
+    "no such image": (column("exemplars", [EXEMPLAR | {"image": 999}]), "exemplars .* no image"),
+    "coactive beyond": (column("coactive", [COACTIVE | {"layer": 3}]), "coactive features that do not exist"),
+    "coactive NaN": (column("coactive", [COACTIVE | {"jaccard": float("nan")}]), "coactive features .* not finite"),
+    "no exemplars": (without_column, "exemplars"),
+    "a reference image missing": (without_image, "images.parquet has reference images too few: 1"),
+    "code NaN": (references(values=float("nan")), "references.npz has values that are not finite"),
+    "code of a feature beyond": (references(indices=64), "references.npz names a feature beyond"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_cards_that_could_not_be_answered_with_are_refused(carded, tmp_path, case):
+    """When the bundle is loaded: a question would be answered 500, or with null where a number is promised."""
+    change, message = WRONG[case]
+    path = shutil.copytree(carded.path, tmp_path / "bundle")
+    change(path)
+    (path / "manifest.json").unlink()
+    bundle = seal(path, carded.manifest)
+    with pytest.raises(BundleError, match=message):
+        _ = bundle.cards

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import weakref
 
 from vitrine.service.answers.reload import Serving
 from vitrine.service.operations.settings import Settings
@@ -27,16 +26,11 @@ asyncio.run(ask())
 """
 
 
-def test_full_collections_skip_what_is_loaded_and_free_what_was_replaced(bundle_path):
+def test_full_collections_skip_what_is_loaded(bundle_path):
     async def serve():
         async with Serving(Settings(bundle=bundle_path)) as serving:
             assert gc.get_freeze_count() > 10_000
-            before = weakref.ref(serving.attributor)
-            serving.attributor.itself = serving.attributor  # a cycle: reference counting does not free it
             await serving.reload()
-            await asyncio.gather(*serving._retiring)
-            await asyncio.sleep(0)
-            assert before() is None
             assert gc.get_freeze_count() > 10_000
         assert gc.get_freeze_count() == 0
 

@@ -1,0 +1,183 @@
+"""Whether a bundle's parts fit together: manifest, graphs and tokenizer. Checked when they are loaded, so that what
+does not fit is refused by the name of file and field, and not by a request that fails.
+
+First what the graphs declare; then one image and one text go through them, whose outputs must have the manifest's
+shapes and be finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnxruntime import InferenceSession
+from tokenizers import Tokenizer
+
+from vitrine.models.bundle.bundle import Bundle, BundleError
+from vitrine.models.bundle.layout import DETAILS_INPUT, MANIFEST, REPLACED_INPUT, Precision, vision_file
+from vitrine.models.bundle.manifest import Manifest
+from vitrine.service.engine.runtime import session_errors
+
+UNIT_TOLERANCE = 1e-2  # of a unit embedding's length, in any precision
+_TYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(bool)": np.bool_, "tensor(int64)": np.int64}
+_FIELDS = {"pixels": "preprocessing.size", "tokens": "text.context", REPLACED_INPUT: "shape.layers"}
+Dimensions = tuple[int | None, ...]  # None: any number
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What a graph is by the manifest: inputs (type, dimensions) and outputs (dimensions), by name."""
+
+    file: str
+    inputs: dict[str, tuple[str, Dimensions]]
+    outputs: dict[str, Dimensions]
+
+
+def vision_graph(manifest: Manifest, precision: Precision, with_details: bool) -> Graph:
+    """vision.onnx or one of its variants."""
+    shape = manifest.shape
+    layers, embedding, k, tokens, rows = shape.layers, shape.embedding, shape.k, shape.tokens, 2 * shape.layers + 3
+    inputs: dict[str, tuple[str, Dimensions]] = {"pixels": ("tensor(float)", (None, 3, *manifest.preprocessing.size))}
+    outputs: dict[str, Dimensions] = {
+        "embedding": (None, embedding),
+        "rows": (None, rows, embedding),
+        "sigma": (None,),
+        "sigma_without": (None, rows),
+        "norm": (None,),
+        "feature_indices": (None, layers, k),
+        "feature_values": (None, layers, k),
+        "projection": (None, layers),
+        "fidelity": (None, 2),
+    }
+    if with_details:
+        inputs[DETAILS_INPUT] = ("tensor(bool)", ())
+        outputs |= {
+            "lens": (None, layers, embedding),
+            "attention_weights": (None, layers, None, tokens),
+            "attention_values": (None, layers, tokens, shape.width),
+            "token_norms": (None, tokens),
+        }
+    return Graph(vision_file(precision), inputs, outputs)
+
+
+def text_graph(manifest: Manifest) -> Graph:
+    """text.onnx. It takes texts of the manifest's length, or of any up to that."""
+    inputs: dict[str, tuple[str, Dimensions]] = {"tokens": ("tensor(int64)", (None, manifest.text.context))}
+    return Graph("text.onnx", inputs, {"text_embedding": (None, manifest.shape.embedding)})
+
+
+def replacement_graph(manifest: Manifest) -> Graph:
+    """replacement.onnx."""
+    layers = manifest.shape.layers
+    inputs: dict[str, tuple[str, Dimensions]] = {
+        "pixels": ("tensor(float)", (None, 3, *manifest.preprocessing.size)),
+        REPLACED_INPUT: ("tensor(bool)", (layers, 2)),
+    }
+    outputs: dict[str, Dimensions] = {
+        "embedding": (None, manifest.shape.embedding),
+        "contributions": (None, 2, layers, layers),
+    }
+    return Graph("replacement.onnx", inputs, outputs)
+
+
+def check_graph(bundle: Bundle, graph: Graph, session: InferenceSession) -> None:
+    """Raise `BundleError` or `EngineError` unless an opened graph is what the manifest says, and runs."""
+    file = bundle.path / graph.file
+    _check_inputs(bundle, graph, session)
+    if missing := graph.outputs.keys() - {output.name for output in session.get_outputs()}:
+        raise BundleError(f"{file} has no output {min(missing)}: it was not exported for this bundle")
+    with session_errors(file):
+        values = session.run(list(graph.outputs), _feeds(graph))
+    for (name, dimensions), value in zip(graph.outputs.items(), values, strict=True):
+        if not _fits(value.shape, (1, *dimensions[1:])):
+            said = ", ".join("any" if size is None else str(size) for size in (1, *dimensions[1:]))
+            raise BundleError(f"{file}: its output {name} is {list(value.shape)}, {MANIFEST} says [{said}] (shape)")
+        if not np.isfinite(value).all():
+            raise BundleError(f"{file}: its output {name} has values that are not finite")
+        if name in ("embedding", "text_embedding"):
+            check_unit(value, f"{file}: its output {name}")
+        if name == "feature_indices" and not 0 <= value.min() <= value.max() < bundle.manifest.shape.features:
+            raise BundleError(
+                f"{file}: its output {name} goes up to {value.max()}, {MANIFEST} says shape.features = "
+                f"{bundle.manifest.shape.features}"
+            )
+
+
+def check_unit(embeddings: NDArray[np.floating], what: str) -> None:
+    """Raise `BundleError` unless embeddings [N, D] are finite and of length 1."""
+    lengths = np.linalg.norm(embeddings.astype(np.float32), axis=-1)
+    if not np.abs(lengths - 1).max(initial=0) <= UNIT_TOLERANCE:  # false for NaN, too
+        raise BundleError(f"{what} is not of length 1, or not finite")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenizer as its file has it."""
+
+    tokenizer: Tokenizer
+    padding: dict[str, Any] | None
+    truncation: dict[str, Any] | None
+    largest: int  # token
+
+
+def check_tokenizer(bundle: Bundle, tokens: Tokens, session: InferenceSession) -> None:
+    """Raise `BundleError` or `EngineError` unless the tokenizer's texts can be given to text.onnx."""
+    file, text = bundle.path / "tokenizer.json", bundle.manifest.text
+    length = (tokens.truncation or {}).get("max_length")
+    if length != text.context:
+        raise BundleError(
+            f"{file} cuts texts to {length} tokens (truncation), {MANIFEST} says text.context = {text.context}"
+        )
+    is_fixed = isinstance(session.get_inputs()[0].shape[1], int)
+    padding = tokens.padding or {}
+    if is_fixed and (padding.get("length"), padding.get("pad_id")) != (text.context, text.pad):
+        raise BundleError(
+            f"{file} pads texts to {padding.get('length')} tokens with {padding.get('pad_id')} (padding), {MANIFEST} "
+            f"says text.context = {text.context}, text.pad = {text.pad}"
+        )
+    prompt = text.templates[0].replace("{}", text.labels[0])
+    try:
+        ids = tokens.tokenizer.encode(prompt).ids
+    except Exception as error:  # `tokenizers` raises nothing more specific
+        raise BundleError(f"{file} cannot take {prompt[:100]!r}: {error}") from error
+    if not ids:
+        raise BundleError(f"{file} makes no token of {prompt[:100]!r}")
+    with session_errors(f"{bundle.path / 'text.onnx'} with token {tokens.largest}, the last of tokenizer.json,"):
+        session.run(None, {"tokens": np.full((1, text.context), max(tokens.largest, text.pad), np.int64)})
+
+
+def _check_inputs(bundle: Bundle, graph: Graph, session: InferenceSession) -> None:
+    file, inputs = bundle.path / graph.file, {node.name: node for node in session.get_inputs()}
+    if unknown := inputs.keys() - graph.inputs.keys():
+        why = f"; {MANIFEST} does not list attention.npy, which belongs to it" if unknown == {DETAILS_INPUT} else ""
+        raise BundleError(f"{file} has an input {min(unknown)}, which this bundle's graph has not{why}")
+    for name, (kind, dimensions) in graph.inputs.items():
+        if name not in inputs:
+            raise BundleError(f"{file} has no input {name}: it was not exported for this bundle")
+        node = inputs[name]
+        declared = tuple(size if isinstance(size, int) else None for size in node.shape)
+        if node.type != kind or not _fits(declared, dimensions):
+            said = [size or "any" for size in dimensions]
+            field = _FIELDS.get(name, "shape")
+            raise BundleError(f"{file}: its input {name} is {node.type} {node.shape}, {MANIFEST} says {said} ({field})")
+
+
+def _fits(found: Dimensions, wanted: Dimensions) -> bool:
+    """Whether dimensions are equal, as far as both are known."""
+    return len(found) == len(wanted) and all(
+        a is None or b is None or a == b for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def _feeds(graph: Graph) -> dict[str, NDArray[Any]]:
+    """One image of noise with all details, one text of padding."""
+    feeds = {
+        name: np.zeros([size or 1 for size in shape], _TYPES[kind]) for name, (kind, shape) in graph.inputs.items()
+    }
+    if "pixels" in feeds:
+        feeds["pixels"] += np.asarray(np.random.default_rng(0).standard_normal(feeds["pixels"].shape), np.float32)
+    if DETAILS_INPUT in feeds:
+        feeds[DETAILS_INPUT] = np.array(True)
+    return feeds

@@ -1,0 +1,101 @@
+"""Bundles whose parts do not fit are refused by name, by `verify` and at the start, and never by what happens later."""
+
+import asyncio
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from onnx import helper
+from tokenizers import Tokenizer
+
+from broken import BROKEN, content, copy, replace_file, tokenizer, write_manifest
+from vitrine.models.bundle.bundle import BundleError, open_bundle
+from vitrine.service.answers.reload import RELOAD_ERRORS, Serving
+from vitrine.service.engine import labels
+from vitrine.service.engine.engine import Engine
+from vitrine.service.engine.labels import LabelEncoder
+from vitrine.service.offline.verify import verify
+from vitrine.service.operations.settings import Settings
+
+
+def start(path):
+    async def serve():
+        async with Serving(Settings(bundle=path)):
+            pass
+
+    asyncio.run(serve())
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_does_not_fit_is_refused_by_name(bundle_path, tmp_path, case):
+    change, words = BROKEN[case]
+    path = copy(bundle_path, tmp_path / "bundle")
+    change(path)
+    for load in (verify, start):
+        with pytest.raises(RELOAD_ERRORS) as caught:
+            load(path)
+        message = str(caught.value)
+        assert not [word for word in words if word not in message], message
+        assert len(message) < 1_000
+
+
+def test_the_same_bundle_written_anew_is_served(bundle_path, tmp_path):
+    """What is refused above is refused for what was changed."""
+    path = copy(bundle_path, tmp_path / "bundle")
+    write_manifest(path)
+    verify(path)
+    start(path)
+
+
+def dynamic_text(folder):
+    """A text graph that takes texts of any length, and a tokenizer that does not pad them."""
+    zero, row = (helper.make_tensor(*tensor) for tensor in (("zero", 1, [], [0.0]), ("row", 1, [24], [1.0] + 23 * [0])))
+    axes = helper.make_tensor("axes", 7, [1], [1])
+    nodes = [
+        helper.make_node("Cast", ["tokens"], ["numbers"], to=1),
+        helper.make_node("ReduceSum", ["numbers", "axes"], ["sum"]),
+        helper.make_node("Mul", ["sum", "zero"], ["nothing"]),
+        helper.make_node("Add", ["nothing", "row"], ["text_embedding"]),
+    ]
+    inputs = [helper.make_tensor_value_info("tokens", 7, ["batch", "length"])]
+    outputs = [helper.make_tensor_value_info("text_embedding", 1, ["batch", 24])]
+    graph = helper.make_graph(nodes, "text", inputs, outputs, [zero, row, axes])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    content("text.onnx", model.SerializeToString())(folder)
+    tokenizer(lambda settings: settings.update(padding=None))(folder)
+
+
+def test_texts_of_any_length_fit(bundle_path, tmp_path):
+    path = copy(bundle_path, tmp_path / "bundle")
+    dynamic_text(path)
+    engine = Engine(open_bundle(path), Settings(bundle=path))
+    LabelEncoder(engine, 10)
+    assert engine.encode_text(np.zeros((2, 5), np.int64)).shape == (2, 24)
+
+
+def test_a_tokenizer_is_loaded_once_for_bundles_that_share_it(bundle_path, tmp_path, monkeypatch):
+    """Loading holds the GIL for 0.1 s: requests to the bundle in service would wait at every reload."""
+    loaded = []
+
+    def from_buffer(raw):
+        loaded.append(threading.current_thread())
+        return Tokenizer.from_buffer(raw)
+
+    monkeypatch.setattr(labels, "Tokenizer", SimpleNamespace(from_buffer=from_buffer))
+    other = copy(bundle_path, tmp_path / "other")
+    tokenizer(lambda settings: settings["model"]["vocab"].update({"zzzz": 7}))(other)
+    for path, times in ((other, 1), (other, 1), (bundle_path, 2), (bundle_path, 2)):
+        start(path)
+        assert len(loaded) == times
+    assert threading.main_thread() not in loaded  # which has the event loop
+
+
+def test_files_replaced_after_they_were_verified_are_not_loaded(bundle_path, tmp_path):
+    """ONNX Runtime opens them by path."""
+    for name in ("vision.onnx", "vision.onnx.data", "text.onnx", "directions.npy", "tokenizer.json"):
+        path = copy(bundle_path, tmp_path / name)
+        bundle = open_bundle(path)
+        replace_file(path / name, (path / name).read_bytes())  # the same bytes: not what was verified all the same
+        with pytest.raises(BundleError, match=f"{name} was changed while it was being loaded"):
+            LabelEncoder(Engine(bundle, Settings(bundle=path)), 10)
