@@ -17,6 +17,7 @@ from bentoml._internal.server.http import traffic
 from opentelemetry import trace
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from vitrine.service.http import connection
 from vitrine.service.http.application import create_app
 from vitrine.service.operations import logs
 from vitrine.service.operations.settings import load_settings
@@ -24,6 +25,7 @@ from vitrine.service.operations.settings import load_settings
 settings = load_settings()
 logs.configure(settings.log_format)
 app = create_app(settings)
+connection.install(settings)  # BentoML configures uvicorn after it has imported this module
 BENTOML_PATHS = ("/livez", "/readyz", "/healthz", "/schema.json")
 tracing: dict[str, Any] = {}
 if settings.trace_endpoint:
