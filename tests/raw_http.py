@@ -78,11 +78,6 @@ def head(*lines, request="GET /v1/model HTTP/1.1"):
 
 
 def upload(*lines, path="/v1/classify", key=KEY):
-    lines = [
-        f"POST {path} HTTP/1.1",
-        "Host: h",
-        f"Authorization: Bearer {key}",
-        "Content-Type: application/json",
-        *lines,
-    ]
-    return "\r\n".join([*lines, "", ""]).encode()
+    authorization = [] if key is None else [f"Authorization: Bearer {key}"]
+    start = [f"POST {path} HTTP/1.1", "Host: h", *authorization, "Content-Type: application/json"]
+    return "\r\n".join([*start, *lines, "", ""]).encode()

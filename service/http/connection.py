@@ -98,7 +98,6 @@ class Connection(Incoming):
         super().resume_writing()
 
     def check(self) -> int:
-        """End what has taken too long. Returns the number of bytes that the client has not read yet."""
         now, unread = self.loop.time(), self._socket.get_write_buffer_size()
         if not unread:
             self._unread_since = None
@@ -204,7 +203,6 @@ class Connection(Incoming):
         return self._phase is _Phase.LINGER or self._socket.is_closing()
 
     def give_way(self) -> None:
-        """Close, while no request is in hand, for the sake of a new connection."""
         if self._in_head:
             self._socket.write(raw_response(_too_many(), self.server_state.default_headers))
         self._socket.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import time
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import psutil
 
@@ -19,13 +19,22 @@ from vitrine.service.operations import metrics
 from vitrine.service.operations.logs import logger
 from vitrine.service.operations.settings import Settings
 
-if TYPE_CHECKING:
-    from vitrine.service.http.connection import Connection
-
 TURNED_AWAY = 16  # connections over the limit that are being told so; further ones are closed without an answer
 RESERVED_DESCRIPTORS = TURNED_AWAY + 8  # the rest is for a reload, which opens files beside those in use
 FEWEST = 4  # connections, however few descriptors there are
 LOG_SECONDS = 10.0  # a line for each reason, at most
+
+
+class Entrant(Protocol):
+    """What the door needs of a `Connection`."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def check(self) -> int:
+        """End what has taken too long. Returns the number of bytes that the client has not read yet."""
+
+    def give_way(self) -> None:
+        """Close, while no request is in hand, for the sake of a new connection."""
 
 
 class Door:
@@ -36,15 +45,15 @@ class Door:
         self.budget = Budget(settings.max_bytes_in_hand)
         self.linger_bytes = 16 * settings.max_body_bytes
         self._limit = 0  # not known before the first connection: the bundle's files are open then
-        self._connections: set[Connection] = set()  # until they are lost
-        self._admitted: set[Connection] = set()
-        self._waiting: dict[Connection, None] = {}  # those without a request in hand, longest first
+        self._connections: set[Entrant] = set()  # until they are lost
+        self._admitted: set[Entrant] = set()
+        self._waiting: dict[Entrant, None] = {}  # those without a request in hand, longest first
         self._timer: asyncio.TimerHandle | None = None
         shortest = min(settings.header_seconds, settings.keep_alive_seconds, settings.send_seconds)
         self._interval = max(0.05, min(1.0, shortest / 4))
         self._logged: dict[str, tuple[float, int]] = {}  # by reason: when last, and how many since
 
-    def enter(self, connection: Connection) -> bool:
+    def enter(self, connection: Entrant) -> bool:
         """Whether the connection is admitted. The longest waiting one is closed for it where there are too many."""
         if not self._limit:
             self._limit = _connection_limit(self.settings.max_connections)
@@ -69,13 +78,13 @@ class Door:
         """Whether there is a descriptor for telling one more connection that there are too many."""
         return len(self._connections) - len(self._admitted) <= TURNED_AWAY
 
-    def leave(self, connection: Connection) -> None:
+    def leave(self, connection: Entrant) -> None:
         """The connection is lost."""
         self._connections.discard(connection)
         self._forget(connection)
         metrics.CONNECTIONS.set(len(self._admitted))
 
-    def waits(self, connection: Connection, waits: bool) -> None:
+    def waits(self, connection: Entrant, waits: bool) -> None:
         """Whether the connection waits for a request: it may then be closed for another."""
         self._waiting.pop(connection, None)
         if waits and connection in self._admitted:
@@ -93,7 +102,7 @@ class Door:
         more = f" ({unlogged:,} more since the last such line)" if unlogged else ""
         logger.warning("connection refused, %s: %s%s", reason, message, more)
 
-    def _forget(self, connection: Connection) -> None:
+    def _forget(self, connection: Entrant) -> None:
         self._waiting.pop(connection, None)
         self._admitted.discard(connection)
 

@@ -89,7 +89,10 @@ class Settings(BaseSettings):
     )
     header_seconds: float = Field(default=10.0, ge=0.1, le=3_600, description="headers that take longer, likewise 408")
     send_seconds: float = Field(
-        default=60.0, ge=0.1, le=3_600, description="a client that reads nothing for so long is disconnected"
+        default=60.0,
+        ge=0.1,
+        le=3_600,
+        description="a client that has not read, so long after, what was sent to it is disconnected",
     )
     keep_alive_seconds: float = Field(
         default=75.0,

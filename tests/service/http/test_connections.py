@@ -60,6 +60,12 @@ def test_a_head_just_within_the_limit_is_taken_in_any_packets(door):
         assert client.refusal()[:2] == (431, "headers_too_large")
 
 
+def test_bentoml_serve_has_the_same_limits(server):
+    with closing(Client(server)) as client:
+        client.sendall(head("X: " + "x" * 33_000))
+        assert client.refusal()[:2] == (431, "headers_too_large")
+
+
 def test_a_body_in_the_packets_of_its_head_is_not_counted_as_one(door):
     body = b'{"image_base64": "AAAA"}' + b" " * 60_000
     with closing(Client(door)) as client:
@@ -77,8 +83,8 @@ def test_a_body_in_the_packets_of_its_head_is_not_counted_as_one(door):
 
 def test_trailers_are_no_headers(door):
     with closing(Client(door)) as client:
-        client.sendall(upload("Transfer-Encoding: chunked", key="none") + b"1\r\n{\r\n0\r\n")
-        client.sendall(f"Authorization: Bearer {KEY}\r\n\r\n".encode())
+        trailer = f"1\r\n{{\r\n0\r\nAuthorization: Bearer {KEY}\r\n\r\n".encode()
+        client.sendall(upload("Transfer-Encoding: chunked", key=None) + trailer)
         assert client.answer()[0] == 401
 
 
