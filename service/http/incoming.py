@@ -102,10 +102,10 @@ class Incoming(HttpToolsProtocol):
         if account_of(cycle).take(len(body)):
             if not cycle.body:
                 cycle.body = body  # type: ignore[assignment]  # passed on without a copy
-            elif isinstance(cycle.body, bytearray):
-                cycle.body += body
             else:
-                cycle.body = bytearray(cycle.body + body)  # `bytes` would be copied for each of many small chunks
+                if not isinstance(cycle.body, bytearray):  # `bytes` would be copied for each of many small chunks
+                    cycle.body = bytearray(cycle.body)
+                cycle.body += body
             if len(cycle.body) > HIGH_WATER_LIMIT:
                 self.flow.pause_reading()
         cycle.message_event.set()
