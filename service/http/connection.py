@@ -26,7 +26,6 @@ from vitrine.service.http.incoming import Incoming, account_of
 from vitrine.service.operations import metrics
 from vitrine.service.operations.settings import Settings
 
-CONNECTION = "vitrine.connection"  # key of the `Connection` in a request's ASGI scope
 LINGER_SECONDS = 30.0  # how long what is sent after an answer is discarded
 LINGER_IDLE_SECONDS = 5.0  # and how long it may pause
 SHUTDOWN_LINGER_SECONDS = 2.0
@@ -47,7 +46,7 @@ def install(settings: Settings) -> None:
 
 
 class Connection(Incoming):
-    """One connection. Its requests' scopes have it (`CONNECTION`) and their `Account` (`ACCOUNT`)."""
+    """One connection, which came in by the `Door`."""
 
     def __init__(self, door: Door, *args: Any, **kwargs: Any) -> None:
         super().__init__(door.settings.max_header_bytes, door.budget, *args, **kwargs)
@@ -130,8 +129,6 @@ class Connection(Incoming):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        scope: Any = self.scope
-        scope[CONNECTION] = self
         if self._phase is _Phase.IDLE:
             self._enter(_Phase.HEAD)
 
@@ -179,10 +176,6 @@ class Connection(Incoming):
             self._socket.close()
         else:
             self.cycle.keep_alive = False
-
-    def abort(self) -> None:
-        """Close at once; what was not sent is lost."""
-        self._socket.abort()
 
     def end(self) -> None:
         """Close once everything is sent, and the client has had the time to read it."""

@@ -107,10 +107,10 @@ class Door:
         self._admitted.discard(connection)
 
     def _check(self) -> None:
-        self.budget.unsent = sum(connection.check() for connection in list(self._connections))
-        metrics.BYTES_IN_HAND.set(self.budget.held + self.budget.unsent)
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(self._interval, self._check) if self._connections else None
+        self.budget.unsent = sum(connection.check() for connection in list(self._connections))
+        metrics.BYTES_IN_HAND.set(self.budget.held + self.budget.unsent)
 
 
 def _connection_limit(wanted: int) -> int:

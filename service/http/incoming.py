@@ -23,7 +23,7 @@ MAX_PIPELINED = 32  # requests sent ahead; the rest is not read, and the connect
 
 
 class Incoming(HttpToolsProtocol):
-    """Fills uvicorn's cycles. What cannot be parsed, or is over a limit, goes to `_refuse`."""
+    """Fills uvicorn's cycles, and gives their scopes an `Account`. `_refuse` gets what is no HTTP or over a limit."""
 
     def __init__(self, max_header_bytes: int, budget: Budget, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
