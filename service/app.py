@@ -19,6 +19,7 @@ from bentoml._internal.utils.analytics import usage_stats
 from opentelemetry import trace
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from vitrine.service.http import connection
 from vitrine.service.http.application import create_app
 from vitrine.service.operations import logs
 from vitrine.service.operations.settings import load_settings
@@ -30,6 +31,7 @@ if "serve" in sys.argv:  # here, in the parent, before BentoML makes one for all
 settings = load_settings()
 logs.configure(settings.log_format)
 app = create_app(settings)
+connection.install(settings)  # BentoML configures uvicorn after it has imported this module
 BENTOML_PATHS = ("/livez", "/readyz", "/healthz", "/schema.json")
 tracing: dict[str, Any] = {}
 if settings.trace_endpoint:

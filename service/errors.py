@@ -15,6 +15,7 @@ STATUS = {
     "not_found": 404,
     "no_cards": 404,
     "method_not_allowed": 405,
+    "request_timeout": 408,
     "bundle_refused": 409,
     "answer_too_large": 413,
     "batch_too_large": 413,
@@ -23,9 +24,11 @@ STATUS = {
     "unsupported_media_type": 415,
     "unsupported_image": 415,
     "queue_full": 429,
+    "headers_too_large": 431,
     "client_gone": 499,  # nginx's code; nobody reads the answer, but logs and metrics count it
     "internal": 500,
     "not_ready": 503,
+    "too_many_connections": 503,
     "deadline_exceeded": 504,
 }
 
@@ -52,4 +55,11 @@ def queue_full() -> ServiceError:
     """The error for overload."""
     return ServiceError(
         "queue_full", "too many images are waiting; try again in a second", headers={"Retry-After": "1"}
+    )
+
+
+def uploads_full() -> ServiceError:
+    """The error for more bytes of uploads than may be in hand."""
+    return ServiceError(
+        "queue_full", "too many bytes of uploads are in hand; try again in a second", headers={"Retry-After": "1"}
     )

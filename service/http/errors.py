@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import uuid
+from collections.abc import Iterable
+from http import HTTPStatus
+from typing import Any
+
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -14,9 +20,31 @@ def error_response(request: Request, error: ServiceError) -> Response:
     """The envelope, with the status of the code."""
     metrics.REJECTED.labels(error.code).inc()
     request.scope.setdefault("vitrine.log", {})["error"] = error.code
-    request_id = request.scope.get("request_id", "")
+    body = _envelope(error, request.scope.get("request_id", ""))
+    return JSONResponse(body, status_code=error.status, headers=error.headers)
+
+
+def raw_response(error: ServiceError, default_headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The same as the bytes of an HTTP/1.1 response that ends its connection, for what is no request yet."""
+    request_id = uuid.uuid4().hex
+    body = json.dumps(_envelope(error, request_id)).encode()
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "x-request-id": request_id,
+        "x-content-type-options": "nosniff",
+        "connection": "close",
+        **error.headers,
+    }
+    lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode()]
+    lines += [name + b": " + value for name, value in default_headers]
+    lines += [f"{name}: {value}".encode() for name, value in headers.items()]
+    return b"\r\n".join([*lines, b"", body])
+
+
+def _envelope(error: ServiceError, request_id: str) -> dict[str, Any]:
     body = {"code": error.code, "message": error.message, "details": error.details, "request_id": request_id}
-    return JSONResponse({"error": body}, status_code=error.status, headers=error.headers)
+    return {"error": body}
 
 
 async def on_service_error(request: Request, error: Exception) -> Response:

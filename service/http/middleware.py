@@ -10,12 +10,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vitrine.service.errors import ServiceError
+from vitrine.service.errors import ServiceError, uploads_full
+from vitrine.service.http.budget import ACCOUNT, UNLIMITED, Account
 from vitrine.service.http.errors import error_response
 from vitrine.service.operations import metrics
 from vitrine.service.operations.logs import logger, trace_id
 
 _UNLOGGED = ("/metrics",)  # scraped every few seconds; log lines would not help anyone
+_PIECE_BYTES = 256 * 2**10  # of an answer; the server takes the next one when the client has read enough
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -36,14 +38,17 @@ class RequestMiddleware:
         client_request_id = headers.get("x-request-id", "")
         request_id = client_request_id if _REQUEST_ID.fullmatch(client_request_id) else uuid.uuid4().hex
         scope["request_id"] = request_id
-        start, received, status = perf_counter(), 0, 0
+        start, received, status = perf_counter(), -1, 0
+        account: Account = scope.get(ACCOUNT) or Account(UNLIMITED)
 
         async def receive_limited() -> Message:
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
+            received = max(received, 0) + len(message.get("body", b""))
             if received > self.max_body_bytes:
                 raise self._too_large()
+            if account.is_overdrawn:
+                raise uploads_full()
             return message
 
         async def send_with_headers(message: Message) -> None:
@@ -53,7 +58,16 @@ class RequestMiddleware:
                 response_headers = MutableHeaders(scope=message)
                 response_headers["x-request-id"] = request_id
                 response_headers["x-content-type-options"] = "nosniff"
-            await send(message)
+                if received < 0 and headers.get("expect", "").lower() == "100-continue":
+                    response_headers["connection"] = "close"  # else nobody knows whether the body is still to come
+                await send(message)
+                return
+            body = message.get("body", b"")
+            account.hold(len(body))
+            for place in range(0, len(body) or 1, _PIECE_BYTES):
+                more = place + _PIECE_BYTES < len(body) or message.get("more_body", False)
+                await send({**message, "body": body[place : place + _PIECE_BYTES], "more_body": more})
+            account.give_back(len(body))
 
         try:
             content_length = headers.get("content-length", "0")

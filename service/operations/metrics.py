@@ -56,6 +56,15 @@ IN_FLIGHT_LIMIT = Gauge(
 QUEUE_LIMIT = Gauge("vitrine_queue_images_limit", "Images that may wait", multiprocess_mode="livesum")
 BATCH = Histogram("vitrine_batch_images", "Images in an inference", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
 REJECTED = Counter("vitrine_rejected_total", "Requests, and images of a batch, refused", ["code"])
+CONNECTIONS = Gauge("vitrine_connections", "Connections open", multiprocess_mode="livesum")
+CONNECTIONS_LIMIT = Gauge("vitrine_connections_limit", "Connections that may be open", multiprocess_mode="livesum")
+CONNECTIONS_REFUSED = Counter("vitrine_connections_refused_total", "Connections ended by a limit", ["reason"])
+BYTES_IN_HAND = Gauge(
+    "vitrine_bytes_in_hand", "Bytes of bodies received and of answers not sent", multiprocess_mode="livesum"
+)
+BYTES_IN_HAND_LIMIT = Gauge(
+    "vitrine_bytes_in_hand_limit", "Bytes that may be in hand; uploads beyond are refused", multiprocess_mode="livesum"
+)
 LABELS = Counter("vitrine_labels_total", "Labels, by where their embeddings came from", ["source"])
 RELOADS = Counter("vitrine_reloads_total", "Bundles taken over and refused", ["outcome"])
 BUNDLE = Gauge(

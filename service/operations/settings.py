@@ -81,6 +81,31 @@ class Settings(BaseSettings):
         default=30.0, allow_inf_nan=False, description="a request that takes longer is answered 504"
     )
     max_body_bytes: PositiveInt = Field(default=16 * 2**20, description="larger request bodies are answered 413")
+    max_bytes_in_hand: int = Field(
+        default=256 * 2**20,
+        ge=2**20,
+        le=2**40,
+        description="of bodies and unsent answers, a worker; an upload that would take more is answered 429",
+    )
+    max_header_bytes: int = Field(
+        default=32 * 2**10, ge=2**10, le=2**20, description="longer URLs and headers, together, are answered 431"
+    )
+    header_seconds: float = Field(default=10.0, ge=0.1, le=3_600, description="headers that take longer, likewise 408")
+    send_seconds: float = Field(
+        default=60.0,
+        ge=0.1,
+        le=3_600,
+        description="a client that has not read, so long after, what was sent to it is disconnected",
+    )
+    keep_alive_seconds: float = Field(
+        default=75.0,
+        ge=0.1,
+        le=86_400,
+        description="a connection without a request stays open; longer than a balancer before it keeps its own",
+    )
+    max_connections: int = Field(
+        default=1_024, ge=1, le=2**20, description="open at once, a worker; for one more, a waiting one is closed"
+    )
     max_image_pixels: PositiveInt = Field(default=40_000_000, description="larger images are answered 413, undecoded")
     max_image_side: PositiveInt = Field(default=16_384, description="pixels a side, likewise")
     max_batch: PositiveInt = Field(default=64, description="images in one `/v1/attribute:batch`; more are answered 413")
@@ -126,6 +151,13 @@ class Settings(BaseSettings):
         if isinstance(value, int | float) and info.field_name:
             check_bound(info.field_name, value)
         return value
+
+    @field_validator("max_bytes_in_hand")
+    @classmethod
+    def _check_that_a_body_fits(cls, limit: int, others: ValidationInfo) -> int:
+        if limit < (body := others.data.get("max_body_bytes", 0)):
+            raise ValueError(f"a body may have {body:,} bytes ({PREFIX}MAX_BODY_BYTES), which would be refused forever")
+        return limit
 
     @field_validator("trace_endpoint")
     @classmethod

@@ -157,3 +157,11 @@ def test_traces_without_an_exporter_stop_the_start(run_python, bundle_path):
     assert finished.returncode == 1
     assert finished.stderr.startswith("error: VITRINE_TRACE_ENDPOINT=")
     assert "vitrine[tracing]" in finished.stderr
+
+
+def test_a_body_must_fit_into_the_bytes_in_hand(monkeypatch):
+    monkeypatch.setenv("VITRINE_MAX_BODY_BYTES", str(300 * 2**20))
+    with pytest.raises(SettingsError, match=r"VITRINE_MAX_BYTES_IN_HAND=268435456: a body may have 314,572,800 bytes"):
+        load_settings()
+    monkeypatch.setenv("VITRINE_MAX_BYTES_IN_HAND", str(300 * 2**20))
+    assert load_settings().max_bytes_in_hand == 300 * 2**20
