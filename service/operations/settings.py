@@ -65,7 +65,14 @@ class Settings(BaseSettings):
     threads: NonNegativeInt = Field(
         default=0, description="threads of one inference; 0: the processors that this container may use, by workers"
     )
-    decode_threads: PositiveInt = Field(default=2, description="threads that decode images and write accounts")
+    decode_threads: PositiveInt = Field(
+        default=2, description="processes that decode images, and threads that wait for them and write accounts"
+    )
+    decode_seconds: PositiveFloat = Field(
+        default=10.0,
+        allow_inf_nan=False,
+        description="processor time for decoding one image, or twice as long by the clock; more is answered 413",
+    )
     batch_size: PositiveInt = Field(default=8, description="images in one inference, at most")
     batch_wait_ms: NonNegativeFloat = Field(
         default=0,
