@@ -83,6 +83,11 @@ class Settings(BaseSettings):
     deadline_seconds: PositiveFloat = Field(
         default=30.0, allow_inf_nan=False, description="a request that takes longer is answered 504"
     )
+    shutdown_seconds: PositiveFloat = Field(
+        default=25.0,
+        allow_inf_nan=False,
+        description="after SIGTERM, for the requests in hand; a process that is still there then is ended",
+    )
     max_body_bytes: PositiveInt = Field(default=16 * 2**20, description="larger request bodies are answered 413")
     max_image_pixels: PositiveInt = Field(default=40_000_000, description="larger images are answered 413, undecoded")
     max_image_side: PositiveInt = Field(default=16_384, description="pixels a side, likewise")

@@ -18,6 +18,7 @@ def serve(
 ) -> None:
     """Serve a bundle over HTTP with BentoML (settings: service/README.md)."""
     os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # BentoML reads it when it is imported
+    from vitrine.models.bundle.label_sets import read_label_sets
     from vitrine.service.answers.reload import read_keys
     from vitrine.service.engine.runtime import choose
     from vitrine.service.operations.settings import load_settings, write_paths_to_environment
@@ -25,9 +26,11 @@ def serve(
     settings, opened = load_settings(), open_bundle_or_default(bundle)
     choose(opened, settings)  # checked here, not in a worker that the server would restart again and again
     read_keys(settings)
+    if settings.label_sets:
+        read_label_sets(settings.label_sets)
     write_paths_to_environment(settings.model_copy(update={"bundle": opened.path}))
     from vitrine.service.processes.supervisor import serve as run
 
     print_bundle(opened, new_console())
     sys.stdout.flush()
-    run(host, port)
+    run(host, port, settings.shutdown_seconds)
