@@ -1,8 +1,9 @@
 """A loaded bundle, with what every kind of question needs to be answered. Independent of HTTP.
 
-Images are decoded in processes of their own, accounts computed in a small thread pool, whose threads also wait for those
-processes; inference runs in the batcher's thread, and the event loop only waits. The questions themselves are functions in the files beside this one: `attribute`, `classify`, `embed`,
-`similar`. Used by both the HTTP routes and the command line.
+Images are decoded in processes of their own, accounts computed in a small thread pool, whose threads also wait for
+those processes; inference runs in the batcher's thread, and the event loop only waits. The questions themselves are
+functions in the files beside this one: `attribute`, `classify`, `embed`, `similar`. Used by both the HTTP routes and
+the command line.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import socket
 import struct
 import sys
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vitrine.service.engine.images import Framing, ImageLimits, decode, to_frame
 from vitrine.service.errors import ServiceError

@@ -180,11 +180,11 @@ class _Process:
         self._connection, theirs = socket.socketpair()
         with theirs:
             try:
-                self._process = subprocess.Popen(
+                self._process = subprocess.Popen(  # noqa: S603
                     [sys.executable, "-I", "-S", "-c", _PROGRAM, options.to_json(), *sys.path, str(PACKAGE_PARENT)],
                     stdin=theirs,
                     stdout=subprocess.DEVNULL,
-                    env=os.environ | _ONE_THREAD,
+                    env={**os.environ, **_ONE_THREAD},
                 )
             except OSError:
                 self._connection.close()

@@ -16,8 +16,8 @@ from PIL import Image
 
 from vitrine.service.errors import ServiceError
 
-# Reads of a file, by format: 2 to 4 for each segment, chunk, block or run. Real files have some hundreds, animations and
-# photos with a profile some thousands, bitmaps with runs one or two per run.
+# Reads of a file, by format: 2 to 4 for each segment, chunk, block or run. Photos have some hundreds, with a profile or
+# as a film some thousands, bitmaps in runs two for each run.
 MAX_READS: Mapping[str, int] = {"JPEG": 200_000, "PNG": 200_000, "GIF": 500_000, "BMP": 1_500_000}
 FEW_READS = 1_000  # WebP is read as a whole, what is no image by its first bytes
 MAX_EXIF_SEGMENTS = 16  # of a JPEG, 64 KiB each; the standard has one

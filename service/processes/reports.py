@@ -1,4 +1,4 @@
-"""How a worker's start went, told to `vitrine serve`: whether to go on replacing workers, or to stop with a sentence."""
+"""How a worker's start went, told to `vitrine serve`, which goes on replacing workers, or stops with a sentence."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The work on parts of a bulk run: read and decode, infer in full batches, account, write.
 
 Inference runs in the main thread and releases the GIL, so that other threads read the next images, wait for the
-processes that decode them, and account for the previous ones. Memory is bounded: a few batches of pixels and two parts of answers.
+processes that decode them, and account for the previous ones. Memory is bounded: a few batches of pixels and two parts
+of answers.
 """
 
 from __future__ import annotations

@@ -58,9 +58,13 @@ def bmp(width, height, runs):
 
 def exif(*entries, numbers=b""):
     """TIFF with entries (tag, type, count, offset or value), then numbers at offset 8 + 2 + 12 a entry + 4."""
-    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(
-        struct.pack("<HHII", *entry) for entry in entries
-    ) + bytes(4) + numbers
+    return (
+        b"II*\0\x08\0\0\0"
+        + struct.pack("<H", len(entries))
+        + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+        + bytes(4)
+        + numbers
+    )
 
 
 def fill(part, size=4 * MIB):
@@ -123,7 +127,9 @@ REAL = {
     "pixels in thousands of chunks": lambda: (
         lambda packed: png(pixels=b"".join(chunk(b"IDAT", packed[at : at + 1]) for at in range(len(packed))))
     )(zlib.compress(bytes(151 * 40), 0)),
-    "texts, some packed": lambda: png(chunk(b"tEXt", b"a\0b") * 500 + chunk(b"zTXt", b"a\0\0" + zlib.compress(b"b")) * 50),
+    "texts, some packed": lambda: png(
+        chunk(b"tEXt", b"a\0b") * 500 + chunk(b"zTXt", b"a\0\0" + zlib.compress(b"b")) * 50
+    ),
     "a film": lambda: encoded("GIF", FRAMES[0], save_all=True, append_images=FRAMES[1:]),
     "XMP in a GIF": lambda: gif(b"!\xff\x0bXMP DataXMP" + (b"\x20" + b"x" * 32) * 30_000 + b"\0"),
     "an animation": lambda: encoded("WEBP", FRAMES[0], save_all=True, append_images=FRAMES[1:]),

@@ -152,7 +152,7 @@ def test_workers_that_die_one_after_the_other_before_they_are_ready_are_replaced
 
 
 def test_a_worker_that_became_ready_ends_the_row(supervise):
-    arbiter, _ = supervise({1}, {2}, reports.Report(3, None), {3}, {4}, {5})
+    arbiter, _ = supervise({1}, {2}, set(), reports.Report(3, None), {3}, {4}, {5})
     assert arbiter.managed == 5
 
 
