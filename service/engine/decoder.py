@@ -41,8 +41,7 @@ class Options(NamedTuple):
 
 
 def send(connection: socket.socket, kind: bytes, content: bytes) -> None:
-    connection.sendall(HEADER.pack(kind, len(content)))
-    connection.sendall(content)
+    connection.sendall(HEADER.pack(kind, len(content)) + content)
 
 
 def receive(connection: socket.socket) -> tuple[bytes, bytearray]:

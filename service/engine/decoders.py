@@ -182,7 +182,7 @@ class _Process:
             try:
                 self._process = subprocess.Popen(  # noqa: S603
                     [sys.executable, "-I", "-S", "-c", _PROGRAM, options.to_json(), *sys.path, str(PACKAGE_PARENT)],
-                    stdin=theirs,
+                    stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     env={**os.environ, **_ONE_THREAD},
                 )
