@@ -98,7 +98,8 @@ class Vitrine:
         self.tracer_provider.force_flush(timeout_millis=3_000)
 
     def __is_ready__(self) -> bool:
-        return app.state.serving.attributor is not None
+        attributor = app.state.serving.attributor
+        return attributor is not None and attributor.can_decode()
 
     @bentoml.api(route="/v1/attribute")
     def attribute(self, image: Path, request: dict[str, Any] = {}) -> dict[str, Any]:  # noqa: B006

@@ -20,6 +20,7 @@ STATUS = {
     "answer_too_large": 413,
     "batch_too_large": 413,
     "body_too_large": 413,
+    "image_too_costly": 413,
     "image_too_large": 413,
     "unsupported_media_type": 415,
     "unsupported_image": 415,

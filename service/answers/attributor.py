@@ -1,8 +1,9 @@
 """A loaded bundle, with what every kind of question needs to be answered. Independent of HTTP.
 
-Images are decoded and accounts computed in a small thread pool, inference runs in the batcher's thread; the event loop
-only waits. The questions themselves are functions in the files beside this one: `attribute`, `classify`, `embed`,
-`similar`. Used by both the HTTP routes and the command line.
+Images are decoded in processes of their own, accounts computed in a small thread pool, whose threads also wait for
+those processes; inference runs in the batcher's thread, and the event loop only waits. The questions themselves are
+functions in the files beside this one: `attribute`, `classify`, `embed`, `similar`. Used by both the HTTP routes and
+the command line.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.label_sets import DEFAULT, read_label_sets
 from vitrine.service.answers.texts import Texts, resolve_texts
 from vitrine.service.engine.batcher import Batcher
+from vitrine.service.engine.decoders import Decoders
 from vitrine.service.engine.engine import Engine
-from vitrine.service.engine.images import ImageLimits, decode, to_pixels
+from vitrine.service.engine.images import ImageLimits
 from vitrine.service.engine.labels import LabelEncoder, LabelSet
 from vitrine.service.engine.runtime import session_errors
 from vitrine.service.errors import queue_full
@@ -48,7 +50,10 @@ class Attributor:
         self.model = Model(name=bundle.manifest.name, digest=bundle.digest)
         self._no_replacement = np.zeros((bundle.manifest.shape.layers, 2), bool)  # CLIP as it is
         self._in_flight = 0
-        self.limits = ImageLimits(settings.max_image_pixels, settings.max_image_side)
+        limits = ImageLimits(settings.max_image_pixels, settings.max_image_side)
+        self._decoders = Decoders(
+            settings.decode_threads, bundle.manifest.preprocessing, limits, settings.decode_seconds
+        )
 
     async def __aenter__(self) -> Attributor:
         settings = self.settings
@@ -62,6 +67,8 @@ class Attributor:
         async with AsyncExitStack() as stack:  # a failed start leaves no thread behind
             self._pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
             stack.push_async_callback(asyncio.to_thread, self._pool.shutdown)  # waits for what its threads still do
+            stack.enter_context(self._decoders)  # left before the threads are, which may wait for a process
+            await asyncio.to_thread(self._decoders.start)
             self.batcher = await stack.enter_async_context(
                 Batcher(self.engine.explain, settings.batch_size, settings.batch_wait_ms)
             )
@@ -143,9 +150,13 @@ class Attributor:
         record_stage("inference", inference.inference_ms, timings)
         return inference.parts
 
+    def can_decode(self) -> bool:
+        """Whether images can be decoded: false while no process can be started for it."""
+        return self._decoders.can_decode()
+
     def decode(self, image: bytes) -> NDArray[np.float32]:
         """Normalised pixels [3, H, W]. Raises `ServiceError`."""
-        return to_pixels(decode(image, self.limits), self.bundle.manifest.preprocessing, self.limits)
+        return self._decoders.decode(image)
 
     @contextmanager
     def taking_turns(self) -> Iterator[None]:

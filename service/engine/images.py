@@ -6,19 +6,21 @@ and 16 bits become RGB *before* resizing (open_clip resizes first, which blends 
 
 from __future__ import annotations
 
-import io
 import re
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from vitrine.models.bundle.manifest import Preprocessing
 from vitrine.models.errors import DAMAGED_IMAGE_ERRORS
+from vitrine.service.engine.image_structure import CountedFile, check_exif, check_opened
 from vitrine.service.errors import ServiceError
+
+if TYPE_CHECKING:  # pydantic: a decoder process starts in half the time without it
+    from vitrine.models.bundle.manifest import Preprocessing
 
 # First bytes of the supported formats. If such a file cannot be opened it is damaged; any other file is unsupported.
 SIGNATURES = {
@@ -52,25 +54,41 @@ class ImageLimits:
     side: int
 
 
+class Framing(NamedTuple):
+    """How an image is brought to the graph's size; a bundle's `Preprocessing` without its normalisation."""
+
+    size: tuple[int, int]  # height, width
+    resize_mode: str  # "shortest", then the middle is cut out; or "squash"
+    interpolation: str
+
+
+def framing(preprocessing: Preprocessing) -> Framing:
+    return Framing(preprocessing.size, preprocessing.resize_mode, preprocessing.interpolation)
+
+
 def decode(data: bytes, limits: ImageLimits) -> Image.Image:
     """The first frame of an image file as upright RGB.
 
+    It has no time limit of its own: `decoders.Decoders` runs it in a process that can be ended.
+
     Raises `ServiceError`: unsupported_image (not JPEG, PNG, WebP, GIF or BMP), image_too_large (by its header, before
-    decoding), invalid_image (empty, damaged).
+    decoding), image_too_costly (so many parts that it would take seconds), invalid_image (empty, damaged).
     """
     if not data:
         raise ServiceError("invalid_image", "the image is empty (0 bytes)")
+    name = next((name for name, start in SIGNATURES.items() if start.match(data)), "")
     try:
-        image = Image.open(io.BytesIO(data), formats=list(SIGNATURES))
+        image = Image.open(CountedFile(data, name), formats=list(SIGNATURES))
     except DAMAGED_IMAGE_ERRORS as error:
-        if looks_like := [name for name, start in SIGNATURES.items() if start.match(data)]:
-            raise ServiceError("invalid_image", f"the {looks_like[0]} image's header is damaged") from error
+        if name:
+            raise ServiceError("invalid_image", f"the {name} image's header is damaged") from error
         formats = ", ".join(SIGNATURES)
         message = f"the {len(data):,} bytes are no image in a supported format ({formats})"
         raise ServiceError("unsupported_image", message) from error
     with image:
         _check_size(image.size, limits)
-        if SIGNATURES["JPEG"].match(data) and _jpeg_scans(data) > MAX_SCANS:
+        check_opened(image)
+        if name == "JPEG" and _jpeg_scans(data) > MAX_SCANS:
             raise ServiceError("invalid_image", f"the JPEG image has more than {MAX_SCANS} scans")
         try:
             return _to_rgb(image)
@@ -83,8 +101,13 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing, limits: ImageLim
 
     Raises `ServiceError` image_too_large for an image so elongated that resizing it would exceed the pixel limit.
     """
-    height, width = preprocessing.size
-    if preprocessing.resize_mode == "squash":
+    return normalise(np.asarray(to_frame(image, framing(preprocessing), limits)), preprocessing)
+
+
+def to_frame(image: Image.Image, how: Framing, limits: ImageLimits) -> Image.Image:
+    """RGB image, resized and cut to the graph's height and width. Raises as `to_pixels` does."""
+    height, width = how.size
+    if how.resize_mode == "squash":
         target = (width, height)
     else:
         short, long = sorted(image.size)
@@ -95,10 +118,14 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing, limits: ImageLim
             )
         target = (height, resized_long) if image.width <= image.height else (resized_long, height)
     if image.size != target:
-        image = image.resize(target, FILTERS[preprocessing.interpolation])
+        image = image.resize(target, FILTERS[how.interpolation])
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    image = image.crop((left, top, left + width, top + height))
-    levels, table = np.asarray(image), _normalised_levels(preprocessing.mean, preprocessing.std)
+    return image.crop((left, top, left + width, top + height))
+
+
+def normalise(levels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """Levels [H, W, 3] to normalised pixels [3, H, W]."""
+    table = _normalised_levels(preprocessing.mean, preprocessing.std)
     return np.stack([table[channel][levels[:, :, channel]] for channel in range(3)])
 
 
@@ -142,6 +169,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _orientation(image: Image.Image) -> Any:
     """The EXIF orientation; None (upright) if the EXIF block cannot be read, as the picture itself is intact."""
+    check_exif(image)
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except DAMAGED_IMAGE_ERRORS:

@@ -26,7 +26,8 @@ async def account_for(
     `ServiceError`, `CircuitError`.
     """
     content = image.read_bytes()
-    async with Attributor(bundle, load_settings()) as attributor:
+    settings = load_settings().model_copy(update={"decode_threads": 1})  # there is one image
+    async with Attributor(bundle, settings) as attributor:
         answer = await answer_attribute(attributor, content, request, IDENTITY)
         page = await _page(attributor, content, request) if with_page else ""
         if graph is not None:

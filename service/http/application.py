@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Match
 
-from vitrine.service.answers.reload import Serving
+from vitrine.service.answers.reload import RELOAD_ERRORS, Serving
 from vitrine.service.engine.processors import memory_limit
 from vitrine.service.errors import ServiceError
 from vitrine.service.http.errors import on_disconnect, on_http_error, on_service_error
@@ -26,6 +26,7 @@ from vitrine.service.http.routes.questions import add_questions
 from vitrine.service.operations import instruments
 from vitrine.service.operations.settings import Settings
 from vitrine.service.processes import workers
+from vitrine.service.processes.reports import reported_start
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 _NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False}  # BentoML traces, we measure and log
@@ -40,10 +41,15 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        with workers.on_signal(signal.SIGHUP, serving.reload_by_signal):  # before loading: by default it kills
-            async with serving, instruments.running(memory_limit()[0]):
-                with workers.exit_with_parent():
-                    yield
+        async with AsyncExitStack() as stack:
+            stack.enter_context(workers.end_in_time(settings.shutdown_seconds))
+            # before loading: by default the signal kills
+            stack.enter_context(workers.on_signal(signal.SIGHUP, serving.reload_by_signal))
+            with reported_start(*RELOAD_ERRORS):
+                await stack.enter_async_context(serving)
+            await stack.enter_async_context(instruments.running(memory_limit()[0]))
+            stack.enter_context(workers.exit_with_parent())
+            yield
 
     app = FastAPI(title="Vitrine", lifespan=lifespan, docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
     app.state.serving, app.state.settings = serving, settings

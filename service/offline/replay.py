@@ -20,8 +20,9 @@ from vitrine.models.account.ledger import logits, probabilities
 from vitrine.models.account.windows import TOKENS, Tokens, paper_windows, replacement_mask
 from vitrine.models.errors import VitrineError
 from vitrine.service.answers.explain import matrix
+from vitrine.service.engine.decoders import Decoders
 from vitrine.service.engine.engine import Engine
-from vitrine.service.engine.images import ImageLimits, decode, to_pixels
+from vitrine.service.engine.images import ImageLimits
 from vitrine.service.engine.labels import LabelEncoder
 from vitrine.service.errors import ServiceError
 from vitrine.service.schemas.attribute import Matrix
@@ -70,6 +71,7 @@ def replay(
     engine: Engine,
     folder: Path,
     limits: ImageLimits,
+    decode_seconds: float = 10.0,
     count: int | None = None,
     seed: int = 0,
     track: Callable[[Sequence[list[Path]]], Iterable[list[Path]]] = iter,
@@ -100,20 +102,21 @@ def replay(
     scores = np.zeros((2, layers, layers))
     unreadable: list[str] = []
     size = max(engine.batches)
-    for batch in track([files[at : at + size] for at in range(0, len(files), size)]):
-        pixels = []
-        for file in batch:
-            try:
-                pixels.append(to_pixels(decode(file.read_bytes(), limits), manifest.preprocessing, limits))
-            except (ServiceError, OSError) as error:
-                unreadable.append(f"{file}: {error}")
-                continue
-            truth.append(labels.index(file.relative_to(folder).parts[0]) if own_labels else -1)
-        if pixels:
-            outputs = [engine.replace(np.stack(pixels), mask) for mask in masks]
-            scores += outputs[0][1].sum(0)
-            values = logits(np.stack([output[0] for output in outputs]), embeddings, manifest.logit_scale)
-            log_probabilities.append(np.log(np.maximum(probabilities(values), 1e-300)))
+    with Decoders(1, manifest.preprocessing, limits, decode_seconds) as decoders:
+        for batch in track([files[at : at + size] for at in range(0, len(files), size)]):
+            pixels = []
+            for file in batch:
+                try:
+                    pixels.append(decoders.decode(file.read_bytes()))
+                except (ServiceError, OSError) as error:
+                    unreadable.append(f"{file}: {error}")
+                    continue
+                truth.append(labels.index(file.relative_to(folder).parts[0]) if own_labels else -1)
+            if pixels:
+                outputs = [engine.replace(np.stack(pixels), mask) for mask in masks]
+                scores += outputs[0][1].sum(0)
+                values = logits(np.stack([output[0] for output in outputs]), embeddings, manifest.logit_scale)
+                log_probabilities.append(np.log(np.maximum(probabilities(values), 1e-300)))
     if not log_probabilities:
         raise ReplayError(f"{folder} has no usable image; the first: {unreadable[0]}")
 

@@ -67,6 +67,9 @@ BYTES_IN_HAND_LIMIT = Gauge(
 )
 LABELS = Counter("vitrine_labels_total", "Labels, by where their embeddings came from", ["source"])
 RELOADS = Counter("vitrine_reloads_total", "Bundles taken over and refused", ["outcome"])
+DECODER_RESTARTS = Counter(
+    "vitrine_decoder_restarts_total", "Decoder processes that ended and were replaced", ["reason"]
+)
 BUNDLE = Gauge(
     "vitrine_bundle_info", "The bundle served", ["name", "digest", "provider"], multiprocess_mode="mostrecent"
 )

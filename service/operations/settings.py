@@ -69,7 +69,14 @@ class Settings(BaseSettings):
     threads: NonNegativeInt = Field(
         default=0, description="threads of one inference; 0: the processors that this container may use, by workers"
     )
-    decode_threads: PositiveInt = Field(default=2, description="threads that decode images and write accounts")
+    decode_threads: PositiveInt = Field(
+        default=2, description="processes that decode images, and threads that wait for them and write accounts"
+    )
+    decode_seconds: PositiveFloat = Field(
+        default=10.0,
+        allow_inf_nan=False,
+        description="processor time for decoding one image, or twice as long by the clock; more is answered 413",
+    )
     batch_size: PositiveInt = Field(default=8, description="images in one inference, at most")
     batch_wait_ms: NonNegativeFloat = Field(
         default=0,
@@ -79,6 +86,11 @@ class Settings(BaseSettings):
     queue_size: PositiveInt = Field(default=256, description="images waiting; more are answered 429 at once")
     deadline_seconds: PositiveFloat = Field(
         default=30.0, allow_inf_nan=False, description="a request that takes longer is answered 504"
+    )
+    shutdown_seconds: PositiveFloat = Field(
+        default=25.0,
+        allow_inf_nan=False,
+        description="after SIGTERM, for the requests in hand; a process that is still there then is ended",
     )
     max_body_bytes: PositiveInt = Field(default=16 * 2**20, description="larger request bodies are answered 413")
     max_bytes_in_hand: int = Field(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 import psutil
 
 WORKER_MODULE = "_bentoml_impl.worker.service"  # BentoML starts a worker with python -m WORKER_MODULE
 PARENT_PID_VARIABLE = "_VITRINE_PARENT"  # environment variable: process id of the `vitrine serve` behind this worker
+LATE = 75  # exit code of a worker that had to be ended: it was stuck
 POLL_SECONDS = 1.0
 
 
@@ -27,10 +30,15 @@ def worker_processes(parent: int) -> list[psutil.Process]:
     return processes
 
 
+def is_worker() -> bool:
+    """Whether this process is a worker of a `bentoml serve`."""
+    return WORKER_MODULE in psutil.Process().cmdline()
+
+
 def signal_others(number: signal.Signals) -> None:
     """Send a signal to this worker's siblings, if it is a worker."""
     with suppress(psutil.Error):
-        if WORKER_MODULE in psutil.Process().cmdline():
+        if is_worker():
             for process in worker_processes(os.getppid()):
                 if process.pid != os.getpid():
                     process.send_signal(number)
@@ -56,6 +64,55 @@ def on_signal(number: signal.Signals, action: Callable[[], Awaitable[Any]]) -> I
         yield
     finally:
         loop.remove_signal_handler(number)
+
+
+@contextmanager
+def end_in_time(seconds: float) -> Iterator[None]:
+    """End this process `seconds` after its first SIGTERM or SIGINT, if the server has not ended it before.
+
+    The server waits for every request in hand, and Python for every thread: one that is stuck would keep the process
+    for ever. Call this where the server's own handlers are in place, which are called as before. Only a process's main
+    thread has signal handlers; elsewhere (in a test) this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    previous = {number: signal.getsignal(number) for number in numbers}
+    began = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal began
+        if not began:
+            began = True
+            _end_after(seconds)
+        handler = previous[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)
+        elif handler is signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    for number in numbers:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _end_after(seconds: float) -> None:
+    def end() -> None:
+        print(f"error: not at an end {seconds:g} s after the signal to stop; ended now", file=sys.stderr, flush=True)
+        os._exit(LATE)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    # The kernel's own timer, for a thread that lets no other one run: the action of SIGALRM is to end the process.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds + 1)
 
 
 @contextmanager

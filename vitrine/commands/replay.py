@@ -33,6 +33,7 @@ def replay(
         engine,
         folder,
         limits,
+        settings.decode_seconds,
         images,
         seed,
         lambda batches: track(batches, "replay", console=console, transient=True),

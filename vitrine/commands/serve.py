@@ -16,6 +16,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 3000,
 ) -> None:
     """Serve a bundle over HTTP with BentoML (settings: service/README.md)."""
+    from vitrine.models.bundle.label_sets import read_label_sets
     from vitrine.service.answers.reload import read_keys
     from vitrine.service.engine.runtime import choose
     from vitrine.service.operations.settings import load_settings, write_paths_to_environment
@@ -23,7 +24,10 @@ def serve(
     settings, opened = load_settings(), open_bundle_or_default(bundle)
     choose(opened, settings)  # checked here, not in a worker that the server would restart again and again
     read_keys(settings)
-    write_paths_to_environment(settings.model_copy(update={"bundle": opened.path}))
+    if settings.label_sets:
+        read_label_sets(settings.label_sets)
+    # The path as it was given: a reload follows a link again.
+    write_paths_to_environment(settings.model_copy(update={"bundle": bundle or settings.bundle}))
     from vitrine.service.processes.home import bentoml_home
 
     with bentoml_home():  # before BentoML is imported
@@ -31,4 +35,4 @@ def serve(
 
         print_bundle(opened, new_console())
         sys.stdout.flush()
-        run(host, port)
+        run(host, port, settings.shutdown_seconds)

@@ -3,7 +3,7 @@
     inputs.py      the four kinds of inputs, each as a numbered list: an image has the same number in every run
     job.py         the definition of a run, stored beside its output; a resume with other options is refused
     tables.py      rows and errors, and how a part of them is written atomically
-    work.py        the pipeline: decode in threads, infer in batches, account in threads, write
+    work.py        the pipeline: decode in processes, infer in batches, account in threads, write
     ray_engine.py  the same pipeline in several processes, by Ray Data
     ray_alone.py   the environment of a Ray of this machine alone
     run.py         a run from end to end, with a progress bar

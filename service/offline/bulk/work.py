@@ -1,7 +1,8 @@
-"""The work on parts of a bulk run: read and decode in threads, infer in full batches, account in threads, write.
+"""The work on parts of a bulk run: read and decode, infer in full batches, account, write.
 
-Inference runs in the main thread and releases the GIL, so that the other threads decode the next images and account for
-the previous ones. Memory is bounded: a few batches of pixels and two parts of answers.
+Inference runs in the main thread and releases the GIL, so that other threads read the next images, wait for the
+processes that decode them, and account for the previous ones. Memory is bounded: a few batches of pixels and two parts
+of answers.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.bundle.bundle import Bundle
+from vitrine.service.engine.decoders import Decoders
 from vitrine.service.engine.engine import Engine
-from vitrine.service.engine.images import ImageLimits, decode, to_pixels
+from vitrine.service.engine.images import ImageLimits
 from vitrine.service.engine.labels import LabelEncoder
 from vitrine.service.errors import ServiceError
 from vitrine.service.offline.bulk.inputs import Item, Source
@@ -58,7 +60,6 @@ class Worker:
 
     def __init__(self, bundle: Bundle, work: Work) -> None:
         self.bundle, self.work, job = bundle, work, work.job
-        self._limits = ImageLimits(job.max_image_pixels, job.max_image_side)
         _ = bundle.directions, bundle.fold, bundle.cards  # loaded here, not by several threads at once
         self.engine = Engine(bundle, work.settings.model_copy(update={"replacement": False}))
         encoder = LabelEncoder(self.engine, capacity=len(job.labels))
@@ -70,11 +71,16 @@ class Worker:
         bounds = {part: self.work.job.bounds(part) for part in parts}
         items = itertools.chain.from_iterable(self.work.source.items(*limits) for limits in bounds.values())
         # two thread pools: one decodes and accounts, one writes
-        pool = ThreadPoolExecutor(self.work.settings.decode_threads, thread_name_prefix="decode")
+        settings, job = self.work.settings, self.work.job
+        limits = ImageLimits(job.max_image_pixels, job.max_image_side)
+        decoders = Decoders(
+            settings.decode_threads, self.bundle.manifest.preprocessing, limits, settings.decode_seconds
+        )
+        pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         writer = ThreadPoolExecutor(1, thread_name_prefix="write")
         writing: Future[None] | None = None
         try:
-            decoded = self._decoded(items, pool)
+            decoded = self._decoded(items, pool, decoders)
             for part, (start, stop) in bounds.items():
                 rows: list[Future[str]] = []
                 problems: list[Problem] = []
@@ -85,28 +91,23 @@ class Worker:
             if writing is not None:
                 writing.result()
         finally:
+            with decoders:  # ended first: a thread may wait for a process
+                for threads in (pool, writer):
+                    threads.shutdown(wait=False, cancel_futures=True)
             for threads in (pool, writer):
-                threads.shutdown(cancel_futures=True)
+                threads.shutdown()
 
-    def _decoded(self, items: Iterable[Item], pool: ThreadPoolExecutor) -> Iterator[_Decoded | Problem]:
+    def _decoded(
+        self, items: Iterable[Item], pool: ThreadPoolExecutor, decoders: Decoders
+    ) -> Iterator[_Decoded | Problem]:
         """Decode the items in order, some batches ahead."""
         waiting: deque[Future[_Decoded | Problem]] = deque()
         for item in items:
-            waiting.append(pool.submit(self._decode, item))
+            waiting.append(pool.submit(_decode, item, decoders))
             if len(waiting) > AHEAD * self.work.settings.batch_size:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-    def _decode(self, item: Item) -> _Decoded | Problem:
-        try:
-            image = decode(item.read(), self._limits)
-            return _Decoded(item, to_pixels(image, self.bundle.manifest.preprocessing, self._limits))
-        except ServiceError as error:
-            code, message = error.code, error.message
-        except OSError as error:
-            code, message = "unreadable", f"the file cannot be read: {error.strerror or error}"
-        return Problem(id=item.id, name=item.name, code=code, message=message)
 
     def _answer(
         self,
@@ -138,6 +139,16 @@ class Worker:
             pool.submit(row, item.id, item.name, parts, self.labels, self.bundle, job.top_k, job.features)
             for (item, _), parts in zip(batch, decompositions, strict=True)
         ]
+
+
+def _decode(item: Item, decoders: Decoders) -> _Decoded | Problem:
+    try:
+        return _Decoded(item, decoders.decode(item.read()))
+    except ServiceError as error:
+        code, message = error.code, error.message
+    except OSError as error:
+        code, message = "unreadable", f"the file cannot be read: {error.strerror or error}"
+    return Problem(id=item.id, name=item.name, code=code, message=message)
 
 
 def _write(out: Path, part: int, rows: list[Future[str]], problems: list[Problem]) -> None:

@@ -188,6 +188,7 @@ def test_sigterm_answers_what_was_admitted(start_server, bundle_path, picture):
         server.process.send_signal(signal.SIGTERM)
         assert [response.result().status_code for response in waiting] == [200] * 3
         assert server.process.wait(20) == 0
+        assert "Traceback" not in server.log.read_text()
 
 
 def test_sigterm_under_load_loses_no_request_that_was_read(start_server, bundle_path, picture):
