@@ -90,10 +90,6 @@ MEMORY_LIMIT = Gauge(
     "Memory that the server may use: the container's, or the machine's",
     multiprocess_mode="livemax",
 )
-DECODER_RESTARTS = Counter("vitrine_decoder_restarts_total", "Decoders that were ended and replaced", ["reason"])
-CONNECTIONS_REFUSED = Counter(
-    "vitrine_connections_refused_total", "Connections closed without an answer, or before it", ["reason"]
-)
 
 
 def exposition() -> bytes:
