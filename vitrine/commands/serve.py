@@ -25,7 +25,8 @@ def serve(
     settings, opened = load_settings(), open_bundle_or_default(bundle)
     choose(opened, settings)  # checked here, not in a worker that the server would restart again and again
     read_keys(settings)
-    write_paths_to_environment(settings.model_copy(update={"bundle": opened.path}))
+    # as it was given: a symbolic link is followed anew at every reload
+    write_paths_to_environment(settings.model_copy(update={"bundle": bundle or settings.bundle}))
     from vitrine.service.processes.supervisor import serve as run
 
     print_bundle(opened, new_console())
