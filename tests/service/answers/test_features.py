@@ -83,7 +83,14 @@ def test_every_card_is_served(server):
     assert silent
 
 
-@pytest.mark.parametrize("place", ["3/0", "0/64", "99999999999999999999/0", "-1/0", "x/0", "0/1.5", "0", "0/1/2"])
+DIGITS = 4_400 * "9"  # more than Python's int() takes
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["3/0", "0/64", "99999999999999999999/0", "-1/0", "x/0", "0/1.5", "0", "0/1/2", "0/٣"]
+    + [pytest.param(place, id=f"{place[:3]}...") for place in (f"0/{DIGITS}", f"{DIGITS}/0")],
+)
 def test_features_that_do_not_exist(server, refused, place):
     refused(server.http.get(f"/v1/features/{place}"), 404, "not_found")
 
@@ -124,6 +131,7 @@ def test_a_search_by_label(server, carded, labelled):
     "query",
     [
         "limit=0",
+        pytest.param(f"limit={DIGITS}", id="limit=9..."),
         "limit=101",
         "limit=x",
         "offset=-1",

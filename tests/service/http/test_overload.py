@@ -223,6 +223,13 @@ def test_before_the_bundle_is_loaded_requests_are_refused_as_not_ready(bundle_pa
     assert error_of(response) == (503, "not_ready")
 
 
+@pytest.mark.parametrize("digits", [1, 4_400])  # Python's int() takes 4,300
+def test_a_key_is_asked_for_whatever_the_path(bundle_path, digits):
+    app = create_app(Settings(bundle=bundle_path, api_keys="secret"))
+    response = talk_to(app, lambda client: client.get(f"/v1/features/0/{digits * '1'}"), ready=False)
+    assert error_of(response) == (401, "unauthorized")
+
+
 def test_a_bundle_with_a_mismatched_table_stops_the_start(bundle_path, tmp_path):
     """Rather than failing the first request that needs it, long after /readyz reported ready."""
     path = shutil.copytree(bundle_path, tmp_path / "bundle")
