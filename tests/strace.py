@@ -13,7 +13,8 @@ import pytest
 NETWORK = ("connect", "sendto", "sendmsg", "sendmmsg")
 FILES = ("creat", "link", "linkat", "mkdir", "mkdirat", "mknod", "mknodat", "open", "openat", "rename", "renameat")
 FILES += ("renameat2", "rmdir", "symlink", "symlinkat", "truncate", "unlink", "unlinkat")
-DEVICES = ("/dev/null", "/dev/tty", "/dev/shm/", "/proc/")  # devices and shared memory: no files of anybody's
+# Devices and shared memory are no files of anybody's; libuuid, where it is installed, has a clock for all processes.
+DEVICES = ("/dev/null", "/dev/tty", "/dev/shm/", "/proc/", "/var/lib/libuuid/clock.txt")
 NAME_SERVICES = {"53", "853", "5353"}  # ports, of this machine's resolver, too
 # "1.0.0.127.in-addr.arpa": torch asks for the name of 127.0.0.1 between the processes of a training, and tells nothing.
 OWN_NAME = r"\0011\0010\0010\003127\7in-addr"
