@@ -42,7 +42,7 @@ def bentoml_home() -> Iterator[None]:
             yield
         except OSError as error:
             raise HomeError(
-                f"the server cannot start: {error}; it needs room and permission to write in "
+                f"the server cannot start, or go on: {error}; it needs room and permission to write in "
                 f"{os.environ.get('BENTOML_HOME', '~/bentoml')} and {place}"
             ) from error
     finally:

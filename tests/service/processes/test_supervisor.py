@@ -37,6 +37,7 @@ def start(monkeypatch):
 
         monkeypatch.setattr(supervisor, "bentoml", SimpleNamespace(serve=serve))
         monkeypatch.setattr(supervisor, "POLL_SECONDS", 0.01)
+        monkeypatch.setattr(supervisor.metrics_folder, "use_own_folder", lambda: None)  # under the tester's home
         supervisor.serve("127.0.0.1", 0)
         return len(closed)
 
