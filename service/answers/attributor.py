@@ -70,6 +70,7 @@ class Attributor:
             )
             await self.batcher.run(self.engine.warm_up)
             await self.labels.add({DEFAULT: self.labels.named[DEFAULT], **self._label_sets}, self.batcher.run)
+            await asyncio.to_thread(self._decoders.wait)
             self._resources = stack.pop_all()
         return self
 

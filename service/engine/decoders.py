@@ -15,7 +15,8 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,19 +59,21 @@ class Decoders:
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            self._closed = True
-        for process in self._processes:
+            self._closed, processes = True, list(self._processes)
+        for process in processes:
             process.kill()  # a thread that waits for it notices, and closes it
         while self._idle:
             self._idle.pop().close()
 
     def start(self) -> None:
-        """Start all processes and wait until one of them is ready. Raises `EngineError`."""
-        try:
+        """Start all processes. Raises `EngineError`."""
+        with _as_engine_error():
             self._idle.extend(self._start() for _ in range(self._count))
+
+    def wait(self) -> None:
+        """Wait until one process is ready. Raises `EngineError`."""
+        with _as_engine_error():
             self._give_back(self._take())
-        except ServiceError as error:
-            raise EngineError(f"{error.message}: no image could be answered") from error
 
     def decode(self, image: bytes) -> NDArray[np.float32]:
         """Normalised pixels [3, H, W] of an image file.
@@ -167,6 +170,14 @@ class Decoders:
         if reason == "memory":
             return too_costly("the image takes too much memory to be decoded")
         return ServiceError("invalid_image", "the image makes its decoder crash; save it anew")
+
+
+@contextmanager
+def _as_engine_error() -> Iterator[None]:
+    try:
+        yield
+    except ServiceError as error:
+        raise EngineError(error.message) from error
 
 
 def _stopped() -> ServiceError:

@@ -33,6 +33,7 @@ PREPROCESSING = Preprocessing(
 def decoding(count=1, seconds=30.0, limits=LIMITS, preprocessing=PREPROCESSING):
     with Decoders(count, preprocessing, limits, seconds) as running:
         running.start()
+        running.wait()
         yield running
 
 
@@ -232,7 +233,7 @@ def test_without_processes_nothing_is_ready_until_they_start_again(picture, monk
 def test_processes_end_with_their_parent():
     program = (
         "import os; from test_decoders import *\n"
-        "running = Decoders(2, PREPROCESSING, LIMITS, 30); running.start()\n"
+        "running = Decoders(2, PREPROCESSING, LIMITS, 30); running.start(); running.wait()\n"
         "print(*(p.pid for p in processes()), flush=True); os._exit(1)"
     )
     path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
