@@ -66,8 +66,6 @@ def _read(connection: socket.socket, length: int) -> bytearray:
 def main(arguments: str) -> None:
     """Answer images until the parent closes the socket. arguments: `Options` as JSON."""
     options = Options.from_json(arguments)
-    for number in (signal.SIGTERM, signal.SIGINT):  # the server signals its workers' children too: answer what is asked
-        signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # Pillow warns of odd metadata, once for each tag
     Image.init()  # imports all of Pillow's formats now, rather than at the first WebP or file of no format
     _limit_memory(options.bytes)

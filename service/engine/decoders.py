@@ -184,12 +184,23 @@ def _stopped() -> ServiceError:
     return ServiceError("not_ready", "the decoder processes have been stopped; send the image again")
 
 
+@contextmanager
+def _blocked(*numbers: signal.Signals) -> Iterator[None]:
+    """Processes started meanwhile never receive these signals. BentoML sends them to its workers' children, and a
+    terminal to all, whose answers are still wanted."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Process:
     """One decoder process and the socket to it. `OSError` and `EOFError` mean that it has ended, or will not answer."""
 
     def __init__(self, options: Options) -> None:
         self._connection, theirs = socket.socketpair()
-        with theirs:
+        with theirs, _blocked(signal.SIGTERM, signal.SIGINT):
             try:
                 self._process = subprocess.Popen(  # noqa: S603
                     [sys.executable, "-I", "-S", "-c", _PROGRAM, options.to_json(), *sys.path, str(PACKAGE_PARENT)],

@@ -178,12 +178,15 @@ def test_a_process_killed_while_idle_is_replaced_unnoticed(picture):
 
 def test_signals_to_the_server_do_not_end_its_decoders(picture):
     """BentoML sends SIGTERM to its workers' children as well, whose answers are still wanted."""
-    with decoding() as running:
-        (before,) = processes()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before.send_signal(number)
+    with Decoders(1, PREPROCESSING, LIMITS, 30) as running:
+        running.start()
+        before = psutil.Process().children()
+        for _ in range(2):  # while it starts, and when it is ready
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before[0].send_signal(number)
+            running.wait()
         assert running.decode(picture()).shape == (3, 32, 32)
-        assert processes() == [before]
+        assert processes() == before
 
 
 def test_many_threads_share_the_processes(picture):
