@@ -77,6 +77,7 @@ class Attributor:
             self._in_service = None
             with session_errors(self.bundle.path / "text.onnx"):
                 await self.labels.add({DEFAULT: self.labels.named[DEFAULT], **self._label_sets}, run)
+            await asyncio.to_thread(self._decoders.wait)
             self._resources = stack.pop_all()
         return self
 

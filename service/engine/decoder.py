@@ -15,6 +15,8 @@ import sys
 import warnings
 from typing import NamedTuple
 
+from PIL import Image
+
 from vitrine.service.engine.images import Framing, ImageLimits, decode, to_frame
 from vitrine.service.errors import ServiceError
 
@@ -64,9 +66,8 @@ def _read(connection: socket.socket, length: int) -> bytearray:
 def main(arguments: str) -> None:
     """Answer images until the parent closes the socket. arguments: `Options` as JSON."""
     options = Options.from_json(arguments)
-    for number in (signal.SIGTERM, signal.SIGINT):  # the server signals its workers' children too: answer what is asked
-        signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # Pillow warns of odd metadata, once for each tag
+    Image.init()  # imports all of Pillow's formats now, rather than at the first WebP or file of no format
     _limit_memory(options.bytes)
     with socket.socket(fileno=sys.stdin.fileno()) as connection:
         try:

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,19 +59,21 @@ class Decoders:
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            self._closed = True
-        for process in self._processes:
+            self._closed, processes = True, list(self._processes)
+        for process in processes:
             process.kill()  # a thread that waits for it notices, and closes it
         while self._idle:
             self._idle.pop().close()
 
     def start(self) -> None:
-        """Start all processes and wait until one of them is ready. Raises `EngineError`."""
-        try:
+        """Start all processes. Raises `EngineError`."""
+        with _as_engine_error():
             self._idle.extend(self._start() for _ in range(self._count))
+
+    def wait(self) -> None:
+        """Wait until one process is ready. Raises `EngineError`."""
+        with _as_engine_error():
             self._give_back(self._take())
-        except ServiceError as error:
-            raise EngineError(f"{error.message}: no image could be answered") from error
 
     def decode(self, image: bytes) -> NDArray[np.float32]:
         """Normalised pixels [3, H, W] of an image file.
@@ -169,8 +172,27 @@ class Decoders:
         return ServiceError("invalid_image", "the image makes its decoder crash; save it anew")
 
 
+@contextmanager
+def _as_engine_error() -> Iterator[None]:
+    try:
+        yield
+    except ServiceError as error:
+        raise EngineError(error.message) from error
+
+
 def _stopped() -> ServiceError:
     return ServiceError("not_ready", "the decoder processes have been stopped; send the image again")
+
+
+@contextmanager
+def _blocked(*numbers: signal.Signals) -> Iterator[None]:
+    """Processes started meanwhile never receive these signals. BentoML sends them to its workers' children, and a
+    terminal to all, whose answers are still wanted."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Process:
@@ -178,7 +200,7 @@ class _Process:
 
     def __init__(self, options: Options) -> None:
         self._connection, theirs = socket.socketpair()
-        with theirs:
+        with theirs, _blocked(signal.SIGTERM, signal.SIGINT):
             try:
                 self._process = subprocess.Popen(  # noqa: S603
                     [sys.executable, "-I", "-S", "-c", _PROGRAM, options.to_json(), *sys.path, str(PACKAGE_PARENT)],

@@ -81,6 +81,7 @@ class _Supervision:
                 self._stop(time.monotonic() - self._stop_asked)
             elif dead := _dead_workers(self._arbiter):
                 self._replace(dead)
+        self._read_reports()  # BentoML ends by itself in a container, once its last worker has
         return self._problem
 
     def _ask_to_stop(self) -> None:

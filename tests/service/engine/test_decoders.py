@@ -33,6 +33,7 @@ PREPROCESSING = Preprocessing(
 def decoding(count=1, seconds=30.0, limits=LIMITS, preprocessing=PREPROCESSING):
     with Decoders(count, preprocessing, limits, seconds) as running:
         running.start()
+        running.wait()
         yield running
 
 
@@ -177,12 +178,15 @@ def test_a_process_killed_while_idle_is_replaced_unnoticed(picture):
 
 def test_signals_to_the_server_do_not_end_its_decoders(picture):
     """BentoML sends SIGTERM to its workers' children as well, whose answers are still wanted."""
-    with decoding() as running:
-        (before,) = processes()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before.send_signal(number)
+    with Decoders(1, PREPROCESSING, LIMITS, 30) as running:
+        running.start()
+        before = psutil.Process().children()
+        for _ in range(2):  # while it starts, and when it is ready
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before[0].send_signal(number)
+            running.wait()
         assert running.decode(picture()).shape == (3, 32, 32)
-        assert processes() == [before]
+        assert processes() == before
 
 
 def test_many_threads_share_the_processes(picture):
@@ -232,7 +236,7 @@ def test_without_processes_nothing_is_ready_until_they_start_again(picture, monk
 def test_processes_end_with_their_parent():
     program = (
         "import os; from test_decoders import *\n"
-        "running = Decoders(2, PREPROCESSING, LIMITS, 30); running.start()\n"
+        "running = Decoders(2, PREPROCESSING, LIMITS, 30); running.start(); running.wait()\n"
         "print(*(p.pid for p in processes()), flush=True); os._exit(1)"
     )
     path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])

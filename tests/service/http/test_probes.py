@@ -14,6 +14,16 @@ def test_probes(server, path):
     assert server.http.get(path).status_code == 200
 
 
+def test_a_service_that_cannot_decode_is_not_ready(run_python):
+    program = (
+        "from types import SimpleNamespace as Fake; from vitrine.service import app\n"
+        "for attributor in (None, Fake(can_decode=lambda: False), Fake(can_decode=lambda: True)):\n"
+        "    app.app.state.serving = Fake(attributor=attributor)\n"
+        "    print(app.Vitrine.inner.__is_ready__(None))"
+    )
+    assert run_python("-c", program).stdout.split() == ["False", "False", "True"]
+
+
 def metrics(server):
     """(name, labels) -> value of every sample at /metrics."""
     response = server.http.get("/metrics")
