@@ -88,8 +88,10 @@ def check_graph(bundle: Bundle, graph: Graph, session: InferenceSession) -> None
     _check_inputs(bundle, graph, session)
     if missing := graph.outputs.keys() - {output.name for output in session.get_outputs()}:
         raise BundleError(f"{file} has no output {min(missing)}: it was not exported for this bundle")
-    with session_errors(file):
-        values = session.run(list(graph.outputs), _feeds(graph))
+    feeds = _feeds(graph)
+    given = ", ".join(f"{name} {list(feed.shape)} ({_FIELDS.get(name, 'shape')})" for name, feed in feeds.items())
+    with session_errors(f"{file}, given {given} as {MANIFEST} says,"):
+        values = session.run(list(graph.outputs), feeds)
     for (name, dimensions), value in zip(graph.outputs.items(), values, strict=True):
         if not _fits(value.shape, (1, *dimensions[1:])):
             said = ", ".join("any" if size is None else str(size) for size in (1, *dimensions[1:]))
@@ -130,9 +132,8 @@ def check_tokenizer(bundle: Bundle, tokens: Tokens, session: InferenceSession) -
         raise BundleError(
             f"{file} cuts texts to {length} tokens (truncation), {MANIFEST} says text.context = {text.context}"
         )
-    is_fixed = isinstance(session.get_inputs()[0].shape[1], int)
     padding = tokens.padding or {}
-    if is_fixed and (padding.get("length"), padding.get("pad_id")) != (text.context, text.pad):
+    if (padding.get("length"), padding.get("pad_id")) != (text.context, text.pad):
         raise BundleError(
             f"{file} pads texts to {padding.get('length')} tokens with {padding.get('pad_id')} (padding), {MANIFEST} "
             f"says text.context = {text.context}, text.pad = {text.pad}"

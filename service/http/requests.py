@@ -9,6 +9,7 @@ import asyncio
 import binascii
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -23,6 +24,9 @@ from vitrine.service.schemas.batch import BatchJson
 Payload = TypeVar("Payload", bound=BaseModel)
 Parsed = TypeVar("Parsed")
 
+# One thread: each step of parsing holds the GIL for up to 50 ms, and several threads would take turns with each other
+# before the event loop had one.
+_PARSER = ThreadPoolExecutor(1, thread_name_prefix="parse")
 LARGE_BYTES = 256 * 2**10  # a body of this size takes a millisecond to parse
 # Values in one JSON body: far more than the largest request has. The parser holds the GIL, which stops the event loop
 # even from another thread: 100 ms for a million values.
@@ -61,10 +65,11 @@ async def read_batch(request: Request, max_images: int) -> tuple[list[bytes | Se
 
 async def _parse_body(request: Request, parse: Callable[..., Parsed], *args: Any, **options: Any) -> Parsed:
     """parse(body, *args, **options), in a thread if that is slow enough to delay other requests."""
-    body = await request.body()
-    if len(body) > LARGE_BYTES:
-        return await asyncio.to_thread(parse, body, *args, **options)
-    return parse(body, *args, **options)
+    chunks = [chunk async for chunk in request.stream()]
+    if sum(map(len, chunks)) > LARGE_BYTES:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(_PARSER, lambda: parse(b"".join(chunks), *args, **options))
+    return parse(b"".join(chunks), *args, **options)
 
 
 def _parse_image(body: bytes, json_shape: type[BaseModel]) -> tuple[bytes | None, Any]:

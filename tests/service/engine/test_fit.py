@@ -4,12 +4,10 @@ import asyncio
 import threading
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from onnx import helper
 from tokenizers import Tokenizer
 
-from broken import BROKEN, content, copy, replace_file, tokenizer, write_manifest
+from broken import BROKEN, copy, replace_file, tokenizer, write_manifest
 from vitrine.models.bundle.bundle import BundleError, open_bundle
 from vitrine.service.answers.reload import RELOAD_ERRORS, Serving
 from vitrine.service.engine import labels
@@ -46,32 +44,6 @@ def test_the_same_bundle_written_anew_is_served(bundle_path, tmp_path):
     write_manifest(path)
     verify(path)
     start(path)
-
-
-def dynamic_text(folder):
-    """A text graph that takes texts of any length, and a tokenizer that does not pad them."""
-    zero, row = (helper.make_tensor(*tensor) for tensor in (("zero", 1, [], [0.0]), ("row", 1, [24], [1.0] + 23 * [0])))
-    axes = helper.make_tensor("axes", 7, [1], [1])
-    nodes = [
-        helper.make_node("Cast", ["tokens"], ["numbers"], to=1),
-        helper.make_node("ReduceSum", ["numbers", "axes"], ["sum"]),
-        helper.make_node("Mul", ["sum", "zero"], ["nothing"]),
-        helper.make_node("Add", ["nothing", "row"], ["text_embedding"]),
-    ]
-    inputs = [helper.make_tensor_value_info("tokens", 7, ["batch", "length"])]
-    outputs = [helper.make_tensor_value_info("text_embedding", 1, ["batch", 24])]
-    graph = helper.make_graph(nodes, "text", inputs, outputs, [zero, row, axes])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    content("text.onnx", model.SerializeToString())(folder)
-    tokenizer(lambda settings: settings.update(padding=None))(folder)
-
-
-def test_texts_of_any_length_fit(bundle_path, tmp_path):
-    path = copy(bundle_path, tmp_path / "bundle")
-    dynamic_text(path)
-    engine = Engine(open_bundle(path), Settings(bundle=path))
-    LabelEncoder(engine, 10)
-    assert engine.encode_text(np.zeros((2, 5), np.int64)).shape == (2, 24)
 
 
 def test_a_tokenizer_is_loaded_once_for_bundles_that_share_it(bundle_path, tmp_path, monkeypatch):

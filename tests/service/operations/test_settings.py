@@ -45,6 +45,7 @@ def test_every_number_has_an_upper_bound_with_a_reason():
 @pytest.mark.parametrize("name", ["threads", "batch_size", "workers", "deadline_seconds", "max_body_bytes"])
 def test_absurd_numbers_are_refused_with_the_reason(monkeypatch, name):
     most, reason = MOST[name]
+    monkeypatch.setenv("VITRINE_MAX_BYTES_IN_HAND", str(MOST["max_bytes_in_hand"][0]))  # a body must fit
     monkeypatch.setenv(f"VITRINE_{name.upper()}", str(most))
     assert getattr(load_settings(), name) == most
     monkeypatch.setenv(f"VITRINE_{name.upper()}", "1" + 23 * "0")
