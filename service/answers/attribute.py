@@ -31,9 +31,9 @@ from vitrine.service.schemas.classify import Prediction
 
 
 class BatchAnswer(NamedTuple):
-    """The JSON of a `BatchResponse`, and the predictions of the images that were answered."""
+    """The JSON of a `BatchResponse`, in pieces, and the predictions of the images that were answered."""
 
-    text: bytes
+    pieces: list[bytes]
     predictions: list[list[Prediction]]
 
 
@@ -74,8 +74,11 @@ async def answer_batch(
             tasks = [group.create_task(answer_one(image)) for image in images]
     results = [task.result() for task in tasks]
     head = BatchResponse(request_id=request_id, model=attributor.model, results=[]).model_dump_json()
-    text = head.removesuffix("]}").encode() + b",".join(item for item, _ in results) + b"]}"
-    return BatchAnswer(text, [predictions for _, predictions in results if predictions])
+    pieces = [head.removesuffix("]}").encode()]
+    for item, _ in results:
+        pieces += (item, b",")
+    pieces[-1] = b"]}"
+    return BatchAnswer(pieces, [predictions for _, predictions in results if predictions])
 
 
 def _check_request(attributor: Attributor, request: AttributeRequest, images: int = 1) -> Texts:

@@ -11,6 +11,7 @@ from fastapi import Request
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.answers.reload import Serving
@@ -98,6 +99,21 @@ def log_predictions(request: Request, *predictions: list[Prediction]) -> None:
 
 def json_response(answer: BaseModel) -> Response:
     return Response(answer.model_dump_json(), media_type="application/json")
+
+
+class PiecesResponse(Response):
+    """JSON in pieces, which are sent as they are: to join a large answer would hold up the event loop."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        size = str(sum(map(len, pieces)))
+        super().__init__(media_type="application/json", headers={"content-length": size})
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for piece in self._pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 async def large_json_response(answer: BaseModel) -> Response:

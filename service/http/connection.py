@@ -142,7 +142,7 @@ class Connection(Incoming):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         self._enter(_Phase.BUSY)
-        super()._start_asgi_task(cycle, self._run)
+        self._door.pace.start(self.loop, functools.partial(super()._start_asgi_task, cycle, self._run))
 
     async def _run(self, scope: Any, receive: Any, send: Any) -> None:
         try:

@@ -15,6 +15,7 @@ from typing import Protocol
 import psutil
 
 from vitrine.service.http.budget import Budget
+from vitrine.service.http.pace import Pace
 from vitrine.service.operations import metrics
 from vitrine.service.operations.logs import logger
 from vitrine.service.operations.settings import Settings
@@ -43,6 +44,7 @@ class Door:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.budget = Budget(settings.max_bytes_in_hand)
+        self.pace = Pace()
         self.linger_bytes = 16 * settings.max_body_bytes
         self._limit = 0  # not known before the first connection: the bundle's files are open then
         self._connections: set[Entrant] = set()  # until they are lost

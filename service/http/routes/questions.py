@@ -11,7 +11,7 @@ from vitrine.service.answers.attribute import answer_attribute, answer_batch
 from vitrine.service.answers.classify import answer_classify
 from vitrine.service.answers.embed import answer_embed
 from vitrine.service.answers.similar import answer_similar
-from vitrine.service.http.asking import handle, json_response, large_json_response, log_predictions
+from vitrine.service.http.asking import PiecesResponse, handle, json_response, large_json_response, log_predictions
 from vitrine.service.http.openapi import errors, multipart_or_json
 from vitrine.service.http.requests import read_batch, read_image, read_optional_image
 from vitrine.service.operations.settings import Settings
@@ -57,7 +57,7 @@ async def attribute_batch(request: Request) -> Response:
     read = partial(read_batch, request, request.app.state.settings.images_per_request)
     answer = await handle(request, read, answer_batch)
     log_predictions(request, *answer.predictions)
-    return Response(answer.text, media_type="application/json")
+    return PiecesResponse(answer.pieces)
 
 
 async def classify(request: Request) -> Response:
