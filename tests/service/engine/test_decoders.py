@@ -87,11 +87,14 @@ def test_refusals_are_those_of_this_process(picture):
         assert processes() == [before]
 
 
-def test_an_image_that_takes_too_long_is_ended_by_the_kernel_and_hurts_no_other(picture):
+def test_an_image_that_takes_too_long_is_ended_by_the_kernel_and_hurts_no_other(picture, monkeypatch):
+    ask = decoders._Process.ask
+    monkeypatch.setattr(decoders._Process, "ask", lambda self, image, _: ask(self, image, 60))  # the parent would wait
     late = restarts("timeout")
     with decoding(seconds=0.05) as running:
         (before,) = processes()
         error = refusal(running, costly_image())
+        assert len(processes()) == 1, "another starts before it is needed"
         assert running.decode(picture()).shape == (3, 32, 32)
         assert processes() != [before]
     assert (error.code, error.status) == ("image_too_costly", 413)
