@@ -67,7 +67,9 @@ async def answer_batch(
             metrics.REJECTED.labels(error.code).inc()
             problem = ItemError(code=error.code, message=error.message, details=error.details)
             item = BatchItem(status=error.status, answer=None, error=problem)
-        return await attributor.in_thread(json_text, item), item.answer.predictions if item.answer else []
+        # Not after the other images: until then these are tens of thousands of objects for the garbage collector.
+        text = await attributor.in_thread(json_text, item, in_turn=False)
+        return text, item.answer.predictions if item.answer else []
 
     with attributor.admit(len(images)), attributor.taking_turns():
         async with asyncio.TaskGroup() as group:

@@ -1,9 +1,8 @@
 """A loaded bundle, with what every kind of question needs to be answered. Independent of HTTP.
 
-Images are decoded in processes of their own, accounts computed in a small thread pool, whose threads also wait for
-those processes; inference runs in the batcher's thread, and the event loop only waits. The questions themselves are
-functions in the files beside this one: `attribute`, `classify`, `embed`, `similar`. Used by both the HTTP routes and
-the command line.
+Images are decoded in processes of their own, for which a few threads wait; accounts are computed in one thread,
+inference runs in the batcher's, and the event loop only waits. The questions themselves are functions in the files
+beside this one: `attribute`, `classify`, `embed`, `similar`. Used by both the HTTP routes and the command line.
 """
 
 from __future__ import annotations
@@ -65,8 +64,10 @@ class Attributor:
         self.engine = await asyncio.to_thread(Engine, self.bundle, settings)
         self.labels = await asyncio.to_thread(LabelEncoder, self.engine, settings.label_cache)
         async with AsyncExitStack() as stack:  # a failed start leaves no thread behind
-            self._pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
-            stack.push_async_callback(asyncio.to_thread, self._pool.shutdown)  # waits for what its threads still do
+            self._waiters = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="account")
+            for pool in (self._waiters, self._thread):
+                stack.push_async_callback(asyncio.to_thread, pool.shutdown)  # waits for what its threads still do
             stack.enter_context(self._decoders)  # left before the threads are, which may wait for a process
             await asyncio.to_thread(self._decoders.start)
             self.batcher = await stack.enter_async_context(
@@ -132,7 +133,7 @@ class Attributor:
         """The image's decomposition, the labels' embeddings and, if requested, C [2, L, L] (`Engine.replace`). Adds
         the stages' times to `timings`."""
         with timed_stage("decode", timings):
-            pixels = await self.in_thread(self.decode, image)
+            pixels = await self.pixels(image)
         with timed_stage("labels", timings):
             label_set = await self.labels.resolve(labels, templates, self.batcher.run_between)
         parts = await self.submit(pixels, timings, details)
@@ -161,15 +162,24 @@ class Attributor:
 
     @contextmanager
     def taking_turns(self) -> Iterator[None]:
-        """For a request of many images: it never has more calls in the pool's queue than the pool has threads, so that
-        other requests' calls need not wait for all of its images."""
+        """For a request of many images: only as many of them wait for a decoder, or for the thread, as there are
+        decoders, so that other requests need not wait for all of its images."""
         token = _turns.set(asyncio.Semaphore(self.settings.decode_threads))
         try:
             yield
         finally:
             _turns.reset(token)
 
-    async def in_thread(self, function: Callable[..., Result], *args: Any) -> Result:
-        """Call function(*args) in the thread pool."""
+    async def pixels(self, image: bytes) -> NDArray[np.float32]:
+        """Normalised pixels [3, H, W], by a decoder. Raises `ServiceError`."""
         async with _turns.get() or nullcontext():
-            return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+            return await asyncio.get_running_loop().run_in_executor(self._waiters, self.decode, image)
+
+    async def in_thread(self, function: Callable[..., Result], *args: Any, in_turn: bool = True) -> Result:
+        """Call function(*args) in the thread for accounts, cards and answers.
+
+        There is one: two would take turns with each other at the GIL before the event loop had one, and gain little.
+        in_turn: False for what ends a call that had its turn.
+        """
+        async with (in_turn and _turns.get()) or nullcontext():
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)

@@ -22,7 +22,7 @@ async def answer_similar(
     timings: dict[str, float] = {}
     with attributor.admit():
         with timed_stage("decode", timings):
-            pixels = await attributor.in_thread(attributor.decode, image)
+            pixels = await attributor.pixels(image)
         parts = await attributor.submit(pixels, timings)
     with timed_stage("retrieve", timings):
         layers = await attributor.in_thread(_nearest, bundle, parts, request)

@@ -69,9 +69,7 @@ class Settings(BaseSettings):
     threads: NonNegativeInt = Field(
         default=0, description="threads of one inference; 0: the processors that this container may use, by workers"
     )
-    decode_threads: PositiveInt = Field(
-        default=2, description="processes that decode images, and threads that wait for them and write accounts"
-    )
+    decode_threads: PositiveInt = Field(default=2, description="processes that decode images")
     decode_seconds: PositiveFloat = Field(
         default=10.0,
         allow_inf_nan=False,
