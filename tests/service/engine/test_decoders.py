@@ -138,6 +138,23 @@ def test_an_image_that_takes_too_much_memory_hurts_no_other(picture, monkeypatch
     assert restarts("memory") == full + 1
 
 
+def test_memory_is_kept_from_one_image_to_the_next(draw, encode):
+    """Returned and taken anew each time, its pages cost a fifth of the time of decoding."""
+
+    def page_faults(process):
+        with open(f"/proc/{process.pid}/stat") as stat:
+            return int(stat.read().rpartition(")")[2].split()[7])
+
+    data = encode(draw(size=(500, 375)), "JPEG")
+    with decoding(preprocessing=PREPROCESSING.model_copy(update={"size": (224, 224)})) as running:
+        running.decode(data)
+        (process,) = processes()
+        before = page_faults(process)
+        for _ in range(20):
+            running.decode(data)
+        assert (page_faults(process) - before) / 20 < 50  # else 320
+
+
 def test_the_largest_images_fit_into_the_memory(encode):
     exif = Image.Exif()
     exif[0x0112] = 6
