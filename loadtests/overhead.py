@@ -103,10 +103,9 @@ def _compare_checkouts(other: Path, bundle: Path | None, image: bytes, path: str
             burst = _in_turns(pairs // 10, new, old, lambda server: asyncio.run(_burst(server, path, image, clients)))
         for name, found in zip(ratios, (single, burst), strict=True):
             ratios[name].append(found)
-    for name, found in ratios.items():
-        ratio = statistics.geometric_mean(found)
-        orders = ", ".join(f"{one:.3f}" for one in found)
-        print(f"{name}: time / {other.name}'s {ratio:.3f} (started first, last: {orders})")
+    for name, both in ratios.items():
+        orders = ", ".join(f"{ratio:.3f}" for ratio in both)
+        print(f"{name}: time / {other.name}'s {statistics.geometric_mean(both):.3f} (started first, last: {orders})")
 
 
 def _in_turns(pairs: int, new: Server, old: Server, request: Callable[[Server], Any]) -> float:
