@@ -66,7 +66,8 @@ class Attributor:
         async with AsyncExitStack() as stack:  # a failed start leaves no thread behind
             self._waiters = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="account")
-            for pool in (self._waiters, self._thread):
+            self._queries = ThreadPoolExecutor(1, thread_name_prefix="cards")
+            for pool in (self._waiters, self._thread, self._queries):
                 stack.push_async_callback(asyncio.to_thread, pool.shutdown)  # waits for what its threads still do
             stack.enter_context(self._decoders)  # left before the threads are, which may wait for a process
             await asyncio.to_thread(self._decoders.start)
@@ -176,10 +177,14 @@ class Attributor:
             return await asyncio.get_running_loop().run_in_executor(self._waiters, self.decode, image)
 
     async def in_thread(self, function: Callable[..., Result], *args: Any, in_turn: bool = True) -> Result:
-        """Call function(*args) in the thread for accounts, cards and answers.
+        """Call function(*args) in the thread for accounts and answers.
 
         There is one: two would take turns with each other at the GIL before the event loop had one, and gain little.
         in_turn: False for what ends a call that had its turn.
         """
         async with (in_turn and _turns.get()) or nullcontext():
             return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    async def query(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Call function(*args), which reads the cards, in a thread where many of them delay no account."""
+        return await asyncio.get_running_loop().run_in_executor(self._queries, function, *args)

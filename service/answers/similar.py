@@ -25,7 +25,7 @@ async def answer_similar(
             pixels = await attributor.pixels(image)
         parts = await attributor.submit(pixels, timings)
     with timed_stage("retrieve", timings):
-        layers = await attributor.in_thread(_nearest, bundle, parts, request)
+        layers = await attributor.query(_nearest, bundle, parts, request)
     return SimilarResponse(
         request_id=request_id,
         model=attributor.model,

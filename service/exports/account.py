@@ -54,7 +54,7 @@ async def _page(attributor: Attributor, content: bytes, request: AttributeReques
     }
     keys = sorted(listed) if bundle.cards else []
     cards = {
-        f"{layer}/{index}": await attributor.in_thread(card, bundle, attributor.model, layer, index)
+        f"{layer}/{index}": await attributor.query(card, bundle, attributor.model, layer, index)
         for layer, index in keys
     }
     return draw_page(answer, content, cards, bundle.manifest.preprocessing)

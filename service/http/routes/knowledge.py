@@ -83,10 +83,10 @@ async def features(request: Request) -> Response:
     """Labelled features, best label first; with `label`, those whose label contains it."""
     with lease_attributor(request) as attributor:
         query = validated(FeaturesQuery, dict(request.query_params))
-        return json_response(await attributor.in_thread(search, attributor.bundle, attributor.model, query))
+        return json_response(await attributor.query(search, attributor.bundle, attributor.model, query))
 
 
 async def feature(request: Request, layer: int, index: int) -> Response:
     """What is known of one feature: its label, if it earned one, exemplars, statistics."""
     with lease_attributor(request) as attributor:
-        return json_response(await attributor.in_thread(card, attributor.bundle, attributor.model, layer, index))
+        return json_response(await attributor.query(card, attributor.bundle, attributor.model, layer, index))

@@ -18,6 +18,7 @@ from vitrine.models.bundle.manifest import Manifest
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.engine.engine import Engine
 from vitrine.service.http.application import create_app
+from vitrine.service.http.routes import knowledge
 from vitrine.service.operations.settings import Settings
 
 
@@ -254,3 +255,23 @@ def test_a_start_that_fails_leaves_no_thread_behind(bundle, settings, monkeypatc
     with pytest.raises(RuntimeError, match="no memory"):
         asyncio.run(start())
     assert set(threading.enumerate()) <= before
+
+
+def test_questions_about_features_delay_no_account(carded, picture, monkeypatch):
+    gate = threading.Event()
+    monkeypatch.setattr(knowledge, "search", lambda *_: gate.wait(30))
+    app = create_app(Settings(bundle=carded.path))
+
+    async def conversation(client):
+        searches = [asyncio.create_task(client.get("/v1/features")) for _ in range(20)]
+        await asyncio.sleep(0.1)
+        answer = await client.post("/v1/attribute", files={"image": picture()})
+        still_waiting = not any(search.done() for search in searches)
+        for search in searches:
+            search.cancel()
+        gate.set()
+        return answer, still_waiting
+
+    answer, still_waiting = talk_to(app, conversation)
+    assert answer.status_code == 200
+    assert still_waiting
