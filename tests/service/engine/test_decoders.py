@@ -200,7 +200,7 @@ def test_signals_to_the_server_do_not_end_its_decoders(picture):
     """BentoML sends SIGTERM to its workers' children as well, whose answers are still wanted."""
     with Decoders(1, PREPROCESSING, LIMITS, 30) as running:
         running.start()
-        before = psutil.Process().children()
+        before = processes()
         for _ in range(2):  # while it starts, and when it is ready
             for number in (signal.SIGTERM, signal.SIGINT):
                 before[0].send_signal(number)
