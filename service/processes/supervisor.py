@@ -34,8 +34,7 @@ MAX_ATTEMPTS = 5
 MAX_EARLY_DEATHS = 3  # in a row that are made good at once
 KILL_AFTER, EXIT_AFTER = 1.5, 3.0  # seconds after `shutdown_seconds`: workers are killed, the server ends itself
 # Of the workers' C library. By default it keeps what large bodies and answers have left free, in pieces, in an arena for
-# every thread: a worker grew by a fifth in ten rounds of heavy requests, and by nothing with these. The price is page
-# faults for blocks of a megabyte and more, such as batches of pixels: too little to be measured.
+# each thread: under such requests a worker grew from round to round (loadtests/RESULTS.md).
 ALLOCATOR = {
     "MALLOC_ARENA_MAX": "2",
     "MALLOC_MMAP_THRESHOLD_": str(2**20),
