@@ -16,7 +16,8 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import bentoml
@@ -33,8 +34,8 @@ POLL_SECONDS = 0.25
 MAX_ATTEMPTS = 5
 MAX_EARLY_DEATHS = 3  # in a row that are made good at once
 KILL_AFTER, EXIT_AFTER = 1.5, 3.0  # seconds after `shutdown_seconds`: workers are killed, the server ends itself
-# Of the workers' C library. By default it keeps what large bodies and answers have left free, in pieces, in an arena for
-# each thread: under such requests a worker grew from round to round (loadtests/RESULTS.md).
+# Of the workers' C library. By default it keeps what large bodies and answers have left free, in pieces, in an arena
+# for each thread: under such requests a worker grew from round to round (loadtests/RESULTS.md).
 ALLOCATOR = {
     "MALLOC_ARENA_MAX": "2",
     "MALLOC_MMAP_THRESHOLD_": str(2**20),
@@ -52,16 +53,26 @@ def serve(host: str, port: int, shutdown_seconds: float = 25.0) -> None:
     _check_address(host, port)
     failures: list[BaseException | None] = []
     metrics_folder.use_own_folder()
-    for name, value in ALLOCATOR.items():
-        os.environ.setdefault(name, value)
     threading.excepthook = lambda hook_args: failures.append(hook_args.exc_value)
-    with workers.parent_pid_in_environment(), reports_in_environment() as reports:
+    with workers.parent_pid_in_environment(), _allocator_in_environment(), reports_in_environment() as reports:
         arbiter = _start(host, port, failures)
         problem = _Supervision(arbiter, reports, shutdown_seconds).run()
     if problem:
         raise ServeError(problem)
     if failures:
         raise ServeError(f"the server came to an end: {failures[0]}") from failures[0]
+
+
+@contextmanager
+def _allocator_in_environment() -> Iterator[None]:
+    """Pass `ALLOCATOR` to processes started meanwhile, where the operator has not set it otherwise."""
+    new = {name: value for name, value in ALLOCATOR.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            del os.environ[name]
 
 
 class _Supervision:
