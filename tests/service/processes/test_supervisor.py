@@ -79,7 +79,7 @@ def test_its_environment_is_left_as_it_was(start):
     start()
     with pytest.raises(supervisor.ServeError):
         start(ValueError("no service"))
-    assert not {workers.PARENT_PID_VARIABLE, reports.SOCKET_VARIABLE} & set(os.environ)
+    assert not {workers.PARENT_PID_VARIABLE, reports.SOCKET_VARIABLE, *supervisor.ALLOCATOR} & set(os.environ)
 
 
 class FakeArbiter:
