@@ -81,3 +81,12 @@ def upload(*lines, path="/v1/classify", key=KEY):
     authorization = [] if key is None else [f"Authorization: Bearer {key}"]
     start = [f"POST {path} HTTP/1.1", "Host: h", *authorization, "Content-Type: application/json"]
     return "\r\n".join([*start, *lines, "", ""]).encode()
+
+
+def multipart_body(*parts):
+    """Parts (disposition, bytes) as a multipart body with the boundary `b`."""
+    lines = [
+        b"--b\r\nContent-Disposition: form-data; " + disposition.encode() + b"\r\n\r\n" + body + b"\r\n"
+        for disposition, body in parts
+    ]
+    return b"".join(lines) + b"--b--\r\n"

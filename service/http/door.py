@@ -1,8 +1,8 @@
 """All connections of a worker: how many there may be, which one gives way, and what has taken too long.
 
-A connection takes a file descriptor, and its upload may take another (a temporary file). Where there is none left the
-system refuses connections without a word to anybody, so fewer are let in than that. One timer, not one a connection,
-looks at all of them.
+A connection takes a file descriptor. Where there is none left the system refuses connections without a word to anybody,
+so no more are let in than half of what is free: the other half is for whatever else the process opens. One timer, not
+one a connection, looks at all of them.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def _connection_limit(wanted: int) -> int:
     limit = min(wanted, max(FEWEST, (soft - in_use) // 2))
     if limit < wanted:
         logger.warning(
-            "%d connections at most, not the %d of VITRINE_MAX_CONNECTIONS: this process may open %d files, and needs "
-            "two for each connection; raise the limit (ulimit -n)",
+            "%d connections at most, not the %d of VITRINE_MAX_CONNECTIONS: this process may open %d files, and keeps "
+            "half of those that are free for other things; raise the limit (ulimit -n)",
             limit,
             wanted,
             soft,

@@ -75,6 +75,15 @@ def watched(project, tmp_path):
     return watch
 
 
+def succeed(trace, variables, project, *command):
+    """What a watched command prints; it must succeed."""
+    finished = subprocess.run(
+        trace.command(*BOUND, *command), cwd=project, env=variables, capture_output=True, text=True, timeout=SECONDS
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
 @pytest.fixture
 def run(project, watched, tmp_path):
     """run(*arguments, python=..., folders=()) -> what the installed command printed in their project. It must succeed,
@@ -82,16 +91,7 @@ def run(project, watched, tmp_path):
 
     def start(*arguments, python=LIGHT, folders=(), **variables):
         with watched(*folders, **variables) as (trace, inherited):
-            finished = subprocess.run(
-                trace.command(*BOUND, Path(python).with_name("vitrine"), *arguments),
-                cwd=project,
-                env=inherited,
-                capture_output=True,
-                text=True,
-                timeout=SECONDS,
-            )
-            assert finished.returncode == 0, finished.stdout + finished.stderr
-        return finished.stdout
+            return succeed(trace, inherited, project, Path(python).with_name("vitrine"), *arguments)
 
     return start
 
@@ -172,15 +172,7 @@ def test_train_in_processes_started_otherwise(project, watched, tmp_path, recipe
     }
     options = ["--data-root", data_root, "--accelerator", "cpu", "--max-steps", 2, "--out", tmp_path / "run"]
     with watched(tmp_path / "run") as (trace, variables):
-        finished = subprocess.run(
-            trace.command(*BOUND, *starts[how], "train", "--recipe", recipe, *options),
-            cwd=project,
-            env=variables,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-        )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+        succeed(trace, variables, project, *starts[how], "train", "--recipe", recipe, *options)
     assert (tmp_path / "run" / "log.jsonl").read_text().count("\n") == 2
 
 

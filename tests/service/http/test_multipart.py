@@ -8,17 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raw_http import multipart_body
 from vitrine.service.errors import ServiceError
 from vitrine.service.http import requests
 from vitrine.service.http.multipart import TooManyParts, parse_multipart
 
 TYPE = "multipart/form-data; boundary=b"
-
-
-def body_of(*parts):
-    """Parts (disposition, bytes) as a body with the boundary `b`."""
-    head = "--b\r\nContent-Disposition: form-data; "
-    return b"".join(head.encode() + d.encode() + b"\r\n\r\n" + data + b"\r\n" for d, data in parts) + b"--b--\r\n"
 
 
 # Contents made of the very bytes that boundaries are made of.
@@ -30,14 +25,14 @@ CONTENTS = st.lists(st.sampled_from([b"\r", b"\n", b"-", b"--b", b"\r\n--", b"\r
 @given(st.lists(st.tuples(st.sampled_from(["image", "request", "naïve"]), st.booleans(), CONTENTS), max_size=6))
 def test_parts_come_out_as_they_went_in(parts):
     parts = [(name, is_file, data) for name, is_file, data in parts if b"\r\n--b" not in b"\r\n" + data]
-    body = body_of(*((f'name="{name}"' + '; filename="x"' * is_file, data) for name, is_file, data in parts))
+    body = multipart_body(*((f'name="{name}"' + '; filename="x"' * is_file, data) for name, is_file, data in parts))
     parsed = [(part.name, part.is_file, bytes(part.data)) for part in parse_multipart(TYPE, body, 6)]
     assert parsed == parts
 
 
 @pytest.mark.parametrize("charset", ["utf-8", "UTF-8", "utf8", "us-ascii", '"utf-8"'])
 def test_utf8_by_its_names_is_taken(charset):
-    (part,) = parse_multipart(f"{TYPE}; charset={charset}", body_of(('name="request"', b"{}")), 1)
+    (part,) = parse_multipart(f"{TYPE}; charset={charset}", multipart_body(('name="request"', b"{}")), 1)
     assert part.data == b"{}"
 
 
@@ -58,14 +53,14 @@ ODD_CHARSETS = [
 
 @pytest.mark.parametrize("charset", ODD_CHARSETS)
 def test_other_charsets_are_refused_before_anything_is_decoded(charset):
-    body = body_of(('name="request"', b"a" * 300_000))
+    body = multipart_body(('name="request"', b"a" * 300_000))
     with pytest.raises(ServiceError, match="send UTF-8"):  # punycode would take minutes
         parse_multipart(f"{TYPE}; charset={charset}", body, 1)
 
 
 @pytest.mark.parametrize("charset", ODD_CHARSETS)
 def test_a_request_with_another_charset_is_refused(server, picture, charset):
-    body = body_of(('name="image"; filename="a"', picture()), ('name="request"', b"a" * 300_000))
+    body = multipart_body(('name="image"; filename="a"', picture()), ('name="request"', b"a" * 300_000))
     headers = {"content-type": f"{TYPE}; charset={charset}"}
     response = server.http.post("/v1/attribute", content=body, headers=headers)
     assert response.status_code == 400
@@ -73,19 +68,19 @@ def test_a_request_with_another_charset_is_refused(server, picture, charset):
 
 
 def test_too_many_parts_are_refused_before_they_are_read():
-    body = body_of(*[('name="image"; filename="a"', b"x")] * 67) + b"this is no part"
+    body = multipart_body(*[('name="image"; filename="a"', b"x")] * 67) + b"this is no part"
     with pytest.raises(TooManyParts):
         parse_multipart(TYPE, body, 66)
 
 
 LARGE = 2**24
 HARD_BODIES = {
-    "one carriage return after another": body_of(('name="image"; filename="a"', b"\r" * LARGE)),
-    "nearly a boundary": body_of(('name="image"; filename="a"', b"\r\n--" * (LARGE // 4))),
+    "one carriage return after another": multipart_body(('name="image"; filename="a"', b"\r" * LARGE)),
+    "nearly a boundary": multipart_body(('name="image"; filename="a"', b"\r\n--" * (LARGE // 4))),
     "headers without end": b"--b\r\n" + b"A: b\r\n" * (LARGE // 6),
     "one header without end": b"--b\r\nA: " + b"b" * LARGE,
     "nothing but dashes": b"-" * LARGE,
-    "what follows the end": body_of() + b"\r" * LARGE,
+    "what follows the end": multipart_body() + b"\r" * LARGE,
 }
 
 

@@ -2,19 +2,17 @@
 
 import asyncio
 import json
-import shutil
 import threading
 import tracemalloc
 from contextlib import AsyncExitStack
 
 import httpx
-import numpy as np
 import pytest
 from prometheus_client import REGISTRY
 
-from vitrine.models.bundle.bundle import BundleError, seal
+from broken import copy, short_fold
+from vitrine.models.bundle.bundle import BundleError
 from vitrine.models.bundle.label_sets import LabelSetError
-from vitrine.models.bundle.manifest import Manifest
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.engine.engine import Engine
 from vitrine.service.http.application import create_app
@@ -233,11 +231,8 @@ def test_a_key_is_asked_for_whatever_the_path(bundle_path, digits):
 
 def test_a_bundle_with_a_mismatched_table_stops_the_start(bundle_path, tmp_path):
     """Rather than failing the first request that needs it, long after /readyz reported ready."""
-    path = shutil.copytree(bundle_path, tmp_path / "bundle")
-    manifest = json.loads((path / "manifest.json").read_text())
-    np.save(path / "fold.npy", np.load(path / "fold.npy")[:-1])
-    (path / "manifest.json").unlink()
-    seal(path, Manifest.model_validate(manifest))
+    path = copy(bundle_path, tmp_path / "bundle")
+    short_fold(path)
     with pytest.raises(BundleError, match=r"fold\.npy"):
         talk_to(create_app(Settings(bundle=path)), lambda client: client.get("/v1/model"))
 

@@ -9,6 +9,8 @@ import zlib
 
 import pytest
 
+from raw_http import multipart_body
+
 LABELS = ["red circle", "green square", "blue triangle"]  # the tiny bundle's
 
 
@@ -260,15 +262,6 @@ def test_bad_base64_is_refused(server, refused, text):
 def test_image_of_the_wrong_type_is_refused(server, refused, image):
     text = json.dumps({"image_base64": image})
     refused(server.post_text(text), 400, "invalid_request")
-
-
-def multipart_body(*parts):
-    """Parts (disposition, bytes) as a multipart body with the boundary `b`."""
-    lines = [
-        b"--b\r\nContent-Disposition: form-data; " + disposition.encode() + b"\r\n\r\n" + body + b"\r\n"
-        for disposition, body in parts
-    ]
-    return b"".join(lines) + b"--b--\r\n"
 
 
 BAD_PARTS = {

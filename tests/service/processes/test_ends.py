@@ -1,8 +1,6 @@
 """Servers end: soon after SIGTERM whatever hangs, and with a sentence when they cannot start."""
 
-import json
 import re
-import shutil
 import signal
 import socket
 import time
@@ -14,19 +12,15 @@ import psutil
 import pytest
 from PIL import Image
 
+from broken import copy, short_fold
 from common import free_port
-from vitrine.models.bundle.bundle import seal
-from vitrine.models.bundle.manifest import Manifest
 
 
 @pytest.fixture
 def unloadable(bundle_path, tmp_path):
     """A bundle whose files are as its manifest says, but do not fit together: found out by loading it."""
-    path = shutil.copytree(bundle_path, tmp_path / "unloadable")
-    manifest = json.loads((path / "manifest.json").read_text())
-    np.save(path / "fold.npy", np.load(path / "fold.npy")[:-1])
-    (path / "manifest.json").unlink()
-    seal(path, Manifest.model_validate(manifest))
+    path = copy(bundle_path, tmp_path / "unloadable")
+    short_fold(path)
     return path
 
 
