@@ -22,7 +22,7 @@ def serve(
     from vitrine.service.operations.settings import load_settings, write_paths_to_environment
 
     settings, opened = load_settings(), open_bundle_or_default(bundle)
-    choose(opened, settings)  # checked here, not in a worker that the server would restart again and again
+    choose(opened, settings)  # what is quickly checked is refused before a server is started
     read_keys(settings)
     if settings.label_sets:
         read_label_sets(settings.label_sets)
