@@ -11,6 +11,7 @@ from common import ROOT
 FLOORS = {
     "models": (
         ("errors", "shards"),
+        ("files",),
         ("account", "bundle", "clip"),
         ("dictionary",),
         ("graph",),
@@ -113,7 +114,9 @@ def test_no_circle_of_imports():
     assert len(order) >= len(MODULES)
 
 
-@pytest.mark.parametrize("room_without_torch", ["models.account", "models.bundle", "service", "commands"])
+@pytest.mark.parametrize(
+    "room_without_torch", ["models.account", "models.bundle", "models.files", "service", "commands"]
+)
 def test_what_the_service_imports_needs_no_torch(room_without_torch):
     """Neither itself nor by what it imports; commands import what they need when they run."""
     reached, waiting = set(), [name for name in MODULES if name.startswith(room_without_torch)]
