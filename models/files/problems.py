@@ -75,7 +75,7 @@ def check_name(path: Path) -> None:
     try:
         os.fsencode(path).decode()
     except UnicodeDecodeError as error:
-        raise FileError(f"{shown(path)} has a name that is no UTF-8; give it, or take, another name") from error
+        raise FileError(f"{shown(path)} has a name that is no UTF-8; rename it, or choose another") from error
 
 
 def sentence(error: BaseException) -> str | None:

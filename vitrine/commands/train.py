@@ -27,21 +27,22 @@ def train(
     """Train a CLT on a CLIP's activations; resumes by itself. Curves: tensorboard --logdir OUT."""
     from vitrine.training.recipes.catalogue import find_recipe
     from vitrine.training.recipes.recipe import load_recipe
-    from vitrine.training.run.parallel import make_fabric
+    from vitrine.training.run.parallel import make_fabric, one_report
     from vitrine.training.run.run import train as run
 
     loaded, console = load_recipe(find_recipe(recipe)), new_console()
     fabric = make_fabric(devices, shard, loaded.training.precision, accelerator)
     fabric.launch()
-    checkpoint = run(
-        loaded,
-        load_clip_of(loaded, data_root),
-        data_root,
-        out,
-        console,
-        fabric,
-        max_steps=max_steps,
-        wandb_project=wandb,
-    )
+    with one_report(fabric):
+        checkpoint = run(
+            loaded,
+            load_clip_of(loaded, data_root),
+            data_root,
+            out,
+            console,
+            fabric,
+            max_steps=max_steps,
+            wandb_project=wandb,
+        )
     if fabric.is_global_zero:
         console.print(f"checkpoint: {checkpoint}")

@@ -18,6 +18,7 @@ import ray
 import ray.data
 
 from vitrine.models.bundle.bundle import open_bundle
+from vitrine.models.errors import VitrineError
 from vitrine.service.engine.processors import available_processors
 from vitrine.service.offline.bulk.inputs import BulkError
 from vitrine.service.offline.bulk.work import Step, Work, Worker
@@ -25,17 +26,27 @@ from vitrine.service.processes.import_path import PACKAGE_PARENT
 
 
 class _Process:
-    """A Ray actor that holds a `Worker`."""
+    """A Ray actor that holds a `Worker`. Our own errors are part of its answers: Ray would make tracebacks of them."""
 
     def __init__(self, bundle: Path, work: Work) -> None:
-        opened = open_bundle(bundle)
-        if opened.digest != work.job.bundle:
-            raise BulkError(f"{bundle} is another bundle here than where the run was started")
-        self._worker = Worker(opened, work)
+        self._worker, self._problem = None, ""
+        try:
+            opened = open_bundle(bundle)
+            if opened.digest != work.job.bundle:
+                raise BulkError(f"{bundle} is another bundle here than where the run was started")
+            self._worker = Worker(opened, work)
+        except VitrineError as error:
+            self._problem = str(error)
 
     def __call__(self, parts: dict[str, Any]) -> dict[str, Any]:
-        steps = list(self._worker.run(parts["item"].tolist()))
-        return {name: np.array([sum(getattr(step, name) for step in steps)]) for name in Step._fields}
+        steps: list[Step] = []
+        if self._worker is not None:
+            try:
+                steps = list(self._worker.run(parts["item"].tolist()))
+            except VitrineError as error:
+                self._problem = str(error)
+        counts = {name: np.array([sum(getattr(step, name) for step in steps)]) for name in Step._fields}
+        return {**counts, "problem": np.array([self._problem])}
 
 
 def run(bundle: Path, work: Work, parts: list[int], workers: int) -> Iterator[Step]:
@@ -43,7 +54,7 @@ def run(bundle: Path, work: Work, parts: list[int], workers: int) -> Iterator[St
 
     They divide the processors of the cluster that RAY_ADDRESS names, else of this machine; VITRINE_THREADS sets the
     number for each instead. Raises `BulkError` if there is no such cluster or it has too few: Ray would wait for them
-    forever.
+    forever; or with the sentence of whatever one of them raised.
     """
     settings = work.settings
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
@@ -82,6 +93,8 @@ def run(bundle: Path, work: Work, parts: list[int], workers: int) -> Iterator[St
             num_gpus=gpus,
         )
         for progress in results.iter_rows():
+            if progress["problem"]:
+                raise BulkError(str(progress["problem"]))
             yield Step(int(progress["images"]), int(progress["problems"]))
     finally:
         ray.shutdown()
