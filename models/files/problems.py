@@ -83,7 +83,7 @@ def sentence(error: BaseException) -> str | None:
     if not isinstance(error, OSError) or error.errno not in REMEDIES:
         return None
     named = f"{shown(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-    return f"{named}{os.strerror(error.errno)}; {REMEDIES[error.errno]}"
+    return f"{named}{error.strerror or os.strerror(error.errno)}; {REMEDIES[error.errno]}"
 
 
 @contextmanager

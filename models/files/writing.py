@@ -53,7 +53,7 @@ def written(file: Path, *, shared: bool = False) -> Iterator[Path]:
         with naming(file):
             yield file
         return
-    target = file.resolve() if file.is_symlink() else file
+    target = _target(file)
     partial = temporary(target, shared=shared)
     try:
         with naming(file):
@@ -176,14 +176,22 @@ def prepare_folder(folder: Path) -> None:
 def prepare_file(file: Path) -> None:
     """See whether a file can be written, before the work. Raises `FileError`."""
     with naming(file):
-        if file.is_dir():
+        check_name(file)
+        if os.path.isdir(file):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
         if not _is_stream(file):
-            check_name(file)
-            folder = (file.resolve() if file.is_symlink() else file).parent
-            with tempfile.TemporaryFile(prefix=".", dir=folder) as probe:
+            with suppress(FileNotFoundError):
+                os.lstat(file)  # the name itself may be refused
+            with tempfile.TemporaryFile(prefix=".", dir=_target(file).parent) as probe:
                 probe.write(b"x")
 
 
+def _target(file: Path) -> Path:
+    """Where a file is in truth: a link stays one when the file is written anew."""
+    return file.resolve() if os.path.islink(file) else file
+
+
 def _is_stream(file: Path) -> bool:
-    return str(file).startswith(("/dev/", "/proc/")) or (file.exists() and not file.is_file() and not file.is_dir())
+    """Whether it is something else than a file or a folder. (`Path` raises for names that cannot be.)"""
+    is_other = os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file)
+    return is_other or str(file).startswith(("/dev/", "/proc/"))
