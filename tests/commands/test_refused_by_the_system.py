@@ -45,6 +45,9 @@ WRITERS = ["attribute --svg", "attribute --html", "attribute --graph", "bulk", "
 WRITERS += ["train", "evaluate", "export", "cards"]
 
 
+REASONS = ("Not a directory", "File exists", "no UTF-8", "File name too long")
+
+
 @pytest.mark.parametrize("command", WRITERS)
 @pytest.mark.parametrize("place", ["file/out", UNREADABLE, "n" * 300])
 def test_outputs_that_cannot_be(words, tmp_path, command, place):
@@ -56,7 +59,7 @@ def test_outputs_that_cannot_be(words, tmp_path, command, place):
     assert result.exit_code == 1
     (message,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert str(tmp_path) in message
-    assert any(reason in message for reason in ("Not a directory", "no UTF-8", "File name too long"))
+    assert any(reason in message for reason in REASONS)
     assert everything(tmp_path).keys() == {"file", "photos/0.png"}
 
 
@@ -98,11 +101,8 @@ def test_standard_output(bundle_path, words, output):
 
 def test_nobody_to_tell():
     """Neither of the standard streams can be written; a file that is opened does not stand in for a closed one."""
-    code = (
-        "from vitrine.commands.streams import prepare_streams as p; p(); import os, sys; f = open(sys.argv[1], 'w')\n"
-    )
-    code += (
-        "assert f.fileno() > 2, f; print('out'); print('err', file=sys.stderr); os.write(1, b'raw'); f.write('mine')"
-    )
-    script = '"$1" -c "$2" /dev/null <&- >&- 2>&- && "$1" -m vitrine verify nix >/dev/full 2>/dev/full'
+    code = "import os, sys; from vitrine.commands.streams import prepare_streams; prepare_streams()\n"
+    code += "file = open('/dev/null', 'w'); assert file.fileno() > 2, file\n"
+    code += "print('out'); print('err', file=sys.stderr); os.write(1, b'raw'); os.write(2, b'raw')"
+    script = '"$1" -c "$2" <&- >&- 2>&- && "$1" -m vitrine verify nix >/dev/full 2>/dev/full'
     assert subprocess.run(["sh", "-c", script, "sh", LIGHT, code], cwd=ROOT).returncode == 1
