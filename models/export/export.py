@@ -16,7 +16,6 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from torch import Tensor
 
 from vitrine.models.bundle.bundle import Bundle, seal
@@ -30,7 +29,7 @@ from vitrine.models.bundle.layout import (
     Variant,
     vision_file,
 )
-from vitrine.models.bundle.manifest import Agreement, ClipIdentity, Data, Manifest, Metrics, Preprocessing, Shape, Text
+from vitrine.models.bundle.manifest import Agreement, ClipIdentity, Data, Manifest, Metrics, Shape, Text
 from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tokens import check_tokenizer, convert_tokenizer
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
@@ -171,25 +170,11 @@ def _write_label_set(clip: Clip, labels: NamedLabels, templates: Sequence[str], 
 def _manifest(
     clip: Clip, architecture: Architecture, graph: AttributionGraph, provenance: Provenance, tables: str, pad: int
 ) -> Manifest:
-    preprocess = clip.preprocess
-    size = preprocess["size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    try:
-        preprocessing = Preprocessing(
-            size=(height, width),
-            mean=tuple(preprocess["mean"]),
-            std=tuple(preprocess["std"]),
-            interpolation=preprocess["interpolation"],
-            resize_mode=preprocess["resize_mode"],
-        )
-    except ValidationError as error:
-        problems = "; ".join(problem["msg"] for problem in error.errors())
-        raise ExportError(f"the service cannot prepare images as {clip.name} needs them: {problems}") from error
     return Manifest(
         name=provenance.name,
         description=provenance.description,
         clip=ClipIdentity(name=clip.name, weights=clip.weights, sha256=clip.sha256),
-        preprocessing=preprocessing,
+        preprocessing=clip.preprocessing,
         shape=Shape(
             layers=architecture.layers,
             width=architecture.width,

@@ -22,9 +22,8 @@ from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.label_sets import DEFAULT, read_label_sets
 from vitrine.service.answers.texts import Texts, resolve_texts
 from vitrine.service.engine.batcher import Batcher
-from vitrine.service.engine.decoders import Decoders
+from vitrine.service.engine.decoders import Decoded, Decoders
 from vitrine.service.engine.engine import Engine
-from vitrine.service.engine.images import ImageLimits
 from vitrine.service.engine.labels import LabelEncoder, LabelSet
 from vitrine.service.engine.runtime import session_errors
 from vitrine.service.errors import queue_full
@@ -49,9 +48,8 @@ class Attributor:
         self.model = Model(name=bundle.manifest.name, digest=bundle.digest)
         self._no_replacement = np.zeros((bundle.manifest.shape.layers, 2), bool)  # CLIP as it is
         self._in_flight = 0
-        limits = ImageLimits(settings.max_image_pixels, settings.max_image_side)
         self._decoders = Decoders(
-            settings.decode_threads, bundle.manifest.preprocessing, limits, settings.decode_seconds
+            settings.decode_threads, bundle.manifest.preprocessing, settings.image_limits, settings.decode_seconds
         )
 
     async def __aenter__(self) -> Attributor:
@@ -134,7 +132,7 @@ class Attributor:
         """The image's decomposition, the labels' embeddings and, if requested, C [2, L, L] (`Engine.replace`). Adds
         the stages' times to `timings`."""
         with timed_stage("decode", timings):
-            pixels = await self.pixels(image)
+            pixels, _notes = await self.decoded(image)
         with timed_stage("labels", timings):
             label_set = await self.labels.resolve(labels, templates, self.batcher.run_between)
         parts = await self.submit(pixels, timings, details)
@@ -157,8 +155,8 @@ class Attributor:
         """Whether images can be decoded: false while no process can be started for it."""
         return self._decoders.can_decode()
 
-    def decode(self, image: bytes) -> NDArray[np.float32]:
-        """Normalised pixels [3, H, W]. Raises `ServiceError`."""
+    def decode(self, image: bytes) -> Decoded:
+        """Raises `ServiceError`."""
         return self._decoders.decode(image)
 
     @contextmanager
@@ -171,8 +169,8 @@ class Attributor:
         finally:
             _turns.reset(token)
 
-    async def pixels(self, image: bytes) -> NDArray[np.float32]:
-        """Normalised pixels [3, H, W], by a decoder. Raises `ServiceError`."""
+    async def decoded(self, image: bytes) -> Decoded:
+        """An image's pixels, by a decoder, and its notes. Raises `ServiceError`."""
         async with _turns.get() or nullcontext():
             return await asyncio.get_running_loop().run_in_executor(self._waiters, self.decode, image)
 

@@ -30,7 +30,7 @@ async def answer_embed(
     with attributor.admit():
         if image is not None:
             with timed_stage("decode", timings):
-                pixels = await attributor.pixels(image)
+                pixels, _notes = await attributor.decoded(image)
             embedding = (await attributor.submit(pixels, timings)).embedding
         if request.texts is not None:
             with timed_stage("labels", timings):

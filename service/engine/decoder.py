@@ -13,15 +13,17 @@ import socket
 import struct
 import sys
 import warnings
+from dataclasses import astuple
 from typing import NamedTuple
 
 from PIL import Image
 
-from vitrine.service.engine.images import Framing, ImageLimits, decode, to_frame
-from vitrine.service.errors import ServiceError
+from vitrine.models.images.decode import ImageLimits, decode
+from vitrine.models.images.errors import ImageError
+from vitrine.models.images.frame import Framing, to_frame
 
 HEADER = struct.Struct("<cQ")  # kind of message, bytes that follow
-IMAGE, LEVELS, REFUSAL, READY = b"I", b"L", b"R", b"O"
+IMAGE, LEVELS, REFUSAL, READY = b"I", b"L", b"R", b"O"  # after the levels follow the notes, as JSON
 OUT_OF_MEMORY = 75  # exit code
 
 
@@ -34,7 +36,7 @@ class Options(NamedTuple):
     bytes: int  # of address space
 
     def to_json(self) -> str:
-        return json.dumps([self.framing, [self.limits.pixels, self.limits.side], self.seconds, self.bytes])
+        return json.dumps([self.framing, astuple(self.limits), self.seconds, self.bytes])
 
     @classmethod
     def from_json(cls, text: str) -> Options:
@@ -85,8 +87,10 @@ def main(arguments: str) -> None:
 
 def _answer(image: bytes, options: Options) -> tuple[bytes, bytes]:
     try:
-        return LEVELS, to_frame(decode(image, options.limits), options.framing, options.limits).tobytes()
-    except ServiceError as error:
+        picture = decode(image, options.limits)
+        levels = to_frame(picture.image, options.framing, options.limits).tobytes()
+        return LEVELS, levels + (json.dumps(picture.notes).encode() if picture.notes else b"")
+    except ImageError as error:
         return REFUSAL, json.dumps([error.code, error.message]).encode()
     except MemoryError:
         sys.exit(OUT_OF_MEMORY)

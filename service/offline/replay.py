@@ -19,10 +19,10 @@ from rich.table import Table
 from vitrine.models.account.ledger import logits, probabilities
 from vitrine.models.account.windows import TOKENS, Tokens, paper_windows, replacement_mask
 from vitrine.models.errors import VitrineError
+from vitrine.models.images.decode import ImageLimits
 from vitrine.service.answers.explain import matrix
 from vitrine.service.engine.decoders import Decoders
 from vitrine.service.engine.engine import Engine
-from vitrine.service.engine.images import ImageLimits
 from vitrine.service.engine.labels import LabelEncoder
 from vitrine.service.errors import ServiceError
 from vitrine.service.schemas.attribute import Matrix
@@ -107,7 +107,7 @@ def replay(
             pixels = []
             for file in batch:
                 try:
-                    pixels.append(decoders.decode(file.read_bytes()))
+                    pixels.append(decoders.decode(file.read_bytes()).pixels)
                 except (ServiceError, OSError) as error:
                     unreadable.append(f"{file}: {error}")
                     continue

@@ -11,7 +11,8 @@ from common import ROOT
 FLOORS = {
     "models": (
         ("errors", "shards"),
-        ("account", "bundle", "clip"),
+        ("account", "bundle", "images"),
+        ("clip",),
         ("dictionary",),
         ("graph",),
         ("export",),

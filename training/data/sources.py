@@ -8,18 +8,19 @@ shuffling would have to be stored in checkpoints.
 from __future__ import annotations
 
 import difflib
+import inspect
 import itertools
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torchvision
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import ImageFolder
+from torchvision.datasets import ImageFolder, OxfordIIITPet
 
+from vitrine.models.images.errors import ImageError
 from vitrine.models.shards import expand_braces, members, read_at
 from vitrine.training.data.images import DataError, Images, Listing
 from vitrine.training.recipes.recipe import FolderSource, HuggingFaceSource, Source, TorchvisionSource, WebDatasetSource
@@ -87,14 +88,20 @@ class _Torchvision:
         is_folder = isinstance(self.dataset, ImageFolder)
         return self.dataset.samples[index][0] if is_folder else f"{self.title} row {index}"
 
-    def open(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[bytes | Image.Image, int]:
+        if isinstance(self.dataset, OxfordIIITPet):  # it has files, and no option to read them otherwise
+            return _read_file(self.dataset._images[index]), self.dataset._labels[index]
         image, class_index = self.dataset[index]
         return image, int(class_index)
 
 
+def _read_file(path: str | Path) -> bytes:
+    return Path(path).read_bytes()
+
+
 def _folder(root: Path) -> _Torchvision:
     try:
-        return _Torchvision(ImageFolder(str(root), loader=Image.open), str(root))
+        return _Torchvision(ImageFolder(str(root), loader=_read_file), str(root))
     except OSError as error:
         raise DataError(f"no images under {root}: {error}") from error
 
@@ -108,6 +115,8 @@ def _torchvision(source: TorchvisionSource, data_root: Path) -> _Torchvision:
         return _with_spaces(_folder(folder))  # the same images as class folders, without a download
     dataset = getattr(torchvision.datasets, source.name)
     options = TORCHVISION[source.name][source.split == "val"]
+    if "loader" in inspect.signature(dataset).parameters:
+        options = {**options, "loader": _read_file}  # the bytes, for our own decoder
     title = f"{source.name}[{source.split}]"
     try:
         return _with_spaces(_Torchvision(dataset(str(data_root), **options), title))
@@ -176,12 +185,13 @@ class _HuggingFace:
     def name(self, index: int) -> str:
         return f"{self.title} row {self.numbers[index]}"
 
-    def open(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[bytes, int]:
         image = self.rows[self.numbers[index]][self.column] or {}
-        if image.get("bytes") is None and image.get("path") is None:
-            raise ValueError("the row has no image")
-        file = image["path"] if image["bytes"] is None else BytesIO(image["bytes"])
-        return Image.open(file), self.class_indices[index]
+        if image.get("bytes") is not None:
+            return image["bytes"], self.class_indices[index]
+        if image.get("path") is None:
+            raise ImageError("invalid_image", "the row has no image")
+        return _read_file(image["path"]), self.class_indices[index]
 
 
 def _largest_objects(rows: Sequence[Any]) -> list[Any]:
@@ -249,10 +259,9 @@ class _WebDataset:
     def name(self, index: int) -> str:
         return f"{self.samples[index].shard}: {self.samples[index].key}"
 
-    def open(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[bytes, int]:
         sample = self.samples[index]
-        content = read_at(sample.shard, sample.offset, sample.size)
-        return Image.open(BytesIO(content)), self.class_indices[index]
+        return read_at(sample.shard, sample.offset, sample.size), self.class_indices[index]
 
 
 def _samples(shard: Path) -> Iterator[_Sample]:

@@ -314,8 +314,8 @@ class _Coloured:
     def __len__(self) -> int:
         return len(self.listing)
 
-    def open(self, index: int) -> tuple[Image.Image, int]:
-        image, class_index = self.listing.open(index)
+    def read(self, index: int) -> tuple[bytes | Image.Image, int]:
+        image, class_index = self.listing.read(index)
         return image, class_index * len(COLOURS) + self.colours[index]
 
 

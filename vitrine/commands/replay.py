@@ -21,18 +21,16 @@ def replay(
     from rich.progress import track
 
     from vitrine.service.engine.engine import Engine
-    from vitrine.service.engine.images import ImageLimits
     from vitrine.service.offline.replay import print_replay
     from vitrine.service.offline.replay import replay as run
     from vitrine.service.operations.settings import load_settings
 
     settings, console = load_settings(), new_console()
     engine = Engine(open_bundle_or_default(bundle), settings.model_copy(update={"replacement": True}))
-    limits = ImageLimits(settings.max_image_pixels, settings.max_image_side)
     result = run(
         engine,
         folder,
-        limits,
+        settings.image_limits,
         settings.decode_seconds,
         images,
         seed,

@@ -47,6 +47,7 @@ class Job(BaseModel):
     part_size: int
     max_image_pixels: int
     max_image_side: int
+    max_jpeg_pixels: int = 0
 
     @property
     def parts(self) -> int:
@@ -86,6 +87,7 @@ def make_job(
         part_size=part_size,
         max_image_pixels=settings.max_image_pixels,
         max_image_side=settings.max_image_side,
+        max_jpeg_pixels=settings.max_jpeg_pixels,
     )
 
 

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.bundle.bundle import Bundle
+from vitrine.models.images.decode import ImageLimits
 from vitrine.service.engine.decoders import Decoders
 from vitrine.service.engine.engine import Engine
-from vitrine.service.engine.images import ImageLimits
 from vitrine.service.engine.labels import LabelEncoder
 from vitrine.service.errors import ServiceError
 from vitrine.service.offline.bulk.inputs import Item, Source
@@ -72,7 +72,7 @@ class Worker:
         items = itertools.chain.from_iterable(self.work.source.items(*limits) for limits in bounds.values())
         # two thread pools: one decodes and accounts, one writes
         settings, job = self.work.settings, self.work.job
-        limits = ImageLimits(job.max_image_pixels, job.max_image_side)
+        limits = ImageLimits(job.max_image_pixels, job.max_image_side, job.max_jpeg_pixels)
         decoders = Decoders(
             settings.decode_threads, self.bundle.manifest.preprocessing, limits, settings.decode_seconds
         )
@@ -143,7 +143,7 @@ class Worker:
 
 def _decode(item: Item, decoders: Decoders) -> _Decoded | Problem:
     try:
-        return _Decoded(item, decoders.decode(item.read()))
+        return _Decoded(item, decoders.decode(item.read()).pixels)
     except ServiceError as error:
         code, message = error.code, error.message
     except OSError as error:

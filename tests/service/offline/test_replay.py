@@ -13,8 +13,9 @@ from rich.console import Console
 from vitrine.models.account.windows import TOKENS
 from vitrine.models.bundle.layout import REPLACED_INPUT
 from vitrine.models.dictionary.replacement import Replacement
+from vitrine.models.images.decode import ImageLimits, decode
+from vitrine.models.images.frame import to_pixels
 from vitrine.service.engine.engine import Engine
-from vitrine.service.engine.images import ImageLimits, decode, to_pixels
 from vitrine.service.engine.labels import LabelEncoder
 from vitrine.service.offline.replay import ReplayError, find_images, print_replay, replay
 from vitrine.service.operations.settings import Settings
@@ -92,7 +93,7 @@ def test_matrix_is_the_mean_over_images_of_clip_itself(found, engine, data_root)
     files, _ = find_images(data_root / "val")
     scores = []
     for file in files:
-        pixels = to_pixels(decode(file.read_bytes(), LIMITS), engine.bundle.manifest.preprocessing, LIMITS)
+        pixels = to_pixels(decode(file.read_bytes(), LIMITS).image, engine.bundle.manifest.preprocessing, LIMITS)
         scores.append(engine.replace(pixels[None], np.zeros((3, 2), bool))[1][0])
     np.testing.assert_allclose([found.matrix.cls, found.matrix.patches], np.mean(scores, axis=0), rtol=0, atol=1e-5)
 

@@ -16,7 +16,8 @@ from playwright.sync_api import expect
 from common import ROOT
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.bundle.manifest import Preprocessing
-from vitrine.service.engine.images import ImageLimits, to_pixels
+from vitrine.models.images.decode import ImageLimits
+from vitrine.models.images.frame import to_pixels
 
 DEMO = ROOT / "models" / "demo"
 
