@@ -8,13 +8,13 @@ so they are no picture until somebody says what is white. Colour profiles are no
 from __future__ import annotations
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageChops
 
 from vitrine.models.images.errors import ImageError
 
 BACKGROUND = (255, 255, 255)
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
-_READ = ("1", "L", "P", "RGB", "RGBA", "RGBX", "RGBa", "LA", "La", "PA", "CMYK", "YCbCr", "HSV")
+_READ = ("1", "L", "P", "RGB", "RGBA", "RGBX", "RGBa", "LA", "PA", "CMYK", "YCbCr", "HSV", "LAB")
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
@@ -36,9 +36,8 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     if mask is None or mask.getextrema()[0] == 255:
         return rgb, False
-    paper = Image.new("RGB", rgb.size, BACKGROUND)
-    paper.paste(rgb, mask=mask)
-    return paper, True
+    rgb.paste(BACKGROUND, mask=ImageChops.invert(mask))
+    return rgb, True
 
 
 def _with_alpha(image: Image.Image) -> Image.Image:

@@ -8,7 +8,7 @@ How it differs from open_clip's own reading (`Image.open(file).convert("RGB")`),
 | transparent parts | the colour hidden under them | white (`colour.BACKGROUND`) |
 | grey of 16 bits | white wherever it is above 255 | the upper 8 bits |
 | TIFF of 12 bits, or with 0 as white | dark; a negative | as a viewer shows it |
-| 32 bits, floating point, LAB | cut off at 255, or an error | refused: nothing says what is white |
+| 32 bits, floating point | cut off at 255 | refused: nothing says what is white |
 | palettes | indices blended, where it resizes first | colours blended |
 | damaged or huge texts, profiles, previews | an error | left out: they decide nothing about pixels |
 | a JPEG without its end marker | an error | decoded if no pixel is missing |
@@ -92,32 +92,31 @@ def decode(data: bytes, limits: ImageLimits) -> Picture:
     if format is None:
         raise ImageError("unsupported_image", f"no image in a supported format ({FORMATS})")
     prepare(format)
-    if format in ("JPEG", "PNG"):
-        data = (jpeg if format == "JPEG" else png).essential(data)
-    with _open(data, format) as image:
-        size = image.size
-        _check_size(size, format, limits)
-        check_opened(image)
-        scale = jpeg.reduction(size[0] * size[1]) if format == "JPEG" else 1
-        notes = []
-        try:
-            _load(image, scale)
-        except DAMAGED_IMAGE_ERRORS as error:
-            damaged = ImageError("invalid_image", f"the {format} image is damaged or incomplete")
-            if format != "JPEG" or jpeg.END in data[-2:]:
-                raise damaged from error
-            try:
-                image = jpeg.load_without_end(data, partial(_load_again, scale=scale))
-            except DAMAGED_IMAGE_ERRORS as again:
-                raise damaged from again
-            notes.append(Note(WITHOUT_END, "the JPEG image has no end marker; all of its pixels are there"))
-        if scale > 1:
-            read = f"{image.width:,} x {image.height:,}"
-            notes.append(Note(REDUCED, f"the JPEG image of {size[0]:,} x {size[1]:,} pixels was read as {read}"))
-        try:
-            rgb, was_transparent = to_rgb(_upright(image))
-        except DAMAGED_IMAGE_ERRORS as error:
-            raise ImageError("invalid_image", f"the {format} image is damaged or incomplete") from error
+    has_end = True
+    if format == "JPEG":
+        data, has_end = jpeg.essential(data)
+    elif format == "PNG":
+        data = png.essential(data)
+    try:
+        with _open(data, format) as image:
+            size = image.size
+            _check_size(size, format, limits)
+            check_opened(image)
+            scale = jpeg.reduction(size[0] * size[1]) if format == "JPEG" else 1
+            if has_end:
+                _load(image, scale)
+                rgb, was_transparent = to_rgb(_upright(image))
+            else:
+                whole = jpeg.load_without_end(data, partial(_load_again, scale=scale))
+                rgb, was_transparent = to_rgb(_upright(whole))
+    except DAMAGED_IMAGE_ERRORS as error:
+        raise ImageError("invalid_image", f"the {format} image is damaged or incomplete") from error
+    notes = []
+    if not has_end:
+        notes.append(Note(WITHOUT_END, "the JPEG image has no end marker; all of its pixels are there"))
+    if scale > 1:
+        half = {2: "half", 4: "a quarter", 8: "an eighth"}[scale]
+        notes.append(Note(REDUCED, f"the JPEG image has {size[0] * size[1]:,} pixels; it was read at {half} its sides"))
     if was_transparent:
         notes.append(Note(TRANSPARENT, "the image has transparent parts; they were taken as white"))
     return Picture(rgb, tuple(notes))

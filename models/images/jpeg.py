@@ -20,8 +20,9 @@ _SCAN, _COMMENT, _PROGRESSIVE = 0xDA, 0xFE, 0xC2
 _APPLICATION = range(0xE0, 0xF0)
 _MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")  # with a segment: not stuffing, padding or restart
 _COEFFICIENTS = 64  # of a block
-# Bytes that no end of a picture has by chance: where pixels are missing they become pixels.
-_OTHER_END = bytes((37 * number + 11) % 251 for number in range(512))
+# What may stand between the last pixel and the end without being seen. Where pixels are missing it becomes pixels,
+# and one of these that are different from the others: they begin with different bits.
+_BETWEEN = (b"\x00" * 512, b"\x55" * 512, b"\xaa" * 512, b"\xf1" * 512)
 
 
 class _Segment(NamedTuple):
@@ -40,14 +41,20 @@ def _segments(data: bytes) -> Iterator[_Segment]:
         position = end
 
 
-def essential(data: bytes) -> bytes:
+class Essential(NamedTuple):
+    data: bytes
+    has_end: bool
+
+
+def essential(data: bytes) -> Essential:
     """A JPEG file without the segments that decide nothing: comments, profiles, XMP, previews, other programs' own.
 
     They may be damaged; viewers do not mind, but Pillow does. Raises `ImageError`: invalid_image for more than
     `MAX_SCANS` scans, image_too_costly for very many parts.
     """
-    header, pixels, scans, exif = [data[:2]], len(data), 0, 0
+    header, pixels, position, scans, exif = [data[:2]], len(data), 2, 0, 0
     for number, segment in enumerate(_segments(data)):
+        position = segment.end
         if number > MAX_PARTS:
             raise too_costly(f"the JPEG image has more than {MAX_PARTS:,} parts")
         if segment.marker == _SCAN:
@@ -60,7 +67,7 @@ def essential(data: bytes) -> bytes:
             exif += data.startswith(b"Exif\0\0", segment.body)
             if exif > MAX_EXIF_SEGMENTS:
                 raise too_costly("the JPEG image has too many Exif segments")
-    return b"".join([*header, data[pixels:]])
+    return Essential(b"".join([*header, data[pixels:]]), data.find(END, position) >= 0)
 
 
 def _decides(data: bytes, segment: _Segment) -> bool:
@@ -86,14 +93,16 @@ def reduction(pixels: int) -> int:
 def load_without_end(data: bytes, load: Callable[[bytes], Image.Image]) -> Image.Image:
     """The picture of a JPEG file that has no end marker, if no pixel is missing.
 
-    What comes after the last pixel decides nothing. So the picture is decoded with two different ends: if pixels were
-    missing, these would be made of the ends, and differ. load: decodes a file. Raises `ImageError` invalid_image.
+    What comes after the last pixel decides nothing. So the picture is decoded with different bytes there (`_BETWEEN`).
+
+    load: decodes a file. Raises what it raises, and `ImageError` invalid_image.
     """
     content = data.rstrip(b"\0")  # a copy that broke off, in a file made as long as it should be
     if content.endswith(b"\xff"):
         content = content[:-1] if len(content) == len(data) else content + b"\0"  # half an end; or a pixel's byte
-    image, other = load(content + END), load(content + _OTHER_END + END)
-    if _is_missing_scans(data) or image.tobytes() != other.tobytes():
+    image = load(content + END)
+    pixels = image.tobytes()
+    if _is_missing_scans(data) or any(load(content + other + END).tobytes() != pixels for other in _BETWEEN):
         raise ImageError("invalid_image", "the JPEG image is cut short: pixels are missing; fetch or save it again")
     return image
 
