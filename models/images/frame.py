@@ -72,7 +72,10 @@ def to_frame(image: Image.Image, how: Framing, limits: ImageLimits) -> Image.Ima
 def normalise(levels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
     """Levels [H, W, 3] to normalised pixels [3, H, W]."""
     table = _normalised_levels(preprocessing.mean, preprocessing.std)
-    return np.stack([table[channel][levels[:, :, channel]] for channel in range(3)])
+    pixels = np.empty((3, *levels.shape[:2]), np.float32)
+    for channel in range(3):  # `clip`, as nothing can be out of range: otherwise numpy makes a copy first
+        np.take(table[channel], levels[:, :, channel], out=pixels[channel], mode="clip")
+    return pixels
 
 
 @cache
