@@ -23,7 +23,7 @@ MAX_READS: Mapping[str, int] = {
     "GIF": 500_000,
     "BMP": 1_500_000,
     "TIFF": 200_000,
-    "PPM": 100_000,
+    "PPM": 50_000_000,  # each pixel is read for itself, unless its white is 255 or 65,535
 }
 FEW_READS = 1_000  # of the others, which are read as a whole
 MAX_PARTS = 100_000  # segments of a JPEG, chunks of a PNG

@@ -7,6 +7,7 @@ image takes too much processor time, even within Pillow's C code; when its paren
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import socket
@@ -68,6 +69,7 @@ def _read(connection: socket.socket, length: int) -> bytearray:
 def main(arguments: str) -> None:
     """Answer images until the parent closes the socket. arguments: `Options` as JSON."""
     options = Options.from_json(arguments)
+    _silence_libraries()
     warnings.simplefilter("ignore")  # Pillow warns of odd metadata, once for each tag
     Image.init()  # imports all of Pillow's formats now, rather than at the first WebP or file of no format
     _limit_memory(options.bytes)
@@ -94,6 +96,14 @@ def _answer(image: bytes, options: Options) -> tuple[bytes, bytes]:
         return REFUSAL, json.dumps([error.code, error.message]).encode()
     except MemoryError:
         sys.exit(OUT_OF_MEMORY)
+
+
+def _silence_libraries() -> None:
+    """Only Python's own errors go to the log: libtiff writes a line for every oddity that a sender may think of."""
+    sys.stderr = os.fdopen(os.dup(2), "w")
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
 
 
 def _limit_memory(bytes: int) -> None:
