@@ -90,7 +90,7 @@ def decode(data: bytes, limits: ImageLimits) -> Picture:
         raise ImageError("invalid_image", "the image is empty (0 bytes)")
     format = format_of(data)
     if format is None:
-        raise ImageError("unsupported_image", f"no image in a supported format ({FORMATS})")
+        raise ImageError("unsupported_image", f"this is no image in a supported format ({FORMATS})")
     prepare(format)
     has_end = True
     if format == "JPEG":

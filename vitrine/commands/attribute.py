@@ -12,7 +12,9 @@ from vitrine.commands.common import BundlePath, new_console, open_bundle_or_defa
 
 
 def attribute(
-    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JPEG, PNG, WebP, GIF or BMP.")],
+    image: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="JPEG, PNG, WebP, HEIC, …")
+    ],
     labels: Annotated[str | None, typer.Option(help="Comma-separated; default: the bundle's labels.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="Label to explain (repeatable); default: top-1.")] = None,
     contrast: Annotated[str | None, typer.Option(help="Explain each target rather than this label.")] = None,

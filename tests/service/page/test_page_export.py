@@ -11,7 +11,7 @@ from browsing import card, number, serious_violations, signed, visit
 from PIL import Image
 from playwright.sync_api import expect
 
-from vitrine.service.errors import ServiceError
+from vitrine.models.images.errors import ImageError
 from vitrine.service.exports.page import draw_page
 from vitrine.service.schemas.attribute import AttributeResponse
 
@@ -129,7 +129,7 @@ def test_its_policy_lets_no_other_script_run(browser, saved, tmp_path):
 
 
 def test_it_holds_the_photo_in_any_format(browser, answer, picture, bundle, tmp_path):
-    for format, kind in {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}.items():
+    for format, kind in {"JPEG": "jpeg", "PNG": "png", "WEBP": "png", "TIFF": "png", "HEIF": "png"}.items():
         path = tmp_path / f"{format}.html"
         text = draw_page(answer, picture(format, size=(64, 48)), {}, bundle.manifest.preprocessing)
         path.write_text(text, encoding="utf-8")
@@ -159,5 +159,5 @@ def test_what_browsers_show_otherwise_is_drawn_anew(answer, encode, bundle):
 
 
 def test_a_file_that_is_not_an_image_is_refused(answer, bundle):
-    with pytest.raises(ServiceError, match="formats JPEG, PNG, WEBP, GIF, BMP"):
+    with pytest.raises(ImageError, match=r"no image in a supported format \(JPEG, PNG, WEBP, GIF, BMP"):
         draw_page(answer, b"text", {}, bundle.manifest.preprocessing)

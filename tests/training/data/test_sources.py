@@ -20,7 +20,7 @@ from vitrine.training.data.sources import TORCHVISION, open_images
 from vitrine.training.recipes.recipe import FolderSource, HuggingFaceSource, TorchvisionSource, WebDatasetSource
 
 NO_IMAGE = b"no image"
-NO_FORMAT = f"no image in a supported format ({FORMATS})"
+NO_FORMAT = f"this is no image in a supported format ({FORMATS})"
 
 
 def colour(image):
