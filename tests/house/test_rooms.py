@@ -11,6 +11,7 @@ from common import ROOT
 FLOORS = {
     "models": (
         ("errors", "shards"),
+        ("inputs",),
         ("account", "bundle", "images"),
         ("clip",),
         ("dictionary",),
