@@ -31,7 +31,7 @@ from rich.progress import track
 
 from corpus import drawn_images
 from vitrine.models.bundle.bundle import open_bundle
-from vitrine.service.offline.bulk.inputs import open_source
+from vitrine.models.inputs.opening import open_inputs
 from vitrine.service.offline.bulk.job import make_job
 from vitrine.service.offline.bulk.run import bulk
 from vitrine.service.offline.bulk.tables import done_parts
@@ -161,7 +161,7 @@ def _seconds(bundle: Path, images: int, batch_size: int, workers: int) -> float:
 
 
 def _work(bundle: Path, folder: Path, out: Path, batch_size: int = 8, part_size: int = 512) -> Work:
-    settings, source = Settings(bundle=bundle, batch_size=batch_size), open_source(str(folder))
+    settings, source = Settings(bundle=bundle, batch_size=batch_size), open_inputs(str(folder))
     job = make_job(open_bundle(bundle), settings, source, AttributeRequest(), path=str(folder), part_size=part_size)
     return Work(job, source, out, settings)
 

@@ -26,7 +26,7 @@ def display(name: str | bytes | os.PathLike[str]) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def printable(name: str | bytes | os.PathLike[str], most: int = 120) -> str:
+def printable(name: str | bytes | os.PathLike[str], most: int = 240) -> str:
     """A name for a message: as `display`, without control characters, its middle left out if it is long."""
     text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in display(name))
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"

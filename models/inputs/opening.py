@@ -17,8 +17,6 @@ from vitrine.models.inputs.skipped import Reason, Skipped
 from vitrine.models.inputs.source import Files, Source
 from vitrine.models.inputs.streams import COMPRESSIONS, REFUSED
 
-HELP = "A folder, a list (text file), or images, tars or Parquet files, one or a pattern of them: 'x-{000..127}.tar'."
-
 
 def open_inputs(inputs: str, column: str | None = None, skip_broken: bool = False) -> Source:
     """The source that a command line names.
