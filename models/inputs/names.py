@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final
 
+from vitrine.models.images.formats import format_of
+
 IMAGES: Final = frozenset(
     (
         *("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "tif", "tiff"),
@@ -23,9 +25,6 @@ SYSTEM: Final = frozenset(
     )
 )
 HEAD = 16  # bytes by which `starts_like_an_image` decides
-
-_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_BRANDS = frozenset((b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
 
 
 class Kind(Enum):
@@ -72,11 +71,6 @@ def kind_of_path(path: str) -> Kind:
 
 
 def starts_like_an_image(head: bytes) -> bool:
-    """Whether a file whose first `HEAD` bytes are these may be an image of a kind in `IMAGES`."""
-    return (
-        head.startswith(_STARTS)
-        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
-        or (head[4:8] == b"ftyp" and head[8:12] in _BRANDS)
-        or (head[:2] == b"BM" and head[6:10] == bytes(4))
-        or (head[:1] == b"P" and head[1:2] in b"123456" and head[2:3] in b" \t\r\n#" and len(head) > 2)
-    )
+    """Whether a file whose first `HEAD` bytes are these may be an image."""
+    found = format_of(head)
+    return found is not None and (found != "BMP" or head[6:10] == bytes(4))  # many a text begins with "BM"

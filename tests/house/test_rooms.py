@@ -11,8 +11,9 @@ from common import ROOT
 FLOORS = {
     "models": (
         ("errors", "shards"),
+        ("images",),
         ("inputs",),
-        ("account", "bundle", "images"),
+        ("account", "bundle"),
         ("clip",),
         ("dictionary",),
         ("graph",),
