@@ -9,11 +9,13 @@
     lists.py       a text file with one path a line
     streams.py     a tar's bytes, compressed or not, in one direction
     tar.py         the members of a tar
-    shards.py      the images in tars, links resolved
+    places.py      where the images in a tar are, links resolved
+    shards.py      the images in tars, read
     webdataset.py  members of a tar as samples: key and extension
     duck.py        DuckDB, where neither paths nor the network touch the data
     parquet.py     the rows of Parquet files, every row group decoded once
     source.py      a numbered list of images, and its one reader
+    classes.py     one folder a class
     opening.py     what a command line names
 
 An image has the same number in every run on the same inputs, and nothing is left out without being counted and named.

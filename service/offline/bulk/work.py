@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.images.decode import ImageLimits
-from vitrine.models.inputs.errors import MissingImage
-from vitrine.models.inputs.files import reason
 from vitrine.models.inputs.source import Item, Source
 from vitrine.service.engine.decoders import Decoders
 from vitrine.service.engine.engine import Engine
@@ -30,6 +28,7 @@ from vitrine.service.engine.labels import LabelEncoder
 from vitrine.service.errors import ServiceError
 from vitrine.service.offline.bulk.job import Job
 from vitrine.service.offline.bulk.tables import Problem, row, write_part
+from vitrine.service.offline.failures import failure
 from vitrine.service.operations.settings import Settings
 
 AHEAD = 4  # batches decoded, or queued for decoding, while one is inferred
@@ -150,12 +149,8 @@ class Worker:
 def _decode(item: Item, decoders: Decoders) -> _Decoded | Problem:
     try:
         return _Decoded(item, decoders.decode(item.read()).pixels)
-    except ServiceError as error:
-        code, message = error.code, error.message
-    except MissingImage as error:
-        code, message = "missing_image", str(error)
-    except OSError as error:
-        code, message = "unreadable", f"the file cannot be read: {reason(error)}"
+    except (ServiceError, OSError) as error:
+        code, message = failure(error)
     return Problem(id=item.id, name=item.name, code=code, message=message)
 
 
