@@ -67,7 +67,7 @@ def _folder(root: Path, column: str | None, skipped: Skipped, skip_broken: bool)
     found = walk(root, skipped)
     if found.images or not (found.tars or found.tables):
         for path in (*found.tars, *found.tables):
-            skipped.add(Reason.ARCHIVE, path)
+            skipped.add(Reason.BESIDE, path)
         return Files("folder", root, found.images, skipped)
     if found.tars and found.tables:
         raise InputError(
@@ -100,7 +100,7 @@ def _images(kinds: dict[Path, Kind], skipped: Skipped) -> list[str]:
             found = walk(path, skipped)
             images += [str(path / name) for name in found.images]
             for name in (*found.tars, *found.tables):
-                skipped.add(Reason.ARCHIVE, str(path / name))
+                skipped.add(Reason.BESIDE, str(path / name))
         elif what is Kind.IMAGE:
             images.append(str(path))
         else:

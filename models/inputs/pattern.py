@@ -41,19 +41,19 @@ def find(pattern: str, skipped: Skipped, root: Path = Path()) -> list[Path]:
     paths: list[str] = []
     for name in expand_braces(pattern):
         full = str(root / name)
-        paths += [full] if os.path.lexists(full) else _matches(full, skipped) or [full]
+        paths += [full] if os.path.lexists(full) else _matches(name, root, skipped) or [full]
     return [Path(path) for path in dict.fromkeys(paths)]
 
 
-def _matches(pattern: str, skipped: Skipped) -> list[str]:
+def _matches(pattern: str, root: Path, skipped: Skipped) -> list[str]:
     if not glob.has_magic(pattern):
         return []
     parts = Path(pattern).parts
     if "**" not in parts:
-        return sorted(glob.glob(pattern))
+        return sorted(str(root / name) for name in glob.glob(pattern, root_dir=root))
     # The library's `**` has no guard against loops of links.
     first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
-    base, rest = Path(*parts[:first]), parts[first:]
+    base, rest = root.joinpath(*parts[:first]), parts[first:]
     if not base.is_dir():
         return []
     return sorted(str(base / path) for path, _ in files(base, skipped) if _fits(path.split("/"), rest))

@@ -69,7 +69,7 @@ def list_images(shard: Path, title: str, skipped: Skipped) -> tuple[list[Place],
                 places.append((target.offset, link.header, Place(link.name, target.offset, target.size)))
     skipped.take(left_out)
     if not tar.ended:
-        skipped.warnings.append(f"{title} has no end blocks: its last member is whole, but more may have been cut off")
+        skipped.warnings.append(tar.no_end(title))
     return [place for _, _, place in sorted(places)], compressed
 
 

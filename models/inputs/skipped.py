@@ -16,7 +16,7 @@ class Reason(Enum):
     LITTER = "hidden, or some system's own"
     OTHER = "no images by their names"
     NO_IMAGE = "without an extension, and no images by their first bytes"
-    ARCHIVE = "tars or Parquet files beside images"
+    BESIDE = "of another kind than what is read: tars, Parquet files, images"
     SPECIAL = "no regular files"
     LOOP = "folders that lead back to themselves, or that links reach too often"
     FOLDER = "folders that cannot be read"
@@ -25,9 +25,10 @@ class Reason(Enum):
     BROKEN = "damaged or missing"
     NO_LABEL = "images beside the folders of labels"
     EMPTY = "folders without images beside those of labels"
+    NO_PICTURE = "samples without an image"
     EXTRA = "further images of a sample that has one"
     NO_SAMPLE = "no images, classes or texts of samples"
-    NO_OBJECTS = "without objects"
+    NO_OBJECTS = "without a class, or without objects"
 
 
 @dataclass

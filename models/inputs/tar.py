@@ -103,6 +103,10 @@ class Tar:
             raise ShardError("it is empty")
         self.ended = not last.strip(b"\0")
 
+    def no_end(self, title: str) -> str:
+        """The warning about a tar that has no end blocks."""
+        return f"{title} has no end blocks: its last member is whole, but more may have been cut off"
+
     def _header(self, header: int, size: int) -> bytes:
         """The content of an extended header."""
         if size > LONGEST_HEADER:
