@@ -10,8 +10,10 @@ from common import ROOT
 # Each line may import from the lines above it, and rooms of one line not from one another.
 FLOORS = {
     "models": (
-        ("errors", "shards"),
-        ("account", "bundle", "images"),
+        ("errors",),
+        ("images",),
+        ("inputs",),
+        ("account", "bundle"),
         ("clip",),
         ("dictionary",),
         ("graph",),

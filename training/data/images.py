@@ -15,12 +15,14 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vitrine.models.errors import VitrineError
 from vitrine.models.images.decode import TRUSTED, decode, from_pillow
 from vitrine.models.images.errors import ImageError
+from vitrine.models.inputs.skipped import Skipped
 
 
 class DataError(VitrineError, ValueError):
@@ -31,7 +33,9 @@ class Listing(Protocol):
     """The images of a source, by index. The kinds of sources are in training/data/sources.py."""
 
     title: str  # name of the source in messages
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # () if there are none, and then every class index is 0
+    unlabelled: str  # why there are none
+    skipped: Skipped
 
     def __len__(self) -> int: ...
 
@@ -69,6 +73,24 @@ class Images(Dataset[tuple[Tensor, int]]):
     def __getitems__(self, indices: list[int]) -> list[_Sample]:
         """Called by the workers of a DataLoader."""
         return [self._decode(index) for index in indices]
+
+    def summary(self) -> list[str]:
+        """How many images in how many classes, then what was left out: a line for each reason."""
+        classes = f"in {len(self.classes):,} classes" if self.classes else f"without classes: {self.listing.unlabelled}"
+        return [f"{self.title}: {len(self):,} images {classes}", *self.listing.skipped.lines()]
+
+    def print_summary(self, console: Console) -> None:
+        """Print `summary`."""
+        for line in self.summary():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def require_classes(self) -> None:
+        """Raises `DataError` if the images have no classes."""
+        if not self.classes:
+            raise DataError(
+                f"{self.title}: classes are needed here, and {self.listing.unlabelled}; give images with classes, or, "
+                "for shards, `classes`: a text file with one class name a line"
+            )
 
     @property
     def allowed_broken(self) -> int:

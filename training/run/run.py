@@ -111,7 +111,9 @@ class _Run:
         self.recipe, self.clip, self.out, self.console, self.fabric = recipe, clip, out, console, fabric
         settings, tower = recipe.training, clip.tower
         self.images = open_images(recipe.data.train, data_root, clip.transform(), recipe.data.max_broken)
+        self.images.print_summary(self.console)
         self.val = held_out(recipe.data, data_root, clip)  # opened before training, so that errors are raised at once
+        self.val.data.print_summary(self.console)
         self.plan = Plan(
             len(self.images), settings.images_per_step, settings.mixed_images, settings.seed, settings.epochs
         )

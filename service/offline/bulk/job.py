@@ -15,14 +15,16 @@ from pydantic import BaseModel, ValidationError
 
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.label_sets import DEFAULT, read_label_sets
+from vitrine.models.inputs.source import Source
 from vitrine.service.engine.runtime import choose
 from vitrine.service.errors import ServiceError
-from vitrine.service.offline.bulk.inputs import BulkError, Source
+from vitrine.service.offline.bulk.errors import BulkError
 from vitrine.service.offline.bulk.tables import replace_durably
 from vitrine.service.operations.settings import Settings
 from vitrine.service.schemas.attribute import AttributeRequest
 
 FILE = "job.json"
+FORMAT = 2  # of job.json, and of how images are numbered; 1: links and other formats were left out
 _SHOWN_CHARACTERS = 60  # characters shown of a differing value
 
 
@@ -37,6 +39,7 @@ class Inputs(BaseModel):
 class Job(BaseModel):
     """Everything that an answer, or its place in the output, depends on."""
 
+    format: int = 1
     bundle: str  # digest
     precision: str
     labels: tuple[str, ...]
@@ -75,6 +78,7 @@ def make_job(
     """
     labels, templates = _texts(bundle, settings, request)
     return Job(
+        format=FORMAT,
         bundle=bundle.digest,
         precision=choose(bundle, settings).precision,
         labels=labels,
@@ -98,7 +102,7 @@ def lock_output(out: Path, job: Job) -> Iterator[None]:
     Raises:
         BulkError: it was started with other options, another run is using it, or it contains something else.
     """
-    if job.inputs.kind == "folder" and out.resolve().is_relative_to(job.inputs.path):
+    if Path(job.inputs.path).is_dir() and out.resolve().is_relative_to(job.inputs.path):
         raise BulkError(f"{out} lies in the folder that is read, {job.inputs.path}; write elsewhere")
     if out.is_dir() and not (out / FILE).exists() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise BulkError(f"{out} is not empty and has no {FILE}; give a new folder, or one of a run to take up")
@@ -126,6 +130,11 @@ def _create_or_resume(file: Path, job: Job) -> None:
         existing = Job.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise BulkError(f"{file} is none of this version's: {error.errors()[0]['msg']}; write elsewhere") from error
+    if existing.format != FORMAT:
+        raise BulkError(
+            f"{file.parent} was begun by another version of Vitrine, which numbered images otherwise; "
+            "finish it with that one, or write elsewhere"
+        )
     if differences := _differences(_flat(existing), _flat(job)):
         raise BulkError(
             f"{file.parent} was begun with other options: {'; '.join(differences)}. "

@@ -18,8 +18,9 @@ import ray
 import ray.data
 
 from vitrine.models.bundle.bundle import open_bundle
+from vitrine.models.errors import VitrineError
 from vitrine.service.engine.processors import available_processors
-from vitrine.service.offline.bulk.inputs import BulkError
+from vitrine.service.offline.bulk.errors import BulkError
 from vitrine.service.offline.bulk.work import Step, Work, Worker
 from vitrine.service.processes.import_path import PACKAGE_PARENT
 
@@ -34,8 +35,13 @@ class _Process:
         self._worker = Worker(opened, work)
 
     def __call__(self, parts: dict[str, Any]) -> dict[str, Any]:
-        steps = list(self._worker.run(parts["item"].tolist()))
-        return {name: np.array([sum(getattr(step, name) for step in steps)]) for name in Step._fields}
+        steps, failure = list[Step](), ""
+        try:
+            steps += self._worker.run(parts["item"].tolist())
+        except VitrineError as error:  # Ray would make many lines of it, and the error itself would be lost
+            failure = str(error)
+        counts = {name: np.array([sum(getattr(step, name) for step in steps)]) for name in Step._fields}
+        return {**counts, "failure": np.array([failure])}
 
 
 def run(bundle: Path, work: Work, parts: list[int], workers: int) -> Iterator[Step]:
@@ -82,6 +88,8 @@ def run(bundle: Path, work: Work, parts: list[int], workers: int) -> Iterator[St
             num_gpus=gpus,
         )
         for progress in results.iter_rows():
+            if progress["failure"]:
+                raise BulkError(str(progress["failure"]))
             yield Step(int(progress["images"]), int(progress["problems"]))
     finally:
         ray.shutdown()
