@@ -32,7 +32,7 @@ from vitrine.models.bundle.layout import (
 )
 from vitrine.models.bundle.manifest import Agreement, ClipIdentity, Data, Manifest, Metrics, Preprocessing, Shape, Text
 from vitrine.models.clip.loading import Clip
-from vitrine.models.clip.tokens import check_tokenizer, convert_tokenizer
+from vitrine.models.clip.tokens import Converted, check_tokenizer, convert_tokenizer
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
 from vitrine.models.export.parity import check_replacement, check_text, check_vision, no_replacement
 from vitrine.models.graph.attribution import AttributionGraph
@@ -93,10 +93,10 @@ def export_bundle(
         partial.mkdir()
         graph = AttributionGraph(clip.tower, clt, cls_mean, getattr(torch, tables)).eval()
         texts = [template.replace("{}", label) for label in provenance.labels for template in provenance.templates]
-        tokenizer, pad = convert_tokenizer(clip.tokenizer)
-        manifest = _manifest(clip, clt.architecture, graph, provenance, tables, pad)
-        check_tokenizer(clip.tokenizer, tokenizer, texts)
-        tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
+        tokens = convert_tokenizer(clip.tokenizer)
+        manifest = _manifest(clip, clt.architecture, graph, provenance, tables, tokens)
+        check_tokenizer(clip.tokenizer, tokens, texts)
+        tokens.tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
 
         np.save(partial / "directions.npy", graph.directions.reshape(clt.layers, clt.features, clt.width).numpy())
         if len(graph.last_decoders):
@@ -122,7 +122,7 @@ def export_bundle(
             save_onnx(replacing, partial / "replacement.onnx", beside=partial / "vision.onnx")
             check_replacement(clip, replacement_graph, partial / "replacement.onnx")
         check_vision(clip, graph, partial / "vision.onnx")
-        check_text(clip, text, tokenizer, texts, partial / "text.onnx")
+        check_text(clip, text, tokens, texts, partial / "text.onnx")
         default = clip.encode_labels(list(provenance.labels), list(provenance.templates)).numpy()
         agreement = {
             variant: result
@@ -169,7 +169,12 @@ def _write_label_set(clip: Clip, labels: NamedLabels, templates: Sequence[str], 
 
 
 def _manifest(
-    clip: Clip, architecture: Architecture, graph: AttributionGraph, provenance: Provenance, tables: str, pad: int
+    clip: Clip,
+    architecture: Architecture,
+    graph: AttributionGraph,
+    provenance: Provenance,
+    tables: str,
+    tokens: Converted,
 ) -> Manifest:
     preprocess = clip.preprocess
     size = preprocess["size"]
@@ -204,7 +209,13 @@ def _manifest(
         sparsifier=architecture.sparsifier,
         logit_scale=clip.logit_scale,
         text=Text(
-            context=clip.context, pad=pad, labels=tuple(provenance.labels), templates=tuple(provenance.templates)
+            context=clip.context,
+            pad=tokens.pad,
+            labels=tuple(provenance.labels),
+            templates=tuple(provenance.templates),
+            clean=tokens.clean,
+            written=tokens.written,
+            zeroed=tokens.zeroed,
         ),
         tables=tables,  # type: ignore[arg-type]
         data=provenance.data,

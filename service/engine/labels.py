@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from vitrine.models.bundle.bundle import Bundle, BundleError
 from vitrine.models.bundle.label_sets import DEFAULT, NamedLabels
 from vitrine.service.engine.engine import Engine
-from vitrine.service.engine.fit import Tokens, check_tokenizer, check_unit
+from vitrine.service.engine.fit import TokenizerFile, check_tokenizer, check_unit
 from vitrine.service.operations import metrics
 
 # `tokenizers` would start a thread per processor of the machine, which the engine's threads then have to share.
@@ -58,9 +58,7 @@ class LabelEncoder:
     def __init__(self, engine: Engine, capacity: int) -> None:
         text = engine.bundle.manifest.text
         self.engine = engine
-        tokens = _load_tokenizer(engine.bundle)
-        check_tokenizer(engine.bundle, tokens, engine.text)
-        self.tokenizer = tokens.tokenizer
+        self.reader = check_tokenizer(engine.bundle, _load_tokenizer(engine.bundle), engine.text)
         self.default_labels, self.default_templates = text.labels, text.templates
         self.named = {DEFAULT: NamedLabels.model_construct(labels=text.labels, templates=text.templates)}
         self._named_sets: dict[_Key, LabelSet] = {}  # never evicted
@@ -173,8 +171,7 @@ class LabelEncoder:
         texts: list[list[int]] = []
         prompts = [template.replace("{}", label) for label in labels for template in templates]
         for start in range(0, len(prompts), PROMPTS_PER_CALL):
-            encodings = self.tokenizer.encode_batch_fast(prompts[start : start + PROMPTS_PER_CALL])
-            texts += [encoding.ids for encoding in encodings]
+            texts += [tokens.ids for tokens in self.reader.read(prompts[start : start + PROMPTS_PER_CALL])]
         return texts
 
     def _empty(self, rows: int) -> NDArray[np.float32]:
@@ -203,7 +200,7 @@ def _tokenizer_sha256(bundle: Bundle) -> str:
 
 
 @cached(LRUCache(1), key=_tokenizer_sha256, lock=threading.Lock())
-def _load_tokenizer(bundle: Bundle) -> Tokens:
+def _load_tokenizer(bundle: Bundle) -> TokenizerFile:
     """The bundle's tokenizer. The last one is kept, for a bundle that has the same: to load one holds the GIL for 0.1 s
     and more, in any thread. So bundles may share it, and its padding and truncation must not be changed."""
     file = bundle.path / "tokenizer.json"
@@ -215,4 +212,4 @@ def _load_tokenizer(bundle: Bundle) -> Tokens:
     largest = max(tokenizer.get_vocab().values(), default=0)
     padding = tokenizer.padding
     tokenizer.no_padding()  # texts are padded by group
-    return Tokens(tokenizer, padding, tokenizer.truncation, largest)
+    return TokenizerFile(tokenizer, padding, tokenizer.truncation, largest)

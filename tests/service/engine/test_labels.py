@@ -6,8 +6,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
 
-from vitrine.models.bundle.bundle import seal
+from broken import copy, tokenizer, write_manifest
+from unicode import TEXTS
+from vitrine.models.bundle.bundle import open_bundle, seal
 from vitrine.models.bundle.label_sets import NamedLabels
 from vitrine.models.graph.onnx_file import save_onnx
 from vitrine.models.graph.text import TextGraph, text_to_onnx
@@ -16,7 +19,13 @@ from vitrine.service.engine.labels import PROMPTS_AT_ONCE, LabelEncoder
 from vitrine.service.operations.settings import Settings
 
 TEMPLATES = ("a photo of a {}", "{}", "two {}, or one {}.")
-LABELS = ("cat", "Fire  Truck", "naïve café", "猫", "it's", "a" * 256, "<|endoftext|>")
+LABELS = ("cat", "Fire  Truck", "naïve café", "猫", "it's", "a" * 256, "<|endoftext|>", "Ben &amp; Jerry", "schÃ¶n")
+
+
+@pytest.fixture(scope="module")
+def label_encoder(engine):
+    """For what keeps nothing."""
+    return LabelEncoder(engine, 1)
 
 
 @pytest.fixture
@@ -55,6 +64,26 @@ def test_embeddings_equal_the_clips_own(clip, encoder, labels, templates):
     assert label_set.embeddings.dtype == np.float32
     expected = clip.encode_labels(list(labels), list(templates)).numpy()
     np.testing.assert_allclose(label_set.embeddings, expected, rtol=0, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=100)
+@given(label=TEXTS)
+@example(label="<end_of_text> cat")
+def test_tokens_of_any_label_are_the_clips_own(clip, label_encoder, label):
+    texts = label_encoder._tokenise([label], TEMPLATES)
+    expected = clip.tokenizer([template.replace("{}", label) for template in TEMPLATES]).tolist()
+    assert [ids + [0] * (16 - len(ids)) for ids in texts] == expected
+
+
+def test_a_bundle_of_an_older_version_is_read_as_before(bundle, label_encoder, tmp_path):
+    """Its tokenizer.json cleans texts, and its manifest says nothing of that."""
+    older = copy(bundle.path, tmp_path / "older")
+    tokenizer(lambda settings: settings.update(normalizer={"type": "Lowercase"}))(older)
+    write_manifest(older, lambda manifest: [manifest["text"].pop(name) for name in ("clean", "written", "zeroed")])
+    encoder = LabelEncoder(Engine(open_bundle(older), Settings()), 100)
+    assert encoder._tokenise(["A Cat &amp; I"], ["{}"]) == encoder._tokenise(["a cat &amp; i"], ["{}"])
+    assert encoder._tokenise(["A Cat"], ["{}"]) == label_encoder._tokenise(["a cat"], ["{}"])
+    assert encoder._tokenise(["&amp;"], ["{}"]) != label_encoder._tokenise(["&amp;"], ["{}"])
 
 
 def test_embeddings_are_unit(encoder):
