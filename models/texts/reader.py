@@ -9,6 +9,9 @@ from tokenizers import Tokenizer
 
 from vitrine.models.texts.clean import Clean, clean
 
+_NO_CHARACTER = "\ufffd\u2581"  # bytes that are none; SentencePiece's sign for a blank
+TEXTS_PER_CALL = 32  # of the tokenizer, which holds the interpreter's lock for part of its time
+
 
 class Tokens(NamedTuple):
     """A text's tokens, with those for its start and end."""
@@ -39,17 +42,26 @@ class TextReader:
         self.context = int(truncation["max_length"])  # most tokens of a text
         self._tokenizer, self._how, self._zeroed = tokenizer, how, zeroed
         self._written: dict[str, int] = {}
-        if written:
-            self._ends = tokenizer.encode("").ids
-            if len(self._ends) != 2 or tokenizer.pre_tokenizer is None:
-                raise ValueError("the tokenizer does not divide texts into pieces between two special tokens")
+        self._ends = tokenizer.encode("").ids  # what every text has
+        if written and (len(self._ends) != 2 or tokenizer.pre_tokenizer is None):
+            raise ValueError("the tokenizer does not divide texts into pieces between two special tokens")
         for token in written:
             if (number := tokenizer.token_to_id(token)) is None:
                 raise ValueError(f"{token[:100]!r} is no token of the tokenizer's")
             self._written[token] = number
+        added = (number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")
+        self._special = {*self._ends, *self._written.values(), *added, unknown, zeroed}
+        self._end_of_word = getattr(tokenizer.model, "end_of_word_suffix", None) or ""
 
     def read(self, texts: Sequence[str]) -> list[Tokens]:
         """The tokens of each text."""
+        tokens: list[Tokens] = []
+        for start in range(0, len(texts), TEXTS_PER_CALL):
+            tokens += self._read(texts[start : start + TEXTS_PER_CALL])
+        return tokens
+
+    def _read(self, texts: Sequence[str]) -> list[Tokens]:
         if self._how is not None:
             texts = [clean(text, self._how) for text in texts]
         tokens = []
@@ -78,3 +90,20 @@ class TextReader:
         if len(ids) <= self.context:
             return Tokens(ids, is_cut=False)
         return Tokens([*ids[: self.context - 1], end], is_cut=True)
+
+    def means_nothing(self, ids: Sequence[int]) -> bool:
+        """Whether a text has no token with a whole character in it that can be seen.
+
+        Special tokens have none, nor has the one for what is not in the vocabulary, nor a single byte of a character
+        that the vocabulary does not have as a whole: so CLIP's spells most of Chinese. Letters that it
+        has do not yet make a word that the CLIP has learnt: of those nothing is said.
+        """
+        return all(self._is_blank(token) for token in ids)
+
+    def _is_blank(self, token: int) -> bool:
+        if token in self._special or (text := self._tokenizer.id_to_token(token)) is None:
+            return True
+        text = text.removesuffix(self._end_of_word)
+        if (decoder := self._tokenizer.decoder) is not None:
+            text = decoder.decode([text])
+        return all(c.isspace() or not c.isprintable() or c in _NO_CHARACTER for c in text)

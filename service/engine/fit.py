@@ -139,13 +139,12 @@ def check_tokenizer(bundle: Bundle, tokens: TokenizerFile, session: InferenceSes
             f"{file} pads texts to {padding.get('length')} tokens with {padding.get('pad_id')} (padding), {MANIFEST} "
             f"says text.context = {text.context}, text.pad = {text.pad}"
         )
-    try:
-        reader = TextReader(tokens.tokenizer, text.clean, text.written, text.zeroed)
-    except ValueError as error:
-        raise BundleError(f"{file} does not go with text.written of {MANIFEST}: {error}") from error
     prompt = text.templates[0].replace("{}", text.labels[0])
     try:
+        reader = TextReader(tokens.tokenizer, text.clean, text.written, text.zeroed)
         (ids, _), *_ = reader.read([prompt, *text.written])
+    except ValueError as error:
+        raise BundleError(f"{file} does not go with text.written of {MANIFEST}: {error}") from error
     except Exception as error:  # `tokenizers` raises nothing more specific
         raise BundleError(f"{file} cannot take {prompt[:100]!r}: {error}") from error
     if not ids:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-from vitrine.service.schemas.base import AnswerShape, Label, Labels, RequestShape, TimingsMs, WithImage
+from vitrine.service.schemas.base import AnswerShape, Label, Labels, RequestShape, TimingsMs, WithImage, WithWarnings
 from vitrine.service.schemas.classify import ClassifyRequest, Prediction
 
 
@@ -113,7 +113,7 @@ class Fidelity(BaseModel):
     reconstructed_top1_agrees: bool = Field(description="the top-1 stays when the error row is taken out")
 
 
-class Attribution(BaseModel):
+class Attribution(WithWarnings):
     """The prediction of one image, and the account of it."""
 
     predictions: list[Prediction]

@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from vitrine.service.schemas.base import Model
+from vitrine.service.schemas.base import Model, WithWarnings
 
 
-class ModelResponse(BaseModel):
+class ModelResponse(WithWarnings):
     """The bundle that is being served."""
 
     name: str
@@ -25,7 +25,7 @@ class LabelSetResponse(BaseModel):
     templates: list[str]
 
 
-class LabelsResponse(BaseModel):
+class LabelsResponse(WithWarnings):
     """What `label_set` may name. `default` is what a request without labels gets."""
 
     model: Model

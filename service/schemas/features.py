@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from vitrine.service.schemas.base import AnswerShape, Model, RequestShape, TimingsMs, WithImage
+from vitrine.service.schemas.base import AnswerShape, Model, RequestShape, TimingsMs, WithImage, WithWarnings
 
 
 class SimilarRequest(RequestShape):
@@ -76,7 +76,7 @@ class CoactiveFeature(BaseModel):
     jaccard: float = Field(description="images on which both fire, as a part of those on which one does")
 
 
-class CardResponse(BaseModel):
+class CardResponse(WithWarnings):
     """What is known of one feature."""
 
     model: Model
@@ -116,7 +116,7 @@ class FeatureLine(BaseModel):
     frequency_cls: float
 
 
-class FeaturesResponse(BaseModel):
+class FeaturesResponse(WithWarnings):
     """Labelled features, best label first."""
 
     model: Model

@@ -119,6 +119,7 @@ def sentence_piece():
     pieces = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁cat", "s", "▁a", "é"]
     backend = Tokenizer(models.Unigram([(piece, -float(len(piece))) for piece in pieces], 1, byte_fallback=True))
     backend.normalizer, backend.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     return finished(backend)
 
 

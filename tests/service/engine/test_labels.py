@@ -36,13 +36,13 @@ def encoder(engine):
 @pytest.fixture
 def encoded(encoder, monkeypatch):
     """How often each label was encoded."""
-    counts, tokenise = Counter(), encoder._tokenise
+    counts, read = Counter(), encoder._read
 
     def counting(labels, templates):
         counts.update(labels)
-        return tokenise(labels, templates)
+        return read(labels, templates)
 
-    monkeypatch.setattr(encoder, "_tokenise", counting)
+    monkeypatch.setattr(encoder, "_read", counting)
     return counts
 
 
@@ -70,7 +70,7 @@ def test_embeddings_equal_the_clips_own(clip, encoder, labels, templates):
 @given(label=TEXTS)
 @example(label="<end_of_text> cat")
 def test_tokens_of_any_label_are_the_clips_own(clip, label_encoder, label):
-    texts = label_encoder._tokenise([label], TEMPLATES)
+    texts, _ = label_encoder._read([label], TEMPLATES)
     expected = clip.tokenizer([template.replace("{}", label) for template in TEMPLATES]).tolist()
     assert [ids + [0] * (16 - len(ids)) for ids in texts] == expected
 
@@ -81,9 +81,9 @@ def test_a_bundle_of_an_older_version_is_read_as_before(bundle, label_encoder, t
     tokenizer(lambda settings: settings.update(normalizer={"type": "Lowercase"}))(older)
     write_manifest(older, lambda manifest: [manifest["text"].pop(name) for name in ("clean", "written", "zeroed")])
     encoder = LabelEncoder(Engine(open_bundle(older), Settings()), 100)
-    assert encoder._tokenise(["A Cat &amp; I"], ["{}"]) == encoder._tokenise(["a cat &amp; i"], ["{}"])
-    assert encoder._tokenise(["A Cat"], ["{}"]) == label_encoder._tokenise(["a cat"], ["{}"])
-    assert encoder._tokenise(["&amp;"], ["{}"]) != label_encoder._tokenise(["&amp;"], ["{}"])
+    assert encoder._read(["A Cat &amp; I"], ["{}"]) == encoder._read(["a cat &amp; i"], ["{}"])
+    assert encoder._read(["A Cat"], ["{}"]) == label_encoder._read(["a cat"], ["{}"])
+    assert encoder._read(["&amp;"], ["{}"]) != label_encoder._read(["&amp;"], ["{}"])
 
 
 def test_embeddings_are_unit(encoder):
@@ -102,8 +102,8 @@ TREES = NamedLabels(labels=("oak", "elm"), templates=("a {} tree",))
 def test_named_sets_are_encoded_once_and_never_forgotten(engine, bundle, monkeypatch):
     encoder = LabelEncoder(engine, 1)  # a cache that holds almost nothing
     asyncio.run(encoder.add({"pets": PETS, "trees": TREES}, run))
-    calls, tokenise = [], encoder._tokenise
-    monkeypatch.setattr(encoder, "_tokenise", lambda *texts: calls.append(texts) or tokenise(*texts))
+    calls, read = [], encoder._read
+    monkeypatch.setattr(encoder, "_read", lambda *texts: calls.append(texts) or read(*texts))
     assert list(encoder.named) == ["default", "pets", "trees"]
     assert encoder.named["pets"].templates == bundle.manifest.text.templates
     for name, definition in (("pets", PETS), ("trees", TREES)):
@@ -120,7 +120,7 @@ def test_the_bundles_sets_are_known_without_encoding(engine, monkeypatch):
     embeddings = np.eye(2, 24, dtype=np.float32)
     monkeypatch.setitem(vars(engine.bundle), "label_sets", {"pets": (PETS, embeddings)})
     encoder = LabelEncoder(engine, 10)
-    monkeypatch.setattr(encoder, "_tokenise", None)
+    monkeypatch.setattr(encoder, "_read", None)
     label_set = resolve(encoder, PETS.labels, encoder.default_templates)
     assert (label_set.labels, encoder.named["pets"].labels) == (PETS.labels, PETS.labels)
     np.testing.assert_array_equal(label_set.embeddings, embeddings)
