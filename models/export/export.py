@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -40,6 +40,8 @@ from vitrine.models.graph.onnx_file import ExportError, save_onnx, to_onnx
 from vitrine.models.graph.replacement import ReplacementGraph
 from vitrine.models.graph.text import TextGraph, text_to_onnx
 from vitrine.models.graph.variants import make_variant, measure, preselect
+from vitrine.models.texts.labels import notices_of
+from vitrine.models.texts.reader import TextReader
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def export_bundle(
         tokens = convert_tokenizer(clip.tokenizer)
         manifest = _manifest(clip, clt.architecture, graph, provenance, tables, tokens)
         check_tokenizer(clip.tokenizer, tokens, texts)
+        for message in _label_warnings(tokens.reader(), provenance, label_sets or {}):
+            log(message)
         tokens.tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
 
         np.save(partial / "directions.npy", graph.directions.reshape(clt.layers, clt.features, clt.width).numpy())
@@ -158,6 +162,15 @@ def _write_variant(
         f"{result.top_features:.1%} of the top features, and its ledgers' cosine is {result.ledger_cosine:.4f}"
     )
     return None
+
+
+def _label_warnings(reader: TextReader, provenance: Provenance, label_sets: Mapping[str, NamedLabels]) -> Iterator[str]:
+    """What there is to say of the default labels and of the named sets'."""
+    for notice in notices_of(reader, provenance.labels, provenance.templates):
+        yield notice.message
+    for name, labels in label_sets.items():
+        for notice in notices_of(reader, labels.labels, labels.templates or provenance.templates):
+            yield f"label set {name}: {notice.message}"
 
 
 def _write_label_set(clip: Clip, labels: NamedLabels, templates: Sequence[str], path: Path) -> None:

@@ -19,13 +19,16 @@ from rich.table import Table
 from vitrine.models.account.ledger import logits, probabilities
 from vitrine.models.account.windows import TOKENS, Tokens, paper_windows, replacement_mask
 from vitrine.models.errors import VitrineError
+from vitrine.models.texts.labels import notices_of
 from vitrine.service.answers.explain import matrix
+from vitrine.service.answers.notices import to_notices
 from vitrine.service.engine.decoders import Decoders
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.images import ImageLimits
 from vitrine.service.engine.labels import LabelEncoder
 from vitrine.service.errors import ServiceError
 from vitrine.service.schemas.attribute import Matrix
+from vitrine.service.schemas.base import Notice
 
 
 class ReplayError(VitrineError, ValueError):
@@ -47,6 +50,7 @@ class Replay(BaseModel):
     images: int
     unreadable: list[str] = Field(description="files that are no usable images, left out, with the reason")
     labels: list[str]
+    warnings: list[Notice] = Field(description="of the labels")
     top1: float | None = Field(description="CLIP's own")
     rows: list[Row]
     matrix: Matrix = Field(description="C_{i->j} of CLIP itself, mean over images")
@@ -89,7 +93,8 @@ def replay(
         raise ReplayError(f"{engine.bundle.path} has no replacement graph: export it with `bundle.replacement = true`")
     files, own_labels = find_images(folder)
     labels = own_labels or list(manifest.text.labels)
-    embeddings = LabelEncoder(engine, capacity=len(labels)).encode(labels, manifest.text.templates)
+    encoder, templates = LabelEncoder(engine, capacity=len(labels)), manifest.text.templates
+    embeddings, notices = encoder.encode(labels, templates), notices_of(encoder.reader, labels, templates)
     if count is not None and count < len(files):
         chosen = np.random.default_rng(seed).choice(len(files), count, replace=False)
         files = [files[index] for index in sorted(chosen)]
@@ -139,6 +144,7 @@ def replay(
         images=len(truth),
         unreadable=unreadable,
         labels=labels,
+        warnings=to_notices(notices),
         top1=None if accuracies is None else accuracies[0],
         rows=rows,
         matrix=matrix(scores / len(truth)),
@@ -146,7 +152,9 @@ def replay(
 
 
 def print_replay(result: Replay, console: Console) -> None:
-    """Print a row per window and token type, then the files left out."""
+    """Print what there is to say of the labels, a row per window and token type, then the files left out."""
+    for warning in result.warnings:
+        console.print(f"warning: {warning.message}", style="yellow", highlight=False, markup=False)
     last = len(result.matrix.cls) - 1
     accuracy = "" if result.top1 is None else f"; CLIP's own top-1 {result.top1:.2%}"
     console.print(f"{result.images:,} images, {len(result.labels):,} labels{accuracy}", highlight=False)

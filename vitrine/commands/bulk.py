@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vitrine.commands.common import BundlePath, new_console, open_bundle_or_default
+from vitrine.commands.common import BundlePath, new_console, open_bundle_or_default, print_warnings
 
 
 def bulk(
@@ -19,6 +19,7 @@ def bulk(
     template: Annotated[
         list[str] | None, typer.Option(help="Sentence with {} (repeatable); default: the bundle's.")
     ] = None,
+    strict: Annotated[bool, typer.Option(help="Refuse labels that are cut, the same or unknown to the CLIP.")] = False,
     top_k: Annotated[int, typer.Option(min=1, help="Predictions listed.")] = 5,
     features: Annotated[int, typer.Option(min=0, help="Features listed, of all layers together.")] = 5,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: VITRINE_BATCH_SIZE.")] = None,
@@ -27,6 +28,8 @@ def bulk(
     bundle: BundlePath = None,
 ) -> None:
     """Account for many images, without a server: Parquet tables. Run it again to take up a run that was cut off."""
+    from vitrine.service.answers.notices import refuse
+    from vitrine.service.engine.labels import bundle_notices
     from vitrine.service.offline.bulk.inputs import open_source
     from vitrine.service.offline.bulk.job import make_job
     from vitrine.service.offline.bulk.run import bulk as run
@@ -43,5 +46,9 @@ def bulk(
         settings = settings.model_copy(update={"batch_size": batch_size})
     source = open_source(inputs, column)
     job = make_job(opened, settings, source, request, path=inputs, column=column, part_size=part_size)
+    notices = bundle_notices(opened, job.labels, job.templates)
+    if strict:
+        refuse(notices, "labels")
+    print_warnings((notice.message for notice in notices), console)
     summary = run(opened, Work(job, source, out, settings), console, ray)
     console.print(f"{summary.rows:,} rows and {summary.problems:,} errors in {out}", highlight=False)

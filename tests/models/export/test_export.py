@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from common import ROOT
 from vitrine.models.bundle.bundle import open_bundle
+from vitrine.models.bundle.label_sets import NamedLabels
 from vitrine.models.bundle.layout import DETAILS, DETAILS_INPUT, VISION_OUTPUTS
 from vitrine.models.clip.tokens import TokenizerMismatch, convert_tokenizer
 from vitrine.models.export import export
@@ -293,6 +294,15 @@ def test_failed_check_leaves_nothing_behind(clip, make_clt, cls_mean, provenance
     with pytest.raises(ExportError, match=r"at batch 1|feature"):
         export_bundle(clip, make_clt(clip, seed=1), cls_mean, provenance, tmp_path / "out" / "failed")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_labels_that_the_clip_cannot_tell_apart_are_reported(clip, provenance):
+    reader = convert_tokenizer(clip.tokenizer).reader()
+    sets = {"pets": NamedLabels(labels=("Dog", "dog")), "trees": NamedLabels(labels=("oak", "elm"))}
+    says = "are one and the same text to this CLIP, in an order that means nothing. Keep one."
+    assert list(export._label_warnings(reader, provenance, sets)) == [f'label set pets: "Dog" and "dog" {says}']
+    twins = replace(provenance, labels=["Cat", "cat"])
+    assert list(export._label_warnings(reader, twins, {})) == [f'"Cat" and "cat" {says}']
 
 
 def test_tokenizer_that_reads_a_label_otherwise_is_refused(clip, clt, cls_mean, provenance, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from vitrine.models.bundle.label_sets import NamedLabels
 from vitrine.models.graph.onnx_file import save_onnx
 from vitrine.models.graph.text import TextGraph, text_to_onnx
 from vitrine.service.engine.engine import Engine
-from vitrine.service.engine.labels import PROMPTS_AT_ONCE, LabelEncoder
+from vitrine.service.engine.labels import PROMPTS_AT_ONCE, LabelEncoder, bundle_notices
 from vitrine.service.operations.settings import Settings
 
 TEMPLATES = ("a photo of a {}", "{}", "two {}, or one {}.")
@@ -120,10 +120,56 @@ def test_the_bundles_sets_are_known_without_encoding(engine, monkeypatch):
     embeddings = np.eye(2, 24, dtype=np.float32)
     monkeypatch.setitem(vars(engine.bundle), "label_sets", {"pets": (PETS, embeddings)})
     encoder = LabelEncoder(engine, 10)
-    monkeypatch.setattr(encoder, "_read", None)
+    monkeypatch.setattr(engine, "encode_texts", None)
     label_set = resolve(encoder, PETS.labels, encoder.default_templates)
     assert (label_set.labels, encoder.named["pets"].labels) == (PETS.labels, PETS.labels)
     np.testing.assert_array_equal(label_set.embeddings, embeddings)
+
+
+CODES = {
+    ("cat", "dog"): [],
+    ("Cat", "dog", "cat", "dog &amp; I", "DOG & i"): ["labels_same", "labels_same"],
+    ("cat", "a" * 256): ["labels_cut"],
+    ("cat", "猫"): ["labels_unknown"],
+}
+
+
+@pytest.mark.parametrize("labels", CODES, ids=lambda labels: "/".join(labels)[:20])
+def test_what_there_is_to_say_of_labels_comes_with_them(engine, encoder, encoded, labels):
+    codes = CODES[labels]
+    for _ in range(2):  # new, and from the cache
+        assert [notice.code for notice in resolve(encoder, labels).notices] == codes
+    assert encoded == dict.fromkeys(labels, 1)
+    assert [
+        notice.code for notice in resolve(encoder, labels[::-1]).notices
+    ] == codes  # another set, of the same labels
+    assert encoded == dict.fromkeys(labels, 1)
+    small = LabelEncoder(engine, 1)  # which keeps none
+    assert [notice.code for notice in resolve(small, labels).notices] == codes
+
+
+def test_nothing_is_encoded_to_say_it(engine, encoder, monkeypatch):
+    resolve(encoder, ["cat", "a" * 256])
+    monkeypatch.setattr(engine, "encode_texts", None)
+    notices = asyncio.run(encoder.notices(("cat", "Cat", "a" * 256, "dog"), TEMPLATES))
+    assert [(notice.code, notice.labels) for notice in notices] == [
+        ("labels_cut", ("a" * 256,)),
+        ("labels_same", ("cat", "Cat")),
+    ]
+
+
+def test_texts_of_a_bundles_set_are_read_when_it_is_first_asked_for(engine, monkeypatch):
+    named = NamedLabels(labels=("cat", "Cat"))
+    monkeypatch.setitem(vars(engine.bundle), "label_sets", {"pets": (named, np.eye(2, 24, dtype=np.float32))})
+    encoder = LabelEncoder(engine, 10)
+    calls, read = [], encoder._read
+    monkeypatch.setattr(encoder, "_read", lambda *texts: calls.append(texts) or read(*texts))
+    for _ in range(2):
+        ((code, _, labels),) = resolve(encoder, named.labels, encoder.default_templates).notices
+        assert (code, labels, len(calls)) == ("labels_same", named.labels, 1)
+    assert asyncio.run(encoder.notices(named.labels, encoder.default_templates))[0].labels == named.labels
+    assert len(calls) == 1
+    assert bundle_notices(engine.bundle, named.labels, encoder.default_templates)[0].labels == named.labels
 
 
 @pytest.fixture
@@ -296,5 +342,5 @@ def test_a_kept_embedding_keeps_no_others_in_memory(engine):
     """The embeddings of one call are one array; a view of one of them would keep all in memory."""
     encoder = LabelEncoder(engine, 1)
     resolve(encoder, [f"label {i}" for i in range(20)])
-    (kept,) = encoder._labels.values()
+    ((kept, _),) = encoder._labels.values()
     assert kept.base is None or kept.base.nbytes == kept.nbytes
