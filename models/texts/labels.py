@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vitrine.models.texts.reader import TextReader
+from vitrine.models.texts.reader import TextReader, Tokens
 
 NAMED, START, END = 3, 28, 12  # labels that a message names, and how many characters of each
 LISTED = 100  # labels of one notice
@@ -30,22 +30,31 @@ class LabelNotice(NamedTuple):
     labels: tuple[str, ...]  # the first `LISTED` that it is about
 
 
-def read_labels(
-    reader: TextReader, labels: Sequence[str], templates: Sequence[str]
+def label_texts(labels: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every label in every template, label by label; then the labels alone, if no template has them so."""
+    texts = [template.replace("{}", label) for label in labels for template in templates]
+    return texts if "{}" in templates else [*texts, *labels]
+
+
+def label_readings(
+    reader: TextReader, texts: Sequence[Tokens], templates: Sequence[str]
 ) -> tuple[list[list[int]], list[LabelReading]]:
-    """(tokens of every label in every template, label by label; what is read of each label)."""
-    texts = reader.read([template.replace("{}", label) for label in labels for template in templates])
+    """(tokens of every label in every template; what is read of each label). texts: as of `label_texts`."""
     count = len(templates)
-    alone = texts[templates.index("{}") :: count] if "{}" in templates else reader.read(labels)
+    if "{}" in templates:
+        alone, filled = texts[templates.index("{}") :: count], texts
+    else:
+        labels = len(texts) // (count + 1)
+        alone, filled = texts[-labels:], texts[:-labels]
     readings = []
     for index, label in enumerate(alone):
-        own = texts[index * count : (index + 1) * count]
+        own = filled[index * count : (index + 1) * count]
         digest = hashlib.sha256()
         for ids, _ in own:
             digest.update(array("q", (len(ids), *ids)).tobytes())
         is_cut = any(text.is_cut for text in own)
         readings.append(LabelReading(digest.digest(), is_cut, reader.means_nothing(label.ids)))
-    return [text.ids for text in texts], readings
+    return [text.ids for text in filled], readings
 
 
 def label_notices(labels: Sequence[str], readings: Sequence[LabelReading], context: int) -> tuple[LabelNotice, ...]:
@@ -76,7 +85,7 @@ def label_notices(labels: Sequence[str], readings: Sequence[LabelReading], conte
 
 def notices_of(reader: TextReader, labels: Sequence[str], templates: Sequence[str]) -> tuple[LabelNotice, ...]:
     """The same for labels that nobody has read yet."""
-    _, readings = read_labels(reader, labels, templates)
+    _, readings = label_readings(reader, reader.read(label_texts(labels, templates)), templates)
     return label_notices(labels, readings, reader.context)
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -19,8 +19,15 @@ from tokenizers import Tokenizer
 
 from vitrine.models.bundle.bundle import Bundle, BundleError
 from vitrine.models.bundle.label_sets import DEFAULT, NamedLabels
-from vitrine.models.texts.labels import LabelNotice, LabelReading, label_notices, notices_of, read_labels
-from vitrine.models.texts.reader import TextReader
+from vitrine.models.texts.labels import (
+    LabelNotice,
+    LabelReading,
+    label_notices,
+    label_readings,
+    label_texts,
+    notices_of,
+)
+from vitrine.models.texts.reader import TextReader, Tokens
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.fit import TokenizerFile, check_tokenizer, check_unit
 from vitrine.service.operations import metrics
@@ -29,6 +36,7 @@ from vitrine.service.operations import metrics
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 PROMPTS_AT_ONCE, CHARS_AT_ONCE = 256, 16_384  # of texts that are tokenised, and then divided into groups, together
+HARD = 16  # how much longer a text may take that has HTML entities, and entities within these
 
 
 class Run(Protocol):
@@ -163,8 +171,7 @@ class LabelEncoder:
         done = asyncio.Event()
         self._labels_in_hand |= dict.fromkeys(((label, digest) for label in labels), done)
         try:
-            async with self._tokenising:
-                texts, readings = await asyncio.to_thread(self._read, labels, templates)
+            texts, readings = await self._read(labels, templates)
             prompts = self._empty(len(texts))
             for group in self.engine.text_groups.divide([len(text) for text in texts]):
                 members = [texts[index] for index in group]
@@ -188,8 +195,7 @@ class LabelEncoder:
         new, at_once = [label for label in dict.fromkeys(labels) if label not in cache], _at_once(labels, templates)
         for start in range(0, len(new), at_once):
             some = new[start : start + at_once]
-            async with self._tokenising:
-                _, readings = await asyncio.to_thread(self._read, some, templates)
+            _, readings = await self._read(some, templates)
             cache |= zip(some, readings, strict=True)
         return label_notices(labels, [cache[label] for label in labels], self.reader.context)
 
@@ -202,14 +208,21 @@ class LabelEncoder:
 
     def encode(self, labels: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
         """Unit embeddings [N, D], computed here and now: for use without a service."""
-        texts, _ = self._read(labels, templates)
+        texts, _ = label_readings(self.reader, self.reader.read(label_texts(labels, templates)), templates)
         prompts = self._empty(len(texts))
         for group in self.engine.text_groups.divide([len(text) for text in texts]):
             prompts[group] = self.engine.encode_texts([texts[index] for index in group])
         return _average(prompts, len(templates))
 
-    def _read(self, labels: Sequence[str], templates: Sequence[str]) -> tuple[list[list[int]], list[LabelReading]]:
-        return read_labels(self.reader, labels, templates)
+    async def _read(
+        self, labels: Sequence[str], templates: Sequence[str]
+    ) -> tuple[list[list[int]], list[LabelReading]]:
+        """`label_readings`, a piece of the work at a time: other requests take turns."""
+        tokens: list[Tokens] = []
+        for piece in _pieces(label_texts(labels, templates)):
+            async with self._tokenising:
+                tokens += await asyncio.to_thread(self.reader.read, piece)
+        return label_readings(self.reader, tokens, templates)
 
     def _empty(self, rows: int) -> NDArray[np.float32]:
         return np.empty((rows, self.engine.bundle.manifest.shape.embedding), np.float32)
@@ -220,6 +233,18 @@ def _at_once(labels: Iterable[str], templates: Sequence[str]) -> int:
     longest = max(map(len, labels))
     chars = sum(len(template) + template.count("{}") * longest for template in templates)
     return max(1, min(PROMPTS_AT_ONCE // len(templates), CHARS_AT_ONCE // chars))
+
+
+def _pieces(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Texts that are read in one go: some milliseconds of work, mostly."""
+    start, work = 0, 0
+    for place, text in enumerate(texts):
+        cost = len(text) * (HARD if "&" in text else 1)
+        if work and work + cost > CHARS_AT_ONCE:
+            yield texts[start:place]
+            start, work = place, 0
+        work += cost
+    yield texts[start:]
 
 
 def _average(prompts: NDArray[np.float32], templates: int) -> NDArray[np.float32]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-from vitrine.service.schemas.base import AnswerShape, Label, Labels, RequestShape, TimingsMs, WithImage, WithWarnings
+from vitrine.service.schemas.base import AnswerShape, Label, Labels, RequestShape, TimingsMs, Warnings, WithImage
 from vitrine.service.schemas.classify import ClassifyRequest, Prediction
 
 
@@ -113,9 +113,10 @@ class Fidelity(BaseModel):
     reconstructed_top1_agrees: bool = Field(description="the top-1 stays when the error row is taken out")
 
 
-class Attribution(WithWarnings):
+class Attribution(BaseModel):
     """The prediction of one image, and the account of it."""
 
+    warnings: Warnings = []
     predictions: list[Prediction]
     explanations: list[Explanation]
     lens: list[LensLayer] | None = None

@@ -55,15 +55,15 @@ class Notice(BaseModel):
     labels: list[str] | None = Field(default=None, description="that it is about, if it is about labels")
 
 
-class WithWarnings(BaseModel):
-    warnings: list[Notice] = Field(default=[], description="empty where there is nothing to say")
+Warnings = Annotated[list[Notice], Field(description="empty where there is nothing to say")]
 
 
-class AnswerShape(WithWarnings):
+class AnswerShape(BaseModel):
     """What every answer to a question has."""
 
     request_id: str
     model: Model
+    warnings: Warnings = []
 
 
 Strict = Annotated[

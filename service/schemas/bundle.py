@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from vitrine.service.schemas.base import Model, WithWarnings
+from vitrine.service.schemas.base import Model, Warnings
 
 
-class ModelResponse(WithWarnings):
+class ModelResponse(BaseModel):
     """The bundle that is being served."""
 
     name: str
@@ -17,6 +17,7 @@ class ModelResponse(WithWarnings):
     provider: str
     precision: str
     manifest: dict[str, Any]
+    warnings: Warnings = []
 
 
 class LabelSetResponse(BaseModel):
@@ -25,11 +26,12 @@ class LabelSetResponse(BaseModel):
     templates: list[str]
 
 
-class LabelsResponse(WithWarnings):
+class LabelsResponse(BaseModel):
     """What `label_set` may name. `default` is what a request without labels gets."""
 
     model: Model
     label_sets: list[LabelSetResponse]
+    warnings: Warnings = []
 
 
 class ReloadResponse(BaseModel):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from vitrine.service.schemas.base import AnswerShape, Model, RequestShape, TimingsMs, WithImage, WithWarnings
+from vitrine.service.schemas.base import AnswerShape, Model, RequestShape, TimingsMs, Warnings, WithImage
 
 
 class SimilarRequest(RequestShape):
@@ -76,7 +76,7 @@ class CoactiveFeature(BaseModel):
     jaccard: float = Field(description="images on which both fire, as a part of those on which one does")
 
 
-class CardResponse(WithWarnings):
+class CardResponse(BaseModel):
     """What is known of one feature."""
 
     model: Model
@@ -105,6 +105,7 @@ class CardResponse(WithWarnings):
     rows: int = Field(description="of patches, in masks")
     columns: int
     coactive: list[CoactiveFeature]
+    warnings: Warnings = []
 
 
 class FeatureLine(BaseModel):
@@ -116,7 +117,7 @@ class FeatureLine(BaseModel):
     frequency_cls: float
 
 
-class FeaturesResponse(WithWarnings):
+class FeaturesResponse(BaseModel):
     """Labelled features, best label first."""
 
     model: Model
@@ -125,6 +126,7 @@ class FeaturesResponse(WithWarnings):
     limit: int
     next: str | None = Field(description="path of the next page")
     features: list[FeatureLine]
+    warnings: Warnings = []
 
 
 class SimilarImage(ReferenceImage):

@@ -14,6 +14,7 @@ from vitrine.models.bundle.bundle import open_bundle, seal
 from vitrine.models.bundle.label_sets import NamedLabels
 from vitrine.models.graph.onnx_file import save_onnx
 from vitrine.models.graph.text import TextGraph, text_to_onnx
+from vitrine.models.texts.labels import label_readings, label_texts
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.labels import PROMPTS_AT_ONCE, LabelEncoder, bundle_notices
 from vitrine.service.operations.settings import Settings
@@ -38,9 +39,9 @@ def encoded(encoder, monkeypatch):
     """How often each label was encoded."""
     counts, read = Counter(), encoder._read
 
-    def counting(labels, templates):
+    async def counting(labels, templates):
         counts.update(labels)
-        return read(labels, templates)
+        return await read(labels, templates)
 
     monkeypatch.setattr(encoder, "_read", counting)
     return counts
@@ -70,7 +71,7 @@ def test_embeddings_equal_the_clips_own(clip, encoder, labels, templates):
 @given(label=TEXTS)
 @example(label="<end_of_text> cat")
 def test_tokens_of_any_label_are_the_clips_own(clip, label_encoder, label):
-    texts, _ = label_encoder._read([label], TEMPLATES)
+    texts, _ = asyncio.run(label_encoder._read([label], TEMPLATES))
     expected = clip.tokenizer([template.replace("{}", label) for template in TEMPLATES]).tolist()
     assert [ids + [0] * (16 - len(ids)) for ids in texts] == expected
 
@@ -81,9 +82,9 @@ def test_a_bundle_of_an_older_version_is_read_as_before(bundle, label_encoder, t
     tokenizer(lambda settings: settings.update(normalizer={"type": "Lowercase"}))(older)
     write_manifest(older, lambda manifest: [manifest["text"].pop(name) for name in ("clean", "written", "zeroed")])
     encoder = LabelEncoder(Engine(open_bundle(older), Settings()), 100)
-    assert encoder._read(["A Cat &amp; I"], ["{}"]) == encoder._read(["a cat &amp; i"], ["{}"])
-    assert encoder._read(["A Cat"], ["{}"]) == label_encoder._read(["a cat"], ["{}"])
-    assert encoder._read(["&amp;"], ["{}"]) != label_encoder._read(["&amp;"], ["{}"])
+    assert encoder.reader.read(["A Cat &amp; I"]) == encoder.reader.read(["a cat &amp; i"])
+    assert encoder.reader.read(["A Cat"]) == label_encoder.reader.read(["a cat"])
+    assert encoder.reader.read(["&amp;"]) != label_encoder.reader.read(["&amp;"])
 
 
 def test_embeddings_are_unit(encoder):
@@ -146,6 +147,21 @@ def test_what_there_is_to_say_of_labels_comes_with_them(engine, encoder, encoded
     assert encoded == dict.fromkeys(labels, 1)
     small = LabelEncoder(engine, 1)  # which keeps none
     assert [notice.code for notice in resolve(small, labels).notices] == codes
+
+
+@pytest.mark.parametrize(("label", "texts"), [("cat", 24), ("cat &amp; dog", 24), ("x" * 700, 23), ("&amp;" * 200, 1)])
+def test_texts_are_read_in_pieces_of_which_none_takes_long(encoder, monkeypatch, label, texts):
+    pieces, read = [], encoder.reader.read
+    monkeypatch.setattr(encoder.reader, "read", lambda piece: pieces.append(list(piece)) or read(piece))
+    templates = [f"{{}} {number}" for number in range(24)]
+    found = asyncio.run(encoder._read([label], templates))
+    assert max(map(len, pieces)) == texts + (texts == 24)  # and the label alone
+    assert [text for piece in pieces for text in piece] == [
+        *(template.replace("{}", label) for template in templates),
+        label,
+    ]
+    monkeypatch.undo()
+    assert found == label_readings(encoder.reader, encoder.reader.read(label_texts([label], templates)), templates)
 
 
 def test_nothing_is_encoded_to_say_it(engine, encoder, monkeypatch):
