@@ -7,7 +7,7 @@
                          with vision.onnx are read from vision.onnx.data
     text.onnx, .data     `tokens` [N, T] -> `text_embedding` [N, D], unit; T: any length of text, or (in older bundles,
                          and for towers that attend to the padding) the context alone
-    tokenizer.json       Hugging Face `tokenizers`
+    tokenizer.json       Hugging Face `tokenizers`, for texts cleaned as the manifest says (`models.texts`)
     directions.npy       [L, F, d]: what one unit of a feature adds to the [CLS] residual, memory-mapped; the vision
                          graph reads the same file as its external data, so the table is stored once
     attention.npy        [L, d + 1, D]: what attention's value channels and biases add to the embedding, for heat maps;

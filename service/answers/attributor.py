@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.label_sets import DEFAULT, read_label_sets
+from vitrine.service.answers.notices import refuse, to_notices
 from vitrine.service.answers.texts import Texts, resolve_texts
 from vitrine.service.engine.batcher import Batcher
 from vitrine.service.engine.decoders import Decoded, Decoders
@@ -30,12 +31,26 @@ from vitrine.service.errors import queue_full
 from vitrine.service.operations import metrics
 from vitrine.service.operations.settings import Settings
 from vitrine.service.operations.stages import record_stage, timed_stage
-from vitrine.service.schemas.base import Model
+from vitrine.service.schemas.base import Model, Notice
 from vitrine.service.schemas.classify import ClassifyRequest
 
 Result = TypeVar("Result")
 
 _turns: ContextVar[asyncio.Semaphore | None] = ContextVar("turns", default=None)  # see `Attributor.taking_turns`
+
+
+class Inferred(NamedTuple):
+    """What an image's answer is made of."""
+
+    parts: Decomposition
+    labels: LabelSet
+    contributions: NDArray[np.floating] | None  # C [2, L, L] (`Engine.replace`), if requested
+    notices: list[Notice]  # of the image
+
+    @property
+    def warnings(self) -> list[Notice]:
+        """All that the answer says beside what was asked for."""
+        return [*to_notices(self.labels.notices), *self.notices]
 
 
 class Attributor:
@@ -107,6 +122,11 @@ class Attributor:
         """(labels, templates) of a request. Raises `ServiceError`."""
         return resolve_texts(request, self.labels, self.settings)
 
+    async def check_labels(self, texts: Texts, strict: bool, field: str = "labels") -> None:
+        """Raise `ServiceError` for a strict request with labels that there is something to say of."""
+        if strict:
+            refuse(await self.labels.notices(*texts), field)
+
     @contextmanager
     def admit(self, images: int = 1) -> Iterator[None]:
         """Reserve places for images to be decoded, queued and inferred. Raises `ServiceError` queue_full at once."""
@@ -128,9 +148,8 @@ class Attributor:
         timings: dict[str, float],
         details: bool = False,
         with_matrix: bool = False,
-    ) -> tuple[Decomposition, LabelSet, NDArray[np.floating] | None]:
-        """The image's decomposition, the labels' embeddings and, if requested, C [2, L, L] (`Engine.replace`). Adds
-        the stages' times to `timings`."""
+    ) -> Inferred:
+        """What the image's answer is made of. Adds the stages' times to `timings`."""
         with timed_stage("decode", timings):
             pixels, _notes = await self.decoded(image)
         with timed_stage("labels", timings):
@@ -140,7 +159,7 @@ class Attributor:
         if with_matrix:
             with timed_stage("matrix", timings):
                 _, (contributions,) = await self.batcher.run(self.engine.replace, pixels[None], self._no_replacement)
-        return parts, label_set, contributions
+        return Inferred(parts, label_set, contributions, notices=[])
 
     async def submit(
         self, pixels: NDArray[np.float32], timings: dict[str, float], details: bool = False

@@ -27,13 +27,16 @@ from vitrine.models.images.decode import ImageLimits
 from vitrine.models.inputs.classes import by_class, class_name
 from vitrine.models.inputs.files import printable
 from vitrine.models.inputs.source import Files, Source
+from vitrine.models.texts.labels import notices_of
 from vitrine.service.answers.explain import matrix
+from vitrine.service.answers.notices import to_notices
 from vitrine.service.engine.decoders import Decoders
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.labels import LabelEncoder
 from vitrine.service.errors import ServiceError
 from vitrine.service.offline.failures import failure
 from vitrine.service.schemas.attribute import Matrix
+from vitrine.service.schemas.base import Notice
 
 
 class ReplayError(VitrineError, ValueError):
@@ -57,6 +60,7 @@ class Replay(BaseModel):
     failed: dict[str, int] = Field(description="how many of these, by the service's code")
     skipped: list[str] = Field(description="what else was left out of the inputs: a line for each reason")
     labels: list[str]
+    warnings: list[Notice] = Field(description="of the labels")
     top1: float | None = Field(description="CLIP's own")
     rows: list[Row]
     matrix: Matrix = Field(description="C_{i->j} of CLIP itself, mean over images")
@@ -87,7 +91,8 @@ def replay(
     if isinstance(inputs, Files) and inputs.kind == "folder":
         own_labels, inputs = by_class(inputs)
     labels = list(own_labels or manifest.text.labels)
-    embeddings = LabelEncoder(engine, capacity=len(labels)).encode(labels, manifest.text.templates)
+    encoder, templates = LabelEncoder(engine, capacity=len(labels)), manifest.text.templates
+    embeddings, notices = encoder.encode(labels, templates), notices_of(encoder.reader, labels, templates)
     chosen = list(range(len(inputs)))
     if count is not None and count < len(inputs):
         chosen = sorted(np.random.default_rng(seed).choice(len(inputs), count, replace=False).tolist())
@@ -142,6 +147,7 @@ def replay(
         failed=dict(codes.most_common()),
         skipped=inputs.skipped.lines(),
         labels=labels,
+        warnings=to_notices(notices),
         top1=None if accuracies is None else accuracies[0],
         rows=rows,
         matrix=matrix(scores / len(truth)),
@@ -149,7 +155,9 @@ def replay(
 
 
 def print_replay(result: Replay, console: Console) -> None:
-    """Print a row per window and token type, then the files left out."""
+    """Print what there is to say of the labels, a row per window and token type, then the files left out."""
+    for warning in result.warnings:
+        console.print(f"warning: {warning.message}", style="yellow", highlight=False, markup=False)
     last = len(result.matrix.cls) - 1
     accuracy = "" if result.top1 is None else f"; CLIP's own top-1 {result.top1:.2%}"
     console.print(f"{result.images:,} images, {len(result.labels):,} labels{accuracy}", highlight=False)

@@ -11,7 +11,7 @@ from common import ROOT
 FLOORS = {
     "models": (
         ("errors",),
-        ("images",),
+        ("images", "texts"),
         ("inputs",),
         ("account", "bundle"),
         ("clip",),
@@ -116,7 +116,9 @@ def test_no_circle_of_imports():
     assert len(order) >= len(MODULES)
 
 
-@pytest.mark.parametrize("room_without_torch", ["models.account", "models.bundle", "service", "commands"])
+@pytest.mark.parametrize(
+    "room_without_torch", ["models.account", "models.bundle", "models.texts", "service", "commands"]
+)
 def test_what_the_service_imports_needs_no_torch(room_without_torch):
     """Neither itself nor by what it imports; commands import what they need when they run."""
     reached, waiting = set(), [name for name in MODULES if name.startswith(room_without_torch)]

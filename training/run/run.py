@@ -8,7 +8,7 @@ step depends on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
@@ -20,7 +20,9 @@ from rich.console import Console
 from torch import Tensor
 
 from vitrine.models.clip.loading import Clip
+from vitrine.models.clip.tokens import UnsupportedTokenizer, convert_tokenizer
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.texts.labels import notices_of
 from vitrine.training.checkpoint import (
     CheckpointError,
     CheckpointMeta,
@@ -102,6 +104,15 @@ class _Phase(NamedTuple):
     end: int
 
 
+def _label_warnings(clip: Clip, labels: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """What there is to say of the labels that metrics and bundle will have."""
+    try:
+        reader = convert_tokenizer(clip.tokenizer).reader()
+    except UnsupportedTokenizer as error:
+        return [f"{error}. No bundle can be exported"]
+    return [notice.message for notice in notices_of(reader, labels, templates)]
+
+
 class _Run:
     """The state of a run: images, CLT, normalisation, phases, and the number of completed steps."""
 
@@ -138,6 +149,9 @@ class _Run:
         if saved := checkpoints(out):
             self._resume(saved[-1])
         else:
+            if fabric.is_global_zero:
+                for message in _label_warnings(clip, self.val.labels, recipe.data.templates):
+                    console.print(f"warning: {message}", style="yellow", highlight=False, markup=False)
             self._initialise()
 
     def enter(self, phase: _Phase, previous: Trainer | None) -> Trainer:

@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from vitrine.commands.common import INPUTS, BundlePath, SkipBroken, new_console, open_bundle_or_default, print_skipped
+from vitrine.commands.common import (
+    INPUTS,
+    BundlePath,
+    SkipBroken,
+    new_console,
+    open_bundle_or_default,
+    print_skipped,
+    print_warnings,
+)
 
 
 def bulk(
@@ -19,6 +27,7 @@ def bulk(
     template: Annotated[
         list[str] | None, typer.Option(help="Sentence with {} (repeatable); default: the bundle's.")
     ] = None,
+    strict: Annotated[bool, typer.Option(help="Refuse labels that are cut, the same or unknown to the CLIP.")] = False,
     top_k: Annotated[int, typer.Option(min=1, help="Predictions listed.")] = 5,
     features: Annotated[int, typer.Option(min=0, help="Features listed, of all layers together.")] = 5,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: VITRINE_BATCH_SIZE.")] = None,
@@ -33,6 +42,8 @@ def bulk(
     """
     from vitrine.models.inputs.files import printable
     from vitrine.models.inputs.opening import open_inputs
+    from vitrine.service.answers.notices import refuse
+    from vitrine.service.engine.labels import bundle_notices
     from vitrine.service.offline.bulk.errors import BulkError
     from vitrine.service.offline.bulk.job import make_job
     from vitrine.service.offline.bulk.run import bulk as run
@@ -50,6 +61,10 @@ def bulk(
         settings = settings.model_copy(update={"batch_size": batch_size})
     source = open_inputs(inputs, column, skip_broken_shards)
     job = make_job(opened, settings, source, request, path=inputs, column=column, part_size=part_size)
+    notices = bundle_notices(opened, job.labels, job.templates)
+    if strict:
+        refuse(notices, "labels")
+    print_warnings((notice.message for notice in notices), console)
     summary = run(opened, Work(job, source, out, settings), console, ray)
     if summary.problems:
         codes = ", ".join(f"{count:,} {code}" for code, count in count_by_code(out).items())

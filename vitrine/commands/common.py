@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,6 +88,11 @@ def load_clip_of(recipe: Any, data_root: Path) -> Any:
     if weights and (data_root / weights).is_file():
         weights = str(data_root / weights)
     return load_clip(clip.name, weights, config)
+
+
+def print_warnings(messages: Iterable[str], console: Console) -> None:
+    for message in messages:
+        console.print(f"warning: {message}", style="yellow", soft_wrap=True, highlight=False, markup=False)
 
 
 def print_bundle(bundle: Bundle, console: Console) -> None:

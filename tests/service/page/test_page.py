@@ -126,6 +126,17 @@ def test_labels_are_edited_and_sets_chosen(page, photo):
     assert not {"labels", "label_set"} & set(request)
 
 
+def test_labels_are_warned_of(page, photo):
+    page.fill("#labels", "Cat, dog")
+    assert upload(page, photo)["warnings"] == []
+    assert page.locator(".warnings").count() == 0
+    page.fill("#labels", "Cat, dog, cat")
+    answer, _ = trigger(page, page.get_by_role("button", name="Ask with these labels").click)
+    (warning,) = answer["warnings"]
+    expect(page.get_by_role("list", name="Warnings").get_by_role("listitem")).to_have_text([warning["message"]])
+    expect(page.locator("#status")).to_contain_text(f"Warning: {warning['message']}")
+
+
 def test_labels_survive_the_field(page):
     for labels in (["a"], ["a", "b c"], ["tench, Tinca tinca", 'the "best"', "plain"], ['"', "a,", "b\nc"]):
         assert page.evaluate("labels => Vitrine.labels.parse(Vitrine.labels.format(labels))", labels) == labels

@@ -73,11 +73,14 @@ def test_it_shows_the_same_account(page, answer):
     assert page.locator(".timings tbody tr").count() == len(answer.timings_ms)
 
 
-def test_what_is_hostile_stays_text(page, saved):
+def test_what_is_hostile_stays_text(page, saved, answer):
     assert saved.read_text(encoding="utf-8").count("</script>") == 2  # the data's and the script's own
     assert page.get_by_text(HOSTILE).first.is_visible()
     assert page.title() != "hacked"
     assert page.locator("img").count() == 1
+    assert answer.warnings[0].code == "labels_cut"
+    assert page.locator(".warnings li").all_text_contents() == [warning.message for warning in answer.warnings]
+    assert "</script>" in answer.warnings[0].message
 
 
 def test_cards_that_came_along_open(page, answer):
