@@ -34,9 +34,10 @@ import attacks as hostile
 from corpus import drawn_images, http_request, image_files, multipart, mutated_files
 from server import Server, serving
 from vitrine.models.bundle.bundle import open_bundle
+from vitrine.models.images.decode import ImageLimits, decode
+from vitrine.models.images.frame import to_pixels
 from vitrine.service.answers.explain import predict
 from vitrine.service.engine.engine import Engine
-from vitrine.service.engine.images import ImageLimits, decode, to_pixels
 from vitrine.service.engine.labels import LabelEncoder, LabelSet
 from vitrine.service.operations.settings import DEMO_BUNDLE, Settings
 
@@ -103,7 +104,7 @@ def _expected(settings: Settings, files: list[bytes]) -> list[dict[str, float]]:
     labels = LabelSet(tuple(text.labels), encoder.encode(text.labels, text.templates))
     answers = []
     for file in files:
-        pixels = to_pixels(decode(file, limits), bundle.manifest.preprocessing, limits)
+        pixels = to_pixels(decode(file, limits).image, bundle.manifest.preprocessing, limits)
         (parts,) = engine.explain(pixels[None])
         predictions = predict(parts, labels, bundle.manifest.logit_scale, len(labels.labels))
         answers.append({prediction.label: prediction.logit for prediction in predictions})

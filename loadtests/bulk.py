@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import duckdb
 import numpy as np
 import typer
 from rich.console import Console
@@ -31,7 +30,8 @@ from rich.progress import track
 
 from corpus import drawn_images
 from vitrine.models.bundle.bundle import open_bundle
-from vitrine.service.offline.bulk.inputs import open_source
+from vitrine.models.inputs.duck import READ_PARQUET, connect, literal
+from vitrine.models.inputs.opening import open_inputs
 from vitrine.service.offline.bulk.job import make_job
 from vitrine.service.offline.bulk.run import bulk
 from vitrine.service.offline.bulk.tables import done_parts
@@ -144,9 +144,10 @@ def _done(out: Path) -> set[int]:
 
 
 def _ids(folder: Path) -> list[int]:
-    with duckdb.connect() as database:
-        files = sorted(map(str, folder.glob("part-*.parquet")))
-        return [number for (number,) in database.read_parquet(files).select("id").fetchall()]
+    with connect() as database:
+        files = [literal(path) for path in sorted(folder.glob("part-*.parquet"))]
+        query = f"SELECT id FROM {READ_PARQUET}"  # noqa: S608
+        return [number for (number,) in database.execute(query, [files]).fetchall()]
 
 
 def _seconds(bundle: Path, images: int, batch_size: int, workers: int) -> float:
@@ -161,7 +162,7 @@ def _seconds(bundle: Path, images: int, batch_size: int, workers: int) -> float:
 
 
 def _work(bundle: Path, folder: Path, out: Path, batch_size: int = 8, part_size: int = 512) -> Work:
-    settings, source = Settings(bundle=bundle, batch_size=batch_size), open_source(str(folder))
+    settings, source = Settings(bundle=bundle, batch_size=batch_size), open_inputs(str(folder))
     job = make_job(open_bundle(bundle), settings, source, AttributeRequest(), path=str(folder), part_size=part_size)
     return Work(job, source, out, settings)
 

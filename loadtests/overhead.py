@@ -32,8 +32,9 @@ from rich.progress import track
 from corpus import multipart
 from server import CHECKOUT, Server, serving
 from vitrine.models.bundle.bundle import open_bundle
+from vitrine.models.images.decode import ImageLimits, decode
+from vitrine.models.images.frame import to_pixels
 from vitrine.service.engine.engine import Engine
-from vitrine.service.engine.images import ImageLimits, decode, to_pixels
 from vitrine.service.operations.settings import DEMO_BUNDLE, Settings
 
 TOLERANCE = 1e-4
@@ -62,7 +63,7 @@ def main(
     opened = open_bundle(settings.bundle)
     image = photo.read_bytes() if photo else _drawn()
     limits = ImageLimits(settings.max_image_pixels, settings.max_image_side)
-    pixels = to_pixels(decode(image, limits), opened.manifest.preprocessing, limits)
+    pixels = to_pixels(decode(image, limits).image, opened.manifest.preprocessing, limits)
     engine = Engine(opened, settings)
     engine.warm_up()
     with serving(settings.bundle) as server:

@@ -13,6 +13,7 @@ DRAWING_SCRIPTS = (
     "heatmap.js",
     "photo.js",
     "predictions.js",
+    "warnings.js",
     "trust.js",
     "timings.js",
     "card-figures.js",

@@ -194,6 +194,11 @@ BROKEN = {
         tokenizer(lambda t: t["model"]["vocab"].update({"zzzz": 60_000})),
         ["text.onnx", "60000", "tokenizer.json"],
     ),
+    "tokens written that are none": (
+        field("text.written", ["<mask>"]),
+        ["tokenizer.json", "text.written", "'<mask>'"],
+    ),
+    "another cleaning": (field("text.clean", "upper"), ["manifest.json", "text.clean"]),
     # label sets
     "label set NaN": (label_set(PETS, UNIT * NAN), ["pets.npy", "not finite"]),
     "label set of length 2": (label_set(PETS, UNIT * 2), ["'cat'", "not of length 1"]),

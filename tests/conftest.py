@@ -5,13 +5,16 @@ parameter is moved away from its initial value.
 """
 
 import gc
+import io
 import json
 from functools import cache
 
 import vitrine  # noqa: F401  # first: it stops the libraries' telemetry
 
 # isort: split
+import numpy as np
 import open_clip
+import pillow_heif
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -199,6 +202,44 @@ def provenance(recipe):
         metrics=Metrics(r2=0.75, cosine=0.875),
         licence="Apache-2.0",
     )
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """draw(mode="RGB", size=(50, 40), seed=0) -> a picture with structure: noise over a gradient."""
+
+    def make(mode="RGB", size=(50, 40), seed=0):
+        width, height = size
+        noise = np.random.default_rng(seed).integers(0, 100, (height, width, 3))
+        noise += np.linspace(0, 155, width).astype(int)[None, :, None]
+        return Image.fromarray(noise.astype(np.uint8)).convert(mode)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def encode():
+    """encode(image, "PNG", **options of Pillow's writer) -> the bytes of an image file."""
+
+    def write(image, format="PNG", **options):
+        buffer = io.BytesIO()
+        if format == "HEIF":  # the product reads it, with a package that cannot write it
+            pillow_heif.from_pillow(image).save(buffer, **options)
+        else:
+            image.save(buffer, format, **options)
+        return buffer.getvalue()
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def picture(draw, encode):
+    """picture(format="PNG", mode="RGB", size=(50, 40), seed=0, **options of the writer) -> bytes of an image file."""
+
+    def make(format="PNG", mode="RGB", size=(50, 40), seed=0, **options):
+        return encode(draw(mode, size, seed), format, **options)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@
                          with vision.onnx are read from vision.onnx.data
     text.onnx, .data     `tokens` [N, T] -> `text_embedding` [N, D], unit; T: any length of text, or (in older bundles,
                          and for towers that attend to the padding) the context alone
-    tokenizer.json       Hugging Face `tokenizers`
+    tokenizer.json       Hugging Face `tokenizers`, for texts cleaned as the manifest says (`models.texts`)
     directions.npy       [L, F, d]: what one unit of a feature adds to the [CLS] residual, memory-mapped; the vision
                          graph reads the same file as its external data, so the table is stored once
     attention.npy        [L, d + 1, D]: what attention's value channels and biases add to the embedding, for heat maps;
@@ -44,7 +44,7 @@ from vitrine.models.bundle.label_sets import LabelSetError, NamedLabels, parse_l
 from vitrine.models.bundle.layout import CARDS, MANIFEST, READ_BY_GRAPHS, REQUIRED, vision_file
 from vitrine.models.bundle.manifest import FORMAT, FileEntry, Manifest
 from vitrine.models.bundle.model_card import model_card
-from vitrine.models.files.problems import check_name
+from vitrine.models.files.names import check_name
 
 if TYPE_CHECKING:
     from vitrine.models.bundle.cards import Cards

@@ -33,10 +33,10 @@ from vitrine.models.bundle.cards_check import feature_checks, image_checks
 from vitrine.models.bundle.files import Identity, is_finite, open_regular
 from vitrine.models.bundle.layout import CARDS
 from vitrine.models.errors import VitrineError
+from vitrine.models.inputs.duck import DESCRIPTORS, connect, literal
 
 FEATURES, IMAGES, REFERENCES = CARDS
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-DESCRIPTORS = Path("/proc/self/fd")  # the files that this process has open, where the system shows them (Linux)
 BINS = 16  # in a card's histogram, of equal width from 0 to the largest |activation|
 
 Reading = Literal["cls", "patches"]
@@ -242,15 +242,15 @@ class Cards:
         if descriptor is None:
             raise CardsError(f"{file} is closed: its bundle is no longer in service")
         if DESCRIPTORS.is_dir():
-            return f"read_parquet('{DESCRIPTORS}/{descriptor}')"
+            return f"read_parquet('{DESCRIPTORS}/{descriptor}', hive_partitioning = false)"
         try:
             same = Identity.of(file.stat()) == Identity.of(os.fstat(descriptor))
         except OSError:
             same = False
         if not same:
             raise CardsError(f"{file} was replaced while its bundle was in service; load the bundle again")
-        quoted = str(file).replace("'", "''")
-        return f"read_parquet('{quoted}')"
+        quoted = literal(file).replace("'", "''")
+        return f"read_parquet('{quoted}', hive_partitioning = false)"
 
     def _rows(self, query: str, values: Sequence[Any] = (), named: bool = False) -> list[Any]:
         try:
@@ -264,10 +264,8 @@ class Cards:
 
 
 def _connect(path: Path) -> duckdb.DuckDBPyConnection:
-    # Extensions are never downloaded, and one thread is enough to read rows of a small file.
-    settings = {"threads": 1, "autoinstall_known_extensions": False, "autoload_known_extensions": False}
     try:
-        database = duckdb.connect(config=settings)  # type: ignore[arg-type]
+        database = connect()
         database.execute("SET parquet_metadata_cache = true")  # the files never change: halves the time per row
     except duckdb.Error as error:
         raise CardsError(f"DuckDB, which reads the cards of {path}, cannot be started: {error}") from error

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from vitrine.models.bundle.label_sets import Labels, Templates
 from vitrine.models.bundle.layout import Precision, Variant
+from vitrine.models.texts.clean import Clean
 
 FORMAT = 1
 # Far more than any model has; what is larger is a mistake, and would only be noticed when there is no memory for it.
@@ -84,6 +85,11 @@ class Text(_Part):
     pad: Annotated[int, Field(ge=0, lt=2**31)]  # token id that pads a text to `context`
     labels: Labels  # default label set
     templates: Templates  # default templates, each with {}
+    # What `models.texts` does besides tokenizer.json. In bundles of older versions, which have none of these fields,
+    # tokenizer.json also cleans the texts, and not all of them as open_clip does.
+    clean: Clean | None = None
+    written: tuple[str, ...] = ()  # special tokens that a text may contain
+    zeroed: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # token that open_clip replaces by 0
 
 
 class Data(_Part):

@@ -10,17 +10,35 @@ from typing import Any
 
 import open_clip
 import torch
+from PIL import Image
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from vitrine.models.bundle.manifest import Preprocessing
 from vitrine.models.clip.tower import Tower, UnsupportedTower
 from vitrine.models.errors import VitrineError
+from vitrine.models.images.colour import to_rgb
+from vitrine.models.images.decode import TRUSTED
+from vitrine.models.images.frame import to_pixels
 
 PREFIXES_WITH_WEIGHTS = ("hf-hub:", "local-dir:")  # open_clip's prefixes for models that include their weights
 
 
 class ClipError(VitrineError, ValueError):
     """A CLIP cannot be loaded; the message lists the valid choices."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """PIL image -> normalised pixels [3, H, W], as the service makes them and open_clip's evaluation transform does."""
+
+    preprocessing: Preprocessing
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Raises `ImageError` for an image that is no picture, or too elongated to be resized."""
+        rgb = image if image.mode == "RGB" else to_rgb(image)[0]
+        return torch.from_numpy(to_pixels(rgb, self.preprocessing, TRUSTED))
 
 
 @dataclass(frozen=True)
@@ -45,12 +63,25 @@ class Clip:
         """Tokens per text."""
         return int(self.tokenizer.context_length)
 
-    def transform(self) -> Any:
-        """open_clip's evaluation transform: PIL image -> normalised pixels [3, H, W]."""
-        keys = ("mean", "std", "interpolation", "resize_mode")
-        return open_clip.image_transform(
-            self.preprocess["size"], is_train=False, **{key: self.preprocess[key] for key in keys}
-        )
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images are prepared, as a bundle's manifest says it. Raises `ClipError` if the service cannot do that."""
+        size = self.preprocess["size"]
+        try:
+            return Preprocessing(
+                size=(size, size) if isinstance(size, int) else tuple(size),
+                mean=tuple(self.preprocess["mean"]),
+                std=tuple(self.preprocess["std"]),
+                interpolation=self.preprocess["interpolation"],
+                resize_mode=self.preprocess["resize_mode"],
+            )
+        except ValidationError as error:
+            problems = "; ".join(problem["msg"] for problem in error.errors())
+            raise ClipError(f"the service cannot prepare images as {self.name} needs them: {problems}") from error
+
+    def transform(self) -> Transform:
+        """Raises `ClipError` as `preprocessing` does."""
+        return Transform(self.preprocessing)
 
     @torch.no_grad()
     def encode_labels(self, labels: list[str], templates: list[str]) -> Tensor:

@@ -6,7 +6,7 @@ A bundle is written next to its destination and then moved there as a whole, so 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,6 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from torch import Tensor
 
 from vitrine.models.bundle.bundle import Bundle, seal
@@ -30,18 +29,21 @@ from vitrine.models.bundle.layout import (
     Variant,
     vision_file,
 )
-from vitrine.models.bundle.manifest import Agreement, ClipIdentity, Data, Manifest, Metrics, Preprocessing, Shape, Text
+from vitrine.models.bundle.manifest import Agreement, ClipIdentity, Data, Manifest, Metrics, Shape, Text
 from vitrine.models.clip.loading import Clip
-from vitrine.models.clip.tokens import check_tokenizer, convert_tokenizer
+from vitrine.models.clip.tokens import Converted, check_tokenizer, convert_tokenizer
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
 from vitrine.models.export.parity import check_replacement, check_text, check_vision, no_replacement
-from vitrine.models.files.problems import check_name, naming
+from vitrine.models.files.names import check_name
+from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import move_folder, prepare_folder
 from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.onnx_file import ExportError, save_onnx, to_onnx
 from vitrine.models.graph.replacement import ReplacementGraph
 from vitrine.models.graph.text import TextGraph, text_to_onnx
 from vitrine.models.graph.variants import make_variant, measure, preselect
+from vitrine.models.texts.labels import notices_of
+from vitrine.models.texts.reader import TextReader
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,12 @@ def export_bundle(
         partial.mkdir()
         graph = AttributionGraph(clip.tower, clt, cls_mean, getattr(torch, tables)).eval()
         texts = [template.replace("{}", label) for label in provenance.labels for template in provenance.templates]
-        tokenizer, pad = convert_tokenizer(clip.tokenizer)
-        manifest = _manifest(clip, clt.architecture, graph, provenance, tables, pad)
-        check_tokenizer(clip.tokenizer, tokenizer, texts)
-        tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
+        tokens = convert_tokenizer(clip.tokenizer)
+        manifest = _manifest(clip, clt.architecture, graph, provenance, tables, tokens)
+        check_tokenizer(clip.tokenizer, tokens, texts)
+        for message in _label_warnings(tokens.reader(), provenance, label_sets or {}):
+            log(message)
+        tokens.tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
 
         np.save(partial / "directions.npy", graph.directions.reshape(clt.layers, clt.features, clt.width).numpy())
         if len(graph.last_decoders):
@@ -126,7 +130,7 @@ def export_bundle(
             save_onnx(replacing, partial / "replacement.onnx", beside=partial / "vision.onnx")
             check_replacement(clip, replacement_graph, partial / "replacement.onnx")
         check_vision(clip, graph, partial / "vision.onnx")
-        check_text(clip, text, tokenizer, texts, partial / "text.onnx")
+        check_text(clip, text, tokens, texts, partial / "text.onnx")
         default = clip.encode_labels(list(provenance.labels), list(provenance.templates)).numpy()
         agreement = {
             variant: result
@@ -164,6 +168,15 @@ def _write_variant(
     return None
 
 
+def _label_warnings(reader: TextReader, provenance: Provenance, label_sets: Mapping[str, NamedLabels]) -> Iterator[str]:
+    """What there is to say of the default labels and of the named sets'."""
+    for notice in notices_of(reader, provenance.labels, provenance.templates):
+        yield notice.message
+    for name, labels in label_sets.items():
+        for notice in notices_of(reader, labels.labels, labels.templates or provenance.templates):
+            yield f"label set {name}: {notice.message}"
+
+
 def _write_label_set(clip: Clip, labels: NamedLabels, templates: Sequence[str], path: Path) -> None:
     """Write NAME.json and NAME.npy for `path` label_sets/NAME. templates: for sets without their own."""
     path.parent.mkdir(exist_ok=True)
@@ -173,27 +186,18 @@ def _write_label_set(clip: Clip, labels: NamedLabels, templates: Sequence[str], 
 
 
 def _manifest(
-    clip: Clip, architecture: Architecture, graph: AttributionGraph, provenance: Provenance, tables: str, pad: int
+    clip: Clip,
+    architecture: Architecture,
+    graph: AttributionGraph,
+    provenance: Provenance,
+    tables: str,
+    tokens: Converted,
 ) -> Manifest:
-    preprocess = clip.preprocess
-    size = preprocess["size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    try:
-        preprocessing = Preprocessing(
-            size=(height, width),
-            mean=tuple(preprocess["mean"]),
-            std=tuple(preprocess["std"]),
-            interpolation=preprocess["interpolation"],
-            resize_mode=preprocess["resize_mode"],
-        )
-    except ValidationError as error:
-        problems = "; ".join(problem["msg"] for problem in error.errors())
-        raise ExportError(f"the service cannot prepare images as {clip.name} needs them: {problems}") from error
     return Manifest(
         name=provenance.name,
         description=provenance.description,
         clip=ClipIdentity(name=clip.name, weights=clip.weights, sha256=clip.sha256),
-        preprocessing=preprocessing,
+        preprocessing=clip.preprocessing,
         shape=Shape(
             layers=architecture.layers,
             width=architecture.width,
@@ -208,7 +212,13 @@ def _manifest(
         sparsifier=architecture.sparsifier,
         logit_scale=clip.logit_scale,
         text=Text(
-            context=clip.context, pad=pad, labels=tuple(provenance.labels), templates=tuple(provenance.templates)
+            context=clip.context,
+            pad=tokens.pad,
+            labels=tuple(provenance.labels),
+            templates=tuple(provenance.templates),
+            clean=tokens.clean,
+            written=tokens.written,
+            zeroed=tokens.zeroed,
         ),
         tables=tables,  # type: ignore[arg-type]
         data=provenance.data,

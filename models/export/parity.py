@@ -9,7 +9,6 @@ import numpy as np
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from vitrine.models.bundle.layout import (
@@ -20,10 +19,12 @@ from vitrine.models.bundle.layout import (
     VISION_OUTPUTS,
 )
 from vitrine.models.clip.loading import Clip
+from vitrine.models.clip.tokens import Converted
 from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.onnx_file import ExportError
 from vitrine.models.graph.replacement import ReplacementGraph
 from vitrine.models.graph.text import SHORTEST, TextGraph
+from vitrine.models.texts.reader import TextReader
 
 TOLERANCE = 1e-4  # relative to the largest value of an output, torch against ONNX Runtime
 ADDITIVITY = 1e-5  # sum of rows against the embedding, which has unit norm
@@ -90,39 +91,36 @@ def no_replacement(layers: int) -> Tensor:
     return torch.zeros(layers, 2, dtype=torch.bool)
 
 
-def check_text(clip: Clip, graph: TextGraph, tokenizer: Tokenizer, texts: Sequence[str], path: Path) -> None:
+def check_text(clip: Clip, graph: TextGraph, tokens: Converted, texts: Sequence[str], path: Path) -> None:
     """Raise `ExportError` unless text.onnx gives open_clip's embeddings: of some of `texts` and, if it takes any
     length, of texts of all kinds of lengths, each alone at its own length and padded to that of a longer one.
 
-    tokenizer: the exported one.
+    tokens: the exported tokenizer.
     """
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     some = list(texts[:TEXTS])
-    tokens = clip.tokenizer(some)
+    padded = clip.tokenizer(some)
     with torch.no_grad():
-        expected = clip.model.encode_text(tokens, normalize=True).numpy()
+        expected = clip.model.encode_text(padded, normalize=True).numpy()
     for batch in (1, len(some)):
-        _check_close("text embedding", _embed(session, tokens[:batch]), expected[:batch], TOLERANCE)
+        _check_close("text embedding", _embed(session, padded[:batch]), expected[:batch], TOLERANCE)
     if not graph.any_length:
         return
-    unpadded = Tokenizer.from_str(tokenizer.to_str())
-    unpadded.no_padding()
-    padding = tokenizer.padding
-    assert padding is not None
-    for text, row in zip(some, expected, strict=True):
-        ids = torch.tensor([unpadded.encode(text).ids])
-        _check_close(f"text embedding of {text!r} at its own length", _embed(session, ids)[0], row, TOLERANCE)
-    lengths, tokens = _texts_of_all_lengths(clip, unpadded, padding["pad_id"])
+    reader = tokens.reader()
+    for text, row, (ids, _) in zip(some, expected, reader.read(some), strict=True):
+        alone = _embed(session, torch.tensor([ids]))[0]
+        _check_close(f"text embedding of {text!r} at its own length", alone, row, TOLERANCE)
+    lengths, padded = _texts_of_all_lengths(clip, reader, tokens.pad)
     with torch.no_grad():
-        expected = clip.model.encode_text(tokens, normalize=True).numpy()
+        expected = clip.model.encode_text(padded, normalize=True).numpy()
     for row, length in enumerate(lengths):
-        shorter = _embed(session, tokens[: row + 1, :length])  # all up to this one
+        shorter = _embed(session, padded[: row + 1, :length])  # all up to this one
         _check_close(f"text embeddings of up to {length} tokens", shorter, expected[: row + 1], TOLERANCE)
 
 
-def _texts_of_all_lengths(clip: Clip, unpadded: Tokenizer, pad: int) -> tuple[list[int], Tensor]:
+def _texts_of_all_lengths(clip: Clip, reader: TextReader, pad: int) -> tuple[list[int], Tensor]:
     """(lengths, ascending: the shortest, the longest and `LENGTHS` between; tokens [N, context] of texts that long)."""
-    ids = unpadded.encode("a photo of two small dogs and one red ball " * clip.context).ids
+    ((ids, _),) = reader.read(["a photo of two small dogs and one red ball " * clip.context])
     between = range(SHORTEST + 1, len(ids), max(1, len(ids) // LENGTHS))
     lengths = [SHORTEST, *between, len(ids)]
     tokens = torch.full((len(lengths), clip.context), pad)

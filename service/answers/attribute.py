@@ -9,8 +9,9 @@ from typing import NamedTuple
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.service.answers.answer_size import attribution_values, check_answer_size
-from vitrine.service.answers.attributor import Attributor
+from vitrine.service.answers.attributor import Attributor, Inferred
 from vitrine.service.answers.explain import account, check_explain, lens, matrix, predict
+from vitrine.service.answers.notices import to_notices
 from vitrine.service.answers.serialise import json_text
 from vitrine.service.answers.texts import Texts
 from vitrine.service.engine.labels import LabelSet
@@ -43,8 +44,10 @@ async def answer_attribute(
     """Predictions and their account. Raises `ServiceError`."""
     texts = _check_request(attributor, request)
     with attributor.admit():
-        attribution = await _attribute(attributor, image, request, *texts)
-    return AttributeResponse(request_id=request_id, model=attributor.model, **dict(attribution))
+        await attributor.check_labels(texts, request.strict)
+        attribution, inferred = await _attribute(attributor, image, request, *texts)
+    fields = dict(attribution) | {"warnings": inferred.warnings}
+    return AttributeResponse(request_id=request_id, model=attributor.model, **fields)
 
 
 async def answer_batch(
@@ -61,7 +64,7 @@ async def answer_batch(
         try:
             if isinstance(image, ServiceError):
                 raise image
-            answer = await _attribute(attributor, image, request, *texts)
+            answer, _ = await _attribute(attributor, image, request, *texts)
             item = BatchItem(status=200, answer=answer, error=None)
         except ServiceError as error:
             metrics.REJECTED.labels(error.code).inc()
@@ -72,10 +75,13 @@ async def answer_batch(
         return text, item.answer.predictions if item.answer else []
 
     with attributor.admit(len(images)), attributor.taking_turns():
+        await attributor.check_labels(texts, request.strict)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(answer_one(image)) for image in images]
+        notices = to_notices(await attributor.labels.notices(*texts))
     results = [task.result() for task in tasks]
-    head = BatchResponse(request_id=request_id, model=attributor.model, results=[]).model_dump_json()
+    response = BatchResponse(request_id=request_id, model=attributor.model, warnings=notices, results=[])
+    head = response.model_dump_json()
     pieces = [head.removesuffix("]}").encode()]
     for item, _ in results:
         pieces += (item, b",")
@@ -93,24 +99,27 @@ def _check_request(attributor: Attributor, request: AttributeRequest, images: in
 
 async def _attribute(
     attributor: Attributor, image: bytes, request: AttributeRequest, labels: tuple[str, ...], templates: tuple[str, ...]
-) -> Attribution:
+) -> tuple[Attribution, Inferred]:
+    """(the answer, with the image's own warnings; what it was made of)."""
     timings, explain = dict[str, float](), request.explain
-    parts, label_set, contributions = await attributor.infer(
+    inferred = await attributor.infer(
         image, labels, templates, timings, explain.heatmap or explain.lens, explain.matrix
     )
     with timed_stage("ledger", timings):
         predictions, explanations, lens_layers, fidelity = await attributor.in_thread(
-            _account, attributor.bundle, parts, label_set, request
+            _account, attributor.bundle, inferred.parts, inferred.labels, request
         )
     _observe(explanations, fidelity)
-    return Attribution(
+    attribution = Attribution(
+        warnings=inferred.notices,
         predictions=predictions,
         explanations=explanations,
         lens=lens_layers,
-        matrix=None if contributions is None else matrix(contributions),
+        matrix=None if inferred.contributions is None else matrix(inferred.contributions),
         fidelity=fidelity,
         timings_ms=timings,
     )
+    return attribution, inferred
 
 
 def _account(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,23 +20,37 @@ from numpy.typing import NDArray
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.label_sets import DEFAULT, read_label_sets
+from vitrine.service.answers.notices import refuse, to_notices
 from vitrine.service.answers.texts import Texts, resolve_texts
 from vitrine.service.engine.batcher import Batcher
-from vitrine.service.engine.decoders import Decoders
+from vitrine.service.engine.decoders import Decoded, Decoders
 from vitrine.service.engine.engine import Engine
-from vitrine.service.engine.images import ImageLimits
 from vitrine.service.engine.labels import LabelEncoder, LabelSet
 from vitrine.service.engine.runtime import session_errors
 from vitrine.service.errors import queue_full
 from vitrine.service.operations import metrics
 from vitrine.service.operations.settings import Settings
 from vitrine.service.operations.stages import record_stage, timed_stage
-from vitrine.service.schemas.base import Model
+from vitrine.service.schemas.base import Model, Notice
 from vitrine.service.schemas.classify import ClassifyRequest
 
 Result = TypeVar("Result")
 
 _turns: ContextVar[asyncio.Semaphore | None] = ContextVar("turns", default=None)  # see `Attributor.taking_turns`
+
+
+class Inferred(NamedTuple):
+    """What an image's answer is made of."""
+
+    parts: Decomposition
+    labels: LabelSet
+    contributions: NDArray[np.floating] | None  # C [2, L, L] (`Engine.replace`), if requested
+    notices: list[Notice]  # of the image
+
+    @property
+    def warnings(self) -> list[Notice]:
+        """All that the answer says beside what was asked for."""
+        return [*to_notices(self.labels.notices), *self.notices]
 
 
 class Attributor:
@@ -49,9 +63,8 @@ class Attributor:
         self.model = Model(name=bundle.manifest.name, digest=bundle.digest)
         self._no_replacement = np.zeros((bundle.manifest.shape.layers, 2), bool)  # CLIP as it is
         self._in_flight = 0
-        limits = ImageLimits(settings.max_image_pixels, settings.max_image_side)
         self._decoders = Decoders(
-            settings.decode_threads, bundle.manifest.preprocessing, limits, settings.decode_seconds
+            settings.decode_threads, bundle.manifest.preprocessing, settings.image_limits, settings.decode_seconds
         )
 
     async def __aenter__(self) -> Attributor:
@@ -109,6 +122,11 @@ class Attributor:
         """(labels, templates) of a request. Raises `ServiceError`."""
         return resolve_texts(request, self.labels, self.settings)
 
+    async def check_labels(self, texts: Texts, strict: bool, field: str = "labels") -> None:
+        """Raise `ServiceError` for a strict request with labels that there is something to say of."""
+        if strict:
+            refuse(await self.labels.notices(*texts), field)
+
     @contextmanager
     def admit(self, images: int = 1) -> Iterator[None]:
         """Reserve places for images to be decoded, queued and inferred. Raises `ServiceError` queue_full at once."""
@@ -130,11 +148,10 @@ class Attributor:
         timings: dict[str, float],
         details: bool = False,
         with_matrix: bool = False,
-    ) -> tuple[Decomposition, LabelSet, NDArray[np.floating] | None]:
-        """The image's decomposition, the labels' embeddings and, if requested, C [2, L, L] (`Engine.replace`). Adds
-        the stages' times to `timings`."""
+    ) -> Inferred:
+        """What the image's answer is made of. Adds the stages' times to `timings`."""
         with timed_stage("decode", timings):
-            pixels = await self.pixels(image)
+            pixels, _notes = await self.decoded(image)
         with timed_stage("labels", timings):
             label_set = await self.labels.resolve(labels, templates, self.batcher.run_between)
         parts = await self.submit(pixels, timings, details)
@@ -142,7 +159,7 @@ class Attributor:
         if with_matrix:
             with timed_stage("matrix", timings):
                 _, (contributions,) = await self.batcher.run(self.engine.replace, pixels[None], self._no_replacement)
-        return parts, label_set, contributions
+        return Inferred(parts, label_set, contributions, notices=[])
 
     async def submit(
         self, pixels: NDArray[np.float32], timings: dict[str, float], details: bool = False
@@ -157,8 +174,8 @@ class Attributor:
         """Whether images can be decoded: false while no process can be started for it."""
         return self._decoders.can_decode()
 
-    def decode(self, image: bytes) -> NDArray[np.float32]:
-        """Normalised pixels [3, H, W]. Raises `ServiceError`."""
+    def decode(self, image: bytes) -> Decoded:
+        """Raises `ServiceError`."""
         return self._decoders.decode(image)
 
     @contextmanager
@@ -171,8 +188,8 @@ class Attributor:
         finally:
             _turns.reset(token)
 
-    async def pixels(self, image: bytes) -> NDArray[np.float32]:
-        """Normalised pixels [3, H, W], by a decoder. Raises `ServiceError`."""
+    async def decoded(self, image: bytes) -> Decoded:
+        """An image's pixels, by a decoder, and its notes. Raises `ServiceError`."""
         async with _turns.get() or nullcontext():
             return await asyncio.get_running_loop().run_in_executor(self._waiters, self.decode, image)
 

@@ -14,8 +14,16 @@ async def answer_classify(
     """Predictions without an account. Raises `ServiceError`."""
     timings: dict[str, float] = {}
     with attributor.admit():
-        parts, labels, _ = await attributor.infer(image, *attributor.texts(request), timings)
+        texts = attributor.texts(request)
+        await attributor.check_labels(texts, request.strict)
+        inferred = await attributor.infer(image, *texts, timings)
     with timed_stage("predict", timings):
         scale = attributor.bundle.manifest.logit_scale
-        predictions = await attributor.in_thread(predict, parts, labels, scale, request.top_k)
-    return ClassifyResponse(request_id=request_id, model=attributor.model, predictions=predictions, timings_ms=timings)
+        predictions = await attributor.in_thread(predict, inferred.parts, inferred.labels, scale, request.top_k)
+    return ClassifyResponse(
+        request_id=request_id,
+        model=attributor.model,
+        warnings=inferred.warnings,
+        predictions=predictions,
+        timings_ms=timings,
+    )

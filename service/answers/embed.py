@@ -1,4 +1,4 @@
-"""Unit embeddings of an image, of texts, or of both."""
+"""Embeddings of an image, of texts, or of both."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from numpy.typing import NDArray
 
 from vitrine.service.answers.answer_size import check_answer_size
 from vitrine.service.answers.attributor import Attributor
+from vitrine.service.answers.notices import to_notices
 from vitrine.service.answers.texts import check_texts
 from vitrine.service.errors import ServiceError
 from vitrine.service.operations.stages import timed_stage
+from vitrine.service.schemas.base import Notice
 from vitrine.service.schemas.embed import EmbedRequest, EmbedResponse
 
 
@@ -21,25 +23,31 @@ async def answer_embed(
     """Unit embeddings of an image, of texts, or of both. Raises `ServiceError`."""
     if image is None and request.texts is None:
         raise ServiceError("missing_image", "send an image, `texts`, or both")
-    if request.texts is not None:
-        check_texts(tuple(request.texts), ("{}",), attributor.settings)
+    texts = None if request.texts is None else (tuple(request.texts), ("{}",))
+    if texts is not None:
+        check_texts(*texts, attributor.settings)
     values = attributor.bundle.manifest.shape.embedding * ((image is not None) + len(request.texts or ()))
     check_answer_size(values, attributor.settings.max_answer_values, "send fewer texts")
     timings: dict[str, float] = {}
-    embedding = texts = None
+    embedding = text_embeddings = None
+    notices: list[Notice] = []
     with attributor.admit():
+        if texts is not None:
+            await attributor.check_labels(texts, request.strict, "texts")
         if image is not None:
             with timed_stage("decode", timings):
-                pixels = await attributor.pixels(image)
+                pixels, _notes = await attributor.decoded(image)
             embedding = (await attributor.submit(pixels, timings)).embedding
-        if request.texts is not None:
+        if texts is not None:
             with timed_stage("labels", timings):
-                resolve, run = attributor.labels.resolve, attributor.batcher.run_between
-                texts = (await resolve(tuple(request.texts), ("{}",), run)).embeddings
-    vectors = await attributor.in_thread(_to_lists, embedding, texts)
+                label_set = await attributor.labels.resolve(*texts, attributor.batcher.run_between)
+            text_embeddings = label_set.embeddings
+            notices += to_notices(label_set.notices)
+    vectors = await attributor.in_thread(_to_lists, embedding, text_embeddings)
     return EmbedResponse.model_construct(
         request_id=request_id,
         model=attributor.model,
+        warnings=notices,
         embedding=vectors[0],
         text_embeddings=vectors[1],
         timings_ms=timings,

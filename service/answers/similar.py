@@ -22,7 +22,7 @@ async def answer_similar(
     timings: dict[str, float] = {}
     with attributor.admit():
         with timed_stage("decode", timings):
-            pixels = await attributor.pixels(image)
+            pixels, _notes = await attributor.decoded(image)
         parts = await attributor.submit(pixels, timings)
     with timed_stage("retrieve", timings):
         layers = await attributor.query(_nearest, bundle, parts, request)

@@ -7,21 +7,24 @@ image takes too much processor time, even within Pillow's C code; when its paren
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import socket
 import struct
 import sys
 import warnings
+from dataclasses import astuple
 from typing import NamedTuple
 
 from PIL import Image
 
-from vitrine.service.engine.images import Framing, ImageLimits, decode, to_frame
-from vitrine.service.errors import ServiceError
+from vitrine.models.images.decode import ImageLimits, decode
+from vitrine.models.images.errors import ImageError
+from vitrine.models.images.frame import Framing, to_frame
 
 HEADER = struct.Struct("<cQ")  # kind of message, bytes that follow
-IMAGE, LEVELS, REFUSAL, READY = b"I", b"L", b"R", b"O"
+IMAGE, LEVELS, REFUSAL, READY = b"I", b"L", b"R", b"O"  # after the levels follow the notes, as JSON
 OUT_OF_MEMORY = 75  # exit code
 
 
@@ -34,7 +37,7 @@ class Options(NamedTuple):
     bytes: int  # of address space
 
     def to_json(self) -> str:
-        return json.dumps([self.framing, [self.limits.pixels, self.limits.side], self.seconds, self.bytes])
+        return json.dumps([self.framing, astuple(self.limits), self.seconds, self.bytes])
 
     @classmethod
     def from_json(cls, text: str) -> Options:
@@ -66,6 +69,7 @@ def _read(connection: socket.socket, length: int) -> bytearray:
 def main(arguments: str) -> None:
     """Answer images until the parent closes the socket. arguments: `Options` as JSON."""
     options = Options.from_json(arguments)
+    _silence_libraries()
     warnings.simplefilter("ignore")  # Pillow warns of odd metadata, once for each tag
     Image.init()  # imports all of Pillow's formats now, rather than at the first WebP or file of no format
     _limit_memory(options.bytes)
@@ -85,11 +89,21 @@ def main(arguments: str) -> None:
 
 def _answer(image: bytes, options: Options) -> tuple[bytes, bytes]:
     try:
-        return LEVELS, to_frame(decode(image, options.limits), options.framing, options.limits).tobytes()
-    except ServiceError as error:
+        picture = decode(image, options.limits)
+        levels = to_frame(picture.image, options.framing, options.limits).tobytes()
+        return LEVELS, levels + (json.dumps(picture.notes).encode() if picture.notes else b"")
+    except ImageError as error:
         return REFUSAL, json.dumps([error.code, error.message]).encode()
     except MemoryError:
         sys.exit(OUT_OF_MEMORY)
+
+
+def _silence_libraries() -> None:
+    """Only Python's own errors go to the log: libtiff writes a line for every oddity that a sender may think of."""
+    sys.stderr = os.fdopen(os.dup(2), "w")
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
 
 
 def _limit_memory(bytes: int) -> None:

@@ -17,14 +17,16 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.bundle.manifest import Preprocessing
+from vitrine.models.images.decode import ImageLimits, Note
+from vitrine.models.images.errors import ImageError, too_costly
+from vitrine.models.images.frame import framing, normalise
 from vitrine.service.engine.decoder import IMAGE, OUT_OF_MEMORY, REFUSAL, Options, receive, send
-from vitrine.service.engine.image_structure import too_costly
-from vitrine.service.engine.images import ImageLimits, framing, normalise
 from vitrine.service.engine.runtime import EngineError
 from vitrine.service.errors import ServiceError
 from vitrine.service.operations import metrics
@@ -42,6 +44,13 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": _KEPT,
     "MALLOC_TRIM_THRESHOLD_": _KEPT,
 }
+
+
+class Decoded(NamedTuple):
+    """An image as the graph takes it, and what to know about it."""
+
+    pixels: NDArray[np.float32]  # [3, H, W], normalised
+    notes: tuple[Note, ...]
 
 
 class Decoders:
@@ -81,11 +90,12 @@ class Decoders:
         with _as_engine_error():
             self._give_back(self._take())
 
-    def decode(self, image: bytes) -> NDArray[np.float32]:
-        """Normalised pixels [3, H, W] of an image file.
+    def decode(self, image: bytes) -> Decoded:
+        """The pixels of an image file.
 
-        Raises `ServiceError`: what `images.decode` and `images.to_pixels` raise; image_too_costly if it takes more
-        time or memory than it may; invalid_image if it makes the process crash; not_ready if none can be started.
+        Raises `ServiceError` with the code of the `ImageError` that `decode` and `to_pixels` of models/images raise;
+        image_too_costly if it takes more time or memory than it may; invalid_image if it makes the process crash;
+        not_ready if none can be started.
         """
         with self._places:
             process = self._take()
@@ -96,8 +106,12 @@ class Decoders:
             self._give_back(process)
         if kind == REFUSAL:
             raise ServiceError(*json.loads(answer))
-        levels = np.frombuffer(answer, np.uint8).reshape(*self._preprocessing.size, 3)
-        return normalise(levels, self._preprocessing)
+        height, width = self._preprocessing.size
+        levels = np.frombuffer(answer, np.uint8, count=3 * height * width).reshape(height, width, 3)
+        notes = answer[levels.size :]
+        return Decoded(
+            normalise(levels, self._preprocessing), tuple(Note(*note) for note in json.loads(notes)) if notes else ()
+        )
 
     def can_decode(self) -> bool:
         """Whether processes can be started, as far as is known. If not, this tries again in the background."""
@@ -172,9 +186,9 @@ class Decoders:
         with suppress(ServiceError):  # the next image will tell
             self._idle.appendleft(self._start())  # ready by the time that it is needed
         if reason == "timeout":
-            return too_costly(f"the image cannot be decoded within {self._seconds:g} s")
+            return _refused(too_costly(f"the image cannot be decoded within {self._seconds:g} s"))
         if reason == "memory":
-            return too_costly("the image takes too much memory to be decoded")
+            return _refused(too_costly("the image takes too much memory to be decoded"))
         return ServiceError("invalid_image", "the image makes its decoder crash; save it anew")
 
 
@@ -184,6 +198,10 @@ def _as_engine_error() -> Iterator[None]:
         yield
     except ServiceError as error:
         raise EngineError(error.message) from error
+
+
+def _refused(error: ImageError) -> ServiceError:
+    return ServiceError(error.code, error.message)
 
 
 def _stopped() -> ServiceError:

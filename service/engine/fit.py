@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from vitrine.models.bundle.bundle import Bundle, BundleError
 from vitrine.models.bundle.layout import DETAILS_INPUT, MANIFEST, REPLACED_INPUT, Precision, vision_file
 from vitrine.models.bundle.manifest import Manifest
+from vitrine.models.texts.reader import TextReader
 from vitrine.service.engine.runtime import session_errors
 
 UNIT_TOLERANCE = 1e-2  # of a unit embedding's length, in any precision
@@ -115,7 +116,7 @@ def check_unit(embeddings: NDArray[np.floating], what: str) -> None:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenizerFile:
     """A tokenizer as its file has it."""
 
     tokenizer: Tokenizer
@@ -124,8 +125,8 @@ class Tokens:
     largest: int  # token
 
 
-def check_tokenizer(bundle: Bundle, tokens: Tokens, session: InferenceSession) -> None:
-    """Raise `BundleError` or `EngineError` unless the tokenizer's texts can be given to text.onnx."""
+def check_tokenizer(bundle: Bundle, tokens: TokenizerFile, session: InferenceSession) -> TextReader:
+    """What reads texts for this bundle. Raises `BundleError` or `EngineError` unless they can be given to text.onnx."""
     file, text = bundle.path / "tokenizer.json", bundle.manifest.text
     length = (tokens.truncation or {}).get("max_length")
     if length != text.context:
@@ -140,13 +141,17 @@ def check_tokenizer(bundle: Bundle, tokens: Tokens, session: InferenceSession) -
         )
     prompt = text.templates[0].replace("{}", text.labels[0])
     try:
-        ids = tokens.tokenizer.encode(prompt).ids
+        reader = TextReader(tokens.tokenizer, text.clean, text.written, text.zeroed)
+        (ids, _), *_ = reader.read([prompt, *text.written])
+    except ValueError as error:
+        raise BundleError(f"{file} does not go with text.written of {MANIFEST}: {error}") from error
     except Exception as error:  # `tokenizers` raises nothing more specific
         raise BundleError(f"{file} cannot take {prompt[:100]!r}: {error}") from error
     if not ids:
         raise BundleError(f"{file} makes no token of {prompt[:100]!r}")
     with session_errors(f"{bundle.path / 'text.onnx'} with token {tokens.largest}, the last of tokenizer.json,"):
         session.run(None, {"tokens": np.full((1, text.context), max(tokens.largest, text.pad), np.int64)})
+    return reader
 
 
 def _check_inputs(bundle: Bundle, graph: Graph, session: InferenceSession) -> None:

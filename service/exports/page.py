@@ -8,16 +8,13 @@ import html
 import io
 from collections.abc import Mapping
 
-from PIL import ExifTags, Image, UnidentifiedImageError
-
 from vitrine.models.bundle.manifest import Preprocessing
-from vitrine.service.engine.images import SIGNATURES, ImageLimits, decode
-from vitrine.service.errors import ServiceError
+from vitrine.models.images.decode import TRUSTED, decode
+from vitrine.models.images.formats import format_of
 from vitrine.service.page_files import DRAWING_SCRIPTS, FOLDER, STYLES
 from vitrine.service.schemas.attribute import AttributeResponse
 from vitrine.service.schemas.features import CardResponse
 
-_ANY_SIZE = ImageLimits(pixels=2**63, side=2**31)  # the image was answered, so it is not too large
 _SAVED = """<!DOCTYPE html>
 <html lang="en-GB">
 <head>
@@ -48,12 +45,12 @@ def draw_page(
         cards: of features, by "layer/index"; listed features without a card get no button.
         preprocessing: the bundle's, which determines the part of the photo that the model saw.
 
-    Raises `ServiceError` unsupported_image.
+    Raises `ImageError` for what cannot be decoded.
     """
     cards_json = ", ".join(f'"{name}": {card.model_dump_json()}' for name, card in cards.items())
     data = (
         f'{{"answer": {answer.model_dump_json()}, "preprocessing": {preprocessing.model_dump_json()}, '
-        f'"image": "{_data_url(_still_image(image))}", "cards": {{{cards_json}}}}}'
+        f'"image": "{_data_url(image)}", "cards": {{{cards_json}}}}}'
     )
     script = "\n".join(_read_text(name) for name in (*DRAWING_SCRIPTS, "saved.js"))
     style = "\n".join(_read_text(name) for name in STYLES)
@@ -75,24 +72,18 @@ def _read_text(name: str) -> str:
     return (FOLDER / name).read_text(encoding="utf-8")
 
 
-def _still_image(image: bytes) -> bytes:
-    """The frame that the service read, for files that browsers would play, or that some would not turn upright."""
-    try:
-        with Image.open(io.BytesIO(image), formats=["GIF", "WEBP"]) as opened:
-            if not getattr(opened, "is_animated", False) and opened.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-                return image
-    except UnidentifiedImageError:  # a format that browsers show just as the service reads it
-        return image
-    buffer = io.BytesIO()
-    decode(image, _ANY_SIZE).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def _data_url(image: bytes) -> str:
-    name = next((name for name, start in SIGNATURES.items() if start.match(image)), None)
-    if name is None:
-        raise ServiceError("unsupported_image", f"the image is in none of the formats {', '.join(SIGNATURES)}")
-    return f"data:image/{name.lower()};base64,{base64.b64encode(image).decode()}"
+    """The image as the model saw it: a JPEG itself, which every browser shows just so, or a PNG.
+
+    Of other formats browsers play animations, leave some unturned, show what is transparent on the page's own colour,
+    or cannot read them.
+    """
+    format = format_of(image)
+    if format != "JPEG":
+        buffer = io.BytesIO()
+        decode(image, TRUSTED).image.save(buffer, "PNG")
+        format, image = "PNG", buffer.getvalue()
+    return f"data:image/{format.lower()};base64,{base64.b64encode(image).decode()}"
 
 
 def _hash(text: str) -> str:

@@ -16,7 +16,7 @@ _HALF = 14  # characters on either side of zero
 
 
 def print_answer(answer: AttributeResponse, console: Console) -> None:
-    """Print predictions, one account per target, and the fidelity."""
+    """Print predictions, warnings, one account per target, and the fidelity."""
     table = Table(title=None, box=None, pad_edge=False)
     table.add_column("label")
     table.add_column("probability", justify="right")
@@ -26,6 +26,8 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
         bar = _bar(prediction.probability, 1.0, 20)
         table.add_row(Text(prediction.label), f"{prediction.probability:.1%}", bar, f"{prediction.logit:.2f}")
     console.print(table)
+    for warning in answer.warnings:
+        console.print(Text(f"warning: {warning.message}", style="yellow"))
     for explanation in answer.explanations:
         console.print()
         console.print(_account(explanation))

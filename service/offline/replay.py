@@ -1,13 +1,17 @@
 """How CLIP predicts when the bundle's features replace its MLPs, on your own images: `vitrine replay`.
 
 The cascaded replacement of arXiv 2604.13304 (`models.account.windows`), from the bundle alone and without torch. The
-input is a folder of images, or of one folder per label: these are the labels then, and accuracies are measured, too.
+inputs are those of `vitrine bulk`. If they are a folder with one folder of images per label, these are the labels, and
+accuracies are measured, too.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from contextlib import closing
+from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,17 +23,24 @@ from rich.table import Table
 from vitrine.models.account.ledger import logits, probabilities
 from vitrine.models.account.windows import TOKENS, Tokens, paper_windows, replacement_mask
 from vitrine.models.errors import VitrineError
+from vitrine.models.files.names import printable
+from vitrine.models.images.decode import ImageLimits
+from vitrine.models.inputs.classes import by_class, class_name
+from vitrine.models.inputs.source import Files, Source
+from vitrine.models.texts.labels import notices_of
 from vitrine.service.answers.explain import matrix
+from vitrine.service.answers.notices import to_notices
 from vitrine.service.engine.decoders import Decoders
 from vitrine.service.engine.engine import Engine
-from vitrine.service.engine.images import ImageLimits
 from vitrine.service.engine.labels import LabelEncoder
 from vitrine.service.errors import ServiceError
+from vitrine.service.offline.failures import failure
 from vitrine.service.schemas.attribute import Matrix
+from vitrine.service.schemas.base import Notice
 
 
 class ReplayError(VitrineError, ValueError):
-    """The bundle or the folder cannot be used for a replay; the message says why."""
+    """The bundle or the images cannot be used for a replay; the message says why."""
 
 
 class Row(BaseModel):
@@ -45,54 +56,46 @@ class Row(BaseModel):
 class Replay(BaseModel):
     bundle: str = Field(description="digest")
     images: int
-    unreadable: list[str] = Field(description="files that are no usable images, left out, with the reason")
+    unreadable: list[str] = Field(description="images that cannot be used, with the reason")
+    failed: dict[str, int] = Field(description="how many of these, by the service's code")
+    skipped: list[str] = Field(description="what else was left out of the inputs: a line for each reason")
     labels: list[str]
+    warnings: list[Notice] = Field(description="of the labels")
     top1: float | None = Field(description="CLIP's own")
     rows: list[Row]
     matrix: Matrix = Field(description="C_{i->j} of CLIP itself, mean over images")
 
 
-def find_images(folder: Path) -> tuple[list[Path], list[str]]:
-    """(files, labels): of FOLDER/LABEL/..., else of FOLDER itself, without labels. Hidden files are ignored.
-
-    Raises `ReplayError` if there are no files.
-    """
-    if not folder.is_dir():
-        raise ReplayError(f"{folder} is no directory")
-    labels = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    candidates: Iterable[Path] = [path for label in labels for path in (folder / label).rglob("*")] or folder.iterdir()
-    files = sorted(path for path in candidates if path.is_file() and not path.name.startswith("."))
-    if not files:
-        raise ReplayError(f"{folder} has no images: put them there, or into one folder a label")
-    return files, labels
-
-
 def replay(
     engine: Engine,
-    folder: Path,
+    inputs: Source,
     limits: ImageLimits,
     decode_seconds: float = 10.0,
     count: int | None = None,
     seed: int = 0,
-    track: Callable[[Sequence[list[Path]]], Iterable[list[Path]]] = iter,
+    track: Callable[[Sequence[list[int]]], Iterable[list[int]]] = iter,
 ) -> Replay:
-    """Replay `count` randomly chosen images of a folder, or all.
+    """Replay `count` randomly chosen images, or all.
 
     Args:
-        track: yields the batches, and may show progress.
+        track: yields the batches of images' numbers, and may show progress.
 
     Raises:
-        ReplayError: the bundle has no replacement graph, or the folder has no usable image.
+        ReplayError: the bundle has no replacement graph, or no image can be used.
+        InputError: what is read proves to be damaged.
     """
     manifest = engine.bundle.manifest
     if not engine.can_replace:
         raise ReplayError(f"{engine.bundle.path} has no replacement graph: export it with `bundle.replacement = true`")
-    files, own_labels = find_images(folder)
-    labels = own_labels or list(manifest.text.labels)
-    embeddings = LabelEncoder(engine, capacity=len(labels)).encode(labels, manifest.text.templates)
-    if count is not None and count < len(files):
-        chosen = np.random.default_rng(seed).choice(len(files), count, replace=False)
-        files = [files[index] for index in sorted(chosen)]
+    own_labels: tuple[str, ...] = ()
+    if isinstance(inputs, Files) and inputs.kind == "folder":
+        own_labels, inputs = by_class(inputs)
+    labels = list(own_labels or manifest.text.labels)
+    encoder, templates = LabelEncoder(engine, capacity=len(labels)), manifest.text.templates
+    embeddings, notices = encoder.encode(labels, templates), notices_of(encoder.reader, labels, templates)
+    chosen = list(range(len(inputs)))
+    if count is not None and count < len(inputs):
+        chosen = sorted(np.random.default_rng(seed).choice(len(inputs), count, replace=False).tolist())
     layers = manifest.shape.layers
     pairs = [(window, tokens) for window in paper_windows(layers) for tokens in TOKENS]
     masks = [np.zeros((layers, 2), bool), *(replacement_mask(layers, window, tokens) for window, tokens in pairs)]
@@ -101,24 +104,27 @@ def replay(
     truth: list[int] = []
     scores = np.zeros((2, layers, layers))
     unreadable: list[str] = []
+    codes: Counter[str] = Counter()
     size = max(engine.batches)
-    with Decoders(1, manifest.preprocessing, limits, decode_seconds) as decoders:
-        for batch in track([files[at : at + size] for at in range(0, len(files), size)]):
+    with Decoders(1, manifest.preprocessing, limits, decode_seconds) as decoders, closing(inputs.reader()) as reader:
+        for batch in track([chosen[at : at + size] for at in range(0, len(chosen), size)]):
             pixels = []
-            for file in batch:
+            for item in chain.from_iterable(reader.items(number, number + 1) for number in batch):
                 try:
-                    pixels.append(decoders.decode(file.read_bytes()))
+                    pixels.append(decoders.decode(item.read()).pixels)
                 except (ServiceError, OSError) as error:
-                    unreadable.append(f"{file}: {error}")
+                    code, message = failure(error)
+                    codes[code] += 1
+                    unreadable.append(f"{printable(item.name)}: {message}")
                     continue
-                truth.append(labels.index(file.relative_to(folder).parts[0]) if own_labels else -1)
+                truth.append(labels.index(class_name(item.name)) if own_labels else -1)
             if pixels:
                 outputs = [engine.replace(np.stack(pixels), mask) for mask in masks]
                 scores += outputs[0][1].sum(0)
                 values = logits(np.stack([output[0] for output in outputs]), embeddings, manifest.logit_scale)
                 log_probabilities.append(np.log(np.maximum(probabilities(values), 1e-300)))
     if not log_probabilities:
-        raise ReplayError(f"{folder} has no usable image; the first: {unreadable[0]}")
+        raise ReplayError(f"none of {len(chosen):,} images can be used; the first: {unreadable[0]}")
 
     all_logs = np.concatenate(log_probabilities, axis=1)
     clip_logs, predicted = all_logs[0], all_logs.argmax(-1)
@@ -138,7 +144,10 @@ def replay(
         bundle=engine.bundle.digest,
         images=len(truth),
         unreadable=unreadable,
+        failed=dict(codes.most_common()),
+        skipped=inputs.skipped.lines(),
         labels=labels,
+        warnings=to_notices(notices),
         top1=None if accuracies is None else accuracies[0],
         rows=rows,
         matrix=matrix(scores / len(truth)),
@@ -146,7 +155,9 @@ def replay(
 
 
 def print_replay(result: Replay, console: Console) -> None:
-    """Print a row per window and token type, then the files left out."""
+    """Print what there is to say of the labels, a row per window and token type, then the files left out."""
+    for warning in result.warnings:
+        console.print(f"warning: {warning.message}", style="yellow", highlight=False, markup=False)
     last = len(result.matrix.cls) - 1
     accuracy = "" if result.top1 is None else f"; CLIP's own top-1 {result.top1:.2%}"
     console.print(f"{result.images:,} images, {len(result.labels):,} labels{accuracy}", highlight=False)
@@ -162,6 +173,10 @@ def print_replay(result: Replay, console: Console) -> None:
             f"{row.first} to {last}", row.tokens, *accuracies, f"{row.agreement:.2%}", f"{row.divergence:.4f}"
         )
     console.print(table)
+    plain: dict[str, Any] = {"style": "yellow", "markup": False, "highlight": False, "soft_wrap": True}
     if result.unreadable:
-        more = f" and {len(result.unreadable) - 3} more" if len(result.unreadable) > 3 else ""
-        console.print(f"left out: {'; '.join(result.unreadable[:3])}{more}", style="yellow", markup=False)
+        codes = ", ".join(f"{count:,} {code}" for code, count in result.failed.items())
+        more = f" and {len(result.unreadable) - 3:,} more" if len(result.unreadable) > 3 else ""
+        console.print(f"errors: {codes} ({'; '.join(result.unreadable[:3])}{more})", **plain)
+    for line in result.skipped:
+        console.print(line, **plain)

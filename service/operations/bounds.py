@@ -16,6 +16,7 @@ MOST: dict[str, tuple[float, str]] = {
     "deadline_seconds": (3_600, "no client waits longer"),
     "max_body_bytes": (2**30, "a body is held in memory"),
     "max_image_pixels": (400_000_000, "decoding one takes up to 6 GB"),
+    "max_jpeg_pixels": (1_000_000_000, "decoding one takes a processor up to half a minute"),
     "max_image_side": (65_535, "the formats have no larger ones"),
     "max_batch": (4_096, "a request is answered in one piece"),
     "max_labels": (65_536, "their texts are encoded while others wait"),

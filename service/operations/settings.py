@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from vitrine.models.errors import VitrineError
+from vitrine.models.images.decode import ImageLimits
 from vitrine.service.operations.bounds import check_bound
 
 PREFIX = "VITRINE_"
@@ -117,6 +118,10 @@ class Settings(BaseSettings):
         default=1_024, ge=1, le=2**20, description="open at once, a worker; for one more, a waiting one is closed"
     )
     max_image_pixels: PositiveInt = Field(default=40_000_000, description="larger images are answered 413, undecoded")
+    max_jpeg_pixels: PositiveInt = Field(
+        default=200_000_000,
+        description="of a JPEG, which is decoded at a half, a quarter or an eighth of its sides beyond 40,000,000",
+    )
     max_image_side: PositiveInt = Field(default=16_384, description="pixels a side, likewise")
     max_batch: PositiveInt = Field(default=64, description="images in one `/v1/attribute:batch`; more are answered 413")
     max_labels: PositiveInt = Field(default=2_048, description="labels in one request")
@@ -184,6 +189,10 @@ class Settings(BaseSettings):
     def capacity(self) -> int:
         """Most images in flight: being decoded, waiting or inferred."""
         return self.queue_size + self.batch_size
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        return ImageLimits(self.max_image_pixels, self.max_image_side, self.max_jpeg_pixels)
 
     @property
     def images_per_request(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-from vitrine.service.schemas.base import AnswerShape, Label, Labels, RequestShape, TimingsMs, WithImage
+from vitrine.service.schemas.base import AnswerShape, Label, Labels, RequestShape, TimingsMs, Warnings, WithImage
 from vitrine.service.schemas.classify import ClassifyRequest, Prediction
 
 
@@ -116,6 +116,7 @@ class Fidelity(BaseModel):
 class Attribution(BaseModel):
     """The prediction of one image, and the account of it."""
 
+    warnings: Warnings = []
     predictions: list[Prediction]
     explanations: list[Explanation]
     lens: list[LensLayer] | None = None

@@ -45,13 +45,30 @@ class Model(BaseModel):
     digest: str = Field(description="sha256 of the bundle's manifest, and so of everything in it")
 
 
+class Notice(BaseModel):
+    """Something that whoever reads the answer should know of what was sent."""
+
+    code: str = Field(description="labels_cut, labels_same, labels_unknown", examples=["labels_same"])
+    message: str = Field(
+        examples=['"Cat" and "cat" are one and the same text to this CLIP, in an order that means nothing. Keep one.']
+    )
+    labels: list[str] | None = Field(default=None, description="that it is about, if it is about labels")
+
+
+Warnings = Annotated[list[Notice], Field(description="empty where there is nothing to say")]
+
+
 class AnswerShape(BaseModel):
-    """What every answer has."""
+    """What every answer to a question has."""
 
     request_id: str
     model: Model
+    warnings: Warnings = []
 
 
+Strict = Annotated[
+    bool, Field(strict=True, description="refuse labels that are cut, unknown, or the same as another to this CLIP")
+]
 TimingsMs = Annotated[dict[str, float], Field(description="of each stage, in milliseconds")]
 
 

@@ -23,4 +23,6 @@ class BatchItem(BaseModel):
 
 
 class BatchResponse(AnswerShape):
+    """`warnings` here are of the labels, which all images share; an image's own are in its answer."""
+
     results: list[BatchItem] = Field(description="one per image, in the order of the request")

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from vitrine.service.schemas.base import Model
+from vitrine.service.schemas.base import Model, Warnings
 
 
 class ModelResponse(BaseModel):
@@ -17,6 +17,7 @@ class ModelResponse(BaseModel):
     provider: str
     precision: str
     manifest: dict[str, Any]
+    warnings: Warnings = []
 
 
 class LabelSetResponse(BaseModel):
@@ -30,6 +31,7 @@ class LabelsResponse(BaseModel):
 
     model: Model
     label_sets: list[LabelSetResponse]
+    warnings: Warnings = []
 
 
 class ReloadResponse(BaseModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field, field_validator
 
-from vitrine.service.schemas.base import AnswerShape, Labels, RequestShape, Templates, TimingsMs, WithImage
+from vitrine.service.schemas.base import AnswerShape, Labels, RequestShape, Strict, Templates, TimingsMs, WithImage
 
 
 class ClassifyRequest(RequestShape):
@@ -13,6 +13,7 @@ class ClassifyRequest(RequestShape):
     labels: Labels | None = Field(default=None, examples=[["cat", "dog", "truck"]])
     label_set: str | None = Field(default=None, description="a named label set; `default` is the bundle's")
     templates: Templates | None = Field(default=None, examples=[["a photo of a {}"]])
+    strict: Strict = False
     top_k: int = Field(default=5, ge=1, strict=True, description="predictions listed, largest logit first")
 
     @field_validator("labels")

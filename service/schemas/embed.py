@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from vitrine.service.schemas.base import AnswerShape, Base64, Labels, RequestShape, TimingsMs
+from vitrine.service.schemas.base import AnswerShape, Base64, Labels, RequestShape, Strict, TimingsMs
 
 
 class EmbedRequest(RequestShape):
     """An image, texts, or both."""
 
     texts: Labels | None = Field(default=None, examples=[["a photo of a cat"]], description="embedded as they are")
+    strict: Strict = False
 
 
 class EmbedJson(EmbedRequest):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from vitrine.service.schemas.base import AnswerShape, Model, RequestShape, TimingsMs, WithImage
+from vitrine.service.schemas.base import AnswerShape, Model, RequestShape, TimingsMs, Warnings, WithImage
 
 
 class SimilarRequest(RequestShape):
@@ -105,6 +105,7 @@ class CardResponse(BaseModel):
     rows: int = Field(description="of patches, in masks")
     columns: int
     coactive: list[CoactiveFeature]
+    warnings: Warnings = []
 
 
 class FeatureLine(BaseModel):
@@ -125,6 +126,7 @@ class FeaturesResponse(BaseModel):
     limit: int
     next: str | None = Field(description="path of the next page")
     features: list[FeatureLine]
+    warnings: Warnings = []
 
 
 class SimilarImage(ReferenceImage):

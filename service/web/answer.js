@@ -22,7 +22,8 @@
       const { target } = explanation;
       const found = answer.predictions.find(({ label }) => label === target);
       const onExplain = (label) => options.onExplain(answer, label);
-      replace(sections.predictions, Vitrine.predictions.draw(answer.predictions, target, onExplain));
+      const predictions = Vitrine.predictions.draw(answer.predictions, target, onExplain);
+      replace(sections.predictions, Vitrine.warnings.draw(answer.warnings), predictions);
       const mapped = photo.show(explanation, options.preprocessing());
       replace(
         sections.account,
@@ -51,7 +52,7 @@
     const trust = Vitrine.trust.overall(answer.fidelity);
     const rather = explanation.contrast === null ? "" : ` rather than ${explanation.contrast}`;
     const account = `The account says why ${explanation.target}${rather}.`;
-    return `${best.label}, ${percent(best.probability)}. ${account} Trust: ${trust}.`;
+    return `${best.label}, ${percent(best.probability)}. ${account} Trust: ${trust}.${Vitrine.warnings.spoken(answer.warnings)}`;
   }
 
   /** Which model answered. @returns {string} */

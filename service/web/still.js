@@ -33,7 +33,8 @@
   }
 
   function facts(view) {
-    const found = { orientation: 1, moves: ascii(view, 0, 4) === "GIF8" };
+    const found = { orientation: 1, moves: ascii(view, 0, 4) === "GIF8" || ascii(view, 4, 8) === "ftypavis" };
+    if (ascii(view, 1, 3) === "PNG") found.moves = isAnimated(view);
     if (ascii(view, 0, 4) !== "RIFF" || ascii(view, 8, 4) !== "WEBP") return found;
     for (let at = 12; at + 8 <= view.byteLength; ) {
       const [name, size] = [ascii(view, at, 4), view.getUint32(at + 4, true)];
@@ -42,6 +43,15 @@
       at += 8 + size + (size % 2);
     }
     return found;
+  }
+
+  /** Whether a PNG says, before its pixels, that it is an animation. */
+  function isAnimated(view) {
+    for (let at = 8; at + 8 <= view.byteLength; at += 12 + view.getUint32(at)) {
+      const name = ascii(view, at + 4, 4);
+      if (name === "acTL" || name === "IDAT") return name === "acTL";
+    }
+    return false;
   }
 
   /** Of a TIFF block, which some writers begin with "Exif" and two zeros. */

@@ -278,6 +278,24 @@ def test_bulk_writes_tables_and_resumes(run, refused, photo, tmp_path):
     assert "has no images" in refused("bulk", tmp_path / "empty", "--out", tmp_path / "other")
 
 
+SAME = '"Cat" and "cat" are one and the same text to this CLIP'
+
+
+def test_commands_warn_of_labels_or_refuse_them(run, refused, photo, tmp_path):
+    """Also where a folder names them."""
+    for name in ("Cat", "cat"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        shutil.copy(photo, tmp_path / "photos" / name / "a.png")
+    bulk = ("bulk", tmp_path / "photos", "--labels", "Cat,dog,cat", "--out", tmp_path / "out")
+    assert refused("attribute", photo, "--labels", "Cat,dog,cat", "--strict").startswith(f"error: {SAME}")
+    assert refused(*bulk, "--strict").startswith(f"error: {SAME}")
+    assert not (tmp_path / "out").exists()
+    assert f"warning: {SAME}" in " ".join(run("attribute", photo, "--labels", "Cat,dog,cat").output.split())
+    assert run(*bulk).output.startswith(f"warning: {SAME}")
+    assert f"warning: {SAME}" in " ".join(run("replay", tmp_path / "photos").output.split())
+    assert "warning" not in run("attribute", photo, "--labels", "cat,dog", "--strict").output
+
+
 def test_attribute_prints_a_table(run, photo):
     result = run("attribute", photo)
     assert result.exit_code == 0

@@ -1,7 +1,6 @@
 """Real server processes on the tiny bundle, the engine alone, and generated image files."""
 
 import base64
-import io
 import json
 import os
 import signal
@@ -12,9 +11,7 @@ import time
 from contextlib import contextmanager
 
 import httpx
-import numpy as np
 import pytest
-from PIL import Image
 
 from common import ROOT, free_port
 from vitrine.service.engine.engine import Engine
@@ -175,41 +172,6 @@ def gate(monkeypatch):
     monkeypatch.setattr(Engine, "explain", lambda self, *batch: gate.wait(30) and explain(self, *batch))
     yield gate
     gate.set()
-
-
-@pytest.fixture(scope="session")
-def draw():
-    """draw(mode="RGB", size=(50, 40), seed=0) -> a picture with structure: noise over a gradient."""
-
-    def make(mode="RGB", size=(50, 40), seed=0):
-        width, height = size
-        noise = np.random.default_rng(seed).integers(0, 100, (height, width, 3))
-        noise += np.linspace(0, 155, width).astype(int)[None, :, None]
-        return Image.fromarray(noise.astype(np.uint8)).convert(mode)
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def encode():
-    """encode(image, "PNG", **options of Pillow's writer) -> the bytes of an image file."""
-
-    def write(image, format="PNG", **options):
-        buffer = io.BytesIO()
-        image.save(buffer, format, **options)
-        return buffer.getvalue()
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def picture(draw, encode):
-    """picture(format="PNG", mode="RGB", size=(50, 40), seed=0, **options of the writer) -> bytes of an image file."""
-
-    def make(format="PNG", mode="RGB", size=(50, 40), seed=0, **options):
-        return encode(draw(mode, size, seed), format, **options)
-
-    return make
 
 
 @pytest.fixture

@@ -78,6 +78,8 @@ def build_cards(
         _sample(open_images(source, data_root, transform, section.max_broken), count, options.seed)
         for source, count in ((section.train, options.images), (section.val, options.held_out))
     ]
+    for data, _ in orders:
+        data.print_summary(console)
     work = out.with_name(f"{out.name}.partial")
     prepare_folder(work)
     target = work / "bundle"

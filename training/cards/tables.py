@@ -86,13 +86,14 @@ def write_images(
     """Write images.parquet, with the images `shown` in cards and the first `references` images, and the codes of the
     latter.
 
-    names: of all exemplar images; classes: of their source.
+    names: of all exemplar images; classes: of their source, which may have none.
     """
     numbers = sorted(shown | set(range(references)))
+    names_of_classes = [classes[int(survey.classes[number])] if classes else "" for number in numbers]
     table = {
         "image": pa.array(numbers, pa.int32()),
         "name": pa.array([names[number] for number in numbers], pa.string()),
-        "class_name": pa.array([classes[int(survey.classes[number])] for number in numbers], pa.string()),
+        "class_name": pa.array(names_of_classes, pa.string()),
         "picture": pa.array([thumbnails.picture(n) if thumbnails else None for n in numbers], pa.binary()),
     }
     pq.write_table(pa.table(table), bundle / IMAGES, compression="zstd", row_group_size=ROWS_A_GROUP)

@@ -52,6 +52,7 @@ def held_out(
     Raises `DataError` if there are fewer than two images, or classes that are not among the recipe's labels.
     """
     data = open_images(section.val, data_root, clip.transform(), section.max_broken)
+    data.require_classes()
     labels = section.labels or tuple(data.classes)
     if unknown := sorted(set(data.classes) - set(labels)):
         raise DataError(f"{data.title}: classes that are no labels of the recipe: {', '.join(unknown)}")

@@ -14,13 +14,15 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitrine.models.errors import DAMAGED_IMAGE_ERRORS, VitrineError
-
-_DAMAGED = (*DAMAGED_IMAGE_ERRORS, Image.DecompressionBombError)
+from vitrine.models.errors import VitrineError
+from vitrine.models.images.decode import TRUSTED, decode, from_pillow
+from vitrine.models.images.errors import ImageError
+from vitrine.models.inputs.skipped import Skipped
 
 
 class DataError(VitrineError, ValueError):
@@ -31,15 +33,20 @@ class Listing(Protocol):
     """The images of a source, by index. The kinds of sources are in training/data/sources.py."""
 
     title: str  # name of the source in messages
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # () if there are none, and then every class index is 0
+    unlabelled: str  # why there are none
+    skipped: Skipped
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
         """Human-readable name: file path, "id[split] row 7", "shard.tar: key"."""
 
-    def open(self, index: int) -> tuple[Image.Image, int]:
-        """(image in any mode, class index); a broken image may raise here or on decoding."""
+    def read(self, index: int) -> tuple[bytes | Image.Image, int]:
+        """(an image file, or an image of a source that keeps no files; class index).
+
+        Raises `OSError` or `ImageError` for an image that cannot be read.
+        """
 
 
 class Images(Dataset[tuple[Tensor, int]]):
@@ -67,6 +74,24 @@ class Images(Dataset[tuple[Tensor, int]]):
         """Called by the workers of a DataLoader."""
         return [self._decode(index) for index in indices]
 
+    def summary(self) -> list[str]:
+        """How many images in how many classes, then what was left out: a line for each reason."""
+        classes = f"in {len(self.classes):,} classes" if self.classes else f"without classes: {self.listing.unlabelled}"
+        return [f"{self.title}: {len(self):,} images {classes}", *self.listing.skipped.lines()]
+
+    def print_summary(self, console: Console) -> None:
+        """Print `summary`."""
+        for line in self.summary():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def require_classes(self) -> None:
+        """Raises `DataError` if the images have no classes."""
+        if not self.classes:
+            raise DataError(
+                f"{self.title}: classes are needed here, and {self.listing.unlabelled}; give images with classes, or, "
+                "for shards, `classes`: a text file with one class name a line"
+            )
+
     @property
     def allowed_broken(self) -> int:
         """The share max_broken of all images, but at least one; zero for max_broken = 0; never all images."""
@@ -90,13 +115,13 @@ class Images(Dataset[tuple[Tensor, int]]):
         for offset in range(self.allowed_broken + 1):
             candidate = (index + offset) % len(self)
             try:
-                image, class_index = self.listing.open(candidate)
-                with image:
-                    rgb = _upright(image).convert("RGB")
-            except _DAMAGED as error:
-                broken[self.name(candidate)] = _reason(error)
-            else:
-                return _Sample(self.transform(rgb), class_index, broken)
+                image, class_index = self.listing.read(candidate)
+                picture = decode(image, TRUSTED) if isinstance(image, bytes) else from_pillow(image)
+                return _Sample(self.transform(picture.image), class_index, broken)
+            except (OSError, ImageError) as error:
+                broken[self.name(candidate)] = (
+                    str(error) if isinstance(error, ImageError) else f"{type(error).__name__}: {error}"
+                )
         return _Sample(torch.empty(0), -1, broken)  # never used: `record_broken` raises first
 
 
@@ -124,21 +149,6 @@ def _collate(samples: list[_Sample]) -> tuple[Tensor, Tensor, dict[str, str]]:
     pixels = [sample.pixels for sample in samples if sample.class_index >= 0]
     classes = torch.tensor([sample.class_index for sample in samples])
     return torch.stack(pixels) if pixels else torch.empty(0), classes, broken
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Rotated by its EXIF orientation, as in the service, if that can be read."""
-    image.load()
-    try:
-        return ImageOps.exif_transpose(image)
-    except _DAMAGED:
-        return image  # the pixels themselves are valid
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its message contains an object's address
-        return "not an image in a known format"
-    return f"{type(error).__name__}: {error}"
 
 
 class Visit(NamedTuple):

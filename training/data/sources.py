@@ -1,27 +1,30 @@
 """The four kinds of sources that a recipe may use, each as a `Listing`: any image by its index.
 
-Access by index makes it possible to resume a run exactly. For this reason WebDataset shards are read through an index
-of their members, built once with `tarfile`, and not as a stream with the webdataset library: the state of a stream's
-shuffling would have to be stored in checkpoints.
+Access by index makes it possible to resume a run exactly. Class folders and shards have files of their own
+(`training.data.folders`, `training.data.webdataset`).
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import itertools
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from io import BytesIO
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torchvision
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import ImageFolder
+from torchvision.datasets import ImageFolder, OxfordIIITPet
 
-from vitrine.models.shards import expand_braces, members, read_at
+from vitrine.models.files.names import display
+from vitrine.models.images.errors import ImageError
+from vitrine.models.inputs.files import read_file
+from vitrine.models.inputs.skipped import Reason, Skipped
+from vitrine.training.data.folders import ClassFolders
 from vitrine.training.data.images import DataError, Images, Listing
+from vitrine.training.data.webdataset import WebDataset, number_classes
 from vitrine.training.recipes.recipe import FolderSource, HuggingFaceSource, Source, TorchvisionSource, WebDatasetSource
 
 _BY_FLAG = ({"train": True}, {"train": False})
@@ -42,7 +45,9 @@ TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "RenderedSST2": ({"split": "train"}, {"split": "val"}),
     "STL10": ({"split": "train"}, {"split": "test"}),
 }
-IMAGES = ("jpg", "jpeg", "png", "webp")  # in WebDataset shards
+
+
+_Named = TypeVar("_Named", "_Torchvision", ClassFolders)
 
 
 def open_images(
@@ -60,15 +65,15 @@ def open_images(
     listing: Listing
     match source:
         case FolderSource():
-            listing = _folder(data_root / source.path)
+            listing = ClassFolders(data_root / source.path)
         case TorchvisionSource():
             listing = _torchvision(source, data_root)
         case HuggingFaceSource():
             listing = _HuggingFace(source, data_root)
         case WebDatasetSource():
-            listing = _WebDataset(source, data_root)
+            listing = WebDataset(source, data_root)
     if not len(listing):
-        raise DataError(f"no images in {listing.title}")
+        raise DataError(". ".join([f"no images in {listing.title}", *listing.skipped.lines()]))
     return Images(listing, transform, max_broken)
 
 
@@ -76,7 +81,7 @@ class _Torchvision:
     """A torchvision data set without a transform."""
 
     def __init__(self, dataset: Any, title: str) -> None:
-        self.dataset, self.title = dataset, title
+        self.dataset, self.title, self.skipped, self.unlabelled = dataset, title, Skipped(), ""
         # Imagenette has several names per class.
         self.classes = tuple(name if isinstance(name, str) else name[0] for name in dataset.classes)
 
@@ -85,29 +90,26 @@ class _Torchvision:
 
     def name(self, index: int) -> str:
         is_folder = isinstance(self.dataset, ImageFolder)
-        return self.dataset.samples[index][0] if is_folder else f"{self.title} row {index}"
+        return display(self.dataset.samples[index][0]) if is_folder else f"{self.title} row {index}"
 
-    def open(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[bytes | Image.Image, int]:
+        if isinstance(self.dataset, OxfordIIITPet):  # it has files, and no option to read them otherwise
+            return read_file(self.dataset._images[index]), self.dataset._labels[index]
         image, class_index = self.dataset[index]
         return image, int(class_index)
 
 
-def _folder(root: Path) -> _Torchvision:
-    try:
-        return _Torchvision(ImageFolder(str(root), loader=Image.open), str(root))
-    except OSError as error:
-        raise DataError(f"no images under {root}: {error}") from error
-
-
-def _torchvision(source: TorchvisionSource, data_root: Path) -> _Torchvision:
+def _torchvision(source: TorchvisionSource, data_root: Path) -> _Torchvision | ClassFolders:
     if source.name not in TORCHVISION:
         near = difflib.get_close_matches(source.name, TORCHVISION, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(TORCHVISION)}"
         raise DataError(f"{source.name} is none of torchvision's classification sets; {hint}")
     if (folder := data_root / source.name.lower() / source.split).is_dir():
-        return _with_spaces(_folder(folder))  # the same images as class folders, without a download
+        return _with_spaces(ClassFolders(folder))  # the same images as class folders, without a download
     dataset = getattr(torchvision.datasets, source.name)
     options = TORCHVISION[source.name][source.split == "val"]
+    if "loader" in inspect.signature(dataset).parameters:
+        options = {**options, "loader": read_file}  # the bytes, for our own decoder
     title = f"{source.name}[{source.split}]"
     try:
         return _with_spaces(_Torchvision(dataset(str(data_root), **options), title))
@@ -122,7 +124,7 @@ def _torchvision(source: TorchvisionSource, data_root: Path) -> _Torchvision:
         ) from error
 
 
-def _with_spaces(listing: _Torchvision) -> _Torchvision:
+def _with_spaces(listing: _Named) -> _Named:
     """Replace underscores in class names, as CLIP prompts need words: aquarium fish, not aquarium_fish."""
     listing.classes = tuple(name.replace("_", " ") for name in listing.classes)
     return listing
@@ -139,6 +141,7 @@ class _HuggingFace:
         import datasets  # not at the top: it imports pandas and pyarrow
 
         self.title, self.column = f"{source.id}[{source.split}]", source.image
+        self.skipped, self.unlabelled = Skipped(), ""
         folder = data_root / source.id
         try:
             rows = datasets.load_dataset(str(folder) if folder.exists() else source.id, split=source.split)
@@ -161,12 +164,15 @@ class _HuggingFace:
                 raise DataError(f"{self.title}: column {source.label!r} has no {' and no '.join(sorted(missing))}")
             values = _largest_objects(values)
             feature = getattr(fields["category"], "feature", fields["category"])
+        for row, value in enumerate(values):
+            if value is None:
+                self.skipped.add(Reason.NO_OBJECTS, f"row {row}")
         self.numbers = [row for row, value in enumerate(values) if value is not None]
         labels = [value for value in values if value is not None]
         if isinstance(feature, datasets.ClassLabel):
             self.classes, self.class_indices = tuple(feature.names), labels
         else:
-            self.classes, self.class_indices = _classes(labels)
+            self.classes, self.class_indices = number_classes(labels)
         if labels and min(self.class_indices) < 0:  # the hub marks withheld labels of a test split this way
             raise DataError(f"{self.title}: column {source.label!r} has no classes (-1); choose another split")
 
@@ -176,12 +182,13 @@ class _HuggingFace:
     def name(self, index: int) -> str:
         return f"{self.title} row {self.numbers[index]}"
 
-    def open(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[bytes, int]:
         image = self.rows[self.numbers[index]][self.column] or {}
-        if image.get("bytes") is None and image.get("path") is None:
-            raise ValueError("the row has no image")
-        file = image["path"] if image["bytes"] is None else BytesIO(image["bytes"])
-        return Image.open(file), self.class_indices[index]
+        if image.get("bytes") is not None:
+            return image["bytes"], self.class_indices[index]
+        if image.get("path") is None:
+            raise ImageError("invalid_image", "the row has no image")
+        return read_file(image["path"]), self.class_indices[index]
 
 
 def _largest_objects(rows: Sequence[Any]) -> list[Any]:
@@ -203,89 +210,3 @@ def _largest_objects(rows: Sequence[Any]) -> list[Any]:
         return (right - x) * (lower - y) if corners else right * lower
 
     return [max(items, key=area)[1] if items else None for items in objects]
-
-
-class _Sample(NamedTuple):
-    shard: Path
-    key: str
-    offset: int
-    size: int
-    label: int | str  # index (.cls) or class name (.txt)
-
-
-class _WebDataset:
-    """Samples in tar shards; only their offsets are kept, so worker processes do not share open files."""
-
-    def __init__(self, source: WebDatasetSource, data_root: Path) -> None:
-        self.title = str(data_root / source.shards)
-        self.samples: list[_Sample] = []
-        for name in dict.fromkeys(expand_braces(source.shards)):
-            shard = data_root / name
-            try:
-                self.samples += _samples(shard)
-            except (OSError, tarfile.TarError) as error:
-                raise DataError(f"{shard} is no readable tar file: {error}; make or fetch it again") from error
-        labels = [sample.label for sample in self.samples]
-        if len({type(label) for label in labels}) > 1:
-            raise DataError(f"{self.title}: some samples have .cls and others only .txt; give all of them the same")
-        class_names = _lines(data_root / source.classes) if source.classes else None
-        if any(isinstance(label, str) for label in labels):
-            self.classes, self.class_indices = _classes(labels, class_names)
-        else:
-            self.class_indices = [int(label) for label in labels]
-            self.classes = class_names or tuple(
-                str(number) for number in range(max(self.class_indices, default=-1) + 1)
-            )
-        for sample, class_index in zip(self.samples, self.class_indices, strict=True):
-            if not 0 <= class_index < len(self.classes):
-                raise DataError(
-                    f"{sample.shard}: {sample.key} is of class {sample.label!r}, which is none of the "
-                    f"{len(self.classes)} classes of {source.classes or self.title}"
-                )
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def name(self, index: int) -> str:
-        return f"{self.samples[index].shard}: {self.samples[index].key}"
-
-    def open(self, index: int) -> tuple[Image.Image, int]:
-        sample = self.samples[index]
-        content = read_at(sample.shard, sample.offset, sample.size)
-        return Image.open(BytesIO(content)), self.class_indices[index]
-
-
-def _samples(shard: Path) -> Iterator[_Sample]:
-    """A sample is all files with the same path up to the first dot of the name; those without an image are skipped."""
-    images: dict[str, tarfile.TarInfo] = {}
-    labels: dict[tuple[str, str], str] = {}
-    for member in members(shard):
-        folder, slash, file = member.name.rpartition("/")
-        stem, _, extension = file.partition(".")
-        key, extension = f"{folder}{slash}{stem}", extension.lower()
-        if extension in IMAGES:
-            images[key] = member
-        elif extension in ("cls", "txt"):
-            content = read_at(shard, member.offset_data, member.size)
-            labels[key, extension] = content.decode(errors="replace").strip()
-    for key, member in images.items():
-        index, name = labels.get((key, "cls")), labels.get((key, "txt"))
-        if index is None and name is None:
-            raise DataError(f"{shard}: {key} has neither .cls (an index) nor .txt (a class name)")
-        if index is not None and not index.isdecimal():
-            raise DataError(f"{shard}: {key}.cls holds {index[:40]!r}, not the index of a class")
-        yield _Sample(shard, key, member.offset_data, member.size, int(index) if index is not None else name or "")
-
-
-def _lines(file: Path) -> tuple[str, ...]:
-    try:
-        return tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"class names cannot be read from {file}: {error}") from error
-
-
-def _classes(values: Sequence[Any], names: tuple[str, ...] | None = None) -> tuple[tuple[str, ...], list[int]]:
-    """(names, an index for each value); -1 for a value that is not among the given names."""
-    distinct = names or sorted(set(values))
-    index = {value: number for number, value in enumerate(distinct)}
-    return tuple(map(str, distinct)), [index.get(value, -1) for value in values]

@@ -124,6 +124,7 @@ def pretrain(recipe: PretrainRecipe, data_root: Path, out: Path, console: Consol
         console.print(f"{out} holds all {settings.epochs} epochs")
         return out / WEIGHTS
     val = open_images(recipe.data.val, data_root, _pixels(size))
+    val.require_classes()
     train = _training_images(recipe, data_root, val.classes)
     run = _Run(recipe, steps_per_epoch=len(train) // settings.images_per_step)
     if done:
@@ -289,6 +290,7 @@ def _training_images(recipe: PretrainRecipe, data_root: Path, classes: tuple[str
     """Images with random shifts and flips. The class is an index into the coloured prompts (`_Coloured`)."""
     data, settings, size = recipe.data, recipe.training, recipe.model.vision_cfg["image_size"]
     images = open_images(data.train, data_root, lambda image: torch.tensor(background_colour(image)))
+    images.require_classes()
     if images.classes != classes:
         raise RecipeError(f"data.val has other classes ({', '.join(classes)}) than data.train's {images.title}")
     if len(classes) != len(data.labels):
@@ -311,12 +313,13 @@ class _Coloured:
     def __init__(self, listing: Listing, colours: list[int]) -> None:
         self.listing, self.colours = listing, colours
         self.title, self.classes, self.name = listing.title, listing.classes, listing.name
+        self.unlabelled, self.skipped = listing.unlabelled, listing.skipped
 
     def __len__(self) -> int:
         return len(self.listing)
 
-    def open(self, index: int) -> tuple[Image.Image, int]:
-        image, class_index = self.listing.open(index)
+    def read(self, index: int) -> tuple[bytes | Image.Image, int]:
+        image, class_index = self.listing.read(index)
         return image, class_index * len(COLOURS) + self.colours[index]
 
 

@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from vitrine.models.dictionary.clt import Architecture
+from vitrine.models.inputs.errors import InputError
+from vitrine.models.inputs.folder import walk
+from vitrine.models.inputs.skipped import Skipped
 from vitrine.training.recipes.clip_shape import ClipShape, clip_shape
 from vitrine.training.recipes.recipe import (
     CascadeSection,
@@ -44,7 +47,6 @@ KNOWN_IMAGES = {
     "clane9/imagenet-100": {"train": 126_689, "validation": 5_000},
     "detection-datasets/coco": {"train": 118_287, "val": 5_000},  # COCO 2017's; this copy may have slightly fewer
 }
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # torchvision's
 
 # Bytes per place of a code in a step: feature 8, pre-activation 4, activation 4, the gradients of both 8, and place and
 # token index sorted by feature 16.
@@ -206,8 +208,10 @@ def cache_bytes(images: int, clip: ClipShape, kind: Literal["none", "float32", "
 def count_images(source: Source, data_root: Path) -> int | None:
     """Number of images of a source: from `KNOWN_IMAGES`, or counted in the folder; None if neither is possible."""
     if isinstance(source, FolderSource):
-        files = (data_root / source.path).rglob("*")
-        return sum(file.suffix.lower() in IMAGE_SUFFIXES for file in files) or None
+        try:
+            return len(walk(data_root / source.path, Skipped()).images) or None
+        except InputError:
+            return None
     if isinstance(source, TorchvisionSource):
         return KNOWN_IMAGES.get(source.name, {}).get(source.split)
     if isinstance(source, HuggingFaceSource) and (split := re.fullmatch(r"(\w+)(?:\[:(\d+)\])?", source.split)):

@@ -88,11 +88,12 @@ class HuggingFaceSource(Section):
 
 
 class WebDatasetSource(Section):
-    """Tar shards in WebDataset's layout: key.jpg (png, webp) with key.cls (an index) or key.txt (a class name)."""
+    """Tar shards in WebDataset's layout: key.jpg (png, ...) with key.cls (an index) or key.txt (a class name)."""
 
     kind: Literal["webdataset"]
-    shards: str = Field(description="under the data root, as shards/train-{000000..000099}.tar")
+    shards: str = Field(description="under the data root: shards/train-{000000..000099}.tar, a glob, or a folder")
     classes: str | None = Field(default=None, description="text file under the data root, one class name a line")
+    skip_broken: bool = Field(default=False, description="name shards that are damaged or missing, and go on")
 
 
 Source = Annotated[FolderSource | TorchvisionSource | HuggingFaceSource | WebDatasetSource, Field(discriminator="kind")]
@@ -236,6 +237,17 @@ class Recipe(Section):
     training: TrainingSection = TrainingSection()
     cascade: CascadeSection | None = None
     bundle: BundleSection = BundleSection()
+
+
+def skip_broken_shards(recipe: Recipe) -> Recipe:
+    """The recipe with shards that are damaged or missing gone past. Raises `RecipeError` if it reads no shards."""
+    sources = {
+        name: source for name in ("train", "val") if isinstance(source := getattr(recipe.data, name), WebDatasetSource)
+    }
+    if not sources:
+        raise RecipeError(f'{recipe.name} reads no shards (kind = "webdataset") that could be skipped')
+    changed = {name: source.model_copy(update={"skip_broken": True}) for name, source in sources.items()}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=changed)})
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -8,7 +8,7 @@ step depends on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
@@ -20,8 +20,10 @@ from rich.console import Console
 from torch import Tensor
 
 from vitrine.models.clip.loading import Clip
+from vitrine.models.clip.tokens import UnsupportedTokenizer, convert_tokenizer
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.files.writing import prepare_folder
+from vitrine.models.texts.labels import notices_of
 from vitrine.training.checkpoint import (
     CheckpointError,
     CheckpointMeta,
@@ -106,6 +108,15 @@ class _Phase(NamedTuple):
     end: int
 
 
+def _label_warnings(clip: Clip, labels: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """What there is to say of the labels that metrics and bundle will have."""
+    try:
+        reader = convert_tokenizer(clip.tokenizer).reader()
+    except UnsupportedTokenizer as error:
+        return [f"{error}. No bundle can be exported"]
+    return [notice.message for notice in notices_of(reader, labels, templates)]
+
+
 class _Run:
     """The state of a run: images, CLT, normalisation, phases, and the number of completed steps."""
 
@@ -115,7 +126,9 @@ class _Run:
         self.recipe, self.clip, self.out, self.console, self.fabric = recipe, clip, out, console, fabric
         settings, tower = recipe.training, clip.tower
         self.images = open_images(recipe.data.train, data_root, clip.transform(), recipe.data.max_broken)
+        self.images.print_summary(self.console)
         self.val = held_out(recipe.data, data_root, clip)  # opened before training, so that errors are raised at once
+        self.val.data.print_summary(self.console)
         self.plan = Plan(
             len(self.images), settings.images_per_step, settings.mixed_images, settings.seed, settings.epochs
         )
@@ -140,6 +153,9 @@ class _Run:
         if saved := checkpoints(out):
             self._resume(saved[-1])
         else:
+            if fabric.is_global_zero:
+                for message in _label_warnings(clip, self.val.labels, recipe.data.templates):
+                    console.print(f"warning: {message}", style="yellow", highlight=False, markup=False)
             self._initialise()
 
     def enter(self, phase: _Phase, previous: Trainer | None) -> Trainer:

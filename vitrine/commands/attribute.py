@@ -12,10 +12,11 @@ from vitrine.commands.common import BundlePath, new_console, open_bundle_or_defa
 
 
 def attribute(
-    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JPEG, PNG, WebP, GIF or BMP.")],
+    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JPEG, PNG, WebP, HEIC, …")],
     labels: Annotated[str | None, typer.Option(help="Comma-separated; default: the bundle's labels.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="Label to explain (repeatable); default: top-1.")] = None,
     contrast: Annotated[str | None, typer.Option(help="Explain each target rather than this label.")] = None,
+    strict: Annotated[bool, typer.Option(help="Refuse labels that are cut, the same or unknown to the CLIP.")] = False,
     top_k: Annotated[int, typer.Option(min=1, help="Predictions listed.")] = 5,
     features: Annotated[int, typer.Option(min=0, help="Features listed per layer.")] = 3,
     bundle: BundlePath = None,
@@ -39,7 +40,8 @@ def attribute(
     for file in (svg, html):
         if file is not None:
             prepare_file(file)
-    fields: dict[str, Any] = {"top_k": top_k, "explain": {"contrast": contrast, "features": features}}
+    fields: dict[str, Any] = {"strict": strict, "top_k": top_k}
+    fields["explain"] = {"contrast": contrast, "features": features}
     if labels is not None:
         fields["labels"] = labels.split(",")
     if target:

@@ -7,11 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from vitrine.commands.common import BundlePath, new_console, open_bundle_or_default
+from vitrine.commands.common import (
+    INPUTS,
+    BundlePath,
+    SkipBroken,
+    new_console,
+    open_bundle_or_default,
+    print_skipped,
+    print_warnings,
+)
 
 
 def bulk(
-    inputs: Annotated[str, typer.Argument(help="A folder, a list (text file), x.parquet or 'x-{000..003}.tar'.")],
+    inputs: Annotated[str, typer.Argument(help=INPUTS)],
     out: Annotated[Path, typer.Option(help="Folder of Parquet parts; a run found there is taken up.")],
     column: Annotated[str | None, typer.Option(help="Of Parquet inputs: image bytes, or paths.")] = None,
     labels: Annotated[str | None, typer.Option(help="Comma-separated; default: the bundle's labels.")] = None,
@@ -19,17 +27,27 @@ def bulk(
     template: Annotated[
         list[str] | None, typer.Option(help="Sentence with {} (repeatable); default: the bundle's.")
     ] = None,
+    strict: Annotated[bool, typer.Option(help="Refuse labels that are cut, the same or unknown to the CLIP.")] = False,
     top_k: Annotated[int, typer.Option(min=1, help="Predictions listed.")] = 5,
     features: Annotated[int, typer.Option(min=0, help="Features listed, of all layers together.")] = 5,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: VITRINE_BATCH_SIZE.")] = None,
     part_size: Annotated[int, typer.Option(min=1, help="Images in one Parquet file.")] = 512,
     ray: Annotated[int, typer.Option(min=0, help="Processes of Ray's (vitrine[bulk]); 0: this one alone.")] = 0,
+    skip_broken_shards: SkipBroken = False,
     bundle: BundlePath = None,
 ) -> None:
-    """Account for many images, without a server: Parquet tables. Run it again to take up a run that was cut off."""
-    from vitrine.service.offline.bulk.inputs import open_source
+    """Account for many images, without a server: Parquet tables. Run it again to take up a run that was cut off.
+
+    At the end it says how many were answered, failed, or left out, and exits with 1 if none was answered.
+    """
+    from vitrine.models.files.names import printable
+    from vitrine.models.inputs.opening import open_inputs
+    from vitrine.service.answers.notices import refuse
+    from vitrine.service.engine.labels import bundle_notices
+    from vitrine.service.offline.bulk.errors import BulkError
     from vitrine.service.offline.bulk.job import make_job
     from vitrine.service.offline.bulk.run import bulk as run
+    from vitrine.service.offline.bulk.tables import ERRORS, count_by_code
     from vitrine.service.offline.bulk.work import Work
     from vitrine.service.operations.settings import load_settings
     from vitrine.service.schemas.attribute import AttributeRequest
@@ -41,7 +59,17 @@ def bulk(
     opened, console = open_bundle_or_default(bundle), new_console()
     if batch_size is not None:
         settings = settings.model_copy(update={"batch_size": batch_size})
-    source = open_source(inputs, column)
+    source = open_inputs(inputs, column, skip_broken_shards)
     job = make_job(opened, settings, source, request, path=inputs, column=column, part_size=part_size)
+    notices = bundle_notices(opened, job.labels, job.templates)
+    if strict:
+        refuse(notices, "labels")
+    print_warnings((notice.message for notice in notices), console)
     summary = run(opened, Work(job, source, out, settings), console, ray)
+    if summary.problems:
+        codes = ", ".join(f"{count:,} {code}" for code, count in count_by_code(out).items())
+        console.print(f"errors: {codes}", style="yellow", highlight=False, soft_wrap=True)
+    print_skipped(source.skipped, console)
     console.print(f"{summary.rows:,} rows and {summary.problems:,} errors in {out}", highlight=False)
+    if not summary.rows:
+        raise BulkError(f"no image of {printable(inputs)} was answered; {out / ERRORS} says why")

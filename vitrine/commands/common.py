@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vitrine.models.bundle.bundle import Bundle
+    from vitrine.models.inputs.skipped import Skipped
 
 TRAINING_PACKAGES = {
     "datasets",
@@ -40,6 +41,13 @@ TRAINING_PACKAGES = {
 
 DataRoot = Annotated[
     Path, typer.Option("--data-root", envvar="VITRINE_DATA", help="Folder that the recipe's paths are relative to.")
+]
+INPUTS = (
+    "A folder, of images or else of tars or Parquet files; a list (text file); an image, a tar, a Parquet file, or a "
+    "pattern of several: 'x-{000..003}.tar', 'photos/**/*.jpg'."
+)
+SkipBroken = Annotated[
+    bool, typer.Option("--skip-broken-shards", help="Name tars and Parquet files that are damaged or missing; go on.")
 ]
 BundlePath = Annotated[
     Path | None, typer.Option("--bundle", help="Bundle directory; default: VITRINE_BUNDLE, or the embedded demo.")
@@ -95,6 +103,11 @@ def load_clip_of(recipe: Any, data_root: Path) -> Any:
     return load_clip(clip.name, weights, config)
 
 
+def print_warnings(messages: Iterable[str], console: Console) -> None:
+    for message in messages:
+        console.print(f"warning: {message}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+
+
 def print_bundle(bundle: Bundle, console: Console) -> None:
     manifest, shape = bundle.manifest, bundle.manifest.shape
     plain: dict[str, Any] = {"soft_wrap": True, "highlight": False, "markup": False}
@@ -116,6 +129,12 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
             )
         )
         console.print(f"  cards: {quality.labelled:,} features have a label{checked}", **plain)
+
+
+def print_skipped(skipped: Skipped, console: Console) -> None:
+    """What was left out of the inputs, a line for each reason."""
+    for line in skipped.lines():
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def new_console() -> Console:

@@ -45,6 +45,7 @@ def evaluate(
     clip = load_clip_of(recipe, data_root)
     options = {"batch_size": batch_size, "workers": workers}
     chosen = held_out(recipe.data, data_root, clip, images=images, seed=seed, **options)
+    chosen.data.print_summary(console)
     clip.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     results = run(clip, newest, chosen, console, other=other, seed=seed)
     write_text(out / "results.json", results.model_dump_json(indent=2) + "\n")

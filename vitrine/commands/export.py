@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vitrine.commands.common import DataRoot, load_clip_of, new_console, print_bundle
+from vitrine.commands.common import DataRoot, load_clip_of, new_console, print_bundle, print_warnings
 
 
 def export(
@@ -68,6 +68,6 @@ def export(
             variants,
             [pixels for pixels, _ in val.batches()] if val else [],
             recipe.bundle.replacement,
-            console.print,
+            lambda message: print_warnings([message], console),
         )
     print_bundle(bundle, console)

@@ -7,22 +7,26 @@ from typing import Annotated
 
 import typer
 
-from vitrine.commands.common import BundlePath, new_console, open_bundle_or_default
+from vitrine.commands.common import INPUTS, BundlePath, SkipBroken, new_console, open_bundle_or_default
 
 
 def replay(
-    folder: Annotated[Path, typer.Argument(help="Of images, or of one folder of images a label.")],
+    inputs: Annotated[
+        str, typer.Argument(help=f"{INPUTS} If it is a folder with one folder of images a label, accuracies, too.")
+    ],
+    column: Annotated[str | None, typer.Option(help="Of Parquet inputs: image bytes, or paths.")] = None,
     bundle: BundlePath = None,
     images: Annotated[int | None, typer.Option(min=1, help="A random sample of so many; default: all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here, with C's matrix.")] = None,
+    skip_broken_shards: SkipBroken = False,
 ) -> None:
     """Predict images with CLIP's MLPs replaced by the bundle's features: how well do these stand for those, there?"""
     from rich.progress import track
 
     from vitrine.models.files.writing import prepare_file, write_text
+    from vitrine.models.inputs.opening import open_inputs
     from vitrine.service.engine.engine import Engine
-    from vitrine.service.engine.images import ImageLimits
     from vitrine.service.offline.replay import print_replay
     from vitrine.service.offline.replay import replay as run
     from vitrine.service.operations.settings import load_settings
@@ -31,11 +35,10 @@ def replay(
     if json_file is not None:
         prepare_file(json_file)
     engine = Engine(open_bundle_or_default(bundle), settings.model_copy(update={"replacement": True}))
-    limits = ImageLimits(settings.max_image_pixels, settings.max_image_side)
     result = run(
         engine,
-        folder,
-        limits,
+        open_inputs(inputs, column, skip_broken_shards),
+        settings.image_limits,
         settings.decode_seconds,
         images,
         seed,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vitrine.commands.common import DataRoot, load_clip_of, new_console
+from vitrine.commands.common import DataRoot, SkipBroken, load_clip_of, new_console
 
 
 def train(
@@ -22,15 +22,19 @@ def train(
         bool, typer.Option(help="Share weights out over the devices, for CLTs too large for one.")
     ] = False,
     accelerator: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    skip_broken_shards: SkipBroken = False,
     wandb: Annotated[str | None, typer.Option(help="Log to this Weights & Biases project, too.")] = None,
 ) -> None:
     """Train a CLT on a CLIP's activations; resumes by itself. Curves: tensorboard --logdir OUT."""
     from vitrine.training.recipes.catalogue import find_recipe
     from vitrine.training.recipes.recipe import load_recipe
+    from vitrine.training.recipes.recipe import skip_broken_shards as skipping
     from vitrine.training.run.parallel import make_fabric, one_report
     from vitrine.training.run.run import train as run
 
     loaded, console = load_recipe(find_recipe(recipe)), new_console()
+    if skip_broken_shards:
+        loaded = skipping(loaded)
     fabric = make_fabric(devices, shard, loaded.training.precision, accelerator)
     fabric.launch()
     with one_report(fabric):

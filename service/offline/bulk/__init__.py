@@ -1,6 +1,6 @@
 """Many images through the engine, without a server: `vitrine bulk`. Files in, Parquet tables out.
 
-    inputs.py      the four kinds of inputs, each as a numbered list: an image has the same number in every run
+    errors.py      options or output that cannot be used
     job.py         the definition of a run, stored beside its output; a resume with other options is refused
     tables.py      rows and errors, and how a part of them is written atomically
     work.py        the pipeline: decode in processes, infer in batches, account in threads, write
@@ -8,6 +8,6 @@
     ray_alone.py   the environment of a Ray of this machine alone
     run.py         a run from end to end, with a progress bar
 
-The inputs are cut into parts of fixed size. A part is done when its file exists, so a run that was killed resumes
-with its unfinished parts, and no image is lost or answered twice.
+The inputs (`models.inputs`) are a numbered list, cut into parts of fixed size. A part is done when its file exists, so
+a run that was killed resumes with its unfinished parts, and no image is lost or answered twice.
 """

@@ -17,13 +17,15 @@ from vitrine.models.bundle.label_sets import DEFAULT, read_label_sets
 from vitrine.models.files.locks import lock
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import create, prepare_folder
+from vitrine.models.inputs.source import Source
 from vitrine.service.engine.runtime import choose
 from vitrine.service.errors import ServiceError
-from vitrine.service.offline.bulk.inputs import BulkError, Source
+from vitrine.service.offline.bulk.errors import BulkError
 from vitrine.service.operations.settings import Settings
 from vitrine.service.schemas.attribute import AttributeRequest
 
 FILE = "job.json"
+FORMAT = 2  # of job.json, and of how images are numbered; 1: links and other formats were left out
 _SHOWN_CHARACTERS = 60  # characters shown of a differing value
 
 
@@ -38,6 +40,7 @@ class Inputs(BaseModel):
 class Job(BaseModel):
     """Everything that an answer, or its place in the output, depends on."""
 
+    format: int = 1
     bundle: str  # digest
     precision: str
     labels: tuple[str, ...]
@@ -48,6 +51,7 @@ class Job(BaseModel):
     part_size: int
     max_image_pixels: int
     max_image_side: int
+    max_jpeg_pixels: int = 0
 
     @property
     def parts(self) -> int:
@@ -75,6 +79,7 @@ def make_job(
     """
     labels, templates = _texts(bundle, settings, request)
     return Job(
+        format=FORMAT,
         bundle=bundle.digest,
         precision=choose(bundle, settings).precision,
         labels=labels,
@@ -87,6 +92,7 @@ def make_job(
         part_size=part_size,
         max_image_pixels=settings.max_image_pixels,
         max_image_side=settings.max_image_side,
+        max_jpeg_pixels=settings.max_jpeg_pixels,
     )
 
 
@@ -101,7 +107,7 @@ def lock_output(out: Path, job: Job) -> Iterator[bool]:
         BulkError: it was started with other options, another run is using it, or it contains something else.
         FileError: it cannot be written.
     """
-    if job.inputs.kind == "folder" and out.resolve().is_relative_to(job.inputs.path):
+    if Path(job.inputs.path).is_dir() and out.resolve().is_relative_to(job.inputs.path):
         raise BulkError(f"{out} lies in the folder that is read, {job.inputs.path}; write elsewhere")
     with naming(out):
         if out.is_dir() and not (out / FILE).exists() and any(not path.name.startswith(".") for path in out.iterdir()):
@@ -125,6 +131,11 @@ def _create_or_resume(file: Path, job: Job) -> None:
         existing = Job.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise BulkError(f"{file} is none of this version's: {error.errors()[0]['msg']}; write elsewhere") from error
+    if existing.format != FORMAT:
+        raise BulkError(
+            f"{file.parent} was begun by another version of Vitrine, which numbered images otherwise; "
+            "finish it with that one, or write elsewhere"
+        )
     if differences := _differences(_flat(existing), _flat(job)):
         raise BulkError(
             f"{file.parent} was begun with other options: {'; '.join(differences)}. "

@@ -20,7 +20,7 @@ import ray.data
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.errors import VitrineError
 from vitrine.service.engine.processors import available_processors
-from vitrine.service.offline.bulk.inputs import BulkError
+from vitrine.service.offline.bulk.errors import BulkError
 from vitrine.service.offline.bulk.work import Step, Work, Worker
 from vitrine.service.processes.import_path import PACKAGE_PARENT
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vitrine.models.bundle.bundle import Bundle
-from vitrine.service.offline.bulk.inputs import BulkError
+from vitrine.service.offline.bulk.errors import BulkError
 from vitrine.service.offline.bulk.job import Job, lock_output
 from vitrine.service.offline.bulk.ray_alone import ray_alone
 from vitrine.service.offline.bulk.tables import count, done_parts, remove_partial_files

@@ -14,17 +14,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-import duckdb
 from pydantic import BaseModel, Field
 
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import temporary, written
+from vitrine.models.inputs.duck import READ_PARQUET, connect, literal
 from vitrine.service.answers.explain import account, predict
 from vitrine.service.engine.labels import LabelSet
-from vitrine.service.offline.bulk.inputs import DUCKDB
 from vitrine.service.schemas.attribute import Explain, Feature, Fidelity, LedgerAccount
 from vitrine.service.schemas.classify import Prediction
 
@@ -128,10 +128,23 @@ def remove_partial_files(out: Path) -> None:
 
 def count(out: Path) -> tuple[int, int]:
     """(rows, problems) of all parts."""
-    with duckdb.connect(config=DUCKDB) as database:  # type: ignore[arg-type]
-        file_lists = [sorted(map(str, folder.glob("part-*.parquet"))) for folder in (out, out / ERRORS)]
-        rows, problems = (len(database.read_parquet(files)) if files else 0 for files in file_lists)
-    return rows, problems
+    rows, problems = (_select("count(*)", folder) for folder in (out, out / ERRORS))
+    return (rows[0][0] if rows else 0), (problems[0][0] if problems else 0)
+
+
+def count_by_code(out: Path) -> dict[str, int]:
+    """Problems of all parts by their code, the most frequent first."""
+    return dict(_select("code, count(*) AS n", out / ERRORS, "GROUP BY code ORDER BY n DESC, code"))
+
+
+def _select(columns: str, folder: Path, rest: str = "") -> list[Any]:
+    """Rows of a query over the parts in a folder; none if there are no parts."""
+    files = [literal(path) for path in sorted(folder.glob("part-*.parquet"))]
+    if not files:
+        return []
+    with connect() as database:
+        query = f"SELECT {columns} FROM {READ_PARQUET} {rest}"  # noqa: S608
+        return database.execute(query, [files]).fetchall()
 
 
 def _write(file: Path, lines: Iterable[str], types: Mapping[str, str]) -> None:
@@ -139,8 +152,10 @@ def _write(file: Path, lines: Iterable[str], types: Mapping[str, str]) -> None:
         json = temporary(file, shared=True)
         try:
             json.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            with duckdb.connect(config=DUCKDB) as database:  # type: ignore[arg-type]
-                table = database.read_json(str(json), columns=dict(types), format="newline_delimited")
+            with connect() as database:
+                table = database.read_json(
+                    literal(json), columns=dict(types), format="newline_delimited", hive_partitioning=False
+                )
                 table.write_parquet(str(partial), compression="zstd")
         finally:
             json.unlink(missing_ok=True)

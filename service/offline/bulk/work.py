@@ -20,14 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.bundle.bundle import Bundle
+from vitrine.models.images.decode import ImageLimits
+from vitrine.models.inputs.source import Item, Source
 from vitrine.service.engine.decoders import Decoders
 from vitrine.service.engine.engine import Engine
-from vitrine.service.engine.images import ImageLimits
 from vitrine.service.engine.labels import LabelEncoder
 from vitrine.service.errors import ServiceError
-from vitrine.service.offline.bulk.inputs import Item, Source
 from vitrine.service.offline.bulk.job import Job
 from vitrine.service.offline.bulk.tables import Problem, row, write_part
+from vitrine.service.offline.failures import failure
 from vitrine.service.operations.settings import Settings
 
 AHEAD = 4  # batches decoded, or queued for decoding, while one is inferred
@@ -65,14 +66,15 @@ class Worker:
         encoder = LabelEncoder(self.engine, capacity=len(job.labels))
         self.labels = asyncio.run(encoder.resolve(job.labels, job.templates, _call_directly))
         self.engine.warm_up()
+        self.reader = work.source.reader()  # one for all parts: it goes forward
 
     def run(self, parts: Iterable[int]) -> Iterator[Step]:
         """Process these parts one after the other, with a step per batch."""
         bounds = {part: self.work.job.bounds(part) for part in parts}
-        items = itertools.chain.from_iterable(self.work.source.items(*limits) for limits in bounds.values())
+        items = itertools.chain.from_iterable(self.reader.items(*limits) for limits in bounds.values())
         # two thread pools: one decodes and accounts, one writes
         settings, job = self.work.settings, self.work.job
-        limits = ImageLimits(job.max_image_pixels, job.max_image_side)
+        limits = ImageLimits(job.max_image_pixels, job.max_image_side, job.max_jpeg_pixels)
         decoders = Decoders(
             settings.decode_threads, self.bundle.manifest.preprocessing, limits, settings.decode_seconds
         )
@@ -90,6 +92,9 @@ class Worker:
                 writing = writer.submit(_write, self.work.out, part, rows, problems)
             if writing is not None:
                 writing.result()
+        except BaseException:
+            self.reader.close()
+            raise
         finally:
             with decoders:  # ended first: a thread may wait for a process
                 for threads in (pool, writer):
@@ -143,11 +148,9 @@ class Worker:
 
 def _decode(item: Item, decoders: Decoders) -> _Decoded | Problem:
     try:
-        return _Decoded(item, decoders.decode(item.read()))
-    except ServiceError as error:
-        code, message = error.code, error.message
-    except OSError as error:
-        code, message = "unreadable", f"the file cannot be read: {error.strerror or error}"
+        return _Decoded(item, decoders.decode(item.read()).pixels)
+    except (ServiceError, OSError) as error:
+        code, message = failure(error)
     return Problem(id=item.id, name=item.name, code=code, message=message)
 
 

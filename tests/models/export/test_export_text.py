@@ -15,6 +15,7 @@ from vitrine.models.clip.tokens import convert_tokenizer
 from vitrine.models.export.parity import check_text
 from vitrine.models.graph.onnx_file import ExportError, save_onnx
 from vitrine.models.graph.text import TextGraph, text_to_onnx
+from vitrine.models.texts.reader import TextReader
 
 TEXTS = ["a photo of a red circle", "two dogs", "", "it's Naïve!", "a much longer label than sixteen tokens " * 3]
 CONTEXT = TINY_CLIP["text_cfg"]["context_length"]
@@ -50,8 +51,7 @@ def test_texts_at_their_own_length_are_embedded_as_clip_does(session, bundle, cl
     tokenizer = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
     tokenizer.no_padding()
     lengths = []
-    for text in TEXTS:
-        ids = tokenizer.encode(text).ids
+    for text, (ids, _) in zip(TEXTS, TextReader(tokenizer, bundle.manifest.text.clean).read(TEXTS), strict=True):
         lengths.append(len(ids))
         np.testing.assert_allclose(embed(session, [ids])[0], clip.encode_labels([text], ["{}"])[0], atol=1e-5)
     assert (min(lengths), max(lengths)) == (2, CONTEXT)
@@ -114,7 +114,7 @@ def exported(model, path, any_length):
 def test_a_tower_of_one_length_is_exported_and_checked_at_that(clip, tmp_path):
     model, path = make_model(no_causal_mask=True), tmp_path / "text.onnx"
     graph = exported(model, path, any_length=False)
-    check_text(replace(clip, model=model), graph, convert_tokenizer(clip.tokenizer)[0], TEXTS, path)
+    check_text(replace(clip, model=model), graph, convert_tokenizer(clip.tokenizer), TEXTS, path)
     session = onnxruntime.InferenceSession(path)
     assert session.get_inputs()[0].shape == ["batch", CONTEXT]
     expected = model.encode_text(texts_of_every_length(), normalize=True)
@@ -124,7 +124,7 @@ def test_a_tower_of_one_length_is_exported_and_checked_at_that(clip, tmp_path):
 def test_the_check_notices_a_tower_whose_embedding_depends_on_the_padding(clip, tmp_path):
     model, path = make_model(), tmp_path / "text.onnx"
     model.attn_mask.zero_()  # attends to everything, and is exported as if it did not
-    other, tokenizer = replace(clip, model=model), convert_tokenizer(clip.tokenizer)[0]
+    other, tokenizer = replace(clip, model=model), convert_tokenizer(clip.tokenizer)
     graph = exported(model, path, any_length=True)
     with pytest.raises(ExportError, match=r"^text embedding of 'a photo of a red circle' at its own length: relative"):
         check_text(other, graph, tokenizer, TEXTS, path)
@@ -133,7 +133,7 @@ def test_the_check_notices_a_tower_whose_embedding_depends_on_the_padding(clip, 
 
 
 def test_the_check_notices_another_text_tower(clip, bundle):
-    graph, tokenizer, path = TextGraph(clip.model), convert_tokenizer(clip.tokenizer)[0], bundle.path / "text.onnx"
+    graph, tokenizer, path = TextGraph(clip.model), convert_tokenizer(clip.tokenizer), bundle.path / "text.onnx"
     check_text(clip, graph, tokenizer, TEXTS, path)
     model = deepcopy(clip.model)
     model.text_projection[0] += 0.1

@@ -17,9 +17,11 @@ from PIL import Image
 from prometheus_client import REGISTRY
 
 from vitrine.models.bundle.manifest import Preprocessing
+from vitrine.models.images.decode import ImageLimits, decode
+from vitrine.models.images.errors import ImageError
+from vitrine.models.images.frame import to_pixels
 from vitrine.service.engine import decoders
 from vitrine.service.engine.decoders import Decoders
-from vitrine.service.engine.images import ImageLimits, decode, to_pixels
 from vitrine.service.engine.runtime import EngineError
 from vitrine.service.errors import ServiceError
 
@@ -68,9 +70,9 @@ def test_pixels_are_those_of_this_process(picture, format, mode):
         how = how.model_copy(update={"size": (24, 40), "interpolation": "bilinear"})
     data = picture(format)
     with decoding(preprocessing=how) as running:
-        pixels = running.decode(data)
+        pixels = running.decode(data).pixels
     assert pixels.dtype == np.float32
-    assert np.array_equal(pixels, to_pixels(decode(data, LIMITS), how, LIMITS))
+    assert np.array_equal(pixels, to_pixels(decode(data, LIMITS).image, how, LIMITS))
 
 
 def test_refusals_are_those_of_this_process(picture):
@@ -80,10 +82,10 @@ def test_refusals_are_those_of_this_process(picture):
         (before,) = processes()
         for data in bad:
             error = refusal(running, data)
-            with pytest.raises(ServiceError) as expected:
-                to_pixels(decode(data, limits), PREPROCESSING, limits)
+            with pytest.raises(ImageError) as expected:
+                to_pixels(decode(data, limits).image, PREPROCESSING, limits)
             assert (error.code, error.message) == (expected.value.code, expected.value.message)
-        assert running.decode(picture(size=(50, 40))).shape == (3, 32, 32)
+        assert running.decode(picture(size=(50, 40))).pixels.shape == (3, 32, 32)
         assert processes() == [before]
 
 
@@ -95,7 +97,7 @@ def test_an_image_that_takes_too_long_is_ended_by_the_kernel_and_hurts_no_other(
         (before,) = processes()
         error = refusal(running, costly_image())
         assert len(processes()) == 1, "another starts before it is needed"
-        assert running.decode(picture()).shape == (3, 32, 32)
+        assert running.decode(picture()).pixels.shape == (3, 32, 32)
         assert processes() != [before]
     assert (error.code, error.status) == ("image_too_costly", 413)
     assert "within 0.05 s" in error.message
@@ -111,7 +113,7 @@ def test_a_process_that_does_nothing_is_ended_too(picture):
         start = time.monotonic()
         assert refusal(running, picture()).code == "image_too_costly"
         assert time.monotonic() - start < 10
-        assert running.decode(picture()).shape == (3, 32, 32)
+        assert running.decode(picture()).pixels.shape == (3, 32, 32)
         assert not before.is_running()
     assert restarts("timeout") == late + 1
 
@@ -133,7 +135,7 @@ def test_an_image_that_takes_too_much_memory_hurts_no_other(picture, monkeypatch
     Image.new("L", (6000, 6000)).save(buffer, "PNG", compress_level=1)
     with decoding() as running:
         error = refusal(running, buffer.getvalue())  # 36 MB as levels, 144 MB as RGB
-        assert running.decode(picture()).shape == (3, 32, 32)
+        assert running.decode(picture()).pixels.shape == (3, 32, 32)
     assert (error.code, "memory" in error.message) == ("image_too_costly", True)
     assert restarts("memory") == full + 1
 
@@ -160,7 +162,7 @@ def test_the_largest_images_fit_into_the_memory(encode):
     exif[0x0112] = 6
     data = encode(Image.new("RGBA", (4000, 3000), (1, 2, 3, 4)), "WEBP", lossless=True, quality=0, exif=exif)
     with decoding(limits=ImageLimits(pixels=12_000_000, side=4000)) as running:
-        assert running.decode(data).shape == (3, 32, 32)
+        assert running.decode(data).pixels.shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +183,7 @@ def test_the_death_of_a_process_is_the_error_of_its_image_alone(picture, monkeyp
         with monkeypatch.context() as deadly:
             deadly.setattr(decoders, "send", send_and_kill)
             assert refusal(running, picture()).code == code
-        assert running.decode(picture()).shape == (3, 32, 32)
+        assert running.decode(picture()).pixels.shape == (3, 32, 32)
     assert restarts(reason) == counted + 1
 
 
@@ -192,7 +194,7 @@ def test_a_process_killed_while_idle_is_replaced_unnoticed(picture):
             process.kill()
         while any(process.status() != psutil.STATUS_ZOMBIE for process in killed):
             time.sleep(0.01)
-        assert running.decode(picture()).shape == (3, 32, 32)
+        assert running.decode(picture()).pixels.shape == (3, 32, 32)
         assert not set(killed) & set(processes())
 
 
@@ -205,18 +207,18 @@ def test_signals_to_the_server_do_not_end_its_decoders(picture):
             for number in (signal.SIGTERM, signal.SIGINT):
                 before[0].send_signal(number)
             running.wait()
-        assert running.decode(picture()).shape == (3, 32, 32)
+        assert running.decode(picture()).pixels.shape == (3, 32, 32)
         assert processes() == before
 
 
 def test_many_threads_share_the_processes(picture):
     files = [picture("PNG", seed=seed, size=(50 + seed, 40)) for seed in range(8)]
-    expected = [to_pixels(decode(data, LIMITS), PREPROCESSING, LIMITS) for data in files]
+    expected = [to_pixels(decode(data, LIMITS).image, PREPROCESSING, LIMITS) for data in files]
     with Decoders(2, PREPROCESSING, LIMITS, 30) as running, ThreadPoolExecutor(8) as threads:
         assert not processes(), "they are started when they are needed"
         answers = list(threads.map(running.decode, files * 8))
         assert len(processes()) == 2
-    assert all(np.array_equal(answer, right) for answer, right in zip(answers, expected * 8, strict=True))
+    assert all(np.array_equal(answer.pixels, right) for answer, right in zip(answers, expected * 8, strict=True))
     assert not processes()
 
 
@@ -249,7 +251,7 @@ def test_without_processes_nothing_is_ready_until_they_start_again(picture, monk
         while not running.can_decode():
             assert time.monotonic() < end
             time.sleep(0.05)
-        assert running.decode(picture()).shape == (3, 32, 32)
+        assert running.decode(picture()).pixels.shape == (3, 32, 32)
         assert threading.active_count() < 10
 
 

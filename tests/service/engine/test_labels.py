@@ -6,17 +6,27 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
 
-from vitrine.models.bundle.bundle import seal
+from broken import copy, tokenizer, write_manifest
+from unicode import TEXTS
+from vitrine.models.bundle.bundle import open_bundle, seal
 from vitrine.models.bundle.label_sets import NamedLabels
 from vitrine.models.graph.onnx_file import save_onnx
 from vitrine.models.graph.text import TextGraph, text_to_onnx
+from vitrine.models.texts.labels import label_readings, label_texts
 from vitrine.service.engine.engine import Engine
-from vitrine.service.engine.labels import PROMPTS_AT_ONCE, LabelEncoder
+from vitrine.service.engine.labels import PROMPTS_AT_ONCE, LabelEncoder, bundle_notices
 from vitrine.service.operations.settings import Settings
 
 TEMPLATES = ("a photo of a {}", "{}", "two {}, or one {}.")
-LABELS = ("cat", "Fire  Truck", "naïve café", "猫", "it's", "a" * 256, "<|endoftext|>")
+LABELS = ("cat", "Fire  Truck", "naïve café", "猫", "it's", "a" * 256, "<|endoftext|>", "Ben &amp; Jerry", "schÃ¶n")
+
+
+@pytest.fixture(scope="module")
+def label_encoder(engine):
+    """For what keeps nothing."""
+    return LabelEncoder(engine, 1)
 
 
 @pytest.fixture
@@ -27,13 +37,13 @@ def encoder(engine):
 @pytest.fixture
 def encoded(encoder, monkeypatch):
     """How often each label was encoded."""
-    counts, tokenise = Counter(), encoder._tokenise
+    counts, read = Counter(), encoder._read
 
-    def counting(labels, templates):
+    async def counting(labels, templates):
         counts.update(labels)
-        return tokenise(labels, templates)
+        return await read(labels, templates)
 
-    monkeypatch.setattr(encoder, "_tokenise", counting)
+    monkeypatch.setattr(encoder, "_read", counting)
     return counts
 
 
@@ -57,6 +67,26 @@ def test_embeddings_equal_the_clips_own(clip, encoder, labels, templates):
     np.testing.assert_allclose(label_set.embeddings, expected, rtol=0, atol=1e-5)
 
 
+@settings(deadline=None, max_examples=100)
+@given(label=TEXTS)
+@example(label="<end_of_text> cat")
+def test_tokens_of_any_label_are_the_clips_own(clip, label_encoder, label):
+    texts, _ = asyncio.run(label_encoder._read([label], TEMPLATES))
+    expected = clip.tokenizer([template.replace("{}", label) for template in TEMPLATES]).tolist()
+    assert [ids + [0] * (16 - len(ids)) for ids in texts] == expected
+
+
+def test_a_bundle_of_an_older_version_is_read_as_before(bundle, label_encoder, tmp_path):
+    """Its tokenizer.json cleans texts, and its manifest says nothing of that."""
+    older = copy(bundle.path, tmp_path / "older")
+    tokenizer(lambda settings: settings.update(normalizer={"type": "Lowercase"}))(older)
+    write_manifest(older, lambda manifest: [manifest["text"].pop(name) for name in ("clean", "written", "zeroed")])
+    encoder = LabelEncoder(Engine(open_bundle(older), Settings()), 100)
+    assert encoder.reader.read(["A Cat &amp; I"]) == encoder.reader.read(["a cat &amp; i"])
+    assert encoder.reader.read(["A Cat"]) == label_encoder.reader.read(["a cat"])
+    assert encoder.reader.read(["&amp;"]) != label_encoder.reader.read(["&amp;"])
+
+
 def test_embeddings_are_unit(encoder):
     np.testing.assert_allclose(np.linalg.norm(resolve(encoder, LABELS).embeddings, axis=1), 1, atol=1e-6)
 
@@ -73,8 +103,8 @@ TREES = NamedLabels(labels=("oak", "elm"), templates=("a {} tree",))
 def test_named_sets_are_encoded_once_and_never_forgotten(engine, bundle, monkeypatch):
     encoder = LabelEncoder(engine, 1)  # a cache that holds almost nothing
     asyncio.run(encoder.add({"pets": PETS, "trees": TREES}, run))
-    calls, tokenise = [], encoder._tokenise
-    monkeypatch.setattr(encoder, "_tokenise", lambda *texts: calls.append(texts) or tokenise(*texts))
+    calls, read = [], encoder._read
+    monkeypatch.setattr(encoder, "_read", lambda *texts: calls.append(texts) or read(*texts))
     assert list(encoder.named) == ["default", "pets", "trees"]
     assert encoder.named["pets"].templates == bundle.manifest.text.templates
     for name, definition in (("pets", PETS), ("trees", TREES)):
@@ -91,10 +121,71 @@ def test_the_bundles_sets_are_known_without_encoding(engine, monkeypatch):
     embeddings = np.eye(2, 24, dtype=np.float32)
     monkeypatch.setitem(vars(engine.bundle), "label_sets", {"pets": (PETS, embeddings)})
     encoder = LabelEncoder(engine, 10)
-    monkeypatch.setattr(encoder, "_tokenise", None)
+    monkeypatch.setattr(engine, "encode_texts", None)
     label_set = resolve(encoder, PETS.labels, encoder.default_templates)
     assert (label_set.labels, encoder.named["pets"].labels) == (PETS.labels, PETS.labels)
     np.testing.assert_array_equal(label_set.embeddings, embeddings)
+
+
+CODES = {
+    ("cat", "dog"): [],
+    ("Cat", "dog", "cat", "dog &amp; I", "DOG & i"): ["labels_same", "labels_same"],
+    ("cat", "a" * 256): ["labels_cut"],
+    ("cat", "猫"): ["labels_unknown"],
+}
+
+
+@pytest.mark.parametrize("labels", CODES, ids=lambda labels: "/".join(labels)[:20])
+def test_what_there_is_to_say_of_labels_comes_with_them(engine, encoder, encoded, labels):
+    codes = CODES[labels]
+    for _ in range(2):  # new, and from the cache
+        assert [notice.code for notice in resolve(encoder, labels).notices] == codes
+    assert encoded == dict.fromkeys(labels, 1)
+    assert [
+        notice.code for notice in resolve(encoder, labels[::-1]).notices
+    ] == codes  # another set, of the same labels
+    assert encoded == dict.fromkeys(labels, 1)
+    small = LabelEncoder(engine, 1)  # which keeps none
+    assert [notice.code for notice in resolve(small, labels).notices] == codes
+
+
+@pytest.mark.parametrize(("label", "texts"), [("cat", 24), ("cat &amp; dog", 24), ("x" * 700, 23), ("&amp;" * 200, 1)])
+def test_texts_are_read_in_pieces_of_which_none_takes_long(encoder, monkeypatch, label, texts):
+    pieces, read = [], encoder.reader.read
+    monkeypatch.setattr(encoder.reader, "read", lambda piece: pieces.append(list(piece)) or read(piece))
+    templates = [f"{{}} {number}" for number in range(24)]
+    found = asyncio.run(encoder._read([label], templates))
+    assert max(map(len, pieces)) == texts + (texts == 24)  # and the label alone
+    assert [text for piece in pieces for text in piece] == [
+        *(template.replace("{}", label) for template in templates),
+        label,
+    ]
+    monkeypatch.undo()
+    assert found == label_readings(encoder.reader, encoder.reader.read(label_texts([label], templates)), templates)
+
+
+def test_nothing_is_encoded_to_say_it(engine, encoder, monkeypatch):
+    resolve(encoder, ["cat", "a" * 256])
+    monkeypatch.setattr(engine, "encode_texts", None)
+    notices = asyncio.run(encoder.notices(("cat", "Cat", "a" * 256, "dog"), TEMPLATES))
+    assert [(notice.code, notice.labels) for notice in notices] == [
+        ("labels_cut", ("a" * 256,)),
+        ("labels_same", ("cat", "Cat")),
+    ]
+
+
+def test_texts_of_a_bundles_set_are_read_when_it_is_first_asked_for(engine, monkeypatch):
+    named = NamedLabels(labels=("cat", "Cat"))
+    monkeypatch.setitem(vars(engine.bundle), "label_sets", {"pets": (named, np.eye(2, 24, dtype=np.float32))})
+    encoder = LabelEncoder(engine, 10)
+    calls, read = [], encoder._read
+    monkeypatch.setattr(encoder, "_read", lambda *texts: calls.append(texts) or read(*texts))
+    for _ in range(2):
+        ((code, _, labels),) = resolve(encoder, named.labels, encoder.default_templates).notices
+        assert (code, labels, len(calls)) == ("labels_same", named.labels, 1)
+    assert asyncio.run(encoder.notices(named.labels, encoder.default_templates))[0].labels == named.labels
+    assert len(calls) == 1
+    assert bundle_notices(engine.bundle, named.labels, encoder.default_templates)[0].labels == named.labels
 
 
 @pytest.fixture
@@ -267,5 +358,5 @@ def test_a_kept_embedding_keeps_no_others_in_memory(engine):
     """The embeddings of one call are one array; a view of one of them would keep all in memory."""
     encoder = LabelEncoder(engine, 1)
     resolve(encoder, [f"label {i}" for i in range(20)])
-    (kept,) = encoder._labels.values()
+    ((kept, _),) = encoder._labels.values()
     assert kept.base is None or kept.base.nbytes == kept.nbytes

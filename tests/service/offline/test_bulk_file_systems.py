@@ -12,9 +12,10 @@ from rich.console import Console
 
 from faults import everything, fail, largest_file
 from strace import failing
-from vitrine.models.files.problems import FileError
+from vitrine.models.files.errors import FileError
+from vitrine.models.inputs.opening import open_inputs
 from vitrine.service.offline.bulk import tables
-from vitrine.service.offline.bulk.inputs import BulkError, open_source
+from vitrine.service.offline.bulk.errors import BulkError
 from vitrine.service.offline.bulk.job import lock_output, make_job
 from vitrine.service.offline.bulk.run import Summary, bulk
 from vitrine.service.offline.bulk.work import Work
@@ -38,7 +39,7 @@ def photos(picture, tmp_path):
 @pytest.fixture
 def work(bundle, photos, tmp_path):
     """Two parts of two images, into `out`."""
-    source = open_source(str(photos))
+    source = open_inputs(str(photos))
     job = make_job(bundle, SETTINGS, source, AttributeRequest(), path=str(photos), part_size=2)
     return Work(job, source, tmp_path / "out", SETTINGS)
 

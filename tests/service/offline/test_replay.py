@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,14 +14,26 @@ from rich.console import Console
 from vitrine.models.account.windows import TOKENS
 from vitrine.models.bundle.layout import REPLACED_INPUT
 from vitrine.models.dictionary.replacement import Replacement
+from vitrine.models.images.decode import ImageLimits, decode
+from vitrine.models.images.frame import to_pixels
+from vitrine.models.inputs.errors import InputError
+from vitrine.models.inputs.opening import open_inputs
 from vitrine.service.engine.engine import Engine
-from vitrine.service.engine.images import ImageLimits, decode, to_pixels
 from vitrine.service.engine.labels import LabelEncoder
-from vitrine.service.offline.replay import ReplayError, find_images, print_replay, replay
+from vitrine.service.offline.replay import ReplayError, print_replay
+from vitrine.service.offline.replay import replay as replay_source
 from vitrine.service.operations.settings import Settings
 
 LIMITS = ImageLimits(10_000, 100)
 LABELS = ["blue triangle", "green square", "red circle"]
+
+
+def replay(engine, inputs, limits, **options):
+    return replay_source(engine, open_inputs(str(inputs)), limits, **options)
+
+
+def val_images(data_root):
+    return [data_root / "val" / path for path in open_inputs(str(data_root / "val")).paths]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +44,7 @@ def found(engine, data_root):
 @pytest.fixture(scope="module")
 def expected(clip, clt, data_root, bundle):
     """{(first, tokens): log-probabilities [12, 3] of the torch model}, CLIP's own under None; truth [12]."""
-    files, labels = find_images(data_root / "val")
+    files, labels = val_images(data_root), LABELS
     pixels = torch.stack([clip.transform()(Image.open(file)) for file in files])
     templates = bundle.manifest.text.templates
     directions = clip.logit_scale * clip.encode_labels(labels, list(templates))
@@ -89,10 +102,9 @@ def test_accuracies_by_hand(engine, data_root, monkeypatch):
 
 
 def test_matrix_is_the_mean_over_images_of_clip_itself(found, engine, data_root):
-    files, _ = find_images(data_root / "val")
     scores = []
-    for file in files:
-        pixels = to_pixels(decode(file.read_bytes(), LIMITS), engine.bundle.manifest.preprocessing, LIMITS)
+    for file in val_images(data_root):
+        pixels = to_pixels(decode(file.read_bytes(), LIMITS).image, engine.bundle.manifest.preprocessing, LIMITS)
         scores.append(engine.replace(pixels[None], np.zeros((3, 2), bool))[1][0])
     np.testing.assert_allclose([found.matrix.cls, found.matrix.patches], np.mean(scores, axis=0), rtol=0, atol=1e-5)
 
@@ -109,18 +121,27 @@ def test_images_without_labels_have_no_accuracy(engine, data_root, tmp_path):
 
 def test_broken_images_are_named_and_left_out(engine, data_root, tmp_path, capsys):
     shutil.copytree(data_root / "val", tmp_path / "val")
-    for name in ("blue triangle/broken.png", "red circle/notes.txt"):
+    for name in ("blue triangle/broken.png", "red circle/broken.png", "red circle/notes.txt", "beside.png"):
         (tmp_path / "val" / name).write_bytes(b"\x89PNG\r\n\x1a\nno")
     (tmp_path / "val" / "green square" / ".hidden").write_bytes(b"x")
+    (tmp_path / "val" / "no label").mkdir()
     result, clean = replay(engine, tmp_path / "val", LIMITS), replay(engine, data_root / "val", LIMITS)
     for ours, theirs in zip(result.rows, clean.rows, strict=True):  # batches differ, and with them roundings
         assert ours.model_copy(update={"divergence": theirs.divergence}) == theirs
         assert ours.divergence == pytest.approx(theirs.divergence, abs=1e-6)
     assert [line.split(": ", 1)[1] for line in result.unreadable] == ["the PNG image's header is damaged"] * 2
-    assert "broken.png" in result.unreadable[0]
+    assert result.unreadable[0].startswith("blue triangle/broken.png: ")
+    assert (result.images, result.failed) == (12, {"invalid_image": 2})
     print_replay(result, Console(width=300))
-    assert "left out: " in (output := capsys.readouterr().out)
-    assert "notes.txt: the PNG image's header is damaged" in output
+    output = capsys.readouterr().out
+    assert "errors: 2 invalid_image (blue triangle/broken.png: the PNG image's header is damaged; red" in output
+    for line in (
+        "left out, hidden, or some system's own: 1 (green square/.hidden)",
+        "left out, no images by their names: 1 (red circle/notes.txt)",
+        "left out, images beside the folders of labels: 1 (beside.png)",
+        "left out, folders without images beside those of labels: 1 (no label)",
+    ):
+        assert line in output
 
 
 def test_a_sample_is_of_the_seed(engine, data_root):
@@ -140,14 +161,29 @@ def test_a_sample_is_of_the_seed(engine, data_root):
 def test_what_cannot_be_replayed(engine, any_bundle, data_root, tmp_path):
     with pytest.raises(ReplayError, match=r"has no replacement graph: export it with `bundle\.replacement = true`"):
         replay(Engine(any_bundle, Settings()), data_root / "val", LIMITS)
-    with pytest.raises(ReplayError, match="nowhere is no directory"):
-        replay(engine, tmp_path / "nowhere", LIMITS)
-    with pytest.raises(ReplayError, match="has no images: put them there, or into one folder a label"):
+    with pytest.raises(InputError, match="has no images"):
         replay(engine, tmp_path, LIMITS)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.png").write_bytes(b"")
-    with pytest.raises(ReplayError, match=r"has no usable image; the first: .*x\.png: the image is empty"):
+    with pytest.raises(ReplayError, match=r"none of 1 images can be used; the first: a/x\.png: the image is empty"):
         replay(engine, tmp_path, LIMITS)
+
+
+@pytest.mark.parametrize("kind", ["list", "tar", "tar.gz", "pattern"])
+def test_every_kind_of_input_gives_the_same_figures(engine, data_root, tmp_path, kind):
+    folder = data_root / "val" / "red circle"
+    if kind == "list":
+        source = tmp_path / "list.txt"
+        source.write_text("\n".join(map(str, sorted(folder.iterdir()))))
+    elif kind == "pattern":
+        source = folder / "*.png"
+    else:
+        source = tmp_path / f"x.{kind}"
+        with tarfile.open(source, "w:gz" if kind == "tar.gz" else "w") as tar:
+            for file in sorted(folder.iterdir()):
+                tar.add(file, file.name)
+    ours, theirs = replay(engine, source, LIMITS, count=3), replay(engine, folder, LIMITS, count=3)
+    assert ours == theirs
 
 
 def test_json_is_what_is_printed(found):

@@ -16,7 +16,8 @@ from playwright.sync_api import expect
 from common import ROOT
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.bundle.manifest import Preprocessing
-from vitrine.service.engine.images import ImageLimits, to_pixels
+from vitrine.models.images.decode import ImageLimits
+from vitrine.models.images.frame import to_pixels
 
 DEMO = ROOT / "models" / "demo"
 
@@ -123,6 +124,17 @@ def test_labels_are_edited_and_sets_chosen(page, photo):
     assert page.input_value("#labels") == "cat, dog"
     answer, request = trigger(page, lambda: page.select_option("#set", "default"))
     assert not {"labels", "label_set"} & set(request)
+
+
+def test_labels_are_warned_of(page, photo):
+    page.fill("#labels", "Cat, dog")
+    assert upload(page, photo)["warnings"] == []
+    assert page.locator(".warnings").count() == 0
+    page.fill("#labels", "Cat, dog, cat")
+    answer, _ = trigger(page, page.get_by_role("button", name="Ask with these labels").click)
+    (warning,) = answer["warnings"]
+    expect(page.get_by_role("list", name="Warnings").get_by_role("listitem")).to_have_text([warning["message"]])
+    expect(page.locator("#status")).to_contain_text(f"Warning: {warning['message']}")
 
 
 def test_labels_survive_the_field(page):
@@ -289,14 +301,26 @@ def test_photos_are_shown_upright(page):
         assert np.allclose(drawn, expected.getpixel((5, 5)), atol=40), (format, orientation)
 
 
-def test_of_a_moving_picture_the_first_frame_is_shown(page, encode):
+@pytest.mark.parametrize("format", ["GIF", "PNG", "AVIF"])
+def test_of_a_moving_picture_the_first_frame_is_shown(page, encode, format):
     frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
-    upload(page, encode(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=50, loop=0), "film.gif")
+    loop = {} if format == "AVIF" else {"loop": 0}
+    upload(page, encode(frames[0], format, save_all=True, append_images=frames[1:], duration=50, **loop), "film")
     page.wait_for_timeout(120)
     page.locator("input[type=range]").fill("0")
     seen = Image.open(io.BytesIO(page.locator(".photo").screenshot())).convert("RGB")
     red, _, blue = seen.getpixel((seen.width // 2, seen.height // 2))
     assert red > 200 > 50 > blue
+
+
+def test_what_is_transparent_is_shown_white_as_the_model_saw_it(page, encode):
+    clear = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    clear.paste((255, 0, 0, 255), (20, 0, 40, 40))
+    page.emulate_media(color_scheme="dark")
+    upload(page, encode(clear), "clear.png")
+    page.locator("input[type=range]").fill("0")
+    seen = Image.open(io.BytesIO(page.locator(".photo").screenshot())).convert("RGB")
+    assert min(seen.getpixel((seen.width // 4, seen.height // 2))) > 240
 
 
 # Tables, fidelity, timings, exports

@@ -11,7 +11,7 @@ from browsing import card, number, serious_violations, signed, visit
 from PIL import Image
 from playwright.sync_api import expect
 
-from vitrine.service.errors import ServiceError
+from vitrine.models.images.errors import ImageError
 from vitrine.service.exports.page import draw_page
 from vitrine.service.schemas.attribute import AttributeResponse
 
@@ -73,11 +73,14 @@ def test_it_shows_the_same_account(page, answer):
     assert page.locator(".timings tbody tr").count() == len(answer.timings_ms)
 
 
-def test_what_is_hostile_stays_text(page, saved):
+def test_what_is_hostile_stays_text(page, saved, answer):
     assert saved.read_text(encoding="utf-8").count("</script>") == 2  # the data's and the script's own
     assert page.get_by_text(HOSTILE).first.is_visible()
     assert page.title() != "hacked"
     assert page.locator("img").count() == 1
+    assert answer.warnings[0].code == "labels_cut"
+    assert page.locator(".warnings li").all_text_contents() == [warning.message for warning in answer.warnings]
+    assert "</script>" in answer.warnings[0].message
 
 
 def test_cards_that_came_along_open(page, answer):
@@ -129,7 +132,7 @@ def test_its_policy_lets_no_other_script_run(browser, saved, tmp_path):
 
 
 def test_it_holds_the_photo_in_any_format(browser, answer, picture, bundle, tmp_path):
-    for format, kind in {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}.items():
+    for format, kind in {"JPEG": "jpeg", "PNG": "png", "WEBP": "png", "TIFF": "png", "HEIF": "png"}.items():
         path = tmp_path / f"{format}.html"
         text = draw_page(answer, picture(format, size=(64, 48)), {}, bundle.manifest.preprocessing)
         path.write_text(text, encoding="utf-8")
@@ -159,5 +162,5 @@ def test_what_browsers_show_otherwise_is_drawn_anew(answer, encode, bundle):
 
 
 def test_a_file_that_is_not_an_image_is_refused(answer, bundle):
-    with pytest.raises(ServiceError, match="formats JPEG, PNG, WEBP, GIF, BMP"):
+    with pytest.raises(ImageError, match=r"no image in a supported format \(JPEG, PNG, WEBP, GIF, BMP"):
         draw_page(answer, b"text", {}, bundle.manifest.preprocessing)

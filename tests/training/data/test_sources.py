@@ -14,11 +14,13 @@ import torch
 import torchvision
 from PIL import Image
 
+from vitrine.models.images.formats import FORMATS
 from vitrine.training.data.images import DataError, load
 from vitrine.training.data.sources import TORCHVISION, open_images
 from vitrine.training.recipes.recipe import FolderSource, HuggingFaceSource, TorchvisionSource, WebDatasetSource
 
 NO_IMAGE = b"no image"
+NO_FORMAT = f"this is no image in a supported format ({FORMATS})"
 
 
 def colour(image):
@@ -64,7 +66,7 @@ def test_broken_image_in_a_folder(tmp_path):
     class_folders(tmp_path, cat=[10, None, 12])
     images = open_images(FolderSource(kind="folder", path="."), tmp_path, colour, max_broken=0.4)
     assert reds(images) == [(10, 0), (12, 0), (12, 0)]
-    assert images.broken == {str(tmp_path / "cat/1.png"): "not an image in a known format"}
+    assert images.broken == {str(tmp_path / "cat/1.png"): NO_FORMAT}
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "without images"])
@@ -221,8 +223,8 @@ def test_broken_image_in_a_hugging_face_set(tmp_path):
     images = open_images(hub(), tmp_path, colour, max_broken=0.5)
     assert reds(images) == [(1, 0), (3, 1), (3, 1), (1, 0)]
     assert images.broken == {
-        "hub[train] row 1": "not an image in a known format",
-        "hub[train] row 3": "ValueError: the row has no image",
+        "hub[train] row 1": NO_FORMAT,
+        "hub[train] row 3": "the row has no image",
     }
 
 
@@ -330,30 +332,55 @@ def test_webdataset_shards_with_indices(tmp_path, workers):
 
 
 def test_webdataset_shards_with_names(tmp_path):
-    tar(tmp_path / "shards/00.tar", {"1.png": encoded(1), "1.txt": b"dog\n", "2.png": encoded(2), "2.txt": b"ant"})
+    files = {"1.png": encoded(1), "1.txt": b"dog\n", "2.png": encoded(2), "2.txt": b"ant"}
+    files |= {"3.png": encoded(3), "3.txt": b"dog", "4.png": encoded(4), "4.txt": b" ant "}
+    tar(tmp_path / "shards/00.tar", files)
     images = open_images(shards("shards/00.tar"), tmp_path, colour)
-    assert (images.classes, reds(images)) == (("ant", "dog"), [(1, 1), (2, 0)])
+    assert (images.classes, reds(images)) == (("ant", "dog"), [(1, 1), (2, 0), (3, 1), (4, 0)])
     (tmp_path / "names.txt").write_text("dog\nbee\nant\n")
     images = open_images(shards("shards/00.tar", classes="names.txt"), tmp_path, colour)
-    assert (images.classes, reds(images)) == (("dog", "bee", "ant"), [(1, 0), (2, 2)])
+    assert (images.classes, reds(images)) == (("dog", "bee", "ant"), [(1, 0), (2, 2), (3, 0), (4, 2)])
 
 
 def test_broken_image_in_a_shard(tmp_path):
     tar(tmp_path / "x.tar", {"1.jpg": NO_IMAGE, "1.cls": b"0", "2.jpg": encoded(7, "PNG"), "2.cls": b"1"})
     images = open_images(shards("x.tar"), tmp_path, colour, max_broken=0.5)
     assert reds(images) == [(7, 1), (7, 1)]
-    assert images.broken == {f"{tmp_path}/x.tar: 1": "not an image in a known format"}
+    assert images.broken == {f"{tmp_path}/x.tar: 1": NO_FORMAT}
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({"1.png": b"", "2.png": b"", "2.cls": b"0"}, "1 of 2 samples have neither .cls (an index) nor .txt"),
+        ({"1.png": b"", "1.cls": b"cat"}, "1 of 1 samples have a .cls that is no index of a class, as '1': 'cat'"),
+        ({"1.png": b"", "1.cls": b"0", "2.png": b"", "2.txt": b"a"}, "1 of 2 samples have no .cls but only .txt"),
+        (
+            {"1.png": b"", "1.txt": b"a car", "2.png": b"", "2.txt": b"a dog"},
+            "its 2 texts are captions and no classes: 2 of them differ",
+        ),
+    ],
+)
+def test_shards_without_classes_are_images_to_train_on(tmp_path, files, why):
+    """Where classes are needed it is said why there are none."""
+    tar(tmp_path / "x.tar", {name: encoded(7) if name.endswith("png") else value for name, value in files.items()})
+    images = open_images(shards("x.tar"), tmp_path, colour)
+    assert images.classes == ()
+    assert set(reds(images)) == {(7, 0)}
+    assert why in images.summary()[0]
+    with pytest.raises(DataError, match=re.escape(why)):
+        images.require_classes()
+    (tmp_path / "names").write_text("dog\nant")
+    with pytest.raises(DataError, match=r"x\.tar"):  # who names classes wants them
+        open_images(shards("x.tar", "names"), tmp_path, colour)
 
 
 @pytest.mark.parametrize(
     ("files", "classes", "message"),
     [
-        ({"1.png": b""}, None, "x.tar: 1 has neither .cls"),
-        ({"1.png": b"", "1.cls": b"cat"}, None, "x.tar: 1.cls holds 'cat', not the index of a class"),
         ({"1.png": b"", "1.cls": b"2"}, "ant\nbee", "x.tar: 1 is of class 2, which is none of the 2 classes of names"),
         ({"1.png": b"", "1.txt": b"cat"}, "ant", "x.tar: 1 is of class 'cat', which is none of the 1 classes"),
-        ({"1.png": b"", "1.cls": b"0", "2.png": b"", "2.txt": b"a"}, None, "some samples have .cls and others only"),
-        ({"1.txt": b"cat"}, None, "no images in .*x.tar"),
+        ({"1.txt": b"cat"}, None, r"no images in .*x.tar. left out, samples without an image: 1 \(x.tar/1\)"),
     ],
 )
 def test_shards_that_cannot_be_used(tmp_path, files, classes, message):
@@ -364,9 +391,29 @@ def test_shards_that_cannot_be_used(tmp_path, files, classes, message):
         open_images(shards("x.tar", "names" if classes else None), tmp_path, colour)
 
 
-@pytest.mark.parametrize(
-    "kind", ["missing", "gzip", "no tar", "cut at 0", "cut at 600", "cut at 1024", "cut at 1100", "cut at 1600"]
-)
+def test_one_image_of_a_sample_is_taken_and_the_others_are_named(tmp_path):
+    files = {"a.input.jpg": encoded(1), "a.cls": b"0", "b.depth.png": encoded(9), "b.PNG": encoded(2), "b.cls": b"1"}
+    files |= {"c.one.png": encoded(3), "c.two.png": encoded(9), "c.cls": b"1", "c.json": b"{}", "._c.png": b"x"}
+    tar(tmp_path / "x.tar", files)
+    images = open_images(shards("x.tar"), tmp_path, colour)
+    assert reds(images) == [(1, 0), (2, 1), (3, 1)]
+    assert images.summary() == [
+        f"{tmp_path}/x.tar: 3 images in 2 classes",
+        "left out, no images, classes or texts of samples: 1 (x.tar/c.json)",
+        "left out, hidden, or some system's own: 1 (x.tar/._c.png)",
+        "left out, further images of a sample that has one: 2 (x.tar/b.depth.png; x.tar/c.two.png)",
+    ]
+
+
+def test_shards_by_a_glob_or_a_folder(tmp_path):
+    for number in range(3):
+        tar(tmp_path / f"shards [1]/{number}.tar", {"1.png": encoded(number), "1.cls": b"0"})
+    (tmp_path / "shards [1]/readme.md").touch()
+    for pattern in ("shards [1]", "shards [1]/{0,1,2}.tar", "shards*/*", "**/*.tar"):
+        assert [red for red, _ in reds(open_images(shards(pattern), tmp_path, colour))] == [0, 1, 2], pattern
+
+
+@pytest.mark.parametrize("kind", ["missing", "gzip", "no tar", "cut at 0", "cut at 514", "cut at 580", "cut at 1100"])
 def test_unreadable_shard_is_named(tmp_path, kind):
     path = tmp_path / "shards/01.tar"
     tar(tmp_path / "shards/00.tar", {"1.png": encoded(1), "1.cls": b"0"})
@@ -379,6 +426,10 @@ def test_unreadable_shard_is_named(tmp_path, kind):
         path.write_bytes((tmp_path / "shards/00.tar").read_bytes()[: int(kind.removeprefix("cut at "))])
     with pytest.raises(DataError, match=f"^{path} is no readable tar file"):
         open_images(shards(), tmp_path, colour)
+    source = shards().model_copy(update={"skip_broken": True})
+    images = open_images(source, tmp_path, colour)
+    assert reds(images) == [(1, 0)]
+    assert images.summary()[1].startswith("left out, damaged or missing: 1 (01.tar: ")
 
 
 def test_missing_class_names_are_reported(tmp_path):

@@ -13,10 +13,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vitrine.models.bundle.manifest import Preprocessing
-from vitrine.service.engine.images import SIGNATURES, ImageLimits, decode, to_pixels
-from vitrine.service.errors import ServiceError
+from vitrine.models.images import decode as decoding
+from vitrine.models.images.decode import ImageLimits
+from vitrine.models.images.errors import ImageError
+from vitrine.models.images.formats import SIGNATURES
+from vitrine.models.images.frame import to_pixels
 
 LIMITS = ImageLimits(pixels=40_000_000, side=16_384)
+
+
+def decode(data, limits=LIMITS):
+    """The decoded RGB image."""
+    return decoding.decode(data, limits).image
+
+
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 SIZES = st.integers(1, 300)
 
@@ -29,13 +39,13 @@ def outcome(data, limits=LIMITS):
     """The decoded image, or the code of the refusal. Any other error fails the test."""
     try:
         return decode(data, limits)
-    except ServiceError as error:
+    except ImageError as error:
         return error.code
 
 
 def refusal(data, limits=LIMITS):
-    """The code of the `ServiceError` that decoding raises."""
-    with pytest.raises(ServiceError) as caught:
+    """The code of the `ImageError` that decoding raises."""
+    with pytest.raises(ImageError) as caught:
         decode(data, limits)
     return caught.value.code
 
@@ -89,7 +99,7 @@ def test_a_file_gives_the_pixels_that_open_clip_makes_of_it(clip, bundle, pictur
 def test_formats_are_decoded_as_upright_rgb(draw, encode, format):
     image = decode(encode(draw(), format, **({"lossless": True} if format == "WEBP" else {})), LIMITS)
     assert (image.mode, image.size) == ("RGB", (50, 40))
-    if format in ("PNG", "WEBP", "BMP"):
+    if format in ("PNG", "WEBP", "BMP", "TIFF", "PPM"):
         assert np.array_equal(np.asarray(image), np.asarray(draw()))
     else:
         difference = np.abs(np.asarray(image).astype(int) - np.asarray(draw()))
@@ -112,10 +122,10 @@ ORANGE = (240, 130, 20)
         ("L", "PNG", 77, (77, 77, 77)),
         ("1", "PNG", 1, (255, 255, 255)),
         ("1", "BMP", 0, (0, 0, 0)),
-        ("LA", "PNG", (77, 10), (77, 77, 77)),
+        ("LA", "PNG", (77, 10), (248, 248, 248)),
         ("RGBA", "PNG", (*ORANGE, 255), ORANGE),
-        ("RGBA", "PNG", (*ORANGE, 3), ORANGE),
-        ("RGBA", "WEBP", (*ORANGE, 200), ORANGE),
+        ("RGBA", "PNG", (*ORANGE, 3), (255, 254, 252)),
+        ("RGBA", "WEBP", (*ORANGE, 204), (243, 155, 67)),
         ("I;16", "PNG", 0x80FF, (0x80, 0x80, 0x80)),
         ("I;16", "PNG", 0xFFFF, (255, 255, 255)),
         ("I;16", "PNG", 0x00FF, (0, 0, 0)),
@@ -134,12 +144,17 @@ def test_palettes_become_their_colours(draw, encode, format):
     assert np.array_equal(decode(encode(palette, format), LIMITS), palette.convert("RGB"))
 
 
-@pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning:PIL.Image")
 @pytest.mark.parametrize(("format", "transparency"), [("PNG", 0), ("PNG", bytes([0, 100, 255])), ("GIF", 0)])
-def test_palettes_with_transparency_become_their_colours(draw, encode, format, transparency):
+def test_palettes_with_transparency_lie_on_white(draw, encode, format, transparency):
     palette = draw().quantize(16)
-    data = encode(palette, format, transparency=transparency)
-    assert np.array_equal(decode(data, LIMITS), palette.convert("RGB"))
+    image = decode(encode(palette, format, transparency=transparency), LIMITS)
+    opacity = np.full(256, 255)
+    opacity[: len(transparency) if isinstance(transparency, bytes) else 1] = np.frombuffer(
+        transparency if isinstance(transparency, bytes) else b"\0", np.uint8
+    )
+    alpha = opacity[np.asarray(palette)][:, :, None] / 255
+    expected = np.asarray(palette.convert("RGB")) * alpha + 255 * (1 - alpha)
+    assert np.abs(np.asarray(image) - expected).max() <= 1
 
 
 def test_colours_are_looked_up_before_resizing(encode):
@@ -347,7 +362,7 @@ def test_an_image_of_exactly_the_limits_is_taken(picture):
 
 @pytest.mark.parametrize("size", [(2000, 1), (1, 2000)])
 def test_an_image_too_elongated_to_resize_is_too_large(size):
-    with pytest.raises(ServiceError) as caught:
+    with pytest.raises(ImageError) as caught:
         to_pixels(Image.new("RGB", size), preprocessing(), ImageLimits(pixels=32 * 64_000 - 1, side=9999))
     assert caught.value.code == "image_too_large"
     pixels = to_pixels(Image.new("RGB", size, "red"), preprocessing(), ImageLimits(pixels=32 * 64_000, side=9999))
@@ -360,7 +375,7 @@ def test_a_progressive_jpeg_of_very_many_scans_is_refused(picture):
     """Its decoder goes over the whole picture for each scan: 300 kB can take a minute."""
     data = picture("JPEG", progressive=True)
     scan = data.rindex(b"\xff\xda")
-    with pytest.raises(ServiceError):
+    with pytest.raises(ImageError):
         decode(data[:scan] + data[scan:-2] * 1000 + data[-2:], LIMITS)
 
 
@@ -398,7 +413,7 @@ def valid_files():
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a description"
     frames = {"save_all": True, "append_images": [noise.rotate(90)]}
-    for format in SIGNATURES:
+    for format in SIGNATURES.keys() - {"HEIF"}:
         yield format, noise, {"exif": exif} if format in ("JPEG", "PNG", "WEBP") else {}
     yield "JPEG", noise.convert("CMYK"), {"progressive": True}
     yield "PNG", noise.quantize(16), {"transparency": bytes([0, 99])}
@@ -470,6 +485,7 @@ def test_bytes_at_random_are_refused(data):
     assert refusal(data) in ("invalid_image", "unsupported_image")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's warnings about odd files
 @pytest.mark.parametrize("format", SIGNATURES)
 def test_a_file_cut_short_anywhere_is_decoded_or_refused(picture, format):
     data = picture(format, size=(8, 6))
@@ -500,6 +516,6 @@ def test_an_empty_file_is_invalid():
     assert refusal(b"") == "invalid_image"
 
 
-@pytest.mark.parametrize("format", ["TIFF", "ICO", "PPM", "TGA", "EPS", "PDF", "JPEG2000"])
+@pytest.mark.parametrize("format", ["ICO", "TGA", "EPS", "PDF", "JPEG2000"])
 def test_other_formats_are_unsupported(picture, format):
     assert refusal(picture(format)) == "unsupported_image"
