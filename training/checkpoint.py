@@ -103,7 +103,7 @@ def latest(path: Path) -> Path:
 
 def read_meta(checkpoint: Path) -> CheckpointMeta:
     """Read and validate checkpoint.json; the format is checked first, as other formats have other fields."""
-    text = (checkpoint / META).read_text()
+    text = (checkpoint / META).read_bytes()
     try:
         version = _Format.model_validate_json(text).format
         if version != FORMAT:

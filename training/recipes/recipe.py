@@ -263,7 +263,7 @@ def read_toml(path: Path, kind: type[Model]) -> Model:
         raise RecipeError(f"recipe {path} does not exist") from error
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"recipe {path} is not TOML: {error}") from error
     except ValidationError as error:
         lines = [_explain(kind, problem["loc"], problem["type"], problem["msg"]) for problem in error.errors()]
