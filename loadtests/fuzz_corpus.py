@@ -1,4 +1,4 @@
-"""Seeds and mutations of `fuzz_inputs.py`: small valid files of every kind, and what damage, bugs and malice make of them.
+"""Seeds and mutations of `fuzz_inputs.py`: small valid files of every kind, and what damage and malice make of them.
 
 A mutation is a function of (seed, kind, number), so that any input can be made again.
 """
@@ -26,8 +26,9 @@ Chance = random.Random
 LISTED = ["a.jpg", "b.png", "deep/c.webp", "missing.png"]  # files that lists and tables name
 ODD_BYTES = (0, 1, 0x7F, 0x80, 0xFE, 0xFF)
 ODD_NUMBERS = (0, 1, -1, 127, 128, 255, 2**31 - 1, 2**31, -(2**31), 2**32 - 1, 2**63 - 1, -(2**63), 2**64 - 1)
-ODD_SIZES = (b"77777777777\0", b"00000000000\0", b"-0000000001\0", b"\x80" + b"\xff" * 11, b"\xff" * 12, b" " * 12)
-ODD_SIZES += (b"\x80" + bytes(3) + b"\x7f" + b"\xff" * 7, b"0o1234567890", b"00000001000\0", "١٢".encode() + bytes(8))
+ODD_SIZES: tuple[bytes, ...] = (b"77777777777\0", b"00000000000\0", b"-0000000001\0", b"00000001000\0", b" " * 12)
+ODD_SIZES += (b"\x80" + b"\xff" * 11, b"\xff" * 12, b"\x80" + bytes(3) + b"\x7f" + b"\xff" * 7)  # in binary
+ODD_SIZES += (b"0o1234567890", "١٢".encode() + bytes(8))
 TYPES = b"\x000123456789xgLKSNDMVAXz"
 DEEP = "[" * 20_000
 PLACEHOLDER = "<deep>"
@@ -38,6 +39,7 @@ def seeds() -> dict[str, list[bytes]]:
     images = [*drawn_images(5, side=24), b"no image"]
     return {
         "parquet": list(_tables(images)),
+        "huggingface": list(_data_sets(images[:-1])),
         "tar": list(_tars(images)),
         "list": ["\n".join(LISTED).encode(), ("\ufeff" + "\r\n".join(f"./{name}" for name in LISTED)).encode()],
         "labels": [
@@ -85,6 +87,18 @@ def _tables(images: list[bytes]) -> Iterator[bytes]:
         for codec in ("snappy", "zstd", "uncompressed"):
             database.table("photos").write_parquet(f"{folder}/x.parquet", compression=codec)
             yield Path(f"{folder}/x.parquet").read_bytes()
+
+
+def _data_sets(images: list[bytes]) -> Iterator[bytes]:
+    """Parquet with images and classes as `datasets` writes it."""
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    rows = {"image": [{"bytes": image, "path": None} for image in images], "label": [0, 1, 2, 1, 0]}
+    for rows_per_group in (2, 100):
+        buffer = io.BytesIO()
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(buffer, batch_size=rows_per_group)
+        yield buffer.getvalue()
 
 
 def _tars(images: list[bytes]) -> Iterator[bytes]:
@@ -141,7 +155,7 @@ def reseal(data: bytes) -> bytes:
 def mutate(kind: str, files: list[bytes], chance: Chance) -> bytes:
     """One damaged file of a kind."""
     data = chance.choice(files)
-    special: dict[str, Callable[[bytes, Chance], bytes]] = {"parquet": _parquet, "tar": _tar}
+    special: dict[str, Callable[[bytes, Chance], bytes]] = {"parquet": _parquet, "huggingface": _parquet, "tar": _tar}
     for name in ("labels", "job", "manifest", "checkpoint"):
         special[name] = _json
     special["recipe"] = _toml
@@ -235,7 +249,8 @@ def _tar(data: bytes, chance: Chance) -> bytes:
 
 def _odd(chance: Chance) -> Any:
     """A value that somebody might write there."""
-    values = (None, True, -1, 0, 1.5, 2**63, 10**400, 1e308, float("nan"), float("inf"), "", "\ud800", "a\0b", [], {})
+    values: list[Any] = [None, True, -1, 0, 1.5, 2**63, 10**400, 1e308, float("nan"), float("inf")]
+    values += ["", "\ud800", "a\0b", [], {}]
     return chance.choice((*values, "ß" * 5_000, ["x"] * 300, {"": {}}, [[[]]], "{}", "../../x", PLACEHOLDER))
 
 

@@ -11,6 +11,7 @@ folder. Ends with 1 if anything did.
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -27,7 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 from rich.progress import track
@@ -44,7 +45,12 @@ from vitrine.service.offline.bulk.job import Job, lock_output, make_job
 from vitrine.service.operations.settings import DEMO_BUNDLE, Settings
 from vitrine.service.schemas.attribute import AttributeRequest
 
-KINDS = {"parquet": 7, "tar": 7, "list": 1, "labels": 1, "job": 1, "manifest": 1, "checkpoint": 1, "recipe": 1}  # shares
+if TYPE_CHECKING:
+    from vitrine.training.recipes.recipe import Source
+
+# Their shares.
+KINDS = {"parquet": 6, "huggingface": 2, "tar": 6, "list": 1}
+KINDS |= {"labels": 1, "job": 1, "manifest": 1, "checkpoint": 1, "recipe": 1}
 ADDRESS_SPACE = 8 * 2**30  # bytes: for the machine's sake; what is allowed is measured
 LONGEST_MESSAGE = 10_000  # characters; a sentence may list every wrong key of a recipe
 PARTS = (0, 2, 3, 1_000_000)  # bounds of the parts in which the images are read
@@ -65,26 +71,29 @@ class Verdict(NamedTuple):
 
 
 def _bulk(file: Path) -> tuple[int, int]:
-    """As bulk reads it, in parts; then again from the middle, and past what is broken."""
+    """As bulk reads it; where that ends with a sentence, past what is broken."""
+    try:
+        return _in_parts(file, skip_broken=False)
+    except VitrineError as error:
+        _check_sentence(error)
+        return _in_parts(file, skip_broken=True)
+
+
+def _in_parts(file: Path, *, skip_broken: bool) -> tuple[int, int]:
+    """Images in parts, one after the other, and then once more from the middle."""
     found = [0, 0]
-    for skip_broken in (False, True):
-        try:
-            source = open_inputs(str(file), skip_broken=skip_broken)
-            source.skipped.lines()
-            source.digest()
-            reader = source.reader()
-            try:
-                for start, stop in zip(PARTS, PARTS[1:], strict=False):
-                    for item in reader.items(start, min(stop, len(source))):
-                        found[not _decoded(item)] += 1
-                for item in reader.items(1, min(2, len(source))):
-                    _decoded(item)
-            finally:
-                reader.close()
-        except VitrineError as error:
-            if skip_broken:
-                raise
-            _check_sentence(error)
+    source = open_inputs(str(file), skip_broken=skip_broken)
+    source.skipped.lines()
+    source.digest()
+    reader = source.reader()
+    try:
+        for start, stop in itertools.pairwise(PARTS):
+            for item in reader.items(start, min(stop, len(source))):
+                found[not _decoded(item)] += 1
+        for item in reader.items(1, min(2, len(source))):
+            _decoded(item)
+    finally:
+        reader.close()
     return found[0], found[1]
 
 
@@ -100,20 +109,35 @@ def _decoded(item: Item) -> bool:
 
 def _tar(file: Path) -> tuple[int, int]:
     """As bulk, and as training."""
-    import torch
-
-    from vitrine.training.data.sources import open_images
     from vitrine.training.recipes.recipe import WebDatasetSource
 
     try:
-        source = WebDatasetSource(kind="webdataset", shards=file.name)
-        images = open_images(source, file.parent, lambda _: torch.zeros(1), max_broken=1)
-        for number in range(len(images)):
-            images.name(number).encode()
-            images[number]
+        _train(WebDatasetSource(kind="webdataset", shards=file.name), file.parent)
     except VitrineError as error:
         _check_sentence(error)
     return _bulk(file)
+
+
+def _train(source: Source, data_root: Path) -> tuple[int, int]:
+    """As training reads it: any number of images may be broken, but not all."""
+    import torch
+
+    from vitrine.training.data.sources import open_images
+
+    images = open_images(source, data_root, lambda _: torch.zeros(1), max_broken=1)
+    for number in range(len(images)):
+        images.name(number).encode()
+        images[number]
+    return len(images) - len(images.broken), len(images.broken)
+
+
+def _data_set(file: Path) -> tuple[int, int]:
+    from vitrine.training.recipes.recipe import HuggingFaceSource
+
+    try:
+        return _train(HuggingFaceSource(kind="huggingface", id=file.parent.name, split="train"), file.parent.parent)
+    finally:
+        shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)  # it knows files by name, time and size
 
 
 def _labels(file: Path) -> tuple[int, int]:
@@ -147,6 +171,7 @@ def _recipe(file: Path) -> tuple[int, int]:
 
 READERS: dict[str, tuple[str, Callable[[Path], tuple[int, int]]]] = {  # kind -> (file's name, reader)
     "parquet": ("x.parquet", _bulk),
+    "huggingface": ("x.parquet", _data_set),
     "tar": ("x.tar", _tar),
     "list": ("list.txt", _bulk),
     "labels": ("x.json", _labels),
@@ -203,6 +228,7 @@ def _memory(name: str) -> float:
 
 def prepare(folder: Path) -> dict[str, list[bytes]]:
     """What stands beside the inputs, in a folder for each kind; the seeds."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "DATASETS_VERBOSITY": "critical"}
     files = seeds()
     for kind in KINDS:
         (folder / kind).mkdir()
@@ -256,7 +282,7 @@ def _serve(connection: Connection, seed: int, folder: Path, files: dict[str, lis
         judge(kind, files[kind][0], folder)
     connection.send("ready")
     while (question := connection.recv()) is not None:
-        connection.send(judge(question[0], made(seed, *question, files), folder))
+        connection.send(judge(question[0], made(seed, question[0], question[1], files), folder))
 
 
 class Reading:
@@ -289,9 +315,9 @@ class Reading:
         return verdict
 
     def close(self) -> None:
-        self._connection.close()
         self._process.kill()
         self._process.join()
+        self._connection.close()
 
 
 @dataclass
@@ -310,8 +336,8 @@ class Result:
             counted = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.most_common())
             yield f"{kind:10} {sum(outcomes.values()):6,}: {counted}"
         yield f"images: {self.images:,} decoded, {self.broken:,} refused"
-        yield f"slowest: {self.slowest[0]:.2f} s ({self.slowest[1]}); most memory: {self.largest[0]:.0f} MiB more than "
-        yield f"at rest ({self.largest[1]})"
+        yield f"slowest: {self.slowest[0]:.2f} s ({self.slowest[1]})"
+        yield f"most memory: {self.largest[0]:.0f} MiB more than at rest ({self.largest[1]})"
 
 
 def fuzz(
@@ -376,7 +402,7 @@ def main(
     for failure in result.failures:
         typer.echo(failure)
     if result.failures:
-        typer.echo(f"{len(result.failures):,} failed; they are in {shutil.os.path.abspath(keep)}")
+        typer.echo(f"{len(result.failures):,} failed; they are in {keep.absolute()}")
         raise typer.Exit(1)
 
 

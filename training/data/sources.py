@@ -145,7 +145,7 @@ class _HuggingFace:
         folder = data_root / source.id
         try:
             rows = datasets.load_dataset(str(folder) if folder.exists() else source.id, split=source.split)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        except Exception as error:  # a damaged file makes code of theirs fail anywhere
             raise DataError(
                 f"{self.title} cannot be loaded, neither as the folder {folder} nor from the Hugging Face hub: {error}"
             ) from error
