@@ -14,6 +14,7 @@ import random
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ ODD_SIZES += (b"0o1234567890", "١٢".encode() + bytes(8))
 TYPES = b"\x000123456789xgLKSNDMVAXz"
 DEEP = "[" * 20_000
 PLACEHOLDER = "<deep>"
+zipped = partial(gzip.compress, mtime=0)  # the same whenever it is made
 
 
 def seeds() -> dict[str, list[bytes]]:
@@ -131,9 +133,9 @@ def _tars(images: list[bytes]) -> Iterator[bytes]:
     yield plain[0] + plain[2]
     yield plain[1].rstrip(b"\0")
     yield reseal(bytes(sparse))
-    for compress in (gzip.compress, bz2.compress, lzma.compress):
+    for compress in (zipped, bz2.compress, lzma.compress):
         yield compress(plain[0])
-    yield gzip.compress(plain[1]) + gzip.compress(plain[2])
+    yield zipped(plain[1]) + zipped(plain[2])
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -159,9 +161,10 @@ def mutate(kind: str, files: list[bytes], chance: Chance) -> bytes:
     for name in ("labels", "job", "manifest", "checkpoint"):
         special[name] = _json
     special["recipe"] = _toml
-    if kind in special and chance.random() < 0.7:
+    by_structure = kind in special and chance.random() < 0.7
+    if by_structure:
         data = special[kind](data, chance)
-    if kind not in special or chance.random() < 0.4:
+    if not by_structure or chance.random() < 0.3:
         data = _bytes(data, files, chance)
     return data
 
@@ -217,7 +220,7 @@ def _parquet(data: bytes, chance: Chance) -> bytes:
 def _tar(data: bytes, chance: Chance) -> bytes:
     """Fields of headers, mostly with a right checksum. What is compressed is decompressed, and compressed again."""
     for start, expand, compress in (
-        (b"\x1f\x8b", gzip.decompress, gzip.compress),
+        (b"\x1f\x8b", gzip.decompress, zipped),
         (b"BZh", bz2.decompress, bz2.compress),
         (b"\xfd7z", lzma.decompress, lzma.compress),
     ):
