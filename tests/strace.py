@@ -1,4 +1,4 @@
-"""What a command's processes send, and where they write, by the system calls that strace sees.
+"""What a command's processes send, and where they write, by the system calls that strace sees; and calls that fail.
 
 It sees every process, whatever library starts it and however. Where it is not installed commands run unwatched, unless
 VITRINE_REQUIRE_STRACE is set.
@@ -29,6 +29,18 @@ def find_strace():
     if path is None and os.environ.get("VITRINE_REQUIRE_STRACE"):
         pytest.fail("strace is not installed (Debian: apt-get install strace)")
     return path
+
+
+def failing(faults):
+    """The words before a command by which strace lets system calls fail: {"flock": "ENOLCK", "fsync": "EIO:when=2+"}.
+
+    Skips where strace is missing.
+    """
+    if (path := find_strace()) is None:
+        pytest.skip("strace is not installed (Debian: apt-get install strace)")
+    injected = [word for name, error in faults.items() for word in ("-e", f"inject={name}:error={error}")]
+    calls = ("-e", f"trace={','.join(faults)}", "-o", os.devnull)
+    return [path, "-f", "--seccomp-bpf", "-qq", *calls, *injected]
 
 
 class Trace:

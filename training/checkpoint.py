@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -20,9 +19,12 @@ from vitrine.models.bundle.manifest import Metrics
 from vitrine.models.clip.loading import Clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.errors import VitrineError
+from vitrine.models.files.problems import check_name, naming
+from vitrine.models.files.writing import move_folder, write_text
 from vitrine.training.recipes.recipe import Recipe
 
 FORMAT = 2  # 1: the CLT in four tensors
+META = "checkpoint.json"  # written last
 CHECKPOINTS_KEPT = 2  # checkpoints kept per run; older ones are removed
 
 
@@ -54,36 +56,44 @@ def save_checkpoint(
 ) -> Path:
     """Write a new `out/step-N` and remove old checkpoints.
 
-    It is written under a temporary name and then renamed, so that a kill leaves no incomplete checkpoint.
+    It is written under a temporary name and then moved, so that a kill leaves no incomplete checkpoint. Raises
+    `FileError` if it cannot be written; the old checkpoints are still there then.
     """
     target = out / f"step-{meta.step:08d}"
     partial = out / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({**{k: v.contiguous() for k, v in clt.state_dict().items()}, **extras}, partial / "clt.safetensors")
-    save_file({k: v.contiguous() for k, v in state.items()}, partial / "state.safetensors")
-    write_meta(partial, meta)
-    os.replace(partial, target)
+    shutil.rmtree(partial, ignore_errors=True)  # left by a kill
+    if not (target / META).exists():
+        shutil.rmtree(target, ignore_errors=True)  # left by a kill where folders are moved file by file
+    try:
+        with naming(target):
+            partial.mkdir(parents=True)
+            tensors = {k: v.contiguous() for k, v in clt.state_dict().items()}
+            save_file({**tensors, **extras}, partial / "clt.safetensors")
+            save_file({k: v.contiguous() for k, v in state.items()}, partial / "state.safetensors")
+            write_meta(partial, meta)
+            move_folder(partial, target, last=META)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     for old in checkpoints(out)[:-CHECKPOINTS_KEPT]:
-        shutil.rmtree(old)
+        (old / META).unlink(missing_ok=True)  # first: what is left by a kill, or cannot be removed, is no checkpoint
+        shutil.rmtree(old, ignore_errors=True)
     return target
 
 
 def write_meta(checkpoint: Path, meta: CheckpointMeta) -> None:
     """Write checkpoint.json, replacing it atomically."""
-    partial = checkpoint / ".checkpoint.json"
-    partial.write_text(meta.model_dump_json(indent=2))
-    os.replace(partial, checkpoint / "checkpoint.json")
+    write_text(checkpoint / META, meta.model_dump_json(indent=2))
 
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in out.glob("step-*") if (path / "checkpoint.json").is_file())
+    return sorted(path for path in out.glob("step-*") if (path / META).is_file())
 
 
 def latest(path: Path) -> Path:
     """`path` itself if it is a checkpoint, else the newest under it. Raises `CheckpointError` if there is none."""
-    if (path / "checkpoint.json").is_file():
+    check_name(path)
+    if (path / META).is_file():
         return path
     if saved := checkpoints(path):
         return saved[-1]
@@ -92,7 +102,7 @@ def latest(path: Path) -> Path:
 
 def read_meta(checkpoint: Path) -> CheckpointMeta:
     """Read and validate checkpoint.json; the format is checked first, as other formats have other fields."""
-    text = (checkpoint / "checkpoint.json").read_text()
+    text = (checkpoint / META).read_text()
     try:
         version = _Format.model_validate_json(text).format
         if version != FORMAT:

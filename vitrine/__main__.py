@@ -46,6 +46,6 @@ def _package_at(entry: str) -> str | None:
 if __name__ == "__main__":
     isolate_own_package()
 
-    from vitrine.commands import app
+    from vitrine.commands import main
 
-    app()
+    main()

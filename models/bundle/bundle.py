@@ -44,6 +44,7 @@ from vitrine.models.bundle.label_sets import LabelSetError, NamedLabels, parse_l
 from vitrine.models.bundle.layout import CARDS, MANIFEST, READ_BY_GRAPHS, REQUIRED, vision_file
 from vitrine.models.bundle.manifest import FORMAT, FileEntry, Manifest
 from vitrine.models.bundle.model_card import model_card
+from vitrine.models.files.problems import check_name
 
 if TYPE_CHECKING:
     from vitrine.models.bundle.cards import Cards
@@ -174,12 +175,13 @@ def open_bundle(path: Path) -> Bundle:
     """Read and check a bundle: manifest, version, and the presence, size and sha256 of every file.
 
     Symbolic links in `path` are followed once, here: whatever is read later comes from the directory that was
-    verified. Raises `BundleError` naming the first problem.
+    verified. Raises `BundleError` naming the first problem, `FileError` for a name that is no UTF-8.
     """
     try:
         path = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a NUL in the name
         raise BundleError(f"{path} cannot be opened: {error}") from error
+    check_name(path)
     raw = _read_manifest(path)
     try:
         manifest = Manifest.model_validate_json(raw)
@@ -229,7 +231,7 @@ def _problems(error: ValidationError) -> str:
 
 def seal(path: Path, manifest: Manifest) -> Bundle:
     """Write the model card and, last, the manifest of the files in `path`; return the opened bundle."""
-    (path / "MODEL_CARD.md").write_text(model_card(manifest))
+    (path / "MODEL_CARD.md").write_text(model_card(manifest), encoding="utf-8")
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     files = {
         name: FileEntry(sha256=file_sha256(path / name), bytes=(path / name).stat().st_size)
@@ -237,7 +239,7 @@ def seal(path: Path, manifest: Manifest) -> Bundle:
         if name != MANIFEST
     }
     sealed = manifest.model_copy(update={"files": files})
-    (path / MANIFEST).write_text(sealed.model_dump_json(indent=2) + "\n")
+    (path / MANIFEST).write_text(sealed.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return open_bundle(path)
 
 

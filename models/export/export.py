@@ -5,7 +5,6 @@ A bundle is written next to its destination and then moved there as a whole, so 
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from vitrine.models.bundle.label_sets import NamedLabels
 from vitrine.models.bundle.layout import (
     DETAILS,
     DETAILS_INPUT,
+    MANIFEST,
     REPLACED_INPUT,
     REPLACEMENT_OUTPUTS,
     VISION_OUTPUTS,
@@ -34,6 +34,8 @@ from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tokens import Converted, check_tokenizer, convert_tokenizer
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
 from vitrine.models.export.parity import check_replacement, check_text, check_vision, no_replacement
+from vitrine.models.files.problems import check_name, naming
+from vitrine.models.files.writing import move_folder, prepare_folder
 from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.onnx_file import ExportError, save_onnx, to_onnx
 from vitrine.models.graph.replacement import ReplacementGraph
@@ -83,13 +85,15 @@ def export_bundle(
     Raises:
         ExportError: `out` exists (bundles are immutable), there are variants but no images to check them on, or the
             parity check failed.
+        FileError: it cannot be written.
     """
+    check_name(out)
     if out.exists():
         raise ExportError(f"{out} exists; a bundle is never changed, choose another place")
     if variants and not calibration:
         raise ExportError(f"{', '.join(variants)} must be checked against float32: give images for it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+    prepare_folder(out.parent)
+    with naming(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=".bundle-") as scratch:
         partial = Path(scratch) / out.name
         partial.mkdir()
         graph = AttributionGraph(clip.tower, clt, cls_mean, getattr(torch, tables)).eval()
@@ -134,7 +138,7 @@ def export_bundle(
         }
         manifest = manifest.model_copy(update={"precisions": ("fp32", *agreement), "agreement": agreement})
         sealed = seal(partial, manifest)
-        shutil.move(partial, out)
+        move_folder(partial, out, last=MANIFEST)
     return replace(sealed, path=out)
 
 
@@ -177,7 +181,7 @@ def _write_label_set(clip: Clip, labels: NamedLabels, templates: Sequence[str], 
     path.parent.mkdir(exist_ok=True)
     embeddings = clip.encode_labels(list(labels.labels), list(labels.templates or templates))
     np.save(path.with_name(f"{path.name}.npy"), embeddings.numpy())
-    path.with_name(f"{path.name}.json").write_text(labels.model_dump_json(exclude_none=True))
+    path.with_name(f"{path.name}.json").write_text(labels.model_dump_json(exclude_none=True), encoding="utf-8")
 
 
 def _manifest(

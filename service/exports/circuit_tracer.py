@@ -27,6 +27,8 @@ from pydantic import BaseModel, ConfigDict
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.cards import QUANTILES, Card, Cards
 from vitrine.models.errors import VitrineError
+from vitrine.models.files.problems import naming
+from vitrine.models.files.writing import write_text
 from vitrine.service.engine.labels import LabelSet
 from vitrine.service.schemas.attribute import AttributeResponse, Explanation, HeatMap
 
@@ -228,7 +230,7 @@ def write_graphs(
     """Write the graph of each explanation; returns the files: `path`, NAME.json, and beside it NAME-2.json, ...
 
     With cards, NAME-features/ gets a file per feature, with the `labels` that its direction adds most and least
-    to. Raises `CircuitError` before anything is written.
+    to. Raises `CircuitError` before anything is written, `FileError` if a file cannot be.
     """
     if not re.fullmatch(r"[A-Za-z0-9_.-]+\.json", path.name):
         raise CircuitError(f"{path.name!r}: viewers read NAME.json, NAME of letters, digits, '.', '-' and '_' alone")
@@ -240,8 +242,9 @@ def write_graphs(
         graphs[file] = attribution_graph(answer, explanation, image, file.stem, features_url)
     features = _features(answer, bundle, labels, cards, graphs[path].metadata.prompt_tokens) if cards else {}
     for file, content in [*graphs.items(), *((folder / name, details) for name, details in features.items())]:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content.model_dump_json() + "\n", encoding="utf-8")
+        with naming(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, content.model_dump_json() + "\n")
     return list(graphs)
 
 

@@ -11,7 +11,7 @@ from common import ROOT
 FLOORS = {
     "models": (
         ("errors",),
-        ("images", "texts"),
+        ("files", "images", "texts"),
         ("inputs",),
         ("account", "bundle"),
         ("clip",),
@@ -117,7 +117,17 @@ def test_no_circle_of_imports():
 
 
 @pytest.mark.parametrize(
-    "room_without_torch", ["models.account", "models.bundle", "models.texts", "service", "commands"]
+    "room_without_torch",
+    [
+        "models.account",
+        "models.bundle",
+        "models.files",
+        "models.images",
+        "models.inputs",
+        "models.texts",
+        "service",
+        "commands",
+    ],
 )
 def test_what_the_service_imports_needs_no_torch(room_without_torch):
     """Neither itself nor by what it imports; commands import what they need when they run."""

@@ -17,10 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vitrine.models.bundle.bundle import Bundle, file_sha256, seal
+from vitrine.models.bundle.layout import MANIFEST
 from vitrine.models.bundle.manifest import CardsSummary
 from vitrine.models.clip.loading import Clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.errors import VitrineError
+from vitrine.models.files.problems import naming
+from vitrine.models.files.writing import move_folder, prepare_folder
 from vitrine.training.cards.describe import describe_features
 from vitrine.training.cards.labels import Thresholds
 from vitrine.training.cards.pictures import Album, Pictures
@@ -63,7 +66,7 @@ def build_cards(
     """Write `bundle` with cards to `out`, which must not exist; an interrupted call is resumed from files beside it.
 
     Raises `CardsBuildError` if the bundle was not exported from the checkpoint or `out` exists; `DataError` and
-    `VocabularyError`.
+    `VocabularyError`; `FileError`.
     """
     if out.exists():
         raise CardsBuildError(f"{out} is there already; a bundle is never changed, give another --out")
@@ -78,21 +81,26 @@ def build_cards(
     for data, _ in orders:
         data.print_summary(console)
     work = out.with_name(f"{out.name}.partial")
-    work.mkdir(parents=True, exist_ok=True)
+    prepare_folder(work)
     target = work / "bundle"
     with _progress(console) as progress:
         survey, album = _survey(clip, clt, bundle, orders, work, options, _key(checkpoint, orders, options), progress)
         embeddings = embed(clip, words, bundle.manifest.text.templates, progress)
         descriptions = describe_features(survey, bundle, embeddings, options.seed)
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(bundle.path, target, ignore=shutil.ignore_patterns("cards"))
-        (target / "cards").mkdir()
         means, thumbnails = (album if options.pictures == kind else None for kind in ("means", "thumbnails"))
-        shown = write_features(target, survey, descriptions, words, means, options.shown, options.coactive, progress)
         references = min(options.references, len(survey.code_indices))
         train, order = orders[0]
         names = [_name(train, index, data_root) for index in order]
-        write_images(target, survey, names, train.classes, shown, references, thumbnails)
+        with naming(target):
+            others = shutil.ignore_patterns("cards")
+            shutil.copytree(bundle.path, target, ignore=others, copy_function=shutil.copyfile)
+            target.chmod(target.stat().st_mode | 0o700)  # the other one may be read-only
+            (target / "cards").mkdir()
+            written = write_features(
+                target, survey, descriptions, words, means, options.shown, options.coactive, progress
+            )
+            write_images(target, survey, names, train.classes, written, references, thumbnails)
     summary = CardsSummary(
         data=section.name,
         images=survey.exemplar_images,
@@ -103,9 +111,11 @@ def build_cards(
         pictures=options.pictures,
         references=references,
     )
-    sealed = seal(target, bundle.manifest.model_copy(update={"cards": summary}))
-    target.rename(out)
-    shutil.rmtree(work)
+    with naming(target):
+        sealed = seal(target, bundle.manifest.model_copy(update={"cards": summary}))
+    with naming(out):
+        move_folder(target, out, last=MANIFEST)
+    shutil.rmtree(work, ignore_errors=True)
     return replace(sealed, path=out)
 
 

@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from vitrine.models.bundle.manifest import Preprocessing
+from vitrine.models.files.problems import naming
+from vitrine.models.files.writing import written
 
 Pictures = Literal["thumbnails", "means", "none"]
 SIZES: dict[Pictures, int] = {"thumbnails": 64, "means": 32, "none": 0}  # pixels of the longer side, at most
@@ -34,15 +36,23 @@ class Album:
         self._mean = torch.tensor(preprocessing.mean).view(3, 1, 1)
         self._std = torch.tensor(preprocessing.std).view(3, 1, 1)
         shape = (count, *self.size, 3)
-        exists = file.is_file() and np.load(file, mmap_mode="r").shape == shape
-        mode: Literal["r+", "w+"] = "r+" if exists else "w+"
-        self._pixels = np.lib.format.open_memmap(file, mode=mode, dtype=np.uint8, shape=shape)
+        self._file = file
+        if not (file.is_file() and np.load(file, mmap_mode="r").shape == shape):
+            with written(file) as partial:
+                np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)  # zeros, that take no room
+        self._pixels: np.memmap = np.load(file, mmap_mode="r")
 
     def add(self, start: int, pixels: Tensor) -> None:
-        """Add normalised pixels [B, 3, H, W] of images from number `start` on; those beyond the album are ignored."""
+        """Add normalised pixels [B, 3, H, W] of images from number `start` on; those beyond the album are ignored.
+
+        Raises `FileError` if there is no room for them.
+        """
         unnormalised = (pixels[: max(0, len(self._pixels) - start)].cpu() * self._std + self._mean).clamp(0, 1)
         small = F.interpolate(unnormalised, self.size, mode="area") if len(unnormalised) else unnormalised
-        self._pixels[start : start + len(small)] = (small * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        # Written to the file, not to the memory that maps it: there a full disk would end the process (SIGBUS).
+        with naming(self._file), self._file.open("r+b") as file:
+            file.seek(self._pixels.offset + start * self._pixels[0].nbytes)
+            file.write((small * 255).round().byte().permute(0, 2, 3, 1).numpy().tobytes())
 
     def picture(self, image: int) -> bytes:
         """One image as WebP."""

@@ -7,7 +7,6 @@ survey is saved every few minutes, so that it can be resumed after an interrupti
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.files.writing import written
 from vitrine.training.data.images import Images, load
 
 # Activations are counted in logarithmic bins, fine enough for quantiles and histograms at any scale; values below the
@@ -160,10 +160,9 @@ class Survey:
         return bits.flatten(1)[:, : self.fires.shape[-1]].bool()
 
     def save(self, file: Path, key: str) -> None:
-        """Write `file`, replacing it atomically; key: identifies what was surveyed."""
-        partial = file.with_name(f".{file.name}")
-        save_file({field.name: getattr(self, field.name) for field in fields(self)}, partial, {"key": key})
-        os.replace(partial, file)
+        """Write `file`, replacing it atomically; key: identifies what was surveyed. Raises `FileError`."""
+        with written(file) as partial:
+            save_file({field.name: getattr(self, field.name) for field in fields(self)}, partial, {"key": key})
 
     @classmethod
     def load(cls, file: Path, key: str) -> Survey | None:

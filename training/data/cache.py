@@ -11,7 +11,6 @@ it was resumed.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -26,6 +25,8 @@ from torch import Tensor
 from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tower import Tower
 from vitrine.models.errors import VitrineError
+from vitrine.models.files.problems import FileError
+from vitrine.models.files.writing import written
 from vitrine.training.data.images import Plan
 from vitrine.training.recipes.recipe import Source
 
@@ -70,14 +71,11 @@ class ActivationCache:
     def write(self, chunk: int, mlp_in: Tensor, mlp_out: Tensor, broken: Mapping[str, str]) -> tuple[Tensor, Tensor]:
         """Store a chunk's activations atomically. Returns them as `read` will: rounded if bfloat16."""
         tensors = {name: x.to(getattr(torch, self.dtype)) for name, x in (("mlp_in", mlp_in), ("mlp_out", mlp_out))}
-        path = self._path(chunk)
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            save_file(tensors, partial, {"broken": json.dumps(dict(broken))})
-            os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            raise CacheError(f"cannot write {path}: {error}; make room or leave `cache` out of [training]") from error
+            with written(self._path(chunk)) as partial:
+                save_file(tensors, partial, {"broken": json.dumps(dict(broken))})
+        except FileError as error:
+            raise CacheError(f"{error}, or leave `cache` out of [training]") from error
         return tensors["mlp_in"].float(), tensors["mlp_out"].float()
 
     def _path(self, chunk: int) -> Path:
@@ -138,10 +136,9 @@ def open_cache(
                 f"{folder} needs {needed / 1e9:,.1f} GB more for the activations, the disk has {free / 1e9:,.1f} GB "
                 "free; make room, take bfloat16, or leave `cache` out of [training]"
             )
-        partial = folder / f".cache.json.{rank}"
-        partial.write_text(json.dumps(fingerprint, indent=2))
-        os.replace(partial, file)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        with written(file, shared=True) as partial:
+            partial.write_text(json.dumps(fingerprint, indent=2), encoding="utf-8")
+    except (FileError, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CacheError(f"{folder} cannot be used as a cache: {error}; delete it or choose another --out") from error
     return ActivationCache(folder, plan, clip.tower, dtype, rank, world, log)
 

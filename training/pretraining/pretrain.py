@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from torch.utils.data import BatchSampler, RandomSampler
 from torchvision.transforms import v2
 
 from vitrine.models.clip.tower import Tower
+from vitrine.models.files.writing import prepare_folder, write_text, written
 from vitrine.training.checkpoint import CheckpointError, load_tensors, section
 from vitrine.training.data.images import DataError, Images, Listing, load
 from vitrine.training.data.sources import open_images
@@ -111,6 +111,7 @@ def pretrain(recipe: PretrainRecipe, data_root: Path, out: Path, console: Consol
 
     Raises:
         CheckpointError: `out` contains another run, or a damaged one.
+        FileError: `out` cannot be written.
         DataError: the images cannot be used, or there are too few.
         RecipeError: open_clip cannot build the model, or data and labels do not match.
         TrainingDiverged: the loss is not finite.
@@ -129,8 +130,8 @@ def pretrain(recipe: PretrainRecipe, data_root: Path, out: Path, console: Consol
     if done:
         run.restore(load_tensors(out / _state(len(done))), len(done))
         console.print(f"taking up {out} after epoch {len(done)} of {settings.epochs}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{recipe.name}.json").write_text(recipe.model.model_dump_json(indent=2))
+    prepare_folder(out)
+    write_text(out / f"{recipe.name}.json", recipe.model.model_dump_json(indent=2))
     for epoch in range(len(done), settings.epochs):
         torch.manual_seed(settings.seed * 1_000_003 + epoch)  # order, crops, flips and dropped patches
         order = BatchSampler(RandomSampler(train), settings.images_per_step, drop_last=True)
@@ -221,10 +222,10 @@ class _Run:
         for name, write in (
             (_state(len(done)), lambda path: save_file(state, path)),
             (WEIGHTS, lambda path: save_file(self._published(weights), path)),
-            (RECORD, lambda path: path.write_text(record.model_dump_json(indent=2))),
+            (RECORD, lambda path: path.write_text(record.model_dump_json(indent=2), encoding="utf-8")),
         ):
-            write(out / f".{name}")
-            os.replace(out / f".{name}", out / name)
+            with written(out / name) as partial:
+                write(partial)
         for old in out.glob(_state("*")):
             if old.name != _state(len(done)):
                 old.unlink()

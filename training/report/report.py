@@ -14,6 +14,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from vitrine.models.clip.loading import Clip
+from vitrine.models.files.writing import write_text
 from vitrine.training.data.held_out import HeldOut
 from vitrine.training.evaluation.results import Results
 from vitrine.training.report import figures
@@ -67,7 +68,7 @@ def write_report(results: Results, thumbnails: dict[int, str], path: Path) -> No
         recipe=tomli_w.dumps(results.recipe.model_dump(mode="json", exclude_none=True)),
         definitions=DEFINITIONS.items(),
     )
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def draw_thumbnails(results: Results, images: HeldOut, clip: Clip) -> dict[int, str]:

@@ -9,6 +9,9 @@ checkpoints are the same either way.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -55,6 +58,21 @@ def make_fabric(
     elif processes > 1:
         strategy = DDPStrategy()
     return Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision)
+
+
+@contextmanager
+def one_report(fabric: Fabric) -> Iterator[None]:
+    """Where another process of the run has ended, say that and no more: the reason is its own to report.
+
+    Raises `ParallelError` in place of what torch.distributed raises when a connection is lost.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # of which torch's DistError is a kind; gloo raises it as it is
+        lost = isinstance(error, torch.distributed.DistError) or re.search(r"Connection (closed|reset)", str(error))
+        if fabric.world_size == 1 or not lost:
+            raise
+        raise ParallelError(f"process {fabric.global_rank} stops, as another one of this run has ended") from error
 
 
 def _shard(module: nn.Module, mesh: Any) -> nn.Module:

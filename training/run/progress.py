@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -24,6 +24,8 @@ from rich.progress import (
 from torch.utils.tensorboard import SummaryWriter
 
 from vitrine.models.errors import VitrineError
+from vitrine.models.files.problems import naming
+from vitrine.models.files.writing import write_text
 
 EVERY = 20  # steps between points of a curve
 
@@ -55,7 +57,8 @@ class Report:
         if self.log is None:
             return
         scalars = {key: value for key, value in metrics._asdict().items() if not isinstance(value, list)}
-        self.log.write(json.dumps({"step": step, **scalars}) + "\n")
+        with naming(Path(self.log.name)):
+            self.log.write(json.dumps({"step": step, **scalars}) + "\n")
         start, seen = self._since
         self._since = (start, seen + tokens)
         if step % EVERY:
@@ -65,14 +68,16 @@ class Report:
             curves |= {f"r2/layer_{layer:02}": r2, f"l0/layer_{layer:02}": l0}
         self._since = (time.perf_counter(), 0)
         assert self.board is not None
-        for name, value in curves.items():
-            self.board.add_scalar(name, value, step)
+        with naming(Path(self.board.log_dir)):
+            for name, value in curves.items():
+                self.board.add_scalar(name, value, step)
         if self.remote is not None:
             self.remote.log(curves, step=step)
 
     def flush(self) -> None:
         if self.log is not None:
-            self.log.flush()
+            with naming(Path(self.log.name)):
+                self.log.flush()
 
 
 @contextmanager
@@ -81,15 +86,17 @@ def track_progress(
 ) -> Iterator[Report]:
     """A `Report` for a run that continues from `step`. On processes other than the first it writes nothing.
 
-    Raises `VitrineError` if Weights & Biases is requested and not installed, or fails.
+    Raises `FileError` if `out` cannot be written, `VitrineError` if Weights & Biases is requested and not installed, or
+    fails.
     """
     with ExitStack() as stack:
         log, board, remote = None, None, None
         if first:
-            out.mkdir(parents=True, exist_ok=True)
+            with naming(out):
+                out.mkdir(parents=True, exist_ok=True)
             remote = stack.enter_context(_wandb(wandb_project, name, out)) if wandb_project else None
             # The point at `step` itself belongs to the checkpoint that is resumed; later points are computed again.
-            board = stack.enter_context(SummaryWriter(str(out / "tensorboard"), purge_step=step + 1))
+            board = stack.enter_context(_board(out / "tensorboard", step + 1))
             log = stack.enter_context(_log(out / "log.jsonl", step))
         columns = (
             TextColumn("{task.description}"),
@@ -105,16 +112,36 @@ def track_progress(
 
 
 @contextmanager
+def _board(folder: Path, purge_step: int) -> Iterator[SummaryWriter]:
+    """TensorBoard's writer. What its thread cannot write is raised here, at the next point or at the end."""
+    hook = threading.excepthook
+    threading.excepthook = lambda args: None if args.exc_type is OSError else hook(args)  # it would print a traceback
+    try:
+        with naming(folder):
+            board = SummaryWriter(str(folder), purge_step=purge_step)
+        try:
+            yield board
+        finally:
+            with naming(folder):
+                board.close()
+    finally:
+        threading.excepthook = hook
+
+
+@contextmanager
 def _log(file: Path, step: int) -> Iterator[Any]:
     """log.jsonl, one line per step, without lines written after the checkpoint from which the run is resumed."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     kept = [line for line in lines if _is_complete(line) and json.loads(line)["step"] <= step]
     if kept != lines:
-        partial = file.with_name(f".{file.name}")
-        partial.write_text("".join(kept))
-        os.replace(partial, file)
-    with file.open("a") as log:
+        write_text(file, "".join(kept))
+    with naming(file):
+        log = file.open("a", encoding="utf-8")
+    try:
         yield log
+    finally:
+        with naming(file):
+            log.close()
 
 
 def _is_complete(line: str) -> bool:
@@ -136,7 +163,7 @@ def _wandb(project: str, name: str, out: Path) -> Iterator[Any]:
         raise VitrineError("wandb is not installed: pip install 'vitrine[wandb]', or leave --wandb out") from error
     file = out / "wandb-id.txt"
     if not file.exists():
-        file.write_text(uuid.uuid4().hex[:12])
+        write_text(file, uuid.uuid4().hex[:12])
     try:
         run = wandb.init(project=project, name=name, dir=str(out), id=file.read_text().strip(), resume="allow")
     except wandb.Error as error:

@@ -22,6 +22,7 @@ from torch import Tensor
 from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tokens import UnsupportedTokenizer, convert_tokenizer
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.files.writing import prepare_folder
 from vitrine.models.texts.labels import notices_of
 from vitrine.training.checkpoint import (
     CheckpointError,
@@ -63,9 +64,12 @@ def train(
 
     A completed run is evaluated on the val split. `max_steps` ends this call early, with a checkpoint; the schedule
     remains that of the whole run. With several processes each of them calls this function.
-    Raises `CheckpointError` if `out` contains another run, `TrainingDiverged` if the loss is not finite.
+    Raises `CheckpointError` if `out` contains another run, `TrainingDiverged` if the loss is not finite,
+    `FileError` if `out` cannot be written: the last whole checkpoint stays.
     """
     fabric = fabric or make_fabric(precision=recipe.training.precision)
+    if fabric.is_global_zero:
+        prepare_folder(out)
     run = _Run(recipe, clip, data_root, out, console if fabric.is_global_zero else Console(quiet=True), fabric)
     stop = min(run.steps, run.done + max_steps) if max_steps else run.steps
     with track_progress(

@@ -17,6 +17,7 @@ from vitrine.commands.pretrain import pretrain
 from vitrine.commands.recipes import recipes
 from vitrine.commands.replay import replay
 from vitrine.commands.serve import serve
+from vitrine.commands.streams import prepare_streams
 from vitrine.commands.train import train
 from vitrine.commands.verify import verify
 
@@ -43,3 +44,9 @@ EXAMPLES: dict[Callable[..., None], str] = {
 }
 for command, example in EXAMPLES.items():
     app.command(epilog=f"Example: {example}")(errors_as_messages(command))
+
+
+def main() -> None:
+    """The command as a program: as `app`, with standard streams of its own."""
+    prepare_streams()
+    errors_as_messages(app)()  # help and wrong use are printed, too

@@ -21,12 +21,9 @@ def attribute(
     features: Annotated[int, typer.Option(min=0, help="Features listed per layer.")] = 3,
     bundle: BundlePath = None,
     as_json: Annotated[bool, typer.Option("--json", help="The service's JSON instead of tables.")] = False,
-    svg: Annotated[
-        typer.FileTextWrite | None, typer.Option(encoding="utf-8", help="The tables as a picture too, in this file.")
-    ] = None,
+    svg: Annotated[Path | None, typer.Option(help="The tables as a picture too, in this file.")] = None,
     html: Annotated[
-        typer.FileTextWrite | None,
-        typer.Option(encoding="utf-8", help="The account with photo, heat map and cards as one page, in this file."),
+        Path | None, typer.Option(help="The account with photo, heat map and cards as one page, in this file.")
     ] = None,
     graph: Annotated[
         Path | None,
@@ -34,11 +31,15 @@ def attribute(
     ] = None,
 ) -> None:
     """Predict one image's label and print the account of it, without a server."""
+    from vitrine.models.files.writing import prepare_file, write_text
     from vitrine.service.exports.account import account_for
     from vitrine.service.exports.render import draw_answer, print_answer
     from vitrine.service.schemas.attribute import AttributeRequest
     from vitrine.service.schemas.base import validated
 
+    for file in (svg, html):
+        if file is not None:
+            prepare_file(file)
     fields: dict[str, Any] = {"strict": strict, "top_k": top_k}
     fields["explain"] = {"contrast": contrast, "features": features}
     if labels is not None:
@@ -52,6 +53,6 @@ def attribute(
     else:
         print_answer(answer, new_console())
     if svg is not None:
-        svg.write(draw_answer(answer))
+        write_text(svg, draw_answer(answer))
     if html is not None:
-        html.write(page)
+        write_text(html, page)

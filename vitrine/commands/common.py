@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vitrine.commands.streams import is_unread
 from vitrine.models.errors import VitrineError
+from vitrine.models.files.problems import sentence
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,24 +55,33 @@ BundlePath = Annotated[
 
 
 def errors_as_messages(command: Callable[..., None]) -> Callable[..., None]:
-    """Print Vitrine's own errors as one message, without a traceback, and exit with 1."""
+    """Print Vitrine's own errors, and what the file system refuses, as one message without a traceback; exit with 1."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+            sys.stdout.flush()  # here, not when Python ends, which could only complain
         except VitrineError as error:
-            typer.secho(f"error: {error}", fg="red", err=True)
-            raise typer.Exit(1) from error
+            raise _failure(str(error)) from error
+        except OSError as error:
+            if is_unread(error):
+                raise SystemExit(1) from error
+            if (message := sentence(error)) is None:
+                raise
+            raise _failure(message) from error
         except ModuleNotFoundError as error:
             if error.name not in TRAINING_PACKAGES:
                 raise
-            typer.secho(
-                f"error: {error.name} is not installed; this command needs vitrine[cpu,training]", fg="red", err=True
-            )
-            raise typer.Exit(1) from error
+            raise _failure(f"{error.name} is not installed; this command needs vitrine[cpu,training]") from error
 
     return run
+
+
+def _failure(message: str) -> SystemExit:
+    with suppress(OSError):  # nobody to tell
+        typer.secho(f"error: {message}", fg="red", err=True)
+    return SystemExit(1)
 
 
 def open_bundle_or_default(bundle: Path | None) -> Bundle:

@@ -31,6 +31,7 @@ def evaluate(
     """Measure a CLT as the paper does, on val images: results.json, tables, and a report to look at."""
     import torch
 
+    from vitrine.models.files.writing import prepare_folder, write_text
     from vitrine.training.checkpoint import latest, read_meta
     from vitrine.training.data.held_out import held_out
     from vitrine.training.evaluation.evaluate import evaluate as run
@@ -39,15 +40,15 @@ def evaluate(
 
     newest, other = latest(checkpoint), latest(baseline) if baseline else None
     recipe, console = read_meta(newest).recipe, new_console()
+    out = out or newest / "evaluation"
+    prepare_folder(out)
     clip = load_clip_of(recipe, data_root)
     options = {"batch_size": batch_size, "workers": workers}
     chosen = held_out(recipe.data, data_root, clip, images=images, seed=seed, **options)
     chosen.data.print_summary(console)
     clip.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     results = run(clip, newest, chosen, console, other=other, seed=seed)
-    out = out or newest / "evaluation"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(results.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_text(out / "results.json", results.model_dump_json(indent=2) + "\n")
     write_report(results, draw_thumbnails(results, chosen, clip), out / "report.html")
     print_sheets(results, console)
     console.print(f"{out / 'results.json'}, {out / 'report.html'}", soft_wrap=True, highlight=False)

@@ -24,6 +24,7 @@ def replay(
     """Predict images with CLIP's MLPs replaced by the bundle's features: how well do these stand for those, there?"""
     from rich.progress import track
 
+    from vitrine.models.files.writing import prepare_file, write_text
     from vitrine.models.inputs.opening import open_inputs
     from vitrine.service.engine.engine import Engine
     from vitrine.service.offline.replay import print_replay
@@ -31,6 +32,8 @@ def replay(
     from vitrine.service.operations.settings import load_settings
 
     settings, console = load_settings(), new_console()
+    if json_file is not None:
+        prepare_file(json_file)
     engine = Engine(open_bundle_or_default(bundle), settings.model_copy(update={"replacement": True}))
     result = run(
         engine,
@@ -42,5 +45,5 @@ def replay(
         lambda batches: track(batches, "replay", console=console, transient=True),
     )
     if json_file is not None:
-        json_file.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, result.model_dump_json(indent=2) + "\n")
     print_replay(result, console)

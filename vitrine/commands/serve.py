@@ -30,9 +30,9 @@ def serve(
     write_paths_to_environment(settings.model_copy(update={"bundle": bundle or settings.bundle}))
     from vitrine.service.processes.home import bentoml_home
 
+    print_bundle(opened, new_console())
+    sys.stdout.flush()
     with bentoml_home():  # before BentoML is imported
         from vitrine.service.processes.supervisor import serve as run
 
-        print_bundle(opened, new_console())
-        sys.stdout.flush()
         run(host, port, settings.shutdown_seconds)

@@ -29,7 +29,7 @@ def train(
     from vitrine.training.recipes.catalogue import find_recipe
     from vitrine.training.recipes.recipe import load_recipe
     from vitrine.training.recipes.recipe import skip_broken_shards as skipping
-    from vitrine.training.run.parallel import make_fabric
+    from vitrine.training.run.parallel import make_fabric, one_report
     from vitrine.training.run.run import train as run
 
     loaded, console = load_recipe(find_recipe(recipe)), new_console()
@@ -37,15 +37,16 @@ def train(
         loaded = skipping(loaded)
     fabric = make_fabric(devices, shard, loaded.training.precision, accelerator)
     fabric.launch()
-    checkpoint = run(
-        loaded,
-        load_clip_of(loaded, data_root),
-        data_root,
-        out,
-        console,
-        fabric,
-        max_steps=max_steps,
-        wandb_project=wandb,
-    )
+    with one_report(fabric):
+        checkpoint = run(
+            loaded,
+            load_clip_of(loaded, data_root),
+            data_root,
+            out,
+            console,
+            fabric,
+            max_steps=max_steps,
+            wandb_project=wandb,
+        )
     if fabric.is_global_zero:
         console.print(f"checkpoint: {checkpoint}")

@@ -5,7 +5,6 @@ How the run is executed (batches, threads, Ray) is not part of it: answers are t
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +14,13 @@ from pydantic import BaseModel, ValidationError
 
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.label_sets import DEFAULT, read_label_sets
+from vitrine.models.files.locks import lock
+from vitrine.models.files.problems import naming
+from vitrine.models.files.writing import create, prepare_folder
 from vitrine.models.inputs.source import Source
 from vitrine.service.engine.runtime import choose
 from vitrine.service.errors import ServiceError
 from vitrine.service.offline.bulk.errors import BulkError
-from vitrine.service.offline.bulk.tables import replace_durably
 from vitrine.service.operations.settings import Settings
 from vitrine.service.schemas.attribute import AttributeRequest
 
@@ -96,35 +97,35 @@ def make_job(
 
 
 @contextmanager
-def lock_output(out: Path, job: Job) -> Iterator[None]:
+def lock_output(out: Path, job: Job) -> Iterator[bool]:
     """Lock `out` for this job, exclusively. It is created if it does not exist, else resumed.
+
+    Yields False where the file system has no locks. Another run may then write there, too: of the same job, so that
+    its parts are the same, but its unfinished files must be left alone.
 
     Raises:
         BulkError: it was started with other options, another run is using it, or it contains something else.
+        FileError: it cannot be written.
     """
     if Path(job.inputs.path).is_dir() and out.resolve().is_relative_to(job.inputs.path):
         raise BulkError(f"{out} lies in the folder that is read, {job.inputs.path}; write elsewhere")
-    if out.is_dir() and not (out / FILE).exists() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise BulkError(f"{out} is not empty and has no {FILE}; give a new folder, or one of a run to take up")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as error:
-        raise BulkError(f"{out} cannot be written: {error}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it, however the process ends
-        except BlockingIOError as error:
-            raise BulkError(f"another run writes to {out}; wait for it, or write elsewhere") from error
+    with naming(out):
+        if out.is_dir() and not (out / FILE).exists() and any(not path.name.startswith(".") for path in out.iterdir()):
+            raise BulkError(f"{out} is not empty and has no {FILE}; give a new folder, or one of a run to take up")
+        prepare_folder(out)
+        file = (out / ".lock").open("w")
+    with file:
+        with naming(out):
+            try:
+                locked = lock(file)
+            except BlockingIOError as error:
+                raise BulkError(f"another run writes to {out}; wait for it, or write elsewhere") from error
         _create_or_resume(out / FILE, job)
-        yield
+        yield locked
 
 
 def _create_or_resume(file: Path, job: Job) -> None:
-    if not file.exists():
-        temporary = file.with_name(f".{FILE}")
-        temporary.write_text(job.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        replace_durably(temporary, file)
+    if not file.exists() and create(file, job.model_dump_json(indent=2) + "\n"):
         return
     try:
         existing = Job.model_validate_json(file.read_bytes())

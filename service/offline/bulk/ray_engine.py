@@ -26,22 +26,27 @@ from vitrine.service.processes.import_path import PACKAGE_PARENT
 
 
 class _Process:
-    """A Ray actor that holds a `Worker`."""
+    """A Ray actor that holds a `Worker`. Our own errors are part of its answers: Ray would make tracebacks of them."""
 
     def __init__(self, bundle: Path, work: Work) -> None:
-        opened = open_bundle(bundle)
-        if opened.digest != work.job.bundle:
-            raise BulkError(f"{bundle} is another bundle here than where the run was started")
-        self._worker = Worker(opened, work)
+        self._worker, self._problem = None, ""
+        try:
+            opened = open_bundle(bundle)
+            if opened.digest != work.job.bundle:
+                raise BulkError(f"{bundle} is another bundle here than where the run was started")
+            self._worker = Worker(opened, work)
+        except VitrineError as error:
+            self._problem = str(error)
 
     def __call__(self, parts: dict[str, Any]) -> dict[str, Any]:
-        steps, failure = list[Step](), ""
-        try:
-            steps += self._worker.run(parts["item"].tolist())
-        except VitrineError as error:  # Ray would make many lines of it, and the error itself would be lost
-            failure = str(error)
+        steps: list[Step] = []
+        if self._worker is not None:
+            try:
+                steps = list(self._worker.run(parts["item"].tolist()))
+            except VitrineError as error:
+                self._problem = str(error)
         counts = {name: np.array([sum(getattr(step, name) for step in steps)]) for name in Step._fields}
-        return {**counts, "failure": np.array([failure])}
+        return {**counts, "problem": np.array([self._problem])}
 
 
 def run(bundle: Path, work: Work, parts: list[int], workers: int) -> Iterator[Step]:
@@ -49,7 +54,7 @@ def run(bundle: Path, work: Work, parts: list[int], workers: int) -> Iterator[St
 
     They divide the processors of the cluster that RAY_ADDRESS names, else of this machine; VITRINE_THREADS sets the
     number for each instead. Raises `BulkError` if there is no such cluster or it has too few: Ray would wait for them
-    forever.
+    forever; or with the sentence of whatever one of them raised.
     """
     settings = work.settings
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
@@ -88,8 +93,8 @@ def run(bundle: Path, work: Work, parts: list[int], workers: int) -> Iterator[St
             num_gpus=gpus,
         )
         for progress in results.iter_rows():
-            if progress["failure"]:
-                raise BulkError(str(progress["failure"]))
+            if progress["problem"]:
+                raise BulkError(str(progress["problem"]))
             yield Step(int(progress["images"]), int(progress["problems"]))
     finally:
         ray.shutdown()

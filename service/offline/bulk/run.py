@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vitrine.models.bundle.bundle import Bundle
@@ -14,6 +15,11 @@ from vitrine.service.offline.bulk.job import Job, lock_output
 from vitrine.service.offline.bulk.ray_alone import ray_alone
 from vitrine.service.offline.bulk.tables import count, done_parts, remove_partial_files
 from vitrine.service.offline.bulk.work import Step, Work, Worker
+
+NO_LOCKS = (
+    "{out} is on a file system without locks: a second run there is not kept out. Both would write the same parts, "
+    "each whole; hidden .part-* files of a run that was killed stay"
+)
 
 
 class Summary(NamedTuple):
@@ -26,10 +32,13 @@ class Summary(NamedTuple):
 def bulk(bundle: Bundle, work: Work, console: Console, ray_workers: int = 0) -> Summary:
     """Process the remaining parts of a job, with a progress bar. ray_workers: processes that Ray starts; 0: none.
 
-    Raises `BulkError`, `EngineError`, `BundleError`. However it ends, the same call resumes it.
+    Raises `BulkError`, `FileError`, `EngineError`, `BundleError`. However it ends, the same call resumes it.
     """
-    with lock_output(work.out, work.job):
-        remove_partial_files(work.out)
+    with lock_output(work.out, work.job) as locked:
+        if locked:
+            remove_partial_files(work.out)
+        else:
+            console.print(f"[yellow]{escape(NO_LOCKS.format(out=work.out))}", soft_wrap=True, highlight=False)
         done = done_parts(work.out)
         parts = [part for part in range(work.job.parts) if part not in done]
         if parts:

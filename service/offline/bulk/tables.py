@@ -11,7 +11,6 @@ DuckDB writes them from lines of JSON: it is installed anyway, for the cards, an
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +20,8 @@ from pydantic import BaseModel, Field
 
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
+from vitrine.models.files.problems import naming
+from vitrine.models.files.writing import temporary, written
 from vitrine.models.inputs.duck import READ_PARQUET, connect, literal
 from vitrine.service.answers.explain import account, predict
 from vitrine.service.engine.labels import LabelSet
@@ -106,7 +107,8 @@ def write_part(out: Path, part: int, rows: Iterable[str], problems: Iterable[str
     name, problems = f"part-{part:06}.parquet", list(problems)
     errors = out / ERRORS / name
     if problems:
-        errors.parent.mkdir(exist_ok=True)
+        with naming(errors.parent):
+            errors.parent.mkdir(exist_ok=True)
         _write(errors, problems, PROBLEM_TYPES)
     else:  # left by a run that was killed between the two writes, and whose images have been repaired since
         errors.unlink(missing_ok=True)
@@ -119,8 +121,8 @@ def done_parts(out: Path) -> set[int]:
 
 
 def remove_partial_files(out: Path) -> None:
-    """Remove partial files left by a killed run."""
-    for path in [*out.glob(".part-*"), *(out / ERRORS).glob(".part-*")]:
+    """Remove partial files left by a killed run. No other run may be writing there."""
+    for path in [*out.glob(".job.json.*"), *out.glob(".part-*"), *(out / ERRORS).glob(".part-*")]:
         path.unlink(missing_ok=True)
 
 
@@ -145,29 +147,15 @@ def _select(columns: str, folder: Path, rest: str = "") -> list[Any]:
         return database.execute(query, [files]).fetchall()
 
 
-def replace_durably(temporary: Path, file: Path) -> None:
-    """Rename atomically: the file is complete or absent, even after a power cut."""
-    _flush(temporary)
-    os.replace(temporary, file)
-    _flush(file.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write(file: Path, lines: Iterable[str], types: Mapping[str, str]) -> None:
-    prefix = f".{file.name}.{os.getpid()}"  # processes that write the same part must not write into the same file
-    json, parquet = file.parent / f"{prefix}.json", file.parent / f"{prefix}.parquet"
-    json.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    with connect() as database:
-        table = database.read_json(
-            literal(json), columns=dict(types), format="newline_delimited", hive_partitioning=False
-        )
-        table.write_parquet(str(parquet), compression="zstd")
-    json.unlink()
-    replace_durably(parquet, file)
+    with written(file, shared=True) as partial:
+        json = temporary(file, shared=True)
+        try:
+            json.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            with connect() as database:
+                table = database.read_json(
+                    literal(json), columns=dict(types), format="newline_delimited", hive_partitioning=False
+                )
+                table.write_parquet(str(partial), compression="zstd")
+        finally:
+            json.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from vitrine.models.files.problems import FileError
 from vitrine.models.inputs import source as sources
 from vitrine.models.inputs.errors import InputError
 from vitrine.models.inputs.opening import open_inputs
@@ -339,7 +340,7 @@ def test_output_that_is_something_else(start, photos, tmp_path):
         start(photos, tmp_path / "out")
     with pytest.raises(BulkError, match="lies in the folder that is read"):
         start(photos, photos / "out")
-    with pytest.raises(BulkError, match="cannot be written"):
+    with pytest.raises(FileError, match=r"letters\.txt cannot be written"):
         start(photos, tmp_path / "out" / "letters.txt")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "job.json").write_text("{}")
@@ -405,6 +406,7 @@ import os, signal, sys
 from pathlib import Path
 from rich.console import Console
 from vitrine.models.bundle.bundle import open_bundle
+from vitrine.models.files import writing
 from vitrine.service.offline.bulk import tables
 from vitrine.models.inputs.opening import open_inputs
 from vitrine.service.offline.bulk.job import make_job
@@ -428,8 +430,8 @@ def dying(function):
 settings, source, opened = Settings(batch_size=4), open_inputs(inputs), open_bundle(Path(bundle))
 job = make_job(opened, settings, source, AttributeRequest(), path=inputs, part_size=8)
 if left:
-    tables._flush, tables._write = dying(tables._flush), dying(tables._write)
-    os.replace = dying(os.replace)
+    writing.flush, tables._write = dying(writing.flush), dying(tables._write)
+    os.link, os.replace = dying(os.link), dying(os.replace)
 print(*bulk(opened, Work(job, source, Path(out), settings), Console(quiet=True), int(ray_workers)))
 """
 

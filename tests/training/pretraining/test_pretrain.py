@@ -342,7 +342,7 @@ def test_killed_while_it_writes(start, straight, tmp_path, monkeypatch, epoch, w
 
     with monkeypatch.context() as patch:
         patch.setattr(pretrain_module._Run, "save", saving)
-        patch.setattr(pretrain_module.os, "replace", dying(os.replace))
+        patch.setattr(os, "replace", dying(os.replace))
         patch.setattr(Path, "unlink", dying(Path.unlink))
         if epoch == 1 and when >= 6:  # there is no old state
             start(tmp_path)

@@ -88,7 +88,7 @@ def test_log_is_whole_at_every_moment(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(progress.os, "replace", kill)
+        patch.setattr(os, "replace", kill)
         with pytest.raises(KeyboardInterrupt):
             run_steps(tmp_path, 6, 7)
     assert (tmp_path / "log.jsonl").read_text() == before

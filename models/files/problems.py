@@ -1,0 +1,128 @@
+"""What the operating system refused, as one sentence: which file, why, and what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vitrine.models.errors import VitrineError
+
+_ROOM = "make room there and start again, or write elsewhere"
+_PERMISSION = "see to its permissions, or take another place"
+_UNABLE = "this file system cannot do that; write elsewhere"
+REMEDIES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "the file system, or `ulimit -f`, has no room for larger files; raise the limit, or write elsewhere",
+    errno.EROFS: "write elsewhere",
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EIO: "the disk or the way to it failed, see the system's log; start again when it is mended",
+    errno.ESTALE: "the network file system was lost; start again when it is there",
+    errno.ETIMEDOUT: "the network file system does not answer; start again when it does",
+    errno.EBUSY: "something else uses it; start again when it is free",
+    errno.ETXTBSY: "something else uses it; start again when it is free",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EILSEQ: "this file system holds no such name; give another",
+    errno.ELOOP: "its links lead in a circle; take another path",
+    errno.ENOENT: "see to the path",
+    errno.ENOTDIR: "see to the path",
+    errno.EISDIR: "give the name of a file",
+    errno.EEXIST: "give another name",
+    errno.ENOTEMPTY: "give another name",
+    errno.EMFILE: "raise `ulimit -n`",
+    errno.ENFILE: "close other programs: the system has no more",
+    errno.EINVAL: _UNABLE,
+    errno.ENOSYS: _UNABLE,
+    errno.ENOTSUP: _UNABLE,
+    errno.EOPNOTSUPP: _UNABLE,
+    errno.ENOLCK: _UNABLE,
+    errno.EXDEV: _UNABLE,
+}
+# What a library that raises its own exceptions while it writes is searched for, in their messages.
+_OF_WRITING = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+)
+_NUMPY = re.compile(r"\d+ requested and \d+ written")  # which does not say why: most likely there was no room
+_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors, tokenizers
+
+
+class FileError(VitrineError):
+    """A file or a folder cannot be used; the message says which, why, and what to do."""
+
+
+def shown(path: str | bytes | os.PathLike[str]) -> str:
+    """A path to print: bytes that are no UTF-8 as \\xff."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def check_name(path: Path) -> None:
+    """Raise `FileError` for a path that is no UTF-8.
+
+    Python opens such files, but ONNX Runtime, DuckDB, JSON and Parquet cannot name them: refused before any work.
+    """
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError as error:
+        raise FileError(f"{shown(path)} has a name that is no UTF-8; rename it, or choose another") from error
+
+
+def sentence(error: BaseException) -> str | None:
+    """An error of the operating system as a sentence, with the file if the error names one; None for another error."""
+    if not isinstance(error, OSError) or error.errno not in REMEDIES:
+        return None
+    named = f"{shown(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return f"{named}{error.strerror or os.strerror(error.errno)}; {REMEDIES[error.errno]}"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """For a block that writes `path`, or into it: raise what goes wrong there as a `FileError` that names it.
+
+    A system's error names the file only if opening failed, and libraries raise exceptions of their own. An error that
+    names another file, which the block reads, is about that one; a hidden one beside `path` is its temporary.
+    """
+    try:
+        yield
+    except VitrineError:
+        raise
+    except Exception as error:
+        if (code := _code(error)) is None:
+            raise
+        where = _named(error, path)
+        what = "cannot be written" if where == path else "cannot be used"
+        raise FileError(f"{shown(where)} {what}: {os.strerror(code)}; {REMEDIES.get(code, _ROOM)}") from error
+
+
+def _code(error: Exception) -> int | None:
+    """The number of the system's error in an exception, or in the message of a library's own."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    if match := _RUST.search(str(error)):
+        return int(match[1])
+    if _NUMPY.search(str(error)):
+        return errno.ENOSPC
+    return next((code for code in _OF_WRITING if os.strerror(code) in str(error)), None)
+
+
+def _named(error: Exception, path: Path) -> Path:
+    """The file that an error is about."""
+    name = error.filename if isinstance(error, OSError) else None
+    if not isinstance(name, str | bytes):
+        return path
+    file = Path(os.fsdecode(name))
+    if not file.is_relative_to(path.parent):
+        return file
+    first = (*file.relative_to(path.parent).parts, "")[0]
+    return path if first == path.name or first.startswith(".") else file
