@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vitrine.models.images.decode import Note
 from vitrine.models.texts.labels import LabelNotice
 from vitrine.service.errors import ServiceError
 from vitrine.service.schemas.base import DETAILS, Notice
@@ -12,6 +13,11 @@ from vitrine.service.schemas.base import DETAILS, Notice
 def to_notices(labels: Sequence[LabelNotice]) -> list[Notice]:
     """Notices of labels, as answers have them."""
     return [Notice(code=code, message=message, labels=list(about)) for code, message, about in labels]
+
+
+def image_notices(notes: Sequence[Note]) -> list[Notice]:
+    """What was done to an image that its sender may not expect, as answers have it."""
+    return [Notice(code=code, message=f"{message[0].upper()}{message[1:]}.") for code, message in notes]
 
 
 def refuse(notices: Sequence[LabelNotice], field: str) -> None:
