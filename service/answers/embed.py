@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from vitrine.service.answers.answer_size import check_answer_size
 from vitrine.service.answers.attributor import Attributor
-from vitrine.service.answers.notices import image_notices, to_notices
+from vitrine.service.answers.notices import to_notices
 from vitrine.service.answers.texts import check_texts
 from vitrine.service.errors import ServiceError
 from vitrine.service.operations.stages import timed_stage
@@ -37,8 +37,8 @@ async def answer_embed(
         if image is not None:
             with timed_stage("decode", timings):
                 pixels, notes = await attributor.decoded(image)
+            notices += to_notices(image=notes)
             embedding = (await attributor.submit(pixels, timings)).embedding
-            notices += image_notices(notes)
         if texts is not None:
             with timed_stage("labels", timings):
                 label_set = await attributor.labels.resolve(*texts, attributor.batcher.run_between)

@@ -8,7 +8,7 @@ from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.answers.features import reference, require_cards
-from vitrine.service.answers.notices import image_notices
+from vitrine.service.answers.notices import to_notices
 from vitrine.service.errors import ServiceError
 from vitrine.service.operations.stages import timed_stage
 from vitrine.service.schemas.features import SimilarImage, SimilarLayer, SimilarRequest, SimilarResponse
@@ -30,7 +30,7 @@ async def answer_similar(
     return SimilarResponse(
         request_id=request_id,
         model=attributor.model,
-        warnings=image_notices(notes),
+        warnings=to_notices(image=notes),
         references=bundle.manifest.cards.references if bundle.manifest.cards else 0,
         layers=layers,
         timings_ms=timings,

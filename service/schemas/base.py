@@ -48,10 +48,7 @@ class Model(BaseModel):
 class Notice(BaseModel):
     """Something that whoever reads the answer should know of what was sent."""
 
-    code: str = Field(
-        description="labels_cut, labels_same, labels_unknown, image_transparent, image_reduced, image_without_end",
-        examples=["labels_same"],
-    )
+    code: str = Field(description="labels_…, image_…: service/README.md has all", examples=["labels_same"])
     message: str = Field(
         examples=['"Cat" and "cat" are one and the same text to this CLIP, in an order that means nothing. Keep one.']
     )
