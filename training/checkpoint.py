@@ -19,7 +19,8 @@ from vitrine.models.bundle.manifest import Metrics
 from vitrine.models.clip.loading import Clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.errors import VitrineError
-from vitrine.models.files.problems import check_name, naming
+from vitrine.models.files.names import check_name
+from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import move_folder, write_text
 from vitrine.training.recipes.recipe import Recipe
 

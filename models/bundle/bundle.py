@@ -44,7 +44,7 @@ from vitrine.models.bundle.label_sets import LabelSetError, NamedLabels, parse_l
 from vitrine.models.bundle.layout import CARDS, MANIFEST, READ_BY_GRAPHS, REQUIRED, vision_file
 from vitrine.models.bundle.manifest import FORMAT, FileEntry, Manifest
 from vitrine.models.bundle.model_card import model_card
-from vitrine.models.files.problems import check_name
+from vitrine.models.files.names import check_name
 
 if TYPE_CHECKING:
     from vitrine.models.bundle.cards import Cards

@@ -34,7 +34,8 @@ from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tokens import Converted, check_tokenizer, convert_tokenizer
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
 from vitrine.models.export.parity import check_replacement, check_text, check_vision, no_replacement
-from vitrine.models.files.problems import check_name, naming
+from vitrine.models.files.names import check_name
+from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import move_folder, prepare_folder
 from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.onnx_file import ExportError, save_onnx, to_onnx

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vitrine.models.errors import VitrineError
+from vitrine.models.files.errors import FileError
+from vitrine.models.files.names import display
 
 _ROOM = "make room there and start again, or write elsewhere"
 _PERMISSION = "see to its permissions, or take another place"
@@ -58,31 +60,11 @@ _NUMPY = re.compile(r"\d+ requested and \d+ written")  # which does not say why:
 _RUST = re.compile(r"\(os error (\d+)\)")  # safetensors, tokenizers
 
 
-class FileError(VitrineError):
-    """A file or a folder cannot be used; the message says which, why, and what to do."""
-
-
-def shown(path: str | bytes | os.PathLike[str]) -> str:
-    """A path to print: bytes that are no UTF-8 as \\xff."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def check_name(path: Path) -> None:
-    """Raise `FileError` for a path that is no UTF-8.
-
-    Python opens such files, but ONNX Runtime, DuckDB, JSON and Parquet cannot name them: refused before any work.
-    """
-    try:
-        os.fsencode(path).decode()
-    except UnicodeDecodeError as error:
-        raise FileError(f"{shown(path)} has a name that is no UTF-8; rename it, or choose another") from error
-
-
 def sentence(error: BaseException) -> str | None:
     """An error of the operating system as a sentence, with the file if the error names one; None for another error."""
     if not isinstance(error, OSError) or error.errno not in REMEDIES:
         return None
-    named = f"{shown(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    named = f"{display(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
     return f"{named}{error.strerror or os.strerror(error.errno)}; {REMEDIES[error.errno]}"
 
 
@@ -102,7 +84,7 @@ def naming(path: Path) -> Iterator[None]:
             raise
         where = _named(error, path)
         what = "cannot be written" if where == path else "cannot be used"
-        raise FileError(f"{shown(where)} {what}: {os.strerror(code)}; {REMEDIES.get(code, _ROOM)}") from error
+        raise FileError(f"{display(where)} {what}: {os.strerror(code)}; {REMEDIES.get(code, _ROOM)}") from error
 
 
 def _code(error: Exception) -> int | None:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vitrine.models.files.problems import check_name, naming
+from vitrine.models.files.names import check_name
+from vitrine.models.files.problems import naming
 
 # What a file system answers that cannot flush (some flush no folders, and some let nobody open one for that).
 _NO_FLUSH = {

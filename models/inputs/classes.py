@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from vitrine.models.inputs.files import display, reason
+from vitrine.models.files.names import display
+from vitrine.models.inputs.files import reason
 from vitrine.models.inputs.names import is_litter
 from vitrine.models.inputs.skipped import Reason, Skipped
 from vitrine.models.inputs.source import Files

@@ -21,17 +21,6 @@ _KINDS = {
 }
 
 
-def display(name: str | bytes | os.PathLike[str]) -> str:
-    r"""A name as valid text, for tables, JSON, logs and terminals: bytes that are no UTF-8 become \xff."""
-    return os.fsencode(name).decode(errors="backslashreplace")
-
-
-def printable(name: str | bytes | os.PathLike[str], most: int = 240) -> str:
-    """A name for a message: as `display`, without control characters, its middle left out if it is long."""
-    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in display(name))
-    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
-
-
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file, unbuffered. Raises `Unreadable` for anything else, OSError if it cannot be opened.
 

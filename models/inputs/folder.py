@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from vitrine.models.files.names import printable
 from vitrine.models.inputs.errors import InputError
-from vitrine.models.inputs.files import printable, read_head, reason
+from vitrine.models.inputs.files import read_head, reason
 from vitrine.models.inputs.names import Kind, is_litter, kind, starts_like_an_image
 from vitrine.models.inputs.skipped import Reason, Skipped
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from vitrine.models.files.names import printable
 from vitrine.models.inputs.errors import InputError
-from vitrine.models.inputs.files import printable, read_file, reason
+from vitrine.models.inputs.files import read_file, reason
 
 
 def read_list(file: Path) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from vitrine.models.files.names import printable
 from vitrine.models.inputs.errors import InputError
-from vitrine.models.inputs.files import printable, read_head, reason
+from vitrine.models.inputs.files import read_head, reason
 from vitrine.models.inputs.folder import walk
 from vitrine.models.inputs.lists import read_list
 from vitrine.models.inputs.names import HEAD, Kind, kind, starts_like_an_image

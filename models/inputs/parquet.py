@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import duckdb
 
+from vitrine.models.files.names import display, printable
 from vitrine.models.inputs.duck import READ_PARQUET, connect, readable
 from vitrine.models.inputs.errors import InputError, MissingImage, Unreadable
-from vitrine.models.inputs.files import LARGEST, common_names, display, printable, read_file, reason, too_large
+from vitrine.models.inputs.files import LARGEST, common_names, read_file, reason, too_large
 from vitrine.models.inputs.skipped import Reason, Skipped
 from vitrine.models.inputs.source import Item, digest, failing
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from vitrine.models.files.names import display, printable
 from vitrine.models.inputs.errors import InputError
-from vitrine.models.inputs.files import LARGEST, common_names, display, printable, too_large
+from vitrine.models.inputs.files import LARGEST, common_names, too_large
 from vitrine.models.inputs.places import Place, list_images, read_at
 from vitrine.models.inputs.skipped import Reason, Skipped
 from vitrine.models.inputs.source import Item, digest, failing

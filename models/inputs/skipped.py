@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from vitrine.models.inputs.files import printable
+from vitrine.models.files.names import printable
 
 SHOWN = 3  # names of each reason
 

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from vitrine.models.files.names import display
 from vitrine.models.inputs.errors import Unreadable
-from vitrine.models.inputs.files import display, read_file
+from vitrine.models.inputs.files import read_file
 from vitrine.models.inputs.skipped import Skipped
 
 

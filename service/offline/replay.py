@@ -23,9 +23,9 @@ from rich.table import Table
 from vitrine.models.account.ledger import logits, probabilities
 from vitrine.models.account.windows import TOKENS, Tokens, paper_windows, replacement_mask
 from vitrine.models.errors import VitrineError
+from vitrine.models.files.names import printable
 from vitrine.models.images.decode import ImageLimits
 from vitrine.models.inputs.classes import by_class, class_name
-from vitrine.models.inputs.files import printable
 from vitrine.models.inputs.source import Files, Source
 from vitrine.models.texts.labels import notices_of
 from vitrine.service.answers.explain import matrix

@@ -14,7 +14,7 @@ from faults import everything, fail, largest_file
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.bundle.manifest import Preprocessing
 from vitrine.models.export.export import export_bundle
-from vitrine.models.files.problems import FileError
+from vitrine.models.files.errors import FileError
 from vitrine.training.cards.build import Options, build_cards
 from vitrine.training.cards.pictures import Album
 from vitrine.training.checkpoint import CheckpointMeta, checkpoints, latest, load_tensors, save_checkpoint

@@ -25,7 +25,7 @@ from torch import Tensor
 from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tower import Tower
 from vitrine.models.errors import VitrineError
-from vitrine.models.files.problems import FileError
+from vitrine.models.files.errors import FileError
 from vitrine.models.files.writing import written
 from vitrine.training.data.images import Plan
 from vitrine.training.recipes.recipe import Source

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from vitrine.models.files.names import display
 from vitrine.models.inputs.classes import by_class, class_name
 from vitrine.models.inputs.errors import InputError
-from vitrine.models.inputs.files import display, read_file
+from vitrine.models.inputs.files import read_file
 from vitrine.models.inputs.folder import walk
 from vitrine.models.inputs.skipped import Reason, Skipped
 from vitrine.models.inputs.source import Files

@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import ImageFolder, OxfordIIITPet
 
+from vitrine.models.files.names import display
 from vitrine.models.images.errors import ImageError
-from vitrine.models.inputs.files import display, read_file
+from vitrine.models.inputs.files import read_file
 from vitrine.models.inputs.skipped import Reason, Skipped
 from vitrine.training.data.folders import ClassFolders
 from vitrine.training.data.images import DataError, Images, Listing

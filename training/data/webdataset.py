@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vitrine.models.files.names import display, printable
 from vitrine.models.inputs.errors import InputError
-from vitrine.models.inputs.files import common_names, display, printable
+from vitrine.models.inputs.files import common_names
 from vitrine.models.inputs.folder import walk
 from vitrine.models.inputs.names import Kind, kind
 from vitrine.models.inputs.pattern import find

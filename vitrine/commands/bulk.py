@@ -40,7 +40,7 @@ def bulk(
 
     At the end it says how many were answered, failed, or left out, and exits with 1 if none was answered.
     """
-    from vitrine.models.inputs.files import printable
+    from vitrine.models.files.names import printable
     from vitrine.models.inputs.opening import open_inputs
     from vitrine.service.answers.notices import refuse
     from vitrine.service.engine.labels import bundle_notices

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 
 from faults import largest_file
 from vitrine.models.bundle.files import BundleError
-from vitrine.models.files.problems import REMEDIES, FileError, check_name, naming, sentence, shown
+from vitrine.models.files.errors import FileError
+from vitrine.models.files.names import check_name, display
+from vitrine.models.files.problems import REMEDIES, naming, sentence
 
 FILE = Path("/somewhere/out/file")
 
@@ -84,4 +86,4 @@ def test_names_that_are_no_utf_8():
     check_name(Path("/tmp/größe/寿司"))
     with pytest.raises(FileError, match=r"^/tmp/a\\xffb has a name that is no UTF-8; rename it"):
         check_name(Path(os.fsdecode(b"/tmp/a\xffb")))
-    assert shown(b"/tmp/\xc3\xa4\xfe") == "/tmp/ä\\xfe"
+    assert display(b"/tmp/\xc3\xa4\xfe") == "/tmp/ä\\xfe"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from faults import NO_FLUSH, NO_FOLDER_RENAME, NO_LINKS, NO_ROOM, everything, fail, largest_file
-from vitrine.models.files.problems import FileError
+from vitrine.models.files.errors import FileError
 from vitrine.models.files.writing import create, move_folder, prepare_file, prepare_folder, write_text, written
 
 LAST = "manifest.json"

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from vitrine.models.files.problems import FileError
+from vitrine.models.files.errors import FileError
 from vitrine.models.inputs import source as sources
 from vitrine.models.inputs.errors import InputError
 from vitrine.models.inputs.opening import open_inputs

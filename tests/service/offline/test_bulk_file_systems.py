@@ -12,7 +12,7 @@ from rich.console import Console
 
 from faults import everything, fail, largest_file
 from strace import failing
-from vitrine.models.files.problems import FileError
+from vitrine.models.files.errors import FileError
 from vitrine.models.inputs.opening import open_inputs
 from vitrine.service.offline.bulk import tables
 from vitrine.service.offline.bulk.errors import BulkError
