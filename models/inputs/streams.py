@@ -74,6 +74,7 @@ class Plain:
         self.size = os.fstat(self._descriptor).st_size
 
     def read(self, size: int) -> bytes:
+        size = min(size, max(0, self.size - self.position))  # whatever a header says
         try:
             data = os.pread(self._descriptor, size, self.position)
             while 0 < len(data) < size:  # at the end, or in pieces, from a network
