@@ -38,7 +38,7 @@ def here(tmp_path, monkeypatch):
     for name in ("b.jpg", "a.jpg", "d/a.jpg", "d/e/c.png", "d/.hidden.jpg", ".git/x.jpg", "[x]/a.jpg", "{y}.jpg"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(JPEG)
-    Path("d/up").symlink_to(tmp_path)
+    Path("d/up").symlink_to(tmp_path / "d")
     return tmp_path
 
 
@@ -51,7 +51,7 @@ def here(tmp_path, monkeypatch):
         ("?/*.jpg", ["d/a.jpg"]),
         ("**/*.png", ["d/e/c.png"]),
         ("**/a.jpg", ["[x]/a.jpg", "a.jpg", "d/a.jpg"]),
-        ("d/**", ["d/.hidden.jpg", "d/a.jpg", "d/e/c.png"]),
+        ("d/**", ["d/a.jpg", "d/e/c.png"]),
         ("d/**/e/*", ["d/e/c.png"]),
         ("[x]/*.jpg", ["[x]/*.jpg"]),
         ("[x]", ["[x]"]),
@@ -62,9 +62,7 @@ def here(tmp_path, monkeypatch):
 def test_patterns(here, pattern, expected):
     """What exists is meant literally; `**` passes over hidden names and goes round no loop."""
     found = [str(path) for path in find(pattern, Skipped())]
-    assert [name for name in found if pattern != "d/**" or ".hidden" not in name] == [
-        name for name in expected if pattern != "d/**" or ".hidden" not in name
-    ]
+    assert found == expected
     assert [str(path) for path in find(pattern, Skipped(), here)] == [str(here / name) for name in found]
     assert [str(path) for path in find(f"{here}/{pattern}", Skipped())] == [str(here / name) for name in found]
 
@@ -86,7 +84,7 @@ def test_kinds_by_name_and_by_first_bytes(here):
     for name, kind, count in (
         ("a.jpg", "files", 1),
         ("*.jpg", "files", 3),
-        ("d", "folder", 5),  # through d/up, which is no part of itself
+        ("d", "folder", 2),
         ("{a.jpg,d/e}", "files", 2),
         ("t/one", "shards", 1),
         ("t/Y.TAR", "shards", 1),
@@ -123,16 +121,16 @@ def test_what_is_refused(tmp_path):
     (tmp_path / "x.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(100))
     os.mkfifo(tmp_path / "pipe")
     for name, message in (
-        ("x.zip", "it is a zip archive, which is not read; unpack it into a folder"),
-        ("x.tar.zst", "it is compressed by zstd, which is not read; decompress it"),
+        ("x.zip", r"it is a zip archive, which is not read\. Unpack it into a folder"),
+        ("x.tar.zst", r"it is compressed by zstd, which is not read\. Decompress it"),
         ("pipe", "cannot be read: it is a named pipe"),
         ("*.jpg", "is no folder and no file"),
-        (".", r"has no images\. left out, no images by their names: 1 \(x.zip\)\. left out, no regular files: 1"),
-        ("x*", "stands for"),
     ):
-        if name != "x*":
-            with pytest.raises(InputError, match=message):
-                open_inputs(str(tmp_path / name))
+        with pytest.raises(InputError, match=message):
+            open_inputs(str(tmp_path / name))
+    (tmp_path / "x.tar.zst").unlink()
+    with pytest.raises(InputError, match=r"no images\. left out, no regular files: 1 \(pipe\)\. left out, no .*x\.zip"):
+        open_inputs(str(tmp_path))
 
 
 def test_lists(tmp_path):
