@@ -93,15 +93,16 @@ class Worker:
                 writing = writer.submit(_write, self.work.out, part, rows, problems)
             if writing is not None:
                 writing.result()
-        except BaseException:
-            self.reader.close()
-            raise
         finally:
             with decoders:  # ended first: a thread may wait for a process
                 for threads in (pool, writer):
                     threads.shutdown(wait=False, cancel_futures=True)
             for threads in (pool, writer):
                 threads.shutdown()
+
+    def close(self) -> None:
+        """Close what is read. The worker can go on, from there anew."""
+        self.reader.close()
 
     def _decoded(
         self, items: Iterable[Item], pool: ThreadPoolExecutor, decoders: Decoders
