@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from making import JPEG, PNG, names_and_contents
 
+from vitrine.models.files.names import display, printable
 from vitrine.models.images.formats import SIGNATURES
 from vitrine.models.inputs import folder as folder_module
 from vitrine.models.inputs.errors import InputError, Unreadable
-from vitrine.models.inputs.files import display, open_regular, printable, read_file
+from vitrine.models.inputs.files import open_regular, read_file
 from vitrine.models.inputs.folder import walk
 from vitrine.models.inputs.names import Kind, kind, kind_of_path, starts_like_an_image
 from vitrine.models.inputs.opening import open_inputs
