@@ -13,7 +13,7 @@ from vitrine.service.schemas.base import DETAILS, Notice
 def to_notices(labels: Sequence[LabelNotice] = (), image: Sequence[Note] = ()) -> list[Notice]:
     """Notices of labels and of an image, as answers have them."""
     of_labels = [Notice(code=code, message=message, labels=list(about)) for code, message, about in labels]
-    return [*of_labels, *(Notice(code=code, message=_sentence(message)) for code, message in image)]
+    return [*of_labels, *(Notice(code=code, message=message) for code, message in image)]
 
 
 def refuse(notices: Sequence[LabelNotice], field: str) -> None:
@@ -25,7 +25,3 @@ def refuse(notices: Sequence[LabelNotice], field: str) -> None:
         for notice in notices[:DETAILS]
     ]
     raise ServiceError("invalid_request", " ".join(dict.fromkeys(n.message for n in notices[:3])), details)
-
-
-def _sentence(message: str) -> str:
-    return f"{message[0].upper()}{message[1:]}."
