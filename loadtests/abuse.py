@@ -31,7 +31,7 @@ from rich.progress import track
 
 import attack_run
 import attacks as hostile
-from corpus import drawn_images, http_request, image_files, multipart, mutated_files
+from corpus import ALL_FORMATS, drawn_images, http_request, image_files, multipart, mutated_files
 from server import Server, serving
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.images.decode import ImageLimits, decode
@@ -58,7 +58,7 @@ def images(
 ) -> None:
     """Mutated image files through /v1/classify: every answer 200 or 4xx in the envelope, no crash, memory flat."""
     statuses: Counter[str] = Counter()
-    mutants = itertools.islice(mutated_files(image_files(corpus), seed), count)
+    mutants = itertools.islice(mutated_files(image_files(corpus, ALL_FORMATS), seed), count)
     with serving(bundle) as server, httpx.Client(base_url=server.url, timeout=60) as http:
         (worker,), start = server.workers, 0.0
         for number, data in enumerate(track(mutants, "mutated images", total=count)):

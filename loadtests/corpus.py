@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import typer
 from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what most people send
+ALL_FORMATS = (*FORMATS, "TIFF", "PPM", "AVIF", "HEIF")
 
 
-def drawn_images(count: int, side: int = 96) -> list[bytes]:
-    """Image files in every format, with structure in them."""
+def drawn_images(count: int, side: int = 96, formats: Sequence[str] = FORMATS) -> list[bytes]:
+    """Image files in several formats, with structure in them."""
     generator, files = np.random.default_rng(0), []
     for number in range(count):
         levels = generator.integers(0, 100, (side, side + number % 40, 3))
         levels += np.linspace(0, 155, levels.shape[1]).astype(int)[None, :, None]
         buffer = io.BytesIO()
-        Image.fromarray(levels.astype(np.uint8)).save(buffer, FORMATS[number % len(FORMATS)])
+        image, format = Image.fromarray(levels.astype(np.uint8)), formats[number % len(formats)]
+        if format == "HEIF":
+            pillow_heif.from_pillow(image).save(buffer)
+        else:
+            image.save(buffer, format)
         files.append(buffer.getvalue())
     return files
 
 
-def image_files(corpus: Path | None) -> list[bytes]:
-    """Every file of a folder; drawn images if there is no folder."""
+def image_files(corpus: Path | None, formats: Sequence[str] = FORMATS) -> list[bytes]:
+    """Every file of a folder; drawn images in these formats if there is no folder."""
     if corpus is None:
-        return drawn_images(40)
+        return drawn_images(45, formats=formats)
     files = [path.read_bytes() for path in sorted(corpus.rglob("*")) if path.is_file()]
     if not files:
         raise typer.BadParameter(f"no files under {corpus}")

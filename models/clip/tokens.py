@@ -30,6 +30,7 @@ CHECKED_TEXTS = (
     "cafe\u0301 \u0345 \u0915\u094d\u0937",
     "a-b_c/d (e) [f] {g}",
     "Ben &amp; Jerry &amp;amp; &lt;b&gt; &#x1f408;",
+    "< &amp;amp;lt; &amp;amp;amp;",
     "ＣＡＴ ｶﾀｶﾅ ﬁsh",
     "schÃ¶n, it’s",
     "<end_of_text> a<start_of_text>!<end_of_text> <END_OF_TEXT> [SEP] </s>",

@@ -71,6 +71,9 @@ class Note(NamedTuple):
     message: str
 
 
+_MADE_WHITE = Note(TRANSPARENT, "The image has transparent parts; they were taken as white.")
+
+
 class Picture(NamedTuple):
     """An upright RGB image, and what to know about it."""
 
@@ -113,12 +116,14 @@ def decode(data: bytes, limits: ImageLimits) -> Picture:
         raise ImageError("invalid_image", f"the {format} image is damaged or incomplete") from error
     notes = []
     if not has_end:
-        notes.append(Note(WITHOUT_END, "the JPEG image has no end marker; all of its pixels are there"))
+        notes.append(Note(WITHOUT_END, "The JPEG image has no end marker; all of its pixels are there."))
     if scale > 1:
         half = {2: "half", 4: "a quarter", 8: "an eighth"}[scale]
-        notes.append(Note(REDUCED, f"the JPEG image has {size[0] * size[1]:,} pixels; it was read at {half} its sides"))
+        notes.append(
+            Note(REDUCED, f"The JPEG image has {size[0] * size[1]:,} pixels; it was read at {half} its sides.")
+        )
     if was_transparent:
-        notes.append(Note(TRANSPARENT, "the image has transparent parts; they were taken as white"))
+        notes.append(_MADE_WHITE)
     return Picture(rgb, tuple(notes))
 
 
@@ -129,7 +134,7 @@ def from_pillow(image: Image.Image) -> Picture:
         rgb, was_transparent = to_rgb(_upright(image))
     except DAMAGED_IMAGE_ERRORS as error:
         raise ImageError("invalid_image", f"the image is damaged or incomplete: {error}") from error
-    return Picture(rgb, (Note(TRANSPARENT, "transparent parts were taken as white"),) if was_transparent else ())
+    return Picture(rgb, (_MADE_WHITE,) if was_transparent else ())
 
 
 def _open(data: bytes, format: str) -> Image.Image:

@@ -1,7 +1,7 @@
 """The rows of Parquet files: a column of bytes, of paths, or of both (`bytes` and `path`, as on Hugging Face).
 
 A file is read by one query that is taken up row by row, so every row group is decoded once. DuckDB decodes 2,048 rows
-at a time, or a row group if it is smaller: these are in memory, not the row group.
+at a time, or a row group if it is smaller; two such lots are in memory, and not the row group.
 """
 
 from __future__ import annotations
@@ -132,6 +132,8 @@ class _Pass:
             database = stack.enter_context(connect())
             # With it DuckDB would read a whole row group before its first row.
             database.execute("SET disable_parquet_prefetching = true")
+            # Without it 10 MB of rows would be decoded ahead, and be lost where damage follows them.
+            database.execute("SET streaming_buffer_size = '1KB'")
             content, path = table.columns
             rows = READ_PARQUET.replace(")", ", file_row_number = true)")
             query = f"SELECT {content}, {path} FROM {rows} WHERE file_row_number >= ?"  # noqa: S608

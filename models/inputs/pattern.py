@@ -64,7 +64,7 @@ def _fits(path: Sequence[str], pattern: Sequence[str]) -> bool:
     if not pattern:
         return not path
     if pattern[0] == "**":
-        return _fits(path, pattern[1:]) or (bool(path) and _fits(path[1:], pattern))
+        return _fits(path, pattern[1:]) or (bool(path) and not path[0].startswith(".") and _fits(path[1:], pattern))
     if not path or (path[0].startswith(".") and not pattern[0].startswith(".")):
         return False
     return fnmatch.fnmatchcase(path[0], pattern[0]) and _fits(path[1:], pattern[1:])

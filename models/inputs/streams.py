@@ -16,19 +16,26 @@ PIECE = 2**20  # bytes that are decompressed at a time
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
 # What is refused by name: first bytes -> (name, what to do).
 REFUSED = {
-    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "decompress it: `zstd -d`"),
-    b"\x04\x22\x4d\x18": ("compressed by lz4", "decompress it: `lz4 -d`"),
-    b"\x1f\x9d": ("compressed by compress", "decompress it: `uncompress`"),
-    b"PK\x03\x04": ("a zip archive", "unpack it into a folder"),
-    b"PK\x05\x06": ("a zip archive", "unpack it into a folder"),
-    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it into a folder"),
-    b"Rar!\x1a\x07": ("a rar archive", "unpack it into a folder"),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "Decompress it: `zstd -d`"),
+    b"\x04\x22\x4d\x18": ("compressed by lz4", "Decompress it: `lz4 -d`"),
+    b"\x1f\x9d": ("compressed by compress", "Decompress it: `uncompress`"),
+    b"PK\x03\x04": ("a zip archive", "Unpack it into a folder"),
+    b"PK\x05\x06": ("a zip archive", "Unpack it into a folder"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "Unpack it into a folder"),
+    b"Rar!\x1a\x07": ("a rar archive", "Unpack it into a folder"),
 }
 XZ_MEMORY = 512 * 2**20  # bytes that a file may ask for; `xz -9` asks for 65 MiB
 
 
 class ShardError(Exception):
-    """A tar that is damaged, or none; the message says what is wrong and at which byte, without the tar's name."""
+    """A tar that is damaged, or none; the message says what is wrong and at which byte, without the tar's name.
+
+    remedy: what to do.
+    """
+
+    def __init__(self, message: str, remedy: str = "Make or fetch it again") -> None:
+        super().__init__(message)
+        self.remedy = remedy
 
 
 class Stream(Protocol):
@@ -60,7 +67,7 @@ def open_stream(shard: Path) -> Stream:
     for start, (what, remedy) in REFUSED.items():
         if head.startswith(start):
             file.close()
-            raise ShardError(f"it is {what}, which is not read; {remedy}")
+            raise ShardError(f"it is {what}, which is not read", remedy)
     return Plain(file)
 
 
@@ -74,6 +81,7 @@ class Plain:
         self.size = os.fstat(self._descriptor).st_size
 
     def read(self, size: int) -> bytes:
+        size = min(size, max(0, self.size - self.position))  # whatever a header says
         try:
             data = os.pread(self._descriptor, size, self.position)
             while 0 < len(data) < size:  # at the end, or in pieces, from a network

@@ -52,7 +52,7 @@ def read_samples(shard: Path, title: str, skipped: Skipped) -> list[Sample]:
     seen: Counter[tuple[str, str]] = Counter()
     with closing(open_stream(shard)) as stream:
         if stream.compressed:
-            raise ShardError("it is compressed, and training reads images in any order; decompress it")
+            raise ShardError("it is compressed, and training reads images in any order", "Decompress it")
         tar = Tar(stream)
         for member in tar:
             name, extension = split_name(member.name)

@@ -69,7 +69,7 @@ def label_notices(labels: Sequence[str], readings: Sequence[LabelReading], conte
         groups.setdefault(reading.tokens, []).append(label)
     same = [group for group in groups.values() if len(group) > 1]
     for group in same[:GROUPS]:
-        says = f"{_named(group)} are one and the same text to this CLIP, in an order that means nothing. Keep one."
+        says = f"{_named(group)} are one and the same text to this CLIP: their order means nothing. Keep one."
         notices.append(_notice("labels_same", says, group))
     if rest := [label for group in same[GROUPS:] for label in group]:
         more = len(same) - GROUPS

@@ -111,7 +111,7 @@ async def _attribute(
         )
     _observe(explanations, fidelity)
     attribution = Attribution(
-        warnings=inferred.notices,
+        warnings=to_notices(image=inferred.notes),
         predictions=predictions,
         explanations=explanations,
         lens=lens_layers,

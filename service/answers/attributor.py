@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.label_sets import DEFAULT, read_label_sets
+from vitrine.models.images.decode import Note
 from vitrine.service.answers.notices import refuse, to_notices
 from vitrine.service.answers.texts import Texts, resolve_texts
 from vitrine.service.engine.batcher import Batcher
@@ -45,12 +46,12 @@ class Inferred(NamedTuple):
     parts: Decomposition
     labels: LabelSet
     contributions: NDArray[np.floating] | None  # C [2, L, L] (`Engine.replace`), if requested
-    notices: list[Notice]  # of the image
+    notes: tuple[Note, ...]  # of the image
 
     @property
     def warnings(self) -> list[Notice]:
         """All that the answer says beside what was asked for."""
-        return [*to_notices(self.labels.notices), *self.notices]
+        return to_notices(self.labels.notices, self.notes)
 
 
 class Attributor:
@@ -151,7 +152,7 @@ class Attributor:
     ) -> Inferred:
         """What the image's answer is made of. Adds the stages' times to `timings`."""
         with timed_stage("decode", timings):
-            pixels, _notes = await self.decoded(image)
+            pixels, notes = await self.decoded(image)
         with timed_stage("labels", timings):
             label_set = await self.labels.resolve(labels, templates, self.batcher.run_between)
         parts = await self.submit(pixels, timings, details)
@@ -159,7 +160,7 @@ class Attributor:
         if with_matrix:
             with timed_stage("matrix", timings):
                 _, (contributions,) = await self.batcher.run(self.engine.replace, pixels[None], self._no_replacement)
-        return Inferred(parts, label_set, contributions, notices=[])
+        return Inferred(parts, label_set, contributions, notes)
 
     async def submit(
         self, pixels: NDArray[np.float32], timings: dict[str, float], details: bool = False

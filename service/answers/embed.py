@@ -36,7 +36,8 @@ async def answer_embed(
             await attributor.check_labels(texts, request.strict, "texts")
         if image is not None:
             with timed_stage("decode", timings):
-                pixels, _notes = await attributor.decoded(image)
+                pixels, notes = await attributor.decoded(image)
+            notices += to_notices(image=notes)
             embedding = (await attributor.submit(pixels, timings)).embedding
         if texts is not None:
             with timed_stage("labels", timings):

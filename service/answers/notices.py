@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vitrine.models.images.decode import Note
 from vitrine.models.texts.labels import LabelNotice
 from vitrine.service.errors import ServiceError
 from vitrine.service.schemas.base import DETAILS, Notice
 
 
-def to_notices(labels: Sequence[LabelNotice]) -> list[Notice]:
-    """Notices of labels, as answers have them."""
-    return [Notice(code=code, message=message, labels=list(about)) for code, message, about in labels]
+def to_notices(labels: Sequence[LabelNotice] = (), image: Sequence[Note] = ()) -> list[Notice]:
+    """Notices of labels and of an image, as answers have them."""
+    of_labels = [Notice(code=code, message=message, labels=list(about)) for code, message, about in labels]
+    return [*of_labels, *(Notice(code=code, message=message) for code, message in image)]
 
 
 def refuse(notices: Sequence[LabelNotice], field: str) -> None:

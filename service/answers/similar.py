@@ -8,6 +8,7 @@ from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.answers.features import reference, require_cards
+from vitrine.service.answers.notices import to_notices
 from vitrine.service.errors import ServiceError
 from vitrine.service.operations.stages import timed_stage
 from vitrine.service.schemas.features import SimilarImage, SimilarLayer, SimilarRequest, SimilarResponse
@@ -22,13 +23,14 @@ async def answer_similar(
     timings: dict[str, float] = {}
     with attributor.admit():
         with timed_stage("decode", timings):
-            pixels, _notes = await attributor.decoded(image)
+            pixels, notes = await attributor.decoded(image)
         parts = await attributor.submit(pixels, timings)
     with timed_stage("retrieve", timings):
         layers = await attributor.query(_nearest, bundle, parts, request)
     return SimilarResponse(
         request_id=request_id,
         model=attributor.model,
+        warnings=to_notices(image=notes),
         references=bundle.manifest.cards.references if bundle.manifest.cards else 0,
         layers=layers,
         timings_ms=timings,

@@ -48,9 +48,9 @@ class Model(BaseModel):
 class Notice(BaseModel):
     """Something that whoever reads the answer should know of what was sent."""
 
-    code: str = Field(description="labels_cut, labels_same, labels_unknown", examples=["labels_same"])
+    code: str = Field(description="labels_…, image_…: service/README.md has all", examples=["labels_same"])
     message: str = Field(
-        examples=['"Cat" and "cat" are one and the same text to this CLIP, in an order that means nothing. Keep one.']
+        examples=['"Cat" and "cat" are one and the same text to this CLIP: their order means nothing. Keep one.']
     )
     labels: list[str] | None = Field(default=None, description="that it is about, if it is about labels")
 

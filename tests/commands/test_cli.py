@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -294,6 +295,24 @@ def test_commands_warn_of_labels_or_refuse_them(run, refused, photo, tmp_path):
     assert run(*bulk).output.startswith(f"warning: {SAME}")
     assert f"warning: {SAME}" in " ".join(run("replay", tmp_path / "photos").output.split())
     assert "warning" not in run("attribute", photo, "--labels", "cat,dog", "--strict").output
+
+
+def test_bulk_says_what_was_left_out_and_fails_if_nothing_was_answered(run, refused, photo, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "b.png").write_bytes(b"broken")
+    (folder / "a.txt").touch()
+    message = refused("bulk", folder, "--out", tmp_path / "out")
+    assert f"no image of {folder} was answered" in message
+    shutil.copy(photo, folder / "a.png")
+    output = run("bulk", folder, "--out", tmp_path / "other").output
+    assert "errors: 1 unsupported_image\nleft out, no images by their names: 1 (a.txt)\n1 rows and 1 errors" in output
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        tar.add(photo, "a.png")
+    shards = ("bulk", tmp_path / "{0,1}.tar", "--out", tmp_path / "shards")
+    assert "1.tar is no readable tar file: No such file or directory" in refused(*shards)
+    output = run(*shards, "--skip-broken-shards").output
+    assert "left out, damaged or missing: 1 (1.tar: No such file or directory)\n1 rows and 0 errors" in output
 
 
 def test_attribute_prints_a_table(run, photo):

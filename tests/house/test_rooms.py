@@ -118,7 +118,16 @@ def test_no_circle_of_imports():
 
 @pytest.mark.parametrize(
     "room_without_torch",
-    ["models.account", "models.bundle", "models.files", "models.texts", "service", "commands"],
+    [
+        "models.account",
+        "models.bundle",
+        "models.files",
+        "models.images",
+        "models.inputs",
+        "models.texts",
+        "service",
+        "commands",
+    ],
 )
 def test_what_the_service_imports_needs_no_torch(room_without_torch):
     """Neither itself nor by what it imports; commands import what they need when they run."""

@@ -47,7 +47,7 @@ def bulk(
     from vitrine.service.offline.bulk.errors import BulkError
     from vitrine.service.offline.bulk.job import make_job
     from vitrine.service.offline.bulk.run import bulk as run
-    from vitrine.service.offline.bulk.tables import ERRORS, count_by_code
+    from vitrine.service.offline.bulk.tables import ERRORS, count_by_code, count_warnings
     from vitrine.service.offline.bulk.work import Work
     from vitrine.service.operations.settings import load_settings
     from vitrine.service.schemas.attribute import AttributeRequest
@@ -69,6 +69,9 @@ def bulk(
     if summary.problems:
         codes = ", ".join(f"{count:,} {code}" for code, count in count_by_code(out).items())
         console.print(f"errors: {codes}", style="yellow", highlight=False, soft_wrap=True)
+    if noted := count_warnings(out):
+        codes = ", ".join(f"{count:,} {code}" for code, count in noted.items())
+        console.print(f"warnings: {codes}", style="yellow", highlight=False, soft_wrap=True)
     print_skipped(source.skipped, console)
     console.print(f"{summary.rows:,} rows and {summary.problems:,} errors in {out}", highlight=False)
     if not summary.rows:

@@ -25,7 +25,7 @@ from vitrine.service.operations.settings import Settings
 from vitrine.service.schemas.attribute import AttributeRequest
 
 FILE = "job.json"
-FORMAT = 2  # of job.json, and of how images are numbered; 1: links and other formats were left out
+FORMAT = 2  # of job.json, and of how images are numbered; 1: links were left out, rows had no warnings
 _SHOWN_CHARACTERS = 60  # characters shown of a differing value
 
 

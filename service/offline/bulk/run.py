@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import NamedTuple
 
 from rich.console import Console
@@ -42,9 +43,14 @@ def bulk(bundle: Bundle, work: Work, console: Console, ray_workers: int = 0) -> 
         done = done_parts(work.out)
         parts = [part for part in range(work.job.parts) if part not in done]
         if parts:
-            steps = _by_ray(bundle, work, parts, ray_workers) if ray_workers else Worker(bundle, work).run(parts)
+            steps = _by_ray(bundle, work, parts, ray_workers) if ray_workers else _here(bundle, work, parts)
             _show_progress(steps, work.job, parts, console)
         return Summary(*count(work.out))
+
+
+def _here(bundle: Bundle, work: Work, parts: list[int]) -> Iterator[Step]:
+    with closing(Worker(bundle, work)) as worker:
+        yield from worker.run(parts)
 
 
 def _by_ray(bundle: Bundle, work: Work, parts: list[int], workers: int) -> Iterator[Step]:

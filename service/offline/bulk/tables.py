@@ -12,7 +12,7 @@ DuckDB writes them from lines of JSON: it is installed anyway, for the cards, an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import temporary, written
+from vitrine.models.images.decode import Note
 from vitrine.models.inputs.duck import READ_PARQUET, connect, literal
 from vitrine.service.answers.explain import account, predict
 from vitrine.service.engine.labels import LabelSet
@@ -54,6 +55,7 @@ class Row(BaseModel):
     ledger: Ledger
     features: list[LayerFeature] = Field(description="of all layers, largest |contribution| first")
     fidelity: Fidelity
+    warnings: list[str] = Field(description="codes of what was done to the image that one may not expect")
 
 
 class Problem(BaseModel):
@@ -81,11 +83,21 @@ ROW_TYPES = {
     "ledger": _LEDGER,
     "features": f"{_FEATURE}[]",
     "fidelity": _FIDELITY,
+    "warnings": "VARCHAR[]",
 }
 PROBLEM_TYPES = {"id": "BIGINT", "name": "VARCHAR", "code": "VARCHAR", "message": "VARCHAR"}
 
 
-def row(number: int, name: str, parts: Decomposition, labels: LabelSet, bundle: Bundle, top_k: int, count: int) -> str:
+def row(
+    number: int,
+    name: str,
+    parts: Decomposition,
+    labels: LabelSet,
+    bundle: Bundle,
+    top_k: int,
+    count: int,
+    notes: Sequence[Note] = (),
+) -> str:
     """A `Row` as JSON. count: features listed, over all layers."""
     predictions = predict(parts, labels, bundle.manifest.logit_scale, top_k)
     (explanation,), fidelity = account(parts, labels, bundle, Explain(features=count))
@@ -99,6 +111,7 @@ def row(number: int, name: str, parts: Decomposition, labels: LabelSet, bundle: 
         ledger=Ledger.model_construct(target=explanation.target, logit=explanation.logit, **vars(explanation.ledger)),
         features=[LayerFeature.model_construct(layer=layer, **vars(feature)) for layer, feature in features[:count]],
         fidelity=fidelity,
+        warnings=[note.code for note in notes],
     ).model_dump_json()
 
 
@@ -135,6 +148,11 @@ def count(out: Path) -> tuple[int, int]:
 def count_by_code(out: Path) -> dict[str, int]:
     """Problems of all parts by their code, the most frequent first."""
     return dict(_select("code, count(*) AS n", out / ERRORS, "GROUP BY code ORDER BY n DESC, code"))
+
+
+def count_warnings(out: Path) -> dict[str, int]:
+    """Rows of all parts by the code of their warnings, the most frequent first."""
+    return dict(_select("unnest(warnings) AS code, count(*) AS n", out, "GROUP BY code ORDER BY n DESC, code"))
 
 
 def _select(columns: str, folder: Path, rest: str = "") -> list[Any]:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.bundle.bundle import Bundle
-from vitrine.models.images.decode import ImageLimits
+from vitrine.models.images.decode import ImageLimits, Note
 from vitrine.models.inputs.source import Item, Source
 from vitrine.service.engine.decoders import Decoders
 from vitrine.service.engine.engine import Engine
@@ -54,6 +54,7 @@ class Work:
 class _Decoded(NamedTuple):
     item: Item
     pixels: NDArray[np.float32]
+    notes: tuple[Note, ...]
 
 
 class Worker:
@@ -92,15 +93,16 @@ class Worker:
                 writing = writer.submit(_write, self.work.out, part, rows, problems)
             if writing is not None:
                 writing.result()
-        except BaseException:
-            self.reader.close()
-            raise
         finally:
             with decoders:  # ended first: a thread may wait for a process
                 for threads in (pool, writer):
                     threads.shutdown(wait=False, cancel_futures=True)
             for threads in (pool, writer):
                 threads.shutdown()
+
+    def close(self) -> None:
+        """Close what is read. The worker can go on, from there anew."""
+        self.reader.close()
 
     def _decoded(
         self, items: Iterable[Item], pool: ThreadPoolExecutor, decoders: Decoders
@@ -141,14 +143,14 @@ class Worker:
         job = self.work.job
         decompositions = self.engine.explain(np.stack([decoded.pixels for decoded in batch]))
         return [
-            pool.submit(row, item.id, item.name, parts, self.labels, self.bundle, job.top_k, job.features)
-            for (item, _), parts in zip(batch, decompositions, strict=True)
+            pool.submit(row, item.id, item.name, parts, self.labels, self.bundle, job.top_k, job.features, notes)
+            for (item, _, notes), parts in zip(batch, decompositions, strict=True)
         ]
 
 
 def _decode(item: Item, decoders: Decoders) -> _Decoded | Problem:
     try:
-        return _Decoded(item, decoders.decode(item.read()).pixels)
+        return _Decoded(item, *decoders.decode(item.read()))
     except (ServiceError, OSError) as error:
         code, message = failure(error)
     return Problem(id=item.id, name=item.name, code=code, message=message)

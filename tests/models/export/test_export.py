@@ -299,7 +299,7 @@ def test_failed_check_leaves_nothing_behind(clip, make_clt, cls_mean, provenance
 def test_labels_that_the_clip_cannot_tell_apart_are_reported(clip, provenance):
     reader = convert_tokenizer(clip.tokenizer).reader()
     sets = {"pets": NamedLabels(labels=("Dog", "dog")), "trees": NamedLabels(labels=("oak", "elm"))}
-    says = "are one and the same text to this CLIP, in an order that means nothing. Keep one."
+    says = "are one and the same text to this CLIP: their order means nothing. Keep one."
     assert list(export._label_warnings(reader, provenance, sets)) == [f'label set pets: "Dog" and "dog" {says}']
     twins = replace(provenance, labels=["Cat", "cat"])
     assert list(export._label_warnings(reader, twins, {})) == [f'"Cat" and "cat" {says}']

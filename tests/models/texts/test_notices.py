@@ -66,7 +66,7 @@ def test_many_groups_are_counted(reader):
     notices = notices_of(reader, labels, ["{}"])
     assert len(notices) == GROUPS + 1
     assert notices[0].message == (
-        '"tench" and "TENCH" are one and the same text to this CLIP, in an order that means nothing. Keep one.'
+        '"tench" and "TENCH" are one and the same text to this CLIP: their order means nothing. Keep one.'
     )
     assert notices[-1].message.endswith(" and 3 more are in 3 more groups of labels that are the same text.")
     assert notices[-1].labels == tuple(labels[-6:])

@@ -122,6 +122,7 @@ def test_a_search_by_label(server, carded, labelled):
         "limit": 20,
         "next": None,
         "features": [],
+        "warnings": [],
     }
     beyond = get(server, "/v1/features?offset=1000")
     assert (beyond["features"], beyond["next"]) == ([], None)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 LONG = "very " * 30
 LABELS = ["Cat", "dog", "cat", f"{LONG}cat", "猫"]
@@ -45,6 +46,19 @@ def test_a_batch_says_it_once(server, picture):
     answer = server.http.post("/v1/attribute:batch", files=files).json()
     assert said(answer) == [("labels_same", ["Cat", "cat"])]
     assert [result["answer"] and result["answer"]["warnings"] for result in answer["results"]] == [[], [], None]
+
+
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/attribute", "/v1/embed", "/v1/similar", "/v1/attribute:batch"])
+def test_what_was_done_to_an_image_is_said_of_that_image(server, encode, path):
+    request = {} if path in ("/v1/embed", "/v1/similar") else {"labels": ["Cat", "cat"]}
+    answer = server.post(path, encode(Image.new("RGBA", (50, 40)), "PNG"), request).json()
+    of_labels = [("labels_same", ["Cat", "cat"])] if request else []
+    of_image = [("image_transparent", None)]
+    if path == "/v1/attribute:batch":
+        assert said(answer) == of_labels
+        assert said(answer["results"][0]["answer"]) == of_image
+    else:
+        assert said(answer) == [*of_labels, *of_image]
 
 
 def test_nothing_is_computed_for_a_strict_request_that_is_refused(server, refused):

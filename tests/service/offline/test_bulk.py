@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from vitrine.models.files.errors import FileError
+from vitrine.models.inputs import shards
 from vitrine.models.inputs import source as sources
 from vitrine.models.inputs.errors import InputError
 from vitrine.models.inputs.opening import open_inputs
@@ -509,6 +511,38 @@ def test_an_image_that_was_fixed_between_two_runs_is_no_longer_an_error(start, p
     (folder / "a.png").write_bytes(picture())
     assert start(folder, out) == Summary(1, 0)
     assert read(out / "errors") == []
+
+
+def test_paths_never_touch_the_data(start, photos, found, tmp_path):
+    """By default DuckDB would take `name=b32` for a column, and `[1]` for a glob."""
+    out = tmp_path / "name=b32" / "id=3" / "[1] *?"
+    assert start(photos, out) == Summary(COUNT, 0)
+    with duckdb.connect() as database:
+        for part in sorted(out.glob("part-*.parquet")):
+            shutil.copy(part, tmp_path / part.name)
+        names = database.sql(f"SELECT id, name FROM '{tmp_path}/part-*.parquet' ORDER BY id").fetchall()
+    assert names == [(row["id"], row["name"]) for row in found]
+    assert start(photos, out) == Summary(COUNT, 0)
+
+
+def test_a_folder_begun_by_another_version_is_refused(start, photos, tmp_path):
+    start(photos, tmp_path / "out")
+    job = json.loads((tmp_path / "out" / "job.json").read_text())
+    del job["format"]
+    (tmp_path / "out" / "job.json").write_text(json.dumps(job))
+    with pytest.raises(BulkError, match="was begun by another version of Vitrine, which numbered images otherwise"):
+        start(photos, tmp_path / "out")
+
+
+def test_compressed_tars_are_read_in_one_pass_over_all_parts(start, photos, found, tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "x.tgz", "w:gz") as tar:
+        for file in files(photos):
+            tar.add(file, file.name)
+    opened, open_stream = [], shards.open_stream
+    monkeypatch.setattr(shards, "open_stream", lambda path: opened.append(path) or open_stream(path))
+    assert start(tmp_path / "x.tgz", tmp_path / "out", part_size=3) == Summary(COUNT, 0)
+    assert [{**row, "name": ""} for row in read(tmp_path / "out")] == [{**row, "name": ""} for row in found]
+    assert len(opened) == 1
 
 
 def test_job_is_readable(start, photos, tmp_path, bundle):
