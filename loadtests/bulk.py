@@ -175,7 +175,7 @@ def _draw(folder: Path, count: int, side: int, broken: int = 0) -> None:
     valid = 0
     for number in range(count + broken):
         is_broken = bool(interval) and number % interval == interval - 1
-        (folder / f"{number:06}").write_bytes(b"" if is_broken else pictures[valid % len(pictures)])
+        (folder / f"{number:06}.jpg").write_bytes(b"" if is_broken else pictures[valid % len(pictures)])
         valid += not is_broken
 
 

@@ -180,8 +180,12 @@ def _open(path: Path, title: str, column: str | None) -> Table:
             "SELECT any_value(row_group_num_rows) FROM parquet_metadata(?) GROUP BY row_group_id ORDER BY row_group_id",
             [name],
         ).fetchall()
+        [(total,)] = database.execute("SELECT num_rows FROM parquet_file_metadata(?)", [name]).fetchall()
+    rows = [count for (count,) in groups]
+    if min(rows, default=0) < 0 or sum(rows) != total:
+        raise Unreadable(f"its metadata are damaged: {total:,} rows in row groups of {sum(rows):,}")
     types = {column_name: kind for column_name, kind, *_ in described}
-    return Table(path, title, _bytes_and_path(path, types, column), [0, *itertools.accumulate(n for (n,) in groups)])
+    return Table(path, title, _bytes_and_path(path, types, column), [0, *itertools.accumulate(rows)])
 
 
 def _bytes_and_path(file: Path, types: Mapping[str, str], column: str | None) -> tuple[str, str]:

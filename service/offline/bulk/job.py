@@ -17,6 +17,7 @@ from vitrine.models.bundle.label_sets import DEFAULT, read_label_sets
 from vitrine.models.files.locks import lock
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import create, prepare_folder
+from vitrine.models.inputs.files import display
 from vitrine.models.inputs.source import Source
 from vitrine.service.engine.runtime import choose
 from vitrine.service.errors import ServiceError
@@ -85,7 +86,11 @@ def make_job(
         labels=labels,
         templates=templates,
         inputs=Inputs(
-            kind=source.kind, path=str(Path(path).resolve()), column=column, images=len(source), digest=source.digest()
+            kind=source.kind,
+            path=display(Path(path).resolve()),
+            column=column,
+            images=len(source),
+            digest=source.digest(),
         ),
         top_k=request.top_k,
         features=request.explain.features,
@@ -107,7 +112,7 @@ def lock_output(out: Path, job: Job) -> Iterator[bool]:
         BulkError: it was started with other options, another run is using it, or it contains something else.
         FileError: it cannot be written.
     """
-    if Path(job.inputs.path).is_dir() and out.resolve().is_relative_to(job.inputs.path):
+    if Path(display(out.resolve())).is_relative_to(job.inputs.path):
         raise BulkError(f"{out} lies in the folder that is read, {job.inputs.path}; write elsewhere")
     with naming(out):
         if out.is_dir() and not (out / FILE).exists() and any(not path.name.startswith(".") for path in out.iterdir()):

@@ -130,6 +130,23 @@ def test_a_file_whose_pages_are_damaged(tmp_path, skip_broken, queries):
     assert len(queries) == 1  # it is not tried again for each row
 
 
+def test_metadata_with_another_bit_are_read_or_refused(tmp_path):
+    """Numbers are signed by their lowest bit: rows would be fewer than none."""
+    write(tmp_path / "x.parquet", "SELECT 'a'::BLOB AS image")
+    content = (tmp_path / "x.parquet").read_bytes()
+    outcomes = set()
+    footer = range(len(content) - 8 - int.from_bytes(content[-8:-4], "little"), len(content) - 8)
+    for at in (at for at in footer if content[at] == 2):  # as 1 is written, the number of rows
+        damaged = bytearray(content)
+        damaged[at] ^= 1
+        (tmp_path / "x.parquet").write_bytes(damaged)
+        try:
+            outcomes.add(len(names_and_contents(open_inputs(str(tmp_path / "x.parquet")))))
+        except InputError as error:
+            outcomes.add("metadata" if "metadata are damaged" in str(error) else "refused")
+    assert outcomes == {1, "metadata", "refused"}
+
+
 def test_columns(tmp_path):
     write(tmp_path / "x.parquet", 'SELECT \'a\'::BLOB AS a, \'b\'::BLOB AS "b ""c""", 1 AS n')
     assert names_and_contents(open_inputs(str(tmp_path / "x.parquet"), 'b "c"')) == [("x.parquet#0", b"b")]

@@ -525,6 +525,15 @@ def test_paths_never_touch_the_data(start, photos, found, tmp_path):
     assert start(photos, out) == Summary(COUNT, 0)
 
 
+def test_inputs_may_have_any_name(start, photos, found, tmp_path):
+    strange = tmp_path / os.fsdecode(b"\xff[1]")
+    shutil.copytree(photos, strange)
+    assert start(strange, tmp_path / "out") == Summary(COUNT, 0)
+    assert read(tmp_path / "out") == found
+    with pytest.raises(BulkError, match="lies in the folder that is read"):
+        start(strange, strange / "out")
+
+
 def test_a_folder_begun_by_another_version_is_refused(start, photos, tmp_path):
     start(photos, tmp_path / "out")
     job = json.loads((tmp_path / "out" / "job.json").read_text())

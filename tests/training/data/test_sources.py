@@ -1,10 +1,12 @@
 """Every kind of source: classes, images by number, names, broken images, and the errors of unusable sources."""
 
 import io
+import os
 import pickle
 import re
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import datasets
@@ -15,9 +17,16 @@ import torchvision
 from PIL import Image
 
 from vitrine.models.images.formats import FORMATS
+from vitrine.training.data.held_out import held_out
 from vitrine.training.data.images import DataError, load
 from vitrine.training.data.sources import TORCHVISION, open_images
-from vitrine.training.recipes.recipe import FolderSource, HuggingFaceSource, TorchvisionSource, WebDatasetSource
+from vitrine.training.recipes.recipe import (
+    DataSection,
+    FolderSource,
+    HuggingFaceSource,
+    TorchvisionSource,
+    WebDatasetSource,
+)
 
 NO_IMAGE = b"no image"
 NO_FORMAT = f"this is no image in a supported format ({FORMATS})"
@@ -389,6 +398,48 @@ def test_shards_that_cannot_be_used(tmp_path, files, classes, message):
         (tmp_path / "names").write_text(classes)
     with pytest.raises(DataError, match=message):
         open_images(shards("x.tar", "names" if classes else None), tmp_path, colour)
+
+
+def test_a_folder_of_images_alone_has_no_classes(tmp_path):
+    """Enough to train on; held-out images without classes are refused by name."""
+    class_folders(tmp_path, flat=[10, 11])
+    (tmp_path / "flat/notes.txt").touch()
+    source = FolderSource(kind="folder", path="flat")
+    images = open_images(source, tmp_path, colour)
+    assert (images.classes, reds(images)) == ((), [(10, 0), (11, 0)])
+    assert images.summary() == [
+        f"{tmp_path}/flat: 2 images without classes: its images lie in no folders of classes",
+        "left out, no images by their names: 1 (notes.txt)",
+    ]
+    section = DataSection(name="x", train=source, val=source, labels=("cat",))
+    clip = SimpleNamespace(transform=lambda: colour)
+    with pytest.raises(DataError, match=r"flat: classes are needed here, and its images lie in no folders of classes;"):
+        held_out(section, tmp_path, clip)
+
+
+def test_links_to_folders_are_classes_and_names_are_any_bytes(tmp_path):
+    class_folders(tmp_path / "elsewhere", bee=[3])
+    class_folders(tmp_path / "train", ant=[1], cat=[2])
+    (tmp_path / "train/bee").symlink_to(tmp_path / "elsewhere/bee")
+    (tmp_path / "train/cat/up").symlink_to(tmp_path / "train")
+    (tmp_path / "train/cat" / os.fsdecode(b"\xff.png")).write_bytes(NO_IMAGE)
+    images = open_images(FolderSource(kind="folder", path="train"), tmp_path, colour, max_broken=0.4)
+    assert images.classes == ("ant", "bee", "cat")
+    assert reds(images) == [(1, 0), (3, 1), (2, 2), (1, 0)]  # the broken one gives way to the next
+    assert list(images.broken) == [rf"{tmp_path}/train/cat/\xff.png"]
+    assert images.summary()[1:] == [
+        "left out, folders that lead back to themselves, or that links reach too often: 1 (cat/up)"
+    ]
+
+
+def test_images_are_numbered_as_in_earlier_versions(tmp_path):
+    """As by torchvision's ImageFolder: a checkpoint of theirs goes on with the same images."""
+    for name in ("a/b.png", "a/a/z.png", "a/a b/y.png", "a/z.jpg", "b/1.png", "a/a/b/x.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(1))
+    images = open_images(FolderSource(kind="folder", path="."), tmp_path, colour)
+    theirs = torchvision.datasets.ImageFolder(str(tmp_path)).samples
+    assert [images.name(index) for index in range(len(images))] == [path for path, _ in theirs]
 
 
 def test_one_image_of_a_sample_is_taken_and_the_others_are_named(tmp_path):

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from vitrine.training.recipes.catalogue import find_recipe, shipped
 from vitrine.training.recipes.costs import estimate
-from vitrine.training.recipes.recipe import Recipe, RecipeError, load_recipe
+from vitrine.training.recipes.recipe import Recipe, RecipeError, WebDatasetSource, load_recipe, skip_broken_shards
 
 TRAIN = 'kind = "folder", path = "train"'  # in the tiny recipe
 
@@ -245,6 +245,17 @@ def test_every_wrong_key_of_both_sources_is_named(changed):
         load_recipe(changed(TRAIN + ' }\nval = { kind = "folder", path = "val', train))
     named = {line.partition(": ")[0].strip() for line in str(caught.value).splitlines()[1:]}
     assert named == {"data.train.splt", "data.train.split", "data.val.shard", "data.val.shards"}
+
+
+def test_broken_shards_are_skipped_where_there_are_shards(recipe):
+    with pytest.raises(RecipeError, match="reads no shards"):
+        skip_broken_shards(recipe)
+    shards = WebDatasetSource(kind="webdataset", shards="x.tar")
+    mixed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": shards})})
+    changed = skip_broken_shards(mixed)
+    assert (changed.data.train.skip_broken, shards.skip_broken) == (True, False)
+    assert changed.data.val == recipe.data.val
+    assert Recipe.model_validate_json(changed.model_dump_json()) == changed
 
 
 def test_k_is_one_number_or_one_a_layer(changed):
