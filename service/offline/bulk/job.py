@@ -15,9 +15,9 @@ from pydantic import BaseModel, ValidationError
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.label_sets import DEFAULT, read_label_sets
 from vitrine.models.files.locks import lock
+from vitrine.models.files.names import display
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import create, prepare_folder
-from vitrine.models.inputs.files import display
 from vitrine.models.inputs.source import Source
 from vitrine.service.engine.runtime import choose
 from vitrine.service.errors import ServiceError
