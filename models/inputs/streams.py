@@ -5,8 +5,11 @@ What a file is compressed with is told by its first bytes, not by its name.
 
 from __future__ import annotations
 
+import gzip
 import os
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -38,21 +41,6 @@ class ShardError(Exception):
         self.remedy = remedy
 
 
-class Stream(Protocol):
-    """Bytes in one direction."""
-
-    compressed: bool
-    position: int
-
-    def read(self, size: int) -> bytes:
-        """`size` bytes, fewer only at the end. Raises `ShardError`."""
-
-    def forward(self, position: int) -> int:
-        """Go on to this position, or to the end if that comes first; returns the position. Raises `ShardError`."""
-
-    def close(self) -> None: ...
-
-
 def open_stream(shard: Path) -> Stream:
     """The bytes of a tar. Raises `ShardError`."""
     try:
@@ -61,125 +49,98 @@ def open_stream(shard: Path) -> Stream:
         file.seek(0)
     except OSError as error:
         raise ShardError(reason(error)) from error
-    for start, name in COMPRESSIONS.items():
-        if head.startswith(start):
-            return Decompressed(file, name)
     for start, (what, remedy) in REFUSED.items():
         if head.startswith(start):
             file.close()
             raise ShardError(f"it is {what}, which is not read", remedy)
-    return Plain(file)
+    return Stream(file, next((name for start, name in COMPRESSIONS.items() if head.startswith(start)), ""))
 
 
-class Plain:
-    """A file that is not compressed."""
+class Stream:
+    """Bytes in one direction.
 
-    compressed = False
+    compressed: whether they are decompressed; else their positions are those in the file.
+    """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._descriptor, self.position = file, file.fileno(), 0
-        self.size = os.fstat(self._descriptor).st_size
+    def __init__(self, file: BinaryIO, compression: str) -> None:
+        self._file, self._name, self.compressed, self.position = file, compression, bool(compression), 0
+        self._size = os.fstat(file.fileno()).st_size
+        self._reader: _Reader = file
+        self._errors: tuple[type[Exception], ...] = (OSError, ValueError, MemoryError, zlib.error)
+        if compression == "gzip":
+            self._reader = gzip.GzipFile(fileobj=file)
+        elif compression == "bzip2":  # imported here: a Python may have been built without them
+            import bz2
 
-    def read(self, size: int) -> bytes:
-        size = min(size, max(0, self.size - self.position))  # whatever a header says
-        try:
-            data = os.pread(self._descriptor, size, self.position)
-            while 0 < len(data) < size:  # at the end, or in pieces, from a network
-                more = os.pread(self._descriptor, size - len(data), self.position + len(data))
-                if not more:
-                    break
-                data += more
-        except OSError as error:
-            raise ShardError(f"it cannot be read at byte {self.position:,}: {reason(error)}") from error
-        self.position += len(data)
-        return data
+            self._reader = _Streams(file, bz2.BZ2Decompressor)
+        elif compression == "xz":
+            import lzma
 
-    def forward(self, position: int) -> int:
-        self.position = min(position, self.size)
-        return self.position
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class Decompressed:
-    """A file compressed by gzip, bzip2 or xz, in any number of streams one after the other."""
-
-    compressed = True
-
-    def __init__(self, file: BinaryIO, name: str) -> None:
-        self._file, self.name, self.position = file, name, 0
-        self._decompressor = _decompressor(name)
-        self._rest = b""  # compressed, not given to the decompressor yet
-        self._ended = False
+            self._reader = _Streams(file, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, memlimit=XZ_MEMORY))
+            self._errors += (lzma.LZMAError,)
 
     def read(self, size: int) -> bytes:
+        """`size` bytes, fewer only at the end. Raises `ShardError`."""
         pieces = []
-        while size > 0 and (piece := self._next(min(size, PIECE))):
+        while size > 0 and (piece := self._piece(size)):
             pieces.append(piece)
             size -= len(piece)
-            self.position += len(piece)
         return b"".join(pieces)
 
     def forward(self, position: int) -> int:
-        while self.position < position and (piece := self._next(min(position - self.position, PIECE))):
-            self.position += len(piece)
+        """Go on to this position, or to the end if that comes first; returns the position. Raises `ShardError`."""
+        if not self.compressed:
+            self.position = self._file.seek(min(position, self._size))
+        while self.position < position and self._piece(position - self.position):
+            pass
         return self.position
 
     def close(self) -> None:
         self._file.close()
 
-    def _next(self, size: int) -> bytes:
+    def _piece(self, size: int) -> bytes:
         """Up to `size` bytes, none at the end."""
-        piece = b""
         try:
-            while not piece and not self._ended:
-                if self._decompressor.eof and not self._next_stream():
-                    self._ended = True
-                    break
-                if self._decompressor.needs_input and not self._rest:
-                    self._rest = self._file.read(PIECE)
-                    if not self._rest:
-                        raise ShardError(f"it is cut short: its {self.name} stream has no end")
-                piece = self._decompressor.decompress(self._rest, size)
-                self._rest = b""
-        except _errors(self.name) as error:
-            raise ShardError(f"it is damaged: its {self.name} stream cannot be decompressed ({error})") from error
+            piece = self._reader.read(min(size, PIECE))
+        except EOFError as error:
+            raise ShardError(f"it is cut short: its {self._name} stream has no end") from error
+        except self._errors as error:
+            if self.compressed:
+                raise ShardError(f"it is damaged: its {self._name} stream cannot be decompressed ({error})") from error
+            why = reason(error) if isinstance(error, OSError) else str(error)
+            raise ShardError(f"it cannot be read at byte {self.position:,}: {why}") from error
+        self.position += len(piece)
         return piece
 
-    def _next_stream(self) -> bool:
-        """Go on with what follows a stream: another one, or zeros that fill up a block of the medium and the end."""
-        rest = self._decompressor.unused_data.lstrip(b"\0")
-        while not rest:
-            if not (piece := self._file.read(PIECE)):
-                return False
-            rest = piece.lstrip(b"\0")
-        self._rest, self._decompressor = rest, _decompressor(self.name)
-        return True
 
+class _Streams:
+    """What was compressed by bzip2 or xz, in any number of streams one after the other, and zeros that fill up the end.
 
-class _Inflater:
-    """zlib's decompressor for gzip, as those of bzip2 and xz are used."""
+    Not by BZ2File and LZMAFile: these take a later stream that is damaged for the end, and xz may ask for any memory.
+    """
 
-    def __init__(self) -> None:
-        self._inner, self._held = zlib.decompressobj(wbits=31), b""
+    def __init__(self, file: BinaryIO, new: Callable[[], _Decompressor]) -> None:
+        self._file, self._new, self._inner = file, new, new()
 
-    @property
-    def eof(self) -> bool:
-        return self._inner.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._inner.unused_data
-
-    @property
-    def needs_input(self) -> bool:
-        return not self._held
-
-    def decompress(self, data: bytes, size: int) -> bytes:
-        piece = self._inner.decompress(self._held + data, size)
-        self._held = self._inner.unconsumed_tail
+    def read(self, size: int) -> bytes:
+        piece = b""
+        while not piece:
+            data = b""
+            if self._inner.eof:
+                data = self._inner.unused_data.lstrip(b"\0")
+                while not data:
+                    if not (more := self._file.read(PIECE)):
+                        return b""
+                    data = more.lstrip(b"\0")
+                self._inner = self._new()
+            elif self._inner.needs_input and not (data := self._file.read(PIECE)):
+                raise EOFError
+            piece = self._inner.decompress(data, size)
         return piece
+
+
+class _Reader(Protocol):
+    def read(self, size: int, /) -> bytes: ...
 
 
 class _Decompressor(Protocol):
@@ -190,25 +151,3 @@ class _Decompressor(Protocol):
     @property
     def needs_input(self) -> bool: ...
     def decompress(self, data: bytes, size: int, /) -> bytes: ...
-
-
-def _decompressor(name: str) -> _Decompressor:
-    # Imported here: a Python may have been built without them.
-    if name == "gzip":
-        return _Inflater()
-    if name == "bzip2":
-        import bz2
-
-        return bz2.BZ2Decompressor()
-    import lzma
-
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY)
-
-
-def _errors(name: str) -> tuple[type[Exception], ...]:
-    general = (OSError, EOFError, ValueError, MemoryError, zlib.error)
-    if name != "xz":
-        return general
-    import lzma
-
-    return (*general, lzma.LZMAError)

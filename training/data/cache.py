@@ -30,7 +30,7 @@ from vitrine.models.files.writing import written
 from vitrine.training.data.images import Plan
 from vitrine.training.recipes.recipe import Source
 
-FORMAT = 1
+FORMAT = 2  # 1: other pixels of transparent, 16-bit and very large images
 DType = Literal["float32", "bfloat16"]
 
 

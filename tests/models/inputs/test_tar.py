@@ -2,7 +2,9 @@
 
 import gzip
 import io
+import lzma
 import tarfile
+import zlib
 
 import pytest
 from hypothesis import given, settings
@@ -205,3 +207,34 @@ def test_many_zeros_are_decompressed_in_pieces(place):
     stream = open_stream(place)
     assert [m.size for m in Tar(stream)] == [2**26]
     stream.close()
+
+
+def test_the_end_that_is_missing_is_that_of_the_last_of_several_tars(place):
+    assert [read_of(place, SOUND + more)[1] for more in (SOUND, SOUND[:END])] == [True, False]
+
+
+def test_the_size_of_a_hard_link_is_that_of_its_target(place):
+    """Some programs write it; no data are behind it."""
+    place.write_bytes(header(size=(124, b"00000007777\0"), kind=(156, b"1")) + SOUND)
+    assert [size for _, _, size, _ in read(place)[0]] == [0, len(JPEG * 60), 512, len(JPEG)]
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+@pytest.mark.parametrize("at", [1, 30, -12])
+def test_a_later_stream_that_is_damaged_is_never_the_end(place, kind, at):
+    second = bytearray(compress(SOUND, kind))
+    second[at] ^= 0x55
+    place.write_bytes(compress(SOUND, kind) + second)
+    with pytest.raises(ShardError, match=r"stream cannot be decompressed|damaged"):
+        read(place)
+
+
+def test_memory_that_xz_asks_for_is_limited(place):
+    """A dictionary of a gigabyte, as a header says."""
+    content = bytearray(lzma.compress(SOUND))
+    block, end = 12, 12 + 4 * (content[12] + 1)
+    content[block + 4] = 36
+    content[end - 4 : end] = zlib.crc32(content[block : end - 4]).to_bytes(4, "little")
+    place.write_bytes(content)
+    with pytest.raises(ShardError, match=r"cannot be decompressed \(Memory usage limit exceeded"):
+        read(place)
