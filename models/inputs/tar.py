@@ -2,8 +2,8 @@
 
 Not by the library's tarfile: it takes a damaged header for the end, or with `ignore_zeros` goes past it without a word,
 and reads as much into memory as a header says. (Its header parser alone, tried in its place, needed as much code around
-it, since it drops what is wrong in extended headers, differently in each Python, and took 2.5 times as long.)
-Here damage is an error that names the byte; several tars one after the other (`cat a.tar b.tar`) are read to the last; a
+it, since it drops what is wrong in extended headers, in each Python differently, and took 2.5 times as long.) Here
+damage is an error that names the byte; several tars one after the other (`cat a.tar b.tar`) are read to the last; a
 missing end is a warning, as the last member may be whole.
 """
 
