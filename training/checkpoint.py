@@ -19,7 +19,7 @@ from vitrine.models.bundle.manifest import Metrics
 from vitrine.models.clip.loading import Clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.errors import VitrineError
-from vitrine.models.files.names import check_name
+from vitrine.models.files.names import check_name, printable
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import move_folder, write_text
 from vitrine.training.recipes.recipe import Recipe
@@ -110,7 +110,16 @@ def read_meta(checkpoint: Path) -> CheckpointMeta:
             raise CheckpointError(f"{checkpoint} has format {version}; this version reads {FORMAT}")
         return CheckpointMeta.model_validate_json(text)
     except ValidationError as error:
-        raise CheckpointError(f"{checkpoint}/checkpoint.json is not one of Vitrine's: {error}") from error
+        raise CheckpointError(
+            f"{checkpoint}/checkpoint.json is not one of Vitrine's: {first_problem(error)}"
+        ) from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """Where a file is wrong, and how; there may be thousands more."""
+    first = error.errors(include_url=False)[0]
+    location = ".".join(map(str, first["loc"]))
+    return printable(f"{location + ': ' if location else ''}{first['msg']}")
 
 
 def check_clip(checkpoint: Path, meta: CheckpointMeta, clip: Clip) -> None:

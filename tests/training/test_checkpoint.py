@@ -106,11 +106,11 @@ def test_other_format_is_refused(save):
         load_clt(checkpoint)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 2}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 2}', pytest.param(f'{{"{"x" * 9_999}": 1}}', id="long")])
 def test_invalid_meta_is_refused(save, content):
     checkpoint = save(7)
     (checkpoint / "checkpoint.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"checkpoint.json is not one of Vitrine's"):
+    with pytest.raises(CheckpointError, match=r"checkpoint.json is not one of Vitrine's: [^\n]{1,240}$"):
         read_meta(checkpoint)
 
 

@@ -18,6 +18,7 @@ from vitrine.models.files.errors import FileError
 from vitrine.training.cards.build import Options, build_cards
 from vitrine.training.cards.pictures import Album
 from vitrine.training.checkpoint import CheckpointMeta, checkpoints, latest, load_tensors, save_checkpoint
+from vitrine.training.data.images import DataError, load
 from vitrine.training.run.progress import StepMetrics, track_progress
 from vitrine.training.run.run import train
 
@@ -154,6 +155,19 @@ def test_cards(clip, checkpoint, bundle, data_root, tmp_path, monkeypatch):
     fail(monkeypatch, os, "rename", errno.EXDEV)
     assert open_bundle(build().path).cards.card(0, 0)
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("free", [0, 100_000])
+def test_shared_memory_is_full(numbers, monkeypatch, free):
+    """A process that hands over images there must not fail: the main process would wait for ever."""
+    fixed = os.statvfs("/dev/shm")
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result([*fixed[:4], free // fixed.f_frsize, *fixed[5:]]))
+    batches = [[0, 1], [2, 3]]
+    assert len(list(load(numbers(4), batches, workers=0))) == 2
+    if free:
+        assert len(list(load(numbers(4), batches, workers=1))) == 2
+    with pytest.raises(DataError, match=r"^/dev/shm has 0\.\d MB free, and a batch has 0\.0 MB: .* `workers = 0`$"):
+        list(load(numbers(4), batches, workers=2))
 
 
 def test_export(clip, clt, cls_mean, provenance, tmp_path):

@@ -6,10 +6,12 @@ readable one and recorded in the main process; it is fatal only beyond the recip
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,12 +19,16 @@ import torch
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vitrine.models.errors import VitrineError
+from vitrine.models.files.problems import naming
 from vitrine.models.images.decode import TRUSTED, decode, from_pillow
 from vitrine.models.images.errors import ImageError
 from vitrine.models.inputs.skipped import Skipped
+
+SHARED = Path("/dev/shm")  # noqa: S108  (where Linux has its shared memory)
+_PAGES = 65_536  # bytes beside the pixels: classes, and what fills up pages
 
 
 class DataError(VitrineError, ValueError):
@@ -136,19 +142,44 @@ def load(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Decode batches of indices in `workers` processes: (pixels [B, 3, H, W], classes [B]).
 
-    Raises `DataError`, in this process, if more images are broken than allowed.
+    Raises `DataError`, in this process, if more images are broken than allowed, or if the processes have no shared
+    memory.
     """
     loader = DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory)
-    for pixels, classes, broken in loader:
+    with naming(SHARED):
+        loaded = iter(loader)  # starts the processes
+    for batch in loaded:
+        if isinstance(batch, str):
+            raise DataError(batch)
+        pixels, classes, broken = batch
         images.record_broken(broken)
         yield pixels, classes
 
 
-def _collate(samples: list[_Sample]) -> tuple[Tensor, Tensor, dict[str, str]]:
+def _collate(samples: list[_Sample]) -> tuple[Tensor, Tensor, dict[str, str]] | str:
+    """A batch; or why it cannot be handed over."""
+    if problem := _no_shared_memory(sum(sample.pixels.nbytes for sample in samples)):
+        return problem
     broken = {name: reason for sample in samples for name, reason in sample.broken.items()}
     pixels = [sample.pixels for sample in samples if sample.class_index >= 0]
     classes = torch.tensor([sample.class_index for sample in samples])
     return torch.stack(pixels) if pixels else torch.empty(0), classes, broken
+
+
+def _no_shared_memory(size: int) -> str:
+    """Why a worker process cannot hand over a batch of so many bytes: torch would print a traceback there, and here it
+    would wait for ever. The other processes may each be about to hand over one, too."""
+    worker = get_worker_info()
+    if worker is None or not SHARED.is_dir():
+        return ""
+    status = os.statvfs(SHARED)
+    free = status.f_bavail * status.f_frsize
+    if free > worker.num_workers * (size + _PAGES):
+        return ""
+    return (
+        f"{SHARED} has {free / 1e6:,.1f} MB free, and a batch has {size / 1e6:,.1f} MB: the processes that decode "
+        "images hand them over there; make room (in a container: --shm-size=1g), take smaller batches, or `workers = 0`"
+    )
 
 
 class Visit(NamedTuple):

@@ -33,7 +33,7 @@ from torchvision.transforms import v2
 
 from vitrine.models.clip.tower import Tower
 from vitrine.models.files.writing import prepare_folder, write_text, written
-from vitrine.training.checkpoint import CheckpointError, load_tensors, section
+from vitrine.training.checkpoint import CheckpointError, first_problem, load_tensors, section
 from vitrine.training.data.images import DataError, Images, Listing, load
 from vitrine.training.data.sources import open_images
 from vitrine.training.pretraining.captions import COLOURS, background_colour, class_prompts, coloured_prompts
@@ -260,9 +260,10 @@ def _completed_epochs(recipe: PretrainRecipe, out: Path) -> list[EpochResult]:
     if not (out / RECORD).exists():
         return []
     try:
-        record = Record.model_validate_json((out / RECORD).read_text())
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{out / RECORD} is none of Vitrine's; choose an empty folder: {error}") from error
+        record = Record.model_validate_json((out / RECORD).read_bytes())
+    except ValidationError as error:
+        problem = first_problem(error)
+        raise CheckpointError(f"{out / RECORD} is none of Vitrine's; choose an empty folder: {problem}") from error
     if record.recipe != recipe:
         raise CheckpointError(f"{out} holds a run of another recipe; choose an empty folder")
     return record.epochs
