@@ -228,7 +228,8 @@ def _memory(name: str) -> float:
 
 def prepare(folder: Path) -> dict[str, list[bytes]]:
     """What stands beside the inputs, in a folder for each kind; the seeds."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "DATASETS_VERBOSITY": "critical"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    os.environ |= {"DATASETS_VERBOSITY": "critical", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     files = seeds()
     for kind in KINDS:
         (folder / kind).mkdir()
