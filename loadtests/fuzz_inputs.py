@@ -315,6 +315,12 @@ class Reading:
         self._start()
         return verdict
 
+    def end(self) -> None:
+        """Let the process end by itself."""
+        self._connection.send(None)
+        self._process.join(10)
+        self.close()
+
     def close(self) -> None:
         self._process.kill()
         self._process.join()
@@ -370,6 +376,7 @@ def fuzz(
                     path = keep / f"{kind}-{seed}-{number}"
                     path.write_bytes(made(seed, kind, number, files))
                     path.with_name(f"{path.name}.log").write_text(verdict.detail, errors="replace")
+            reading.end()
         finally:
             reading.close()
     return result

@@ -76,19 +76,20 @@ class Process:
         self.child = os.fork()
         if not self.child:
             self.connection.send("ready")
-            while True:
-                number = self.connection.recv()[1]
+            while (question := self.connection.recv()) is not None:
+                number = question[1]
                 if number == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
                 if number == 1:
                     time.sleep(60)
                 self.connection.send(fuzz_inputs.Verdict("read", ""))
+            os._exit(0)
 
     def kill(self):
         if self.child:
             os.kill(self.child, signal.SIGKILL)
 
-    def join(self):
+    def join(self, seconds=None):
         if self.child:
             self.exitcode = -os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
             self.child = 0
