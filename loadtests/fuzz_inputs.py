@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 KINDS = {"parquet": 6, "huggingface": 2, "tar": 6, "list": 1}
 KINDS |= {"labels": 1, "job": 1, "manifest": 1, "checkpoint": 1, "recipe": 1}
 ADDRESS_SPACE = 8 * 2**30  # bytes: for the machine's sake; what is allowed is measured
-LONGEST_MESSAGE = 10_000  # characters; a sentence may list every wrong key of a recipe
+LONGEST_MESSAGE = 4_000  # characters; a sentence may list every wrong key of a recipe
 PARTS = (0, 2, 3, 1_000_000)  # bounds of the parts in which the images are read
 
 
@@ -228,7 +228,8 @@ def _memory(name: str) -> float:
 
 def prepare(folder: Path) -> dict[str, list[bytes]]:
     """What stands beside the inputs, in a folder for each kind; the seeds."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "DATASETS_VERBOSITY": "critical"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    os.environ |= {"DATASETS_VERBOSITY": "critical", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     files = seeds()
     for kind in KINDS:
         (folder / kind).mkdir()

@@ -106,7 +106,10 @@ def test_other_format_is_refused(save):
         load_clt(checkpoint)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 2}', pytest.param(f'{{"{"x" * 9_999}": 1}}', id="long")])
+LONG = pytest.param(f'{{"format": 2, "{"x" * 9_999}": 1}}', id="long")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 2}', LONG])
 def test_invalid_meta_is_refused(save, content):
     checkpoint = save(7)
     (checkpoint / "checkpoint.json").write_text(content)

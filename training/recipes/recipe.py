@@ -24,6 +24,7 @@ from pydantic import (
 from vitrine.models.dictionary.clt import Architecture
 from vitrine.models.dictionary.sparsify import Kind
 from vitrine.models.errors import VitrineError
+from vitrine.models.files.names import printable
 
 Template = Annotated[str, Field(pattern=r"\{\}")]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -267,6 +268,7 @@ def read_toml(path: Path, kind: type[Model]) -> Model:
         raise RecipeError(f"recipe {path} is not TOML: {error}") from error
     except ValidationError as error:
         lines = [_explain(kind, problem["loc"], problem["type"], problem["msg"]) for problem in error.errors()]
+        lines = [printable(line, 400) for line in lines]  # a key may be anything
         raise RecipeError(f"recipe {path}:\n  " + "\n  ".join(dict.fromkeys(lines))) from error
 
 
