@@ -187,7 +187,7 @@ def test_cache_of_another_clip_is_refused(start, marking_clip, change, name):
 
 def test_cache_of_another_version_is_refused(start, monkeypatch):
     start()
-    monkeypatch.setattr(cache_module, "FORMAT", 2)
+    monkeypatch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
     with pytest.raises(CacheError, match="another format;"):
         start()
 
