@@ -19,9 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from vitrine.models.errors import DAMAGED_IMAGE_ERRORS
 from vitrine.models.images.decode import TRUSTED, Picture, decode
-from vitrine.models.images.errors import ImageError
+from vitrine.models.images.errors import DAMAGED_IMAGE_ERRORS, ImageError
 from vitrine.models.images.formats import format_of
 
 UNEXPLAINED = "DIFFERENT, AND NO REASON KNOWN"

@@ -1,21 +1,4 @@
-"""The base class of Vitrine's errors, and the exceptions raised for damaged images."""
-
-import struct
-import zlib
-
-# Raised by Pillow's decoders on damaged files.
-DAMAGED_IMAGE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-)
+"""The base class of Vitrine's errors."""
 
 
 class VitrineError(Exception):

@@ -26,10 +26,9 @@ from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image
 
-from vitrine.models.errors import DAMAGED_IMAGE_ERRORS
 from vitrine.models.images import jpeg, png
 from vitrine.models.images.colour import to_rgb
-from vitrine.models.images.errors import ImageError
+from vitrine.models.images.errors import DAMAGED_IMAGE_ERRORS, ImageError
 from vitrine.models.images.formats import FORMATS, format_of, prepare
 from vitrine.models.images.parts import CountedFile, check_exif, check_opened
 

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from typing import Literal
 
 from vitrine.models.errors import VitrineError
 
+# Raised by Pillow's decoders on damaged files.
+DAMAGED_IMAGE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    RuntimeError,  # libavif and libheif
+)
 ImageCode = Literal["invalid_image", "unsupported_image", "image_too_large", "image_too_costly"]
 
 

@@ -205,3 +205,17 @@ def test_who_allows_fewer_pixels_allows_fewer_of_a_jpeg_too(encode):
     """The pixels of an image must not depend on limits: none is reduced to fit into smaller ones."""
     with pytest.raises(ImageError, match="in all"):
         decode(encode(Image.new("L", (200, 200)), "JPEG"), ImageLimits(10_000, 4_000, 200_000_000))
+
+
+@pytest.mark.parametrize("format", ["AVIF", "HEIF"])
+def test_a_wrong_byte_anywhere_is_an_image_or_an_error_of_ours(draw, encode, format):
+    """Their libraries raise what Pillow's own decoders never do."""
+    data = encode(draw(size=(16, 16)), format)
+    refused = 0
+    for at in range(0, len(data), max(1, len(data) // 500)):
+        for wrong in (0, data[at] ^ 0x55):
+            try:
+                decode(data[:at] + bytes([wrong]) + data[at + 1 :], LIMITS)
+            except ImageError:
+                refused += 1
+    assert refused > 100
