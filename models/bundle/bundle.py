@@ -39,12 +39,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from vitrine.models.bundle.files import BundleError as BundleError
-from vitrine.models.bundle.files import Identity, map_table, open_regular, sha256_and_identity
+from vitrine.models.bundle.files import Identity, map_table, sha256_and_identity
 from vitrine.models.bundle.label_sets import LabelSetError, NamedLabels, parse_label_set
 from vitrine.models.bundle.layout import CARDS, MANIFEST, READ_BY_GRAPHS, REQUIRED, vision_file
 from vitrine.models.bundle.manifest import FORMAT, FileEntry, Manifest
 from vitrine.models.bundle.model_card import model_card
 from vitrine.models.files.names import check_name
+from vitrine.models.files.reading import open_regular
 
 if TYPE_CHECKING:
     from vitrine.models.bundle.cards import Cards

@@ -30,9 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.bundle.cards_check import feature_checks, image_checks
-from vitrine.models.bundle.files import Identity, is_finite, open_regular
+from vitrine.models.bundle.files import Identity, is_finite
 from vitrine.models.bundle.layout import CARDS
 from vitrine.models.errors import VitrineError
+from vitrine.models.files.reading import open_regular
 from vitrine.models.inputs.duck import DESCRIPTORS, connect, literal
 
 FEATURES, IMAGES, REFERENCES = CARDS

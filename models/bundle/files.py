@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.errors import VitrineError
+from vitrine.models.files.reading import open_regular
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _CHUNK = 2**22  # values checked at once
@@ -42,23 +41,12 @@ class Identity:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def open_regular(file: Path) -> BufferedReader:
-    """Open a regular file for reading. Raises `OSError` for anything else: a pipe would block, a device never end."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(f"{file} is no regular file")
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
 def sha256_and_identity(file: Path) -> tuple[str, Identity]:
     """SHA-256 of a file's contents, in hexadecimal, and the identity of what was read. Raises `OSError`."""
     with open_regular(file) as stream:
         identity = Identity.of(os.fstat(stream.fileno()))
-        return hashlib.file_digest(stream, "sha256").hexdigest(), identity
+        digest = hashlib.file_digest(stream, "sha256")  # type: ignore[arg-type]  # `BinaryIO` has no readinto
+        return digest.hexdigest(), identity
 
 
 def map_table(stream: BinaryIO, shape: tuple[int, ...]) -> NDArray[np.floating]:

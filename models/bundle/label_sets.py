@@ -13,8 +13,8 @@ from typing import Annotated, BinaryIO
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from vitrine.models.bundle.files import open_regular
 from vitrine.models.errors import VitrineError
+from vitrine.models.files.reading import open_regular
 
 DEFAULT = "default"
 MAX_SETS = 1_000  # in a folder: they are encoded before the service is ready

@@ -4,39 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from vitrine.models.files import reading
 from vitrine.models.inputs.errors import Unreadable
 from vitrine.models.inputs.names import HEAD
 
 LARGEST = 512 * 2**20  # bytes of an image's file; what is larger is none
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file, unbuffered. Raises `Unreadable` for anything else, OSError if it cannot be opened.
-
-    Nothing is waited for: opening a pipe to which nobody writes would hang.
-    """
+    """Open a regular file, unbuffered. Raises `Unreadable` for anything else, OSError if it cannot be opened."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno in (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP):
-            raise Unreadable(errno.EINVAL, "it is a socket or a device, no regular file") from error
-        raise
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        raise Unreadable(errno.EINVAL, f"it is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, no regular file")
-    return open(descriptor, "rb", buffering=0)
+        return reading.open_regular(path, buffering=0)
+    except reading.NotRegular as error:
+        raise Unreadable(errno.EINVAL, str(error)) from error
 
 
 def read_file(path: str | os.PathLike[str], largest: int = LARGEST) -> bytes:
