@@ -208,11 +208,16 @@ class LabelEncoder:
 
     def encode(self, labels: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
         """Unit embeddings [N, D], computed here and now: for use without a service."""
-        texts, _ = label_readings(self.reader, self.reader.read(label_texts(labels, templates)), templates)
+        return self.label_set(labels, templates).embeddings
+
+    def label_set(self, labels: Sequence[str], templates: Sequence[str]) -> LabelSet:
+        """The same, with what there is to say of the labels."""
+        texts, readings = label_readings(self.reader, self.reader.read(label_texts(labels, templates)), templates)
         prompts = self._empty(len(texts))
         for group in self.engine.text_groups.divide([len(text) for text in texts]):
             prompts[group] = self.engine.encode_texts([texts[index] for index in group])
-        return _average(prompts, len(templates))
+        notices = label_notices(labels, readings, self.reader.context)
+        return LabelSet(tuple(labels), _average(prompts, len(templates)), notices)
 
     async def _read(
         self, labels: Sequence[str], templates: Sequence[str]

@@ -27,7 +27,6 @@ from vitrine.models.files.names import printable
 from vitrine.models.images.decode import ImageLimits
 from vitrine.models.inputs.classes import by_class, class_name
 from vitrine.models.inputs.source import Files, Source
-from vitrine.models.texts.labels import notices_of
 from vitrine.service.answers.explain import matrix
 from vitrine.service.answers.notices import to_notices
 from vitrine.service.engine.decoders import Decoders
@@ -91,8 +90,7 @@ def replay(
     if isinstance(inputs, Files) and inputs.kind == "folder":
         own_labels, inputs = by_class(inputs)
     labels = list(own_labels or manifest.text.labels)
-    encoder, templates = LabelEncoder(engine, capacity=len(labels)), manifest.text.templates
-    embeddings, notices = encoder.encode(labels, templates), notices_of(encoder.reader, labels, templates)
+    label_set = LabelEncoder(engine, capacity=len(labels)).label_set(labels, manifest.text.templates)
     chosen = list(range(len(inputs)))
     if count is not None and count < len(inputs):
         chosen = sorted(np.random.default_rng(seed).choice(len(inputs), count, replace=False).tolist())
@@ -121,7 +119,7 @@ def replay(
             if pixels:
                 outputs = [engine.replace(np.stack(pixels), mask) for mask in masks]
                 scores += outputs[0][1].sum(0)
-                values = logits(np.stack([output[0] for output in outputs]), embeddings, manifest.logit_scale)
+                values = logits(np.stack([output[0] for output in outputs]), label_set.embeddings, manifest.logit_scale)
                 log_probabilities.append(np.log(np.maximum(probabilities(values), 1e-300)))
     if not log_probabilities:
         raise ReplayError(f"none of {len(chosen):,} images can be used; the first: {unreadable[0]}")
@@ -147,7 +145,7 @@ def replay(
         failed=dict(codes.most_common()),
         skipped=inputs.skipped.lines(),
         labels=labels,
-        warnings=to_notices(notices),
+        warnings=to_notices(label_set.notices),
         top1=None if accuracies is None else accuracies[0],
         rows=rows,
         matrix=matrix(scores / len(truth)),
