@@ -78,6 +78,13 @@ class Tower(nn.Module):
         block = self.blocks[layer]
         return block.ls_2(block.mlp(mlp_in))
 
+    def neurons(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(W [H, d], b [H], V [H, d]): the H hidden neurons of block `layer`'s MLP, which adds act(W x + b) V and a
+        bias to the stream, for ln_2 outputs x; LayerScale included."""
+        block = self.blocks[layer]
+        writes = block.ls_2(block.mlp.c_proj.weight.detach().T)
+        return block.mlp.c_fc.weight.detach(), block.mlp.c_fc.bias.detach(), writes
+
     def head(self, residual: Tensor) -> Tensor:
         """[CLS] residual [..., d] to the CLIP embedding [..., D], not normalised."""
         return self.visual.ln_post(residual) @ self.visual.proj

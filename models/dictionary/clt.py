@@ -198,6 +198,9 @@ class CrossLayerTranscoder(nn.Module):
         return torch.stack([decoder.bias for decoder in self.decoders])
 
 
+_SUM = 0  # embedding_bag's number for mode="sum"
+
+
 class SortedCode(NamedTuple):
     """One layer's code, with what training needs."""
 
@@ -220,6 +223,21 @@ class Order:
         """sum_n coefficients[n, feature] * rows[n], for every feature: [N, K], [N, d] -> [F, d]."""
         places, tokens, starts = self._bags
         return F.embedding_bag(tokens, rows, starts, per_sample_weights=coefficients.flatten()[places], mode="sum")
+
+    def weight_gradient(self, d_out: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of `embedding_bag`'s per-sample weights, <d_out[n], weight[f]>: [N, d], [F, d] -> [N, K]."""
+        flat, starts, tokens = self._by_token
+        gradient = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            d_out, weight, flat, starts, tokens, _SUM, padding_idx=-1
+        )
+        return gradient.view_as(self.indices)
+
+    @cached_property
+    def _by_token(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(features of all places [N * K]; the start of each token's bag [N]; the token of each place [N * K])."""
+        tokens, places = self.indices.shape
+        count = torch.arange(tokens, device=self.indices.device)
+        return self.indices.flatten(), count * places, count.repeat_interleave(places)
 
     @cached_property
     def _bags(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,21 +281,18 @@ class _SparseProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor, indices: Tensor, order: Order) -> Tensor:
-        ctx.save_for_backward(values, weight, indices)
+        ctx.save_for_backward(values, weight)
         ctx.order = order
         return F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        values, weight, indices = ctx.saved_tensors
+        values, weight = ctx.saved_tensors
         d_out = d_out.contiguous()
         d_values = d_weight = None
         if ctx.needs_input_grad[0]:  # dz = <dy, W[f]>, embedding_bag's own gradient of its weights
-            with torch.enable_grad():
-                leaf = values.detach().requires_grad_()
-                output = F.embedding_bag(indices, weight.detach(), per_sample_weights=leaf, mode="sum")
-                (d_values,) = torch.autograd.grad(output, leaf, d_out)
+            d_values = ctx.order.weight_gradient(d_out, weight)
         if ctx.needs_input_grad[1]:
             d_weight = ctx.order.sum_over_tokens(values, d_out)
         return d_values, d_weight, None, None

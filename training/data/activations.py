@@ -1,19 +1,17 @@
-"""A CLT's inputs and targets: streamed from the tower, shuffled, normalised. Nothing is stored on disk unless a cache
+"""A CLT's inputs and targets: streamed from the tower, shuffled. Nothing is stored on disk unless a cache
 (training/data/cache.py) is used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vitrine.models.clip.tower import Taps, Tower
-from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.training.data.cache import ActivationCache
 from vitrine.training.data.images import Images, Plan, load
 
@@ -124,71 +122,3 @@ def _from_cache(cache: ActivationCache | None, chunk: int, tower: Tower, images:
     device = next(tower.parameters()).device
     is_cls = torch.arange(mlp_in.shape[1], device=device) % tower.tokens == 0
     return Activations(mlp_in.to(device), mlp_out.to(device), is_cls)
-
-
-@dataclass
-class Normalisation:
-    """Per layer and side: a mean vector and one scale (root mean square of the deviation from it).
-
-    Training uses (x - mean) / scale, so that no layer dominates the loss by its norm; `fold_into` then converts the
-    CLT to raw activations. The mean output of [CLS] is stored only for the R^2 of [CLS].
-    """
-
-    in_mean: Tensor  # [L, d]
-    in_scale: Tensor  # [L]
-    out_mean: Tensor  # [L, d]
-    out_scale: Tensor  # [L]
-    out_mean_cls: Tensor  # [L, d]
-
-    @classmethod
-    def estimate(cls, batches: Iterable[Activations]) -> Normalisation:
-        """Estimate over all tokens of all batches (use many: a single batch is not representative)."""
-        count = cls_count = 0
-        sums: list[Tensor] = []
-        for batch in batches:
-            x, y = batch.mlp_in.double(), batch.mlp_out.double()
-            terms = [x.sum(1), x.square().sum((1, 2)), y.sum(1), y.square().sum((1, 2)), y[:, batch.is_cls].sum(1)]
-            sums = [a + b for a, b in zip(sums, terms, strict=True)] if sums else terms
-            count += x.shape[1]
-            cls_count += int(batch.is_cls.sum())
-        if not count:
-            raise ValueError("no activations to estimate the normalisation from")
-        x_mean, y_mean = sums[0] / count, sums[2] / count
-        width = x_mean.shape[1]
-        x_scale = ((sums[1] / count - x_mean.square().sum(1)) / width).sqrt()
-        y_scale = ((sums[3] / count - y_mean.square().sum(1)) / width).sqrt()
-        parts = (x_mean, x_scale, y_mean, y_scale, sums[4] / cls_count)
-        return cls(*(part.float() for part in parts))
-
-    def to(self, device: torch.device) -> Normalisation:
-        """A copy on another device."""
-        return Normalisation(*(getattr(self, field.name).to(device) for field in fields(self)))
-
-    def inputs(self, mlp_in: Tensor) -> Tensor:
-        """Normalised ln_2 outputs [L, N, d]."""
-        return (mlp_in - self.in_mean[:, None]) / self.in_scale[:, None, None]
-
-    def targets(self, mlp_out: Tensor) -> Tensor:
-        """Normalised MLP outputs [L, N, d]."""
-        return (mlp_out - self.out_mean[:, None]) / self.out_scale[:, None, None]
-
-    @torch.no_grad()
-    def fold_into(self, clt: CrossLayerTranscoder) -> CrossLayerTranscoder:
-        """A CLT on raw activations equivalent to `clt` on normalised ones, with denormalised outputs; float32.
-
-        Pre-activations do not change, so sparsifiers (thresholds) are copied unchanged.
-        """
-        folded = CrossLayerTranscoder(clt.architecture)
-        encoder: Any
-        decoder: Any
-        raw: Any
-        for layer, (encoder, raw) in enumerate(zip(clt.encoders, folded.encoders, strict=True)):
-            weight = encoder.weight.float() / self.in_scale[layer]
-            raw.weight.copy_(weight)
-            raw.bias.copy_(encoder.bias.float() - weight @ self.in_mean[layer])
-            raw.sparsifier.load_state_dict(encoder.sparsifier.state_dict())
-        for target, (decoder, raw) in enumerate(zip(clt.decoders, folded.decoders, strict=True)):
-            for weight, raw_weight in zip(decoder.weights, raw.weights, strict=True):
-                raw_weight.copy_(weight.float() * self.out_scale[target])
-            raw.bias.copy_(decoder.bias.float() * self.out_scale[target] + self.out_mean[target])
-        return folded.train(clt.training)

@@ -151,6 +151,9 @@ class CltSection(Section):
 class TrainingSection(Section):
     """The reconstruction phase: every MLP's output from the MLP inputs."""
 
+    start: Literal["neurons", "random"] = Field(
+        default="random", description="the first weights: the MLPs' own neurons (not for abs_topk), or random"
+    )
     seed: int = Field(default=0, description="of the first weights and of the order of images and tokens")
     epochs: PositiveInt = Field(default=1, description="passes over the images")
     images_per_step: PositiveInt = Field(default=32, description="a step sees the tokens of so many images")
@@ -166,7 +169,10 @@ class TrainingSection(Section):
         default=1.0, gt=0, le=1, description="last share of the run in which the rate falls to 0"
     )
     gradient_clip: PositiveFloat = Field(default=1.0, description="largest norm of a step's gradient")
-    cls_weight: PositiveFloat = Field(default=1.0, description="weight of [CLS] in the loss; a patch weighs 1")
+    cls_weight: PositiveFloat | None = Field(
+        default=None,
+        description="weight of [CLS]'s unexplained variance; a patch weighs 1; default: root of their number",
+    )
     k_start: PositiveFloat = Field(default=1.0, ge=1, description="k begins at so many times its value")
     k_anneal_share: Share = Field(default=0.0, description="first share of the run in which k falls to its value")
     sparsity_weight: PositiveFloat = Field(default=1.0, description="jumprelu: weight of the loss on L0")
@@ -238,6 +244,12 @@ class Recipe(Section):
     training: TrainingSection = TrainingSection()
     cascade: CascadeSection | None = None
     bundle: BundleSection = BundleSection()
+
+    @model_validator(mode="after")
+    def _start_fits(self) -> Recipe:
+        if self.training.start == "neurons" and self.clt.sparsifier == "abs_topk":
+            raise ValueError('training.start = "neurons" does not fit abs_topk, which would choose silent neurons')
+        return self
 
 
 def skip_broken_shards(recipe: Recipe) -> Recipe:

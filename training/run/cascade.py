@@ -25,7 +25,8 @@ from torch.nn.functional import kl_div, log_softmax, normalize
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
 from vitrine.models.dictionary.replacement import Replacement
-from vitrine.training.data.activations import Normalisation, activations
+from vitrine.training.data.activations import activations
+from vitrine.training.data.normalisation import Normalisation
 from vitrine.training.recipes.recipe import CascadeSection
 from vitrine.training.run.objective import Losses, Reconstruction
 
@@ -65,12 +66,12 @@ class Cascade(nn.Module):
         predicted = self._log_probabilities(replaced.residual)
         divergence = kl_div(predicted, truth, log_target=True, reduction="sum") / size.images
         total = (
-            settings.replaced_weight * self.reconstruction.weighted(error, batch.is_cls)
+            settings.replaced_weight * self.reconstruction.weighted(error, batch)
             + settings.prediction_weight * divergence
         )
+        unexplained, kept = self.reconstruction.unexplained(error, batch)
         return clean._replace(
-            total=settings.clean_weight * clean.total + total * size.processes,
-            unexplained=error.detach().sum(1) / (size.images * size.tokens),
+            total=settings.clean_weight * clean.total + total * size.processes, unexplained=unexplained, kept=kept
         )
 
     def _log_probabilities(self, residual: Tensor) -> Tensor:

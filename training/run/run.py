@@ -9,7 +9,7 @@ step depends on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,14 +35,16 @@ from vitrine.training.checkpoint import (
     section,
     write_meta,
 )
-from vitrine.training.data.activations import Normalisation, steps, stream
+from vitrine.training.data.activations import steps, stream
 from vitrine.training.data.cache import ActivationCache, open_cache
 from vitrine.training.data.held_out import held_out
 from vitrine.training.data.images import Plan, load
+from vitrine.training.data.normalisation import Normalisation
 from vitrine.training.data.sources import open_images
 from vitrine.training.evaluation.evaluate import evaluate_summary
 from vitrine.training.recipes.recipe import CascadeSection, Recipe, TrainingSection
 from vitrine.training.run.cascade import Cascade
+from vitrine.training.run.neurons import start_from_neurons
 from vitrine.training.run.objective import Reconstruction, StepSize
 from vitrine.training.run.parallel import gathered, make_fabric
 from vitrine.training.run.progress import track_progress
@@ -226,7 +228,10 @@ class _Run:
             batches = stream(self.clip.tower, data, self.fabric.autocast)
             first = next(batches)
             self.normalisation = Normalisation.estimate(chain([first], batches))
-        self.clt.to(self.fabric.device).calibrate(self.normalisation.inputs(first.mlp_in))
+        self.clt.to(self.fabric.device)
+        if settings.start == "neurons":
+            start_from_neurons(self.clt, self.clip.tower, self.normalisation, first)
+        self.clt.calibrate(self.normalisation.inputs(first.mlp_in))
 
     def _resume(self, checkpoint: Path) -> None:
         """Load weights, normalisation and step from a checkpoint, which must be of the same run."""
@@ -243,7 +248,13 @@ class _Run:
             raise CheckpointError(f"{checkpoint} was trained with another {', '.join(other)}; choose an empty --out")
         self.tensors = load_tensors(checkpoint / "state.safetensors")
         self.clt.load_state_dict(section(self.tensors, "clt"))
-        self.normalisation = Normalisation(**section(self.tensors, "normalisation")).to(self.fabric.device)
+        normalisation = section(self.tensors, "normalisation")
+        if normalisation.keys() != {field.name for field in fields(Normalisation)}:
+            raise CheckpointError(
+                f"{checkpoint} was begun by a version of Vitrine that scaled activations in another way; it can be "
+                "evaluated and exported, but not be trained further: choose an empty --out"
+            )
+        self.normalisation = Normalisation(**normalisation).to(self.fabric.device)
         self.images.record_broken(saved.broken)
         if saved.step == self.steps:  # finished, and possibly evaluated
             self.meta = current.model_copy(update={"metrics": saved.metrics, "val_images": saved.val_images})

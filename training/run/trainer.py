@@ -102,13 +102,14 @@ class Trainer:
 
     def _reduce(self, losses: Losses, rate: float, dead: int) -> tuple[StepMetrics, Tensor]:
         """Metrics of the step and which features fired in it, over all processes."""
-        parts: Any = torch.cat([losses.total.detach()[None] / self.size.processes, losses.unexplained, losses.active])
+        loss_part = losses.total.detach()[None] / self.size.processes
+        parts: Any = torch.cat([loss_part, losses.unexplained, losses.kept, losses.active])
         fired: Any = losses.fired.long()
         if self.fabric.world_size > 1:
             parts = self.fabric.all_reduce(parts, reduce_op="sum")
             fired = self.fabric.all_reduce(fired, reduce_op="sum")
-        loss, unexplained, active = parts.split([1, self.clt.layers, self.clt.layers])
-        r2 = 1 - unexplained
+        loss, unexplained, kept, active = parts.split([1, *[self.clt.layers] * 3])
+        r2 = 1 - unexplained / kept.clamp_min(torch.finfo(kept.dtype).tiny)
         return StepMetrics(
             loss.item(), r2.mean().item(), active.mean().item(), dead, rate, r2.tolist(), active.tolist()
         ), fired > 0

@@ -1,28 +1,14 @@
-"""The order of tokens, steps that do not depend on earlier ones, a normalisation that can be folded away."""
+"""The order of tokens, steps that do not depend on earlier ones."""
 
-import numpy as np
 import pytest
 import torch
 
-from vitrine.models.dictionary.clt import CrossLayerTranscoder
-from vitrine.training.data.activations import Activations, Normalisation, activations, steps, stream
+from vitrine.training.data.activations import activations, steps
 from vitrine.training.data.images import Plan
 from vitrine.training.data.sources import open_images
 from vitrine.training.recipes.recipe import FolderSource
 
 TRAIN = FolderSource(kind="folder", path="train")  # 48 images
-
-
-@pytest.fixture(scope="module")
-def batches(clip, make_pixels):
-    """Four batches of different sizes."""
-    pixels = make_pixels(14).split([3, 4, 5, 2])
-    return list(stream(clip.tower, ((part, torch.zeros(len(part))) for part in pixels)))
-
-
-@pytest.fixture(scope="module")
-def normalisation(batches):
-    return Normalisation.estimate(batches)
 
 
 def test_tokens_lie_image_by_image_with_cls_first(clip, make_pixels):
@@ -131,77 +117,3 @@ def test_nothing_lies_on_disk_by_default(numbers, marking_tower, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     list(steps(marking_tower, numbers(8), Plan(8, 2, 4, 0, epochs=2), workers=0))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_estimate_is_numpys_over_all_tokens(batches, normalisation):
-    for name, mean, scale in (
-        ("mlp_in", normalisation.in_mean, normalisation.in_scale),
-        ("mlp_out", normalisation.out_mean, normalisation.out_scale),
-    ):
-        every = np.concatenate([getattr(batch, name).numpy() for batch in batches], axis=1).astype(np.float64)
-        assert every.shape == (3, 14 * 17, 32)
-        expected = every.mean(1)
-        np.testing.assert_allclose(mean, expected, rtol=0, atol=1e-6)
-        np.testing.assert_allclose(scale, np.sqrt(((every - expected[:, None]) ** 2).mean((1, 2))), rtol=1e-5)
-    cls = np.concatenate([batch.mlp_out[:, batch.is_cls].numpy() for batch in batches], axis=1)
-    assert cls.shape == (3, 14, 32)
-    np.testing.assert_allclose(normalisation.out_mean_cls, cls.mean(1), rtol=0, atol=1e-6)
-
-
-def test_normalised_activations_have_mean_0_and_scale_1(batches, normalisation):
-    every = [torch.cat(parts, 1) for parts in list(zip(*batches, strict=True))[:2]]
-    for normalised in (normalisation.inputs(every[0]), normalisation.targets(every[1])):
-        torch.testing.assert_close(normalised.mean(1), torch.zeros(3, 32), rtol=0, atol=1e-5)
-        torch.testing.assert_close(normalised.square().mean((1, 2)), torch.ones(3))
-
-
-def test_estimate_by_hand():
-    x = torch.tensor([[[1.0, 10.0], [3.0, 10.0]]])  # one layer, two tokens, width 2
-    estimate = Normalisation.estimate([Activations(x, 2 * x, torch.tensor([True, False]))])
-    assert estimate.in_mean.tolist() == [[2, 10]]
-    assert estimate.in_scale.tolist() == pytest.approx([0.5**0.5])  # deviations -1, 1, 0, 0
-    assert estimate.out_mean.tolist() == [[4, 20]]
-    assert estimate.out_scale.tolist() == pytest.approx([2 * 0.5**0.5])
-    assert estimate.out_mean_cls.tolist() == [[2, 20]]
-
-
-def test_estimate_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="no activations"):
-        Normalisation.estimate([])
-
-
-@pytest.mark.parametrize("cross_layer", [True, False])
-@pytest.mark.parametrize("sparsifier", ["relu_topk", "abs_topk", "jumprelu", "batch_topk"])
-def test_folded_clt_does_on_raw_activations_what_the_other_does_on_normalised_ones(
-    batches, normalisation, make_clt, clip, sparsifier, cross_layer
-):
-    clt = make_clt(clip, k_cls=5, sparsifier=sparsifier, cross_layer=cross_layer)
-    for layer, encoder in enumerate(clt.encoders):  # thresholds as training leaves them, different everywhere
-        for name, tensor in encoder.sparsifier.state_dict().items():
-            start = -2.0 if name == "log_threshold" else 0.1 * (layer + 1)
-            tensor.copy_(torch.linspace(start, start + 0.5, tensor.numel()))
-    folded = normalisation.fold_into(clt)
-    assert not folded.training
-    for batch in batches:
-        expected, output = clt(normalisation.inputs(batch.mlp_in), batch.is_cls)
-        folded_codes, raw_output = folded(batch.mlp_in, batch.is_cls)
-        for one, two in zip(expected, folded_codes, strict=True):
-            assert one.values.count_nonzero() > 0
-            torch.testing.assert_close(_dense(one), _dense(two), rtol=0, atol=1e-4)
-        torch.testing.assert_close(normalisation.targets(raw_output), output, rtol=0, atol=1e-4)
-
-
-def _dense(code):
-    return torch.zeros(len(code.indices), 64).scatter_add(1, code.indices, code.values)
-
-
-def test_folding_leaves_the_trained_clt_alone(normalisation, make_clt, clip):
-    clt = make_clt(clip, seed=5)
-    before = {name: tensor.clone() for name, tensor in clt.state_dict().items()}
-    folded = normalisation.fold_into(clt.bfloat16())
-    assert isinstance(folded, CrossLayerTranscoder)
-    for name, tensor in clt.state_dict().items():
-        assert torch.equal(tensor, before[name].bfloat16())
-        assert folded.state_dict()[name].dtype == torch.float32
-        assert not torch.equal(tensor.float(), folded.state_dict()[name])
-    assert normalisation.fold_into(clt.train()).training

@@ -1,10 +1,13 @@
 """The losses, against float64 loops over tokens and layers."""
 
+import itertools
+
 import pytest
 import torch
 
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
-from vitrine.training.data.activations import Activations, Normalisation
+from vitrine.training.data.activations import Activations
+from vitrine.training.data.normalisation import Normalisation
 from vitrine.training.recipes.recipe import TrainingSection
 from vitrine.training.run.objective import Reconstruction, StepSize
 
@@ -24,7 +27,13 @@ def make(sparsifier="relu_topk", seed=0, **settings):
     for parameter in clt.parameters():
         parameter.data.add_(0.1 * random(*parameter.shape))
     normalisation = Normalisation(
-        random(LAYERS, WIDTH), random(LAYERS).exp(), random(LAYERS, WIDTH), random(LAYERS).exp(), random(LAYERS, WIDTH)
+        random(LAYERS, WIDTH),
+        random(LAYERS).exp(),
+        random(LAYERS, WIDTH),
+        random(LAYERS).exp(),
+        random(LAYERS, WIDTH),
+        random(LAYERS).exp(),
+        torch.tensor([2.0, 2.5, 3.0]),  # outliers are a half, a fourth, a tenth of the tokens
     )
     for field, tensor in vars(normalisation).items():
         setattr(normalisation, field, tensor.double())
@@ -50,26 +59,47 @@ def squared_errors(objective, batch):
     return (decoded - y).square().mean(-1), codes
 
 
-def test_reconstruction_weighs_cls():
+def weights_by_hand(objective, batch, cls_weight=7.0):
+    """[L, N], and the sum of weights by which the loss is divided in every layer."""
+    norm, weights = objective.normalisation, torch.ones(LAYERS, COUNT, dtype=torch.float64)
+    for layer, token in itertools.product(range(LAYERS), range(COUNT)):
+        length = batch.mlp_out[layer, token].norm()
+        if token % TOKENS == 0:
+            weights[layer, token] = cls_weight * norm.out_scale[layer] ** 2 / norm.out_scale_cls[layer] ** 2
+        elif length > norm.outlier_norm[layer]:
+            weights[layer, token] = (norm.outlier_norm[layer] / length) ** 2
+    return weights, IMAGES * (TOKENS - 1 + cls_weight)
+
+
+def test_cls_weighs_by_its_own_variance_and_outliers_by_their_length():
     objective, batch = make(cls_weight=7)
     errors, codes = squared_errors(objective, batch)
-    weights = [7 if token % TOKENS == 0 else 1 for token in range(COUNT)]
-    expected = sum(errors[layer, token] * weights[token] for layer in range(LAYERS) for token in range(COUNT)) / (
-        LAYERS * sum(weights)
-    )
+    weights, total = weights_by_hand(objective, batch)
+    assert 5 < (weights[:, ~batch.is_cls] < 1).sum() < 30
     losses = objective(batch, pressure=1.0)
-    torch.testing.assert_close(losses.total, expected)
-    torch.testing.assert_close(losses.unexplained, errors.mean(1))
+    torch.testing.assert_close(losses.total, (errors * weights).sum() / (LAYERS * total))
+    kept = batch.mlp_out.norm(dim=-1) <= objective.normalisation.outlier_norm[:, None]
+    torch.testing.assert_close(losses.kept, kept.double().mean(1), check_dtype=False)
+    torch.testing.assert_close(
+        losses.unexplained / losses.kept, torch.stack([e[k].mean() for e, k in zip(errors, kept, strict=True)])
+    )
     l0 = [(code.values != 0).sum(1).double().mean() for code in codes]
     torch.testing.assert_close(losses.active, torch.stack(l0))
+
+
+def test_by_default_cls_weighs_as_the_root_of_the_patches():
+    objective, batch = make()
+    errors, _ = squared_errors(objective, batch)
+    weights, total = weights_by_hand(objective, batch, cls_weight=3**0.5)
+    torch.testing.assert_close(objective(batch).total, (errors * weights).sum() / (LAYERS * total))
 
 
 def test_gradient_is_that_of_the_dense_loss():
     objective, batch = make(cls_weight=7)
     names, parameters = zip(*objective.clt.named_parameters(), strict=True)
     errors, _ = squared_errors(objective, batch)
-    weights = torch.where(batch.is_cls, 7.0, 1.0).double()
-    expected = torch.autograd.grad((errors * weights).sum(1).mean() / weights.sum(), parameters)
+    weights, total = weights_by_hand(objective, batch)
+    expected = torch.autograd.grad((errors * weights).sum(1).mean() / total, parameters)
     gradients = torch.autograd.grad(objective(batch).total, parameters)
     for name, ours, theirs in zip(names, gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
@@ -93,6 +123,7 @@ def test_processes_together_do_what_one_does(world):
     for ours, theirs in zip(zip(*gradients, strict=True), expected, strict=True):
         torch.testing.assert_close(torch.stack(ours).mean(0), theirs)
     torch.testing.assert_close(torch.stack([losses.unexplained for losses in results]).sum(0), whole.unexplained)
+    torch.testing.assert_close(torch.stack([losses.kept for losses in results]).sum(0), whole.kept)
     torch.testing.assert_close(torch.stack([losses.active for losses in results]).sum(0), whole.active)
     assert torch.equal(torch.stack([losses.fired for losses in results]).any(0), whole.fired)
 
