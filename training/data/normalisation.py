@@ -105,7 +105,7 @@ class Normalisation:
 
 
 def _sums(values: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Over the chosen tokens, values [L, N, d], chosen [L, N]: (number [L], sum [L, d], sum of squares [L]), float64."""
+    """Over chosen tokens, values [L, N, d], chosen [L, N]: (number [L], sum [L, d], sum of squares [L]) in float64."""
     x, weights = values.double(), chosen.double()
     return weights.sum(1), torch.einsum("lnd,ln->ld", x, weights), torch.einsum("lnd,lnd,ln->l", x, x, weights)
 
