@@ -49,14 +49,18 @@ def labels_for(data: Images, labels: Sequence[str] | None) -> tuple[str, ...]:
     if unknown := sorted(set(data.classes) - set(labels)):
         raise DataError(
             f"{data.title}: classes that are no labels of the recipe: {_some(unknown)}. Add them to the labels, or say "
-            f'in data.classes which label each has, as {{ "{printable(unknown[0], 40)}" = "{printable(labels[0], 40)}" }}; '
-            "if these folders are no classes: { kind = \"folder\", path = ..., classes = false }"
+            f'in data.classes which label each has, as {{ "{printable(unknown[0], 40)}" = "{printable(labels[0], 40)}" '
+            '}; if these folders are no classes, { kind = "folder", path = ..., classes = false }'
         )
     return tuple(labels)
 
 
 def check_classes(section: DataSection, labels: Sequence[str], *sources: Images) -> None:
-    """Raises `DataError` if `data.classes` names a class that none of the sources has, or a label that is none."""
+    """Raises `DataError` if `data.classes` names a class that none of the sources has, or a label that is none.
+
+    labels: of the zero-shot classification; they count only if the recipe names them, not if val's classes do.
+    """
+    has_labels = section.labels is not None or section.labels_file is not None
     found = {name for data in sources for name in data.listing.classes}
     for name, label in (section.classes or {}).items():
         if name not in found:
@@ -64,10 +68,12 @@ def check_classes(section: DataSection, labels: Sequence[str], *sources: Images)
             hint = f"did you mean {near[0]!r}?" if near else "their classes are the names of their folders"
             where = " or ".join(dict.fromkeys(data.title for data in sources))
             raise DataError(f"data.classes: {printable(name)!r} is no class of {where}; {hint}")
-        if labels and label not in labels:
+        if has_labels and label not in labels:
             near = difflib.get_close_matches(label, labels, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise DataError(f"data.classes: {printable(label)!r}, of {printable(name)!r}, is no label of the recipe{hint}")
+            raise DataError(
+                f"data.classes: {printable(label)!r}, of {printable(name)!r}, is no label of the recipe{hint}"
+            )
 
 
 def _some(names: Sequence[str]) -> str:

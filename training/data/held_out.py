@@ -1,4 +1,4 @@
-"""The val images on which a CLT is evaluated, in an order that depends only on a seed; their classes, if they have any."""
+"""The val images on which a CLT is evaluated, in an order that depends only on a seed, and their classes, if any."""
 
 from __future__ import annotations
 

@@ -90,7 +90,9 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def summary(self) -> list[str]:
         """How many images in how many classes, then what was left out: a line for each reason."""
-        classes = f"in {len(set(self.classes)):,} classes" if self.classes else f"without classes: {self.listing.unlabelled}"
+        classes = (
+            f"in {len(set(self.classes)):,} classes" if self.classes else f"without classes: {self.listing.unlabelled}"
+        )
         return [f"{self.title}: {len(self):,} images {classes}", *self.listing.skipped.lines()]
 
     def print_summary(self, console: Console) -> None:
