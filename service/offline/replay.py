@@ -163,8 +163,8 @@ def _labels_of(folders: Sequence[str], labels: Sequence[str]) -> dict[str, int]:
     if unknown:
         more = f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else ""
         raise ReplayError(
-            f"folders that are no labels: {', '.join(map(printable, unknown[:5]))}{more}; name each by its label, or by "
-            "the WordNet id of one of ImageNet's 1,000 classes; a pattern, 'photos/**/*.jpg', has no classes"
+            f"folders that are no labels: {', '.join(map(printable, unknown[:5]))}{more}; name each by its label, or "
+            "by the WordNet id of one of ImageNet's 1,000 classes; a pattern, 'photos/**/*.jpg', has no classes"
         )
     return {folder: numbers[class_label(folder)] for folder in folders}
 

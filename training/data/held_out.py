@@ -59,7 +59,7 @@ class HeldOut:
     def pixels(self, positions: list[int]) -> Tensor:
         """Normalised pixels of a few images, given as positions among the selected ones: [n, 3, H, W]."""
         batches = load(self.data, [[self.indices[position]] for position in positions], workers=0)
-        return torch.cat([pixels for pixels, _ in batches])
+        return torch.cat([torch.empty(0), *(pixels for pixels, _ in batches)])
 
     def _split(self) -> list[list[int]]:
         return [list(self.indices[at : at + self.batch_size]) for at in range(0, len(self), self.batch_size)]

@@ -40,8 +40,9 @@ def evaluate(
     from vitrine.training.report.report import draw_thumbnails, write_report
     from vitrine.training.report.tables import print_sheets
 
+    named = chosen_labels(labels, labels_file)
     newest, other = latest(checkpoint), latest(baseline) if baseline else None
-    named, meta, console = chosen_labels(labels, labels_file), read_meta(newest), new_console()
+    meta, console = read_meta(newest), new_console()
     recipe = meta.recipe
     out = out or newest / "evaluation"
     prepare_folder(out)
