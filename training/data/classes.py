@@ -48,7 +48,7 @@ def labels_for(data: Images, labels: Sequence[str] | None) -> tuple[str, ...]:
         return tuple(dict.fromkeys(data.classes))
     if unknown := sorted(set(data.classes) - set(labels)):
         raise DataError(
-            f"{data.title}: classes that are no labels of the recipe: {_some(unknown)}. Add them to the labels, or say "
+            f"{data.title}: classes that are none of the labels: {_some(unknown)}. Add them to the labels, or say "
             f'in data.classes which label each has, as {{ "{printable(unknown[0], 40)}" = "{printable(labels[0], 40)}" '
             '}; if these folders are no classes, { kind = "folder", path = ..., classes = false }'
         )

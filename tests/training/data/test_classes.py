@@ -70,8 +70,8 @@ def test_labels_of_a_file(tmp_path):
     ("fields", "message"),
     [
         ({}, r"n00005787: WordNet ids of none of ImageNet's 1,000 classes; .* as { \"n00005787\" = "),
-        ({"labels": ("dog",)}, r"no labels of the recipe: cat, n00005787. Add .* as { \"cat\" = \"dog\" }; .*= false"),
-        ({"classes": {"n00005787": "se"}, "labels": ("sea", "cat")}, "no labels of the recipe: se."),
+        ({"labels": ("dog",)}, r"none of the labels: cat, n00005787. Add .* as { \"cat\" = \"dog\" }; .*= false"),
+        ({"classes": {"n00005787": "se"}, "labels": ("sea", "cat")}, "none of the labels: se."),
         ({"classes": {"n00005787": "sea", "cot": "cat"}}, "data.classes: 'cot' is no class of .*; did you mean 'cat'?"),
         (
             {"classes": {"n00005787": "sea", "9": "cat"}},

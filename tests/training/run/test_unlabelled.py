@@ -1,16 +1,20 @@
-"""From images without classes, and without labels, to a bundle with cards, by the commands."""
+"""Images without classes, and without labels: trained on, measured, exported with labels of a file, and with cards."""
 
 import json
 import shutil
 
+import duckdb
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
 from common import LABELS, RECIPE
 from vitrine.commands import app
-from vitrine.models.bundle.bundle import open_bundle
-from vitrine.training.checkpoint import CheckpointError, latest, read_meta
+from vitrine.models.export import export as export_module
+from vitrine.models.graph.onnx_file import ExportError
+from vitrine.training.cards.build import Options, build_cards
+from vitrine.training.checkpoint import CheckpointError, latest, load_clt, read_meta, save_checkpoint
 from vitrine.training.recipes.recipe import CascadeSection, RecipeError, load_recipe
 from vitrine.training.run.run import train
 
@@ -47,7 +51,7 @@ def recipe_of(tmp_path):
     return write
 
 
-def test_from_images_alone_to_a_bundle_with_cards(root, tmp_path):
+def test_a_run_on_images_alone(root, tmp_path, monkeypatch):
     (tmp_path / "recipe.toml").write_text(NO_LABELS.replace("epochs = 4", "epochs = 1"))
     data, checkpoint = ("--data-root", root), ("--checkpoint", tmp_path / "run")
     printed = run("train", "--recipe", tmp_path / "recipe.toml", "--out", tmp_path / "run", *data)
@@ -63,13 +67,32 @@ def test_from_images_alone_to_a_bundle_with_cards(root, tmp_path):
     assert figures["labels"] == list(LABELS)
     assert all(cascade["top1"] is None and cascade["agreement"] for cascade in figures["cascades"])
 
-    export = ("export", *checkpoint, *data, "--out", tmp_path / "bundle", "--calibration-images", 2)
+    export = ("export", *checkpoint, *data, "--out", tmp_path / "bundle")
     assert "trained without labels, and a bundle needs some" in run(*export, exits=1)
-    run(*export, "--labels-file", root / "labels.txt")
-    assert open_bundle(tmp_path / "bundle").manifest.text.labels == LABELS
-    bundles = ("--bundle", tmp_path / "bundle", "--out", tmp_path / "carded", "--vocabulary", "labels")
-    run("cards", *checkpoint, *data, *bundles, "--workers", 0)
-    assert open_bundle(tmp_path / "carded").manifest.cards.vocabulary == 3
+    exported = []  # what is written is tests/models/export's concern
+
+    def export_bundle(clip, clt, cls_mean, provenance, *others):
+        exported.append(provenance)
+        raise ExportError("stop here")
+
+    monkeypatch.setattr(export_module, "export_bundle", export_bundle)
+    run(*export, "--labels-file", root / "labels.txt", exits=1)
+    run(*export, "--labels", "cat, dog", exits=1)
+    assert [tuple(provenance.labels) for provenance in exported] == [LABELS, ("cat", "dog")]
+
+
+def test_cards_of_images_alone(root, checkpoint, bundle, clip, recipe_of, tmp_path):
+    meta = read_meta(checkpoint).model_copy(update={"recipe": recipe_of(NO_LABELS)})
+    clt, cls_mean, _ = load_clt(checkpoint)
+    flat = save_checkpoint(tmp_path / "run", meta, clt, {"out_mean_cls": cls_mean}, {"step": torch.zeros(1)})
+    options = Options(vocabulary=("labels",), exemplars=4, shown=3, references=8, workers=0)
+    carded = build_cards(clip, flat, bundle, root, tmp_path / "carded", options, Console(quiet=True))
+    assert carded.manifest.cards.vocabulary == 3
+    with duckdb.connect() as database:
+        rows = database.sql(f"SELECT name, class_name FROM '{carded.path}/cards/images.parquet' ORDER BY image")
+        names, classes = zip(*rows.fetchall(), strict=True)
+    assert {name.split("/")[0] for name in names} == {"train"}
+    assert set(classes) == {""}
 
 
 def test_the_cascade_needs_labels_but_no_classes(root, clip, recipe_of, tmp_path):
