@@ -10,7 +10,7 @@ from rich.text import Text
 
 from vitrine.models.account.windows import TOKENS
 from vitrine.training.evaluation.faithfulness import TOP
-from vitrine.training.evaluation.results import Estimate, LayerFigures, Results, TokenFigures
+from vitrine.training.evaluation.results import Estimate, Faithfulness, LayerFigures, Results, TokenFigures
 from vitrine.training.report import paper
 
 TOKEN_NAMES = {"all": "all", "cls": "[CLS]", "patches": "patches"}
@@ -117,7 +117,9 @@ def faithfulness(results: Results) -> Sheet:
     """The paper's two interventions on the last layer, with their baselines."""
     measured = results.faithfulness
     assert measured is not None
-    own = results.baseline.value if results.baseline else 0.0
+    if results.baseline is None:
+        return _divergences(measured, results.layers)
+    own = results.baseline.value
     columns = ["ranked by", "drop the first", "the paper's", "keep the first four", "the paper's"]
     columns += ["harm, top-1", "harm, divergence"]
     rows = []
@@ -137,15 +139,31 @@ def faithfulness(results: Results) -> Sheet:
         kept, dropped = measured.random_keep[min(TOP, results.layers)], measured.random_drop[1]
         random_changes = [f"{signed(spread.mean - own)} ± {100 * spread.deviation:.2f}" for spread in (dropped, kept)]
         rows.append([f"{measured.random_orders} random orders", random_changes[0], "", random_changes[1], "", "", ""])
-    from_all = ""
     if measured.drop_one_mean:
         rows.append(["any one layer, mean", signed(measured.drop_one_mean.value - own), "", "", "", "1.0 ×", "1.0 ×"])
-    if all_kept := measured.curves[0].drop:
-        from_all = f"From all of them: {signed(all_kept[0].value - own)}. "
+    all_kept = measured.curves[0].drop
+    from_all = f"From all of them: {signed(all_kept[0].value - own)}. " if all_kept else ""
     return Sheet(
         f"Layer {results.layers - 1}'s MLP output at [CLS] from some source layers: change of top-1 in points. "
         f"{from_all}Harm: of dropping the first, against dropping any one layer.",
         columns,
+        rows,
+    )
+
+
+def _divergences(measured: Faithfulness, layers: int) -> Sheet:
+    """The same where it is not known which prediction is right."""
+    rows = []
+    for curve in measured.curves:
+        harm = measured.harm_in_divergence(curve.ranking)
+        divergences = curve.drop_divergence[1], curve.keep_divergence[min(TOP, layers)]
+        rows.append([RANKING_NAMES[curve.ranking], *(f"{value:.4f}" for value in divergences)])
+        rows[-1].append("–" if harm is None else f"{harm:.1f} ×")
+    return Sheet(
+        f"Layer {layers - 1}'s MLP output at [CLS] from some source layers: divergence from CLIP's own distribution in "
+        f"nats. From all of them: {measured.curves[0].drop_divergence[0]:.4f}. Harm: of dropping the first, against "
+        "dropping any one layer.",
+        ["ranked by", "drop the first", "keep the first four", "harm"],
         rows,
     )
 
