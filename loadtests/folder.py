@@ -16,13 +16,17 @@ import httpx
 import typer
 from rich.progress import track
 
+from vitrine.models.inputs.imagenet import class_label
+
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
 
 def main(
     folder: Path,
     url: str = "http://127.0.0.1:3000",
-    classes: Annotated[bool, typer.Option(help="The name of an image's folder is its label.")] = False,
+    classes: Annotated[
+        bool, typer.Option(help="The name of an image's folder is its label, or its WordNet id.")
+    ] = False,
     clients: int = 4,
 ) -> None:
     """Exit code 1 unless every answer is 200 with |remainder| <= 1e-3 and rows that sum to the logit."""
@@ -44,7 +48,7 @@ def main(
         f"median R2 {r2[len(r2) // 2]:.3f}"
     )
     if classes:
-        correct = sum(answer["predictions"][0]["label"] == path.parent.name for path, answer in good)
+        correct = sum(answer["predictions"][0]["label"] == class_label(path.parent.name) for path, answer in good)
         print(f"zero-shot top-1 {correct / len(good):.4f}")
     if statuses != {200: len(images)} or remainder > 1e-3 or difference > 1e-3:
         raise typer.Exit(1)

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from vitrine.models.bundle.manifest import Agreement, CardsSummary, Manifest, Shape
 
 
+LABELS_NAMED = 50
+
+
 def model_card(manifest: Manifest) -> str:
     """The text of the card, generated from the manifest."""
     shape, data, clip = manifest.shape, manifest.data, manifest.clip
@@ -27,7 +30,7 @@ def model_card(manifest: Manifest) -> str:
 - **Precisions**: fp32{"".join(map(_agreement, manifest.agreement.items()))}
 - **Trained on**: {data.name}, {data.train_images:,} images; licence of the data: {data.licence}
 - **Measured on**: {data.name}, {data.val_images:,} held-out images
-- **Default labels**: {", ".join(manifest.text.labels)}
+- **Default labels**: {_labels(manifest.text.labels)}
 - **Licence of this bundle**: {manifest.licence}
 
 | metric (val) | value |
@@ -46,6 +49,12 @@ in for the MLPs only as well as `fidelity` in every answer says.
 {manifest.recipe.strip()}
 ```
 """
+
+
+def _labels(labels: tuple[str, ...]) -> str:
+    if len(labels) <= LABELS_NAMED:
+        return ", ".join(labels)
+    return f"{len(labels):,}, from {', '.join(labels[:LABELS_NAMED])} on; manifest.json has all"
 
 
 def _cards(cards: CardsSummary | None) -> str:

@@ -26,6 +26,7 @@ from vitrine.models.errors import VitrineError
 from vitrine.models.files.names import printable
 from vitrine.models.images.decode import ImageLimits
 from vitrine.models.inputs.classes import by_class, class_name
+from vitrine.models.inputs.imagenet import class_label, unknown_ids
 from vitrine.models.inputs.source import Files, Source
 from vitrine.service.answers.explain import matrix
 from vitrine.service.answers.notices import to_notices
@@ -73,23 +74,26 @@ def replay(
     count: int | None = None,
     seed: int = 0,
     track: Callable[[Sequence[list[int]]], Iterable[list[int]]] = iter,
+    labels: Sequence[str] | None = None,
 ) -> Replay:
     """Replay `count` randomly chosen images, or all.
 
     Args:
         track: yields the batches of images' numbers, and may show progress.
+        labels: default: the names of the folders, ImageNet's for WordNet ids; without folders the bundle's labels.
 
     Raises:
-        ReplayError: the bundle has no replacement graph, or no image can be used.
+        ReplayError: the bundle has no replacement graph, a folder is no label, or no image can be used.
         InputError: what is read proves to be damaged.
     """
     manifest = engine.bundle.manifest
     if not engine.can_replace:
         raise ReplayError(f"{engine.bundle.path} has no replacement graph: export it with `bundle.replacement = true`")
-    own_labels: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
     if isinstance(inputs, Files) and inputs.kind == "folder":
-        own_labels, inputs = by_class(inputs)
-    labels = list(own_labels or manifest.text.labels)
+        folders, inputs = by_class(inputs)
+    labels = list(labels or dict.fromkeys(map(class_label, folders)) or manifest.text.labels)
+    label_of_folder = _labels_of(folders, labels)
     label_set = LabelEncoder(engine, capacity=len(labels)).label_set(labels, manifest.text.templates)
     chosen = list(range(len(inputs)))
     if count is not None and count < len(inputs):
@@ -115,7 +119,7 @@ def replay(
                     codes[code] += 1
                     unreadable.append(f"{printable(item.name)}: {message}")
                     continue
-                truth.append(labels.index(class_name(item.name)) if own_labels else -1)
+                truth.append(label_of_folder[class_name(item.name)] if folders else -1)
             if pixels:
                 outputs = [engine.replace(np.stack(pixels), mask) for mask in masks]
                 scores += outputs[0][1].sum(0)
@@ -126,7 +130,7 @@ def replay(
 
     all_logs = np.concatenate(log_probabilities, axis=1)
     clip_logs, predicted = all_logs[0], all_logs.argmax(-1)
-    accuracies = (predicted == np.array(truth)).mean(-1) if own_labels else None
+    accuracies = (predicted == np.array(truth)).mean(-1) if folders else None
     divergences = (np.exp(clip_logs) * (clip_logs - all_logs)).sum(-1).mean(-1)
     rows = [
         Row(
@@ -150,6 +154,19 @@ def replay(
         rows=rows,
         matrix=matrix(scores / len(truth)),
     )
+
+
+def _labels_of(folders: Sequence[str], labels: Sequence[str]) -> dict[str, int]:
+    """Of each folder the number of its label. Raises `ReplayError` for those that have none."""
+    numbers = {label: number for number, label in enumerate(labels)}
+    unknown = [folder for folder in folders if class_label(folder) not in numbers] or unknown_ids(folders)
+    if unknown:
+        more = f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else ""
+        raise ReplayError(
+            f"folders that are no labels: {', '.join(map(printable, unknown[:5]))}{more}; name each by its label, or "
+            "by the WordNet id of one of ImageNet's 1,000 classes; a pattern, 'photos/**/*.jpg', has no classes"
+        )
+    return {folder: numbers[class_label(folder)] for folder in folders}
 
 
 def print_replay(result: Replay, console: Console) -> None:

@@ -418,6 +418,32 @@ def test_attribute_refuses_bad_labels(refused, photo, labels):
     assert "labels" in refused("attribute", photo, "--labels", labels)
 
 
+@pytest.mark.parametrize("command", ["attribute", "bulk", "replay", "evaluate", "export"])
+def test_labels_are_given_in_one_way(run, refused, photo, tmp_path, command):
+    """Before anything is opened."""
+    (tmp_path / "names.txt").write_text("cat\ncat\n")
+    arguments = {
+        "attribute": [photo],
+        "bulk": [photo, "--out", tmp_path / "out"],
+        "replay": [photo],
+        "evaluate": ["--checkpoint", tmp_path],
+        "export": ["--checkpoint", tmp_path, "--out", tmp_path / "out"],
+    }[command]
+    both = run(command, *arguments, "--labels", "cat", "--labels-file", tmp_path / "names.txt")
+    assert both.exit_code == 2
+    assert "give --labels or --labels-file, not both" in both.output
+    assert "'cat' is there twice" in refused(command, *arguments, "--labels-file", tmp_path / "names.txt")
+    assert "--labels: a label has no letters" in refused(command, *arguments, "--labels", "cat,,dog")
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_of_a_file_may_have_commas(run, photo, tmp_path):
+    (tmp_path / "names.txt").write_bytes("\ufefftench, a fish\r\n\r\ngrün\r\n".encode())
+    result = run("attribute", photo, "--labels-file", tmp_path / "names.txt", "--json")
+    answer = AttributeResponse.model_validate_json(result.stdout)
+    assert {prediction.label for prediction in answer.predictions} == {"tench, a fish", "grün"}
+
+
 def test_attribute_refuses_a_missing_image_bundle_or_number(run, refused, photo, tmp_path):
     assert run("attribute", tmp_path / "nowhere.png").exit_code == 2
     assert run("attribute", tmp_path).exit_code == 2

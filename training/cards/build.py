@@ -75,7 +75,7 @@ def build_cards(
     words = read_vocabulary(options.vocabulary, bundle.manifest.text.labels)
     section, transform = meta.recipe.data, clip.transform()
     orders = [
-        _sample(open_images(source, data_root, transform, section.max_broken), count, options.seed)
+        _sample(open_images(source, data_root, transform, section.max_broken, section.classes), count, options.seed)
         for source, count in ((section.train, options.images), (section.val, options.held_out))
     ]
     for data, _ in orders:

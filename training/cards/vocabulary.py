@@ -16,6 +16,8 @@ from torch import Tensor, cat
 
 from vitrine.models.clip.loading import Clip
 from vitrine.models.errors import VitrineError
+from vitrine.models.inputs.errors import InputError
+from vitrine.models.inputs.lists import read_names
 
 COLOURS = (
     *("red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink", "brown", "black", "white", "gray"),
@@ -85,7 +87,7 @@ def embed(clip: Clip, words: Sequence[str], templates: Sequence[str], progress: 
 
 def _read(file: Path) -> list[str]:
     try:
-        lines = [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.partition("#")[0].strip() for line in read_names(file, "words")]
+    except InputError as error:
         raise VocabularyError(f"vocabulary {file}: {error}; a file, or one of {', '.join(NAMED)}") from error
     return [line for line in lines if line]

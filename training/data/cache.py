@@ -28,7 +28,7 @@ from vitrine.models.errors import VitrineError
 from vitrine.models.files.errors import FileError
 from vitrine.models.files.writing import written
 from vitrine.training.data.images import Plan
-from vitrine.training.recipes.recipe import Source
+from vitrine.training.recipes.recipe import FolderSource, Source
 
 FORMAT = 2  # 1: other pixels of transparent, 16-bit and very large images
 DType = Literal["float32", "bfloat16"]
@@ -149,13 +149,19 @@ def _fingerprint(dtype: DType, clip: Clip, source: Source, plan: Plan, precision
         "format": FORMAT,
         "CLIP": clip.sha256,
         "preprocessing": clip.preprocess,
-        "source": source.model_dump(),
+        "source": _listed(source),
         "plan": {key: value for key, value in asdict(plan).items() if key != "epochs"},
         "precision": precision,
         "dtype": dtype,
         "processes": world,
     }
     return dict(json.loads(json.dumps(fingerprint)))
+
+
+def _listed(source: Source) -> dict[str, Any]:
+    """What decides which images a source has, and in which order; a key that came later counts only where it is set."""
+    has_default = isinstance(source, FolderSource) and source.classes
+    return source.model_dump(exclude={"classes"} if has_default else None)
 
 
 def _check_fingerprint(folder: Path, stored: Any, expected: dict[str, Any]) -> None:

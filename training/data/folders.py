@@ -18,8 +18,8 @@ from vitrine.training.data.images import DataError
 class ClassFolders:
     """The images in folders of classes, or in a folder without these, and then without classes."""
 
-    def __init__(self, root: Path) -> None:
-        """Raises `DataError` if there are no images."""
+    def __init__(self, root: Path, has_classes: bool = True) -> None:
+        """has_classes: False if the folders are no classes. Raises `DataError` if there are no images."""
         self.title, self.root, self.unlabelled = display(root), root, ""
         skipped = Skipped()
         try:
@@ -28,7 +28,8 @@ class ClassFolders:
             raise DataError(f"no images under {self.title}: {error}") from error
         for path in (*found.tars, *found.tables):
             skipped.add(Reason.BESIDE, path)
-        self.classes, files = by_class(Files("folder", root, found.images, skipped))
+        files = Files("folder", root, found.images, skipped)
+        self.classes, files = by_class(files) if has_classes else ((), files)
         if not files.paths:
             raise DataError(". ".join([f"no images under {self.title}", *skipped.lines()]))
         # Files of a folder come before those of its folders: the order in which earlier versions numbered them.
@@ -36,7 +37,7 @@ class ClassFolders:
         self.skipped = files.skipped
         self._indices = {name: index for index, name in enumerate(self.classes)}
         if not self.classes:
-            self.unlabelled = "its images lie in no folders of classes"
+            self.unlabelled = "its images lie in no folders of classes" if has_classes else "the recipe says so"
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -1,8 +1,8 @@
-"""The labelled val images on which a CLT is evaluated, in an order that depends only on a seed."""
+"""The val images on which a CLT is evaluated, in an order that depends only on a seed, and their classes, if any."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vitrine.models.clip.loading import Clip
+from vitrine.training.data.classes import labels_for, recipe_labels
 from vitrine.training.data.images import DataError, Images, load
 from vitrine.training.data.sources import open_images
 from vitrine.training.recipes.recipe import DataSection
@@ -21,7 +22,7 @@ class HeldOut:
 
     data: Images
     indices: tuple[int, ...]  # into `data`
-    labels: tuple[str, ...]
+    labels: tuple[str, ...]  # () if there are none: nothing is predicted
     label_of_class: Tensor  # [classes of `data`] index into `labels`
     seed: int = 0  # with which they were selected
     batch_size: int = 50
@@ -30,37 +31,66 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether it is known which prediction is right."""
+        return len(self.label_of_class) > 0
+
+    @property
+    def left_out(self) -> list[str]:
+        """What cannot be measured on these images, and what it takes: a sentence for each reason."""
+        if not self.labels:
+            return [
+                "there are no labels, so nothing is predicted: how often a prediction stays when MLPs are replaced, or "
+                "source layers left out, is not measured; give `labels` or `labels_file` in [data], or --labels-file"
+            ]
+        if not self.has_classes:
+            return [
+                f"{self.data.title} has no classes, so no prediction is right or wrong: agreement with CLIP's own "
+                "predictions is measured, accuracies and retrieval are not"
+            ]
+        return []
+
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(normalised pixels [B, 3, H, W], label indices [B]), always in the same order."""
+        """(normalised pixels [B, 3, H, W], label indices [B]; -1 without classes), always in the same order."""
         for pixels, classes in load(self.data, self._split(), self.workers):
-            yield pixels, self.label_of_class[classes]
+            yield pixels, self.label_of_class[classes] if self.has_classes else torch.full_like(classes, -1)
 
     def pixels(self, positions: list[int]) -> Tensor:
         """Normalised pixels of a few images, given as positions among the selected ones: [n, 3, H, W]."""
         batches = load(self.data, [[self.indices[position]] for position in positions], workers=0)
-        return torch.cat([pixels for pixels, _ in batches])
+        return torch.cat([torch.empty(0), *(pixels for pixels, _ in batches)])
 
     def _split(self) -> list[list[int]]:
         return [list(self.indices[at : at + self.batch_size]) for at in range(0, len(self), self.batch_size)]
 
 
 def held_out(
-    section: DataSection, data_root: Path, clip: Clip, *, images: int | None = None, seed: int = 0, **options: int
+    section: DataSection,
+    data_root: Path,
+    clip: Clip,
+    *,
+    images: int | None = None,
+    seed: int = 0,
+    labels: Sequence[str] | None = None,
+    **options: int,
 ) -> HeldOut:
-    """A recipe's val images, or a random sample of `images` of them. `options`: batch_size, workers.
+    """A recipe's val images, or a random sample of `images` of them.
 
-    Raises `DataError` if there are fewer than two images, or classes that are not among the recipe's labels.
+    Args:
+        labels: instead of the recipe's, whose default are the classes of the images.
+        options: batch_size, workers.
+
+    Raises:
+        DataError: there are fewer than two images, or classes that are not among the labels.
     """
-    data = open_images(section.val, data_root, clip.transform(), section.max_broken)
-    data.require_classes()
-    labels = section.labels or tuple(data.classes)
-    if unknown := sorted(set(data.classes) - set(labels)):
-        raise DataError(f"{data.title}: classes that are no labels of the recipe: {', '.join(unknown)}")
+    data = open_images(section.val, data_root, clip.transform(), section.max_broken, section.classes)
+    labels = labels_for(data, labels if labels is not None else recipe_labels(section, data_root))
     order = list(range(len(data)))
     if images is not None and images < len(data):
         shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
         order = sorted(shuffled[:images].tolist())
     if len(order) < 2:
         raise DataError(f"{len(order)} images of {data.title} are too few to measure anything; two are the least")
-    label_of_class = torch.tensor([labels.index(name) for name in data.classes])
+    label_of_class = torch.tensor([labels.index(name) for name in data.classes], dtype=torch.int64)
     return HeldOut(data, tuple(order), labels, label_of_class, seed, **options)

@@ -62,9 +62,17 @@ class Images(Dataset[tuple[Tensor, int]]):
     a resumed run adds those of its checkpoint with `record_broken`. Under data parallelism each process has its own.
     """
 
-    def __init__(self, listing: Listing, transform: Callable[[Image.Image], Tensor], max_broken: float = 0.0) -> None:
+    def __init__(
+        self,
+        listing: Listing,
+        transform: Callable[[Image.Image], Tensor],
+        max_broken: float = 0.0,
+        classes: tuple[str, ...] | None = None,
+    ) -> None:
+        """classes: what to call the listing's classes, in its order; two may have one name."""
         self.listing, self.transform, self.max_broken = listing, transform, max_broken
-        self.title, self.classes, self.name = listing.title, listing.classes, listing.name
+        self.title, self.name = listing.title, listing.name
+        self.classes = listing.classes if classes is None else classes
         self.broken: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -82,7 +90,9 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def summary(self) -> list[str]:
         """How many images in how many classes, then what was left out: a line for each reason."""
-        classes = f"in {len(self.classes):,} classes" if self.classes else f"without classes: {self.listing.unlabelled}"
+        classes = (
+            f"in {len(set(self.classes)):,} classes" if self.classes else f"without classes: {self.listing.unlabelled}"
+        )
         return [f"{self.title}: {len(self):,} images {classes}", *self.listing.skipped.lines()]
 
     def print_summary(self, console: Console) -> None:

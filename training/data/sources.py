@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from vitrine.models.files.names import display
 from vitrine.models.images.errors import ImageError
 from vitrine.models.inputs.files import read_file
 from vitrine.models.inputs.skipped import Reason, Skipped
+from vitrine.training.data.classes import class_names
 from vitrine.training.data.folders import ClassFolders
 from vitrine.training.data.images import DataError, Images, Listing
 from vitrine.training.data.webdataset import WebDataset, number_classes
@@ -51,13 +52,18 @@ _Named = TypeVar("_Named", "_Torchvision", ClassFolders)
 
 
 def open_images(
-    source: Source, data_root: Path, transform: Callable[[Image.Image], Tensor], max_broken: float = 0.0
+    source: Source,
+    data_root: Path,
+    transform: Callable[[Image.Image], Tensor],
+    max_broken: float = 0.0,
+    classes: Mapping[str, str] | None = None,
 ) -> Images:
     """Open the images of a source; its paths are relative to `data_root`.
 
     Args:
         transform: RGB image -> pixels [3, H, W].
         max_broken: share of unreadable images at which `Images` raises `DataError`; 0: at the first.
+        classes: labels of classes that the source calls otherwise (`data.classes` of a recipe).
 
     Raises:
         DataError: no images, a failed download, an unknown name or column; the message lists what exists.
@@ -65,7 +71,7 @@ def open_images(
     listing: Listing
     match source:
         case FolderSource():
-            listing = ClassFolders(data_root / source.path)
+            listing = ClassFolders(data_root / source.path, source.classes)
         case TorchvisionSource():
             listing = _torchvision(source, data_root)
         case HuggingFaceSource():
@@ -74,7 +80,7 @@ def open_images(
             listing = WebDataset(source, data_root)
     if not len(listing):
         raise DataError(". ".join([f"no images in {listing.title}", *listing.skipped.lines()]))
-    return Images(listing, transform, max_broken)
+    return Images(listing, transform, max_broken, class_names(listing.classes, classes))
 
 
 class _Torchvision:
@@ -134,7 +140,8 @@ class _HuggingFace:
     """A data set read by `datasets.load_dataset`, from a folder or from the hub; images are decoded on access.
 
     The label column contains a class (named by its ClassLabel, or else by the sorted values), or objects with `bbox`
-    and `category`: then the class is that of the largest box, and images without objects are left out.
+    and `category`: then the class is that of the largest box, and images without objects are left out. Without such a
+    column, if the recipe names none, or where a test split's classes are withheld, the images have no classes.
     """
 
     def __init__(self, source: HuggingFaceSource, data_root: Path) -> None:
@@ -142,6 +149,7 @@ class _HuggingFace:
 
         self.title, self.column = f"{source.id}[{source.split}]", source.image
         self.skipped, self.unlabelled = Skipped(), ""
+        self.classes: tuple[str, ...]
         folder = data_root / source.id
         try:
             rows = datasets.load_dataset(str(folder) if folder.exists() else source.id, split=source.split)
@@ -149,19 +157,29 @@ class _HuggingFace:
             raise DataError(
                 f"{self.title} cannot be loaded, neither as the folder {folder} nor from the Hugging Face hub: {error}"
             ) from error
-        for column in (source.image, source.label):
+        default = HuggingFaceSource.model_fields["label"].default
+        for column in (source.image,) if source.label == default else (source.image, source.label):
             if column not in rows.column_names:
                 raise DataError(f"{self.title} has no column {column!r}; it has {', '.join(rows.column_names)}")
         if not isinstance(rows.features[source.image], datasets.Image):
             raise DataError(f"{self.title}: column {source.image!r} is no image but {rows.features[source.image]}")
         self.rows = rows.cast_column(source.image, datasets.Image(decode=False))
+        self.numbers = list(range(len(rows)))
+        self.classes, self.class_indices = (), [0] * len(rows)
+        if source.label in rows.column_names:
+            self._read_classes(rows, source.label)
+        else:
+            self.unlabelled = f"it has no column {source.label!r} but {', '.join(rows.column_names)}"
 
-        feature = rows.features[source.label]
-        values = rows.select_columns([source.label])[:][source.label]
+    def _read_classes(self, rows: Any, column: str) -> None:
+        import datasets
+
+        feature = rows.features[column]
+        values = rows.select_columns([column])[:][column]
         fields = getattr(feature, "feature", feature)  # objects are a dict of lists or a list of dicts
         if isinstance(fields, dict):
             if missing := {"bbox", "category"} - fields.keys():
-                raise DataError(f"{self.title}: column {source.label!r} has no {' and no '.join(sorted(missing))}")
+                raise DataError(f"{self.title}: column {column!r} has no {' and no '.join(sorted(missing))}")
             values = _largest_objects(values)
             feature = getattr(fields["category"], "feature", fields["category"])
         for row, value in enumerate(values):
@@ -174,7 +192,8 @@ class _HuggingFace:
         else:
             self.classes, self.class_indices = number_classes(labels)
         if labels and min(self.class_indices) < 0:  # the hub marks withheld labels of a test split this way
-            raise DataError(f"{self.title}: column {source.label!r} has no classes (-1); choose another split")
+            self.unlabelled = f"its column {column!r} has none in this split (-1)"
+            self.classes, self.class_indices = (), [0] * len(labels)
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -15,6 +15,7 @@ from vitrine.models.files.names import display, printable
 from vitrine.models.inputs.errors import InputError
 from vitrine.models.inputs.files import common_names
 from vitrine.models.inputs.folder import walk
+from vitrine.models.inputs.lists import read_names
 from vitrine.models.inputs.names import Kind, kind
 from vitrine.models.inputs.pattern import find
 from vitrine.models.inputs.places import read_at
@@ -55,7 +56,7 @@ class WebDataset:
                     raise DataError(str(broken(shard, error))) from error
                 self.skipped.add(Reason.BROKEN, title, str(error))
         self.samples = [_Numbered(shard, sample.key, sample.offset, sample.size) for shard, sample in found]
-        names = _lines(data_root / source.classes) if source.classes else None
+        names = _names(data_root / source.classes) if source.classes else None
         self.classes, self.class_indices, self.unlabelled = _labels([sample for _, sample in found], names)
         if names is not None and (self.unlabelled or -1 in self.class_indices):
             raise DataError(self._misfit(found, source.classes, names))
@@ -134,11 +135,11 @@ def _of(count: int, samples: Sequence[Sample], what: str) -> str:
     return f"{count:,} of {len(samples):,} samples have {what}"
 
 
-def _lines(file: Path) -> tuple[str, ...]:
+def _names(file: Path) -> tuple[str, ...]:
     try:
-        return tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"class names cannot be read from {display(file)}: {error}") from error
+        return tuple(read_names(file, "class names"))
+    except InputError as error:
+        raise DataError(str(error)) from error
 
 
 def number_classes(values: Sequence[Any], names: tuple[str, ...] | None = None) -> tuple[tuple[str, ...], list[int]]:

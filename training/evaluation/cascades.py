@@ -10,13 +10,18 @@ from torch import Tensor
 from vitrine.models.account.windows import TOKENS, Tokens
 from vitrine.models.dictionary.replacement import Precomputed, Replacement
 from vitrine.training.evaluation.bootstrap import Bootstrap
-from vitrine.training.evaluation.results import Cascade, Estimate
+from vitrine.training.evaluation.results import Cascade, Estimate, if_known
 
 
 def divergence(own: Tensor, replaced: Tensor) -> Tensor:
     """Kullback-Leibler divergence of `replaced` from `own`, log-probabilities [..., labels]: [...] in nats, float64."""
     own, replaced = own.double(), replaced.double()
     return (own.exp() * (own - replaced)).sum(-1)
+
+
+def is_right(predicted: Tensor, truth: Tensor) -> Tensor:
+    """1 where the predicted label is the true one, else 0: float64; NaN where that is not known (truth -1)."""
+    return (predicted == truth).double().masked_fill(truth < 0, torch.nan)
 
 
 class Cascades:
@@ -43,7 +48,8 @@ class Cascades:
         self._divergence: list[Tensor] = []
 
     def update(self, pixels: Tensor, known: Precomputed, own: Tensor, truth: Tensor) -> None:
-        """Pixels [B, 3, H, W], CLIP's taps and codes for them, its log-probabilities [B, labels], label indices [B]."""
+        """Pixels [B, 3, H, W], CLIP's taps and codes for them, its log-probabilities [B, labels], label indices [B]
+        (-1: unknown)."""
         runs = [self.model(pixels, window, tokens, known).residual[:, 0] for window, tokens in self.pairs]
         replaced = self.classify(torch.stack(runs, dim=1))  # [B, pairs, labels]
         self._own.append(own.argmax(-1).cpu())
@@ -53,16 +59,18 @@ class Cascades:
 
     @property
     def clip_right(self) -> Tensor:
-        """Whether CLIP's own prediction is right [n], float64."""
-        return (torch.cat(self._own) == torch.cat(self._truth)).double()
+        """Whether CLIP's own prediction is right [n], as of `is_right`."""
+        return is_right(torch.cat(self._own), torch.cat(self._truth))
 
     @property
     def right(self) -> Tensor:
-        """Whether each replacement model's prediction is right [n, pairs], float64."""
-        return (torch.cat(self._replaced) == torch.cat(self._truth)[:, None]).double()
+        """Whether each replacement model's prediction is right [n, pairs], as of `is_right`."""
+        return is_right(torch.cat(self._replaced), torch.cat(self._truth)[:, None])
 
-    def figures(self, bootstrap: Bootstrap) -> tuple[Estimate, list[Cascade]]:
+    def figures(self, bootstrap: Bootstrap) -> tuple[Estimate | None, list[Cascade]]:
         """CLIP's own top-1, and the figures of every (window, tokens) pair."""
+        if not self._own:  # no labels
+            return None, []
         right, own = self.right, self.clip_right
         agrees = (torch.cat(self._replaced) == torch.cat(self._own)[:, None]).double()
         top1, agreement = bootstrap.estimates(right.numpy()), bootstrap.estimates(agrees.numpy())
@@ -73,11 +81,11 @@ class Cascades:
                 first=window[0],
                 last=window[-1],
                 tokens=tokens,
-                top1=top1[at],
-                difference=difference[at],
+                top1=if_known(top1[at]),
+                difference=if_known(difference[at]),
                 agreement=agreement[at],
                 divergence=diverges[at],
             )
             for at, (window, tokens) in enumerate(self.pairs)
         ]
-        return bootstrap.estimate(own.numpy()), cascades
+        return if_known(bootstrap.estimate(own.numpy())), cascades

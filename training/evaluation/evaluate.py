@@ -10,9 +10,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from torch import Tensor
 
 from vitrine.models.account.windows import TOKENS, paper_windows
 from vitrine.models.bundle.bundle import file_sha256
@@ -22,9 +25,18 @@ from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.training.checkpoint import CheckpointMeta, check_clip, load_clt
 from vitrine.training.data.held_out import HeldOut
 from vitrine.training.evaluation.bootstrap import Bootstrap
+from vitrine.training.evaluation.cascades import Cascades
 from vitrine.training.evaluation.faithfulness import RANDOM_ORDERS, TOP
-from vitrine.training.evaluation.measure import Plan, measure
-from vitrine.training.evaluation.results import Comparison, Contributions, Results, Seeds
+from vitrine.training.evaluation.measure import Measurements, Plan, measure
+from vitrine.training.evaluation.results import (
+    Comparison,
+    Contributions,
+    Estimate,
+    Faithfulness,
+    Results,
+    Seeds,
+    if_known,
+)
 
 
 def evaluate(
@@ -38,24 +50,22 @@ def evaluate(
     compared = (other, *open_checkpoint(other, clip)) if other else None
     device = clip.tower.visual.proj.device
     windows = paper_windows(clt.layers)
-    label_embeddings = clip.encode_labels(list(images.labels), list(meta.recipe.data.templates))
+    embeddings = label_embeddings(clip, images, meta.recipe.data.templates)
     plan = Plan(windows, matrices=True, random_orders=RANDOM_ORDERS, retrieval=True)
-    measured = measure(clip, clt.to(device), images, label_embeddings, plan, console, seed=seed)
+    measured = measure(clip, clt.to(device), images, embeddings, plan, console, seed=seed)
     bootstrap = Bootstrap(len(images), seed=seed)
     baseline, cascades = measured.cascades.figures(bootstrap)
     comparison = None
     if compared:
         path, other_clt, other_meta = compared
-        other_measured = measure(
-            clip, other_clt.to(device), images, label_embeddings, Plan(windows), console, seed=seed
-        )
+        other_measured = measure(clip, other_clt.to(device), images, embeddings, Plan(windows), console, seed=seed)
         comparison = Comparison(
             name=other_meta.recipe.name,
             checkpoint_sha256=file_sha256(path / "clt.safetensors"),
             cross_layer=other_clt.architecture.cross_layer,
             reconstruction=other_measured.reconstruction.figures(bootstrap),
             cascades=other_measured.cascades.figures(bootstrap)[1],
-            gains=bootstrap.estimates((measured.cascades.right - other_measured.cascades.right).numpy()),
+            gains=_gains(measured.cascades, other_measured.cascades, bootstrap) if images.labels else [],
         )
     return Results(
         recipe=meta.recipe,
@@ -65,6 +75,7 @@ def evaluate(
         layers=clt.layers,
         images=len(images),
         labels=list(images.labels),
+        left_out=images.left_out,
         seeds=Seeds(sample=images.seed, bootstrap=seed, orders=seed),
         resamples=bootstrap.resamples,
         confidence=bootstrap.confidence,
@@ -77,7 +88,7 @@ def evaluate(
             )
             for tokens in TOKENS
         },
-        faithfulness=measured.interventions.figures(bootstrap, measured.cascades.clip_right),
+        faithfulness=_faithfulness(measured, images, bootstrap),
         retrieval=measured.gallery.figures(images.labels, seed),
         comparison=comparison,
     )
@@ -93,24 +104,42 @@ def evaluate_summary(
         images: `held_out(recipe.data, data_root, clip)`, or a sample of it: `held_out(..., images=1000)`.
         templates: the recipe's.
     """
-    label_embeddings = clip.encode_labels(list(images.labels), list(templates))
+    embeddings = label_embeddings(clip, images, templates)
     plan = Plan([range(clt.layers)], tokens=("all", "cls"))
-    measured = measure(clip, clt, images, label_embeddings, plan, console)
+    measured = measure(clip, clt, images, embeddings, plan, console)
     bootstrap = Bootstrap(len(images), resamples=2)  # the intervals are not used
     reconstruction = measured.reconstruction.figures(bootstrap)
-    baseline, (replaced_all, replaced_cls) = measured.cascades.figures(bootstrap)
-    curve = measured.interventions.figures(bootstrap, measured.cascades.clip_right).curve("cls")
+    baseline, cascades = measured.cascades.figures(bootstrap)
+    replaced_all, replaced_cls = (cascade.top1 for cascade in cascades) if cascades else (None, None)
+    faithfulness = _faithfulness(measured, images, bootstrap)
+    curve = faithfulness.curve("cls") if faithfulness else None
     return Metrics(
         r2=reconstruction["all"].r2.value,
         cosine=reconstruction["all"].cosine,
         r2_cls=reconstruction["cls"].r2.value,
         dead_share=reconstruction["all"].dead_share,
-        zero_shot_top1=baseline.value,
-        replacement_all_top1=replaced_all.top1.value,
-        replacement_cls_top1=replaced_cls.top1.value,
-        keep_top4_top1=curve.keep[min(TOP, clt.layers)].value,
-        drop_top1_top1=curve.drop[1].value,
+        zero_shot_top1=baseline.value if baseline else None,
+        replacement_all_top1=replaced_all.value if replaced_all else None,
+        replacement_cls_top1=replaced_cls.value if replaced_cls else None,
+        keep_top4_top1=curve.keep[min(TOP, clt.layers)].value if curve and curve.keep else None,
+        drop_top1_top1=curve.drop[1].value if curve and curve.drop else None,
     )
+
+
+def label_embeddings(clip: Clip, images: HeldOut, templates: Sequence[str]) -> Tensor:
+    """[labels, D]; there may be none."""
+    if not images.labels:
+        return torch.zeros(0, clip.tower.embedding)
+    return clip.encode_labels(list(images.labels), list(templates))
+
+
+def _gains(ours: Cascades, theirs: Cascades, bootstrap: Bootstrap) -> list[Estimate | None]:
+    """Top-1 of ours minus theirs, by cascade."""
+    return [if_known(gain) for gain in bootstrap.estimates((ours.right - theirs.right).numpy())]
+
+
+def _faithfulness(measured: Measurements, images: HeldOut, bootstrap: Bootstrap) -> Faithfulness | None:
+    return measured.interventions.figures(bootstrap, measured.cascades.clip_right) if images.labels else None
 
 
 def open_checkpoint(checkpoint: Path, clip: Clip) -> tuple[CrossLayerTranscoder, CheckpointMeta]:

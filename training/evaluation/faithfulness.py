@@ -22,8 +22,8 @@ from torch import Tensor
 
 from vitrine.models.dictionary.projection import projection_scores
 from vitrine.training.evaluation.bootstrap import Bootstrap
-from vitrine.training.evaluation.cascades import divergence
-from vitrine.training.evaluation.results import Curve, Faithfulness, Spread
+from vitrine.training.evaluation.cascades import divergence, is_right
+from vitrine.training.evaluation.results import Curve, Estimate, Faithfulness, Spread, if_known
 
 Ranking = Literal["cls", "all"]
 RANKINGS: tuple[Ranking, ...] = ("cls", "all")
@@ -73,7 +73,7 @@ class Interventions:
 
     def update(self, before: Tensor, parts: Tensor, own: Tensor, truth: Tensor) -> None:
         """[CLS] stream before the last MLP [B, d], what each source layer writes there [L, B, d], CLIP's own
-        log-probabilities [B, labels], label indices [B]."""
+        log-probabilities [B, labels], label indices [B], -1: unknown."""
         by_image = keep_masks(ranked(projection_scores(parts, 0).T))  # [B, L + 1, L]
         predictions = {
             "keep": self._predictions(before, parts, self._keep),
@@ -83,12 +83,12 @@ class Interventions:
             "image_drop": self._per_image(before, parts, ~by_image),
         }
         for name, predicted in predictions.items():  # [..., B, labels]
-            right = predicted.argmax(-1) == truth.to(predicted.device)
-            self._right.setdefault(name, []).append(right.movedim(-1, 0).cpu())
+            right = is_right(predicted.argmax(-1), truth.to(predicted.device))
+            self._right.setdefault(name, []).append(right.movedim(-1, 0).float().cpu())
             self._diverges.setdefault(name, []).append(divergence(own, predicted).movedim(-1, 0).float().cpu())
 
     def right(self, name: str) -> Tensor:
-        """Whether each image's prediction is right: `keep`, `drop` [n, O, L + 1], `one` [n, L], `image_keep`,
+        """Whether each image's prediction is right, or NaN: `keep`, `drop` [n, O, L + 1], `one` [n, L], `image_keep`,
         `image_drop` [n, L + 1].
 
         O: the rankings in their order, then the random orders.
@@ -108,7 +108,7 @@ class Interventions:
         return self.classify(before + self.bias + torch.einsum("bkl,lbd->kbd", kept.to(parts.dtype), parts))
 
     def figures(self, bootstrap: Bootstrap, clip_right: Tensor) -> Faithfulness:
-        """All curves; `clip_right` [n]: whether CLIP's own prediction is right."""
+        """All curves; `clip_right` [n]: whether CLIP's own prediction is right, NaN where that is not known."""
         keep, drop, own = self.right("keep"), self.right("drop"), clip_right.double()[:, None]
         keep_kl, drop_kl = self.diverges("keep").mean(0), self.diverges("drop").mean(0)  # [O, L + 1]
         curves = []
@@ -126,8 +126,8 @@ class Interventions:
             random_drop=_spreads(drop[:, first:].mean(0)),
             random_keep_divergence=_spreads(keep_kl[first:]),
             random_drop_divergence=_spreads(drop_kl[first:]),
-            drop_one=bootstrap.estimates(without_one.numpy()),
-            drop_one_mean=bootstrap.estimate(without_one.mean(1).numpy()),
+            drop_one=_known(bootstrap.estimates(without_one.numpy())) or [],
+            drop_one_mean=if_known(bootstrap.estimate(without_one.mean(1).numpy())),
             drop_one_divergence=self.diverges("one").mean(0).tolist(),
         )
 
@@ -147,18 +147,22 @@ class Interventions:
         return Curve(
             ranking=ranking,
             order=order,
-            keep=bootstrap.estimates(keep.numpy()),
-            drop=bootstrap.estimates(drop.numpy()),
+            keep=_known(bootstrap.estimates(keep.numpy())),
+            drop=_known(bootstrap.estimates(drop.numpy())),
             keep_divergence=divergences[0].tolist(),
             drop_divergence=divergences[1].tolist(),
-            keep_top4=keep_top4,
-            drop_top1=drop_top1,
+            keep_top4=if_known(keep_top4),
+            drop_top1=if_known(drop_top1),
         )
 
 
+def _known(estimates: list[Estimate]) -> list[Estimate] | None:
+    return None if any(if_known(estimate) is None for estimate in estimates) else estimates
+
+
 def _spreads(figures: Tensor) -> list[Spread]:
-    """The spread over random orders [O, L + 1], for each k; empty without random orders."""
-    if not len(figures):
+    """The spread over random orders [O, L + 1], for each k; empty without random orders, and without classes."""
+    if not len(figures) or figures.isnan().any():
         return []
     return [
         Spread(

@@ -66,7 +66,7 @@ class Measurements:
 
 class _Batch(NamedTuple):
     pixels: Tensor  # [B, 3, H, W]
-    truth: Tensor  # [B] label indices
+    truth: Tensor  # [B] label indices, -1: unknown
     taps: Taps
     codes: list[SortedCode]  # [L], each [N, K]
     is_cls: Tensor  # [N]
@@ -89,7 +89,10 @@ def measure(
     *,
     seed: int = 0,
 ) -> Measurements:
-    """Run both passes for one CLT, which must be on the CLIP's device; label embeddings [labels, D]."""
+    """Run both passes for one CLT, which must be on the CLIP's device; label embeddings [labels, D].
+
+    Without labels nothing is predicted: cascades and interventions stay empty.
+    """
     tower, last = clip.tower, clt.layers - 1
     label_embeddings = label_embeddings.to(clt.decoders[0].bias)
 
@@ -124,10 +127,11 @@ def measure(
             cls_parts = parts.new_zeros(clt.layers, len(batch.pixels), clt.width)
             cls_parts[clt.decoders[last].sources] = parts[:, batch.is_cls]
             before = taps.residual_out[:, 0] - taps.mlp_out[last, :, 0]
-            own = classify(taps.residual_out[:, 0])
-            measured.interventions.update(before, cls_parts, own, batch.truth)
-            measured.cascades.update(batch.pixels, Precomputed(taps, batch.codes), own, batch.truth)
-            if plan.retrieval:
+            if images.labels:
+                own = classify(taps.residual_out[:, 0])
+                measured.interventions.update(before, cls_parts, own, batch.truth)
+                measured.cascades.update(batch.pixels, Precomputed(taps, batch.codes), own, batch.truth)
+            if plan.retrieval and images.has_classes:
                 selected = [(code.indices[batch.is_cls], code.values[batch.is_cls]) for code in batch.codes]
                 at_cls = [Code(indices, values) for indices, values in selected]
                 measured.gallery.update(at_cls, tower.head(taps.residual_out[:, 0]), batch.truth)

@@ -6,6 +6,7 @@ bootstrap resamples over images; differences are paired by image.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -28,6 +29,11 @@ class Estimate(_Part):
     value: float
     low: float
     high: float
+
+
+def if_known(estimate: Estimate) -> Estimate | None:
+    """None for a figure that is not known (NaN): of images without classes no prediction is right or wrong."""
+    return None if math.isnan(estimate.value) else estimate
 
 
 class Spread(_Part):
@@ -66,8 +72,8 @@ class Cascade(_Part):
     first: int
     last: int
     tokens: Tokens
-    top1: Estimate
-    difference: Estimate  # from CLIP's own top-1
+    top1: Estimate | None  # None: the images have no classes
+    difference: Estimate | None  # from CLIP's own top-1
     agreement: Estimate  # share of images with the same prediction as CLIP
     divergence: Estimate  # Kullback-Leibler, from CLIP's own zero-shot distribution, nats
 
@@ -84,20 +90,26 @@ class Contributions(_Part):
 
 
 class Curve(_Part):
-    """Zero-shot top-1 with the k best-ranked source layers of the last target layer kept, or dropped; k = 0 ... L."""
+    """Zero-shot top-1 with the k best-ranked source layers of the last target layer kept, or dropped; k = 0 ... L.
+
+    None: the images have no classes.
+    """
 
     ranking: Literal["cls", "all", "image"]  # by C over the data set, at [CLS] or at all tokens; or per image
     order: list[int] | None  # source layers, largest C first; None: each image has its own order
-    keep: list[Estimate]
-    drop: list[Estimate]
+    keep: list[Estimate] | None
+    drop: list[Estimate] | None
     keep_divergence: list[float]  # mean Kullback-Leibler divergence from CLIP's own zero-shot distribution, nats
     drop_divergence: list[float]
-    keep_top4: Estimate  # differences from CLIP's own top-1
-    drop_top1: Estimate
+    keep_top4: Estimate | None  # differences from CLIP's own top-1
+    drop_top1: Estimate | None
 
 
 class Faithfulness(_Part):
-    """The last target layer at [CLS], rebuilt from a subset of its source layers; the bias is always kept."""
+    """The last target layer at [CLS], rebuilt from a subset of its source layers; the bias is always kept.
+
+    Without classes of the images there are divergences alone; the other lists are empty.
+    """
 
     curves: list[Curve]
     random_orders: int
@@ -106,7 +118,7 @@ class Faithfulness(_Part):
     random_keep_divergence: list[Spread]
     random_drop_divergence: list[Spread]
     drop_one: list[Estimate]  # one source layer dropped, by layer
-    drop_one_mean: Estimate  # mean over layers: the effect of dropping a random layer
+    drop_one_mean: Estimate | None  # mean over layers: the effect of dropping a random layer
     drop_one_divergence: list[float]
 
     def curve(self, ranking: str) -> Curve:
@@ -114,8 +126,11 @@ class Faithfulness(_Part):
 
     def harm_in_top1(self, ranking: str) -> float | None:
         """Ratio of the falls in top-1, relative to all layers kept: dropping the top layer over dropping any one layer
-        (mean); None if the latter does not lower top-1."""
-        without_first, full = self.curve(ranking).drop[1].value, self.curve(ranking).drop[0].value
+        (mean); None if the latter does not lower top-1, or there is none."""
+        dropped = self.curve(ranking).drop
+        if dropped is None or self.drop_one_mean is None:
+            return None
+        full, without_first = dropped[0].value, dropped[1].value
         return _ratio(full - without_first, full - self.drop_one_mean.value)
 
     def harm_in_divergence(self, ranking: str) -> float | None:
@@ -152,7 +167,7 @@ class Comparison(_Part):
     cross_layer: bool
     reconstruction: dict[Tokens, TokenFigures]
     cascades: list[Cascade]
-    gains: list[Estimate]  # top-1 of the evaluated CLT minus top-1 of this one, by cascade
+    gains: list[Estimate | None]  # top-1 of the evaluated CLT minus top-1 of this one, by cascade
 
 
 class Seeds(_Part):
@@ -169,16 +184,17 @@ class Results(_Part):
     step: int
     layers: int
     images: int
-    labels: list[str]
+    labels: list[str]  # [] if there are none: nothing is predicted then
+    left_out: list[str] = []  # what could not be measured, and why
     seeds: Seeds
     resamples: int
     confidence: float
     reconstruction: dict[Tokens, TokenFigures]
-    baseline: Estimate  # zero-shot top-1 of CLIP itself
-    cascades: list[Cascade]
+    baseline: Estimate | None  # zero-shot top-1 of CLIP itself; None: the images have no classes, or no labels
+    cascades: list[Cascade]  # [] without labels
     contributions: dict[Tokens, Contributions]
-    faithfulness: Faithfulness
-    retrieval: Retrieval | None  # None: too few images
+    faithfulness: Faithfulness | None  # None: no labels
+    retrieval: Retrieval | None  # None: too few images, or without classes
     comparison: Comparison | None = None
 
     def cascade(self, first: int, last: int, tokens: Tokens) -> Cascade:

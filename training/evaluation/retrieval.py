@@ -42,7 +42,9 @@ class Gallery:
         self._truth.append(truth.cpu())
 
     def figures(self, labels: tuple[str, ...], seed: int) -> Retrieval | None:
-        """Scores by layer, with examples of different classes; None with fewer than k + 1 images."""
+        """Scores by layer, with examples of different classes; None with fewer than k + 1 images of known class."""
+        if not self._truth:
+            return None
         truth = torch.cat(self._truth).numpy()
         if len(truth) <= NEAREST:
             return None

@@ -25,6 +25,7 @@ from vitrine.models.dictionary.clt import Architecture
 from vitrine.models.dictionary.sparsify import Kind
 from vitrine.models.errors import VitrineError
 from vitrine.models.files.names import printable
+from vitrine.models.inputs.lists import distinct
 
 Template = Annotated[str, Field(pattern=r"\{\}")]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -63,6 +64,7 @@ class FolderSource(Section):
 
     kind: Literal["folder"]
     path: str = Field(description="folder under the data root")
+    classes: bool = Field(default=True, description="false: its folders are no classes")
 
 
 class TorchvisionSource(Section):
@@ -107,11 +109,27 @@ class DataSection(Section):
     licence: str = Field(default="unknown", description="of the images")
     train: Source = Field(description="images to train on")
     val: Source = Field(description="images to measure on")
-    labels: tuple[str, ...] | None = Field(default=None, min_length=1, description="default: val's own class names")
+    labels: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="default: val's own classes, if it has any"
+    )
+    labels_file: str | None = Field(
+        default=None, description="instead of `labels`: a text file under the data root, a label a line"
+    )
+    classes: dict[str, str] | None = Field(
+        default=None, description='which label the images of a folder have: { "folder" = "label" }'
+    )
     templates: tuple[Template, ...] = Field(
         default=("a photo of a {}.",), min_length=1, description="sentences with {}, averaged as CLIP does"
     )
     max_broken: Share = Field(default=0.01, description="share of unreadable images at which a run gives up")
+
+    @model_validator(mode="after")
+    def _labels(self) -> DataSection:
+        if self.labels is not None and self.labels_file is not None:
+            raise ValueError("give either `labels` or `labels_file`")
+        if self.labels is not None:
+            distinct(self.labels, "labels")
+        return self
 
 
 class CltSection(Section):

@@ -94,10 +94,9 @@ def cascades(results: Results) -> str:
         axes.axhline(0, color=_INK, linewidth=0.8, linestyle=":", label="CLIP itself")
         windows = list(dict.fromkeys(cascade.window for cascade in results.cascades))
         sets: list[tuple[list[Cascade], list[Estimate], str | None, str]] = []
-        sets.append((results.cascades, [cascade.difference for cascade in results.cascades], None, ""))
+        sets.append((results.cascades, _changes(results.cascades), None, ""))
         if comparison := results.comparison:
-            changes = [cascade.difference for cascade in comparison.cascades]
-            sets.append((comparison.cascades, changes, "none", f", {comparison.name}"))
+            sets.append((comparison.cascades, _changes(comparison.cascades), "none", f", {comparison.name}"))
         for shift, (series, changes, face, suffix) in enumerate(sets):
             for at, tokens in enumerate(TOKENS):
                 shown = [(c, change) for c, change in zip(series, changes, strict=True) if c.tokens == tokens]
@@ -118,6 +117,10 @@ def cascades(results: Results) -> str:
         return _svg(figure, "cascades", "Change of zero-shot top-1 by window of replaced layers, and tokens")
 
 
+def _changes(series: list[Cascade]) -> list[Estimate]:
+    return [cascade.difference for cascade in series if cascade.difference is not None]
+
+
 def contributions(results: Results) -> str:
     """Heat maps of C: [CLS] and patches, raw and centred."""
     with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
@@ -133,14 +136,18 @@ def contributions(results: Results) -> str:
 
 
 def faithfulness(results: Results) -> str:
-    """Top-1 and divergence with the k best source layers kept or dropped; random orders as a band."""
+    """Top-1, if it is known, and divergence with the k best source layers kept or dropped; random orders as a band."""
+    names = ["keep_divergence", "drop_divergence"]
+    if results.baseline:
+        names = ["keep", "drop", *names]
     with matplotlib.rc_context(_STYLE):
-        figure, panels = _figure(4, height=5.6, columns=2)
+        figure, panels = _figure(len(names), height=1.4 * len(names), columns=2)
         measured = results.faithfulness
-        for axes, name in zip(panels, ("keep", "drop", "keep_divergence", "drop_divergence"), strict=True):
+        assert measured is not None
+        for axes, name in zip(panels, names, strict=True):
             scale = 1 if name.endswith("divergence") else 100
             _band(axes, getattr(measured, f"random_{name}"), scale)
-            if scale == 100:
+            if scale == 100 and results.baseline:
                 own = 100 * results.baseline.value
                 axes.axhline(own, color=_INK, linewidth=0.8, linestyle=":", label="CLIP itself")
             for curve in measured.curves:
@@ -149,11 +156,10 @@ def faithfulness(results: Results) -> str:
             axes.set_xticks(range(results.layers + 1))
             axes.set_xlabel(f"best-ranked source layers {'kept' if name.startswith('keep') else 'dropped'}")
         panels[0].set_ylabel("zero-shot top-1, %")
-        panels[2].set_ylabel("divergence, nats")
+        panels[-2].set_ylabel("divergence, nats")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=5, fontsize=9)
-        description = (
-            "Zero-shot top-1, and divergence from CLIP's prediction, by number of source layers kept, and dropped"
-        )
+        top1 = "Zero-shot top-1, and divergence" if results.baseline else "Divergence"
+        description = f"{top1} from CLIP's prediction, by number of source layers kept, and dropped"
         return _svg(figure, "faithfulness", description)
 
 

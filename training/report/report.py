@@ -48,6 +48,8 @@ DEFINITIONS = {
     "The paper's figures": "arXiv 2604.13304, CLIP B/32 and B/16 on CIFAR-100, COCO and ImageNet-100: lowest to "
     "highest of its cells, for its own CLIPs and data. Accuracies under replacement and R² were read off its charts.",
 }
+_TABLE_OF_SECTION = {"replacement": "cascades", "faithfulness": "faithfulness", "retrieval": "retrieval"}
+_LABELS_NAMED = 50
 _THUMBNAIL = 96  # pixels
 
 
@@ -56,14 +58,18 @@ def write_report(results: Results, thumbnails: dict[int, str], path: Path) -> No
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=False
     )
-    drawn = ["reconstruction", "sparsity", "cascades", "contributions", "faithfulness"]
+    drawn = ["reconstruction", "sparsity", "contributions"]
+    drawn += ["cascades"] if results.baseline else []
+    drawn += ["faithfulness"] if results.faithfulness else []
     drawn += ["retrieval"] if results.retrieval else []
+    tables = sheets(results) | {"provenance": _provenance(results)}
+    missing = {name for name, table in _TABLE_OF_SECTION.items() if table not in tables}
     page = environment.get_template("report.html.j2").render(
         results=results,
-        sections=[(name, title) for name, title in SECTIONS.items() if name != "retrieval" or results.retrieval],
+        sections=[(name, title) for name, title in SECTIONS.items() if name not in missing],
         key_figures=_key_figures(results),
         figures={name: Markup(getattr(figures, name)(results)) for name in drawn},  # noqa: S704  (our own SVG)
-        tables=sheets(results) | {"provenance": _provenance(results)},
+        tables=tables,
         examples=_examples(results, thumbnails),
         recipe=tomli_w.dumps(results.recipe.model_dump(mode="json", exclude_none=True)),
         definitions=DEFINITIONS.items(),
@@ -90,16 +96,23 @@ def _data_uri(colours: torch.Tensor) -> str:
 
 def _key_figures(results: Results) -> list[tuple[str, str, str]]:
     """(name, figure, note) for the top of the page."""
-    full_cascade = results.cascade(0, results.layers - 1, "all")
-    at_cls, curve = results.reconstruction["cls"], results.faithfulness.curve("cls")
-    return [
+    figures = [
         ("R², all tokens", f"{results.reconstruction['all'].r2.value:.3f}", "mean over layers"),
-        ("R², [CLS]", f"{at_cls.r2.value:.3f}", "mean over layers"),
-        ("CLIP's top-1", f"{results.baseline.value:.1%}", percent(results.baseline).split(" ", 1)[1]),
-        ("every MLP replaced", f"{full_cascade.top1.value:.1%}", f"{points(full_cascade.difference)} points"),
-        ("keep the first four", signed(curve.keep_top4.value), "points, last layer"),
-        ("drop the first", signed(curve.drop_top1.value), "points, last layer"),
+        ("R², [CLS]", f"{results.reconstruction['cls'].r2.value:.3f}", "mean over layers"),
     ]
+    full_cascade = results.cascade(0, results.layers - 1, "all") if results.cascades else None
+    if full_cascade and not results.baseline:
+        figures.append(("every MLP replaced", f"{full_cascade.agreement.value:.1%}", "same prediction as CLIP"))
+    if results.baseline:
+        figures.append(("CLIP's top-1", f"{results.baseline.value:.1%}", percent(results.baseline).split(" ", 1)[1]))
+    if full_cascade and full_cascade.top1:
+        change = f"{points(full_cascade.difference)} points"
+        figures.append(("every MLP replaced", f"{full_cascade.top1.value:.1%}", change))
+    curve = results.faithfulness.curve("cls") if results.faithfulness else None
+    if curve and curve.keep_top4 and curve.drop_top1:
+        figures.append(("keep the first four", signed(curve.keep_top4.value), "points, last layer"))
+        figures.append(("drop the first", signed(curve.drop_top1.value), "points, last layer"))
+    return figures
 
 
 def _provenance(results: Results) -> Sheet:
@@ -110,14 +123,22 @@ def _provenance(results: Results) -> Sheet:
         ["checkpoint", f"{results.recipe.name}, step {results.step:,}"],
         ["checkpoint's sha256", results.checkpoint_sha256],
         ["images", f"{results.images:,} of {results.recipe.data.name}, val"],
-        ["labels", ", ".join(results.labels)],
+        ["labels", _labels(results.labels)],
         ["seeds", f"sample {seeds.sample}, bootstrap {seeds.bootstrap}, random orders {seeds.orders}"],
         ["bootstrap", f"{results.resamples:,} resamples"],
     ]
     if comparison := results.comparison:
         kind = "cross-layer" if comparison.cross_layer else "per-layer"
         rows.append([f"compared with {comparison.name} ({kind})", comparison.checkpoint_sha256])
+    rows += [["left out", reason] for reason in results.left_out]
     return Sheet("What these figures belong to.", ["what", "which"], rows, text=2)
+
+
+def _labels(labels: list[str]) -> str:
+    """The first of many are enough; results.json has all."""
+    if len(labels) <= _LABELS_NAMED:
+        return ", ".join(labels) or "none"
+    return f"{', '.join(labels[:_LABELS_NAMED])} and {len(labels) - _LABELS_NAMED:,} more"
 
 
 def _examples(results: Results, thumbnails: dict[int, str]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from vitrine.models.account.windows import TOKENS
 from vitrine.training.evaluation.faithfulness import TOP
-from vitrine.training.evaluation.results import Estimate, LayerFigures, Results, TokenFigures
+from vitrine.training.evaluation.results import Estimate, Faithfulness, LayerFigures, Results, TokenFigures
 from vitrine.training.report import paper
 
 TOKEN_NAMES = {"all": "all", "cls": "[CLS]", "patches": "patches"}
@@ -29,19 +29,19 @@ class Sheet:
 
 def sheets(results: Results) -> dict[str, Sheet]:
     """All tables, in display order."""
-    tables = {
-        "reconstruction": reconstruction(results),
-        "cascades": cascades(results),
-        "contributions": contributions(results),
-        "faithfulness": faithfulness(results),
-    }
+    tables = {"reconstruction": reconstruction(results)}
+    if results.cascades:
+        tables["cascades"] = cascades(results)
+    tables["contributions"] = contributions(results)
+    if results.faithfulness:
+        tables["faithfulness"] = faithfulness(results)
     if results.retrieval:
         tables["retrieval"] = retrieval(results)
     return tables
 
 
 def print_sheets(results: Results, console: Console) -> None:
-    """Print all tables to the terminal."""
+    """Print all tables to the terminal, then what could not be measured."""
     for sheet in sheets(results).values():
         table = Table(title=Text(sheet.caption, style="bold"), title_justify="left", box=None, pad_edge=False)
         for at, name in enumerate(sheet.columns):
@@ -50,6 +50,8 @@ def print_sheets(results: Results, console: Console) -> None:
             table.add_row(*(Text(cell) for cell in row))
         console.print(table)
         console.print()
+    for reason in results.left_out:
+        console.print(f"left out: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def reconstruction(results: Results) -> Sheet:
@@ -89,34 +91,35 @@ def _of_layer(figures: TokenFigures, layer: int | None) -> LayerFigures:
 def cascades(results: Results) -> Sheet:
     """By window and replaced tokens."""
     comparison = results.comparison
-    columns = ["layers replaced", "tokens", "top-1", "change", "the paper's change", "same prediction", "divergence"]
+    is_known = results.baseline is not None  # which prediction is right
+    accuracies = ["top-1", "change", "the paper's change"] if is_known else []
+    columns = ["layers replaced", "tokens", *accuracies, "same prediction", "divergence"]
     if comparison:
-        columns += [f"top-1 of {comparison.name}", f"ours minus {comparison.name}"]
-    rows = [
-        [
-            cascade.window,
-            TOKEN_NAMES[cascade.tokens],
-            percent(cascade.top1),
-            points(cascade.difference),
-            _from_to(paper.cascade_change(results.layers, cascade.first, cascade.tokens)),
-            f"{cascade.agreement.value:.1%}",
-            f"{cascade.divergence.value:.4f}",
-            *([percent(comparison.cascades[at].top1), points(comparison.gains[at])] if comparison else []),
-        ]
-        for at, cascade in enumerate(results.cascades)
-    ]
-    return Sheet(
-        f"Cascaded replacement: zero-shot top-1, CLIP itself {percent(results.baseline)}. Changes in points, "
-        "divergence from CLIP's own distribution in nats.",
-        columns,
-        rows,
-        text=2,
-    )
+        accuracies = [f"top-1 of {comparison.name}", f"ours minus {comparison.name}"]
+        columns += accuracies if is_known else [f"same prediction, {comparison.name}"]
+    rows = []
+    for at, cascade in enumerate(results.cascades):
+        row = [cascade.window, TOKEN_NAMES[cascade.tokens]]
+        if is_known:
+            row += [percent(cascade.top1), points(cascade.difference)]
+            row += [_from_to(paper.cascade_change(results.layers, cascade.first, cascade.tokens))]
+        row += [f"{cascade.agreement.value:.1%}", f"{cascade.divergence.value:.4f}"]
+        if comparison and is_known:
+            row += [percent(comparison.cascades[at].top1), points(comparison.gains[at])]
+        elif comparison:
+            row += [f"{comparison.cascades[at].agreement.value:.1%}"]
+        rows.append(row)
+    own = f": zero-shot top-1, CLIP itself {percent(results.baseline)}. Changes in points" if is_known else ""
+    return Sheet(f"Cascaded replacement{own}. Divergence from CLIP's own distribution in nats.", columns, rows, text=2)
 
 
 def faithfulness(results: Results) -> Sheet:
     """The paper's two interventions on the last layer, with their baselines."""
-    measured, own = results.faithfulness, results.baseline.value
+    measured = results.faithfulness
+    assert measured is not None
+    if results.baseline is None:
+        return _divergences(measured, results.layers)
+    own = results.baseline.value
     columns = ["ranked by", "drop the first", "the paper's", "keep the first four", "the paper's"]
     columns += ["harm, top-1", "harm, divergence"]
     rows = []
@@ -132,16 +135,35 @@ def faithfulness(results: Results) -> Sheet:
                 *("–" if harm is None else f"{harm:.1f} ×" for harm in harms),
             ]
         )
-    if measured.random_orders:
+    if measured.random_keep:
         kept, dropped = measured.random_keep[min(TOP, results.layers)], measured.random_drop[1]
         random_changes = [f"{signed(spread.mean - own)} ± {100 * spread.deviation:.2f}" for spread in (dropped, kept)]
         rows.append([f"{measured.random_orders} random orders", random_changes[0], "", random_changes[1], "", "", ""])
-    all_kept = measured.curves[0].drop[0].value
-    rows.append(["any one layer, mean", signed(measured.drop_one_mean.value - own), "", "", "", "1.0 ×", "1.0 ×"])
+    if measured.drop_one_mean:
+        rows.append(["any one layer, mean", signed(measured.drop_one_mean.value - own), "", "", "", "1.0 ×", "1.0 ×"])
+    all_kept = measured.curves[0].drop
+    from_all = f"From all of them: {signed(all_kept[0].value - own)}. " if all_kept else ""
     return Sheet(
         f"Layer {results.layers - 1}'s MLP output at [CLS] from some source layers: change of top-1 in points. "
-        f"From all of them: {signed(all_kept - own)}. Harm: of dropping the first, against dropping any one layer.",
+        f"{from_all}Harm: of dropping the first, against dropping any one layer.",
         columns,
+        rows,
+    )
+
+
+def _divergences(measured: Faithfulness, layers: int) -> Sheet:
+    """The same where it is not known which prediction is right."""
+    rows = []
+    for curve in measured.curves:
+        harm = measured.harm_in_divergence(curve.ranking)
+        divergences = curve.drop_divergence[1], curve.keep_divergence[min(TOP, layers)]
+        rows.append([RANKING_NAMES[curve.ranking], *(f"{value:.4f}" for value in divergences)])
+        rows[-1].append("–" if harm is None else f"{harm:.1f} ×")
+    return Sheet(
+        f"Layer {layers - 1}'s MLP output at [CLS] from some source layers: divergence from CLIP's own distribution in "
+        f"nats. From all of them: {measured.curves[0].drop_divergence[0]:.4f}. Harm: of dropping the first, against "
+        "dropping any one layer.",
+        ["ranked by", "drop the first", "keep the first four", "harm"],
         rows,
     )
 
@@ -176,13 +198,17 @@ def retrieval(results: Results) -> Sheet:
     )
 
 
-def percent(estimate: Estimate) -> str:
-    """As in 76.5% [73.8, 79.1]."""
+def percent(estimate: Estimate | None) -> str:
+    """As in 76.5% [73.8, 79.1]; – where it is not known."""
+    if estimate is None:
+        return "–"
     return f"{estimate.value:.1%} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
 
-def points(estimate: Estimate) -> str:
+def points(estimate: Estimate | None) -> str:
     """As in −0.40 [−1.00, +0.20], in percentage points."""
+    if estimate is None:
+        return "–"
     return f"{signed(estimate.value)} [{signed(estimate.low)}, {signed(estimate.high)}]"
 
 

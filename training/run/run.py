@@ -37,12 +37,13 @@ from vitrine.training.checkpoint import (
 )
 from vitrine.training.data.activations import steps, stream
 from vitrine.training.data.cache import ActivationCache, open_cache
+from vitrine.training.data.classes import check_classes
 from vitrine.training.data.held_out import held_out
 from vitrine.training.data.images import Plan, load
 from vitrine.training.data.normalisation import Normalisation
 from vitrine.training.data.sources import open_images
-from vitrine.training.evaluation.evaluate import evaluate_summary
-from vitrine.training.recipes.recipe import CascadeSection, Recipe, TrainingSection
+from vitrine.training.evaluation.evaluate import evaluate_summary, label_embeddings
+from vitrine.training.recipes.recipe import CascadeSection, Recipe, RecipeError, TrainingSection
 from vitrine.training.run.cascade import Cascade
 from vitrine.training.run.neurons import start_from_neurons
 from vitrine.training.run.objective import Reconstruction, StepSize
@@ -127,10 +128,19 @@ class _Run:
     ) -> None:
         self.recipe, self.clip, self.out, self.console, self.fabric = recipe, clip, out, console, fabric
         settings, tower = recipe.training, clip.tower
-        self.images = open_images(recipe.data.train, data_root, clip.transform(), recipe.data.max_broken)
+        data = recipe.data
+        self.images = open_images(data.train, data_root, clip.transform(), data.max_broken, data.classes)
         self.images.print_summary(self.console)
         self.val = held_out(recipe.data, data_root, clip)  # opened before training, so that errors are raised at once
         self.val.data.print_summary(self.console)
+        check_classes(data, self.val.labels, self.images, self.val.data)
+        if recipe.cascade is not None and recipe.cascade.prediction_weight and not self.val.labels:
+            raise RecipeError(
+                "[cascade] needs labels to predict, and val has no classes: give `labels` or `labels_file` in [data], "
+                "or prediction_weight = 0"
+            )
+        for reason in self.val.left_out:
+            self.console.print(f"left out: {reason}", style="yellow", highlight=False, markup=False, soft_wrap=True)
         self.plan = Plan(
             len(self.images), settings.images_per_step, settings.mixed_images, settings.seed, settings.epochs
         )
@@ -173,7 +183,7 @@ class _Run:
         size = StepSize(phase.settings.images_per_step, tower.tokens, fabric.world_size)
         objective = Reconstruction(self.clt, self.normalisation, recipe.training, size)
         if isinstance(phase.settings, CascadeSection):
-            labels = self.clip.encode_labels(list(self.val.labels), list(recipe.data.templates)).to(fabric.device)
+            labels = label_embeddings(self.clip, self.val, recipe.data.templates).to(fabric.device)
             objective = Cascade(tower, objective, phase.settings, labels, self.clip.logit_scale)
         trainer = Trainer(fabric, objective, phase.settings, phase.end - phase.start)
         if state:
@@ -239,6 +249,7 @@ class _Run:
         matches = {
             "CLIP": saved.clip_sha256 == current.clip_sha256,
             "[data]": (saved.recipe.data, saved.train_images) == (current.recipe.data, current.train_images),
+            "set of labels": (saved.labels or current.labels) == current.labels,
             "[clt]": saved.recipe.clt == current.recipe.clt,
             "[training]": saved.recipe.training == current.recipe.training,
         }

@@ -8,12 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
-from vitrine.commands.common import BundlePath, new_console, open_bundle_or_default
+from vitrine.commands.common import (
+    BundlePath,
+    LabelsFile,
+    LabelsList,
+    chosen_labels,
+    new_console,
+    open_bundle_or_default,
+)
 
 
 def attribute(
     image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JPEG, PNG, WebP, HEIC, …")],
-    labels: Annotated[str | None, typer.Option(help="Comma-separated; default: the bundle's labels.")] = None,
+    labels: LabelsList = None,
+    labels_file: LabelsFile = None,
     target: Annotated[list[str] | None, typer.Option(help="Label to explain (repeatable); default: top-1.")] = None,
     contrast: Annotated[str | None, typer.Option(help="Explain each target rather than this label.")] = None,
     strict: Annotated[bool, typer.Option(help="Refuse labels that are cut, the same or unknown to the CLIP.")] = False,
@@ -42,8 +50,8 @@ def attribute(
             prepare_file(file)
     fields: dict[str, Any] = {"strict": strict, "top_k": top_k}
     fields["explain"] = {"contrast": contrast, "features": features}
-    if labels is not None:
-        fields["labels"] = labels.split(",")
+    if (named := chosen_labels(labels, labels_file)) is not None:
+        fields["labels"] = named
     if target:
         fields["explain"]["targets"] = target
     request, opened = validated(AttributeRequest, fields), open_bundle_or_default(bundle)

@@ -10,7 +10,10 @@ import typer
 from vitrine.commands.common import (
     INPUTS,
     BundlePath,
+    LabelsFile,
+    LabelsList,
     SkipBroken,
+    chosen_labels,
     new_console,
     open_bundle_or_default,
     print_skipped,
@@ -22,7 +25,8 @@ def bulk(
     inputs: Annotated[str, typer.Argument(help=INPUTS)],
     out: Annotated[Path, typer.Option(help="Folder of Parquet parts; a run found there is taken up.")],
     column: Annotated[str | None, typer.Option(help="Of Parquet inputs: image bytes, or paths.")] = None,
-    labels: Annotated[str | None, typer.Option(help="Comma-separated; default: the bundle's labels.")] = None,
+    labels: LabelsList = None,
+    labels_file: LabelsFile = None,
     label_set: Annotated[str | None, typer.Option(help="A named label set instead.")] = None,
     template: Annotated[
         list[str] | None, typer.Option(help="Sentence with {} (repeatable); default: the bundle's.")
@@ -54,7 +58,7 @@ def bulk(
     from vitrine.service.schemas.base import validated
 
     fields: dict[str, Any] = {"label_set": label_set, "templates": template, "top_k": top_k}
-    fields |= {"explain": {"features": features}, "labels": labels.split(",") if labels is not None else None}
+    fields |= {"explain": {"features": features}, "labels": chosen_labels(labels, labels_file)}
     request, settings = validated(AttributeRequest, fields), load_settings()
     opened, console = open_bundle_or_default(bundle), new_console()
     if batch_size is not None:

@@ -49,6 +49,11 @@ INPUTS = (
 SkipBroken = Annotated[
     bool, typer.Option("--skip-broken-shards", help="Name tars and Parquet files that are damaged or missing; go on.")
 ]
+LabelsList = Annotated[str | None, typer.Option("--labels", help="Comma-separated; default: the bundle's labels.")]
+LabelsFile = Annotated[
+    Path | None,
+    typer.Option("--labels-file", help="Instead of --labels: a text file with a label a line, commas and all."),
+]
 BundlePath = Annotated[
     Path | None, typer.Option("--bundle", help="Bundle directory; default: VITRINE_BUNDLE, or the embedded demo.")
 ]
@@ -89,6 +94,17 @@ def open_bundle_or_default(bundle: Path | None) -> Bundle:
     from vitrine.service.operations.settings import load_settings
 
     return open_bundle(bundle or load_settings().bundle)
+
+
+def chosen_labels(labels: str | None, file: Path | None) -> list[str] | None:
+    """What --labels or --labels-file say; None if neither is given. Raises `InputError`."""
+    from vitrine.models.inputs.lists import distinct, read_labels
+
+    if labels is not None and file is not None:
+        raise typer.BadParameter("give --labels or --labels-file, not both", param_hint="--labels-file")
+    if file is not None:
+        return list(read_labels(file))
+    return None if labels is None else list(distinct(labels.split(","), "--labels"))
 
 
 def load_clip_of(recipe: Any, data_root: Path) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vitrine.commands.common import DataRoot, load_clip_of, new_console
+from vitrine.commands.common import DataRoot, LabelsFile, chosen_labels, load_clip_of, new_console
 
 
 def evaluate(
@@ -20,6 +20,8 @@ def evaluate(
     images: Annotated[
         int | None, typer.Option(min=2, help="A random sample of so many val images; default: all.")
     ] = None,
+    labels: Annotated[str | None, typer.Option(help="Comma-separated; default: the recipe's labels.")] = None,
+    labels_file: LabelsFile = None,
     baseline: Annotated[
         Path | None, typer.Option(help="Another run on the same CLIP to compare with: per-layer transcoders.")
     ] = None,
@@ -38,13 +40,23 @@ def evaluate(
     from vitrine.training.report.report import draw_thumbnails, write_report
     from vitrine.training.report.tables import print_sheets
 
+    named = chosen_labels(labels, labels_file)
     newest, other = latest(checkpoint), latest(baseline) if baseline else None
-    recipe, console = read_meta(newest).recipe, new_console()
+    meta, console = read_meta(newest), new_console()
+    recipe = meta.recipe
     out = out or newest / "evaluation"
     prepare_folder(out)
     clip = load_clip_of(recipe, data_root)
-    options = {"batch_size": batch_size, "workers": workers}
-    chosen = held_out(recipe.data, data_root, clip, images=images, seed=seed, **options)
+    chosen = held_out(
+        recipe.data,
+        data_root,
+        clip,
+        images=images,
+        seed=seed,
+        labels=named or meta.labels or None,
+        batch_size=batch_size,
+        workers=workers,
+    )
     chosen.data.print_summary(console)
     clip.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     results = run(clip, newest, chosen, console, other=other, seed=seed)

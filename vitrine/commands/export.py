@@ -7,13 +7,25 @@ from typing import Annotated
 
 import typer
 
-from vitrine.commands.common import DataRoot, load_clip_of, new_console, print_bundle, print_warnings
+from vitrine.commands.common import (
+    DataRoot,
+    LabelsFile,
+    chosen_labels,
+    load_clip_of,
+    new_console,
+    print_bundle,
+    print_warnings,
+)
 
 
 def export(
     checkpoint: Annotated[Path, typer.Option(help="A run's folder (its newest checkpoint) or one checkpoint.")],
     out: Annotated[Path, typer.Option(help="The bundle to write; must not exist.")],
     data_root: DataRoot = Path("data"),
+    labels: Annotated[
+        str | None, typer.Option(help="Of the bundle, comma-separated; default: those of the run.")
+    ] = None,
+    labels_file: LabelsFile = None,
     label_sets: Annotated[
         Path | None, typer.Option(help='Folder of NAME.json, {"labels": [...]}: named label sets for the bundle.')
     ] = None,
@@ -27,15 +39,22 @@ def export(
     from vitrine.models.bundle.label_sets import read_label_sets
     from vitrine.models.bundle.manifest import Data
     from vitrine.models.export.export import Provenance, export_bundle
+    from vitrine.models.graph.onnx_file import ExportError
     from vitrine.training.checkpoint import check_clip, latest, load_clt
     from vitrine.training.data.held_out import held_out
 
-    named = read_label_sets(label_sets) if label_sets else {}
+    default, named = chosen_labels(labels, labels_file), read_label_sets(label_sets) if label_sets else {}
     newest = latest(checkpoint)
     clt, cls_mean, meta = load_clt(newest)
     recipe, console = meta.recipe, new_console()
     clip = load_clip_of(recipe, data_root)
     check_clip(newest, meta, clip)
+    default = default or list(meta.labels)
+    if not default:
+        raise ExportError(
+            f"{newest} was trained without labels, and a bundle needs some to predict where a request brings none: "
+            "give --labels or --labels-file"
+        )
     if meta.metrics.r2 is None:
         console.print(f"[yellow]{newest} is unfinished (step {meta.step} of {meta.steps}): the bundle has no metrics")
     data = Data(
@@ -47,7 +66,7 @@ def export(
     provenance = Provenance(
         name=recipe.name,
         description=recipe.bundle.description,
-        labels=meta.labels,
+        labels=default,
         templates=recipe.data.templates,
         data=data,
         recipe=tomli_w.dumps(recipe.model_dump(exclude_none=True)),
@@ -55,7 +74,11 @@ def export(
         licence=recipe.bundle.licence,
     )
     variants = recipe.bundle.variants
-    val = held_out(recipe.data, data_root, clip, images=calibration_images, batch_size=16) if variants else None
+    val = (
+        held_out(recipe.data, data_root, clip, images=calibration_images, labels=meta.labels or None, batch_size=16)
+        if variants
+        else None
+    )
     with console.status("exporting and checking against torch"):
         bundle = export_bundle(
             clip,

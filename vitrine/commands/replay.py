@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from vitrine.commands.common import INPUTS, BundlePath, SkipBroken, new_console, open_bundle_or_default
+from vitrine.commands.common import (
+    INPUTS,
+    BundlePath,
+    LabelsFile,
+    SkipBroken,
+    chosen_labels,
+    new_console,
+    open_bundle_or_default,
+)
 
 
 def replay(
@@ -15,6 +23,10 @@ def replay(
         str, typer.Argument(help=f"{INPUTS} If it is a folder with one folder of images a label, accuracies, too.")
     ],
     column: Annotated[str | None, typer.Option(help="Of Parquet inputs: image bytes, or paths.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Comma-separated; default: the names of the folders, or the bundle's labels.")
+    ] = None,
+    labels_file: LabelsFile = None,
     bundle: BundlePath = None,
     images: Annotated[int | None, typer.Option(min=1, help="A random sample of so many; default: all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
@@ -31,7 +43,7 @@ def replay(
     from vitrine.service.offline.replay import replay as run
     from vitrine.service.operations.settings import load_settings
 
-    settings, console = load_settings(), new_console()
+    named, settings, console = chosen_labels(labels, labels_file), load_settings(), new_console()
     if json_file is not None:
         prepare_file(json_file)
     engine = Engine(open_bundle_or_default(bundle), settings.model_copy(update={"replacement": True}))
@@ -43,6 +55,7 @@ def replay(
         images,
         seed,
         lambda batches: track(batches, "replay", console=console, transient=True),
+        named,
     )
     if json_file is not None:
         write_text(json_file, result.model_dump_json(indent=2) + "\n")

@@ -226,6 +226,15 @@ def test_model_card_says_what_the_clt_is(bundle, changes, said):
     assert all(text in card for text in said), card
 
 
+def test_model_card_names_the_first_of_many_labels(bundle):
+    labels = tuple(f"label {number}" for number in range(1_000))
+    text = bundle.manifest.text.model_copy(update={"labels": labels})
+    card = model_card(bundle.manifest.model_copy(update={"text": text}))
+    (line,) = (line for line in card.splitlines() if "Default labels" in line)
+    assert line.startswith("- **Default labels**: 1,000, from label 0, label 1, ")
+    assert line.endswith(", label 49 on; manifest.json has all")
+
+
 def test_model_card_says_that_thresholds_hold_budgets_on_average(any_bundle):
     sparsifier, k = any_bundle.manifest.sparsifier, any_bundle.manifest.shape.k
     on_average = f"{sparsifier}; active features a token and layer on average (at most {k} as served):"

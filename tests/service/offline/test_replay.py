@@ -119,6 +119,21 @@ def test_images_without_labels_have_no_accuracy(engine, data_root, tmp_path):
     assert all(row.top1 is None and 0 <= row.agreement <= 1 for row in result.rows)
 
 
+def test_folders_by_wordnet_ids_and_labels_that_no_folder_has(engine, data_root, tmp_path):
+    names = {"n01440764": "tench", "n04355933": "sunglasses", "n04356056": "sunglasses"}
+    for source, folder in zip(LABELS, names, strict=True):
+        shutil.copytree(data_root / "val" / source, tmp_path / folder)
+    result = replay(engine, tmp_path, LIMITS)
+    assert (result.images, result.labels) == (12, ["tench", "sunglasses"])
+    more = replay(engine, tmp_path, LIMITS, labels=["a, b", "sunglasses", "tench"], count=3)
+    assert (more.labels, more.top1 is not None) == (["a, b", "sunglasses", "tench"], True)
+    with pytest.raises(ReplayError, match="folders that are no labels: n04355933, n04356056; name each by its label"):
+        replay(engine, tmp_path, LIMITS, labels=["tench"])
+    shutil.move(tmp_path / "n01440764", tmp_path / "n00005787")
+    with pytest.raises(ReplayError, match=r"no labels: n00005787; .* or by the WordNet id of one of ImageNet's 1,000"):
+        replay(engine, tmp_path, LIMITS)
+
+
 def test_broken_images_are_named_and_left_out(engine, data_root, tmp_path, capsys):
     shutil.copytree(data_root / "val", tmp_path / "val")
     for name in ("blue triangle/broken.png", "red circle/broken.png", "red circle/notes.txt", "beside.png"):

@@ -254,5 +254,5 @@ def test_cache_json_can_be_read(start, tmp_path):
     start()
     content = json.loads((tmp_path / "cache/cache.json").read_text())
     assert content["CLIP"] == "a" * 64
-    assert content["source"] == {"kind": "folder", "path": "train"}
+    assert content["source"] == {"kind": "folder", "path": "train"}  # as before `classes`: old caches can be read
     assert content["plan"] == {"images": 23, "images_per_step": 3, "mixed_images": 9, "seed": 0}

@@ -276,7 +276,6 @@ def test_class_of_a_detection_set_is_the_largest_objects(tmp_path, boxes, layout
         ({"image": "picture"}, r"hub\[train\] has no column 'picture'; it has image, label, text"),
         ({"label": "class"}, r"hub\[train\] has no column 'class'; it has image, label, text"),
         ({"image": "text"}, r"hub\[train\]: column 'text' is no image"),
-        ({"label": "withheld"}, r"hub\[train\]: column 'withheld' has no classes \(-1\)"),
         ({"label": "boxes"}, r"hub\[train\]: column 'boxes' has no category"),
         ({"split": "test"}, r"hub\[test\] cannot be loaded"),
         ({"id": "nobody/nothing"}, r"nobody/nothing\[train\] cannot be loaded, neither as the folder .* nor from the"),
@@ -296,6 +295,19 @@ def test_hugging_face_sets_that_cannot_be_used(tmp_path, changes, message):
     parquet(tmp_path, columns, features)
     with pytest.raises(DataError, match=message):
         open_images(hub(**changes), tmp_path, colour)
+
+
+def test_hugging_face_images_without_classes(tmp_path):
+    """No column `label`, if none is named, and a test split's withheld classes."""
+    features = {"image": datasets.Image(), "withheld": datasets.ClassLabel(names=["ant"])}
+    parquet(tmp_path, {"image": embedded(1, 2), "withheld": [-1, 0]}, features)
+    for source, reason in (
+        (hub(), "it has no column 'label' but image, withheld"),
+        (hub(label="withheld"), "its column 'withheld' has none in this split (-1)"),
+    ):
+        images = open_images(source, tmp_path, colour)
+        assert (images.classes, reds(images)) == ((), [(1, 0), (2, 0)])
+        assert images.summary()[0] == f"hub[train]: 2 images without classes: {reason}"
 
 
 # WebDataset
@@ -401,7 +413,6 @@ def test_shards_that_cannot_be_used(tmp_path, files, classes, message):
 
 
 def test_a_folder_of_images_alone_has_no_classes(tmp_path):
-    """Enough to train on; held-out images without classes are refused by name."""
     class_folders(tmp_path, flat=[10, 11])
     (tmp_path / "flat/notes.txt").touch()
     source = FolderSource(kind="folder", path="flat")
@@ -412,9 +423,20 @@ def test_a_folder_of_images_alone_has_no_classes(tmp_path):
         "left out, no images by their names: 1 (notes.txt)",
     ]
     section = DataSection(name="x", train=source, val=source, labels=("cat",))
-    clip = SimpleNamespace(transform=lambda: colour)
-    with pytest.raises(DataError, match=r"flat: classes are needed here, and its images lie in no folders of classes;"):
-        held_out(section, tmp_path, clip)
+    images = held_out(section, tmp_path, SimpleNamespace(transform=lambda: colour), workers=0)
+    (batch,) = images.batches()
+    assert (batch[1].tolist(), images.labels) == ([-1, -1], ("cat",))
+    (reason,) = images.left_out
+    assert "flat has no classes, so no prediction is right or wrong" in reason
+
+
+def test_folders_that_are_no_classes(tmp_path):
+    """All images are taken, those beside the folders, too."""
+    class_folders(tmp_path / "photos", may=[10], june=[20, 30])
+    Image.new("RGB", (4, 4), (40, 0, 0)).save(tmp_path / "photos/top.png")
+    images = open_images(FolderSource(kind="folder", path="photos", classes=False), tmp_path, colour)
+    assert (images.classes, reds(images)) == ((), [(40, 0), (20, 0), (30, 0), (10, 0)])
+    assert images.summary() == [f"{tmp_path}/photos: 4 images without classes: the recipe says so"]
 
 
 def test_links_to_folders_are_classes_and_names_are_any_bytes(tmp_path):
@@ -485,5 +507,5 @@ def test_unreadable_shard_is_named(tmp_path, kind):
 
 def test_missing_class_names_are_reported(tmp_path):
     tar(tmp_path / "x.tar", {"1.png": b"", "1.cls": b"0"})
-    with pytest.raises(DataError, match=f"class names cannot be read from {tmp_path}/names"):
+    with pytest.raises(DataError, match=f"the file of class names {tmp_path}/names cannot be read: No such"):
         open_images(shards("x.tar", "names"), tmp_path, colour)

@@ -213,6 +213,13 @@ def test_the_cascade_differs_from_its_cell_in_that_phase_alone():
         ('config = "clip/tiny.json"', "", "clip: Value error, give either `name`"),
         ('config = "clip/tiny.json"', 'config = "a.json"\nname = "ViT-B-32"', "clip: Value error, give either `name`"),
         ('labels = ["red circle", "green square", "blue triangle"]', "labels = []", "data.labels: Tuple should have"),
+        ("labels = [", 'labels_file = "x.txt"\nlabels = [', "data: Value error, give either `labels` or `labels_file`"),
+        (
+            '"green square"',
+            '"red circle "',
+            "data: Value error, labels: labels must differ from one another, and 'red c",
+        ),
+        ("[clt]", "[data.classes]\nn999 = 3\n\n[clt]", "data.classes.n999: Input should be a valid string"),
     ],
 )
 def test_wrong_key_is_named(changed, old, new, message):
