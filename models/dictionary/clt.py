@@ -7,7 +7,7 @@ so a feature of layer i writes to every MLP output from layer i on. phi is one o
 one bias per *target*: with one per decoder only their sum would be identifiable. With `cross_layer` false, y_j reads
 only z_j: per-layer transcoders, the baseline for a CLT.
 
-The forward and backward cost of encoders and decoders scales with K places per token, never with F, except for the one
+The forward and backward cost of encoders and decoders scales with the active features, never with F, except for the one
 product that finds the active features: see `_SparseLinear`, `_SparseProduct`. `encode_dense` and `decode_dense` compute
 the same with dense products; tests compare the two.
 
@@ -76,12 +76,15 @@ class Encoder(nn.Module):
             indices = self.sparsifier.select(preactivations)
             chosen = preactivations.gather(-1, indices)
         order = Order(indices, len(self.weight))
-        chosen = _SparseLinear.apply(x, self.weight, self.bias, chosen, indices, order)
+        chosen = _SparseLinear.apply(x, self.weight, self.bias, chosen, order)
         return self._code(indices, chosen, is_cls, order)
 
     def _code(self, indices: Tensor, chosen: Tensor, is_cls: Tensor, order: Order | None) -> SortedCode:
         values = self.sparsifier(chosen, indices, is_cls)
-        return SortedCode(indices, values, self.sparsifier.active(chosen, indices, values), order)
+        if order is not None and not self.sparsifier.learns_from_silent_places:
+            order.leave_out(values == 0)
+        used = None if order is None else order.pick(values)
+        return SortedCode(indices, values, self.sparsifier.active(chosen, indices, values), order, used)
 
     def encode_dense(self, x: Tensor, is_cls: Tensor) -> SortedCode:
         """The same with autograd through all F pre-activations: the reference implementation."""
@@ -117,13 +120,16 @@ class Decoder(nn.Module):
             output = output + dense @ weight
         return output
 
+    def contribution(self, source: int, code: SortedCode) -> Tensor:
+        """What one of the `sources` writes by its code: [N, d]."""
+        weight = self.weights[source - self.sources[0]]
+        if code.order is None:
+            order = Order(code.indices, len(weight))
+            return _SparseProduct.apply(order.pick(code.values), weight, order)
+        return _SparseProduct.apply(code.used, weight, code.order)
+
     def _products(self, codes: Sequence[SortedCode]) -> list[Tensor]:
-        products = []
-        for source, weight in zip(self.sources, self.weights, strict=True):
-            code = codes[source]
-            order = code.order or Order(code.indices, len(weight))
-            products.append(_SparseProduct.apply(code.values, weight, code.indices, order))
-        return products
+        return [self.contribution(source, codes[source]) for source in self.sources]
 
 
 class CrossLayerTranscoder(nn.Module):
@@ -198,9 +204,6 @@ class CrossLayerTranscoder(nn.Module):
         return torch.stack([decoder.bias for decoder in self.decoders])
 
 
-_SUM = 0  # embedding_bag's number for mode="sum"
-
-
 class SortedCode(NamedTuple):
     """One layer's code, with what training needs."""
 
@@ -208,94 +211,122 @@ class SortedCode(NamedTuple):
     values: Tensor  # [N, K]
     active: Tensor  # [N] active features per token; differentiable if the sparsifier learns this number
     order: Order | None  # shared by encoder and decoders; None: each decoder creates its own
+    used: Tensor | None = None  # [M] the values at the used places of `order`
+
+
+_SUM = 0  # embedding_bag's number for mode="sum"
 
 
 class Order:
-    """The places of a code [N, K] sorted by feature, so that each feature is a bag of tokens.
+    """The M used places of a code [N, K] as bags: of the features of each token, and of the tokens of each feature.
 
-    Sorted once, when the first weight gradient needs it.
+    Places that are left out have activation 0 and get no gradient; tokens with a smaller budget than others have many.
+    Both orders are found once, when first needed.
     """
 
     def __init__(self, indices: Tensor, features: int) -> None:
         self.indices, self.features = indices, features
+        self._used: Tensor | None = None  # [N, K] bool; None: all
+        self._sorted: tuple[Tensor, Tensor] | None = None  # coefficients, and the same by feature
+
+    def leave_out(self, places: Tensor) -> None:
+        """Use all places of the code but these, [N, K] bool. Call it before anything else."""
+        self._used = ~places
+
+    def pick(self, values: Tensor) -> Tensor:
+        """Of values [N, K] those of the used places: [M]."""
+        places = self._places
+        return values.flatten() if places is None else values.flatten().index_select(0, places)
+
+    def sum_over_features(self, coefficients: Tensor, weight: Tensor) -> Tensor:
+        """sum of coefficients * weight[feature] over each token's features: [M], [F, d] -> [N, d]."""
+        features, starts, _ = self._by_token
+        return F.embedding_bag(features, weight, starts, per_sample_weights=coefficients, mode="sum")
 
     def sum_over_tokens(self, coefficients: Tensor, rows: Tensor) -> Tensor:
-        """sum_n coefficients[n, feature] * rows[n], for every feature: [N, K], [N, d] -> [F, d]."""
-        places, tokens, starts = self._bags
-        return F.embedding_bag(tokens, rows, starts, per_sample_weights=coefficients.flatten()[places], mode="sum")
+        """sum of coefficients * rows[token] over each feature's tokens: [M], [N, d] -> [F, d]."""
+        order, tokens, starts = self._by_feature
+        if self._sorted is None or self._sorted[0].data_ptr() != coefficients.data_ptr():  # the targets' are the same
+            self._sorted = coefficients, coefficients[order]
+        return F.embedding_bag(tokens, rows, starts, per_sample_weights=self._sorted[1], mode="sum")
 
-    def weight_gradient(self, d_out: Tensor, weight: Tensor) -> Tensor:
-        """The gradient of `embedding_bag`'s per-sample weights, <d_out[n], weight[f]>: [N, d], [F, d] -> [N, K]."""
-        flat, starts, tokens = self._by_token
-        gradient = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            d_out, weight, flat, starts, tokens, _SUM, padding_idx=-1
+    def products(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """<rows[token], weight[feature]> at every used place, the gradient of `embedding_bag`'s per-sample weights:
+        [N, d], [F, d] -> [M]."""
+        features, starts, tokens = self._by_token
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            rows, weight, features, starts, tokens, _SUM, padding_idx=-1
         )
-        return gradient.view_as(self.indices)
+
+    @cached_property
+    def _places(self) -> Tensor | None:
+        """The used places, as positions in the flattened code; None: all."""
+        return None if self._used is None or bool(self._used.all()) else self._used.flatten().nonzero()[:, 0]
 
     @cached_property
     def _by_token(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(features of all places [N * K]; the start of each token's bag [N]; the token of each place [N * K])."""
-        tokens, places = self.indices.shape
-        count = torch.arange(tokens, device=self.indices.device)
-        return self.indices.flatten(), count * places, count.repeat_interleave(places)
+        """(features [M]; the start of each token's bag [N]; tokens [M])."""
+        count, places = self.indices.shape
+        tokens = torch.arange(count, device=self.indices.device)
+        if self._places is None:
+            return self.indices.flatten(), tokens * places, tokens.repeat_interleave(places)
+        assert self._used is not None
+        used = self._used.sum(1)
+        return self.pick(self.indices), used.cumsum(0) - used, tokens.repeat_interleave(used)
 
     @cached_property
-    def _bags(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(places [N * K], flat positions in [N, K]; their tokens [N * K]; the start of each feature's bag [F])."""
-        sorted_features, places = self.indices.flatten().sort(stable=True)
-        starts = torch.searchsorted(sorted_features, torch.arange(self.features, device=sorted_features.device))
-        return places, places // self.indices.shape[-1], starts
+    def _by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(the places by feature [M]; their tokens [M]; the start of each feature's bag [F])."""
+        features, _, tokens = self._by_token
+        sorted_features, order = features.sort(stable=True)
+        starts = torch.searchsorted(sorted_features, torch.arange(self.features, device=features.device))
+        return order, tokens[order], starts
 
 
 class _SparseLinear(torch.autograd.Function):
-    """Pre-activations of chosen features, W[f] x + b[f], whose gradient reads and writes K places per token.
+    """Pre-activations of chosen features, W[f] x + b[f], whose gradient reads and writes the used places.
 
     The gradient of W[f] is the sum of da * x over the tokens where f was chosen. With the places sorted by feature this
     is a bag sum, computed by `embedding_bag`'s forward kernel (its own backward scatters row by row).
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, chosen: Tensor, indices: Tensor, order: Order
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, indices)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, chosen: Tensor, order: Order) -> Tensor:
+        ctx.save_for_backward(x, weight)
         ctx.order = order
         return chosen.view_as(chosen)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_chosen: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, indices = ctx.saved_tensors
+        (x, weight), order = ctx.saved_tensors, ctx.order
         d_x = d_weight = d_bias = None
+        d_used = order.pick(d_chosen)
         if ctx.needs_input_grad[0]:
-            d_x = F.embedding_bag(indices, weight, per_sample_weights=d_chosen, mode="sum").to(x.dtype)
+            d_x = order.sum_over_features(d_used, weight).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            d_weight = ctx.order.sum_over_tokens(d_chosen, x.to(weight.dtype))
+            d_weight = order.sum_over_tokens(d_used, x.to(weight.dtype))
         if ctx.needs_input_grad[2]:
-            d_bias = d_chosen.new_zeros(len(weight)).scatter_add_(0, indices.flatten(), d_chosen.flatten())
-        return d_x, d_weight, d_bias, None, None, None
+            d_bias = d_used.new_zeros(len(weight)).scatter_add_(0, order.pick(order.indices), d_used)
+        return d_x, d_weight, d_bias, None, None
 
 
 class _SparseProduct(torch.autograd.Function):
     """sum_k z_k W[f_k] for every token, forward and backward by `embedding_bag`. Measured in training/RESULTS.md."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor, indices: Tensor, order: Order) -> Tensor:
-        ctx.save_for_backward(values, weight)
+    def forward(ctx: Any, used: Tensor, weight: Tensor, order: Order) -> Tensor:
+        ctx.save_for_backward(used, weight)
         ctx.order = order
-        return F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
+        return order.sum_over_features(used, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        values, weight = ctx.saved_tensors
-        d_out = d_out.contiguous()
-        d_values = d_weight = None
-        if ctx.needs_input_grad[0]:  # dz = <dy, W[f]>, embedding_bag's own gradient of its weights
-            d_values = ctx.order.weight_gradient(d_out, weight)
-        if ctx.needs_input_grad[1]:
-            d_weight = ctx.order.sum_over_tokens(values, d_out)
-        return d_values, d_weight, None, None
+        (used, weight), order, d_out = ctx.saved_tensors, ctx.order, d_out.contiguous()
+        d_used = order.products(d_out, weight) if ctx.needs_input_grad[0] else None
+        d_weight = order.sum_over_tokens(used, d_out) if ctx.needs_input_grad[1] else None
+        return d_used, d_weight, None
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Sparsifier(nn.Module):
 
     signed = False  # activations may be negative
     spare = 1  # places for each feature of the budget
+    learns_from_silent_places = False  # places with activation 0 have a gradient
 
     def __init__(self, features: int, k: int, k_cls: int) -> None:
         super().__init__()
@@ -106,6 +107,7 @@ class JumpReLU(Sparsifier):
     """
 
     spare = 2
+    learns_from_silent_places = True  # from those just below their threshold
     bandwidth = 0.1  # pre-activations of normalised inputs are of order 1
 
     def __init__(self, features: int, k: int, k_cls: int) -> None:
