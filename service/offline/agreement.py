@@ -65,9 +65,11 @@ class Report(BaseModel):
 def agreement(bundle: Bundle, settings: Settings, precision: Precision, inputs: Source | None = None) -> Report:
     """Compare a precision with float32, whose byte products are computed by ONNX Runtime's other kernels.
 
-    inputs: images for the whole gate; None: drawn pictures alone. Raises `AgreementError` if none of them can be used,
-    `EngineError` if the precision is refused already (`service.engine.precision`).
+    inputs: images for the whole gate; None: drawn pictures alone. Raises `AgreementError` if the bundle lacks this
+    precision or none of the images can be used, `EngineError` if it is refused already (`service.engine.precision`).
     """
+    if precision not in bundle.manifest.precisions:
+        raise AgreementError(f"{bundle.path} has no {precision}: only {', '.join(bundle.manifest.precisions)}")
     settings = settings.model_copy(update={"precision": precision, "replacement": False})
     engine = Engine(bundle, settings, choose(bundle, settings))
     runtime = engine.runtime
