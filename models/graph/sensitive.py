@@ -33,8 +33,9 @@ def losses(
     products: nodes of `model` that multiply by a weight; images: batches of normalised pixels [B, 3, H, W], of which
     the first `IMAGES` are run, one at a time.
     """
-    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    quantised = {product.name: _round_weight(weights[product.input[1]]) for product in products}
+    read = {product.input[1] for product in products}
+    weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if t.name in read}
+    rounded = {name: _round_weight(weight) for name, weight in weights.items()}
     names = list(dict.fromkeys(product.input[0] for product in products))
     found: dict[str, list[NDArray[np.floating]]] = {product.name: [] for product in products}
     with tempfile.TemporaryDirectory() as scratch:
@@ -44,9 +45,9 @@ def losses(
             feeds = {"pixels": pixels, DETAILS_INPUT: np.array(False)}
             inputs = dict(zip(names, session.run(names, feeds), strict=True))
             for product in products:
-                x, weight = inputs[product.input[0]], weights[product.input[1]]
-                exact = x @ weight
-                error = _round_input(x) @ quantised[product.name] - exact
+                x, weight = inputs[product.input[0]], product.input[1]
+                exact = x @ weights[weight]
+                error = _round_input(x) @ rounded[weight] - exact
                 size = np.maximum(np.linalg.norm(exact, axis=-1), 1e-12)
                 found[product.name].append((np.linalg.norm(error, axis=-1) / size).ravel())
     return {name: float(np.median(np.concatenate(errors))) for name, errors in found.items()}
