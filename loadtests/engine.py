@@ -65,6 +65,7 @@ from vitrine.models.dictionary.clt import Architecture, Encoder
 from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.onnx_file import save_onnx, to_onnx
 from vitrine.models.graph.variants import make_variant, preselect
+from vitrine.models.precision.sessions import session_options
 from vitrine.service.answers.explain import account
 from vitrine.service.engine.labels import LabelSet
 from vitrine.service.engine.processors import available_processors
@@ -174,7 +175,7 @@ def _example(model: Any) -> Tensor:
 
 def session(path: Path, device: Device, threads: int) -> onnxruntime.InferenceSession:
     """An inference session as the service creates it."""
-    options = onnxruntime.SessionOptions()
+    options = session_options()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(path, options, providers=[PROVIDERS[device]])

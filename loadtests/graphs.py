@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import Annotated
 
 from vitrine.models.bundle.layout import DETAILS_INPUT, VISION_OUTPUTS  # first: it stops onnxruntime's telemetry
+from vitrine.models.precision.sessions import session_options
 
 # isort: split
 import numpy as np
@@ -44,7 +45,7 @@ def main(
 
 
 def _open(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
+    options = session_options()
     # The threads of the session that has just run would otherwise keep the processors from the other one.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -122,6 +122,9 @@ class Agreement(_Part):
     top1: float  # share of images with the same top-1 among the default labels
     ledger_cosine: float  # between the two accounts of the top-1 logit, mean over images
     top_features: float  # share of the ten largest feature contributions that agree, mean over images
+    # Where and how it was exported, for other machines to compare with; None in bundles of older versions.
+    drawn_cosine: float | None = None  # of embeddings, on drawn pictures (`models.precision.agreement`)
+    instructions: str | None = None  # of the processor, for int8 (`models.precision.instructions`); or "none"
 
     @property
     def is_sufficient(self) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 from torch import Tensor
 
 from vitrine.models.bundle.bundle import Bundle, seal
@@ -41,7 +42,9 @@ from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.onnx_file import ExportError, save_onnx, to_onnx
 from vitrine.models.graph.replacement import ReplacementGraph
 from vitrine.models.graph.text import TextGraph, text_to_onnx
-from vitrine.models.graph.variants import make_variant, measure, preselect
+from vitrine.models.graph.variants import make_variant, preselect
+from vitrine.models.precision.agreement import measure
+from vitrine.models.precision.sessions import session_options
 from vitrine.models.texts.labels import notices_of
 from vitrine.models.texts.reader import TextReader
 
@@ -80,7 +83,8 @@ def export_bundle(
         tables: precision of the CLT's weights in the bundle.
         label_sets: by name; their embeddings are computed here, so that the service need not.
         variants: of the vision graph; one that does not agree with float32 on the images of `calibration` (batches of
-            normalised pixels) is not written, which is reported to `log`.
+            normalised pixels) is not written, which is reported to `log`. int8 finds the products that it must leave in
+            float32 on the first of them.
         replacement: also write replacement.onnx, mostly L (L + 1) / 2 decoders at one byte per number.
 
     Raises:
@@ -113,7 +117,8 @@ def export_bundle(
         np.save(partial / "attention.npy", clip.tower.attention_fold().numpy())
         pixels = torch.zeros(2, 3, *clip.tower.image_size)
         vision = to_onnx(graph, pixels, "pixels", VISION_OUTPUTS, DETAILS, DETAILS_INPUT)
-        variant_models = {variant: make_variant(vision, variant) for variant in variants}
+        images = [pixels.numpy() for pixels in calibration]
+        variant_models = {variant: make_variant(vision, variant, images) for variant in variants}
         save_onnx(preselect(vision), partial / "vision.onnx")
         text = TextGraph(clip.model).eval()
         save_onnx(text_to_onnx(text, clip.context), partial / "text.onnx")
@@ -135,7 +140,7 @@ def export_bundle(
         agreement = {
             variant: result
             for variant, model in variant_models.items()
-            if (result := _write_variant(model, variant, partial, calibration, default, log))
+            if (result := _write_variant(model, variant, partial, images, default, log))
         }
         manifest = manifest.model_copy(update={"precisions": ("fp32", *agreement), "agreement": agreement})
         sealed = seal(partial, manifest)
@@ -147,7 +152,7 @@ def _write_variant(
     model: onnx.ModelProto,
     variant: Variant,
     bundle: Path,
-    calibration: Sequence[Tensor],
+    calibration: Sequence[NDArray[np.float32]],
     labels: NDArray[np.float32],
     log: Callable[[str], object],
 ) -> Agreement | None:
@@ -155,8 +160,11 @@ def _write_variant(
     path = bundle / vision_file(variant)
     save_onnx(model, path, beside=bundle / "vision.onnx")
     tables = np.load(bundle / "directions.npy", mmap_mode="r"), np.load(bundle / "fold.npy")[:-1]
-    images = [pixels.numpy() for pixels in calibration]
-    result = measure(bundle / "vision.onnx", path, images, labels, *tables)
+    reference, session = (
+        InferenceSession(graph, session_options(), providers=["CPUExecutionProvider"])
+        for graph in (bundle / "vision.onnx", path)
+    )
+    result = measure(reference, session, calibration, labels, *tables)
     if result.is_sufficient:
         return result
     path.unlink()

@@ -24,6 +24,7 @@ from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.onnx_file import ExportError
 from vitrine.models.graph.replacement import ReplacementGraph
 from vitrine.models.graph.text import SHORTEST, TextGraph
+from vitrine.models.precision.sessions import session_options
 from vitrine.models.texts.reader import TextReader
 
 TOLERANCE = 1e-4  # relative to the largest value of an output, torch against ONNX Runtime
@@ -38,7 +39,7 @@ def check_vision(clip: Clip, graph: AttributionGraph, path: Path) -> None:
     with the torch module. A feature may be active in only one of them if it ties with the edge of its layer's budget or
     with its threshold; outputs are then compared on the other images only.
     """
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, session_options(), providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(0)
     names, compared = (*VISION_OUTPUTS, *DETAILS), 0
     for batch in (1, 5):
@@ -67,7 +68,7 @@ def check_replacement(clip: Clip, graph: ReplacementGraph, path: Path) -> None:
     Where a feature ties with the edge of its budget, torch and ONNX Runtime may choose differently, and all later
     results differ. So only the better half of the images must agree.
     """
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, session_options(), providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(0)
     random = torch.rand(graph.layers, 2, generator=generator) < 0.5
     none = no_replacement(graph.layers)
@@ -97,7 +98,7 @@ def check_text(clip: Clip, graph: TextGraph, tokens: Converted, texts: Sequence[
 
     tokens: the exported tokenizer.
     """
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, session_options(), providers=["CPUExecutionProvider"])
     some = list(texts[:TEXTS])
     padded = clip.tokenizer(some)
     with torch.no_grad():

@@ -1,12 +1,14 @@
 """Faster variants of the vision graph, and the agreement check that each must pass before it is written.
 
-    int8   every product with a weight in 8 bits: weights quantised per output channel, activations at run time
-           (ONNX Runtime's dynamic quantisation). For CPUs with VNNI.
+    int8   products with a weight in 8 bits: weights quantised per output channel, activations at run time (ONNX
+           Runtime's dynamic quantisation), except those that would lose too much (`models.graph.sensitive`). For CPUs
+           with VNNI.
     fp16   the same products in half precision, everything between them in float32. For GPUs.
 
 Unchanged are attention's own products, LayerNorms, the residual stream, the sparse decoding and, because the rows must
 add up to the embedding, the last two products (ln_post's projection and the fold of the rows). So a variant's ledger
-adds up just as exactly, but for a slightly different CLIP. The difference is measured on real images: `Agreement`.
+adds up just as exactly, but for a slightly different CLIP. The difference is measured on real images:
+`models.precision.agreement`.
 """
 
 from __future__ import annotations
@@ -15,27 +17,31 @@ import copy
 import logging
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from vitrine.models.account.ledger import Array, Decomposition, feature_contributions, logits
-from vitrine.models.bundle.layout import DETAILS_INPUT, VISION_OUTPUTS, Variant
-from vitrine.models.bundle.manifest import Agreement
+from vitrine.models.bundle.layout import Variant
+from vitrine.models.graph.sensitive import LOSS, losses
 
 EXACT = ("proj", "fold")  # weights of products that variants leave unchanged
-TOP_FEATURES = 10
 
 
-def make_variant(model: onnx.ModelProto, variant: Variant) -> onnx.ModelProto:
-    """A variant of the float32 vision graph, which is not modified."""
-    return {"int8": _int8, "fp16": _fp16}[variant](copy.deepcopy(model))
+def make_variant(
+    model: onnx.ModelProto, variant: Variant, images: Sequence[NDArray[np.float32]] = ()
+) -> onnx.ModelProto:
+    """A variant of the float32 vision graph, which is not modified.
+
+    images: batches of normalised pixels [B, 3, H, W]; on them int8 finds the products that it leaves in float32. None:
+    it leaves none, which is for graphs with random weights.
+    """
+    model = copy.deepcopy(model)
+    return _int8(model, images) if variant == "int8" else _fp16(model)
 
 
 def preselect(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -102,50 +108,6 @@ def preselect(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def measure(
-    reference: Path, variant: Path, images: Sequence[NDArray[np.float32]], labels: Array, directions: Array, fold: Array
-) -> Agreement:
-    """How well two vision graphs agree on batches of normalised pixels [B, 3, H, W].
-
-    labels: unit embeddings [N, D] of the labels to predict; directions [L, F, d], fold [d, D]: the bundle's tables.
-    """
-    same_top1, cosines, overlaps = [], [], []
-    for expected, actual in zip(_run(reference, images), _run(variant, images), strict=True):
-        top1 = int(logits(expected.embedding, labels, 1.0).argmax())
-        same_top1.append(int(logits(actual.embedding, labels, 1.0).argmax()) == top1)
-        ours, theirs = actual.rows @ labels[top1], expected.rows @ labels[top1]
-        cosines.append(float(ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs))))
-        overlaps.append(
-            len(
-                _top_features(actual, directions, fold, labels[top1])
-                & _top_features(expected, directions, fold, labels[top1])
-            )
-            / TOP_FEATURES
-        )
-    return Agreement(
-        images=len(cosines),
-        top1=float(np.mean(same_top1)),
-        ledger_cosine=float(np.mean(cosines)),
-        top_features=float(np.mean(overlaps)),
-    )
-
-
-def _run(path: Path, images: Iterable[NDArray[np.float32]]) -> Iterable[Decomposition]:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for pixels in images:
-        feeds = {"pixels": pixels, DETAILS_INPUT: np.array(False)}
-        outputs = dict(zip(VISION_OUTPUTS, session.run(VISION_OUTPUTS, feeds), strict=True))
-        yield from (Decomposition.from_batch(outputs, image) for image in range(len(pixels)))
-
-
-def _top_features(parts: Decomposition, directions: Array, fold: Array, direction: Array) -> set[tuple[int, int]]:
-    """(layer, feature) of the largest contributions to a logit. direction: the label's embedding."""
-    contributions = np.abs(feature_contributions(parts, directions, fold, direction, 1.0))
-    order = np.argsort(-contributions, axis=None, kind="stable")[:TOP_FEATURES]
-    layers, places = np.unravel_index(order, contributions.shape)
-    return {(int(layer), int(parts.feature_indices[layer, place])) for layer, place in zip(layers, places, strict=True)}
-
-
 def _products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """The products with a weight, except those that stay exact; gives every node a name."""
     weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
@@ -157,8 +119,10 @@ def _products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return products
 
 
-def _int8(model: onnx.ModelProto) -> onnx.ModelProto:
-    names = [node.name for node in _products(preselect(model))]
+def _int8(model: onnx.ModelProto, images: Sequence[NDArray[np.float32]]) -> onnx.ModelProto:
+    products = _products(preselect(model))
+    lost = losses(model, products, images) if images else {}
+    names = [node.name for node in products if lost.get(node.name, 0.0) <= LOSS]
     level = logging.getLogger().level
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "int8.onnx"

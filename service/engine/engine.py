@@ -19,6 +19,7 @@ from vitrine.models.bundle.layout import (
     vision_file,
 )
 from vitrine.service.engine.fit import check_graph, replacement_graph, text_graph, vision_graph
+from vitrine.service.engine.precision import check_precision
 from vitrine.service.engine.runtime import PROVIDERS, Runtime, choose, open_session, session_errors
 from vitrine.service.engine.text_groups import TextGroups
 from vitrine.service.operations.settings import Settings
@@ -27,7 +28,8 @@ from vitrine.service.operations.settings import Settings
 class Engine:
     """Runs a bundle's graphs. Thread-safe, but most efficient when used by one thread at a time.
 
-    Raises `EngineError` if the settings cannot be satisfied (`service.engine.runtime`), `BundleError` if the graphs do
+    Raises `EngineError` if the settings cannot be satisfied (`service.engine.runtime`) or the precision is wrong on
+    this machine (`service.engine.precision`), `BundleError` if the graphs do
     not fit the manifest (`service.engine.fit`) or are no longer the files that were verified.
     """
 
@@ -41,6 +43,7 @@ class Engine:
         self._replacement = open_session(bundle.path / "replacement.onnx", self.runtime) if load_replacement else None
         bundle.check_unchanged()  # ONNX Runtime opens the graphs, and what they refer to, by path
         self._check()
+        check_precision(bundle, self.vision, self.runtime)
         self.on_gpu = self.provider != PROVIDERS["cpu"]
         self.batches = _batches(settings.batch_size, self.on_gpu)
         any_length = not isinstance(self.text.get_inputs()[0].shape[1], int)  # else a name

@@ -17,6 +17,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.layout import Precision
 from vitrine.models.errors import VitrineError
+from vitrine.models.precision.instructions import int8_instructions
+from vitrine.models.precision.sessions import ProductError, session_options
 from vitrine.service.engine.processors import available_processors
 from vitrine.service.operations.settings import Settings
 
@@ -36,8 +38,6 @@ _SESSION_ERRORS = (
     MemoryError,
 )
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-# CPU flags for byte products with 32-bit sums: without them int8 is no faster.
-INT8_FLAGS = {"avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX VNNI", "amx_int8": "AMX", "asimddp": "Arm dot products"}
 
 
 class EngineError(VitrineError):
@@ -75,9 +75,13 @@ def choose(bundle: Bundle, settings: Settings) -> Runtime:
     )
 
 
-def open_session(path: Path, runtime: Runtime) -> onnxruntime.InferenceSession:
-    """A session for one graph. Raises `EngineError` if the file cannot be used, or not with that provider."""
-    options = onnxruntime.SessionOptions()
+def open_session(path: Path, runtime: Runtime, precise: bool | None = None) -> onnxruntime.InferenceSession:
+    """A session for one graph. Raises `EngineError` if the file cannot be used, or not with that provider, or if this
+    machine multiplies bytes wrongly. precise: as in `session_options`."""
+    try:
+        options = session_options(precise)
+    except ProductError as error:
+        raise EngineError(str(error)) from error
     options.intra_op_num_threads = runtime.threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with session_errors(path):
@@ -107,13 +111,6 @@ def requested_provider(settings: Settings) -> str:
             "install vitrine[gpu] in place of vitrine[cpu], or set VITRINE_PROVIDER=cpu"
         )
     return requested
-
-
-def int8_instructions() -> str | None:
-    """Name of this CPU's int8 instructions; None if it has none of `INT8_FLAGS`."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
-    return next((name for flag, name in INT8_FLAGS.items() if flag in flags), None)
 
 
 def _precision(bundle: Bundle, settings: Settings) -> tuple[Precision, str]:

@@ -186,6 +186,18 @@ def test_verify_accepts_a_good_bundle(run, bundle):
     assert bundle.digest[:19] in result.output
 
 
+def test_verify_measures_a_precision_on_images(run, refused, bundle, data_root, tmp_path):
+    arguments = ("verify", bundle.path, "--precision", "fp32", "--json", tmp_path / "a.json")
+    result = run(*arguments, "--images", data_root / "val" / LABELS[0])
+    assert result.exit_code == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert (report["here"]["images"], report["here"]["top1"], report["here"]["top_features"]) == (4, 1, 1)
+    assert report["here"]["ledger_cosine"] == pytest.approx(1, abs=1e-5)  # by other kernels, the same sums
+    assert "100.0%" in result.output
+    assert "has no int8: only fp32" in refused("verify", bundle.path, "--precision", "int8")
+    assert run("verify", bundle.path, "--images", data_root).exit_code == 2  # of what precision?
+
+
 def test_verify_names_a_replacement_graph_of_another_clip(refused, damaged, bundle):
     """Well-formed and listed, but with the head of another CLIP."""
     model = onnx.load(damaged / "replacement.onnx")

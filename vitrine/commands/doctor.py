@@ -15,9 +15,10 @@ def doctor(bundle: BundlePath = None) -> None:
     from rich.table import Table
 
     from vitrine.models.bundle.layout import vision_file
+    from vitrine.models.precision.instructions import int8_instructions
+    from vitrine.models.precision.sessions import needs_precise_kernels
     from vitrine.service.engine.engine import Engine
     from vitrine.service.engine.processors import available_processors, memory_limit
-    from vitrine.service.engine.runtime import int8_instructions
     from vitrine.service.operations.settings import load_settings
 
     settings, opened, console = load_settings(), open_bundle_or_default(bundle), new_console()
@@ -34,6 +35,11 @@ def doctor(bundle: BundlePath = None) -> None:
         ("precision", runtime.precision, runtime.reasons["precision"]),
         ("graph", vision_file(runtime.precision), f"the bundle has {', '.join(opened.manifest.precisions)}"),
         ("int8 instructions", int8_instructions() or "none", "/proc/cpuinfo"),
+        (
+            "byte products",
+            "by slower kernels" if needs_precise_kernels() else "exact",
+            "a product with a known sum; ONNX Runtime's usual kernels are tried first",
+        ),
         ("processors", str(processors), why),
         ("memory", f"{memory / 2**30:.1f} GiB", why_memory),
         ("threads", str(runtime.threads), runtime.reasons["threads"]),

@@ -6,13 +6,14 @@ import onnxruntime
 import pytest
 
 import vitrine.service.engine.runtime
+from vitrine.models.precision import instructions
+from vitrine.models.precision.instructions import int8_instructions
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.processors import available_processors
 from vitrine.service.engine.runtime import (
     PROVIDERS,
     EngineError,
     choose,
-    int8_instructions,
     requested_provider,
 )
 from vitrine.service.operations.settings import Settings
@@ -67,7 +68,7 @@ def cpu(monkeypatch, tmp_path):
     def set_flags(flags):
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu {flags} sse2\n")
         files = {"/proc/cpuinfo": tmp_path / "cpuinfo"}
-        monkeypatch.setattr(vitrine.service.engine.runtime, "Path", lambda path: files.get(path, tmp_path / "missing"))
+        monkeypatch.setattr(instructions, "Path", lambda path: files.get(path, tmp_path / "missing"))
 
     return set_flags
 
