@@ -15,7 +15,7 @@ import copy
 import logging
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -103,11 +103,18 @@ def preselect(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def measure(
-    reference: Path, variant: Path, images: Sequence[NDArray[np.float32]], labels: Array, directions: Array, fold: Array
+    reference: Path,
+    variant: Path,
+    images: Sequence[NDArray[np.float32]],
+    labels: Array,
+    directions: Array,
+    fold: Array,
+    done: Callable[[], object] = lambda: None,
 ) -> Agreement:
     """How well two vision graphs agree on batches of normalised pixels [B, 3, H, W].
 
-    labels: unit embeddings [N, D] of the labels to predict; directions [L, F, d], fold [d, D]: the bundle's tables.
+    labels: unit embeddings [N, D] of the labels to predict; directions [L, F, d], fold [d, D]: the bundle's tables;
+    done: called after every image.
     """
     same_top1, cosines, overlaps = [], [], []
     for expected, actual in zip(_run(reference, images), _run(variant, images), strict=True):
@@ -122,6 +129,7 @@ def measure(
             )
             / TOP_FEATURES
         )
+        done()
     return Agreement(
         images=len(cosines),
         top1=float(np.mean(same_top1)),

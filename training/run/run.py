@@ -9,6 +9,7 @@ step depends on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tokens import UnsupportedTokenizer, convert_tokenizer
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.files.writing import prepare_folder
+from vitrine.models.progress import track
 from vitrine.models.texts.labels import notices_of
 from vitrine.training.checkpoint import (
     CheckpointError,
@@ -93,8 +95,6 @@ def train(
                 if run.done % recipe.training.checkpoint_every == 0 or run.done in (stop, phase.end):
                     report.flush()
                     run.save(trainer)
-                    if not console.is_terminal:
-                        run.console.print(f"step {run.done:,}/{run.steps:,}  {report.shown}")
     checkpoint = checkpoints(out)[-1]
     if run.done == run.steps and run.meta.metrics.r2 is None and fabric.is_global_zero:
         run.measure(checkpoint)
@@ -222,8 +222,9 @@ class _Run:
         batch_count = max(1, min(settings.normalisation_images, len(self.images)) // size)
         plan = Plan(len(self.images), size, size, settings.seed + 2, epochs=1)
         data = load(self.images, islice(plan.batches(), batch_count), settings.workers)
-        with self.console.status(f"estimating the activations' scale over {batch_count * size:,} images"):
-            batches = stream(self.clip.tower, data, self.fabric.autocast)
+        counted = track(data, "activations' scale", batch_count * size, self.console, "images", size)
+        with closing(counted):
+            batches = stream(self.clip.tower, counted, self.fabric.autocast)
             first = next(batches)
             self.normalisation = Normalisation.estimate(chain([first], batches))
         self.clt.to(self.fabric.device).calibrate(self.normalisation.inputs(first.mlp_in))

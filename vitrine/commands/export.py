@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vitrine.commands.common import DataRoot, load_clip_of, new_console, print_bundle, print_warnings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitrine.models.progress import Progress
+    from vitrine.training.data.held_out import HeldOut
 
 
 def export(
@@ -27,6 +33,7 @@ def export(
     from vitrine.models.bundle.label_sets import read_label_sets
     from vitrine.models.bundle.manifest import Data
     from vitrine.models.export.export import Provenance, export_bundle
+    from vitrine.models.progress import Progress
     from vitrine.training.checkpoint import check_clip, latest, load_clt
     from vitrine.training.data.held_out import held_out
 
@@ -56,7 +63,8 @@ def export(
     )
     variants = recipe.bundle.variants
     val = held_out(recipe.data, data_root, clip, images=calibration_images, batch_size=16) if variants else None
-    with console.status("exporting and checking against torch"):
+    with Progress(console) as progress:
+        images = _read(val, progress) if val else []
         bundle = export_bundle(
             clip,
             clt,
@@ -66,8 +74,18 @@ def export(
             recipe.bundle.tables,
             named,
             variants,
-            [pixels for pixels, _ in val.batches()] if val else [],
+            images,
             recipe.bundle.replacement,
             lambda message: print_warnings([message], console),
+            progress,
         )
     print_bundle(bundle, console)
+
+
+def _read(val: HeldOut, progress: Progress) -> list[Tensor]:
+    """The images on which variants must agree, as batches of normalised pixels."""
+    task, images = progress.task("images to check on", len(val), "images"), []
+    for pixels, _ in val.batches():
+        images.append(pixels)
+        task.advance(len(pixels))
+    return images
