@@ -108,6 +108,11 @@ class Decoder(nn.Module):
         """What each source layer writes, without the bias: [sources, N, d]."""
         return torch.stack(self._products(codes))
 
+    def contribution(self, source: int, code: SortedCode) -> Tensor:
+        """What one of the `sources` writes by its code: [N, d]."""
+        weight = self.weights[source - self.sources[0]]
+        return _SparseProduct.apply(code.values, weight, code.indices, code.order or Order(code.indices, len(weight)))
+
     def decode_dense(self, codes: list[SortedCode]) -> Tensor:
         """The same with dense products over all F features: the reference implementation."""
         output = self.bias
@@ -118,12 +123,7 @@ class Decoder(nn.Module):
         return output
 
     def _products(self, codes: Sequence[SortedCode]) -> list[Tensor]:
-        products = []
-        for source, weight in zip(self.sources, self.weights, strict=True):
-            code = codes[source]
-            order = code.order or Order(code.indices, len(weight))
-            products.append(_SparseProduct.apply(code.values, weight, code.indices, order))
-        return products
+        return [self.contribution(source, codes[source]) for source in self.sources]
 
 
 class CrossLayerTranscoder(nn.Module):
