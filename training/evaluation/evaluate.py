@@ -3,22 +3,26 @@
 `evaluate` implements `vitrine evaluate` and returns all figures as `training.evaluation.results.Results`.
 `evaluate_summary` runs at the end of training: the few figures stored in the checkpoint and the bundle. The modules:
 
-    reconstruction   MSE, R^2, cosine, L0, dead features          contributions   C_{i->j}
-    cascades         zero-shot top-1 under replacement            faithfulness    source layers kept and dropped
-    retrieval        nearest images by sparse code                bootstrap       intervals
+    survey           means and usual lengths of MLP outputs       contributions   C_{i->j}
+    reconstruction   MSE, R^2, cosine, L0, dead features          faithfulness    source layers kept and dropped
+    cascades         zero-shot top-1 under replacement            retrieval       nearest images by sparse code
+    replaced         the replacement models' residuals            bootstrap       intervals
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from torch import Tensor
 
 from vitrine.models.account.windows import TOKENS, paper_windows
 from vitrine.models.bundle.bundle import file_sha256
-from vitrine.models.bundle.manifest import ClipIdentity, Metrics
+from vitrine.models.bundle.manifest import ClipIdentity, LayerMetrics, Metrics
 from vitrine.models.clip.loading import Clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.progress import track
 from vitrine.training.checkpoint import CheckpointMeta, check_clip, load_clt
 from vitrine.training.data.held_out import HeldOut
 from vitrine.training.evaluation.bootstrap import Bootstrap
@@ -38,7 +42,7 @@ def evaluate(
     compared = (other, *open_checkpoint(other, clip)) if other else None
     device = clip.tower.visual.proj.device
     windows = paper_windows(clt.layers)
-    label_embeddings = clip.encode_labels(list(images.labels), list(meta.recipe.data.templates))
+    label_embeddings = _encode(clip, images.labels, meta.recipe.data.templates, console)
     plan = Plan(windows, matrices=True, random_orders=RANDOM_ORDERS, retrieval=True)
     measured = measure(clip, clt.to(device), images, label_embeddings, plan, console, seed=seed)
     bootstrap = Bootstrap(len(images), seed=seed)
@@ -93,24 +97,67 @@ def evaluate_summary(
         images: `held_out(recipe.data, data_root, clip)`, or a sample of it: `held_out(..., images=1000)`.
         templates: the recipe's.
     """
-    label_embeddings = clip.encode_labels(list(images.labels), list(templates))
+    label_embeddings = _encode(clip, images.labels, templates, console)
     plan = Plan([range(clt.layers)], tokens=("all", "cls"))
     measured = measure(clip, clt, images, label_embeddings, plan, console)
     bootstrap = Bootstrap(len(images), resamples=2)  # the intervals are not used
     reconstruction = measured.reconstruction.figures(bootstrap)
     baseline, (replaced_all, replaced_cls) = measured.cascades.figures(bootstrap)
     curve = measured.interventions.figures(bootstrap, measured.cascades.clip_right).curve("cls")
+    everywhere, at_cls = reconstruction["all"], reconstruction["cls"]
     return Metrics(
-        r2=reconstruction["all"].r2.value,
-        cosine=reconstruction["all"].cosine,
-        r2_cls=reconstruction["cls"].r2.value,
-        dead_share=reconstruction["all"].dead_share,
+        r2=everywhere.r2.value,
+        r2_worst=everywhere.worst.r2,
+        r2_kept=everywhere.r2_kept,
+        r2_kept_worst=everywhere.worst.r2_kept,
+        cosine=everywhere.cosine,
+        relative_error=everywhere.relative_error,
+        outliers=everywhere.outliers,
+        r2_cls=at_cls.r2.value,
+        r2_cls_worst=at_cls.worst.r2,
+        relative_error_cls=at_cls.relative_error,
+        dead_share=everywhere.dead_share,
         zero_shot_top1=baseline.value,
         replacement_all_top1=replaced_all.top1.value,
+        replacement_all_agreement=replaced_all.agreement.value,
         replacement_cls_top1=replaced_cls.top1.value,
+        replacement_cls_agreement=replaced_cls.agreement.value,
         keep_top4_top1=curve.keep[min(TOP, clt.layers)].value,
         drop_top1_top1=curve.drop[1].value,
+        layers={
+            tokens: LayerMetrics(
+                **{name: tuple(getattr(layer, name) for layer in figures.layers) for name in LayerMetrics.model_fields}
+            )
+            for tokens, figures in reconstruction.items()
+        },
     )
+
+
+def describe(metrics: Metrics) -> list[str]:
+    """The figures of `evaluate_summary` as lines, for the log of a run."""
+    m = metrics
+
+    def with_worst(mean: float | None, worst: float | None) -> str:
+        return "none" if mean is None or worst is None else f"{mean:.3f} (worst layer {worst:.3f})"
+
+    return [
+        f"R² {with_worst(m.r2, m.r2_worst)}, without outlier tokens {with_worst(m.r2_kept, m.r2_kept_worst)}, "
+        f"[CLS] {with_worst(m.r2_cls, m.r2_cls_worst)}",
+        f"median relative error {m.relative_error:.3f}, [CLS] {m.relative_error_cls:.3f}; cosine {m.cosine:.3f}; "
+        f"outlier tokens {m.outliers:.2%}; dead features {m.dead_share:.2%}",
+        f"zero-shot top-1 {m.zero_shot_top1:.1%}; every MLP replaced {m.replacement_all_top1:.1%}, the same top-1 as "
+        f"CLIP {m.replacement_all_agreement:.1%}; at [CLS] alone {m.replacement_cls_top1:.1%}, "
+        f"{m.replacement_cls_agreement:.1%}",
+    ]
+
+
+def _encode(clip: Clip, labels: Sequence[str], templates: Sequence[str], console: Console) -> Tensor:
+    """Label embeddings [labels, D]."""
+
+    def tracked(names: list[str]) -> Iterable[str]:
+        return track(names, "label embeddings", len(names), console, "labels")
+
+    return clip.encode_labels(list(labels), list(templates), tracked)
 
 
 def open_checkpoint(checkpoint: Path, clip: Clip) -> tuple[CrossLayerTranscoder, CheckpointMeta]:

@@ -34,6 +34,10 @@ DEFINITIONS = {
     "layer i is made from what MLP i reads, and adds to the output of every MLP from i on: y_j = b_j + Σ z_i W(i→j).",
     "R²": "1 − Σ|y − y′|² / Σ|y − mean y|², over tokens and dimensions, for the MLP's output y and the CLT's y′; [CLS] "
     "and patches about their own means. A CLT's R² is the mean over layers.",
+    "Outlier tokens, R² kept": "A token whose MLP output is longer than three times the median of its layer's tokens. In "
+    "pretrained ViTs a few are a hundred times as long: they own the variance, and R² with them says little about the "
+    "others. R² kept: over the other tokens, about their own mean.",
+    "Relative error": "Median over tokens of |y − y′|/|y|.",
     "L0, dead features": "Active features a token; share of features that fired for no token measured here.",
     "Cascaded replacement": "The MLPs of a window of layers are replaced by the CLT, and every later layer reads the "
     "replaced stream. Layers before the window read CLIP's own stream and still write into the window.",
@@ -56,7 +60,7 @@ def write_report(results: Results, thumbnails: dict[int, str], path: Path) -> No
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=False
     )
-    drawn = ["reconstruction", "sparsity", "cascades", "contributions", "faithfulness"]
+    drawn = ["reconstruction", "outliers", "sparsity", "cascades", "contributions", "faithfulness"]
     drawn += ["retrieval"] if results.retrieval else []
     page = environment.get_template("report.html.j2").render(
         results=results,
@@ -91,9 +95,14 @@ def _data_uri(colours: torch.Tensor) -> str:
 def _key_figures(results: Results) -> list[tuple[str, str, str]]:
     """(name, figure, note) for the top of the page."""
     full_cascade = results.cascade(0, results.layers - 1, "all")
-    at_cls, curve = results.reconstruction["cls"], results.faithfulness.curve("cls")
+    everywhere, at_cls, curve = (
+        results.reconstruction["all"],
+        results.reconstruction["cls"],
+        results.faithfulness.curve("cls"),
+    )
     return [
-        ("R², all tokens", f"{results.reconstruction['all'].r2.value:.3f}", "mean over layers"),
+        ("R², all tokens", f"{everywhere.r2.value:.3f}", "mean over layers"),
+        ("R², no outliers", "–" if everywhere.r2_kept is None else f"{everywhere.r2_kept:.3f}", "mean over layers"),
         ("R², [CLS]", f"{at_cls.r2.value:.3f}", "mean over layers"),
         ("CLIP's top-1", f"{results.baseline.value:.1%}", percent(results.baseline).split(" ", 1)[1]),
         ("every MLP replaced", f"{full_cascade.top1.value:.1%}", f"{points(full_cascade.difference)} points"),

@@ -42,7 +42,7 @@ from vitrine.training.data.cache import ActivationCache, open_cache
 from vitrine.training.data.held_out import held_out
 from vitrine.training.data.images import Plan, load
 from vitrine.training.data.sources import open_images
-from vitrine.training.evaluation.evaluate import evaluate_summary
+from vitrine.training.evaluation.evaluate import describe, evaluate_summary
 from vitrine.training.recipes.recipe import CascadeSection, Recipe, TrainingSection
 from vitrine.training.run.cascade import Cascade
 from vitrine.training.run.objective import Reconstruction, StepSize
@@ -215,6 +215,8 @@ class _Run:
         self.clip.tower.to("cpu")
         metrics = evaluate_summary(self.clip, clt, self.val, self.recipe.data.templates, self.console)
         write_meta(checkpoint, meta.model_copy(update={"metrics": metrics, "val_images": len(self.val)}))
+        for line in describe(metrics):
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def _initialise(self) -> None:
         settings, size = self.recipe.training, self.recipe.training.images_per_step
