@@ -1,7 +1,8 @@
-"""Two passes over held-out images, shared by all measurements.
+"""The passes over held-out images, shared by all measurements.
 
-The first, a survey, goes over the tower alone and over a sample of the images, unless mean codes are needed: then over
-all, and with the CLT's encoders. The second measures. Only sums and a few numbers per token and image are kept (and
+A survey, of the tower alone, over a sample of the images (`survey.py`); the measurement of all; and, for centred
+contributions, which need the mean codes, a pass over the codes. Those of the first images are kept for it, up to
+KEPT_BYTES, and those of the others computed again. Else only sums and a few numbers per token and image are kept (and
 the codes at [CLS], for interventions and retrieval), never activations.
 
 L layers, B images, T tokens, N = B * T tokens of a batch, S source layers of a target, F features, d width.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -26,13 +28,14 @@ from vitrine.models.progress import Progress
 from vitrine.training.data.activations import activations
 from vitrine.training.data.held_out import HeldOut
 from vitrine.training.evaluation.cascades import Cascades
-from vitrine.training.evaluation.contributions import ScoreMean, centre_, mean_contributions
+from vitrine.training.evaluation.contributions import ScoreMean, add_codes, by_type, centre_, mean_contributions
 from vitrine.training.evaluation.faithfulness import RANKINGS, Interventions, ranked
 from vitrine.training.evaluation.reconstruction import Reconstruction
 from vitrine.training.evaluation.replaced import Known, Replaced
 from vitrine.training.evaluation.retrieval import Gallery
 from vitrine.training.evaluation.survey import SAMPLE, Survey, Surveyor
 
+KEPT_BYTES = 2**30  # of codes: 1,180 images of a ViT with 197 tokens and 12 layers, at k = 48
 AT_ONCE = 16  # images: what is held of a batch of ViT-B/16 with 12 layers is 1 GB; more at once are no faster on a CPU
 
 
@@ -88,17 +91,19 @@ def measure(
         return (clip.logit_scale * embedding @ label_embeddings.T).log_softmax(-1)
 
     with Progress(console) as progress:
-        survey = _survey(clip, clt, images, plan, progress)
+        reconstruction = Reconstruction(clt, _survey(clip, clt, images, progress))
         cascades = Cascades(Replaced(tower, clt), classify, plan.windows, plan.tokens)
-        reconstruction, gallery = Reconstruction(clt, survey), Gallery(clt.layers, clt.features)
-        scores = _Scores(clt, plan, survey)
+        gallery, raw, centred = Gallery(clt.layers, clt.features), ScoreMean(clt.layers), ScoreMean(clt.layers)
+        starts = {window[0] for window in plan.windows}
+        kept = _Codes(clt)
         at_cls: list[_AtCls] = []
         for taps, codes, is_cls, truth in _coded(clip, clt, images, progress, "measure"):
             known = Known(taps, codes)
             for target, decoder in enumerate(clt.decoders):
                 parts = decoder.contributions(codes)  # [S, N, d]
-                known.add(target, decoder.bias, decoder.sources, parts, {window[0] for window in plan.windows})
-                scores.update(target, parts, is_cls)
+                known.add(target, decoder.bias, decoder.sources, parts, starts)
+                if plan.matrices or target == clt.layers - 1:
+                    raw.update(target, decoder.sources, parts, is_cls)
             reconstruction.update(taps.mlp_out, known.decoded, codes)
             final = taps.residual_out[:, 0]
             cascades.update(known, classify(final), truth)
@@ -106,40 +111,56 @@ def measure(
                 code._replace(indices=code.indices[is_cls], values=code.values[is_cls], order=None) for code in codes
             ]
             at_cls.append(_AtCls(final - taps.mlp_out[-1, :, 0], final.clone(), selected, truth))
+            if plan.matrices:
+                kept.add(codes, is_cls)
             if plan.retrieval:
                 gallery.update([Code(code.indices, code.values) for code in selected], tower.head(final), truth)
-        interventions = _intervene(clt, classify, scores.raw, at_cls, plan, seed)
-    return Measurements(reconstruction, cascades, interventions, scores.raw, scores.centred, gallery)
+        if plan.matrices:
+            _centre(clip, clt, images, kept, centred, progress)
+        interventions = _intervene(clt, classify, raw, at_cls, plan, seed)
+    return Measurements(reconstruction, cascades, interventions, raw, centred, gallery)
 
 
-class _Scores:
-    """Contribution scores: onto the last layer, or with `plan.matrices` onto every layer, also centred."""
+class _Codes:
+    """The sums of all codes by feature, and the codes of the first batches."""
 
-    def __init__(self, clt: CrossLayerTranscoder, plan: Plan, survey: Survey) -> None:
-        self.clt, self.raw, self.centred = clt, ScoreMean(clt.layers), ScoreMean(clt.layers)
-        self.means = mean_contributions(clt, survey.code_means) if survey.code_means is not None else None
+    def __init__(self, clt: CrossLayerTranscoder) -> None:
+        self.sums = torch.zeros(2, clt.layers, clt.features, dtype=torch.float64)  # [CLS], patches
+        self.counts = torch.zeros(2, dtype=torch.float64)  # tokens
+        self.batches: list[tuple[list[SortedCode], Tensor]] = []  # codes [L] of [N, K], which tokens are [CLS] [N]
+        self.images, self._bytes = 0, 0
 
-    def update(self, target: int, parts: Tensor, is_cls: Tensor) -> None:
-        """parts [S, N, d], which are changed."""
-        sources = self.clt.decoders[target].sources
-        if self.means is not None or target == self.clt.layers - 1:
-            self.raw.update(target, sources, parts, is_cls)
-        if self.means is not None:
-            self.centred.update(target, sources, centre_(parts, self.means[target], is_cls), is_cls)
+    def add(self, codes: list[SortedCode], is_cls: Tensor) -> None:
+        add_codes(self.sums, codes, is_cls)
+        self.counts += by_type(torch.ones_like(is_cls), is_cls)
+        self._bytes += sum(8 * code.values.numel() for code in codes)
+        if self._bytes <= KEPT_BYTES:
+            smaller = [code._replace(indices=code.indices.int(), order=None) for code in codes]
+            self.batches.append((smaller, is_cls))
+            self.images += int(is_cls.sum())
 
 
-def _survey(clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, plan: Plan, progress: Progress) -> Survey:
-    """Of all images with `plan.matrices`, which need mean codes, else of a sample."""
-    surveyor = Surveyor(clt)
-    if plan.matrices:
-        for taps, codes, is_cls, _ in _coded(clip, clt, images, progress, "survey"):
-            surveyor.add(taps)
-            surveyor.add_codes(codes, is_cls)
-        return surveyor.survey()
-    every = -(-len(images) // SAMPLE)
+def _survey(clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, progress: Progress) -> Survey:
+    """Of a sample of the images."""
+    surveyor, every = Surveyor(clt), -(-len(images) // SAMPLE)
     for taps, _ in _tapped(clip, replace(images, indices=images.indices[::every]), progress, "survey"):
         surveyor.add(taps)
     return surveyor.survey()
+
+
+def _centre(
+    clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, kept: _Codes, centred: ScoreMean, progress: Progress
+) -> None:
+    """Centred contribution scores, from the codes that were kept and those of the other images."""
+    means = mean_contributions(clt, kept.sums / kept.counts[:, None, None])
+    task = progress.task("centred contributions", len(images), "images")
+    others = replace(images, indices=images.indices[kept.images :])
+    computed = _coded(clip, clt, others, progress, "codes again") if len(others) else ()
+    for codes, is_cls in chain(kept.batches, ((codes, is_cls) for _, codes, is_cls, _ in computed)):
+        for target, decoder in enumerate(clt.decoders):
+            parts = decoder.contributions(codes)
+            centred.update(target, decoder.sources, centre_(parts, means[target], is_cls), is_cls)
+        task.advance(int(is_cls.sum()))
 
 
 def _intervene(

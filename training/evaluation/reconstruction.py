@@ -12,8 +12,9 @@
     dead            share of features that fired for no token
 
 Means and medians of |y| come from a survey (`survey.py`). R^2 is exact whatever centres the survey gave: the sums are
-taken about these and moved to the mean of the tokens seen at the end. Its intervals, by bootstrap over images, keep the
-means fixed. The median of the relative error is exact: that of every token is kept, 4 L T bytes an image.
+taken about these and moved to the mean of the tokens seen at the end, by an equal share for every image. Its
+intervals, by bootstrap over images, keep the means fixed. The median of the relative error is exact: that of every
+token is kept, 4 L T bytes an image.
 
 L layers, n images, B images of a batch, T tokens, d width, F features; 3 token types: all, [CLS], patches.
 """

@@ -1,9 +1,9 @@
 """What must be known of the MLP outputs before anything is measured: their means, and how long they usually are.
 
 A pass over the tower alone, over a sample of the images: SAMPLE of them at most, evenly spaced, all if there are no
-more. Where mean codes are needed too (for centred contributions), it goes over all images.
+more. The median is exactly that of the tokens surveyed.
 
-L layers, n images, T tokens, d width, F features.
+L layers, T tokens, d width.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from vitrine.models.clip.tower import Taps
-from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
-from vitrine.training.evaluation.contributions import CLS, PATCHES, add_codes
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.training.evaluation.contributions import CLS, PATCHES
 
 SAMPLE = 256  # images: 50,000 tokens of a ViT with 197
 OUTLIER = 3.0  # median norms: what is longer is an outlier
@@ -27,17 +27,15 @@ class Survey(NamedTuple):
 
     means: Tensor  # [3, L, d] of MLP outputs: all tokens, [CLS], patches; float64
     median_norms: Tensor  # [L] of all tokens' MLP outputs, float64
-    code_means: Tensor | None = None  # [2, L, F]: [CLS], patches; of all images
 
 
 class Surveyor:
-    """Collects a `Survey`, from the taps of every image of the sample and, with `codes`, the codes of all images."""
+    """Collects a `Survey`."""
 
     def __init__(self, clt: CrossLayerTranscoder) -> None:
         self._sums = torch.zeros(2, clt.layers, clt.width, dtype=torch.float64)
-        self._codes = torch.zeros(2, clt.layers, clt.features, dtype=torch.float64)
         self._norms: list[Tensor] = []  # [L, B * T]
-        self._images = self._coded = self._tokens = 0
+        self._images = self._tokens = 0
 
     def add(self, taps: Taps) -> None:
         """The MLP outputs of a batch of the sample."""
@@ -47,15 +45,9 @@ class Surveyor:
         self._norms.append(y.norm(dim=-1).flatten(1).float().cpu())
         self._images, self._tokens = self._images + y.shape[1], y.shape[2]
 
-    def add_codes(self, codes: list[SortedCode], is_cls: Tensor) -> None:
-        """The codes of a batch of images; is_cls [N] bool."""
-        add_codes(self._codes, codes, is_cls)
-        self._coded += int(is_cls.sum())
-
     def survey(self) -> Survey:
         counts = torch.tensor([1.0, self._tokens - 1], dtype=torch.float64)[:, None, None]
         means = self._sums / (self._images * counts)
         overall = self._sums.sum(0) / (self._images * self._tokens)
         norms = np.median(torch.cat(self._norms, dim=1).numpy(), axis=1)
-        codes = self._codes / (self._coded * counts) if self._coded else None
-        return Survey(torch.stack([overall, *means]), torch.from_numpy(norms.astype(np.float64)), codes)
+        return Survey(torch.stack([overall, *means]), torch.from_numpy(norms.astype(np.float64)))

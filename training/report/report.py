@@ -34,9 +34,9 @@ DEFINITIONS = {
     "layer i is made from what MLP i reads, and adds to the output of every MLP from i on: y_j = b_j + Σ z_i W(i→j).",
     "R²": "1 − Σ|y − y′|² / Σ|y − mean y|², over tokens and dimensions, for the MLP's output y and the CLT's y′; [CLS] "
     "and patches about their own means. A CLT's R² is the mean over layers.",
-    "Outlier tokens, R² kept": "A token whose MLP output is longer than three times the median of its layer's tokens. In "
-    "pretrained ViTs a few are a hundred times as long: they own the variance, and R² with them says little about the "
-    "others. R² kept: over the other tokens, about their own mean.",
+    "Outlier tokens, R² kept": "An outlier's MLP output is longer than three times the median of its layer's tokens. "
+    "In pretrained ViTs a few are a hundred times as long: they own the variance, and R² with them says little about "
+    "the others. R² kept: over the other tokens, about their own mean.",
     "Relative error": "Median over tokens of |y − y′|/|y|.",
     "L0, dead features": "Active features a token; share of features that fired for no token measured here.",
     "Cascaded replacement": "The MLPs of a window of layers are replaced by the CLT, and every later layer reads the "

@@ -9,6 +9,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vitrine.commands import app
+from vitrine.models.account.windows import TOKENS
 from vitrine.models.dictionary.replacement import Replacement
 from vitrine.training.checkpoint import CheckpointError, CheckpointMeta, latest, save_checkpoint
 from vitrine.training.data.held_out import held_out
@@ -199,6 +200,23 @@ def test_the_summary_is_the_same_figures(clip, clt, images, recipe, measured):
         cascades[1].top1.value,
     )
     assert (summary.keep_top4_top1, summary.drop_top1_top1) == (curve.keep[3].value, curve.drop[1].value)
+
+
+def test_codes_that_are_not_kept_are_computed_again(clip, clt, images, label_embeddings, measured, monkeypatch):
+    """There is room for those of the first of three batches."""
+    monkeypatch.setattr(
+        "vitrine.training.evaluation.measure.KEPT_BYTES", 8 * 3 * 5 * 17 * clt.encoders[0].sparsifier.places
+    )
+    measurement = measure(clip, clt, images, label_embeddings, Plan(WINDOWS, matrices=True), Console(quiet=True))
+    for tokens in TOKENS:
+        torch.testing.assert_close(measurement.centred.matrix(tokens), measured.centred.matrix(tokens))
+
+
+def test_a_sample_is_surveyed_and_r2_is_of_all(clip, clt, images, label_embeddings, measured, monkeypatch):
+    monkeypatch.setattr("vitrine.training.evaluation.measure.SAMPLE", 4)
+    measurement = measure(clip, clt, images, label_embeddings, Plan(WINDOWS), Console(quiet=True))
+    for tokens, figures in measurement.reconstruction.figures(Bootstrap(12)).items():
+        assert figures.r2.value == pytest.approx(measured.reconstruction.figures(Bootstrap(12))[tokens].r2.value)
 
 
 # Which images
