@@ -21,7 +21,7 @@ L layers, n images, B images of a batch, T tokens, d width, F features; 3 token 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,8 +58,8 @@ class Reconstruction:
         self._kept = torch.zeros(3, 3, clt.layers, dtype=torch.float64)
         self._kept_moved = torch.zeros(3, clt.layers, clt.width, dtype=torch.float64)
 
-    def update(self, truth: Tensor, decoded: Tensor, codes: list[SortedCode]) -> None:
-        """MLP outputs and CLT outputs [L, B, T, d]; codes over the B * T tokens."""
+    def update(self, truth: Tensor, decoded: Sequence[Tensor], codes: list[SortedCode]) -> None:
+        """MLP outputs [L, B, T, d] and CLT outputs, by layer; codes over the B * T tokens."""
         images, self.tokens = truth.shape[1], truth.shape[2]
         sums = torch.zeros(4, 3, images, self.layers, dtype=torch.float64)
         relative = torch.empty(truth.shape[:3])
