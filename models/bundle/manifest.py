@@ -99,18 +99,42 @@ class Data(_Part):
     val_images: int
 
 
+class LayerMetrics(_Part):
+    """How well the CLT matches the MLPs at tokens of one type, layer by layer; `training.evaluation.reconstruction`
+    has the definitions."""
+
+    r2: tuple[float, ...]
+    r2_kept: tuple[float | None, ...]  # None: fewer than two tokens are kept
+    relative_error: tuple[float, ...]
+    cosine: tuple[float, ...]
+    outliers: tuple[float, ...]
+
+
 class Metrics(_Part):
-    """Measured on the val split; None: not measured. R^2 is the mean over layers."""
+    """Measured on the val split; None: not measured. Without `_worst` and of a layer: the mean over layers.
+
+    Outliers are tokens whose MLP output is longer than three times the median of its layer; `kept` are the others.
+    """
 
     r2: float | None = None
+    r2_worst: float | None = None  # the lowest of any layer
+    r2_kept: float | None = None
+    r2_kept_worst: float | None = None
     cosine: float | None = None
+    relative_error: float | None = None  # median over tokens of |y - y'| / |y|
+    outliers: float | None = None  # share of tokens
     r2_cls: float | None = None
+    r2_cls_worst: float | None = None
+    relative_error_cls: float | None = None
     dead_share: float | None = None
     zero_shot_top1: float | None = None
     replacement_all_top1: float | None = None
+    replacement_all_agreement: float | None = None  # share of images with CLIP's own top-1
     replacement_cls_top1: float | None = None
+    replacement_cls_agreement: float | None = None
     keep_top4_top1: float | None = None
     drop_top1_top1: float | None = None
+    layers: dict[Literal["all", "cls", "patches"], LayerMetrics] = {}
 
 
 class Agreement(_Part):

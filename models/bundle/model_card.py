@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vitrine.models.bundle.layout import Variant
-    from vitrine.models.bundle.manifest import Agreement, CardsSummary, Manifest, Shape
+    from vitrine.models.bundle.manifest import Agreement, CardsSummary, Manifest, Metrics, Shape
 
 
 LABELS_NAMED = 50
@@ -15,9 +15,8 @@ LABELS_NAMED = 50
 def model_card(manifest: Manifest) -> str:
     """The text of the card, generated from the manifest."""
     shape, data, clip = manifest.shape, manifest.data, manifest.clip
-    rows = "\n".join(
-        f"| {name} | {value:.4f} |" for name, value in manifest.metrics.model_dump().items() if value is not None
-    )
+    figures = manifest.metrics.model_dump(exclude={"layers"}, exclude_none=True)
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in figures.items())
     return f"""# {manifest.name}
 
 {manifest.description}
@@ -39,7 +38,7 @@ def model_card(manifest: Manifest) -> str:
 
 r2, cosine: CLT against true MLP outputs, all tokens, mean over layers; r2_cls: [CLS] alone. dead_share: features that
 never fired on val. zero_shot_top1: the CLIP's own, with the default templates.
-
+{_by_layer(manifest.metrics)}
 A ledger accounts for what *this CLIP* computed. It does not say that the prediction is right, and its features stand
 in for the MLPs only as well as `fidelity` in every answer says.
 {_cards(manifest.cards)}
@@ -55,6 +54,32 @@ def _labels(labels: tuple[str, ...]) -> str:
     if len(labels) <= LABELS_NAMED:
         return ", ".join(labels)
     return f"{len(labels):,}, from {', '.join(labels[:LABELS_NAMED])} on; manifest.json has all"
+
+
+def _by_layer(metrics: Metrics) -> str:
+    """What the newer figures mean, and a table of them by layer; nothing in a bundle without them."""
+    if not metrics.layers:
+        return ""
+    columns, names = [], []
+    for kind, title in (("all", "all tokens"), ("cls", "[CLS]"), ("patches", "patches")):
+        of_kind = metrics.layers[kind]  # type: ignore[index]
+        columns += [of_kind.r2, of_kind.r2_kept, of_kind.relative_error]
+        names += [f"R², {title}", f"R² kept, {title}", f"relative error, {title}"]
+    columns += [metrics.layers["all"].outliers, metrics.layers["all"].cosine]
+    names += ["outliers", "cosine"]
+    rows = [
+        f"| {layer} | {' | '.join('–' if value is None else f'{value:.4f}' for value in row)} |"
+        for layer, row in enumerate(zip(*columns, strict=True))
+    ]
+    head = f"| layer | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}"
+    return f"""
+outliers: share of tokens whose MLP output is longer than three times the median of its layer; kept: the others. A few
+such tokens own the variance, so that R² alone says little of the others. relative_error: median over tokens of
+|y - y'| / |y|. worst: of the layer where it is lowest. agreement: share of images that keep CLIP's own top-1.
+
+{head}
+{chr(10).join(rows)}
+"""
 
 
 def _cards(cards: CardsSummary | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,15 @@ class Clip:
         return Transform(self.preprocessing)
 
     @torch.no_grad()
-    def encode_labels(self, labels: list[str], templates: list[str]) -> Tensor:
-        """Unit label embeddings [labels, D]: templates encoded, averaged and renormalised as CLIP does."""
+    def encode_labels(
+        self, labels: list[str], templates: list[str], track: Callable[[list[str]], Iterable[str]] = iter
+    ) -> Tensor:
+        """Unit label embeddings [labels, D]: templates encoded, averaged and renormalised as CLIP does.
+
+        track: yields the labels, and may show progress.
+        """
         rows = []
-        for label in labels:
+        for label in track(labels):
             tokens = self.tokenizer([template.replace("{}", label) for template in templates])
             tokens = tokens.to(self.model.logit_scale.device)
             mean = self.model.encode_text(tokens, normalize=True).mean(dim=0)

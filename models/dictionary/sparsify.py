@@ -13,12 +13,14 @@ N tokens, F features, K = `places`.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+_ROWS = 64  # tokens whose features are selected at a time
 Kind = Literal["relu_topk", "abs_topk", "jumprelu", "batch_topk"]
 
 
@@ -179,11 +181,27 @@ class BatchTopK(Sparsifier):
 def _largest(values: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest of each row of values [N, F], best first: [N, count].
 
-    On the CPU numpy's vectorised selection takes half the time of torch's, which is a third of a small CLT's step.
+    On the CPU numpy's vectorised selection takes half the time of torch's, which is a third of a small CLT's step. Rows
+    are selected a few at a time, so that numpy's order of all F of them stays in the processor's cache, by as many
+    threads as torch has.
     """
     if not values.is_cpu or count == values.shape[-1]:
         return values.topk(count, dim=-1).indices
-    indices = torch.from_numpy(np.argpartition(values.detach().numpy(), -count, axis=-1)[:, -count:].copy())
+    rows = values.detach().numpy()
+    chosen = np.empty((len(rows), count), np.int64)
+
+    def select(start: int) -> None:
+        few = slice(start, start + _ROWS)
+        chosen[few] = np.argpartition(rows[few], -count, axis=-1)[:, -count:]
+
+    starts = range(0, len(rows), _ROWS)
+    if len(starts) > 1 and torch.get_num_threads() > 1:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy lets go of the interpreter meanwhile
+            list(pool.map(select, starts))
+    else:
+        for start in starts:
+            select(start)
+    indices = torch.from_numpy(chosen)
     return indices.gather(-1, values.gather(-1, indices).argsort(dim=-1, descending=True))
 
 

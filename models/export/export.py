@@ -16,6 +16,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession
+from rich.console import Console
 from torch import Tensor
 
 from vitrine.models.bundle.bundle import Bundle, seal
@@ -45,6 +46,7 @@ from vitrine.models.graph.text import TextGraph, text_to_onnx
 from vitrine.models.graph.variants import make_variant, preselect
 from vitrine.models.precision.agreement import measure
 from vitrine.models.precision.sessions import session_options
+from vitrine.models.progress import Progress
 from vitrine.models.texts.labels import notices_of
 from vitrine.models.texts.reader import TextReader
 
@@ -75,6 +77,7 @@ def export_bundle(
     calibration: Sequence[Tensor] = (),
     replacement: bool = False,
     log: Callable[[str], object] = print,
+    progress: Progress | None = None,
 ) -> Bundle:
     """Write the bundle `out` after checking it against torch at batch sizes 1 and 5.
 
@@ -86,6 +89,7 @@ def export_bundle(
             normalised pixels) is not written, which is reported to `log`. int8 finds the products that it must leave in
             float32 on the first of them.
         replacement: also write replacement.onnx, mostly L (L + 1) / 2 decoders at one byte per number.
+        progress: shows what is being done; None: nothing is shown.
 
     Raises:
         ExportError: `out` exists (bundles are immutable), there are variants but no images to check them on, or the
@@ -98,6 +102,8 @@ def export_bundle(
     if variants and not calibration:
         raise ExportError(f"{', '.join(variants)} must be checked against float32: give images for it")
     prepare_folder(out.parent)
+    progress = progress or Progress(Console(quiet=True))
+    progress.begin("exporting the graphs")
     with naming(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=".bundle-") as scratch:
         partial = Path(scratch) / out.name
         partial.mkdir()
@@ -134,13 +140,14 @@ def export_bundle(
             replacing = to_onnx(replacement_graph, pixels, "pixels", REPLACEMENT_OUTPUTS, fixed={REPLACED_INPUT: mask})
             save_onnx(replacing, partial / "replacement.onnx", beside=partial / "vision.onnx")
             check_replacement(clip, replacement_graph, partial / "replacement.onnx")
+        progress.begin("checking the graphs against torch")
         check_vision(clip, graph, partial / "vision.onnx")
         check_text(clip, text, tokens, texts, partial / "text.onnx")
         default = clip.encode_labels(list(provenance.labels), list(provenance.templates)).numpy()
         agreement = {
             variant: result
             for variant, model in variant_models.items()
-            if (result := _write_variant(model, variant, partial, images, default, log))
+            if (result := _write_variant(model, variant, partial, images, default, log, progress))
         }
         manifest = manifest.model_copy(update={"precisions": ("fp32", *agreement), "agreement": agreement})
         sealed = seal(partial, manifest)
@@ -155,6 +162,7 @@ def _write_variant(
     calibration: Sequence[NDArray[np.float32]],
     labels: NDArray[np.float32],
     log: Callable[[str], object],
+    progress: Progress,
 ) -> Agreement | None:
     """Write a variant next to vision.onnx and measure it. If its agreement is too low, remove it and return None."""
     path = bundle / vision_file(variant)
@@ -164,7 +172,8 @@ def _write_variant(
         InferenceSession(graph, session_options(), providers=["CPUExecutionProvider"])
         for graph in (bundle / "vision.onnx", path)
     )
-    result = measure(reference, session, calibration, labels, *tables)
+    task = progress.task(f"{variant} beside fp32", sum(map(len, calibration)), "images")
+    result = measure(reference, session, calibration, labels, *tables, done=task.advance)
     if result.is_sufficient:
         return result
     path.unlink()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +24,12 @@ def measure(
     labels: Array,
     directions: Array,
     fold: Array,
+    done: Callable[[], object] = lambda: None,
 ) -> Agreement:
     """How well two vision graphs agree on batches of normalised pixels [B, 3, H, W].
 
-    labels: unit embeddings [N, D] of the labels to predict; directions [L, F, d], fold [d, D]: the bundle's tables.
+    labels: unit embeddings [N, D] of the labels to predict; directions [L, F, d], fold [d, D]: the bundle's tables;
+    done: called after every image.
     """
     same_top1, cosines, overlaps = [], [], []
     for pixels in images:
@@ -43,6 +45,7 @@ def measure(
                 )
                 / TOP_FEATURES
             )
+            done()
     return Agreement(
         images=len(cosines),
         top1=float(np.mean(same_top1)),

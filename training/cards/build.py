@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vitrine.models.bundle.bundle import Bundle, file_sha256, seal
 from vitrine.models.bundle.layout import MANIFEST
@@ -24,6 +23,7 @@ from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.errors import VitrineError
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import move_folder, prepare_folder
+from vitrine.models.progress import Progress
 from vitrine.training.cards.describe import describe_features
 from vitrine.training.cards.labels import Thresholds
 from vitrine.training.cards.pictures import Album, Pictures
@@ -83,9 +83,10 @@ def build_cards(
     work = out.with_name(f"{out.name}.partial")
     prepare_folder(work)
     target = work / "bundle"
-    with _progress(console) as progress:
+    with Progress(console) as progress:
         survey, album = _survey(clip, clt, bundle, orders, work, options, _key(checkpoint, orders, options), progress)
         embeddings = embed(clip, words, bundle.manifest.text.templates, progress)
+        progress.begin("labels of all features")
         descriptions = describe_features(survey, bundle, embeddings, options.seed)
         shutil.rmtree(target, ignore_errors=True)
         means, thumbnails = (album if options.pictures == kind else None for kind in ("means", "thumbnails"))
@@ -154,12 +155,12 @@ def _survey(
     if options.pictures != "none":
         album = Album(work / "pictures.npy", bundle.manifest.preprocessing, images, options.pictures)
     saver = Saver(survey, work / STATE, key)
-    task = progress.add_task("images", total=images + held_out, completed=int(survey.seen))
+    task = progress.task("survey", images + held_out, "images", int(survey.seen))
     for pixels, classes in batches(orders, int(survey.seen), options.batch_size, options.workers):
         if album:
             album.add(int(survey.seen), pixels)
         survey.add(clip.tower, clt, pixels.to(device), classes)
-        progress.advance(task, len(pixels))
+        task.advance(len(pixels))
         saver.save_if_due()
     saver.save()
     return survey, album
@@ -178,15 +179,3 @@ def _name(data: Images, index: int, data_root: Path) -> str:
         index = (index + 1) % len(data)
     path = Path(name)
     return path.relative_to(data_root).as_posix() if path.is_relative_to(data_root) else name
-
-
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console)

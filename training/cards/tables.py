@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.progress import Progress
 
 from vitrine.models.bundle.cards import BINS, FEATURES, IMAGES, QUANTILES, REFERENCES, Abstention
+from vitrine.models.progress import Progress
 from vitrine.training.cards.coactivity import CoactiveFeature, coactive
 from vitrine.training.cards.describe import FeatureDescriptions
 from vitrine.training.cards.pictures import Album
@@ -62,14 +62,14 @@ def write_features(
     codes = survey.code_indices.numpy(), survey.code_values.numpy()
     coactive_features = coactive(*codes, features, coactive_shown)
     images: set[int] = set()
-    task = progress.add_task("cards", total=layers * features)
+    task = progress.task("cards", layers * features, "features")
     with pq.ParquetWriter(bundle / FEATURES, _SCHEMA, compression="zstd", compression_level=9) as writer:
         for layer in range(layers):
             rows = []
             for row in _rows(survey, descriptions, words, layer, shown, means, coactive_features):
                 images.update(exemplar["image"] for exemplar in row["exemplars"])
                 rows.append(row)
-                progress.advance(task)
+                task.advance()
             writer.write_table(pa.Table.from_pylist(rows, _SCHEMA), row_group_size=ROWS_A_GROUP)
     return images
 

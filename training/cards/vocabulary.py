@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch.nn.functional as F
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
-from rich.progress import Progress
 from torch import Tensor, cat
 
 from vitrine.models.clip.loading import Clip
 from vitrine.models.errors import VitrineError
 from vitrine.models.inputs.errors import InputError
 from vitrine.models.inputs.lists import read_names
+from vitrine.models.progress import Progress
 
 COLOURS = (
     *("red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink", "brown", "black", "white", "gray"),
@@ -76,11 +76,11 @@ def read_vocabulary(sources: Sequence[str], labels: Sequence[str]) -> list[str]:
 
 def embed(clip: Clip, words: Sequence[str], templates: Sequence[str], progress: Progress) -> Tensor:
     """Unit embeddings [V, D], after subtracting the vocabulary's mean, which carries no information about any word."""
-    task = progress.add_task("vocabulary", total=len(words))
+    task = progress.task("vocabulary", len(words), "words")
     rows = []
     for word in words:
         rows.append(clip.encode_labels([word], list(templates)).float().cpu())
-        progress.advance(task)
+        task.advance()
     embeddings = cat(rows)
     return F.normalize(embeddings - embeddings.mean(0), dim=-1)
 

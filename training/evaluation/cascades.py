@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from vitrine.models.account.windows import TOKENS, Tokens
-from vitrine.models.dictionary.replacement import Precomputed, Replacement
 from vitrine.training.evaluation.bootstrap import Bootstrap
+from vitrine.training.evaluation.replaced import Known
 from vitrine.training.evaluation.results import Cascade, Estimate, if_known
 
 
 def divergence(own: Tensor, replaced: Tensor) -> Tensor:
     """Kullback-Leibler divergence of `replaced` from `own`, log-probabilities [..., labels]: [...] in nats, float64."""
-    own, replaced = own.double(), replaced.double()
-    return (own.exp() * (own - replaced)).sum(-1)
+    return (own.exp() * (own - replaced)).sum(-1, dtype=torch.float64)
 
 
 def is_right(predicted: Tensor, truth: Tensor) -> Tensor:
@@ -28,29 +27,28 @@ class Cascades:
     """Collects the predictions of CLIP and of its replacement models.
 
     Args:
-        model: tower and CLT.
+        replaced: the [CLS] residuals [B, d] of the replacement model.
         classify: maps [CLS] residuals [..., d] to log-probabilities of the labels [..., labels].
         windows, tokens: every combination is measured.
     """
 
     def __init__(
         self,
-        model: Replacement,
+        replaced: Callable[[Known, range, Tokens], Tensor],
         classify: Callable[[Tensor], Tensor],
         windows: list[range],
         tokens: tuple[Tokens, ...] = TOKENS,
     ) -> None:
-        self.model, self.classify = model, classify
+        self.replaced, self.classify = replaced, classify
         self.pairs: list[tuple[range, Tokens]] = [(window, kind) for window in windows for kind in tokens]
         self._own: list[Tensor] = []
         self._replaced: list[Tensor] = []
         self._truth: list[Tensor] = []
         self._divergence: list[Tensor] = []
 
-    def update(self, pixels: Tensor, known: Precomputed, own: Tensor, truth: Tensor) -> None:
-        """Pixels [B, 3, H, W], CLIP's taps and codes for them, its log-probabilities [B, labels], label indices [B]
-        (-1: unknown)."""
-        runs = [self.model(pixels, window, tokens, known).residual[:, 0] for window, tokens in self.pairs]
+    def update(self, known: Known, own: Tensor, truth: Tensor) -> None:
+        """What is known of B images, CLIP's log-probabilities for them [B, labels], label indices [B] (-1: unknown)."""
+        runs = [self.replaced(known, window, tokens) for window, tokens in self.pairs]
         replaced = self.classify(torch.stack(runs, dim=1))  # [B, pairs, labels]
         self._own.append(own.argmax(-1).cpu())
         self._replaced.append(replaced.argmax(-1).cpu())

@@ -60,9 +60,9 @@ class ScoreMean:
 def add_codes(sums: Tensor, codes: list[SortedCode], is_cls: Tensor) -> None:
     """Add every feature's activations over the tokens of a batch to `sums` [2, L, F]."""
     for layer, code in enumerate(codes):
-        values, indices = code.values.double().cpu(), code.indices.cpu()
-        for kind, mask in enumerate((is_cls.cpu(), ~is_cls.cpu())):
-            sums[kind, layer].index_add_(0, indices[mask].flatten(), values[mask].flatten())
+        for kind, mask in enumerate((is_cls, ~is_cls)):
+            values, indices = code.values[mask].double().flatten(), code.indices[mask].flatten()
+            sums[kind, layer] += torch.bincount(indices, values, sums.shape[-1]).cpu()
 
 
 @torch.no_grad()
@@ -75,6 +75,6 @@ def mean_contributions(clt: CrossLayerTranscoder, mean_codes: Tensor) -> list[Te
     return means
 
 
-def centred(parts: Tensor, means: Tensor, is_cls: Tensor) -> Tensor:
-    """c - mean c, with the mean of each token's type: parts [S, N, d], means [2, S, d]."""
-    return parts - torch.where(is_cls[:, None], means[CLS][:, None], means[PATCHES][:, None])
+def centre_(parts: Tensor, means: Tensor, is_cls: Tensor) -> Tensor:
+    """c - mean c, with the mean of each token's type: parts [S, N, d], which are changed; means [2, S, d]."""
+    return parts.sub_(torch.where(is_cls[:, None], means[CLS][:, None], means[PATCHES][:, None]))

@@ -3,14 +3,15 @@
 `evaluate` implements `vitrine evaluate` and returns all figures as `training.evaluation.results.Results`.
 `evaluate_summary` runs at the end of training: the few figures stored in the checkpoint and the bundle. The modules:
 
-    reconstruction   MSE, R^2, cosine, L0, dead features          contributions   C_{i->j}
-    cascades         zero-shot top-1 under replacement            faithfulness    source layers kept and dropped
-    retrieval        nearest images by sparse code                bootstrap       intervals
+    survey           means and usual lengths of MLP outputs       contributions   C_{i->j}
+    reconstruction   MSE, R^2, cosine, L0, dead features          faithfulness    source layers kept and dropped
+    cascades         zero-shot top-1 under replacement            retrieval       nearest images by sparse code
+    replaced         the replacement models' residuals            bootstrap       intervals
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from vitrine.models.account.windows import TOKENS, paper_windows
 from vitrine.models.bundle.bundle import file_sha256
-from vitrine.models.bundle.manifest import ClipIdentity, Metrics
+from vitrine.models.bundle.manifest import ClipIdentity, LayerMetrics, Metrics
 from vitrine.models.clip.loading import Clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.progress import track
 from vitrine.training.checkpoint import CheckpointMeta, check_clip, load_clt
 from vitrine.training.data.held_out import HeldOut
 from vitrine.training.evaluation.bootstrap import Bootstrap
@@ -50,7 +52,7 @@ def evaluate(
     compared = (other, *open_checkpoint(other, clip)) if other else None
     device = clip.tower.visual.proj.device
     windows = paper_windows(clt.layers)
-    embeddings = label_embeddings(clip, images, meta.recipe.data.templates)
+    embeddings = label_embeddings(clip, images, meta.recipe.data.templates, console)
     plan = Plan(windows, matrices=True, random_orders=RANDOM_ORDERS, retrieval=True)
     measured = measure(clip, clt.to(device), images, embeddings, plan, console, seed=seed)
     bootstrap = Bootstrap(len(images), seed=seed)
@@ -104,33 +106,79 @@ def evaluate_summary(
         images: `held_out(recipe.data, data_root, clip)`, or a sample of it: `held_out(..., images=1000)`.
         templates: the recipe's.
     """
-    embeddings = label_embeddings(clip, images, templates)
+    embeddings = label_embeddings(clip, images, templates, console)
     plan = Plan([range(clt.layers)], tokens=("all", "cls"))
     measured = measure(clip, clt, images, embeddings, plan, console)
     bootstrap = Bootstrap(len(images), resamples=2)  # the intervals are not used
     reconstruction = measured.reconstruction.figures(bootstrap)
     baseline, cascades = measured.cascades.figures(bootstrap)
-    replaced_all, replaced_cls = (cascade.top1 for cascade in cascades) if cascades else (None, None)
+    replaced_all, replaced_cls = cascades or (None, None)
     faithfulness = _faithfulness(measured, images, bootstrap)
     curve = faithfulness.curve("cls") if faithfulness else None
+    everywhere, at_cls = reconstruction["all"], reconstruction["cls"]
     return Metrics(
-        r2=reconstruction["all"].r2.value,
-        cosine=reconstruction["all"].cosine,
-        r2_cls=reconstruction["cls"].r2.value,
-        dead_share=reconstruction["all"].dead_share,
+        r2=everywhere.r2.value,
+        r2_worst=everywhere.worst.r2,
+        r2_kept=everywhere.r2_kept,
+        r2_kept_worst=everywhere.worst.r2_kept,
+        cosine=everywhere.cosine,
+        relative_error=everywhere.relative_error,
+        outliers=everywhere.outliers,
+        r2_cls=at_cls.r2.value,
+        r2_cls_worst=at_cls.worst.r2,
+        relative_error_cls=at_cls.relative_error,
+        dead_share=everywhere.dead_share,
         zero_shot_top1=baseline.value if baseline else None,
-        replacement_all_top1=replaced_all.value if replaced_all else None,
-        replacement_cls_top1=replaced_cls.value if replaced_cls else None,
+        replacement_all_top1=replaced_all.top1.value if replaced_all and replaced_all.top1 else None,
+        replacement_all_agreement=replaced_all.agreement.value if replaced_all else None,
+        replacement_cls_top1=replaced_cls.top1.value if replaced_cls and replaced_cls.top1 else None,
+        replacement_cls_agreement=replaced_cls.agreement.value if replaced_cls else None,
         keep_top4_top1=curve.keep[min(TOP, clt.layers)].value if curve and curve.keep else None,
         drop_top1_top1=curve.drop[1].value if curve and curve.drop else None,
+        layers={
+            tokens: LayerMetrics(
+                **{name: tuple(getattr(layer, name) for layer in figures.layers) for name in LayerMetrics.model_fields}
+            )
+            for tokens, figures in reconstruction.items()
+        },
     )
 
 
-def label_embeddings(clip: Clip, images: HeldOut, templates: Sequence[str]) -> Tensor:
+def describe(metrics: Metrics) -> list[str]:
+    """The figures of `evaluate_summary` as lines, for the log of a run; what was not measured is left out."""
+    m = metrics
+
+    def with_worst(mean: float | None, worst: float | None) -> str:
+        return "none" if mean is None or worst is None else f"{mean:.3f} (worst layer {worst:.3f})"
+
+    lines = [
+        f"R² {with_worst(m.r2, m.r2_worst)}, without outlier tokens {with_worst(m.r2_kept, m.r2_kept_worst)}, "
+        f"[CLS] {with_worst(m.r2_cls, m.r2_cls_worst)}",
+        f"median relative error {m.relative_error:.3f}, [CLS] {m.relative_error_cls:.3f}; cosine {m.cosine:.3f}; "
+        f"outlier tokens {m.outliers:.2%}; dead features {m.dead_share:.2%}",
+    ]
+    if m.replacement_all_agreement is not None and m.replacement_cls_agreement is not None:
+        lines.append(
+            f"the same top-1 as CLIP with every MLP replaced {m.replacement_all_agreement:.1%}, at [CLS] alone "
+            f"{m.replacement_cls_agreement:.1%}"
+        )
+    if m.zero_shot_top1 is not None and m.replacement_all_top1 is not None and m.replacement_cls_top1 is not None:
+        lines.append(
+            f"zero-shot top-1 {m.zero_shot_top1:.1%}; with every MLP replaced {m.replacement_all_top1:.1%}, at [CLS] "
+            f"alone {m.replacement_cls_top1:.1%}"
+        )
+    return lines
+
+
+def label_embeddings(clip: Clip, images: HeldOut, templates: Sequence[str], console: Console) -> Tensor:
     """[labels, D]; there may be none."""
     if not images.labels:
         return torch.zeros(0, clip.tower.embedding)
-    return clip.encode_labels(list(images.labels), list(templates))
+
+    def tracked(names: list[str]) -> Iterable[str]:
+        return track(names, "label embeddings", len(names), console, "labels")
+
+    return clip.encode_labels(list(images.labels), list(templates), tracked)
 
 
 def _gains(ours: Cascades, theirs: Cascades, bootstrap: Bootstrap) -> list[Estimate | None]:

@@ -1,44 +1,42 @@
-"""Two passes over held-out images, shared by all measurements.
+"""The passes over held-out images, shared by all measurements.
 
-The first pass computes what the second needs: mean MLP outputs, mean codes, and the contribution scores onto the last
-layer, by which source layers are ranked. The second measures the rest. Only sums and a few numbers per image are kept
-(and the codes at [CLS], for retrieval), never activations.
+A survey, of the tower alone, over a sample of the images (`survey.py`); the measurement of all; and, for centred
+contributions, which need the mean codes, a pass over the codes. Those of the first images are kept for it, up to
+KEPT_BYTES, and those of the others computed again. Else only sums and a few numbers per token and image are kept (and
+the codes at [CLS], for interventions and retrieval), never activations.
 
 L layers, B images, T tokens, N = B * T tokens of a batch, S source layers of a target, F features, d width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from vitrine.models.account.windows import TOKENS, Tokens
 from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tower import Taps
 from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
-from vitrine.models.dictionary.replacement import Precomputed, Replacement
 from vitrine.models.dictionary.sparsify import Code
+from vitrine.models.progress import Progress
 from vitrine.training.data.activations import activations
 from vitrine.training.data.held_out import HeldOut
 from vitrine.training.evaluation.cascades import Cascades
-from vitrine.training.evaluation.contributions import (
-    CLS,
-    PATCHES,
-    ScoreMean,
-    add_codes,
-    by_type,
-    centred,
-    mean_contributions,
-)
+from vitrine.training.evaluation.contributions import ScoreMean, add_codes, by_type, centre_, mean_contributions
 from vitrine.training.evaluation.faithfulness import RANKINGS, Interventions, ranked
 from vitrine.training.evaluation.reconstruction import Reconstruction
+from vitrine.training.evaluation.replaced import Known, Replaced
 from vitrine.training.evaluation.retrieval import Gallery
+from vitrine.training.evaluation.survey import SAMPLE, Survey, Surveyor
+
+KEPT_BYTES = 2**30  # of codes: 1,180 images of a ViT with 197 tokens and 12 layers, at k = 48
+AT_ONCE = 16  # images: what is held of a batch of ViT-B/16 with 12 layers is 1 GB; more at once are no faster on a CPU
 
 
 @dataclass(frozen=True)
@@ -64,21 +62,16 @@ class Measurements:
     gallery: Gallery
 
 
-class _Batch(NamedTuple):
-    pixels: Tensor  # [B, 3, H, W]
+class _AtCls(NamedTuple):
+    """What interventions need of B images, once the source layers are ranked."""
+
+    before: Tensor  # [B, d] the stream at [CLS] before the last MLP
+    own: Tensor  # [B, d] and after it
+    codes: list[SortedCode]  # [L], each [B, K]
     truth: Tensor  # [B] label indices, -1: unknown
-    taps: Taps
-    codes: list[SortedCode]  # [L], each [N, K]
-    is_cls: Tensor  # [N]
 
 
-class _FirstPass(NamedTuple):
-    output_means: Tensor  # [3, L, d] over all tokens, [CLS], patches
-    code_means: Tensor  # [2, L, F] over [CLS], patches
-    onto_last: ScoreMean
-
-
-@torch.no_grad()
+@torch.inference_mode()
 def measure(
     clip: Clip,
     clt: CrossLayerTranscoder,
@@ -89,93 +82,124 @@ def measure(
     *,
     seed: int = 0,
 ) -> Measurements:
-    """Run both passes for one CLT, which must be on the CLIP's device; label embeddings [labels, D].
+    """Run all passes for one CLT, which must be on the CLIP's device; label embeddings [labels, D].
 
     Without labels nothing is predicted: cascades and interventions stay empty.
     """
-    tower, last = clip.tower, clt.layers - 1
+    tower = clip.tower
     label_embeddings = label_embeddings.to(clt.decoders[0].bias)
 
     def classify(residual: Tensor) -> Tensor:
         embedding = torch.nn.functional.normalize(tower.head(residual), dim=-1)
         return (clip.logit_scale * embedding @ label_embeddings.T).log_softmax(-1)
 
-    with _progress(console) as progress:
-        first_pass = _first_pass(clip, clt, images, progress)
-        means = mean_contributions(clt, first_pass.code_means) if plan.matrices else []
-        rankings = {kind: ranked(first_pass.onto_last.matrix(kind)[last]) for kind in RANKINGS}
-        measured = Measurements(
-            Reconstruction(clt, first_pass.output_means),
-            Cascades(Replacement(tower, clt), classify, plan.windows, plan.tokens),
-            Interventions(classify, clt.decoders[last].bias, rankings, plan.random_orders, seed),
-            ScoreMean(clt.layers),
-            ScoreMean(clt.layers),
-            Gallery(clt.layers, clt.features),
-        )
-        for batch in _batches(clip, clt, images, progress, "measure"):
-            taps, shape = batch.taps, batch.taps.mlp_out.shape[1:]
-            decoded = []
+    with Progress(console) as progress:
+        reconstruction = Reconstruction(clt, _survey(clip, clt, images, progress))
+        cascades = Cascades(Replaced(tower, clt), classify, plan.windows, plan.tokens)
+        gallery, raw, centred = Gallery(clt.layers, clt.features), ScoreMean(clt.layers), ScoreMean(clt.layers)
+        starts = {window[0] for window in plan.windows}
+        kept = _Codes(clt)
+        at_cls: list[_AtCls] = []
+        for taps, codes, is_cls, truth in _coded(clip, clt, images, progress, "measure"):
+            known = Known(taps, codes)
             for target, decoder in enumerate(clt.decoders):
-                parts = decoder.contributions(batch.codes)  # [S, N, d]
-                decoded.append((decoder.bias + parts.sum(0)).view(shape))
-                if plan.matrices:
-                    measured.raw.update(target, decoder.sources, parts, batch.is_cls)
-                    centred_parts = centred(parts, means[target], batch.is_cls)
-                    measured.centred.update(target, decoder.sources, centred_parts, batch.is_cls)
-            measured.reconstruction.update(taps.mlp_out, torch.stack(decoded), batch.codes)
-
-            cls_parts = parts.new_zeros(clt.layers, len(batch.pixels), clt.width)
-            cls_parts[clt.decoders[last].sources] = parts[:, batch.is_cls]
-            before = taps.residual_out[:, 0] - taps.mlp_out[last, :, 0]
+                parts = decoder.contributions(codes)  # [S, N, d]
+                known.add(target, decoder.bias, decoder.sources, parts, starts)
+                if plan.matrices or target == clt.layers - 1:
+                    raw.update(target, decoder.sources, parts, is_cls)
+            reconstruction.update(taps.mlp_out, known.decoded, codes)
+            final = taps.residual_out[:, 0]
             if images.labels:
-                own = classify(taps.residual_out[:, 0])
-                measured.interventions.update(before, cls_parts, own, batch.truth)
-                measured.cascades.update(batch.pixels, Precomputed(taps, batch.codes), own, batch.truth)
+                cascades.update(known, classify(final), truth)
+            selected = [
+                code._replace(indices=code.indices[is_cls], values=code.values[is_cls], order=None) for code in codes
+            ]
+            at_cls.append(_AtCls(final - taps.mlp_out[-1, :, 0], final.clone(), selected, truth))
+            if plan.matrices:
+                kept.add(codes, is_cls)
             if plan.retrieval and images.has_classes:
-                selected = [(code.indices[batch.is_cls], code.values[batch.is_cls]) for code in batch.codes]
-                at_cls = [Code(indices, values) for indices, values in selected]
-                measured.gallery.update(at_cls, tower.head(taps.residual_out[:, 0]), batch.truth)
-    return measured
+                gallery.update([Code(code.indices, code.values) for code in selected], tower.head(final), truth)
+        if plan.matrices:
+            _centre(clip, clt, images, kept, centred, progress)
+        interventions = _intervene(clt, classify, raw, at_cls if images.labels else [], plan, seed)
+    return Measurements(reconstruction, cascades, interventions, raw, centred, gallery)
 
 
-def _first_pass(clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, progress: Progress) -> _FirstPass:
-    """Means and rankings for the second pass."""
-    last, decoder = clt.layers - 1, clt.decoders[-1]
-    outputs = torch.zeros(2, clt.layers, clt.width, dtype=torch.float64)
-    codes = torch.zeros(2, clt.layers, clt.features, dtype=torch.float64)
-    counts = torch.zeros(2, dtype=torch.float64)
-    onto_last = ScoreMean(clt.layers)
-    for batch in _batches(clip, clt, images, progress, "survey"):
-        counts += by_type(torch.ones_like(batch.is_cls), batch.is_cls)
-        outputs[CLS] += batch.taps.mlp_out[:, :, 0].double().sum(1).cpu()
-        outputs[PATCHES] += batch.taps.mlp_out[:, :, 1:].double().sum((1, 2)).cpu()
-        add_codes(codes, batch.codes, batch.is_cls)
-        onto_last.update(last, decoder.sources, decoder.contributions(batch.codes), batch.is_cls)
-    by_kind = outputs / counts[:, None, None]
-    overall = outputs.sum(0) / counts.sum()
-    return _FirstPass(torch.stack([overall, *by_kind]), codes / counts[:, None, None], onto_last)
+class _Codes:
+    """The sums of all codes by feature, and the codes of the first batches."""
+
+    def __init__(self, clt: CrossLayerTranscoder) -> None:
+        self.sums = torch.zeros(2, clt.layers, clt.features, dtype=torch.float64)  # [CLS], patches
+        self.counts = torch.zeros(2, dtype=torch.float64)  # tokens
+        self.batches: list[tuple[list[SortedCode], Tensor]] = []  # codes [L] of [N, K], which tokens are [CLS] [N]
+        self.images, self._bytes = 0, 0
+
+    def add(self, codes: list[SortedCode], is_cls: Tensor) -> None:
+        add_codes(self.sums, codes, is_cls)
+        self.counts += by_type(torch.ones_like(is_cls), is_cls)
+        self._bytes += sum(8 * code.values.numel() for code in codes)
+        if self._bytes <= KEPT_BYTES:
+            smaller = [code._replace(indices=code.indices.int(), order=None) for code in codes]
+            self.batches.append((smaller, is_cls))
+            self.images += int(is_cls.sum())
 
 
-def _batches(clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, progress: Progress, name: str) -> Iterator[_Batch]:
-    """All batches of images, with CLIP's taps and the CLT's codes for them."""
-    device = clt.decoders[0].bias.device
-    task = progress.add_task(name, total=len(images))
-    for pixels, truth in images.batches():
-        pixels = pixels.to(device)
-        taps = clip.tower(pixels)
+def _survey(clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, progress: Progress) -> Survey:
+    """Of a sample of the images."""
+    surveyor, every = Surveyor(clt), -(-len(images) // SAMPLE)
+    for taps, _ in _tapped(clip, replace(images, indices=images.indices[::every]), progress, "survey"):
+        surveyor.add(taps)
+    return surveyor.survey()
+
+
+def _centre(
+    clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, kept: _Codes, centred: ScoreMean, progress: Progress
+) -> None:
+    """Centred contribution scores, from the codes that were kept and those of the other images."""
+    means = mean_contributions(clt, kept.sums / kept.counts[:, None, None])
+    task = progress.task("centred contributions", len(images), "images")
+    others = replace(images, indices=images.indices[kept.images :])
+    computed = _coded(clip, clt, others, progress, "codes again") if len(others) else ()
+    for codes, is_cls in chain(kept.batches, ((codes, is_cls) for _, codes, is_cls, _ in computed)):
+        for target, decoder in enumerate(clt.decoders):
+            parts = decoder.contributions(codes)
+            centred.update(target, decoder.sources, centre_(parts, means[target], is_cls), is_cls)
+        task.advance(int(is_cls.sum()))
+
+
+def _intervene(
+    clt: CrossLayerTranscoder,
+    classify: Callable[[Tensor], Tensor],
+    raw: ScoreMean,
+    at_cls: list[_AtCls],
+    plan: Plan,
+    seed: int,
+) -> Interventions:
+    """Source layers kept and dropped, ranked by `raw`."""
+    last = clt.layers - 1
+    decoder = clt.decoders[last]
+    rankings = {kind: ranked(raw.matrix(kind)[last]) for kind in RANKINGS}
+    interventions = Interventions(classify, decoder.bias, rankings, plan.random_orders, seed)
+    for before, final, codes, truth in at_cls:
+        parts = before.new_zeros(clt.layers, *before.shape)
+        parts[decoder.sources] = decoder.contributions(codes)
+        interventions.update(before, parts, classify(final), truth)
+    return interventions
+
+
+def _coded(
+    clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, progress: Progress, name: str
+) -> Iterator[tuple[Taps, list[SortedCode], Tensor, Tensor]]:
+    """Taps, codes [L] of [N, K], which tokens are [CLS] [N], and label indices [B] of all images."""
+    for taps, truth in _tapped(clip, images, progress, name):
         mlp_in, _, is_cls = activations(taps)
-        yield _Batch(pixels, truth, taps, clt.encode(mlp_in, is_cls), is_cls)
-        progress.advance(task, len(pixels))
+        yield taps, clt.encode(mlp_in, is_cls), is_cls, truth
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+def _tapped(clip: Clip, images: HeldOut, progress: Progress, name: str) -> Iterator[tuple[Taps, Tensor]]:
+    """CLIP's taps and the label indices [B] of all images, a few at a time."""
+    device, task = clip.tower.visual.proj.device, progress.task(name, len(images), "images")
+    for pixels, truth in images.batches():
+        for few, labels in zip(pixels.split(AT_ONCE), truth.split(AT_ONCE), strict=True):
+            yield clip.tower(few.to(device)), labels
+            task.advance(len(few))

@@ -1,20 +1,30 @@
 """How well a CLT's outputs match those of the MLPs, per layer and token type, as sums per image.
 
-    MSE      mean of |y - y'|^2 / d over tokens
-    R^2      1 - sum |y - y'|^2 / sum |y - mean y|^2 over tokens and dimensions (variance-weighted); [CLS] and patches
-             about their own means, all tokens about theirs; a CLT's R^2 is the mean over layers
-    cosine   mean of cos(y, y') over tokens
-    L0       mean number of active features per token
-    dead     share of features that fired for no token
+    MSE             mean of |y - y'|^2 / d over tokens
+    R^2             1 - sum |y - y'|^2 / sum |y - mean y|^2 over tokens and dimensions (variance-weighted); [CLS] and
+                    patches about their own means, all tokens about theirs; a CLT's R^2 is the mean over layers
+    R^2, kept       the same over the tokens that are no outliers, about the mean of those
+    outliers        share of tokens with |y| > 3 median |y|: in a pretrained ViT a few tokens a hundred times as long as
+                    the others own the variance, and R^2 says little about the others
+    relative error  median of |y - y'| / |y| over tokens; a token with y = 0 has 0 if y' = 0, else infinity
+    cosine          mean of cos(y, y') over tokens
+    L0              mean number of active features per token
+    dead            share of features that fired for no token
 
-The means come from a first pass over the same images, so that each image has its own part of both sums in R^2, and the
-bootstrap can resample images (it keeps the means fixed).
+Means and medians of |y| come from a survey (`survey.py`). R^2 is exact whatever centres the survey gave: the sums are
+taken about these and moved to the mean of the tokens seen at the end, by an equal share for every image. Its
+intervals, by bootstrap over images, keep the means fixed. The median of the relative error is exact: that of every
+token is kept, 4 L T bytes an image.
 
-L layers, n images, B images of a batch, T tokens, d width, F features.
+L layers, n images, B images of a batch, T tokens, d width, F features; 3 token types: all, [CLS], patches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +32,9 @@ from vitrine.models.account.windows import TOKENS, Tokens
 from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
 from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.results import LayerFigures, TokenFigures
+from vitrine.training.evaluation.survey import OUTLIER, Survey
+
+ERROR, TOTAL, COSINE, L0 = range(4)  # sums over an image's tokens
 
 
 class Reconstruction:
@@ -29,63 +42,99 @@ class Reconstruction:
 
     Args:
         clt: the CLT.
-        means: mean MLP output [3, L, d] over all tokens, [CLS], patches.
+        survey: of the MLP outputs of these images, or of a sample of them.
     """
 
-    def __init__(self, clt: CrossLayerTranscoder, means: Tensor) -> None:
-        self.layers, self.width = clt.layers, clt.width
-        self.means = means.to(clt.decoders[0].bias.device)
-        self.fired = torch.zeros(3, clt.layers, clt.features, dtype=torch.bool)
-        self.tokens = 0
-        self._batches: list[Tensor] = []  # [4, 3, B, L]: error, total, cosine, L0 summed over an image's tokens
+    def __init__(self, clt: CrossLayerTranscoder, survey: Survey) -> None:
+        device = clt.decoders[0].bias.device
+        self.layers, self.width, self.tokens = clt.layers, clt.width, 0
+        self.centres = survey.means.to(device)  # [3, L, d]
+        self.longest = (OUTLIER * survey.median_norms).to(device)  # [L]
+        self.fired = torch.zeros(2, clt.layers, clt.features, dtype=torch.bool, device=device)  # [CLS], patches
+        self._images: list[Tensor] = []  # [4, 3, B, L]
+        self._relative: list[Tensor] = []  # [L, B, T], float32
+        self._moved = torch.zeros(3, clt.layers, clt.width, dtype=torch.float64)  # sum of y - centre
+        # Tokens that are no outliers: their number, sums of |y - y'|^2 and |y - centre|^2, sum of y - centre.
+        self._kept = torch.zeros(3, 3, clt.layers, dtype=torch.float64)
+        self._kept_moved = torch.zeros(3, clt.layers, clt.width, dtype=torch.float64)
 
-    def update(self, truth: Tensor, decoded: Tensor, codes: list[SortedCode]) -> None:
-        """MLP outputs and CLT outputs [L, B, T, d]; codes over the B * T tokens."""
+    def update(self, truth: Tensor, decoded: Sequence[Tensor], codes: list[SortedCode]) -> None:
+        """MLP outputs [L, B, T, d] and CLT outputs, by layer; codes over the B * T tokens."""
         images, self.tokens = truth.shape[1], truth.shape[2]
         sums = torch.zeros(4, 3, images, self.layers, dtype=torch.float64)
+        relative = torch.empty(truth.shape[:3])
         for layer, code in enumerate(codes):
             y, output, active = truth[layer].double(), decoded[layer].double(), code.values != 0
-            per_token = torch.stack(
-                [
-                    (y - output).square().sum(-1),
-                    torch.zeros_like(y[..., 0]),
-                    torch.cosine_similarity(y, output, dim=-1),
-                    active.sum(-1).view(images, -1).double(),
-                ]
-            )
+            norms, error = y.norm(dim=-1), (y - output).square().sum(-1)
+            cosine = (y * output).sum(-1) / (norms * output.norm(dim=-1)).clamp_min(1e-16)
+            count = active.sum(-1).view(images, -1).double()
+            kept = norms <= self.longest[layer]
+            relative[layer] = relative_error(error.sqrt(), norms).cpu()
             for kind, tokens in enumerate(TOKENS):
-                chosen = chosen_tokens(per_token, tokens)
-                chosen[1] = (chosen_tokens(y[None], tokens)[0] - self.means[kind, layer]).square().sum(-1)
-                sums[:, kind, :, layer] = chosen.sum(-1).cpu()
-                fired = chosen_tokens(code.indices.view(1, images, self.tokens, -1), tokens)[0]
-                fired = fired[chosen_tokens(active.view(1, images, self.tokens, -1), tokens)[0]]
-                self.fired[kind, layer, fired.cpu()] = True
-        self._batches.append(sums)
+                chosen, mask = of_type(y - self.centres[kind, layer], tokens), of_type(kept, tokens).double()
+                total = chosen.square().sum(-1)
+                parts = (of_type(error, tokens), total, of_type(cosine, tokens), of_type(count, tokens))
+                sums[:, kind, :, layer] = torch.stack([part.sum(-1) for part in parts]).cpu()
+                self._moved[kind, layer] += chosen.sum((0, 1)).cpu()
+                kept_sums = torch.stack([mask.sum(), (mask * parts[ERROR]).sum(), (mask * total).sum()])
+                self._kept[:, kind, layer] += kept_sums.cpu()
+                self._kept_moved[kind, layer] += torch.einsum("bt,btd->d", mask, chosen).cpu()
+            for kind, tokens in enumerate(TOKENS[1:]):
+                indices, is_active = (of_type(part.view(images, self.tokens, -1), tokens) for part in (code[0], active))
+                self.fired[kind, layer, indices[is_active]] = True
+        self._images.append(sums)
+        self._relative.append(relative)
 
     def figures(self, bootstrap: Bootstrap) -> dict[Tokens, TokenFigures]:
         """The figures of every token type; R^2 with intervals."""
-        sums = torch.cat(self._batches, dim=2)  # [4, 3, n, L]
-        counts = torch.tensor([self.tokens, 1, self.tokens - 1], dtype=torch.float64)[:, None]
+        sums = torch.cat(self._images, dim=2)  # [4, 3, n, L]
+        images, relative = sums.shape[2], torch.cat(self._relative, dim=1)
+        fired = torch.stack([self.fired.any(0), *self.fired]).double().mean(-1).cpu()
         figures = {}
         for kind, tokens in enumerate(TOKENS):
-            error, total, cosine, l0 = sums[:, kind].mean(1)
-            r2 = 1 - error / total
-            resampled = 1 - bootstrap.means(sums[0, kind].numpy()) / bootstrap.means(sums[1, kind].numpy())
-            columns = {
-                "mse": error / counts[kind] / self.width,
-                "r2": r2,
-                "cosine": cosine / counts[kind],
-                "l0": l0 / counts[kind],
-                "dead_share": 1 - self.fired[kind].double().mean(-1),
+            count = images * (self.tokens, 1, self.tokens - 1)[kind]
+            sums[TOTAL, kind] -= self._moved[kind].square().sum(-1) / count / images  # from the centre to the mean
+            error, total, cosine, l0 = sums[:, kind].sum(1)
+            resampled = 1 - bootstrap.means(sums[ERROR, kind].numpy()) / bootstrap.means(sums[TOTAL, kind].numpy())
+            kept, kept_error, kept_total = self._kept[:, kind]
+            kept_total = kept_total - self._kept_moved[kind].square().sum(-1) / kept.clamp_min(1)
+            columns: dict[str, Tensor] = {
+                "mse": error / count / self.width,
+                "r2": 1 - error / total,
+                "r2_kept": torch.where(kept > 1, 1 - kept_error / kept_total, torch.nan),
+                "outliers": 1 - kept / count,
+                "relative_error": median_by_layer(of_type(relative, tokens, dim=2)),
+                "cosine": cosine / count,
+                "l0": l0 / count,
+                "dead_share": 1 - fired[kind],
             }
             rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-            layers = [LayerFigures(**dict(zip(columns, row, strict=True))) for row in rows]
-            means = {name: column.mean().item() for name, column in columns.items()}
-            means["r2"] = bootstrap.interval(means["r2"], resampled.mean(1))
+            layers = [LayerFigures(**_named(columns, row)) for row in rows]
+            means: dict[str, Any] = _named(columns, [column.nanmean().item() for column in columns.values()])
+            means["r2"] = bootstrap.interval(columns["r2"].mean().item(), resampled.mean(1))
             figures[tokens] = TokenFigures(layers=layers, **means)
         return figures
 
 
-def chosen_tokens(values: Tensor, tokens: Tokens) -> Tensor:
-    """The tokens of one type, from values [m, B, T, ...]; a copy."""
-    return {"all": values, "cls": values[:, :, :1], "patches": values[:, :, 1:]}[tokens].clone()
+def _named(names: Iterable[str], values: Iterable[float]) -> dict[str, Any]:
+    """None for a figure that there is not."""
+    return {
+        name: None if name == "r2_kept" and value != value else value for name, value in zip(names, values, strict=True)
+    }
+
+
+def relative_error(error: Tensor, norms: Tensor) -> Tensor:
+    """|y - y'| / |y|; 0 where both are 0."""
+    return torch.where(error > 0, error / norms, 0.0)
+
+
+def median_by_layer(values: Tensor) -> Tensor:
+    """The median of every layer of values [L, ...], the mean of the middle two if their number is even: [L]."""
+    return torch.from_numpy(np.median(values.flatten(1).numpy(), axis=1).astype(np.float64))
+
+
+def of_type(values: Tensor, tokens: Tokens, dim: int = 1) -> Tensor:
+    """The tokens of one type, which lie along `dim`; [CLS] is the first."""
+    if tokens == "all":
+        return values
+    return values.narrow(dim, 0, 1) if tokens == "cls" else values.narrow(dim, 1, values.shape[dim] - 1)

@@ -50,20 +50,41 @@ class LayerFigures(_Part):
 
     mse: float  # per token and dimension
     r2: float  # variance-weighted: 1 - sum |y - y'|^2 / sum |y - mean y|^2
+    r2_kept: float | None  # over the tokens that are no outliers; None: there are not two
+    outliers: float  # share of tokens longer than three times the median of the layer's tokens
+    relative_error: float  # median of |y - y'| / |y|
     cosine: float
     l0: float  # active features per token
     dead_share: float  # features that fired for no token of this type
 
 
 class TokenFigures(_Part):
-    """Means over layers, and the figures of each layer."""
+    """Means over layers (over those that have the figure), and the figures of each layer."""
 
     r2: Estimate
+    r2_kept: float | None
+    outliers: float
+    relative_error: float
     mse: float
     cosine: float
     l0: float
     dead_share: float
     layers: list[LayerFigures]
+
+    @property
+    def mean(self) -> LayerFigures:
+        return LayerFigures(r2=self.r2.value, **self.model_dump(exclude={"r2", "layers"}))
+
+    @property
+    def worst(self) -> LayerFigures:
+        """Of each figure, that of the layer where it is worst; the most outliers; L0 has no worse and better."""
+        lowest = {"r2": min(layer.r2 for layer in self.layers), "cosine": min(layer.cosine for layer in self.layers)}
+        kept = [layer.r2_kept for layer in self.layers if layer.r2_kept is not None]
+        highest = {
+            name: max(getattr(layer, name) for layer in self.layers)
+            for name in ("mse", "relative_error", "outliers", "dead_share", "l0")
+        }
+        return LayerFigures(**lowest, r2_kept=min(kept, default=None), **highest)
 
 
 class Cascade(_Part):

@@ -94,7 +94,8 @@ def _rows(indices: NDArray[np.int64], values: NDArray[np.float32], features: int
     """Codes [B, K] as sparse rows [B, F]."""
     images, places = indices.shape
     starts = np.arange(0, images * places + 1, places)
-    rows = sparse.csr_array((values.ravel(), indices.ravel(), starts), shape=(images, features))
+    # a copy, as eliminate_zeros moves what is left of the values it is given
+    rows = sparse.csr_array((values.ravel(), indices.ravel(), starts), shape=(images, features), copy=True)
     rows.eliminate_zeros()
     return rows
 

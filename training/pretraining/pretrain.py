@@ -24,7 +24,6 @@ from open_clip_train.scheduler import cosine_lr
 from PIL import Image
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 from rich.console import Console
-from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -33,6 +32,7 @@ from torchvision.transforms import v2
 
 from vitrine.models.clip.tower import Tower
 from vitrine.models.files.writing import prepare_folder, write_text, written
+from vitrine.models.progress import track
 from vitrine.training.checkpoint import CheckpointError, first_problem, load_tensors, section
 from vitrine.training.data.images import DataError, Images, Listing, load
 from vitrine.training.data.sources import open_images
@@ -125,7 +125,7 @@ def pretrain(recipe: PretrainRecipe, data_root: Path, out: Path, console: Consol
         return out / WEIGHTS
     val = open_images(recipe.data.val, data_root, _pixels(size))
     val.require_classes()
-    train = _training_images(recipe, data_root, val.classes)
+    train = _training_images(recipe, data_root, val.classes, console)
     run = _Run(recipe, steps_per_epoch=len(train) // settings.images_per_step)
     if done:
         run.restore(load_tensors(out / _state(len(done))), len(done))
@@ -137,8 +137,8 @@ def pretrain(recipe: PretrainRecipe, data_root: Path, out: Path, console: Consol
         order = BatchSampler(RandomSampler(train), settings.images_per_step, drop_last=True)
         batches = load(train, order, settings.workers)
         title = f"epoch {epoch + 1}/{settings.epochs}"
-        losses = [run.step(*batch) for batch in track(batches, title, run.steps_per_epoch, console=console)]
-        done.append(EpochResult(loss=sum(losses) / len(losses), top1=run.top1(val)))
+        losses = [run.step(*batch) for batch in track(batches, title, run.steps_per_epoch, console, "steps")]
+        done.append(EpochResult(loss=sum(losses) / len(losses), top1=run.top1(val, console)))
         run.save(out, done)
         console.print(f"{title}: loss {done[-1].loss:.4f}, zero-shot top-1 {done[-1].top1:.4f}")
     return out / WEIGHTS
@@ -193,7 +193,7 @@ class _Run:
         return loss.item()
 
     @torch.no_grad()
-    def top1(self, val: Images) -> float:
+    def top1(self, val: Images, console: Console) -> float:
         """Zero-shot accuracy, with the templates' unit embeddings averaged."""
         self.model.eval()
         text = torch.stack(
@@ -203,9 +203,10 @@ class _Run:
             ]
         ).mean(0)
         batches = torch.arange(len(val)).split(250)
+        loaded = load(val, [batch.tolist() for batch in batches], self.recipe.training.workers)
         hits = [
             (self.model.encode_image(pixels) @ text.T).argmax(-1) == classes
-            for pixels, classes in load(val, [batch.tolist() for batch in batches], self.recipe.training.workers)
+            for pixels, classes in track(loaded, "zero-shot", len(val), console, "images", 250)
         ]
         return torch.cat(hits).double().mean().item()
 
@@ -287,7 +288,7 @@ def _build(recipe: PretrainRecipe) -> Any:
     return model
 
 
-def _training_images(recipe: PretrainRecipe, data_root: Path, classes: tuple[str, ...]) -> Images:
+def _training_images(recipe: PretrainRecipe, data_root: Path, classes: tuple[str, ...], console: Console) -> Images:
     """Images with random shifts and flips. The class is an index into the coloured prompts (`_Coloured`)."""
     data, settings, size = recipe.data, recipe.training, recipe.model.vision_cfg["image_size"]
     images = open_images(data.train, data_root, lambda image: torch.tensor(background_colour(image)))
@@ -302,7 +303,8 @@ def _training_images(recipe: PretrainRecipe, data_root: Path, classes: tuple[str
             "give more images or lower training.images_per_step"
         )
     batches = [batch.tolist() for batch in torch.arange(len(images)).split(500)]
-    colours = torch.cat([indices for indices, _ in load(images, batches, settings.workers)])
+    loaded = track(load(images, batches, settings.workers), "background colours", len(images), console, "images", 500)
+    colours = torch.cat([indices for indices, _ in loaded])
     resize = v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])  # as in `_pixels`
     augment = v2.Compose([v2.RandomCrop(size, settings.crop_padding), v2.RandomHorizontalFlip()])
     return Images(_Coloured(images.listing, colours.tolist()), v2.Compose([resize, augment, _pixels(size)]))

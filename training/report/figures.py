@@ -70,6 +70,29 @@ def reconstruction(results: Results) -> str:
         return _svg(figure, "reconstruction", "R² by layer for all tokens, [CLS] and patches")
 
 
+def outliers(results: Results) -> str:
+    """R^2 without outliers, median relative error and share of outliers, by layer and token type."""
+    with matplotlib.rc_context(_STYLE):
+        figure, panels = _figure(3, height=3.0)
+        sets = [(results.reconstruction, "-", "")]
+        if results.comparison:
+            sets.append((results.comparison.reconstruction, ":", f", {results.comparison.name}"))
+        for panel, (name, scale, label) in zip(
+            panels,
+            (("r2_kept", 1, "R² without outliers"), ("relative_error", 1, "relative error"), ("outliers", 100, "%")),
+            strict=True,
+        ):
+            for figures, style, suffix in sets[:1] if name == "outliers" else sets:
+                for tokens in TOKENS:
+                    values = [getattr(layer, name) for layer in figures[tokens].layers]
+                    shown = [float("nan") if value is None else scale * value for value in values]
+                    _line(panel, shown, tokens, TOKEN_NAMES[tokens] + suffix, style)
+            panel.set_ylim(bottom=0 if name != "r2_kept" else None)
+            _by_layer(panel, results.layers, label if name != "outliers" else "outlier tokens, %")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, fontsize=9)
+        return _svg(figure, "outliers", "R² without outliers, relative error and outliers by layer and token type")
+
+
 def sparsity(results: Results) -> str:
     """L0 and dead features by layer."""
     with matplotlib.rc_context(_STYLE):

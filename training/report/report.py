@@ -34,6 +34,10 @@ DEFINITIONS = {
     "layer i is made from what MLP i reads, and adds to the output of every MLP from i on: y_j = b_j + Σ z_i W(i→j).",
     "R²": "1 − Σ|y − y′|² / Σ|y − mean y|², over tokens and dimensions, for the MLP's output y and the CLT's y′; [CLS] "
     "and patches about their own means. A CLT's R² is the mean over layers.",
+    "Outlier tokens, R² kept": "An outlier's MLP output is longer than three times the median of its layer's tokens. "
+    "In pretrained ViTs a few are a hundred times as long: they own the variance, and R² with them says little about "
+    "the others. R² kept: over the other tokens, about their own mean.",
+    "Relative error": "Median over tokens of |y − y′|/|y|.",
     "L0, dead features": "Active features a token; share of features that fired for no token measured here.",
     "Cascaded replacement": "The MLPs of a window of layers are replaced by the CLT, and every later layer reads the "
     "replaced stream. Layers before the window read CLIP's own stream and still write into the window.",
@@ -58,7 +62,7 @@ def write_report(results: Results, thumbnails: dict[int, str], path: Path) -> No
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=False
     )
-    drawn = ["reconstruction", "sparsity", "contributions"]
+    drawn = ["reconstruction", "outliers", "sparsity", "contributions"]
     drawn += ["cascades"] if results.baseline else []
     drawn += ["faithfulness"] if results.faithfulness else []
     drawn += ["retrieval"] if results.retrieval else []
@@ -96,9 +100,11 @@ def _data_uri(colours: torch.Tensor) -> str:
 
 def _key_figures(results: Results) -> list[tuple[str, str, str]]:
     """(name, figure, note) for the top of the page."""
+    everywhere, at_cls = results.reconstruction["all"], results.reconstruction["cls"]
     figures = [
-        ("R², all tokens", f"{results.reconstruction['all'].r2.value:.3f}", "mean over layers"),
-        ("R², [CLS]", f"{results.reconstruction['cls'].r2.value:.3f}", "mean over layers"),
+        ("R², all tokens", f"{everywhere.r2.value:.3f}", "mean over layers"),
+        ("R², no outliers", "–" if everywhere.r2_kept is None else f"{everywhere.r2_kept:.3f}", "mean over layers"),
+        ("R², [CLS]", f"{at_cls.r2.value:.3f}", "mean over layers"),
     ]
     full_cascade = results.cascade(0, results.layers - 1, "all") if results.cascades else None
     if full_cascade and not results.baseline:

@@ -29,7 +29,7 @@ class Sheet:
 
 def sheets(results: Results) -> dict[str, Sheet]:
     """All tables, in display order."""
-    tables = {"reconstruction": reconstruction(results)}
+    tables = {"reconstruction": reconstruction(results), "outliers": outliers(results)}
     if results.cascades:
         tables["cascades"] = cascades(results)
     tables["contributions"] = contributions(results)
@@ -55,21 +55,21 @@ def print_sheets(results: Results, console: Console) -> None:
 
 
 def reconstruction(results: Results) -> Sheet:
-    """By layer, and the mean over layers."""
+    """By layer, the mean over layers, and the worst of them."""
     figures, comparison = results.reconstruction, results.comparison
     columns = ["layer", *(f"R² {TOKEN_NAMES[tokens]}" for tokens in TOKENS)]
     columns += ["cosine", "MSE", "L0 [CLS]", "L0 patches", "dead"]
     if comparison:
         columns += [f"R² all, {comparison.name}", f"R² [CLS], {comparison.name}"]
     rows = []
-    for layer in [*range(results.layers), None]:
+    for layer in _rows(results):
         own = {tokens: _of_layer(figures[tokens], layer) for tokens in TOKENS}
         row = [f"{own[tokens].r2:.4f}" for tokens in TOKENS]
         row += [f"{own['all'].cosine:.4f}", f"{own['all'].mse:.2e}"]
         row += [f"{own['cls'].l0:.1f}", f"{own['patches'].l0:.1f}", f"{own['all'].dead_share:.1%}"]
         if comparison:
             row += [f"{_of_layer(comparison.reconstruction[tokens], layer).r2:.4f}" for tokens in ("all", "cls")]
-        rows.append(["mean" if layer is None else str(layer), *row])
+        rows.append([str(layer), *row])
     paper_r2 = paper.R2.get(results.recipe.clt.sparsifier)
     reference = f" The paper's R²: {paper_r2[0]:.3f} to {paper_r2[1]:.3f}." if paper_r2 else ""
     r2 = figures["all"].r2
@@ -81,11 +81,44 @@ def reconstruction(results: Results) -> Sheet:
     )
 
 
-def _of_layer(figures: TokenFigures, layer: int | None) -> LayerFigures:
-    """A layer's figures; None: the means over layers."""
-    if layer is not None:
-        return figures.layers[layer]
-    return LayerFigures(r2=figures.r2.value, **figures.model_dump(include={"mse", "cosine", "l0", "dead_share"}))
+def outliers(results: Results) -> Sheet:
+    """Figures that a few massive tokens cannot own, by layer, the mean over layers, and the worst of them."""
+    figures, comparison = results.reconstruction, results.comparison
+    columns = ["layer", *(f"R² kept, {TOKEN_NAMES[tokens]}" for tokens in TOKENS)]
+    columns += [f"relative error, {TOKEN_NAMES[tokens]}" for tokens in TOKENS]
+    columns += [f"outliers, {TOKEN_NAMES[tokens]}" for tokens in ("cls", "patches")]
+    if comparison:
+        columns += [f"R² kept, all, {comparison.name}", f"relative error, all, {comparison.name}"]
+    rows = []
+    for layer in _rows(results):
+        own = {tokens: _of_layer(figures[tokens], layer) for tokens in TOKENS}
+        row = [_or_none(own[tokens].r2_kept) for tokens in TOKENS]
+        row += [f"{own[tokens].relative_error:.4f}" for tokens in TOKENS]
+        row += [f"{own[tokens].outliers:.2%}" for tokens in ("cls", "patches")]
+        if comparison:
+            other = _of_layer(comparison.reconstruction["all"], layer)
+            row += [_or_none(other.r2_kept), f"{other.relative_error:.4f}"]
+        rows.append([str(layer), *row])
+    return Sheet(
+        "Without outlier tokens, whose MLP output is longer than three times the median of its layer: R² of the tokens "
+        "kept, about their mean. Relative error: median of |y − y′|/|y| over all tokens.",
+        columns,
+        rows,
+    )
+
+
+def _or_none(figure: float | None) -> str:
+    return "–" if figure is None else f"{figure:.4f}"
+
+
+def _rows(results: Results) -> list[int | str]:
+    return [*range(results.layers), "mean", "worst"]
+
+
+def _of_layer(figures: TokenFigures, layer: int | str) -> LayerFigures:
+    """The figures of a layer, their `mean` over layers, or of the `worst`."""
+    named = {"mean": figures.mean, "worst": figures.worst}
+    return named[layer] if isinstance(layer, str) else figures.layers[layer]
 
 
 def cascades(results: Results) -> Sheet:

@@ -1,4 +1,4 @@
-"""Progress of a run: progress bar, log.jsonl, TensorBoard, optionally Weights & Biases. First process only."""
+"""Progress of a run: on the console, log.jsonl, TensorBoard, optionally Weights & Biases. First process only."""
 
 from __future__ import annotations
 
@@ -12,20 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch.utils.tensorboard import SummaryWriter
 
 from vitrine.models.errors import VitrineError
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import write_text
+from vitrine.models.progress import Progress, Task
 
 EVERY = 20  # steps between points of a curve
 
@@ -43,17 +35,16 @@ class StepMetrics(NamedTuple):
 
 
 class Report:
-    """Created by `follow`; `add` is called once per step."""
+    """Created by `track_progress`; `add` is called once per step."""
 
-    def __init__(self, bar: Progress, task: TaskID, log: Any, board: SummaryWriter | None, remote: Any) -> None:
-        self.bar, self.task, self.log, self.board, self.remote = bar, task, log, board, remote
-        self.shown = ""
+    def __init__(self, task: Task, log: Any, board: SummaryWriter | None, remote: Any) -> None:
+        self.task, self.log, self.board, self.remote = task, log, board, remote
         self._since = (time.perf_counter(), 0)
 
     def add(self, step: int, metrics: StepMetrics, tokens: int) -> None:
         """step: number of completed steps; tokens: in this step."""
-        self.shown = f"loss {metrics.loss:.4f}  R² {metrics.r2:.4f}  L0 {metrics.l0:.1f}  dead {metrics.dead:,}"
-        self.bar.update(self.task, completed=step, shown=self.shown)
+        shown = f"loss {metrics.loss:.4f}  R² {metrics.r2:.4f}  L0 {metrics.l0:.1f}  dead {metrics.dead:,}"
+        self.task.advance(step - self.task.done, shown)
         if self.log is None:
             return
         scalars = {key: value for key, value in metrics._asdict().items() if not isinstance(value, list)}
@@ -98,17 +89,8 @@ def track_progress(
             # The point at `step` itself belongs to the checkpoint that is resumed; later points are computed again.
             board = stack.enter_context(_board(out / "tensorboard", step + 1))
             log = stack.enter_context(_log(out / "log.jsonl", step))
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        bar = stack.enter_context(Progress(*columns, console=console, disable=not first))
-        task = bar.add_task("train", total=steps, completed=step, shown="")
-        yield Report(bar, task, log, board, remote)
+        progress = stack.enter_context(Progress(console if first else Console(quiet=True)))
+        yield Report(progress.task("train", steps, "steps", step), log, board, remote)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ step depends on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, fields
 from itertools import chain, islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tokens import UnsupportedTokenizer, convert_tokenizer
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.files.writing import prepare_folder
+from vitrine.models.progress import track
 from vitrine.models.texts.labels import notices_of
 from vitrine.training.checkpoint import (
     CheckpointError,
@@ -42,7 +44,7 @@ from vitrine.training.data.held_out import held_out
 from vitrine.training.data.images import Plan, load
 from vitrine.training.data.normalisation import Normalisation
 from vitrine.training.data.sources import open_images
-from vitrine.training.evaluation.evaluate import evaluate_summary, label_embeddings
+from vitrine.training.evaluation.evaluate import describe, evaluate_summary, label_embeddings
 from vitrine.training.recipes.recipe import CascadeSection, Recipe, RecipeError, TrainingSection
 from vitrine.training.run.cascade import Cascade
 from vitrine.training.run.neurons import start_from_neurons
@@ -96,8 +98,6 @@ def train(
                 if run.done % recipe.training.checkpoint_every == 0 or run.done in (stop, phase.end):
                     report.flush()
                     run.save(trainer)
-                    if not console.is_terminal:
-                        run.console.print(f"step {run.done:,}/{run.steps:,}  {report.shown}")
     checkpoint = checkpoints(out)[-1]
     if run.done == run.steps and run.meta.metrics.r2 is None and fabric.is_global_zero:
         run.measure(checkpoint)
@@ -183,7 +183,7 @@ class _Run:
         size = StepSize(phase.settings.images_per_step, tower.tokens, fabric.world_size)
         objective = Reconstruction(self.clt, self.normalisation, recipe.training, size)
         if isinstance(phase.settings, CascadeSection):
-            labels = label_embeddings(self.clip, self.val, recipe.data.templates).to(fabric.device)
+            labels = label_embeddings(self.clip, self.val, recipe.data.templates, self.console).to(fabric.device)
             objective = Cascade(tower, objective, phase.settings, labels, self.clip.logit_scale)
         trainer = Trainer(fabric, objective, phase.settings, phase.end - phase.start)
         if state:
@@ -227,6 +227,8 @@ class _Run:
         self.clip.tower.to("cpu")
         metrics = evaluate_summary(self.clip, clt, self.val, self.recipe.data.templates, self.console)
         write_meta(checkpoint, meta.model_copy(update={"metrics": metrics, "val_images": len(self.val)}))
+        for line in describe(metrics):
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def _initialise(self) -> None:
         settings, size = self.recipe.training, self.recipe.training.images_per_step
@@ -234,8 +236,9 @@ class _Run:
         batch_count = max(1, min(settings.normalisation_images, len(self.images)) // size)
         plan = Plan(len(self.images), size, size, settings.seed + 2, epochs=1)
         data = load(self.images, islice(plan.batches(), batch_count), settings.workers)
-        with self.console.status(f"estimating the activations' scale over {batch_count * size:,} images"):
-            batches = stream(self.clip.tower, data, self.fabric.autocast)
+        counted = track(data, "activations' scale", batch_count * size, self.console, "images", size)
+        with closing(counted):
+            batches = stream(self.clip.tower, counted, self.fabric.autocast)
             first = next(batches)
             self.normalisation = Normalisation.estimate(chain([first], batches))
         self.clt.to(self.fabric.device)

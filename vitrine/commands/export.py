@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,12 @@ from vitrine.commands.common import (
     print_bundle,
     print_warnings,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitrine.models.progress import Progress
+    from vitrine.training.data.held_out import HeldOut
 
 
 def export(
@@ -40,6 +46,7 @@ def export(
     from vitrine.models.bundle.manifest import Data
     from vitrine.models.export.export import Provenance, export_bundle
     from vitrine.models.graph.onnx_file import ExportError
+    from vitrine.models.progress import Progress
     from vitrine.training.checkpoint import check_clip, latest, load_clt
     from vitrine.training.data.held_out import held_out
 
@@ -79,7 +86,8 @@ def export(
         if variants
         else None
     )
-    with console.status("exporting and checking against torch"):
+    with Progress(console) as progress:
+        images = _read(val, progress) if val else []
         bundle = export_bundle(
             clip,
             clt,
@@ -89,8 +97,18 @@ def export(
             recipe.bundle.tables,
             named,
             variants,
-            [pixels for pixels, _ in val.batches()] if val else [],
+            images,
             recipe.bundle.replacement,
             lambda message: print_warnings([message], console),
+            progress,
         )
     print_bundle(bundle, console)
+
+
+def _read(val: HeldOut, progress: Progress) -> list[Tensor]:
+    """The images on which variants must agree, as batches of normalised pixels."""
+    task, images = progress.task("images to check on", len(val), "images"), []
+    for pixels, _ in val.batches():
+        images.append(pixels)
+        task.advance(len(pixels))
+    return images

@@ -34,10 +34,9 @@ def replay(
     skip_broken_shards: SkipBroken = False,
 ) -> None:
     """Predict images with CLIP's MLPs replaced by the bundle's features: how well do these stand for those, there?"""
-    from rich.progress import track
-
     from vitrine.models.files.writing import prepare_file, write_text
     from vitrine.models.inputs.opening import open_inputs
+    from vitrine.models.progress import track
     from vitrine.service.engine.engine import Engine
     from vitrine.service.offline.replay import print_replay
     from vitrine.service.offline.replay import replay as run
@@ -54,7 +53,7 @@ def replay(
         settings.decode_seconds,
         images,
         seed,
-        lambda batches: track(batches, "replay", console=console, transient=True),
+        lambda batches: track(batches, "replay", len(batches), console, "batches"),
         named,
     )
     if json_file is not None:

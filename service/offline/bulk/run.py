@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vitrine.models.bundle.bundle import Bundle
+from vitrine.models.progress import Progress
 from vitrine.service.offline.bulk.errors import BulkError
 from vitrine.service.offline.bulk.job import Job, lock_output
 from vitrine.service.offline.bulk.ray_alone import ray_alone
@@ -67,25 +67,9 @@ def _by_ray(bundle: Bundle, work: Work, parts: list[int], workers: int) -> Itera
 def _show_progress(steps: Iterator[Step], job: Job, parts: list[int], console: Console) -> None:
     """Show progress. Work of earlier runs counts as done, but not towards the speed."""
     images = sum(stop - start for start, stop in map(job.bounds, parts))
-    columns = (
-        TextColumn("bulk"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TextColumn("[yellow]{task.fields[broken]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     problems = 0
-    with Progress(*columns, console=console) as progress:
-        total = job.inputs.images
-        task = progress.add_task("bulk", total=total, completed=total - images, speed="", broken="")
+    with Progress(console) as progress:
+        task = progress.task("bulk", job.inputs.images, "images", job.inputs.images - images)
         for step in steps:
             problems += step.problems
-            speed = progress.tasks[task].speed
-            progress.update(
-                task,
-                advance=step.images,
-                speed=f"{speed:.1f} images/s" if speed else "",
-                broken=f"{problems:,} broken" if problems else "",
-            )
+            task.advance(step.images, f"{problems:,} broken" if problems else "")

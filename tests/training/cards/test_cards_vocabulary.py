@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from rich.progress import Progress
+from rich.console import Console
 
+from vitrine.models.progress import Progress
 from vitrine.training.cards.vocabulary import NAMED, VocabularyError, embed, read_vocabulary
 
 
@@ -30,7 +31,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
 
 def test_embeddings_are_about_their_mean(clip):
     words, templates = ["red circle", "green square", "blue triangle"], ["a photo of a {}", "{}"]
-    embeddings = embed(clip, words, templates, Progress(disable=True))
+    embeddings = embed(clip, words, templates, Progress(Console(quiet=True)))
     raw = clip.encode_labels(words, templates)
     expected = torch.nn.functional.normalize(raw - raw.mean(0), dim=-1)
     assert torch.allclose(embeddings, expected, atol=1e-5)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from vitrine.models.dictionary.replacement import Precomputed, ReplacementOutput
 from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.cascades import Cascades, divergence
 
@@ -18,13 +17,12 @@ def test_figures_by_hand():
     """Four images of two labels; the 'model' predicts what its window says."""
     certain = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log()
 
-    def model(pixels, window, tokens, known):
-        predicted = pixels if len(window) == 2 else 1 - pixels
-        return ReplacementOutput(predicted[:, None], None, None, [])
+    def replaced(own, window, tokens):
+        return own if len(window) == 2 else 1 - own
 
-    cascades = Cascades(model, lambda residual: certain[residual], [range(2), range(1, 2)], ("all",))
+    cascades = Cascades(replaced, lambda residual: certain[residual], [range(2), range(1, 2)], ("all",))
     for truth, own in (([0, 0], [0, 1]), ([1, 0], [1, 0])):
-        cascades.update(torch.tensor(own), Precomputed(None, []), certain[own], torch.tensor(truth))
+        cascades.update(torch.tensor(own), certain[own], torch.tensor(truth))
     baseline, (same, other) = cascades.figures(Bootstrap(4))
     assert baseline.value == 0.75
     assert (same.first, same.last, same.window, same.tokens) == (0, 1, "0–1", "all")

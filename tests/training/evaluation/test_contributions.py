@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitrine.training.evaluation.contributions import ScoreMean, add_codes, by_type, centred, mean_contributions
+from vitrine.training.evaluation.contributions import ScoreMean, add_codes, by_type, centre_, mean_contributions
 
 CLS_OF_FOUR = torch.tensor([True, False, True, False])
 
@@ -28,7 +28,7 @@ def test_by_type_by_hand():
 def test_centring_takes_each_type_s_own_mean():
     parts = torch.arange(8.0).view(2, 4, 1)
     means = torch.tensor([[[1.0], [10.0]], [[100.0], [1000.0]]])  # [type, source, d]
-    result = centred(parts, means, CLS_OF_FOUR)
+    result = centre_(parts, means, CLS_OF_FOUR)
     assert result[0, :, 0].tolist() == [-1, 1 - 100, 2 - 1, 3 - 100]
     assert result[1, :, 0].tolist() == [4 - 10, 5 - 1000, 6 - 10, 7 - 1000]
 

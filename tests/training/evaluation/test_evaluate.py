@@ -9,6 +9,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vitrine.commands import app
+from vitrine.models.account.windows import TOKENS
 from vitrine.models.dictionary.replacement import Replacement
 from vitrine.training.checkpoint import CheckpointError, CheckpointMeta, latest, save_checkpoint
 from vitrine.training.data.held_out import held_out
@@ -184,12 +185,38 @@ def test_the_summary_is_the_same_figures(clip, clt, images, recipe, measured):
     assert summary.r2_cls == pytest.approx(reconstruction["cls"].r2.value)
     assert summary.cosine == pytest.approx(reconstruction["all"].cosine)
     assert summary.dead_share == reconstruction["all"].dead_share
+    assert summary.r2_kept == pytest.approx(reconstruction["all"].r2_kept)
+    assert summary.r2_worst == pytest.approx(min(layer.r2 for layer in reconstruction["all"].layers))
+    assert summary.relative_error_cls == pytest.approx(reconstruction["cls"].relative_error)
+    for tokens, of_kind in summary.layers.items():
+        assert of_kind.r2_kept == pytest.approx([layer.r2_kept for layer in reconstruction[tokens].layers])
+    assert (summary.replacement_all_agreement, summary.replacement_cls_agreement) == (
+        cascades[0].agreement.value,
+        cascades[1].agreement.value,
+    )
     assert summary.zero_shot_top1 == baseline.value
     assert (summary.replacement_all_top1, summary.replacement_cls_top1) == (
         cascades[0].top1.value,
         cascades[1].top1.value,
     )
     assert (summary.keep_top4_top1, summary.drop_top1_top1) == (curve.keep[3].value, curve.drop[1].value)
+
+
+def test_codes_that_are_not_kept_are_computed_again(clip, clt, images, label_embeddings, measured, monkeypatch):
+    """There is room for those of the first of three batches."""
+    monkeypatch.setattr(
+        "vitrine.training.evaluation.measure.KEPT_BYTES", 8 * 3 * 5 * 17 * clt.encoders[0].sparsifier.places
+    )
+    measurement = measure(clip, clt, images, label_embeddings, Plan(WINDOWS, matrices=True), Console(quiet=True))
+    for tokens in TOKENS:
+        torch.testing.assert_close(measurement.centred.matrix(tokens), measured.centred.matrix(tokens))
+
+
+def test_a_sample_is_surveyed_and_r2_is_of_all(clip, clt, images, label_embeddings, measured, monkeypatch):
+    monkeypatch.setattr("vitrine.training.evaluation.measure.SAMPLE", 4)
+    measurement = measure(clip, clt, images, label_embeddings, Plan(WINDOWS), Console(quiet=True))
+    for tokens, figures in measurement.reconstruction.figures(Bootstrap(12)).items():
+        assert figures.r2.value == pytest.approx(measured.reconstruction.figures(Bootstrap(12))[tokens].r2.value)
 
 
 # Which images
@@ -269,7 +296,16 @@ def test_gains_are_paired(evaluated):
 
 
 def test_the_command_prints_every_table(evaluated):
-    for words in ("Reconstruction", "Cascaded replacement", "C onto layer 2", "From all of them", "Retrieval", "tiny"):
+    for words in (
+        "Reconstruction",
+        "Without outlier tokens",
+        "worst",
+        "Cascaded replacement",
+        "C onto layer 2",
+        "From all of them",
+        "Retrieval",
+        "tiny",
+    ):
         assert words in evaluated[1]
     assert "results.json" in evaluated[1].replace("\n", "")
 
@@ -336,7 +372,7 @@ def test_the_report_can_be_read_aloud(page):
     assert len(page.all("h1")) == 1
     assert all(image["alt"] for image in page.all("img"))
     assert all(figure.get("role") == "img" and figure["aria-label"] for figure in page.all("svg"))
-    assert len(page.all("svg")) == len(page.all("figcaption")) == 6
+    assert len(page.all("svg")) == len(page.all("figcaption")) == 7
     assert all(cell["scope"] in {"row", "col"} for cell in page.all("th"))
     assert len(page.all("caption")) == len(page.all("table"))
 
@@ -384,7 +420,7 @@ def test_a_report_without_comparison_and_retrieval(evaluated, tmp_path):
     results = Results.model_validate_json((evaluated[0] / "results.json").read_text())
     bare = results.model_copy(update={"comparison": None, "retrieval": None})
     write_report(bare, {}, tmp_path / "report.html")
-    assert len(Page((tmp_path / "report.html").read_text()).all("svg")) == 5
+    assert len(Page((tmp_path / "report.html").read_text()).all("svg")) == 6
     print_sheets(bare, Console(quiet=True))
     assert "retrieval" not in sheets(bare)
 

@@ -30,7 +30,7 @@ def run_steps(out, start, stop, steps=100, console=QUIET, tokens=100, **changes)
     with track_progress(out, start, steps, console, **options) as report:
         for step in range(start + 1, stop + 1):
             report.add(step, metrics(step), tokens)
-        return report.shown
+        return report.task.note
 
 
 def log(out):
@@ -156,7 +156,7 @@ def test_tokens_per_second(tmp_path, monkeypatch):
 
 def test_bar_shows_where_the_run_is(tmp_path):
     screen = io.StringIO()
-    shown = run_steps(tmp_path, 30, 35, console=Console(file=screen, width=150))
+    shown = run_steps(tmp_path, 30, 35, console=Console(file=screen, force_terminal=True, width=150))
     assert shown == f"loss {1 / 35:.4f}  R² 0.5000  L0 8.0  dead 1,234"
     assert "35/100" in screen.getvalue()
     assert "dead 1,234" in screen.getvalue()

@@ -98,5 +98,7 @@ def test_the_summarys_accuracies_are_absent(images, clip, clt, recipe):
     }
     accuracies = {name for name in summary["classes"] if name.endswith("_top1")}
     assert len(accuracies) == 5
-    for name in ("labels", "nothing"):
-        assert summary[name] == summary["classes"] | dict.fromkeys(accuracies)
+    agreements = {name for name in summary["classes"] if name.endswith("_agreement")}  # with CLIP: no classes needed
+    assert len(agreements) == 2
+    assert summary["labels"] == summary["classes"] | dict.fromkeys(accuracies)
+    assert summary["nothing"] == summary["classes"] | dict.fromkeys(accuracies | agreements)
