@@ -81,10 +81,11 @@ class Task:
         """So many more units are done; `note`: what else there is to say, shown until the next one."""
         self.done += count
         self.note = self.note if note is None else note
-        if self._progress.bars is not None:
-            self._progress.bars.update(self._bar, completed=self.done, note=self.note)
-            return
         now = self._progress.clock()
+        if self._progress.bars is not None:
+            unit = " ".join(filter(None, [self.unit, self._speed(now)]))
+            self._progress.bars.update(self._bar, completed=self.done, note=self.note, unit=unit)
+            return
         has_spoken = self._next - self._began > FIRST
         is_last = self.done >= self.total and count > 0
         if now >= self._next or (is_last and has_spoken):
@@ -92,16 +93,22 @@ class Task:
             self._progress.console.print(self._line(now), highlight=False, markup=False, soft_wrap=True)
 
     def _line(self, now: float) -> str:
-        seconds = now - self._began
-        rate = (self.done - self._began_at) / seconds if seconds > 0 else 0.0
+        seconds, rate = now - self._began, self._rate(now)
         share = f" ({self.done / self.total:.0%})".replace("%", " %") if self.total else ""
         parts = [f"{self.done:,} of {self.total:,}{self._unit(' ')}{share}"]
         if rate > 0:
-            parts.append(f"{_short(rate)}{self._unit(' ')}/s")
+            parts.append(self._speed(now))
         parts.append(f"{_duration(seconds)} elapsed")
         if rate > 0 and self.done < self.total:
             parts.append(f"{_duration((self.total - self.done) / rate)} left")
         return f"{self.what}: {', '.join(parts)}{'; ' if self.note else ''}{self.note}"
+
+    def _rate(self, now: float) -> float:
+        seconds = now - self._began
+        return (self.done - self._began_at) / seconds if seconds > 0 else 0.0
+
+    def _speed(self, now: float) -> str:
+        return f"{_short(self._rate(now))}{self._unit(' ')}/s"
 
     def _unit(self, before: str) -> str:
         return f"{before}{self.unit}" if self.unit else ""

@@ -101,5 +101,5 @@ def test_a_terminal_has_a_bar_and_no_lines():
         task = progress.task("measure", 4, "images")
         clock.now += 100
         task.advance(3, note="[/] 2 broken")
-    assert "images [/] 2 broken" in output.getvalue()
+    assert "images 0.03 images/s [/] 2 broken" in output.getvalue()
     assert "elapsed" not in output.getvalue()
