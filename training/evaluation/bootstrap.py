@@ -27,6 +27,10 @@ class Bootstrap:
         for row in self._counts:
             row[:] = np.bincount(generator.integers(images, size=images), minlength=images)
 
+    def drawn(self, first: int, count: int) -> NDArray[np.float32]:
+        """How often every resample drew each of `count` images, from the `first` on: [R, count]."""
+        return self._counts[:, first : first + count]
+
     def means(self, values: Array) -> Array:
         """Means of values [n, ...] over images under every resample: [R, ...]."""
         flat = np.asarray(values, dtype=np.float64).reshape(self.images, -1)

@@ -54,18 +54,20 @@ def evaluate(
     windows = paper_windows(clt.layers)
     embeddings = label_embeddings(clip, images, meta.recipe.data.templates, console)
     plan = Plan(windows, matrices=True, random_orders=RANDOM_ORDERS, retrieval=True)
-    measured = measure(clip, clt.to(device), images, embeddings, plan, console, seed=seed)
     bootstrap = Bootstrap(len(images), seed=seed)
+    measured = measure(clip, clt.to(device), images, embeddings, plan, bootstrap, console, seed=seed)
     baseline, cascades = measured.cascades.figures(bootstrap)
     comparison = None
     if compared:
         path, other_clt, other_meta = compared
-        other_measured = measure(clip, other_clt.to(device), images, embeddings, Plan(windows), console, seed=seed)
+        other_measured = measure(
+            clip, other_clt.to(device), images, embeddings, Plan(windows), bootstrap, console, seed=seed
+        )
         comparison = Comparison(
             name=other_meta.recipe.name,
             checkpoint_sha256=file_sha256(path / "clt.safetensors"),
             cross_layer=other_clt.architecture.cross_layer,
-            reconstruction=other_measured.reconstruction.figures(bootstrap),
+            reconstruction=other_measured.reconstruction.figures(),
             cascades=other_measured.cascades.figures(bootstrap)[1],
             gains=_gains(measured.cascades, other_measured.cascades, bootstrap) if images.labels else [],
         )
@@ -81,7 +83,7 @@ def evaluate(
         seeds=Seeds(sample=images.seed, bootstrap=seed, orders=seed),
         resamples=bootstrap.resamples,
         confidence=bootstrap.confidence,
-        reconstruction=measured.reconstruction.figures(bootstrap),
+        reconstruction=measured.reconstruction.figures(),
         baseline=baseline,
         cascades=cascades,
         contributions={
@@ -108,9 +110,9 @@ def evaluate_summary(
     """
     embeddings = label_embeddings(clip, images, templates, console)
     plan = Plan([range(clt.layers)], tokens=("all", "cls"))
-    measured = measure(clip, clt, images, embeddings, plan, console)
     bootstrap = Bootstrap(len(images), resamples=2)  # the intervals are not used
-    reconstruction = measured.reconstruction.figures(bootstrap)
+    measured = measure(clip, clt, images, embeddings, plan, bootstrap, console)
+    reconstruction = measured.reconstruction.figures()
     baseline, cascades = measured.cascades.figures(bootstrap)
     replaced_all, replaced_cls = cascades or (None, None)
     faithfulness = _faithfulness(measured, images, bootstrap)

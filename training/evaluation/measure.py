@@ -27,6 +27,7 @@ from vitrine.models.dictionary.sparsify import Code
 from vitrine.models.progress import Progress
 from vitrine.training.data.activations import activations
 from vitrine.training.data.held_out import HeldOut
+from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.cascades import Cascades
 from vitrine.training.evaluation.contributions import ScoreMean, add_codes, by_type, centre_, mean_contributions
 from vitrine.training.evaluation.faithfulness import RANKINGS, Interventions, ranked
@@ -78,6 +79,7 @@ def measure(
     images: HeldOut,
     label_embeddings: Tensor,
     plan: Plan,
+    bootstrap: Bootstrap,
     console: Console,
     *,
     seed: int = 0,
@@ -94,7 +96,7 @@ def measure(
         return (clip.logit_scale * embedding @ label_embeddings.T).log_softmax(-1)
 
     with Progress(console) as progress:
-        reconstruction = Reconstruction(clt, _survey(clip, clt, images, progress))
+        reconstruction = Reconstruction(clt, _survey(clip, clt, images, progress), bootstrap)
         cascades = Cascades(Replaced(tower, clt), classify, plan.windows, plan.tokens)
         gallery, raw, centred = Gallery(clt.layers, clt.features), ScoreMean(clt.layers), ScoreMean(clt.layers)
         starts = {window[0] for window in plan.windows}

@@ -12,8 +12,8 @@
     dead            share of features that fired for no token
 
 Means and medians of |y| come from a survey (`survey.py`). R^2 is exact whatever centres the survey gave: the sums are
-taken about these and moved to the mean of the tokens seen at the end, by an equal share for every image. Its
-intervals, by bootstrap over images, keep the means fixed. The median of the relative error is exact: that of every
+taken about these and moved to the mean of the tokens seen at the end. Its intervals, by bootstrap over images, keep the
+means fixed. The median of the relative error is exact: that of every
 token is kept, 4 L T bytes an image.
 
 L layers, n images, B images of a batch, T tokens, d width, F features; 3 token types: all, [CLS], patches.
@@ -43,9 +43,12 @@ class Reconstruction:
     Args:
         clt: the CLT.
         survey: of the MLP outputs of these images, or of a sample of them.
+        bootstrap: over these images, for the intervals.
     """
 
-    def __init__(self, clt: CrossLayerTranscoder, survey: Survey) -> None:
+    def __init__(self, clt: CrossLayerTranscoder, survey: Survey, bootstrap: Bootstrap) -> None:
+        self._bootstrap, self._seen = bootstrap, 0
+        self._moved_resampled = torch.zeros(bootstrap.resamples, 3, clt.layers, clt.width)  # of every resample
         device = clt.decoders[0].bias.device
         self.layers, self.width, self.tokens = clt.layers, clt.width, 0
         self.centres = survey.means.to(device)  # [3, L, d]
@@ -62,7 +65,7 @@ class Reconstruction:
         """MLP outputs [L, B, T, d] and CLT outputs, by layer; codes over the B * T tokens."""
         images, self.tokens = truth.shape[1], truth.shape[2]
         sums = torch.zeros(4, 3, images, self.layers, dtype=torch.float64)
-        relative = torch.empty(truth.shape[:3])
+        relative, moved = torch.empty(truth.shape[:3]), torch.empty(images, 3, self.layers, self.width)
         for layer, code in enumerate(codes):
             y, output, active = truth[layer].double(), decoded[layer].double(), code.values != 0
             norms, error = y.norm(dim=-1), (y - output).square().sum(-1)
@@ -75,27 +78,37 @@ class Reconstruction:
                 total = chosen.square().sum(-1)
                 parts = (of_type(error, tokens), total, of_type(cosine, tokens), of_type(count, tokens))
                 sums[:, kind, :, layer] = torch.stack([part.sum(-1) for part in parts]).cpu()
-                self._moved[kind, layer] += chosen.sum((0, 1)).cpu()
+                by_image = chosen.sum(1).cpu()
+                self._moved[kind, layer] += by_image.sum(0)
+                moved[:, kind, layer] = by_image.float()
                 kept_sums = torch.stack([mask.sum(), (mask * parts[ERROR]).sum(), (mask * total).sum()])
                 self._kept[:, kind, layer] += kept_sums.cpu()
                 self._kept_moved[kind, layer] += torch.einsum("bt,btd->d", mask, chosen).cpu()
             for kind, tokens in enumerate(TOKENS[1:]):
                 indices, is_active = (of_type(part.view(images, self.tokens, -1), tokens) for part in (code[0], active))
                 self.fired[kind, layer, indices[is_active]] = True
+        drawn = torch.from_numpy(self._bootstrap.drawn(self._seen, images))
+        self._moved_resampled += torch.einsum("rb,bkld->rkld", drawn, moved)
+        self._seen += images
         self._images.append(sums)
         self._relative.append(relative)
 
-    def figures(self, bootstrap: Bootstrap) -> dict[Tokens, TokenFigures]:
+    def figures(self) -> dict[Tokens, TokenFigures]:
         """The figures of every token type; R^2 with intervals."""
+        bootstrap = self._bootstrap
         sums = torch.cat(self._images, dim=2)  # [4, 3, n, L]
         images, relative = sums.shape[2], torch.cat(self._relative, dim=1)
         fired = torch.stack([self.fired.any(0), *self.fired]).double().mean(-1).cpu()
         figures = {}
         for kind, tokens in enumerate(TOKENS):
             count = images * (self.tokens, 1, self.tokens - 1)[kind]
-            sums[TOTAL, kind] -= self._moved[kind].square().sum(-1) / count / images  # from the centre to the mean
             error, total, cosine, l0 = sums[:, kind].sum(1)
-            resampled = 1 - bootstrap.means(sums[ERROR, kind].numpy()) / bootstrap.means(sums[TOTAL, kind].numpy())
+            move = self._moved[kind] / count  # from the centre to the mean
+            total = total - count * move.square().sum(-1)
+            along = torch.einsum("rld,ld->rl", self._moved_resampled[:, kind].double(), move)
+            change = (count * move.square().sum(-1) - 2 * along) / images
+            totals = bootstrap.means(sums[TOTAL, kind].numpy()) + change.numpy()
+            resampled = 1 - bootstrap.means(sums[ERROR, kind].numpy()) / totals
             kept, kept_error, kept_total = self._kept[:, kind]
             kept_total = kept_total - self._kept_moved[kind].square().sum(-1) / kept.clamp_min(1)
             columns: dict[str, Tensor] = {

@@ -38,7 +38,7 @@ def label_embeddings(clip, recipe):
 @pytest.fixture(scope="module")
 def measured(clip, clt, images, label_embeddings):
     plan = Plan(WINDOWS, matrices=True, random_orders=3, retrieval=True)
-    return measure(clip, clt, images, label_embeddings, plan, Console(quiet=True))
+    return measure(clip, clt, images, label_embeddings, plan, Bootstrap(12), Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_r2_is_about_the_means_of_these_images(clt, taps, codes, measured, token
     decoded = clt.decode(codes).view_as(taps.mlp_out)[:, :, chosen].double().flatten(1, 2)
     error = (truth - decoded).square().sum((1, 2))
     expected = 1 - error / (truth - truth.mean(1, keepdim=True)).square().sum((1, 2))
-    figures = measured.reconstruction.figures(Bootstrap(12))[tokens]
+    figures = measured.reconstruction.figures()[tokens]
     assert [layer.r2 for layer in figures.layers] == pytest.approx(expected.tolist(), rel=1e-6)
 
 
@@ -158,7 +158,9 @@ def test_interventions_are_the_definition(clip, clt, taps, codes, everything, la
 
 def test_a_per_layer_clt_contributes_from_its_own_layer_alone(clip, make_clt, images, label_embeddings):
     clt = make_clt(clip, cross_layer=False)
-    measurement = measure(clip, clt, images, label_embeddings, Plan(WINDOWS, matrices=True), Console(quiet=True))
+    measurement = measure(
+        clip, clt, images, label_embeddings, Plan(WINDOWS, matrices=True), Bootstrap(12), Console(quiet=True)
+    )
     torch.testing.assert_close(measurement.raw.matrix("all"), torch.eye(3, dtype=torch.float64))
     figures = measurement.interventions.figures(Bootstrap(12), measurement.cascades.clip_right)
     assert figures.curve("cls").order[0] == 2
@@ -167,11 +169,13 @@ def test_a_per_layer_clt_contributes_from_its_own_layer_alone(clip, make_clt, im
 
 def test_the_batch_size_does_not_matter(clip, clt, recipe, data_root, label_embeddings, measured):
     images = held_out(recipe.data, data_root, clip, batch_size=12, workers=0)
-    measurement = measure(clip, clt, images, label_embeddings, Plan(WINDOWS, matrices=True), Console(quiet=True))
+    measurement = measure(
+        clip, clt, images, label_embeddings, Plan(WINDOWS, matrices=True), Bootstrap(12), Console(quiet=True)
+    )
     torch.testing.assert_close(
         measurement.centred.matrix("patches"), measured.centred.matrix("patches"), rtol=1e-4, atol=1e-5
     )
-    ours, theirs = (m.reconstruction.figures(Bootstrap(12))["all"].r2.value for m in (measurement, measured))
+    ours, theirs = (m.reconstruction.figures()["all"].r2.value for m in (measurement, measured))
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
@@ -179,7 +183,7 @@ def test_the_summary_is_the_same_figures(clip, clt, images, recipe, measured):
     summary = evaluate_summary(clip, clt, images, recipe.data.templates, Console(quiet=True))
     bootstrap = Bootstrap(12)
     baseline, cascades = measured.cascades.figures(bootstrap)
-    reconstruction = measured.reconstruction.figures(bootstrap)
+    reconstruction = measured.reconstruction.figures()
     curve = measured.interventions.figures(bootstrap, measured.cascades.clip_right).curve("cls")
     assert summary.r2 == pytest.approx(reconstruction["all"].r2.value)
     assert summary.r2_cls == pytest.approx(reconstruction["cls"].r2.value)
@@ -207,16 +211,20 @@ def test_codes_that_are_not_kept_are_computed_again(clip, clt, images, label_emb
     monkeypatch.setattr(
         "vitrine.training.evaluation.measure.KEPT_BYTES", 8 * 3 * 5 * 17 * clt.encoders[0].sparsifier.places
     )
-    measurement = measure(clip, clt, images, label_embeddings, Plan(WINDOWS, matrices=True), Console(quiet=True))
+    measurement = measure(
+        clip, clt, images, label_embeddings, Plan(WINDOWS, matrices=True), Bootstrap(12), Console(quiet=True)
+    )
     for tokens in TOKENS:
         torch.testing.assert_close(measurement.centred.matrix(tokens), measured.centred.matrix(tokens))
 
 
 def test_a_sample_is_surveyed_and_r2_is_of_all(clip, clt, images, label_embeddings, measured, monkeypatch):
     monkeypatch.setattr("vitrine.training.evaluation.measure.SAMPLE", 4)
-    measurement = measure(clip, clt, images, label_embeddings, Plan(WINDOWS), Console(quiet=True))
-    for tokens, figures in measurement.reconstruction.figures(Bootstrap(12)).items():
-        assert figures.r2.value == pytest.approx(measured.reconstruction.figures(Bootstrap(12))[tokens].r2.value)
+    measurement = measure(clip, clt, images, label_embeddings, Plan(WINDOWS), Bootstrap(12), Console(quiet=True))
+    for tokens, figures in measurement.reconstruction.figures().items():
+        expected = measured.reconstruction.figures()[tokens].r2
+        actual = (figures.r2.value, figures.r2.low, figures.r2.high)
+        assert actual == pytest.approx((expected.value, expected.low, expected.high), rel=1e-5)
 
 
 # Which images

@@ -21,12 +21,12 @@ def surveyed(clt, truth):
 
 def collected(clt, survey, truth, decoded, codes):
     """The figures of six images, in two batches of different sizes."""
-    reconstruction, count = Reconstruction(clt, survey), truth.shape[2]
+    reconstruction, count = Reconstruction(clt, survey, Bootstrap(6)), truth.shape[2]
     for part in (slice(0, 4), slice(4, 6)):
         tokens = slice(count * part.start, count * part.stop)
         part_codes = [code._replace(indices=code.indices[tokens], values=code.values[tokens]) for code in codes]
         reconstruction.update(truth[:, part], decoded[:, part], part_codes)
-    return reconstruction.figures(Bootstrap(6))
+    return reconstruction.figures()
 
 
 @pytest.fixture(scope="module")
