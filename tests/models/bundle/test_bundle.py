@@ -12,7 +12,7 @@ import pytest
 from common import ROOT
 from vitrine.models.bundle.bundle import BundleError, open_bundle, seal
 from vitrine.models.bundle.layout import MANIFEST, REQUIRED
-from vitrine.models.bundle.manifest import Metrics
+from vitrine.models.bundle.manifest import LayerMetrics, Metrics
 from vitrine.models.bundle.model_card import model_card
 
 
@@ -180,6 +180,18 @@ def test_digest_changes_with_the_manifest(bundle, copied):
     assert resealed.digest == bundle.digest
     manifest = bundle.manifest.model_copy(update={"metrics": Metrics(r2=0.5)})
     assert seal(copied, manifest).digest != bundle.digest
+
+
+def test_model_card_shows_figures_by_layer(bundle):
+    """Of bundles that have them; the embedded one, and older ones, do not."""
+    of_kind = LayerMetrics(
+        r2=(0.9, 0.5), r2_kept=(0.8, None), relative_error=(0.1, 0.2), cosine=(0.9, 0.8), outliers=(0, 1)
+    )
+    metrics = Metrics(r2=0.7, r2_worst=0.5, layers=dict.fromkeys(("all", "cls", "patches"), of_kind))
+    card = model_card(bundle.manifest.model_copy(update={"metrics": metrics}))
+    assert "| r2_worst | 0.5000 |" in card
+    assert "| 1 | 0.5000 | – | 0.2000 |" in card
+    assert "R² kept" not in model_card(bundle.manifest)
 
 
 def test_model_card_names_data_metrics_and_recipe(bundle):

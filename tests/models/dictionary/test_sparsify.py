@@ -227,3 +227,15 @@ def test_impossible_budgets_are_refused(kind, k, k_cls):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_tokens(kind):
     assert activations(make_sparsifier(kind, 4, 2, 2), torch.empty(0, 4)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_tokens_are_selected_as_one_is(threads):
+    """More than are selected at a time."""
+    values, before = torch.randn(150, 40, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        selected = make_sparsifier("relu_topk", 40, 7, 7).select(values)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(selected, values.topk(7).indices)
