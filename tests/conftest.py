@@ -252,7 +252,9 @@ def bundle(clip, clt, cls_mean, provenance, tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoint(recipe, clip, clt, cls_mean, tmp_path_factory):
     """A finished run's checkpoint of `clt`, from which `bundle` was exported."""
-    meta = CheckpointMeta(step=24, steps=24, recipe=recipe, clip_sha256=clip.sha256, layers=3, width=32)
+    meta = CheckpointMeta(
+        step=24, steps=24, recipe=recipe, clip_sha256=clip.sha256, layers=3, width=32, labels=recipe.data.labels
+    )
     out = tmp_path_factory.mktemp("run")
     return save_checkpoint(out, meta, clt, {"out_mean_cls": cls_mean}, {"step": torch.zeros(1)})
 

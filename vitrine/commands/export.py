@@ -56,7 +56,7 @@ def export(
     recipe, console = meta.recipe, new_console()
     clip = load_clip_of(recipe, data_root)
     check_clip(newest, meta, clip)
-    default = default or list(meta.labels)
+    default = default or list(meta.labels or recipe.data.labels or ())
     if not default:
         raise ExportError(
             f"{newest} was trained without labels, and a bundle needs some to predict where a request brings none: "
