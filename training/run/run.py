@@ -98,6 +98,7 @@ def train(
                 if run.done % recipe.training.checkpoint_every == 0 or run.done in (stop, phase.end):
                     report.flush()
                     run.save(trainer)
+    fabric.barrier()  # the first process may still be writing it
     checkpoint = checkpoints(out)[-1]
     if run.done == run.steps and run.meta.metrics.r2 is None and fabric.is_global_zero:
         run.measure(checkpoint)
