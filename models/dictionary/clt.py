@@ -261,7 +261,8 @@ class Order:
     @cached_property
     def _places(self) -> Tensor | None:
         """The used places, as positions in the flattened code; None: all."""
-        return None if self._used is None or bool(self._used.all()) else self._used.flatten().nonzero()[:, 0]
+        places = None if self._used is None else self._used.flatten().nonzero()[:, 0]
+        return None if places is None or len(places) == self.indices.numel() else places
 
     @cached_property
     def _by_token(self) -> tuple[Tensor, Tensor, Tensor]:

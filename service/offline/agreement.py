@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -78,10 +79,11 @@ def agreement(bundle: Bundle, settings: Settings, precision: Precision, inputs: 
     if inputs is not None:
         text = bundle.manifest.text
         labels = LabelEncoder(engine, capacity=1).encode(text.labels, text.templates)
-        batches = list(_batches(engine, inputs, settings, unreadable))
-        if not batches:
+        batches = _batches(engine, inputs, settings, unreadable)
+        first = next(batches, None)
+        if first is None:
             raise AgreementError(f"none of {len(inputs):,} images can be used; the first: {unreadable[0]}")
-        here = measure(reference, engine.vision, batches, labels, bundle.directions, bundle.fold)
+        here = measure(reference, engine.vision, chain([first], batches), labels, bundle.directions, bundle.fold)
     return Report(
         bundle=bundle.digest,
         precision=precision,

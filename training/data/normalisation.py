@@ -82,6 +82,10 @@ class Normalisation:
         """Normalised MLP outputs [L, N, d]."""
         return (mlp_out - self.out_mean[:, None]) / self.out_scale[:, None, None]
 
+    def kept(self, mlp_out: Tensor) -> Tensor:
+        """Which tokens of MLP outputs [L, N, d] are no outliers: [L, N] bool."""
+        return mlp_out.norm(dim=-1) <= self.outlier_norm[:, None]
+
     @torch.no_grad()
     def fold_into(self, clt: CrossLayerTranscoder) -> CrossLayerTranscoder:
         """A CLT on raw activations equivalent to `clt` on normalised ones, with denormalised outputs; float32.

@@ -111,19 +111,19 @@ def measure(
                     raw.update(target, decoder.sources, parts, is_cls)
             reconstruction.update(taps.mlp_out, known.decoded, codes)
             final = taps.residual_out[:, 0]
-            if images.labels:
-                cascades.update(known, classify(final), truth)
             selected = [
                 code._replace(indices=code.indices[is_cls], values=code.values[is_cls], order=None) for code in codes
             ]
-            at_cls.append(_AtCls(final - taps.mlp_out[-1, :, 0], final.clone(), selected, truth))
+            if images.labels:
+                cascades.update(known, classify(final), truth)
+                at_cls.append(_AtCls(final - taps.mlp_out[-1, :, 0], final.clone(), selected, truth))
             if plan.matrices:
                 kept.add(codes, is_cls)
             if plan.retrieval and images.has_classes:
                 gallery.update([Code(code.indices, code.values) for code in selected], tower.head(final), truth)
         if plan.matrices:
             _centre(clip, clt, images, kept, centred, progress)
-        interventions = _intervene(clt, classify, raw, at_cls if images.labels else [], plan, seed)
+        interventions = _intervene(clt, classify, raw, at_cls, plan, seed)
     return Measurements(reconstruction, cascades, interventions, raw, centred, gallery)
 
 

@@ -13,8 +13,7 @@
 
 Means and medians of |y| come from a survey (`survey.py`). R^2 is exact whatever centres the survey gave: the sums are
 taken about these and moved to the mean of the tokens seen at the end. Its intervals, by bootstrap over images, keep the
-means fixed. The median of the relative error is exact: that of every
-token is kept, 4 L T bytes an image.
+means fixed. The median of the relative error is exact: that of every token is kept, 4 L T bytes an image.
 
 L layers, n images, B images of a batch, T tokens, d width, F features; 3 token types: all, [CLS], patches.
 """
@@ -30,9 +29,11 @@ from torch import Tensor
 
 from vitrine.models.account.windows import TOKENS, Tokens
 from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
+from vitrine.models.dictionary.replacement import of_type
+from vitrine.training.data.normalisation import OUTLIER
 from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.results import LayerFigures, TokenFigures
-from vitrine.training.evaluation.survey import OUTLIER, Survey
+from vitrine.training.evaluation.survey import Survey
 
 ERROR, TOTAL, COSINE, L0 = range(4)  # sums over an image's tokens
 
@@ -144,10 +145,3 @@ def relative_error(error: Tensor, norms: Tensor) -> Tensor:
 def median_by_layer(values: Tensor) -> Tensor:
     """The median of every layer of values [L, ...], the mean of the middle two if their number is even: [L]."""
     return torch.from_numpy(np.median(values.flatten(1).numpy(), axis=1).astype(np.float64))
-
-
-def of_type(values: Tensor, tokens: Tokens, dim: int = 1) -> Tensor:
-    """The tokens of one type, which lie along `dim`; [CLS] is the first."""
-    if tokens == "all":
-        return values
-    return values.narrow(dim, 0, 1) if tokens == "cls" else values.narrow(dim, 1, values.shape[dim] - 1)

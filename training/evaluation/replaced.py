@@ -19,7 +19,7 @@ from torch import Tensor
 from vitrine.models.account.windows import Tokens
 from vitrine.models.clip.tower import Taps, Tower
 from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
-from vitrine.training.evaluation.reconstruction import of_type
+from vitrine.models.dictionary.replacement import of_type, which_are_cls, with_mlp
 
 
 @dataclass
@@ -66,12 +66,10 @@ class Replaced:
             if layer > window[-1] or (at_end and tokens == "patches"):
                 stream = stream + self.tower.mlp_output(layer, mlp_in)
                 continue
-            replaced = of_type(mlp_in, tokens)
-            is_cls = torch.zeros(replaced.shape[:2], dtype=torch.bool, device=stream.device)
-            is_cls[:, 0] = tokens != "patches"
-            codes[layer] = self.clt.encoders[layer](replaced.flatten(0, 1), is_cls.flatten())
+            is_cls = which_are_cls(stream, tokens)
+            codes[layer] = self.clt.encoders[layer](of_type(mlp_in, tokens).flatten(0, 1), is_cls)
             decoded = self._decode(known, first, layer, codes, tokens, at_end)
-            stream = stream + self._with_mlp(layer, mlp_in, decoded, "all" if at_end else tokens)
+            stream = stream + with_mlp(self.tower, layer, mlp_in, decoded, "all" if at_end else tokens)
         return stream[:, 0]
 
     def _decode(
@@ -87,14 +85,6 @@ class Replaced:
                 if at_end:
                     code = _first_tokens(code, images)
                 decoded = decoded + decoder.contribution(source, code).unflatten(0, (images, -1))
-        return decoded
-
-    def _with_mlp(self, layer: int, mlp_in: Tensor, decoded: Tensor, tokens: Tokens) -> Tensor:
-        """The CLT's output [B, t, d] for the replaced tokens, the MLP's for the others: [B, T, d]."""
-        if tokens == "cls":
-            return torch.cat([decoded, self.tower.mlp_output(layer, mlp_in[:, 1:])], dim=1)
-        if tokens == "patches":
-            return torch.cat([self.tower.mlp_output(layer, mlp_in[:, :1]), decoded], dim=1)
         return decoded
 
 

@@ -19,7 +19,6 @@ from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.training.evaluation.contributions import CLS, PATCHES
 
 SAMPLE = 256  # images: 50,000 tokens of a ViT with 197
-OUTLIER = 3.0  # median norms: what is longer is an outlier
 
 
 class Survey(NamedTuple):

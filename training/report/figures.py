@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from vitrine.models.account.windows import TOKENS
-from vitrine.training.evaluation.results import Cascade, Estimate, Matrix, Results, Spread
+from vitrine.models.account.windows import TOKENS, Tokens
+from vitrine.training.evaluation.results import Cascade, Estimate, Matrix, Results, Spread, TokenFigures
 from vitrine.training.report import paper
 from vitrine.training.report.tables import RANKING_NAMES, TOKEN_NAMES
 
@@ -58,10 +58,7 @@ def reconstruction(results: Results) -> str:
     """R^2 by layer and token type; those of the comparison are dotted."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(1, height=3.2)
-        sets = [(results.reconstruction, "-", "")]
-        if results.comparison:
-            sets.append((results.comparison.reconstruction, ":", f", {results.comparison.name}"))
-        for figures, style, suffix in sets:
+        for figures, style, suffix in _compared(results):
             for tokens in TOKENS:
                 values = [layer.r2 for layer in figures[tokens].layers]
                 _line(axes[0], values, tokens, TOKEN_NAMES[tokens] + suffix, style)
@@ -74,15 +71,12 @@ def outliers(results: Results) -> str:
     """R^2 without outliers, median relative error and share of outliers, by layer and token type."""
     with matplotlib.rc_context(_STYLE):
         figure, panels = _figure(3, height=3.0)
-        sets = [(results.reconstruction, "-", "")]
-        if results.comparison:
-            sets.append((results.comparison.reconstruction, ":", f", {results.comparison.name}"))
         for panel, (name, scale, label) in zip(
             panels,
             (("r2_kept", 1, "R² without outliers"), ("relative_error", 1, "relative error"), ("outliers", 100, "%")),
             strict=True,
         ):
-            for figures, style, suffix in sets[:1] if name == "outliers" else sets:
+            for figures, style, suffix in _compared(results)[: 1 if name == "outliers" else 2]:
                 for tokens in TOKENS:
                     values = [getattr(layer, name) for layer in figures[tokens].layers]
                     shown = [float("nan") if value is None else scale * value for value in values]
@@ -91,6 +85,14 @@ def outliers(results: Results) -> str:
             _by_layer(panel, results.layers, label if name != "outliers" else "outlier tokens, %")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, fontsize=9)
         return _svg(figure, "outliers", "R² without outliers, relative error and outliers by layer and token type")
+
+
+def _compared(results: Results) -> list[tuple[dict[Tokens, TokenFigures], str, str]]:
+    """The reconstruction's figures, and those of the comparison: (figures, line style, what to add to the legend)."""
+    sets = [(results.reconstruction, "-", "")]
+    if results.comparison:
+        sets.append((results.comparison.reconstruction, ":", f", {results.comparison.name}"))
+    return sets
 
 
 def sparsity(results: Results) -> str:

@@ -50,7 +50,7 @@ def start_from_neurons(
     for decoder in clt.decoders:
         for weight in decoder.weights[:-1]:
             weight.zero_()
-    kept = (batch.mlp_out.norm(dim=-1) <= n.outlier_norm[:, None]).to(inputs.dtype)
+    kept = n.kept(batch.mlp_out).to(inputs.dtype)
     missing = n.targets(batch.mlp_out) - clt(inputs, batch.is_cls)[1]
     means = torch.einsum("lnd,ln->ld", missing, kept) / kept.sum(1).clamp_min(1)[:, None]
     for decoder, mean in zip(clt.decoders, means, strict=True):

@@ -91,7 +91,7 @@ class Reconstruction(nn.Module):
 
         The targets of these tokens have variance 1, so the ratio of the two is the unexplained share of variance.
         """
-        kept = batch.mlp_out.norm(dim=-1) <= self.normalisation.outlier_norm[:, None]
+        kept = self.normalisation.kept(batch.mlp_out)
         count = self.size.images * self.size.tokens
         return error.detach().where(kept, 0).sum(1) / count, kept.sum(1) / count
 

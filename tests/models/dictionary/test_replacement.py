@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vitrine.models.clip.tower import Tower
-from vitrine.models.dictionary.replacement import Precomputed, Replacement
+from vitrine.models.dictionary.replacement import Replacement
 
 WINDOWS = [range(0, 3), range(1, 3), range(2, 3), range(0, 1), range(1, 2)]
 KINDS = ["relu_topk", "abs_topk", "jumprelu", "batch_topk"]
@@ -110,26 +110,6 @@ def test_an_empty_window_is_the_tower_bit_for_bit(clip, clt, make_pixels, tokens
         assert torch.equal(outputs.mlp_in, taps.mlp_in)
         assert torch.equal(outputs.mlp_out, taps.mlp_out)
         assert outputs.codes == [None] * 3
-
-
-@pytest.mark.parametrize("tokens", CHOICES)
-@pytest.mark.parametrize("window", [*WINDOWS, range(0)])
-def test_what_is_known_saves_layers_and_changes_nothing(clip, make_clt, make_pixels, monkeypatch, window, tokens):
-    clt, pixels = make_clt(clip, k=8, k_cls=5), make_pixels(3)
-    taps = clip.tower(pixels)
-    is_cls = torch.arange(17).eq(0).repeat(3)
-    known = Precomputed(taps, clt.encode(taps.mlp_in.flatten(1, 2), is_cls))
-    model = Replacement(clip.tower, clt)
-    expected = model(pixels, window, tokens)
-    ran, own = [], Tower.attention
-    monkeypatch.setattr(Tower, "attention", lambda tower, layer, stream: ran.append(layer) or own(tower, layer, stream))
-    outputs = model(pixels, window, tokens, known)
-    assert ran == list(range(window.start if window else 0, 3))
-    for one, other in zip(outputs[:3], expected[:3], strict=True):
-        torch.testing.assert_close(one, other)
-    for one, other in zip(outputs.codes, expected.codes, strict=True):
-        assert (one is None) == (other is None)
-        assert one is None or torch.equal(one.indices, other.indices)
 
 
 def test_nothing_is_encoded_that_nothing_decodes(clip, make_clt, make_pixels):
