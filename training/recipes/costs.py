@@ -48,9 +48,9 @@ KNOWN_IMAGES = {
     "detection-datasets/coco": {"train": 118_287, "val": 5_000},  # COCO 2017's; this copy may have slightly fewer
 }
 
-# Bytes per place of a code in a step: feature 8, pre-activation 4, activation 4, the gradients of both 8, and place and
-# token index sorted by feature 16.
-BYTES_PER_PLACE = 40
+# Bytes per place of a code in a step: feature 8, pre-activation 4, activation 4, the gradients of both 8, the token 8,
+# and place, token and activation sorted by feature 20.
+BYTES_PER_PLACE = 52
 # Number of [L, N, d] tensors that a step holds at its peak: CLIP's two, the same normalised, outputs, a layer's
 # products before they are summed (at most one such tensor in total), the error and its gradient, the outputs' gradient.
 STEP_TENSORS = 9
@@ -199,6 +199,11 @@ def places(architecture: Architecture) -> tuple[int, ...]:
     return tuple(min(architecture.features, spare * max(pair)) for pair in budgets)
 
 
+def used_places(architecture: Architecture) -> tuple[int, ...]:
+    """Places that a patch's code uses in a step, by layer: what the products read and write. [CLS] is one of many."""
+    return places(architecture) if architecture.sparsifier == "jumprelu" else architecture.k
+
+
 def cache_bytes(images: int, clip: ClipShape, kind: Literal["none", "float32", "bfloat16"]) -> int:
     """Bytes on disk of the MLP inputs and outputs for every token."""
     size = {"none": 0, "float32": FLOAT, "bfloat16": 2}[kind]
@@ -230,7 +235,7 @@ def transcoder_work(architecture: Architecture, tokens: int) -> tuple[Work, ...]
     """The CLT's part of a step over `tokens` tokens: encode and decode, forward and backward."""
     layers, features, width = architecture.layers, architecture.features, architecture.width
     table, output = features * width, tokens * width
-    rows = [tokens * k * width for k in places(architecture)]  # numbers gathered from one decoder, by source layer
+    rows = [tokens * k * width for k in used_places(architecture)]  # numbers gathered from one decoder, by source layer
     writes = [rows[source] for target in range(layers) for source in architecture.sources(target)]
     encoder = layers * (table + output + 3 * tokens * features)  # pre-activations: written once, read twice to select
     product = 2 * tokens * features * width * layers

@@ -137,7 +137,7 @@ def gated(clip, clt, cls_mean, provenance, make_pixels, tmp_path_factory):
     """(a bundle whose fp16 passed its gate and whose int8 did not, the messages about it)."""
     messages, results = [], [(0.5, 0.25, 0.125), (1, 1, 1)]  # of int8 and of fp16
 
-    def fake_measure(*_):
+    def fake_measure(*_, done):
         top1, cosine, features = results.pop(0)
         return Agreement(images=2, top1=top1, ledger_cosine=cosine, top_features=features)
 

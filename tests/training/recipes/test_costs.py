@@ -156,6 +156,7 @@ def test_sparse_work_follows_the_places_in_use():
     assert (decode_back.flops, decode_back.bytes) == (4 * gathered, 4 * (2 * gathered + 3 * (5 * 4 + 8 * 4)))
     assert (encode_back.flops, encode_back.bytes) == (2 * 5 * 4 * 5, 4 * (5 * 4 * 5 + 2 * 8 * 4))
     assert [work.dense for work in (find, decode, decode_back, encode_back)] == [True, False, False, False]
+    assert transcoder_work(replace(shape, k_cls=(8, 8)), 5) == transcoder_work(shape, 5), "[CLS] alone uses the others"
 
 
 # Memory
@@ -187,10 +188,12 @@ def test_memory_of_weights_gradients_and_moments_is_torchs(clip, costs, sparsifi
 def test_memory_of_a_place_is_that_of_the_tensors_that_training_keeps():
     clt = CrossLayerTranscoder(architecture())
     clt.initialise(torch.Generator().manual_seed(0))
-    (code, *_), _ = clt(torch.randn(3, 7, 16), torch.arange(7) == 0)
-    places, tokens, _ = code.order._bags
+    (code, *_), outputs = clt(torch.randn(3, 7, 16), torch.arange(7) == 0)
+    outputs.sum().backward()
+    assert code.order._places is None, "all places used: places, features and activations are those of the code"
     preactivations = code.values  # as many, of the same type
-    kept = [code.indices, code.values, preactivations, places, tokens]
+    sorted_by_feature = [*code.order._by_feature[:2], code.order._sorted[1]]
+    kept = [code.indices, code.values, preactivations, code.order._by_token[2], *sorted_by_feature]
     gradients = [code.values, preactivations]
     assert BYTES_PER_PLACE * code.indices.numel() == size(kept) + size(gradients)
 
@@ -198,7 +201,7 @@ def test_memory_of_a_place_is_that_of_the_tensors_that_training_keeps():
 def test_memory_of_a_step_by_hand():
     """L = 2, d = 4, F = 8, K = 2 and 3; 5 tokens."""
     shape = Architecture(layers=2, width=4, features=8, k=(2, 3), k_cls=(1, 1))
-    assert step_memory(shape, 5) == 4 * 9 * 2 * 5 * 4 + 40 * 5 * (2 + 3) + 2 * 4 * 5 * 8
+    assert step_memory(shape, 5) == 4 * 9 * 2 * 5 * 4 + 52 * 5 * (2 + 3) + 2 * 4 * 5 * 8
 
 
 def test_mixing_buffer_and_cache_hold_both_sides_of_every_mlp(clip, costs):
@@ -260,7 +263,6 @@ def test_a_cascade_comes_on_top(costs):
     [
         ({"clt": {"features": 64}}, {"clt": {"features": 128}}),
         ({"clt": {"k": 4}}, {"clt": {"k": 5}}),
-        ({"clt": {"k": 4}}, {"clt": {"k": 4, "k_cls": 5}}),
         ({"clt": {"k": 4}}, {"clt": {"k": [4, 5, 4]}}),
         ({"clt": {"cross_layer": False}}, {"clt": {"cross_layer": True}}),
         ({"clt": {"sparsifier": "relu_topk"}}, {"clt": {"sparsifier": "jumprelu"}}),
@@ -272,6 +274,12 @@ def test_more_of_anything_costs_more(costs, less, more):
     assert small.bytes < large.bytes
     assert small.total_memory < large.total_memory
     assert all(small.hours(gpu, 0.4) < large.hours(gpu, 0.4) for gpu in GPUS)
+
+
+def test_more_features_for_cls_take_memory_for_every_token(costs):
+    less, more = costs(clt={"k": 4}), costs(clt={"k": 4, "k_cls": 5})
+    assert (less.flops, less.bytes) == (more.flops, more.bytes)
+    assert less.total_memory < more.total_memory
 
 
 def test_more_epochs_take_longer_in_the_same_memory(costs):
