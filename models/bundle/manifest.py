@@ -137,6 +137,9 @@ class Metrics(_Part):
     layers: dict[Literal["all", "cls", "patches"], LayerMetrics] = {}
 
 
+TOP1, LEDGER_COSINE, TOP_FEATURES = 0.99, 0.99, 0.9  # the least that a variant must agree in
+
+
 class Agreement(_Part):
     """How well a variant of the vision graph agrees with the float32 graph, on images that neither was trained on."""
 
@@ -153,7 +156,15 @@ class Agreement(_Part):
     @property
     def is_sufficient(self) -> bool:
         """Whether the variant may be written. False if any value is NaN."""
-        return self.top1 >= 0.99 and self.ledger_cosine >= 0.99 and self.top_features >= 0.9
+        return self.top1 >= TOP1 and self.ledger_cosine >= LEDGER_COSINE and self.top_features >= TOP_FEATURES
+
+    @property
+    def beside_the_least(self) -> str:
+        """The three figures, and in brackets the least of each that is enough."""
+        return (
+            f"on {self.images:,} images top-1 {self.top1:.1%} (at least {TOP1:.0%}), cosine of the ledgers "
+            f"{self.ledger_cosine:.4f} ({LEDGER_COSINE}), top features {self.top_features:.1%} ({TOP_FEATURES:.0%})"
+        )
 
 
 class LabelQuality(_Part):

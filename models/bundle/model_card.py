@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vitrine.models.bundle.layout import Variant
     from vitrine.models.bundle.manifest import Agreement, CardsSummary, Manifest, Metrics, Shape
 
 
-LABELS_NAMED = 50
+LABELS_NAMED = 50  # of many
 
 
 def model_card(manifest: Manifest) -> str:
@@ -29,7 +31,7 @@ def model_card(manifest: Manifest) -> str:
 - **Precisions**: fp32{"".join(map(_agreement, manifest.agreement.items()))}
 - **Trained on**: {data.name}, {data.train_images:,} images; licence of the data: {data.licence}
 - **Measured on**: {data.name}, {data.val_images:,} held-out images
-- **Default labels**: {_labels(manifest.text.labels)}
+- **Default labels**: {first_labels(manifest.text.labels)}
 - **Licence of this bundle**: {manifest.licence}
 
 | metric (val) | value |
@@ -50,10 +52,11 @@ in for the MLPs only as well as `fidelity` in every answer says.
 """
 
 
-def _labels(labels: tuple[str, ...]) -> str:
+def first_labels(labels: Sequence[str]) -> str:
+    """The labels, of many the first ones and how many there are besides."""
     if len(labels) <= LABELS_NAMED:
-        return ", ".join(labels)
-    return f"{len(labels):,}, from {', '.join(labels[:LABELS_NAMED])} on; manifest.json has all"
+        return ", ".join(labels) or "none"
+    return f"{', '.join(labels[:LABELS_NAMED])} and {len(labels) - LABELS_NAMED:,} more"
 
 
 def _by_layer(metrics: Metrics) -> str:

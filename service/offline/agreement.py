@@ -23,6 +23,7 @@ from vitrine.models.inputs.source import Source
 from vitrine.models.precision.agreement import drawn_cosine, measure
 from vitrine.models.precision.instructions import int8_instructions
 from vitrine.models.precision.sessions import needs_precise_kernels
+from vitrine.models.progress import track
 from vitrine.service.engine.decoders import Decoders
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.labels import LabelEncoder
@@ -56,14 +57,12 @@ class Report(BaseModel):
         """Why the precision does not do here; None if it does."""
         if self.here is None or self.here.is_sufficient:
             return None
-        return (
-            f"{self.precision} does not agree with float32 on this machine: on {self.here.images:,} images top-1 "
-            f"{self.here.top1:.1%} (at least 99 %), cosine of the ledgers {self.here.ledger_cosine:.4f} (0.99), top "
-            f"features {self.here.top_features:.1%} (90 %)"
-        )
+        return f"{self.precision} does not agree with float32 on this machine: {self.here.beside_the_least}"
 
 
-def agreement(bundle: Bundle, settings: Settings, precision: Precision, inputs: Source | None = None) -> Report:
+def agreement(
+    bundle: Bundle, settings: Settings, precision: Precision, console: Console, inputs: Source | None = None
+) -> Report:
     """Compare a precision with float32, whose byte products are computed by ONNX Runtime's other kernels.
 
     inputs: images for the whole gate; None: drawn pictures alone. Raises `AgreementError` if the bundle lacks this
@@ -79,7 +78,7 @@ def agreement(bundle: Bundle, settings: Settings, precision: Precision, inputs: 
     if inputs is not None:
         text = bundle.manifest.text
         labels = LabelEncoder(engine, capacity=1).encode(text.labels, text.templates)
-        batches = _batches(engine, inputs, settings, unreadable)
+        batches = _batches(engine, inputs, settings, unreadable, console)
         first = next(batches, None)
         if first is None:
             raise AgreementError(f"none of {len(inputs):,} images can be used; the first: {unreadable[0]}")
@@ -98,13 +97,13 @@ def agreement(bundle: Bundle, settings: Settings, precision: Precision, inputs: 
 
 
 def _batches(
-    engine: Engine, inputs: Source, settings: Settings, unreadable: list[str]
+    engine: Engine, inputs: Source, settings: Settings, unreadable: list[str], console: Console
 ) -> Iterator[NDArray[np.float32]]:
     """Normalised pixels [B, 3, H, W] of the images that can be read; adds to `unreadable` why others cannot."""
     preprocessing, limits = engine.bundle.manifest.preprocessing, settings.image_limits
     with Decoders(1, preprocessing, limits, settings.decode_seconds) as decoders, closing(inputs.reader()) as reader:
         pixels = []
-        for item in reader.items(0, len(inputs)):
+        for item in track(reader.items(0, len(inputs)), "verify", len(inputs), console, "images"):
             try:
                 pixels.append(decoders.decode(item.read()).pixels)
             except (ServiceError, OSError) as error:

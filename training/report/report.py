@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from vitrine.models.bundle.model_card import first_labels
 from vitrine.models.clip.loading import Clip
 from vitrine.models.files.writing import write_text
 from vitrine.training.data.held_out import HeldOut
@@ -53,7 +54,6 @@ DEFINITIONS = {
     "highest of its cells, for its own CLIPs and data. Accuracies under replacement and R² were read off its charts.",
 }
 _TABLE_OF_SECTION = {"replacement": "cascades", "faithfulness": "faithfulness", "retrieval": "retrieval"}
-_LABELS_NAMED = 50
 _THUMBNAIL = 96  # pixels
 
 
@@ -129,7 +129,7 @@ def _provenance(results: Results) -> Sheet:
         ["checkpoint", f"{results.recipe.name}, step {results.step:,}"],
         ["checkpoint's sha256", results.checkpoint_sha256],
         ["images", f"{results.images:,} of {results.recipe.data.name}, val"],
-        ["labels", _labels(results.labels)],
+        ["labels", first_labels(results.labels)],
         ["seeds", f"sample {seeds.sample}, bootstrap {seeds.bootstrap}, random orders {seeds.orders}"],
         ["bootstrap", f"{results.resamples:,} resamples"],
     ]
@@ -138,13 +138,6 @@ def _provenance(results: Results) -> Sheet:
         rows.append([f"compared with {comparison.name} ({kind})", comparison.checkpoint_sha256])
     rows += [["left out", reason] for reason in results.left_out]
     return Sheet("What these figures belong to.", ["what", "which"], rows, text=2)
-
-
-def _labels(labels: list[str]) -> str:
-    """The first of many are enough; results.json has all."""
-    if len(labels) <= _LABELS_NAMED:
-        return ", ".join(labels) or "none"
-    return f"{', '.join(labels[:_LABELS_NAMED])} and {len(labels) - _LABELS_NAMED:,} more"
 
 
 def _examples(results: Results, thumbnails: dict[int, str]) -> list[dict[str, Any]]:

@@ -45,7 +45,8 @@ def verify(
     console.print("[green]all files as the manifest says; the graphs run and their rows add up")
     if precision is None:
         return
-    report = agreement(opened, load_settings(), precision.value, open_inputs(images) if images is not None else None)
+    inputs = open_inputs(images) if images is not None else None
+    report = agreement(opened, load_settings(), precision.value, console, inputs)
     if json_file is not None:
         write_text(json_file, report.model_dump_json(indent=2) + "\n")
     print_agreement(report, console)

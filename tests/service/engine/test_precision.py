@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.bundle.manifest import Agreement
@@ -76,7 +77,7 @@ def test_a_machine_that_multiplies_wrongly_serves_nothing(demo, monkeypatch):
 
 
 def test_float32_computed_by_other_kernels_is_the_same(demo):
-    report = agreement(demo, Settings(), "fp32")
+    report = agreement(demo, Settings(), "fp32", Console(quiet=True))
     assert report.drawn_cosine == pytest.approx(1, abs=1e-6)
     assert report.at_export is None
     assert report.problem is None
@@ -84,7 +85,7 @@ def test_float32_computed_by_other_kernels_is_the_same(demo):
 
 @pytest.mark.parametrize("name", ["top1", "ledger_cosine", "top_features"])
 def test_what_misses_the_gate_is_a_problem(demo, name):
-    report = agreement(demo, Settings(), "int8")
+    report = agreement(demo, Settings(), "int8", Console(quiet=True))
     assert report.problem is None  # drawn pictures alone
     good = Agreement(images=8, top1=1, ledger_cosine=1, top_features=1)
     assert report.model_copy(update={"here": good}).problem is None
