@@ -33,7 +33,7 @@ def run(monkeypatch, tmp_path):
 @pytest.mark.parametrize("width", [80, 200])
 def test_the_list_has_every_recipe_on_one_whole_line(run, width):
     lines = run(width=width).splitlines()
-    assert max(map(len, lines[:-1])) <= width
+    assert max(len(line) for line in lines if not line.startswith("?")) <= width  # those name files, whole
     rows = {line.split()[0]: line for line in lines if line.split() and line.split()[0] in NAMES}
     assert list(rows) == NAMES
     assert {"6,144", "64", "425"} <= set(rows["b16-coco-relu_topk"].split())
