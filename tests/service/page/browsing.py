@@ -89,7 +89,11 @@ def change_answers(page, change):
 
 
 def serious_violations(page):
-    """axe-core's violations of serious or critical impact in the current state of the page."""
+    """axe-core's violations of serious or critical impact, once the page waits for nothing and nothing fades in."""
+    page.wait_for_function(
+        """() => !document.querySelector("[aria-busy=true]") &&
+                 document.getAnimations().every((part) => part.playState !== "running")"""
+    )
     results = Axe().run(page, options={"resultTypes": ["violations"]})
     return [
         (violation["id"], [node["html"][:200] for node in violation["nodes"]])
