@@ -36,9 +36,9 @@ class ReplacementGraph(nn.Module):
         self.tower, self.layers = tower, clt.layers
         self.attention = nn.ModuleList(Attention(block) for block in tower.blocks)
         self.encoders = served_encoders(clt, tables)
-        self.codes = nn.ModuleList(_Code(encoder.sparsifier, tables) for encoder in clt.encoders)
+        self.codes = nn.ModuleList(TokenCode(encoder.sparsifier, tables) for encoder in clt.encoders)
         self.sources = [clt.architecture.sources(target) for target in range(clt.layers)]
-        self.decoders = nn.ModuleList(nn.ModuleList(map(_Int8Decoder, decoder.weights)) for decoder in clt.decoders)
+        self.decoders = nn.ModuleList(nn.ModuleList(map(Int8Decoder, decoder.weights)) for decoder in clt.decoders)
         self.register_buffer("biases", clt.decoder_biases())
         self.register_buffer("types", torch.arange(tower.tokens).clamp_max(1))  # [T] 0: [CLS], 1: patches
 
@@ -72,7 +72,7 @@ class ReplacementGraph(nn.Module):
         return F.pad(by_type, (self.sources[target].start, self.layers - 1 - target))
 
 
-class _Code(nn.Module):
+class TokenCode(nn.Module):
     """Pre-activations of all tokens [B, T, F] to their code, (features, activations) [B, T, k] each, as one layer's
     sparsifier computes it outside training."""
 
@@ -98,7 +98,7 @@ class _Code(nn.Module):
         return sparse_code(preactivations, self.k, threshold, self.signed, usable)
 
 
-class _Int8Decoder(nn.Module):
+class Int8Decoder(nn.Module):
     """One decoder [F, d], each row as int8 values and a scale."""
 
     rows: Tensor
@@ -112,7 +112,16 @@ class _Int8Decoder(nn.Module):
 
     def forward(self, indices: Tensor, values: Tensor) -> Tensor:
         """sum_k z * row[feature]: [B, T, k] each -> [B, T, d]"""
+        rows, scales = self._chosen(indices)
+        return torch.matmul((values * scales)[..., None, :], rows)[..., 0, :]
+
+    def products(self, indices: Tensor, gradient: Tensor) -> Tensor:
+        """<row[feature], gradient[token]>: features [T, k], gradients [n, T, d] -> [n, T, k]"""
+        rows, scales = self._chosen(indices)
+        return torch.matmul(rows, gradient.permute(1, 2, 0)).permute(2, 0, 1) * scales
+
+    def _chosen(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows without their scales [..., d], scales [...]) of features [...]."""
         places = indices.flatten()
         rows = self.rows.index_select(0, places).float().view(*indices.shape, -1)
-        scaled = values * self.scales.index_select(0, places).view(indices.shape)
-        return torch.matmul(scaled[..., None, :], rows)[..., 0, :]
+        return rows, self.scales.index_select(0, places).view(indices.shape)

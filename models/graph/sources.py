@@ -1,0 +1,135 @@
+"""The backward half of the source account, for export to ONNX: directions followed back to what was written.
+
+One pass follows any number n of directions through one image's trace (`models.graph.trace`), through attention alone:
+no MLP runs backward, since what an MLP writes is where an account ends. With G [n, T, d] the gradient at the stream,
+going down from block l:
+
+    from what the MLP of block l wrote, w at token p    <w, G[p]>
+    before attention l                                   G + LN1' sum_h A_h' (G W_O^h W_V^h)
+
+(' transposed; LN1 with its denominators held fast). A direction starts after the last block, at [CLS], for a logit; or
+at the input of one layer's encoder, at any token, for a feature's pre-activation.
+
+With a CLT what the MLP of target j wrote is split: z <W^{i->j}[f], G[p]> for every active feature of every source layer
+i <= j, the decoder bias, and the error, which is what is left. So all numbers add up whatever the decoders' precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrine.models.clip.tower import Tower
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.graph.replacement import Int8Decoder
+
+
+class SourcesGraph(nn.Module):
+    """n directions and one image's trace -> contributions of embeddings [n, T], errors [n, L, T], constants [n]; with a
+    CLT of features [n, L, T, k] and decoder biases [n, L].
+
+    Inputs, n directions:
+        direction: [n, d] of the residual after the last block, for those that start there.
+        layer: [n] where each starts: L after the last block, l < L at the encoder of layer l.
+        token: [n] the token at which it starts.
+        feature: [n] whose encoder row is the direction, for l < L.
+        weights [L, H, T, T], before_attention, before_mlp [L, T], embedded [T, d], written [L, T, d], indices, values
+        [L, T, k]: the trace.
+    """
+
+    constants: Tensor  # [L, d] what attention adds to every token
+    encoder_rows: Tensor  # [L * F, d], in `tables`
+    gains: Tensor  # [L, d] of ln_2
+    encoder_constants: Tensor  # [L * F] of a pre-activation, whatever is written
+    biases: Tensor  # [L, d] of the decoders
+
+    def __init__(self, tower: Tower, clt: CrossLayerTranscoder | None, tables: torch.dtype) -> None:
+        super().__init__()
+        self.tower, self.layers, self.tokens, self.width = tower, tower.layers, tower.tokens, tower.width
+        self.has_code = clt is not None
+        constants = []
+        for block in tower.blocks:
+            attn = block.attn
+            bias = attn.in_proj_bias.detach().double().chunk(3)[2]
+            read = attn.in_proj_weight.detach().double().chunk(3)[2] @ block.ln_1.bias.detach().double() + bias
+            out = attn.out_proj.weight.detach().double() @ read + attn.out_proj.bias.detach().double()
+            constants.append(block.ls_1(out.float()))
+        self.register_buffer("constants", torch.stack(constants).float())
+        if clt is not None:
+            self.features = clt.features
+            encoders = clt.encoders
+            self.register_buffer("encoder_rows", torch.cat([e.weight.detach() for e in encoders]).to(tables))
+            self.register_buffer("gains", torch.stack([block.ln_2.weight.detach() for block in tower.blocks]))
+            own = [e.bias + e.weight @ block.ln_2.bias for e, block in zip(encoders, tower.blocks, strict=True)]
+            self.register_buffer("encoder_constants", torch.cat(own).detach())  # [L * F]
+            self.sources = [clt.architecture.sources(target) for target in range(clt.layers)]
+            self.decoders = nn.ModuleList(nn.ModuleList(map(Int8Decoder, d.weights)) for d in clt.decoders)
+            self.register_buffer("biases", clt.decoder_biases())
+
+    def forward(
+        self,
+        direction: Tensor,
+        layer: Tensor,
+        token: Tensor,
+        feature: Tensor,
+        weights: Tensor,
+        before_attention: Tensor,
+        before_mlp: Tensor,
+        embedded: Tensor,
+        written: Tensor,
+        indices: Tensor,
+        values: Tensor,
+    ) -> tuple[Tensor, ...]:
+        last = layer == self.layers
+        if self.has_code:
+            clamped = layer.clamp_max(self.layers - 1)
+            place = clamped * self.features + feature
+            rows = self.encoder_rows.index_select(0, place).float() * self.gains.index_select(0, clamped)
+            scale = before_mlp.flatten().index_select(0, clamped * self.tokens + token)
+            rows = (rows - rows.mean(-1, keepdim=True)) / scale[:, None]
+            direction = torch.where(last[:, None], direction, rows)
+            own = torch.where(last, 0.0, self.encoder_constants.index_select(0, place))
+        else:
+            own = torch.zeros_like(direction[:, 0])
+        at = torch.arange(self.tokens) == token[:, None]  # [n, T]
+        start = at[:, :, None] * direction[:, None]  # [n, T, d]
+
+        gradient = start * last[:, None, None]
+        parts: Any = [None] * self.layers
+        errors, biases, constants = [], [], [own]
+        for target in reversed(range(self.layers)):
+            total = (written[target] * gradient).sum(-1)  # [n, T]
+            if self.has_code:
+                bias = gradient @ self.biases[target]
+                biases.append(bias.sum(-1))
+                total = total - bias
+                tables: Any = self.decoders[target]
+                for source, table in zip(self.sources[target], tables, strict=True):
+                    part = table.products(indices[source], gradient) * values[source]  # [n, T, k]
+                    total = total - part.sum(-1)
+                    parts[source] = part if parts[source] is None else parts[source] + part
+            errors.append(total)
+            gradient = gradient + start * (layer == target)[:, None, None]
+            constants.append(gradient.sum(1) @ self.constants[target])
+            gradient = gradient + self._attention(target, gradient, weights[target], before_attention[target])
+        results = [
+            (embedded * gradient).sum(-1),  # [n, T]
+            torch.stack(errors[::-1], dim=1),  # [n, L, T]
+            torch.stack(constants, dim=1).sum(-1),  # [n]
+        ]
+        if self.has_code:
+            results += [torch.stack(parts, dim=1), torch.stack(biases[::-1], dim=1)]  # [n, L, T, k], [n, L]
+        return tuple(results)
+
+    def _attention(self, layer: int, gradient: Tensor, weights: Tensor, denominators: Tensor) -> Tensor:
+        """From the gradient at what a block's attention adds [n, T, d] to that at the stream before it, through the
+        values: weights [H, T, T], denominators of LN1 [T]."""
+        block = self.tower.blocks[layer]
+        attn = block.attn
+        mixed = block.ls_1(gradient) @ attn.out_proj.weight  # [n, T, d]
+        by_head = mixed.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)  # [n, H, T, d / H]
+        values = (weights.transpose(-1, -2) @ by_head).transpose(1, 2).flatten(2)
+        read = (values @ attn.in_proj_weight[2 * self.width :]) * block.ln_1.weight
+        return (read - read.mean(-1, keepdim=True)) / denominators[:, None]
