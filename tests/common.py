@@ -1,6 +1,7 @@
 """What many tests need: the repository, a free port, and the recipe of the tiny CLIP and its CLT."""
 
 import socket
+from copy import deepcopy
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,3 +48,13 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def with_stored_decoders(clt):
+    """A CLT in float64, its decoders as the graphs of all tokens store them: 127 steps a row."""
+    rounded = deepcopy(clt).double()
+    for decoder in rounded.decoders:
+        for weight in decoder.weights:
+            step = weight.abs().amax(1, keepdim=True) / 127
+            weight.copy_((weight / step).round() * step)
+    return rounded

@@ -176,7 +176,7 @@ class AttributionGraph(nn.Module):
 
     def _sigma(self, residual: Tensor) -> Tensor:
         """Standard deviation of residuals [..., d] as in ln_post."""
-        return (residual.var(dim=-1, unbiased=False) + self.tower.visual.ln_post.eps).sqrt()
+        return denominator(residual, self.tower.visual.ln_post)
 
     def _fidelity(self, folded: Tensor) -> Tensor:
         """(R^2, cosine) [B, 2] of what the CLT adds to the embedding, compared with what the MLPs add."""
@@ -185,6 +185,11 @@ class AttributionGraph(nn.Module):
         mlp = clt + error
         r2 = 1 - error.square().sum(-1) / (mlp - self.cls_mean).square().sum(-1)
         return torch.stack([r2, F.cosine_similarity(mlp, clt, dim=-1)], dim=-1)
+
+
+def denominator(stream: Tensor, ln: nn.LayerNorm) -> Tensor:
+    """Standard deviation [...] of a stream [..., d] as in a LayerNorm."""
+    return (stream.var(dim=-1, unbiased=False) + ln.eps).sqrt()
 
 
 def served_encoders(clt: CrossLayerTranscoder, tables: torch.dtype) -> nn.ModuleList:

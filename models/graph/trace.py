@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitrine.models.clip.attention import Attention
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
-from vitrine.models.graph.attribution import served_encoders
+from vitrine.models.graph.attribution import denominator, served_encoders
 from vitrine.models.graph.replacement import TokenCode
 
 
@@ -74,8 +74,3 @@ class TraceGraph(nn.Module):
             torch.stack(written, dim=1),
             *code,
         )
-
-
-def denominator(stream: Tensor, ln: nn.LayerNorm) -> Tensor:
-    """Standard deviation [...] of a stream [..., d] as in a LayerNorm."""
-    return (stream.var(dim=-1, unbiased=False) + ln.eps).sqrt()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common import with_stored_decoders
 from vitrine.models.account.windows import TOKENS, replacement_mask
 from vitrine.models.bundle.bundle import BundleError, open_bundle
 from vitrine.models.bundle.layout import REPLACED_INPUT, REPLACEMENT_OUTPUTS
@@ -24,13 +25,8 @@ IMAGES = 3
 
 @pytest.fixture(scope="module")
 def bytes_clt(any_clt):
-    """`any_clt` in float64, its decoders rounded as the graph stores them: 127 steps a row."""
-    rounded = deepcopy(any_clt).double()
-    for decoder in rounded.decoders:
-        for weight in decoder.weights:
-            step = weight.abs().amax(1, keepdim=True) / 127
-            weight.copy_((weight / step).round() * step)
-    return rounded
+    """`any_clt` in float64, its decoders as the graph stores them."""
+    return with_stored_decoders(any_clt)
 
 
 @pytest.fixture(scope="module")

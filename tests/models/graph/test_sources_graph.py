@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common import with_stored_decoders
 from vitrine.models.clip.tower import Tower
 from vitrine.models.graph.sources import SourcesGraph
 from vitrine.models.graph.trace import TraceGraph
@@ -34,7 +35,7 @@ class Reference:
     """One image's forward pass in float64 in which only what is written has a gradient."""
 
     def __init__(self, clip, clt, pixels):
-        self.tower, self.clt = Tower(deepcopy(clip.model).double().visual), deepcopy(clt).double()
+        self.tower, self.clt = Tower(deepcopy(clip.model).double().visual), clt
         taps = self.tower(pixels[None].double())
         self.embedded = taps.residual_in[0].detach().requires_grad_()
         self.written = [out[0].detach().requires_grad_() for out in taps.mlp_out]
@@ -77,23 +78,13 @@ class Reference:
         return embeddings.detach(), torch.stack(errors).detach(), [f.detach() for f in features], torch.stack(biases)
 
 
-def rounded(clt):
-    """The CLT with decoders as the graph stores them, in 127 steps a row."""
-    clt = deepcopy(clt)
-    for decoder in clt.decoders:
-        for weight in decoder.weights:
-            step = weight.abs().amax(1, keepdim=True) / 127
-            weight.copy_((weight / step).round() * step)
-    return clt
-
-
 def by_feature(indices, parts, features):
     """[T, k] -> [T, F]"""
     return torch.zeros(len(indices), features, dtype=parts.dtype).scatter_add(1, indices, parts)
 
 
 def check(clip, clt, pixels):
-    reference = Reference(clip, rounded(clt), pixels)
+    reference = Reference(clip, with_stored_decoders(clt), pixels)
     trace = TraceGraph(clip.tower, clt, torch.float32)(pixels[None])
     embedding, scale, norm, *held = (part[0] for part in trace)
     torch.testing.assert_close(embedding.double(), reference.z / reference.z.norm(), rtol=0, atol=1e-5)
