@@ -23,7 +23,7 @@ class AttentionOutput(NamedTuple):
 class Attention(nn.Module):
     """`Tower.attention` of one block; `cls_only`: for [CLS] only.
 
-    The weights of a token sum to 1, so the values' bias passes through unchanged: it is merged into the output's bias.
+    The weights of a token sum to 1, so the values' bias is merged into the output's bias (`constant`).
     """
 
     def __init__(self, block: Any, cls_only: bool = False) -> None:
@@ -40,8 +40,7 @@ class Attention(nn.Module):
             self.key_value = linear(weight[width:], biases[width:])
         else:
             self.query_key_value = linear(weight, biases)
-        constant = attn.out_proj.weight.detach().double() @ bias[2 * width :].double() + attn.out_proj.bias.double()
-        self.out = linear(attn.out_proj.weight.detach(), constant.to(bias.dtype))
+        self.out = linear(attn.out_proj.weight.detach(), constant(attn).to(bias.dtype))
 
     def forward(self, stream: Tensor) -> AttentionOutput:
         """stream: the residual stream [B, T, d] before the block."""
@@ -59,6 +58,14 @@ class Attention(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         """[B, tokens, d] -> [B, H, tokens, d / H]"""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def constant(attn: Any, read: Tensor | None = None) -> Tensor:
+    """What attention adds to every token, whatever it attends to [d], in float64: values that all tokens have in common
+    pass through unchanged. They are the values' bias and what the values read of `read` [d], an input common to all."""
+    weight, bias = (part.detach().double().chunk(3)[2] for part in (attn.in_proj_weight, attn.in_proj_bias))
+    values = bias if read is None else weight @ read.detach().double() + bias
+    return attn.out_proj.weight.detach().double() @ values + attn.out_proj.bias.detach().double()
 
 
 def linear(weight: Tensor, bias: Tensor) -> nn.Linear:

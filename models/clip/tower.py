@@ -17,6 +17,7 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
+from vitrine.models.clip.attention import constant
 from vitrine.models.errors import VitrineError
 
 
@@ -125,10 +126,8 @@ class Tower(nn.Module):
         matrix, _ = self._fold64()
         tables = []
         for block in self.blocks:
-            out, bias = block.attn.out_proj, block.attn.in_proj_bias.detach().double().chunk(3)[2]
-            weight = out.weight.detach().double()
-            constant = weight @ bias + out.bias.detach().double()
-            tables.append(block.ls_1(torch.cat([weight.T, constant[None]])) @ matrix)
+            weight = block.attn.out_proj.weight.detach().double()
+            tables.append(block.ls_1(torch.cat([weight.T, constant(block.attn)[None]])) @ matrix)
         return torch.stack(tables).float()
 
     def _fold64(self) -> tuple[Tensor, Tensor]:

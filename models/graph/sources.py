@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitrine.models.clip.attention import constant
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.graph.replacement import Int8Decoder
@@ -49,14 +50,9 @@ class SourcesGraph(nn.Module):
         super().__init__()
         self.tower, self.layers, self.tokens, self.width = tower, tower.layers, tower.tokens, tower.width
         self.has_code = clt is not None
-        constants = []
-        for block in tower.blocks:
-            attn = block.attn
-            bias = attn.in_proj_bias.detach().double().chunk(3)[2]
-            read = attn.in_proj_weight.detach().double().chunk(3)[2] @ block.ln_1.bias.detach().double() + bias
-            out = attn.out_proj.weight.detach().double() @ read + attn.out_proj.bias.detach().double()
-            constants.append(block.ls_1(out.float()))
-        self.register_buffer("constants", torch.stack(constants).float())
+        # What LN1 adds to every token passes through attention as biases do.
+        blocks = ((block, constant(block.attn, block.ln_1.bias)) for block in tower.blocks)
+        self.register_buffer("constants", torch.stack([block.ls_1(added.float()) for block, added in blocks]))
         if clt is not None:
             self.features = clt.features
             encoders = clt.encoders

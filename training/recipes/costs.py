@@ -161,7 +161,7 @@ def estimate(recipe: Recipe, data_root: Path) -> Costs:
     images = count_images(recipe.data.train, data_root)
     step = (
         _tower(clip, settings.images_per_step),
-        *transcoder_work(architecture, settings.images_per_step * clip.tokens),
+        *transcoder_work(architecture, settings.images_per_step * clip.tokens, settings.images_per_step),
         _optimiser(architecture),
     )
     return Costs(
@@ -199,9 +199,11 @@ def places(architecture: Architecture) -> tuple[int, ...]:
     return tuple(min(architecture.features, spare * max(pair)) for pair in budgets)
 
 
-def used_places(architecture: Architecture) -> tuple[int, ...]:
-    """Places that a patch's code uses in a step, by layer: what the products read and write. [CLS] is one of many."""
-    return places(architecture) if architecture.sparsifier == "jumprelu" else architecture.k
+def used_places(architecture: Architecture, tokens: int, cls: int) -> tuple[int, ...]:
+    """Places that the codes of `tokens` tokens, `cls` of them [CLS], use in a step, by layer: what products gather."""
+    if architecture.sparsifier == "jumprelu":
+        return tuple(tokens * count for count in places(architecture))
+    return tuple((tokens - cls) * k + cls * k_cls for k, k_cls in zip(architecture.k, architecture.k_cls, strict=True))
 
 
 def cache_bytes(images: int, clip: ClipShape, kind: Literal["none", "float32", "bfloat16"]) -> int:
@@ -231,11 +233,11 @@ def _tower(clip: ClipShape, images: int) -> Work:
     return Work("CLIP", images * clip.forward, FLOAT * (images * traffic + clip.vision_parameters), dense=True)
 
 
-def transcoder_work(architecture: Architecture, tokens: int) -> tuple[Work, ...]:
-    """The CLT's part of a step over `tokens` tokens: encode and decode, forward and backward."""
+def transcoder_work(architecture: Architecture, tokens: int, cls: int) -> tuple[Work, ...]:
+    """The CLT's part of a step over `tokens` tokens, `cls` of them [CLS]: encode and decode, forward and backward."""
     layers, features, width = architecture.layers, architecture.features, architecture.width
     table, output = features * width, tokens * width
-    rows = [tokens * k * width for k in used_places(architecture)]  # numbers gathered from one decoder, by source layer
+    rows = [used * width for used in used_places(architecture, tokens, cls)]  # gathered from a decoder, by source layer
     writes = [rows[source] for target in range(layers) for source in architecture.sources(target)]
     encoder = layers * (table + output + 3 * tokens * features)  # pre-activations: written once, read twice to select
     product = 2 * tokens * features * width * layers
@@ -261,7 +263,7 @@ def _optimiser(architecture: Architecture) -> Work:
 def _cascade_step(cascade: CascadeSection, architecture: Architecture, clip: ClipShape) -> tuple[Work, ...]:
     """CLIP as the teacher; the tower with its MLPs replaced, forward and backward; the CLT on one or both."""
     images = cascade.images_per_step
-    teacher, transcoder = _tower(clip, images), transcoder_work(architecture, images * clip.tokens)
+    teacher, transcoder = _tower(clip, images), transcoder_work(architecture, images * clip.tokens, images)
     # backward, to the inputs only: a linear map costs its forward pass again, a product of two activations twice that
     attention = images * (2 * clip.attention_projections + 3 * clip.attention_products)
     replaced = Work("replaced tower", attention, 3 * teacher.bytes, dense=True)
