@@ -147,8 +147,8 @@ def test_dense_flops_are_what_torch_counts(cross_layer):
 
 
 def test_sparse_work_follows_the_places_in_use():
-    """By hand: layer 0 has 2 places and writes to 2 targets, layer 1 has 3 and writes to 1, and 1 at [CLS]; 5 tokens, d = 4,
-    F = 8."""
+    """By hand: layer 0 has 2 places and writes to 2 targets, layer 1 has 3 and writes to 1; both have 1 at [CLS].
+    5 tokens, d = 4, F = 8."""
     shape = Architecture(layers=2, width=4, features=8, k=(2, 3), k_cls=(1, 1))
     find, decode, decode_back, encode_back = transcoder_work(shape, 5, cls=0)
     gathered = 5 * 4 * (2 + 2 + 3)
