@@ -35,11 +35,13 @@ serve: .venv/installed $(PHOTO)
 	@echo
 	@VITRINE_LOG_FORMAT=$${VITRINE_LOG_FORMAT:-text} .venv/bin/vitrine serve --port $(PORT)
 
+# A process a core, four at most (each needs 2 GB): tests compute on one thread. A file's tests stay together, for their
+# fixtures' sake.
 test: .venv/installed .venv-dev/installed
 	.venv-dev/bin/ruff check .
 	.venv-dev/bin/ruff format --check .
 	.venv-dev/bin/mypy
-	VITRINE_LIGHT_PYTHON=$(CURDIR)/.venv/bin/python .venv-dev/bin/pytest
+	VITRINE_LIGHT_PYTHON=$(CURDIR)/.venv/bin/python .venv-dev/bin/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # As root, with Debian's debootstrap: deploy/Dockerfile's steps in a clean root, and the service in it.
 test-image: .venv-dev/installed
