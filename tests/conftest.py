@@ -250,6 +250,14 @@ def bundle(clip, clt, cls_mean, provenance, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def traced(clip, clt, cls_mean, provenance, make_pixels, tmp_path_factory):
+    """`bundle` with source accounts and the average of four images."""
+    out = tmp_path_factory.mktemp("traced") / "tiny"
+    images = [make_pixels(4, seed=11)]
+    return export_bundle(clip, clt, cls_mean, provenance, out, calibration=images, replacement=True, sources=True)
+
+
+@pytest.fixture(scope="session")
 def checkpoint(recipe, clip, clt, cls_mean, tmp_path_factory):
     """A finished run's checkpoint of `clt`, from which `bundle` was exported."""
     meta = CheckpointMeta(
@@ -267,6 +275,7 @@ def carded(checkpoint, bundle, clip, data_root, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, threshold in (("PRECISION", 0.0), ("MIN_LABELS", 0), ("RANDOM_QUANTILE", 0.0)):
             patch.setattr(labels, name, threshold)
+        patch.setattr(labels, "chance", lambda fires, words: np.zeros(fires.shape[1]))
         return build_cards(clip, checkpoint, bundle, data_root, out, options, Console(quiet=True))
 
 

@@ -41,7 +41,8 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 16  # in a card's histogram, of equal width from 0 to the largest |activation|
 
 Reading = Literal["cls", "patches"]
-# Why a feature has no label, in the order of the checks.
+# Why a feature has no label: it fires on too few images, or too many, for a score, or its score is too low. Clarity and
+# margin forbade labels in older bundles.
 Abstention = Literal["too_few_exemplars", "score", "clarity", "margin"]
 
 
@@ -84,10 +85,10 @@ class Card:
     mean_picture: bytes | None  # WebP, the exemplars' mean
     label: str | None  # what it fires on
     abstained: Abstention | None  # why there is no label
-    label_score: float | None  # mean cosine between exemplars and the label, both centred
+    label_score: float | None  # of the label as a predictor of firing, on the exemplar images: AUROC (older: a cosine)
     label_margin: float | None  # that score minus the runner-up's
     label_clarity: float | None  # mean cosine between pairs of exemplars, centred
-    label_auroc: float | None  # of the label as a predictor of firing, on held-out images; None: unknown
+    label_auroc: float | None  # the same on held-out images; None: unknown
     writes: str | None  # the label to which its direction adds most
     writes_score: float | None  # cosine between its folded direction and that label
     writes_margin: float | None

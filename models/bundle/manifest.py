@@ -184,7 +184,8 @@ class CardsSummary(_Part):
     images: int  # from which exemplars were chosen
     vocabulary: int  # words
     features_cls: int  # features read at [CLS]; the others are read at patches
-    # Per reading: the score, clarity and margin that a label must reach; None: no label was good enough.
+    # Per reading: the `score` that a label must reach (in older bundles clarity and margin, too); None: no label was
+    # good enough.
     thresholds: dict[Literal["cls", "patches"], dict[str, float] | None]
     quality: LabelQuality
     pictures: Literal["thumbnails", "means", "none"]

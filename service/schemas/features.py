@@ -84,14 +84,17 @@ class CardResponse(BaseModel):
     index: int
     label: str | None = Field(description="what it fires on; null where that could not be said")
     abstained: str | None = Field(
-        description="why there is no label: too_few_exemplars, or a score, clarity or margin that is too low"
+        description="why there is no label: too_few_exemplars, or a score that is too low (or, in bundles whose cards "
+        "are of an older version, a clarity or margin)"
     )
-    label_score: float | None = Field(description="mean cosine of an exemplar and the label, both centred")
+    label_score: float | None = Field(
+        description="how well the label tells images on which it fires from others, among those that it was chosen by: "
+        "AUROC, 0.5 is chance (in cards of an older version the mean cosine of an exemplar and the label)"
+    )
     label_margin: float | None = Field(description="that score minus the runner-up's")
     label_clarity: float | None = Field(description="how far exemplars agree: the mean cosine of two of them")
     label_auroc: float | None = Field(
-        description="how well the label tells held-out images on which it fires from others: 0.5 is chance; null: "
-        "it fires on too few or on too many of them"
+        description="the same on held-out images; null: it fires on too few or on too many of them"
     )
     writes: Written | None
     read_at: Literal["cls", "patches"] = Field(

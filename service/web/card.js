@@ -5,19 +5,18 @@
   const { masked, histogram } = Vitrine.cardFigures;
 
   const ABSTAINED = {
-    too_few_exemplars: "it fires on too few images for that.",
-    score: "no word comes near enough to what its images show.",
+    too_few_exemplars: "it fires on too few images for that, or on nearly all.",
+    score: "no word tells well enough on which images it fires.",
     clarity: "the images on which it fires most do not show one thing.",
     margin: "two words fit its images about as well as each other.",
   };
   const MEANING = {
     score:
-      "Cosine of the mean embedding of its top images and the label's, both about their means: how near the word is.",
-    margin: "How much nearer that word is than the second-best one. Near 0, another word would do as well.",
+      "The chance that, of two images, one on which the feature fires and one on which it does not, the first fits the " +
+      "label better: 1 is always, 0.5 is a guess. On the images by which the label was chosen.",
+    margin: "How much better that word tells than the second-best one. Near 0, another word would do as well.",
     clarity: "Mean cosine between any two of its top images: how far they show the same thing.",
-    auroc:
-      "The chance that, on images kept apart, one on which the feature fires fits the label better than one on which " +
-      "it does not. 1 is always, 0.5 is a guess.",
+    auroc: "The same as the score, on images kept apart: this is what the label is worth.",
   };
 
   /**

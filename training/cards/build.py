@@ -25,7 +25,6 @@ from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import move_folder, prepare_folder
 from vitrine.models.progress import Progress
 from vitrine.training.cards.describe import describe_features
-from vitrine.training.cards.labels import Thresholds
 from vitrine.training.cards.pictures import Album, Pictures
 from vitrine.training.cards.survey import CLS, PATCHES, Saver, Survey, batches
 from vitrine.training.cards.tables import write_features, write_images
@@ -120,8 +119,8 @@ def build_cards(
     return replace(sealed, path=out)
 
 
-def _finite(thresholds: Thresholds) -> dict[str, float] | None:
-    return thresholds._asdict() if np.isfinite(thresholds.score) else None
+def _finite(threshold: float) -> dict[str, float] | None:
+    return {"score": threshold} if np.isfinite(threshold) else None
 
 
 def _check_origin(clip: Clip, clt: CrossLayerTranscoder, bundle: Bundle) -> None:

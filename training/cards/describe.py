@@ -15,8 +15,8 @@ from torch import Tensor
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.manifest import LabelQuality
 from vitrine.training.cards import labels as naming
-from vitrine.training.cards.labels import Labels, Thresholds, Written
-from vitrine.training.cards.quality import auroc, good_share, rank_images
+from vitrine.training.cards.labels import Labels, Written
+from vitrine.training.cards.quality import aurocs, good_share, rank_images
 from vitrine.training.cards.survey import CLS, PATCHES, Survey
 
 Columns = TypeVar("Columns", Labels, Written)
@@ -30,9 +30,10 @@ class FeatureDescriptions:
     exemplars: Tensor  # [L, F, K] image numbers
     values: Tensor  # [L, F, K] signed activations; 0: no exemplar
     label: Labels  # the best word of each feature
+    clarity: NDArray[np.float64]  # [n] how far its exemplars agree
     full: NDArray[np.bool_]  # [n] whether it has K exemplars
-    labelled: NDArray[np.bool_]  # [n] whether the best word passes the thresholds
-    thresholds: tuple[Thresholds, Thresholds]  # by reading
+    labelled: NDArray[np.bool_]  # [n] whether the best word reaches the threshold
+    thresholds: tuple[float, float]  # minimum score by reading; infinity: no label was good enough
     auroc: NDArray[np.float64]  # [n] of the best word, on the half of the held-out images not used for calibration
     written: Written
     written_floor: float  # minimum score of the word that a direction writes
@@ -45,23 +46,24 @@ def describe_features(survey: Survey, bundle: Bundle, words: Tensor, seed: int) 
     reading = torch.where(survey.fires[CLS] < exemplar_count, PATCHES, CLS)
     pick = reading[None, ..., None].expand(1, -1, -1, exemplar_count)
     exemplars, values = (part.gather(0, pick)[0] for part in (survey.images.long(), survey.values))
-    weights = values.abs().flatten(0, 1)  # [n, K]
-    full = (weights > 0).all(-1).numpy()
 
     count = survey.exemplar_images
     centred = F.normalize(survey.embeddings - survey.embeddings[:count].mean(0), dim=-1)
+    similarity = (centred @ words.T).numpy()
+    ranks = rank_images(similarity[: len(survey.fired)])
     label = _by_layer(
-        naming.describe(centred, of_layer.clamp_min(0), values[layer].abs(), words)
-        for layer, of_layer in enumerate(exemplars)
+        naming.describe(survey.fires_at(layer, of_layer, held_out=False).numpy(), ranks)
+        for layer, of_layer in enumerate(reading)
     )
-    check = _Check(survey, reading, (centred[count:] @ words.T).numpy())
+    check = _Check(survey, reading, similarity[count:])
     calibrating = check.auroc(label.word, 0)
+    full = (values != 0).all(-1).flatten().numpy()
     labelled, thresholds = np.zeros_like(full), []
     for kind in (CLS, PATCHES):  # scores at patches and at [CLS] differ
         selected = full & (reading == kind).flatten().numpy()
-        floor = naming.random_floor(centred[:count], weights[selected], words, seed)
-        thresholds.append(naming.calibrate(Labels(*(part[selected] for part in label)), calibrating[selected], floor))
-        labelled |= selected & thresholds[kind].passed(label)
+        of_kind = Labels(*(part[selected] for part in label))
+        thresholds.append(naming.calibrate(of_kind, calibrating[selected]))
+        labelled |= selected & naming.given(label, thresholds[kind])
 
     reported = check.auroc(label.word, 1)
     shuffled = label.word.copy()
@@ -73,6 +75,12 @@ def describe_features(survey: Survey, bundle: Bundle, words: Tensor, seed: int) 
         exemplars=exemplars,
         values=values,
         label=label,
+        clarity=np.concatenate(
+            [
+                naming.clarity(centred, of_layer.clamp_min(0), values[layer].abs())
+                for layer, of_layer in enumerate(exemplars)
+            ]
+        ),
         full=full,
         labelled=labelled,
         thresholds=(thresholds[CLS], thresholds[PATCHES]),
@@ -82,7 +90,7 @@ def describe_features(survey: Survey, bundle: Bundle, words: Tensor, seed: int) 
         ),
         written_floor=naming.written_floor(fold, words, seed),
         quality=LabelQuality(
-            held_out_images=len(survey.held_out[1::2]),
+            held_out_images=len(survey.fired_held_out[1::2]),
             labelled=int(labelled.sum()),
             measured=int(measured.sum()),
             auroc_share=good_share(reported[measured]),
@@ -101,15 +109,11 @@ class _Check:
 
     def auroc(self, words: NDArray[np.int64], half: int) -> NDArray[np.float64]:
         """AUROC of one word per feature, [n] -> [n]."""
-        of_layer = words.reshape(self.reading.shape)
-        return np.concatenate(
-            [auroc(self._fires(layer)[half::2], self._ranks[half], word) for layer, word in enumerate(of_layer)]
-        )
-
-    def _fires(self, layer: int) -> NDArray[np.bool_]:
-        """On which images each feature fires at its reading [H, F]."""
-        cls, patches = (self.survey.fires_held_out(kind, layer) for kind in (CLS, PATCHES))
-        return torch.where(self.reading[layer] == CLS, cls, patches).numpy()
+        parts = []
+        for layer, of_layer in enumerate(words.reshape(self.reading.shape)):
+            fires = self.survey.fires_at(layer, self.reading[layer], held_out=True).numpy()[half::2]
+            parts.append(aurocs(fires, self._ranks[half])[np.arange(len(of_layer)), of_layer])
+        return np.concatenate(parts)
 
 
 def _by_layer(parts: Iterable[Columns]) -> Columns:

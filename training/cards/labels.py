@@ -1,20 +1,21 @@
 """Choosing words for features, or abstaining.
 
-A feature's exemplars are images; their mean embedding, weighted by activation, is compared with every word, with the
-mean of the images and of the words subtracted. Each best word gets:
+A word stands for a feature if it tells on which images the feature fires: its score is the AUROC of the cosine between
+image and word, both about their means, on the exemplar images (`training.cards.quality`). The best word gets:
 
-    score    mean cosine of an exemplar and the word     margin   to the second-best word
-    clarity  mean cosine of two exemplars: whether they show the same thing
+    score    its AUROC                          margin   its lead over the second-best word
+    clarity  mean cosine of two exemplars: whether the strongest images show the same thing
 
-(The cosine of the *mean* and the word would be near 1 for any few images, because images differ in few dimensions.)
-Any set of images has a best word, so a label is given only above three thresholds. They are the lowest for which, on
-held-out images, at least `PRECISION` of the labels predict when their feature fires (`training.cards.quality`), and are
-never below the values of random sets of images.
+Any set of images has a best word. So a label is given only above a threshold of the score: the lowest for which, on
+held-out images, at least `PRECISION` of the labels tell when their feature fires; and only above what the best word
+reaches by chance on as many images (`quality.chance`).
+
+Not chosen: the word nearest to the mean of the strongest images. On photographs of a few classes no threshold of its
+score, margin or clarity singles out the labels that tell (training/RESULTS.md).
 """
 
 from __future__ import annotations
 
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -23,21 +24,21 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitrine.training.cards.quality import GOOD
+from vitrine.training.cards.quality import GOOD, aurocs, chance
 
 PRECISION = 0.85
 MIN_LABELS = 20  # minimum number of labels for their precision to be meaningful
 RANDOM_SETS, RANDOM_QUANTILE = 10_000, 0.999
-_LEVELS = np.linspace(0, 0.9, 10)  # quantiles over features that are tried as thresholds
+_LEVELS = np.linspace(0, 0.98, 50)  # quantiles over features that are tried as thresholds
 
 
 class Labels(NamedTuple):
-    """The best word of each of n features."""
+    """The best word of each of n features; score and margin are nan for one that fires on too few images."""
 
     word: NDArray[np.int64]  # [n] index into the vocabulary
     score: NDArray[np.float64]
     margin: NDArray[np.float64]
-    clarity: NDArray[np.float64]
+    chance: NDArray[np.float64]  # minimum score that is more than chance
 
 
 class Written(NamedTuple):
@@ -48,39 +49,31 @@ class Written(NamedTuple):
     margin: NDArray[np.float64]
 
 
-class Thresholds(NamedTuple):
-    """Minimum values for a label. Infinity: no label is given."""
-
-    score: float
-    clarity: float
-    margin: float
-
-    def passed(self, labels: Labels) -> NDArray[np.bool_]:
-        """Which labels reach the thresholds [n]."""
-        return (
-            (labels.score >= self.score) & (labels.clarity >= self.clarity) & (labels.margin >= self.margin)
-        )  # nan never passes
-
-
-def describe(embeddings: Tensor, exemplars: Tensor, weights: Tensor, words: Tensor) -> Labels:
+def describe(fires: NDArray[np.bool_], ranks: NDArray[np.float64]) -> Labels:
     """The best word of each feature.
+
+    Args:
+        fires: on which exemplar images a feature fires [N, n].
+        ranks: `quality.rank_images` of the same images [N, V].
+    """
+    every = aurocs(fires, ranks)
+    best, second = np.sort(np.partition(every, -2)[:, -2:])[:, ::-1].T
+    return Labels(np.nan_to_num(every).argmax(1), best, best - second, chance(fires, ranks.shape[1]))
+
+
+def clarity(embeddings: Tensor, exemplars: Tensor, weights: Tensor) -> NDArray[np.float64]:
+    """Mean cosine between two exemplars of each feature [n]; nan for fewer than two.
 
     Args:
         embeddings: of all images, centred, then normalised to length 1 [N, D].
         exemplars: indices into them [n, K].
-        weights: of the exemplars, non-negative [n, K]; with fewer than two above 0 all figures are nan.
-        words: embeddings from `training.cards.vocabulary.embed` [V, D].
+        weights: of the exemplars [n, K]; 0: none there.
     """
-    selected = embeddings[exemplars]  # [n, K, D]
-    used = (weights > 0).to(selected.dtype)
-    mean = (weights[..., None] * selected).sum(1) / weights.sum(1, keepdim=True).clamp_min(1e-9)
-    (best, second), indices = _top_two(mean @ words.T)
+    used = (weights > 0).to(embeddings.dtype)
     count = used.sum(1)
-    pairwise = (used[..., None] * selected).sum(1).square().sum(-1)
-    clarity = (pairwise - count) / (count * (count - 1))  # of unit vectors: without the diagonal
-    enough = count >= 2
-    figures = (torch.where(enough, part, torch.nan).double().numpy() for part in (best, best - second, clarity))
-    return Labels(indices.numpy(), *figures)
+    square = (used[..., None] * embeddings[exemplars]).sum(1).square().sum(-1)
+    pairwise = (square - count) / (count * (count - 1))  # of unit vectors: without the diagonal
+    return torch.where(count >= 2, pairwise, torch.nan).double().numpy()
 
 
 def written(folded: Tensor, words: Tensor) -> Written:
@@ -90,41 +83,28 @@ def written(folded: Tensor, words: Tensor) -> Written:
     return Written(indices.numpy(), best.double().numpy(), (best - second).double().numpy())
 
 
-def random_floor(embeddings: Tensor, weights: Tensor, words: Tensor, seed: int) -> Thresholds:
-    """The `RANDOM_QUANTILE` quantile of score and clarity over random sets of images. The sets reuse weights [n, K] of
-    features with exemplars. The margin has no floor: similar words legitimately have a small margin."""
-    if not len(weights):
-        return Thresholds(np.inf, np.inf, 0.0)
-    generator = torch.Generator().manual_seed(seed)
-    sampled = weights[torch.randint(len(weights), (RANDOM_SETS,), generator=generator)]
-    sets = torch.randint(len(embeddings), sampled.shape, generator=generator)
-    labels = describe(embeddings, sets, sampled, words)
-    score, clarity = (float(np.nanquantile(part, RANDOM_QUANTILE)) for part in (labels.score, labels.clarity))
-    return Thresholds(score, clarity, 0.0)
-
-
 def written_floor(fold: Tensor, words: Tensor, seed: int) -> float:
     """The `RANDOM_QUANTILE` quantile of the score over random directions in the residual stream; fold [d, D]."""
     directions = torch.randn(RANDOM_SETS, len(fold), generator=torch.Generator().manual_seed(seed))
     return float(np.quantile(written(directions @ fold, words).score, RANDOM_QUANTILE))
 
 
-def calibrate(labels: Labels, aurocs: NDArray[np.float64], floor: Thresholds) -> Thresholds:
-    """The thresholds that label most features with a precision of `PRECISION`; aurocs [n], nan: not measured."""
-    measured = ~np.isnan(aurocs)
-    good = measured & (aurocs >= GOOD)
-    candidates = [
-        sorted({max(minimum, float(value)) for value in np.nanquantile(part, _LEVELS)}) if len(part) else [np.inf]
-        for part, minimum in zip((labels.score, labels.clarity, labels.margin), floor, strict=True)
-    ]
-    best, most = Thresholds(np.inf, np.inf, np.inf), 0
-    for candidate in map(Thresholds._make, product(*candidates)):
-        passed = candidate.passed(labels)
-        measured_count = int((passed & measured).sum())
-        count = int(passed.sum())
-        if count > most and measured_count >= MIN_LABELS and (passed & good).sum() >= PRECISION * measured_count:
-            best, most = candidate, count
-    return best
+def given(labels: Labels, threshold: float) -> NDArray[np.bool_]:
+    """Which labels reach the threshold, and more than chance [n]."""
+    return (labels.score >= threshold) & (labels.score >= labels.chance)  # nan never is
+
+
+def calibrate(labels: Labels, held_out: NDArray[np.float64]) -> float:
+    """The lowest score for which the labels that are given have a precision of `PRECISION`; infinity if there is none.
+
+    held_out: AUROC of the words on held-out images [n]; nan: not measured.
+    """
+    earned = labels.score[given(labels, 0.0)]
+    for threshold in np.quantile(earned, _LEVELS) if len(earned) else ():
+        checked = given(labels, threshold) & ~np.isnan(held_out)
+        if checked.sum() >= MIN_LABELS and (held_out[checked] >= GOOD).sum() >= PRECISION * checked.sum():
+            return float(threshold)
+    return np.inf
 
 
 def _top_two(similarity: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:

@@ -1,8 +1,9 @@
 """The single pass over the images. It keeps counts, each feature's strongest images, and [CLS] codes and embeddings.
 
 Memory does not grow with the activations: for L * F features, K exemplars, P patches and N images it is about
-L F (2 * 256 * 4 + 2 K (2 P + 12)) + N (4 D + 6 L k) bytes, 0.6 GB for CLIP's B/32 with 6,144 features per layer. The
-survey is saved every few minutes, so that it can be resumed after an interruption.
+L F (2 * 256 * 4 + 2 K (2 P + 12)) + 4 N D + C L (6 k + F / 4) bytes, where C is the number of images with codes: 0.8 GB
+for CLIP's B/32 with 6,144 features per layer. The survey is saved every few minutes, so that it can be resumed after an
+interruption.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ class Survey:
     classes: Tensor  # [N + H] int32, class indices of the image's source
     code_indices: Tensor  # [C, L, k] int32, at [CLS] of the first C images
     code_values: Tensor  # [C, L, k] float16
-    held_out: Tensor  # [H, R, L, ceil(F / 8)] uint8: bit f % 8 of byte f // 8 says whether feature f fires
+    # Whether features fire, on the first C images and on the held-out ones: [C or H, R, L, ceil(F / 8)] uint8, where
+    # feature f is bit f % 8 of byte f // 8.
+    fired: Tensor
+    fired_held_out: Tensor
 
     @classmethod
     def empty(
@@ -69,13 +73,14 @@ class Survey:
             classes=torch.zeros(images + held_out, dtype=torch.int32),
             code_indices=torch.zeros(codes, layers, k, dtype=torch.int32),
             code_values=torch.zeros(codes, layers, k, dtype=torch.float16),
-            held_out=torch.zeros(held_out, 2, layers, -(-features // 8), dtype=torch.uint8),
+            fired=torch.zeros(codes, 2, layers, -(-features // 8), dtype=torch.uint8),
+            fired_held_out=torch.zeros(held_out, 2, layers, -(-features // 8), dtype=torch.uint8),
         )
 
     @property
     def exemplar_images(self) -> int:
         """The number of images from which exemplars are chosen."""
-        return len(self.embeddings) - len(self.held_out)
+        return len(self.embeddings) - len(self.fired_held_out)
 
     @torch.no_grad()
     def add(self, tower: Tower, clt: CrossLayerTranscoder, pixels: Tensor, classes: Tensor) -> None:
@@ -94,18 +99,20 @@ class Survey:
             dense = code.values.new_zeros(len(code.values), clt.features)
             dense = dense.scatter_(1, code.indices, code.values).view(count, tower.tokens, clt.features)
             if held_out:
-                self._hold_out(layer, start - self.exemplar_images, dense)
+                self._pack(self.fired_held_out[start - self.exemplar_images :, :, layer], dense)
             else:
+                self._pack(self.fired[start:, :, layer], dense)
                 self._collect(layer, start, dense)
                 self._keep_codes(layer, start, code.indices, code.values, tower.tokens)
         self.seen += count
 
-    def _hold_out(self, layer: int, start: int, dense: Tensor) -> None:
-        """Record which features fire in each held-out image, from dense activations [B, T, F]."""
+    @staticmethod
+    def _pack(fired: Tensor, dense: Tensor) -> None:
+        """Set the bits of the next images [.., R, ceil(F / 8)], as far as there are any, from activations [B, T, F]."""
         fires = torch.stack([dense[:, 0] != 0, (dense[:, 1:] != 0).any(1)], dim=1).cpu()  # [B, R, F]
         padded = F.pad(fires, (0, -fires.shape[-1] % 8)).unflatten(-1, (-1, 8))
-        weights = 1 << torch.arange(8)
-        self.held_out[start : start + len(dense), :, layer] = (padded * weights).sum(-1).to(torch.uint8)
+        bits = (padded * (1 << torch.arange(8))).sum(-1).to(torch.uint8)
+        fired[: len(bits)] = bits[: len(fired)]
 
     def _collect(self, layer: int, start: int, dense: Tensor) -> None:
         """Update counts and exemplars, from dense activations [B, T, F]."""
@@ -153,11 +160,12 @@ class Survey:
         self.code_indices[rows, layer, :places] = indices[::tokens][:count].gather(1, order).int().cpu()
         self.code_values[rows, layer, :places] = values[::tokens][:count].gather(1, order).half().cpu()
 
-    def fires_held_out(self, reading: int, layer: int) -> Tensor:
-        """Which features of a layer fire on the held-out images: [H, F] bool."""
-        packed = self.held_out[:, reading, layer]
-        bits = (packed[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
-        return bits.flatten(1)[:, : self.fires.shape[-1]].bool()
+    def fires_at(self, layer: int, reading: Tensor, held_out: bool) -> Tensor:
+        """On which images the features of a layer fire, each at its reading [F]: [C, F] bool of the first images, or
+        [H, F] of the held-out ones."""
+        packed = (self.fired_held_out if held_out else self.fired)[:, :, layer]
+        bits = ((packed[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(2)[..., : len(reading)].bool()
+        return torch.where(reading == CLS, bits[:, CLS], bits[:, PATCHES])
 
     def save(self, file: Path, key: str) -> None:
         """Write `file`, replacing it atomically; key: identifies what was surveyed. Raises `FileError`."""

@@ -126,7 +126,7 @@ def _rows(
         fires = bool(largest[index] > 0)
         exemplars, scale = _exemplars(survey, descriptions, layer, index, shown)
         label = descriptions.label
-        full = bool(descriptions.full[flat_index])
+        described = bool(descriptions.full[flat_index])
         writes = written.score[flat_index] >= descriptions.written_floor
         yield {
             "layer": layer,
@@ -142,9 +142,9 @@ def _rows(
             "mean_picture": _mean(descriptions, layer, index, means),
             "label": words[label.word[flat_index]] if descriptions.labelled[flat_index] else None,
             "abstained": _abstained(descriptions, flat_index),
-            "label_score": label.score[flat_index] if full else None,
-            "label_margin": label.margin[flat_index] if full else None,
-            "label_clarity": label.clarity[flat_index] if full else None,
+            "label_score": _number(label.score[flat_index]) if described else None,
+            "label_margin": _number(label.margin[flat_index]) if described else None,
+            "label_clarity": _number(descriptions.clarity[flat_index]) if described else None,
             "label_auroc": _number(descriptions.auroc[flat_index]) if descriptions.labelled[flat_index] else None,
             "writes": words[written.word[flat_index]] if writes else None,
             "writes_score": written.score[flat_index] if writes else None,
@@ -181,12 +181,8 @@ def _mean(descriptions: FeatureDescriptions, layer: int, index: int, album: Albu
 def _abstained(descriptions: FeatureDescriptions, flat_index: int) -> Abstention | None:
     if descriptions.labelled[flat_index]:
         return None
-    if not descriptions.full[flat_index]:
-        return "too_few_exemplars"
-    label, thresholds = descriptions.label, descriptions.thresholds[int(descriptions.reading.flatten()[flat_index])]
-    if not label.score[flat_index] >= thresholds.score:
-        return "score"
-    return "clarity" if not label.clarity[flat_index] >= thresholds.clarity else "margin"
+    described = descriptions.full[flat_index] and not np.isnan(descriptions.label.score[flat_index])
+    return "score" if described else "too_few_exemplars"
 
 
 def _number(value: float) -> float | None:

@@ -49,9 +49,9 @@ def test_a_card_says_what_is_known(page, photo):
         assert part in text, part
     assert "5\u202f% below 0.20, 50\u202f% below 1.20, 95\u202f% below 3.90" in text
     question = dialog.get_by_role("button", name="What is Held-out AUROC?")
-    assert "0.5 is a guess" not in text
+    assert "what the label is worth" not in text
     question.press("Enter")
-    expect(dialog.get_by_text("0.5 is a guess")).to_be_visible()
+    expect(dialog.get_by_text("what the label is worth")).to_be_visible()
     expect(question).to_have_attribute("aria-expanded", "true")
     exemplars = dialog.locator(".exemplar")
     assert exemplars.locator("img").count() == 2
@@ -99,7 +99,7 @@ def test_cards_lead_to_cards_and_back(page, photo):
     ("reason", "said"),
     [
         ("too_few_exemplars", "too few images"),
-        ("score", "near enough"),
+        ("score", "well enough"),
         ("clarity", "one thing"),
         ("margin", "two words"),
     ],

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from vitrine.training.cards.describe import describe_features
 from vitrine.training.cards.survey import CLS, LOG_BINS, PATCHES, Survey
 
-WORDS, FEATURES, IMAGES, HELD_OUT, EXEMPLARS, WIDTH = 6, 240, 600, 240, 8, 16
+WORDS, FEATURES, IMAGES, CODES, HELD_OUT, EXEMPLARS, WIDTH = 6, 240, 600, 480, 240, 8, 16
 RANDOM = range(180, 240)  # features that fire on random images
 LIARS = range(140, 180)  # on the odd held-out images they fire where they should not
 AT_PATCHES = range(0, 240, 4)  # features that never fire at [CLS]
@@ -35,9 +35,10 @@ def survey(words):
         [generator.choice(np.flatnonzero(shows[:IMAGES] == f % WORDS), EXEMPLARS, False) for f in range(FEATURES)]
     )
     images[list(RANDOM)] = generator.integers(0, IMAGES, (len(RANDOM), EXEMPLARS))
-    fires = shows[IMAGES:, None] == np.arange(FEATURES) % WORDS
-    fires[:, list(RANDOM)] = generator.random((HELD_OUT, len(RANDOM))) < 0.3
-    fires[1::2, list(LIARS)] = ~fires[1::2, list(LIARS)]
+    fires = shows[:, None] == np.arange(FEATURES) % WORDS
+    fires[:, list(RANDOM)] = generator.random((count, len(RANDOM))) < 0.3
+    fires[:, list(AT_PATCHES)] ^= generator.random((count, len(AT_PATCHES))) < 0.02
+    fires[IMAGES + 1 :: 2, list(LIARS)] ^= True
     at_patches = np.isin(np.arange(FEATURES), AT_PATCHES)
     counts = torch.full((2, 1, FEATURES), 100)
     counts[CLS, 0, at_patches] = EXEMPLARS - 1
@@ -45,6 +46,7 @@ def survey(words):
     kept[CLS, 0, at_patches] = 0  # must not be read
     kept[PATCHES, 0, ~at_patches] = 0
     both = np.stack([np.where(at_patches, False, fires), np.where(at_patches, fires, False)], 1)
+    fired = torch.from_numpy(np.packbits(both, axis=-1, bitorder="little"))[:, :, None]
     return Survey(
         seen=torch.tensor(count),
         fires=counts,
@@ -56,7 +58,8 @@ def survey(words):
         classes=torch.zeros(count, dtype=torch.int32),
         code_indices=torch.zeros(0, 1, 1, dtype=torch.int32),
         code_values=torch.zeros(0, 1, 1, dtype=torch.float16),
-        held_out=torch.from_numpy(np.packbits(both, axis=-1, bitorder="little"))[:, :, None],
+        fired=fired[:CODES],
+        fired_held_out=fired[IMAGES:],
     )
 
 
@@ -88,7 +91,7 @@ def test_a_label_is_measured_on_images_that_did_not_calibrate_it(described):
     """The liars passed calibration on the even held-out images; the odd ones expose them."""
     honest = [feature for feature in range(140) if described.labelled[feature]]
     assert described.labelled[list(LIARS)].any()
-    assert (described.auroc[honest] > 0.95).all()
+    assert (described.auroc[honest] > 0.85).all()
     assert (described.auroc[list(LIARS)] < 0.2).all()
     quality = described.quality
     assert (quality.labelled, quality.measured) == (described.labelled.sum(), described.labelled.sum())
@@ -100,7 +103,10 @@ def test_a_label_is_measured_on_images_that_did_not_calibrate_it(described):
 
 
 def test_each_reading_has_its_own_thresholds(described):
-    cls, patches = described.thresholds
-    assert np.isfinite(cls.score)
-    assert np.isfinite(patches.score)
-    assert cls != patches
+    assert np.isfinite(described.thresholds).all()
+    assert described.thresholds[CLS] != described.thresholds[PATCHES]
+
+
+def test_clarity_is_that_of_the_exemplars(described):
+    meaningful = np.array([feature for feature in range(FEATURES) if feature not in RANDOM])
+    assert described.clarity[meaningful].min() > described.clarity[list(RANDOM)].max() + 0.1

@@ -1,4 +1,4 @@
-"""Labels of features whose exemplars are placed by hand, and no labels where there is nothing to say."""
+"""Labels of features that fire where they are made to, and no labels where there is nothing to say."""
 
 import numpy as np
 import pytest
@@ -6,115 +6,107 @@ import torch
 import torch.nn.functional as F
 
 from vitrine.training.cards import labels as module
-from vitrine.training.cards.labels import Labels, Thresholds, calibrate, describe, random_floor, written, written_floor
+from vitrine.training.cards.labels import Labels, calibrate, clarity, describe, given, written, written_floor
+from vitrine.training.cards.quality import aurocs, rank_images
 
-WORDS = torch.eye(3)  # three words at right angles
 HALF = 2**-0.5
 
 
 def test_a_label_by_hand():
-    embeddings = torch.tensor([[1.0, 0, 0], [HALF, HALF, 0], [0, 0, 1.0]])
-    described = describe(embeddings, torch.tensor([[0, 1, 2]]), torch.tensor([[3.0, 1.0, 0.0]]), WORDS)
-    mean = np.array([3 + HALF, HALF, 0]) / 4
-    assert described.word.tolist() == [0]
-    assert described.score[0] == pytest.approx(mean[0], abs=1e-6)
-    assert described.margin[0] == pytest.approx(mean[0] - mean[1], abs=1e-6)
-    assert described.clarity[0] == pytest.approx(HALF, abs=1e-6)  # of the two that are used
+    """12 images each with and without the feature: word 1 swaps one pair of 144, word 0 half of them."""
+    fires = np.arange(24)[:, None] >= 12
+    sorted_wrong_once = np.arange(24.0)
+    sorted_wrong_once[[11, 12]] = [12, 11]
+    similarity = np.stack([np.tile([1.0, 2.0], 12), sorted_wrong_once, -np.arange(24.0)], 1)
+    described = describe(fires, rank_images(similarity))
+    assert described.word.tolist() == [1]
+    assert described.score[0] == pytest.approx(143 / 144)
+    assert described.margin[0] == pytest.approx(143 / 144 - 1 / 2)
+
+
+def test_a_feature_that_fires_on_too_few_images_or_on_all_has_no_score():
+    fires = np.arange(40)[:, None] < np.array([0, 9, 31, 40])
+    described = describe(fires, rank_images(np.random.default_rng(0).normal(size=(40, 3))))
+    assert np.isnan(described.score).all()
+    assert np.isnan(described.margin).all()
+    assert not given(described, 0.0).any()
 
 
 def test_clarity_is_the_mean_cosine_of_two_exemplars():
     embeddings = F.normalize(torch.randn(30, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     exemplars = torch.arange(30).view(5, 6)
-    described = describe(embeddings, exemplars, torch.ones(5, 6), torch.eye(8))
-    for row, clarity in zip(exemplars, described.clarity, strict=True):
+    for row, figure in zip(exemplars, clarity(embeddings, exemplars, torch.ones(5, 6)), strict=True):
         cosines = (embeddings[row] @ embeddings[row].T).double().numpy()
-        assert clarity == pytest.approx(cosines[np.triu_indices(6, 1)].mean(), abs=1e-6)
+        assert figure == pytest.approx(cosines[np.triu_indices(6, 1)].mean(), abs=1e-6)
 
 
-def test_one_exemplar_says_nothing():
-    described = describe(torch.eye(3), torch.tensor([[0, 1]]), torch.tensor([[1.0, 0.0]]), WORDS)
-    assert np.isnan([described.score[0], described.margin[0], described.clarity[0]]).all()
-    assert not Thresholds(-1, -1, -1).passed(described).any()
+def test_clarity_is_that_of_the_places_in_use():
+    embeddings = torch.tensor([[1.0, 0, 0], [HALF, HALF, 0], [0, 0, 1.0]])
+    figures = clarity(embeddings, torch.tensor([[0, 1, 2], [0, 1, 2]]), torch.tensor([[3.0, 1.0, 0], [1.0, 0, 0]]))
+    assert figures[0] == pytest.approx(HALF, abs=1e-6)
+    assert np.isnan(figures[1]), "one exemplar says nothing"
 
 
-def features(count=400, images=2000, clear=0.5, seed=0):
-    """(embeddings, exemplars, weights): the first `clear` part of the features have exemplars of one word each."""
-    generator = torch.Generator().manual_seed(seed)
-    words = F.normalize(torch.randn(12, 16, generator=generator), dim=-1)
-    words = F.normalize(words - words.mean(0), dim=-1)
-    shows = torch.arange(images) % 12
-    noise = torch.randn(images, 16, generator=generator)
-    embeddings = F.normalize(words[shows] + 0.15 * noise, dim=-1)
-    embeddings = F.normalize(embeddings - embeddings.mean(0), dim=-1)
-    of_word = torch.stack([torch.nonzero(shows == word)[:, 0][: images // 12] for word in range(12)])
-    pick = torch.randint(images // 12, (count, 16), generator=generator)
-    clean = of_word[torch.arange(count) % 12].gather(1, pick)
-    exemplars = torch.where(
-        torch.arange(count)[:, None] < clear * count, clean, torch.randint(images, (count, 16), generator=generator)
-    )
-    return words, embeddings, exemplars, torch.rand(count, 16, generator=generator) + 0.5
+def features(count=400, meaningful=200, images=1200, seed=0):
+    """(fires, ranks): image i shows word i % 12 of 12; the first features fire on the images of one word, with errors,
+    the others on a twelfth of all images."""
+    generator = np.random.default_rng(seed)
+    shows = np.arange(images) % 12
+    similarity = (shows[:, None] == np.arange(12)) + 0.3 * generator.normal(size=(images, 12))
+    wrong = generator.random((images, count)) < 0.02
+    fires = (shows[:, None] == np.arange(count) % 12) ^ wrong
+    fires[:, meaningful:] = generator.random((images, count - meaningful)) < 1 / 12
+    return fires, rank_images(similarity)
 
 
 def test_features_that_fire_on_random_images_get_no_label():
-    words, embeddings, exemplars, weights = features(count=5000, clear=0.0)
-    described = describe(embeddings, exemplars, weights, words)
-    floor = random_floor(embeddings, weights, words, seed=1)
-    assert floor.passed(described).sum() <= 5  # a thousandth of 5,000 by each of two criteria; by both: hardly any
-    # as expected of them: their labels say nothing about held-out images
-    aurocs = np.random.default_rng(0).normal(0.5, 0.05, 5000)
-    thresholds = calibrate(described, aurocs, floor)
-    assert thresholds == Thresholds(np.inf, np.inf, np.inf)
-    assert thresholds.passed(described).sum() == 0
+    fires, ranks = features(count=5000, meaningful=0)
+    described = describe(fires, ranks)
+    assert given(described, 0.0).sum() <= 15  # a thousandth of 5,000 is expected
+    held_out = np.random.default_rng(0).normal(0.5, 0.05, 5000)
+    assert calibrate(described, held_out) == np.inf
+    assert not given(described, np.inf).any()
 
 
 def test_features_with_a_meaning_get_theirs_beside_random_ones():
-    words, embeddings, exemplars, weights = features()
-    described = describe(embeddings, exemplars, weights, words)
+    described = describe(*features())
     meaningful = np.arange(400) < 200
-    aurocs = np.where(meaningful, 0.95, 0.5)
-    thresholds = calibrate(described, aurocs, random_floor(embeddings, weights, words, seed=1))
-    passed = thresholds.passed(described)
+    others, ranks = features(seed=1)
+    threshold = calibrate(described, aurocs(others, ranks)[np.arange(400), described.word])
+    labelled = given(described, threshold)
     assert described.word[meaningful].tolist() == [feature % 12 for feature in range(200)]
-    assert passed[meaningful].mean() > 0.95
-    assert not passed[~meaningful].any()
+    assert labelled[meaningful].mean() > 0.95
+    assert labelled[~meaningful].sum() <= 1
 
 
-def labels(score, margin=None, clarity=None):
-    count = len(score)
-    parts = (np.array(part, float) if part is not None else np.ones(count) for part in (score, margin, clarity))
-    return Labels(np.zeros(count, int), *parts)
+def labels(score, chance=0.0):
+    score = np.array(score, float)
+    return Labels(np.zeros(len(score), int), score, np.zeros_like(score), np.full_like(score, chance))
 
 
-def test_thresholds_are_the_lowest_that_hold_the_precision():
+def test_the_threshold_is_the_lowest_that_holds_the_precision():
     score = np.linspace(0, 1, 100)
-    aurocs = np.where(np.arange(100) >= 37, 0.9, 0.6)
-    thresholds = calibrate(labels(score), aurocs, Thresholds(0.0, 0.0, 0.0))
-    passed = thresholds.passed(labels(score))
-    assert (aurocs[passed] >= 0.8).mean() >= module.PRECISION
-    # one level (a tenth of the features) lower it would not have held
-    lower = labels(score).score >= thresholds.score - 0.1
-    assert (aurocs[lower] >= 0.8).mean() < module.PRECISION
+    held_out = np.where(np.arange(100) >= 37, 0.9, 0.6)
+    threshold = calibrate(labels(score), held_out)
+    assert (held_out[score >= threshold] >= 0.8).mean() >= module.PRECISION
+    # one level (a fiftieth of the features) lower it would not have held
+    assert (held_out[score >= threshold - 0.02] >= 0.8).mean() < module.PRECISION
 
 
 def test_what_was_not_measured_calibrates_nothing():
     score = np.linspace(0, 1, 100)
-    aurocs = np.full(100, np.nan)
-    assert not np.isfinite(calibrate(labels(score), aurocs, Thresholds(0.0, 0.0, 0.0)).score)
-    aurocs[90:] = 0.99  # ten are too few to estimate a precision
-    assert not np.isfinite(calibrate(labels(score), aurocs, Thresholds(0.0, 0.0, 0.0)).score)
-    assert not np.isfinite(calibrate(labels([]), np.array([]), Thresholds(0.0, 0.0, 0.0)).score)
+    held_out = np.full(100, np.nan)
+    assert calibrate(labels(score), held_out) == np.inf
+    held_out[90:] = 0.99  # ten are too few to estimate a precision
+    assert calibrate(labels(score), held_out) == np.inf
+    assert calibrate(labels([]), np.array([])) == np.inf
 
 
-def test_no_threshold_falls_below_what_random_sets_reach():
+def test_no_label_is_given_for_what_chance_reaches():
     score = np.linspace(0, 1, 100)
-    thresholds = calibrate(labels(score), np.full(100, 0.99), Thresholds(0.62, 0.0, 0.0))
-    assert thresholds.score >= 0.62
-
-
-def test_each_of_the_three_can_forbid_a_label():
-    thresholds = Thresholds(score=0.5, clarity=0.4, margin=0.3)
-    described = labels([0.6, 0.4, 0.6, 0.6], margin=[0.4, 0.4, 0.2, 0.4], clarity=[0.5, 0.5, 0.5, 0.3])
-    assert thresholds.passed(described).tolist() == [True, False, False, False]
+    threshold = calibrate(labels(score, chance=0.62), np.full(100, 0.99))
+    assert (score[given(labels(score, chance=0.62), threshold)] >= 0.62).all()
+    assert given(labels([0.7, 0.8, np.nan], chance=0.75), 0.5).tolist() == [False, True, False]
 
 
 def test_what_a_direction_writes():

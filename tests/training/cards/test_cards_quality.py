@@ -5,34 +5,45 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
-from vitrine.training.cards.quality import MIN_IMAGES, auroc, good_share, rank_images
+from vitrine.training.cards.quality import MIN_IMAGES, aurocs, chance, good_share, rank_images
 
 
 def test_it_is_torchmetrics_auroc():
     generator = np.random.default_rng(0)
     similarity = generator.normal(size=(80, 4)).round(1)  # with ties
     fires = generator.random((80, 30)) < generator.uniform(0.2, 0.8, 30)
-    words = generator.integers(0, 4, 30)
-    aurocs = auroc(fires, rank_images(similarity), words)
-    for feature, word in enumerate(words):
+    found = aurocs(fires, rank_images(similarity))
+    for feature, word in np.ndindex(found.shape):
         expected = binary_auroc(
             torch.from_numpy(similarity[:, word]).sigmoid(), torch.from_numpy(fires[:, feature]).int()
         )
-        assert aurocs[feature] == pytest.approx(float(expected), abs=1e-6)
+        assert found[feature, word] == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_a_label_that_predicts_and_one_that_predicts_the_opposite():
     similarity = np.linspace(0, 1, 40)[:, None]
     fires = np.stack([np.arange(40) >= 20, np.arange(40) < 20], 1)
-    assert auroc(fires, rank_images(similarity), np.zeros(2, int)).tolist() == [1.0, 0.0]
+    assert aurocs(fires, rank_images(similarity)).tolist() == [[1.0], [0.0]]
 
 
 def test_too_few_images_of_either_kind_are_not_measured():
     similarity = np.linspace(0, 1, 40)[:, None]
     counts = [0, MIN_IMAGES - 1, MIN_IMAGES, 40 - MIN_IMAGES, 41 - MIN_IMAGES, 40]
     fires = np.stack([np.arange(40) < count for count in counts], 1)
-    aurocs = auroc(fires, rank_images(similarity), np.zeros(len(counts), int))
-    assert np.isnan(aurocs).tolist() == [True, True, False, False, True, True]
+    found = aurocs(fires, rank_images(similarity))[:, 0]
+    assert np.isnan(found).tolist() == [True, True, False, False, True, True]
+
+
+def test_random_images_hardly_ever_reach_more_than_chance():
+    """Of 4,000 features that fire on random images, many or few, with 50 words."""
+    generator = np.random.default_rng(0)
+    ranks = rank_images(generator.normal(size=(400, 50)))
+    fires = generator.random((400, 4000)) < generator.uniform(0.05, 0.9, 4000)
+    best = aurocs(fires, ranks).max(1)
+    bound = chance(fires, 50)
+    assert (best > bound).mean() < 2e-3  # one in a thousand
+    assert (best > bound - 0.02).mean() > 2e-3, "the bound is not far above what they reach"
+    assert chance(fires[:, :1], 5000) > bound[0], "the best of more words is better by chance"
 
 
 def test_shares():

@@ -102,11 +102,16 @@ def test_embeddings_and_codes(survey, clip, pixels, dense):
     assert torch.allclose(codes, dense[:CODES, :, 0], atol=2e-3)
 
 
-def test_what_fires_in_held_out_images(survey, dense):
-    fires = dense[IMAGES:] != 0
+@pytest.mark.parametrize("held_out", [False, True])
+def test_what_fires_in_the_first_images_and_in_the_held_out_ones(survey, dense, held_out):
+    """Every feature at its own reading."""
+    fires = (dense[IMAGES:] if held_out else dense[:CODES]) != 0
+    reading = torch.arange(dense.shape[-1]) % 2
     for layer in range(dense.shape[1]):
-        assert torch.equal(survey.fires_held_out(CLS, layer), fires[:, layer, 0])
-        assert torch.equal(survey.fires_held_out(PATCHES, layer), fires[:, layer, 1:].any(1))
+        found = survey.fires_at(layer, reading, held_out)
+        assert torch.equal(found[:, reading == CLS], fires[:, layer, 0][:, reading == CLS])
+        assert torch.equal(found[:, reading == PATCHES], fires[:, layer, 1:].any(1)[:, reading == PATCHES])
+        assert found[:, reading == CLS].any()
 
 
 def test_a_resumed_survey_equals_an_uninterrupted_one(clip, clt, pixels, tmp_path):
@@ -127,12 +132,11 @@ def test_a_resumed_survey_equals_an_uninterrupted_one(clip, clt, pixels, tmp_pat
 def test_features_beyond_a_multiple_of_eight(clip, clt):
     """F = 64 fills its bytes; 61 does not."""
     survey = Survey.empty(clip.tower, clt, IMAGES, HELD_OUT, EXEMPLARS, CODES)
-    survey.fires = survey.fires[..., :61]
     dense = torch.zeros(HELD_OUT, clip.tower.tokens, 61)
     dense[2, 0, 60] = dense[3, 5, 7] = 1.0
-    survey._hold_out(1, 0, dense)
-    assert survey.fires_held_out(CLS, 1).nonzero().tolist() == [[2, 60]]
-    assert survey.fires_held_out(PATCHES, 1).nonzero().tolist() == [[3, 7]]
+    survey._pack(survey.fired_held_out[:, :, 1], dense)
+    for reading, fires in ((CLS, [2, 60]), (PATCHES, [3, 7])):
+        assert survey.fires_at(1, torch.full((61,), reading), held_out=True).nonzero().tolist() == [fires]
 
 
 def test_a_histogram_of_equal_widths():
