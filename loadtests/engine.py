@@ -148,7 +148,7 @@ def graphs(cache: Path, shape: Shape, features: int, k: int) -> tuple[Path, Path
     if not (plain / "int8.onnx").exists():
         plain.mkdir(parents=True, exist_ok=True)
         model = load(shape)
-        _write(to_onnx(_Plain(model.visual).eval(), _example(model), "pixels", ("embedding",)), plain)
+        _write(to_onnx(_Plain(model.visual).eval(), {"pixels": _example(model)}, ("embedding",)), plain)
     if not (ours / "int8.onnx").exists():
         ours.mkdir(parents=True, exist_ok=True)
         model = load(shape)
@@ -159,7 +159,7 @@ def graphs(cache: Path, shape: Shape, features: int, k: int) -> tuple[Path, Path
         np.save(ours / "last_decoders.npy", graph.last_decoders.numpy())
         np.save(ours / "fold.npy", torch.cat([graph.fold, graph.beta[None]]).numpy())
         np.save(ours / "attention.npy", tower.attention_fold().numpy())
-        _write(to_onnx(graph, _example(model), "pixels", VISION_OUTPUTS, DETAILS, DETAILS_INPUT), ours)
+        _write(to_onnx(graph, {"pixels": _example(model)}, VISION_OUTPUTS, DETAILS, DETAILS_INPUT), ours)
     return plain, ours
 
 

@@ -19,11 +19,19 @@ stream is
     + constants       what attention adds whatever it reads (its biases, LayerNorm's beta), and ln_post's beta.
 
 Without a CLT the errors are the MLP outputs themselves. The graphs: `models.graph.trace`, `models.graph.sources`.
+
+About a baseline: biases and constants are large and cancel, and so do features that fire in every picture. With z' the
+mean activation of each feature by token type, the features' z is z - z', and two rows by source layer make up for it:
+
+    baseline    sum of z' over all features and tokens: the account of the average picture
+    silent      minus that of the features which this picture does not have, token by token
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +54,61 @@ class Trace:
     indices: NDArray[np.integer] | None = None  # [L, T, k] active features; None: no CLT
     values: Array | None = None  # [L, T, k] their activations, 0 in unused places
 
+    @classmethod
+    def from_batch(cls, outputs: Mapping[str, Any], image: int) -> Trace:
+        """One image of the outputs of trace.onnx (`models.bundle.layout.TRACE_OUTPUTS`)."""
+        of_image = {name: values[image] for name, values in outputs.items()}
+        scale, norm = float(of_image.pop("scale")), float(of_image.pop("norm"))
+        return cls(scale=scale, norm=norm, weights=of_image.pop("attention_weights"), **of_image)
+
+    def starts(self, directions: Array, fold: Array, logit_scale: float) -> Array:
+        """[n, d]: the directions u of label embeddings, or differences of two, [n, D]; fold [d, D] (`Tower.fold`)."""
+        return directions @ fold.T * (logit_scale / self.scale)
+
+
+def accounts(
+    trace: Trace, outputs: Mapping[str, Any], directions: Array, beta: Array, logit_scale: float
+) -> list[Sources]:
+    """The account of each of n directions in embedding space [n, D], from what sources.onnx gave for their `starts`.
+
+    beta [D]: of `Tower.fold`.
+    """
+    layers, tokens = trace.written.shape[:2]
+    none = np.zeros((len(directions), layers, tokens, 0), np.float32)
+    features, indices = outputs.get("features", none), trace.indices
+    biases = outputs.get("biases", np.zeros((len(directions), layers), np.float32))
+    return [
+        Sources(
+            logit=float(logit_scale * (direction @ trace.embedding)),
+            embeddings=outputs["embeddings"][n],
+            features=features[n],
+            biases=biases[n],
+            errors=outputs["errors"][n],
+            constants=float(outputs["constants"][n] + direction @ beta * (logit_scale / trace.norm)),
+            indices=none[0].astype(np.int64) if indices is None else indices,
+        )
+        for n, direction in enumerate(directions)
+    ]
+
+
+def about(sources: Sources, trace: Trace, gradients: Array, baseline: Baseline) -> Sources:
+    """The same account with the features about the average picture's; gradients [L, 2, d] from sources.onnx."""
+    assert trace.indices is not None
+    assert trace.values is not None
+    average = np.einsum("jitd,jtd->i", baseline.written, gradients)  # [L] of the source layers
+    types = np.minimum(np.arange(trace.values.shape[1]), 1)[None, :, None]
+    mean = baseline.activations[np.arange(len(average))[:, None, None], types, trace.indices]  # [L, T, k]
+    share = np.divide(mean, trace.values, out=np.zeros_like(mean), where=trace.values != 0)
+    common = sources.features * share
+    return replace(sources, features=sources.features - common, baseline=average, silent=common.sum((1, 2)) - average)
+
+
+class Baseline(NamedTuple):
+    """The features of the average picture, by token type: [CLS], patches."""
+
+    activations: Array  # [L, 2, F] mean activation
+    written: Array  # [L, L, 2, d] what they write, by target and source layer; 0 where a source does not write
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -59,11 +122,15 @@ class Sources:
     constants: float
     indices: NDArray[np.integer]  # [L, T, k]
 
+    baseline: Array | None = None  # [L] of the average picture's features; None: nothing was subtracted from them
+    silent: Array | None = None  # [L] of features that are active in the average picture and not in this one
+
     @property
     def remainder(self) -> float:
         """The logit less the sum of all parts: rounding only."""
-        parts = (self.embeddings, self.features, self.biases, self.errors)
-        return self.logit - self.constants - sum(float(part.sum(dtype=np.float64)) for part in parts)
+        parts = (self.embeddings, self.features, self.biases, self.errors, self.baseline, self.silent)
+        sums = (float(part.sum(dtype=np.float64)) for part in parts if part is not None)
+        return self.logit - self.constants - sum(sums)
 
     @property
     def map(self) -> Array:

@@ -5,6 +5,9 @@
     vision.int8.onnx, vision.fp16.onnx, each with .data: optional, faster variants (`models.graph.variants`)
     replacement.onnx, .data: optional, the replacement model with C_{i->j} (`models.graph.replacement`); tensors shared
                          with vision.onnx are read from vision.onnx.data
+    trace.onnx, sources.onnx, their .data: optional, source accounts (`models.account.sources`); tensors of the graphs
+                         above are read from theirs
+    baseline_activations.npy, baseline_written.npy: optional, the average picture, for source accounts about it
     text.onnx, .data     `tokens` [N, T] -> `text_embedding` [N, D], unit; T: any length of text, or (in older bundles,
                          and for towers that attend to the padding) the context alone
     tokenizer.json       Hugging Face `tokenizers`, for texts cleaned as the manifest says (`models.texts`)
@@ -41,7 +44,7 @@ from pydantic import BaseModel, ValidationError
 from vitrine.models.bundle.files import BundleError as BundleError
 from vitrine.models.bundle.files import Identity, map_table, sha256_and_identity
 from vitrine.models.bundle.label_sets import LabelSetError, NamedLabels, parse_label_set
-from vitrine.models.bundle.layout import CARDS, MANIFEST, READ_BY_GRAPHS, REQUIRED, vision_file
+from vitrine.models.bundle.layout import BASELINE, CARDS, MANIFEST, READ_BY_GRAPHS, REQUIRED, vision_file
 from vitrine.models.bundle.manifest import FORMAT, FileEntry, Manifest
 from vitrine.models.bundle.model_card import model_card
 from vitrine.models.files.names import check_name
@@ -121,6 +124,24 @@ class Bundle:
     def has_replacement(self) -> bool:
         """Whether the bundle has a replacement.onnx."""
         return "replacement.onnx" in self.manifest.files
+
+    @property
+    def has_sources(self) -> bool:
+        """Whether the bundle has the graphs of source accounts."""
+        return "sources.onnx" in self.manifest.files
+
+    @cached_property
+    def baseline(self) -> tuple[NDArray[np.floating], NDArray[np.floating]] | None:
+        """The fields of `models.account.sources.Baseline`: [L, 2, F], [L, L, 2, d]; None if the bundle has none."""
+        if not set(BASELINE) <= self.manifest.files.keys():
+            return None
+        shape = self.manifest.shape
+        activations, written = BASELINE
+        layers = shape.layers
+        return (
+            np.array(self._table(activations, (layers, 2, shape.features))),
+            np.array(self._table(written, (layers, layers, 2, shape.width))),
+        )
 
     @cached_property
     def cards(self) -> Cards | None:

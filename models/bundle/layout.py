@@ -43,6 +43,36 @@ REPLACEMENT_OUTPUTS = (
     "embedding",  # [B, D]
     "contributions",  # [B, 2, L, L]: C for [CLS] and its mean over patches; [target, source]
 )
+# Of a bundle with sources.onnx: the fields of `models.account.sources.Baseline`.
+BASELINE = ("baseline_activations.npy", "baseline_written.npy")
+# Outputs of trace.onnx for `pixels` [B, 3, H, W], see `models.account.sources.Trace`; the last two only with a CLT.
+TRACE_OUTPUTS = (
+    "embedding",  # [B, D]
+    "scale",  # [B]
+    "norm",  # [B]
+    "attention_weights",  # [B, L, H, T, T]
+    "before_attention",  # [B, L, T]
+    "before_mlp",  # [B, L, T]
+    "embedded",  # [B, T, d]
+    "written",  # [B, L, T, d]
+    "indices",  # [B, L, T, k] int64
+    "values",  # [B, L, T, k] 0 in unused places
+)
+# Inputs of sources.onnx besides one image's trace from attention_weights on, and its outputs for n directions.
+STARTS = (
+    "direction",  # [n, d]
+    "layer",  # [n] int64
+    "token",  # [n] int64
+    "feature",  # [n] int64
+)
+SOURCES_OUTPUTS = (
+    "embeddings",  # [n, T]
+    "errors",  # [n, L, T]
+    "constants",  # [n]
+    "features",  # [n, L, T, k]; this and what follows only with a CLT
+    "biases",  # [n, L]
+    "gradients",  # [n, L, 2, d] at the MLPs' outputs: at [CLS], and summed over patches
+)
 
 Variant = Literal["int8", "fp16"]
 Precision = Literal["fp32", "int8", "fp16"]

@@ -36,6 +36,7 @@ from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tokens import Converted, check_tokenizer, convert_tokenizer
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
 from vitrine.models.export.parity import check_replacement, check_text, check_vision, no_replacement
+from vitrine.models.export.sources import write_sources
 from vitrine.models.files.names import check_name
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import move_folder, prepare_folder
@@ -76,6 +77,7 @@ def export_bundle(
     variants: Sequence[Variant] = (),
     calibration: Sequence[Tensor] = (),
     replacement: bool = False,
+    sources: bool = False,
     log: Callable[[str], object] = print,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -89,6 +91,8 @@ def export_bundle(
             normalised pixels) is not written, which is reported to `log`. int8 finds the products that it must leave in
             float32 on the first of them.
         replacement: also write replacement.onnx, mostly L (L + 1) / 2 decoders at one byte per number.
+        sources: also write trace.onnx and sources.onnx, for accounts that go on through attention to the features of
+            all tokens, with the same decoders, and the average of the images of `calibration`.
         progress: shows what is being done; None: nothing is shown.
 
     Raises:
@@ -122,7 +126,7 @@ def export_bundle(
         np.save(partial / "fold.npy", torch.cat([graph.fold, graph.beta[None]]).numpy())
         np.save(partial / "attention.npy", clip.tower.attention_fold().numpy())
         pixels = torch.zeros(2, 3, *clip.tower.image_size)
-        vision = to_onnx(graph, pixels, "pixels", VISION_OUTPUTS, DETAILS, DETAILS_INPUT)
+        vision = to_onnx(graph, {"pixels": pixels}, VISION_OUTPUTS, DETAILS, DETAILS_INPUT)
         images = [pixels.numpy() for pixels in calibration]
         variant_models = {variant: make_variant(vision, variant, images) for variant in variants}
         save_onnx(preselect(vision), partial / "vision.onnx")
@@ -137,9 +141,12 @@ def export_bundle(
                 ReplacementGraph(clip.tower, clt, getattr(torch, tables)).eval(),
                 no_replacement(clt.layers),
             )
-            replacing = to_onnx(replacement_graph, pixels, "pixels", REPLACEMENT_OUTPUTS, fixed={REPLACED_INPUT: mask})
-            save_onnx(replacing, partial / "replacement.onnx", beside=partial / "vision.onnx")
+            replacing = to_onnx(replacement_graph, {"pixels": pixels, REPLACED_INPUT: mask}, REPLACEMENT_OUTPUTS)
+            save_onnx(replacing, partial / "replacement.onnx", beside=[partial / "vision.onnx"])
             check_replacement(clip, replacement_graph, partial / "replacement.onnx")
+        if sources:
+            progress.begin("source accounts")
+            write_sources(partial, clip, clt, getattr(torch, tables), calibration)
         progress.begin("checking the graphs against torch")
         check_vision(clip, graph, partial / "vision.onnx")
         check_text(clip, text, tokens, texts, partial / "text.onnx")
@@ -166,7 +173,7 @@ def _write_variant(
 ) -> Agreement | None:
     """Write a variant next to vision.onnx and measure it. If its agreement is too low, remove it and return None."""
     path = bundle / vision_file(variant)
-    save_onnx(model, path, beside=bundle / "vision.onnx")
+    save_onnx(model, path, beside=[bundle / "vision.onnx"])
     tables = np.load(bundle / "directions.npy", mmap_mode="r"), np.load(bundle / "fold.npy")[:-1]
     reference, session = (
         InferenceSession(graph, session_options(), providers=["CPUExecutionProvider"])

@@ -16,6 +16,7 @@ from vitrine.models.bundle.layout import (
     DETAILS_INPUT,
     REPLACED_INPUT,
     REPLACEMENT_OUTPUTS,
+    STARTS,
     VISION_OUTPUTS,
 )
 from vitrine.models.clip.loading import Clip
@@ -23,12 +24,15 @@ from vitrine.models.clip.tokens import Converted
 from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.onnx_file import ExportError
 from vitrine.models.graph.replacement import ReplacementGraph
+from vitrine.models.graph.sources import SourcesGraph
 from vitrine.models.graph.text import SHORTEST, TextGraph
+from vitrine.models.graph.trace import TraceGraph
 from vitrine.models.precision.sessions import session_options
 from vitrine.models.texts.reader import TextReader
 
 TOLERANCE = 1e-4  # relative to the largest value of an output, torch against ONNX Runtime
 ADDITIVITY = 1e-5  # sum of rows against the embedding, which has unit norm
+TIES = 0.05  # most tokens of which a feature may tie with the edge of its budget
 TEXTS, LENGTHS = 5, 12  # of the texts given; between the shortest and the longest
 
 
@@ -85,6 +89,57 @@ def check_replacement(clip: Clip, graph: ReplacementGraph, path: Path) -> None:
             error = np.abs(ours - theirs).reshape(batch, -1).max(1)
             better = error <= np.median(error)
             _check_close(f"{name} under replacement", ours[better], theirs[better], TOLERANCE)
+
+
+def check_sources(clip: Clip, trace: TraceGraph, sources: SourcesGraph, bundle: Path) -> None:
+    """Raise `ExportError` unless trace.onnx gives open_clip's embedding and torch's tensors, up to ties of features,
+    and sources.onnx torch's parts of random directions, and of pre-activations, from the same trace."""
+    options, providers = session_options(), ["CPUExecutionProvider"]
+    tracing, following = (
+        onnxruntime.InferenceSession(bundle / file, options, providers=providers)
+        for file in ("trace.onnx", "sources.onnx")
+    )
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(5, 3, *clip.tower.image_size, generator=generator)
+    names = [node.name for node in tracing.get_outputs()]
+    outputs = dict(zip(names, tracing.run(names, {"pixels": pixels.numpy()}), strict=True))
+    with torch.no_grad():
+        expected = dict(zip(names, (part.numpy() for part in trace(pixels)), strict=True))
+        embedding = clip.model.encode_image(pixels, normalize=True).numpy()
+    _check_close("trace.onnx against open_clip's encode_image", outputs["embedding"], embedding, TOLERANCE)
+    for name in names:
+        if name not in ("indices", "values"):
+            _check_close(f"{name} of trace.onnx", outputs[name], expected[name], TOLERANCE)
+    layers, tokens = outputs["written"].shape[1:3]
+    if "indices" in outputs:  # a sum over features is the same where two of them tie
+        codes = [_dense(of["indices"], of["values"], trace.features) for of in (outputs, expected)]
+        differs = np.abs(codes[0] - codes[1]).max(-1) > TOLERANCE * np.abs(codes[1]).max()  # [B, L, T]
+        if differs.mean() > TIES:
+            raise ExportError(f"trace.onnx has other features than torch at {differs.mean():.1%} of the tokens")
+
+    starts = 4
+    layer = torch.tensor([layers, layers, 0, layers - 1]) if "indices" in outputs else torch.full((starts,), layers)
+    direction = torch.randn(starts, clip.tower.width, generator=generator)
+    token = torch.tensor([0, 0, 0, tokens - 1])
+    feature = torch.zeros(starts, dtype=torch.int64)
+    held = {name: torch.from_numpy(outputs[name][0]) for name in names[3:]}
+    start = dict(zip(STARTS, (direction, layer, token, feature), strict=True))
+    feeds = {name: part.numpy() for name, part in (start | held).items()}
+    found = [node.name for node in following.get_outputs()]
+    with torch.no_grad():
+        theirs = sources(*start.values(), *held.values())
+    for name, ours, part in zip(found, following.run(found, feeds), theirs, strict=True):
+        _check_close(f"{name} of sources.onnx", ours, part.numpy(), TOLERANCE)
+
+
+def _dense(indices: NDArray[np.int64], values: NDArray[np.float32], features: int) -> NDArray[np.float32]:
+    """[B, L, T, k] each -> [B, L, T, F]"""
+    dense = np.zeros((*values.shape[:-1], features), np.float32)
+    token = np.arange(values[..., 0].size)[:, None]
+    np.add.at(
+        dense.reshape(-1, features), (token, indices.reshape(-1, values.shape[-1])), values.reshape(len(token), -1)
+    )
+    return dense
 
 
 def no_replacement(layers: int) -> Tensor:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,33 +30,31 @@ class ExportError(VitrineError):
 
 def to_onnx(
     module: nn.Module,
-    example: Tensor,
-    input_name: str,
+    inputs: Mapping[str, Tensor],
     outputs: Sequence[str],
     on_request: Sequence[str] = (),
     flag: str = "",
-    fixed: Mapping[str, Tensor] | None = None,
-    lengths: tuple[int, int] | None = None,
+    dynamic: Mapping[str, Mapping[int, Any]] | None = None,
 ) -> onnx.ModelProto:
-    """Export with a dynamic batch; weights are constants of the model.
+    """Export a module; its weights become constants of the model.
 
-    `fixed`: further inputs, without a batch axis. `lengths`: (least, most) of the second axis, if that is dynamic, too.
-    The module's last outputs, `on_request`, are computed only if the boolean input `flag` is true; otherwise their
-    batch size is 0.
+    Args:
+        inputs: examples, in the order in which the module takes them.
+        on_request: the module's last outputs, computed only if the boolean input `flag` is true; otherwise their batch
+            size is 0.
+        dynamic: which axes of which inputs have any length (a `torch.export.Dim` each); default: the first input has a
+            dynamic batch.
     """
-    fixed = fixed or {}
-    dynamic = {0: torch.export.Dim("batch")}
-    if lengths:
-        dynamic[1] = torch.export.Dim("length", min=lengths[0], max=lengths[1])
+    dynamic = dynamic or {next(iter(inputs)): {0: torch.export.Dim("batch")}}
     with _quiet_exporter():
         program = torch.onnx.export(
             module,
-            (example, *fixed.values()),
+            tuple(inputs.values()),
             dynamo=True,
             opset_version=OPSET,
-            input_names=[input_name, *fixed],
+            input_names=list(inputs),
             output_names=[*outputs, *on_request],
-            dynamic_shapes=(dynamic, *[None] * len(fixed)),
+            dynamic_shapes=[dynamic.get(name) for name in inputs],
             verbose=False,
         )
     assert program is not None
@@ -66,18 +65,19 @@ def to_onnx(
     return model
 
 
-def save_onnx(model: onnx.ModelProto, path: Path, beside: Path | None = None) -> None:
+def save_onnx(model: onnx.ModelProto, path: Path, beside: Sequence[Path] = ()) -> None:
     """Write a model, which is modified. Large tensors go to `path`.data. The tables of `SHARED` are read from NAME.npy
-    next to it, as in every variant of the model; tensors that the model `beside` also has, from that model's data."""
+    next to it, as in every variant of the model; tensors that a model `beside` also has, from that model's data."""
     for tensor in model.graph.initializer:
         if tensor.name in SHARED and (file := path.with_name(f"{tensor.name}.npy")).exists():
             _point_at_npy(tensor, file)
     _store_rows_once(model)
     _store_halves_losslessly(model)
-    if beside:
-        _read_from(model, beside)
+    for other in beside:
+        _read_from(model, other)
     onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=EXTERNAL_FROM)
-    path.with_name(f"{path.name}.data").chmod(0o644)  # onnx makes it private to its owner; services run as other users
+    if (data := path.with_name(f"{path.name}.data")).exists():  # else every large tensor is read from elsewhere
+        data.chmod(0o644)  # onnx makes it private to its owner; services run as other users
 
 
 def _compute_on_request(model: onnx.ModelProto, names: Sequence[str], flag: str) -> None:
@@ -205,7 +205,8 @@ def _read_from(model: onnx.ModelProto, other: Path) -> None:
                 file.seek(entry.offset or 0)
                 entries[hashlib.sha256(file.read(entry.length or -1)).digest()] = entry
     for tensor in model.graph.initializer:
-        if match := entries.get(hashlib.sha256(tensor.raw_data).digest()):
+        stored = tensor.data_location == TensorProto.EXTERNAL
+        if not stored and (match := entries.get(hashlib.sha256(tensor.raw_data).digest())):
             set_external_data(tensor, match.location, offset=match.offset, length=match.length)
             tensor.ClearField("raw_data")
 

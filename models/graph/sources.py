@@ -29,7 +29,8 @@ from vitrine.models.graph.replacement import Int8Decoder
 
 class SourcesGraph(nn.Module):
     """n directions and one image's trace -> contributions of embeddings [n, T], errors [n, L, T], constants [n]; with a
-    CLT of features [n, L, T, k] and decoder biases [n, L].
+    CLT of features [n, L, T, k] and decoder biases [n, L], and the gradients by token type [n, L, 2, d] from which the
+    average picture's account is computed.
 
     Inputs, n directions:
         direction: [n, d] of the residual after the last block, for those that start there.
@@ -94,12 +95,13 @@ class SourcesGraph(nn.Module):
 
         gradient = start * last[:, None, None]
         parts: Any = [None] * self.layers
-        errors, biases, constants = [], [], [own]
+        errors, biases, gradients, constants = [], [], [], [own]
         for target in reversed(range(self.layers)):
             total = (written[target] * gradient).sum(-1)  # [n, T]
             if self.has_code:
                 bias = gradient @ self.biases[target]
                 biases.append(bias.sum(-1))
+                gradients.append(torch.stack([gradient[:, 0], gradient[:, 1:].sum(1)], dim=1))
                 total = total - bias
                 tables: Any = self.decoders[target]
                 for source, table in zip(self.sources[target], tables, strict=True):
@@ -116,7 +118,8 @@ class SourcesGraph(nn.Module):
             torch.stack(constants, dim=1).sum(-1),  # [n]
         ]
         if self.has_code:
-            results += [torch.stack(parts, dim=1), torch.stack(biases[::-1], dim=1)]  # [n, L, T, k], [n, L]
+            of_layers = (torch.stack(part[::-1], dim=1) for part in (biases, gradients))
+            results += [torch.stack(parts, dim=1), *of_layers]  # [n, L, T, k], [n, L], [n, L, 2, d]
         return tuple(results)
 
     def _attention(self, layer: int, gradient: Tensor, weights: Tensor, denominators: Tensor) -> Tensor:
@@ -129,3 +132,15 @@ class SourcesGraph(nn.Module):
         values = (weights.transpose(-1, -2) @ by_head).transpose(1, 2).flatten(2)
         read = (values @ attn.in_proj_weight[2 * self.width :]) * block.ln_1.weight
         return (read - read.mean(-1, keepdim=True)) / denominators[:, None]
+
+
+@torch.no_grad()
+def written_by(clt: CrossLayerTranscoder, code: Tensor) -> Tensor:
+    """What codes of every layer [L, 2, F], one by token type, write: [L, L, 2, d] by target and source layer, 0 where a
+    source does not write. By the decoders as the graph has them."""
+    written = torch.zeros(clt.layers, clt.layers, *code.shape[1:-1], clt.width)
+    for target, decoder in enumerate(clt.decoders):
+        for source, weight in zip(decoder.sources, decoder.weights, strict=True):
+            table = Int8Decoder(weight)
+            written[target, source] = (code[source] * table.scales) @ table.rows.float()
+    return written

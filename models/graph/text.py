@@ -51,9 +51,11 @@ class TextGraph(nn.Module):
 def text_to_onnx(graph: TextGraph, context: int) -> onnx.ModelProto:
     """The graph as an ONNX model: `tokens` [N, T] -> `text_embedding` [N, D], T dynamic where `graph.any_length`."""
     # The example is shorter than the context: the exporter would take slices of full length out of the graph.
-    length, lengths = (context - 1, (SHORTEST, context)) if graph.any_length else (context, None)
-    tokens = torch.zeros(2, length, dtype=torch.long)
-    return to_onnx(graph, tokens, "tokens", ("text_embedding",), lengths=lengths)
+    axes = {0: torch.export.Dim("batch")}
+    if graph.any_length:
+        axes[1] = torch.export.Dim("length", min=SHORTEST, max=context)
+    tokens = torch.zeros(2, context - 1 if graph.any_length else context, dtype=torch.long)
+    return to_onnx(graph, {"tokens": tokens}, ("text_embedding",), dynamic={"tokens": axes})
 
 
 def _takes_any_length(model: Any) -> bool:

@@ -36,6 +36,7 @@ class TraceGraph(nn.Module):
         self.attention = nn.ModuleList(Attention(block) for block in tower.blocks)
         self.has_code = clt is not None
         if clt is not None:
+            self.features = clt.features
             self.encoders = served_encoders(clt, tables)
             codes = [TokenCode(encoder.sparsifier, tables) for encoder in clt.encoders]
             self.codes, self.places = nn.ModuleList(codes), max(code.k for code in codes)

@@ -252,6 +252,10 @@ class BundleSection(Section):
     replacement: bool = Field(
         default=False, description="the replacement graph: `explain.matrix`, `vitrine replay`; every decoder, in bytes"
     )
+    sources: bool = Field(
+        default=True,
+        description="source accounts: `explain.sources`; the same decoders, stored once where there are both",
+    )
 
 
 class Recipe(Section):

@@ -36,7 +36,10 @@ def export(
         Path | None, typer.Option(help='Folder of NAME.json, {"labels": [...]}: named label sets for the bundle.')
     ] = None,
     calibration_images: Annotated[
-        int, typer.Option(min=2, help="Val images on which int8 and fp16 must agree with float32.")
+        int,
+        typer.Option(
+            min=2, help="Val images on which int8 and fp16 must agree with float32; their average is the baseline."
+        ),
     ] = 512,
 ) -> None:
     """Write CLIP and CLT as a bundle, checked against torch."""
@@ -83,7 +86,7 @@ def export(
     variants = recipe.bundle.variants
     val = (
         held_out(recipe.data, data_root, clip, images=calibration_images, labels=meta.labels or None, batch_size=16)
-        if variants
+        if variants or recipe.bundle.sources
         else None
     )
     with Progress(console) as progress:
@@ -99,6 +102,7 @@ def export(
             variants,
             images,
             recipe.bundle.replacement,
+            recipe.bundle.sources,
             lambda message: print_warnings([message], console),
             progress,
         )
@@ -106,7 +110,7 @@ def export(
 
 
 def _read(val: HeldOut, progress: Progress) -> list[Tensor]:
-    """The images on which variants must agree, as batches of normalised pixels."""
+    """The images on which variants must agree and whose average is the baseline, as batches of normalised pixels."""
     task, images = progress.task("images to check on", len(val), "images"), []
     for pixels, _ in val.batches():
         images.append(pixels)

@@ -72,7 +72,7 @@ def test_what_other_outputs_need_cannot_be_left_to_a_request():
             return half * 2, half
 
     with pytest.raises(ExportError, match="half cannot be left to a request: the other outputs need it"):
-        onnx_file.to_onnx(Doubled(), torch.rand(2, 3), "x", ["y"], ["half"], "asked")
+        onnx_file.to_onnx(Doubled(), {"x": torch.rand(2, 3)}, ["y"], ["half"], "asked")
 
 
 def test_text_graph_and_tokenizer_embed_labels_as_clip_does(bundle, clip):
@@ -235,7 +235,7 @@ def test_weights_that_are_halves_are_stored_as_halves(tmp_path):
     halves, floats = torch.arange(1024.0).view(32, 32) / 8, torch.rand(32, 32)
     module, path = _Product(halves=halves, floats=floats), tmp_path / "product.onnx"
     x = torch.rand(2, 32)
-    onnx_file.save_onnx(onnx_file.to_onnx(module, x, "x", ["y"]), path)
+    onnx_file.save_onnx(onnx_file.to_onnx(module, {"x": x}, ["y"]), path)
     assert path.with_name("product.onnx.data").stat().st_size < 32 * 32 * 7  # of 2 + 4 bytes, and alignment
     (result,) = onnxruntime.InferenceSession(path).run(["y"], {"x": x.numpy()})
     np.testing.assert_allclose(result, module(x), rtol=1e-5)
@@ -256,7 +256,7 @@ class _LookUp(torch.nn.Module):
 def test_rows_that_repeat_are_stored_once(tmp_path, rows, product, stored):
     table = torch.rand(rows, 8).repeat(2, 1)[:1000]
     module, path, tokens = _LookUp(table, product), tmp_path / "table.onnx", torch.tensor([[0, 999, 500], [1, 1, 499]])
-    onnx_file.save_onnx(onnx_file.to_onnx(module, tokens, "tokens", ["y"]), path)
+    onnx_file.save_onnx(onnx_file.to_onnx(module, {"tokens": tokens}, ["y"]), path)
     model = onnx.load(path)
     assert [list(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) == 2] == [[stored, 8]]
     (result,) = onnxruntime.InferenceSession(path).run(["y"], {"tokens": tokens.numpy()})
@@ -267,7 +267,7 @@ def test_directions_that_are_halves_are_stored_once(tmp_path):
     directions = torch.arange(1024.0).view(32, 32) / 8
     np.save(tmp_path / "directions.npy", directions)
     module, path = _Product(directions=directions, floats=torch.rand(32, 32)), tmp_path / "product.onnx"
-    onnx_file.save_onnx(onnx_file.to_onnx(module, torch.rand(2, 32), "x", ["y"]), path)
+    onnx_file.save_onnx(onnx_file.to_onnx(module, {"x": torch.rand(2, 32)}, ["y"]), path)
     model = onnx.load(path, load_external_data=False)
     locations = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data[:1]}
     assert locations == {"directions.npy", "product.onnx.data"}

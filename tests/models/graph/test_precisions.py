@@ -21,7 +21,7 @@ from vitrine.models.precision.agreement import measure
 
 @pytest.fixture(scope="module")
 def model(graph):
-    return to_onnx(graph, torch.zeros(2, 3, 32, 32), "pixels", VISION_OUTPUTS, DETAILS, DETAILS_INPUT)
+    return to_onnx(graph, {"pixels": torch.zeros(2, 3, 32, 32)}, VISION_OUTPUTS, DETAILS, DETAILS_INPUT)
 
 
 @pytest.fixture(scope="module", params=["int8", "fp16"])

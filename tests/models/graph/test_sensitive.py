@@ -16,7 +16,7 @@ from vitrine.models.graph.variants import _products, make_variant
 
 @pytest.fixture(scope="module")
 def model(graph):
-    return to_onnx(graph, torch.zeros(2, 3, 32, 32), "pixels", VISION_OUTPUTS, DETAILS, DETAILS_INPUT)
+    return to_onnx(graph, {"pixels": torch.zeros(2, 3, 32, 32)}, VISION_OUTPUTS, DETAILS, DETAILS_INPUT)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,17 @@
 
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from common import with_stored_decoders
+from vitrine.models.account.sources import Baseline, Trace, about, accounts
+from vitrine.models.bundle.layout import SOURCES_OUTPUTS, TRACE_OUTPUTS
 from vitrine.models.clip.tower import Tower
-from vitrine.models.graph.sources import SourcesGraph
+from vitrine.models.dictionary.average import mean_code
+from vitrine.models.graph.sources import SourcesGraph, written_by
 from vitrine.models.graph.trace import TraceGraph
 
 
@@ -60,7 +64,8 @@ class Reference:
         return encoder.weight[feature] @ x + encoder.bias[feature]
 
     def account(self, target):
-        """(embeddings [T], errors [L, T], features: of each source layer [T, k], biases [L]) of a scalar."""
+        """(embeddings [T], errors [L, T], features: of each source layer [T, k], biases [L], gradients at the MLPs'
+        outputs [L, T, d]) of a scalar."""
         grads = torch.autograd.grad(target, [self.embedded, *self.written], retain_graph=True, allow_unused=True)
         grads = [torch.zeros_like(self.embedded) if grad is None else grad for grad in grads]
         embeddings = (self.embedded * grads[0]).sum(-1)
@@ -75,7 +80,9 @@ class Reference:
                 left = left - (code.values[..., None] * rows).sum(1)
             errors.append((left * gradient).sum(-1))
             biases.append((decoder.bias * gradient).sum())
-        return embeddings.detach(), torch.stack(errors).detach(), [f.detach() for f in features], torch.stack(biases)
+        features = [part.detach() for part in features]
+        errors, biases = (torch.stack(parts).detach() for parts in (errors, biases))
+        return embeddings.detach(), errors, features, biases, torch.stack(grads[1:])
 
 
 def by_feature(indices, parts, features):
@@ -101,7 +108,7 @@ def check(clip, clt, pixels):
     ]
     layer, token, feature = torch.tensor(nodes).T
     start = torch.cat([directions, torch.zeros(len(nodes) - 2, clip.tower.width)])
-    embeddings, errors, constants, features, biases = SourcesGraph(clip.tower, clt, torch.float32)(
+    embeddings, errors, constants, features, biases, gradients = SourcesGraph(clip.tower, clt, torch.float32)(
         start, layer, token, feature, *held
     )
     for n, node in enumerate(nodes):
@@ -111,6 +118,8 @@ def check(clip, clt, pixels):
         torch.testing.assert_close(embeddings[n].double(), expected[0], **close)
         torch.testing.assert_close(errors[n].double(), expected[1], **close)
         torch.testing.assert_close(biases[n].double(), expected[3], **close)
+        by_type = torch.stack([expected[4][:, 0], expected[4][:, 1:].sum(1)], dim=1)
+        torch.testing.assert_close(gradients[n].double(), by_type, **close)
         for source in range(layers):
             ours = by_feature(held[-2][source], features[n, source].double(), clt.features)
             theirs = by_feature(reference.codes[source].indices, expected[2][source], clt.features)
@@ -128,3 +137,58 @@ def test_sources_of_any_clip(any_clip, make_clt, make_pixels):
 @pytest.mark.parametrize("cross_layer", [True, False])
 def test_sources_of_any_clt(clip, make_clt, make_pixels, sparsifier, cross_layer):
     check(clip, make_clt(clip, k=(4, 8, 6), sparsifier=sparsifier, cross_layer=cross_layer), make_pixels(1, seed=4)[0])
+
+
+@pytest.mark.parametrize("cross_layer", [True, False])
+def test_about_the_average_picture(clip, make_clt, make_pixels, cross_layer):
+    """Every feature's part about the mean, and the two rows that make up for it, by autograd."""
+    clt, pixels = make_clt(clip, k=6, k_cls=8, cross_layer=cross_layer), make_pixels(1, seed=5)[0]
+    stored = with_stored_decoders(clt)
+    reference = Reference(clip, stored, pixels)
+    average = mean_code(clip.tower, clt, [make_pixels(3, seed=6)])
+    baseline = Baseline(average.numpy(), written_by(clt, average).numpy())
+    label = F.normalize(torch.randn(clip.tower.embedding, generator=torch.Generator().manual_seed(1)), dim=-1)
+    fold, beta = (part.numpy() for part in clip.tower.fold())
+    outputs = TraceGraph(clip.tower, clt, torch.float32)(pixels[None])
+    trace = Trace.from_batch(dict(zip(TRACE_OUTPUTS, (part.numpy() for part in outputs), strict=True)), 0)
+    start = torch.from_numpy(trace.starts(label.numpy()[None], fold, 1.0))
+    last = torch.tensor([clip.tower.layers]), torch.tensor([0]), torch.tensor([0])
+    found = SourcesGraph(clip.tower, clt, torch.float32)(start, *last, *(part[0] for part in outputs[3:]))
+    found = dict(zip(SOURCES_OUTPUTS, (part.numpy() for part in found), strict=True))
+    (plain,) = accounts(trace, found, label.numpy()[None], beta, 1.0)
+    sources = about(plain, trace, found["gradients"][0], baseline)
+    assert abs(plain.remainder) < 1e-4
+    assert abs(sources.remainder) < 1e-4
+
+    gradients = reference.account(reference.logit(label.double()))[-1]  # [L, T, d]
+    tokens, types = clip.tower.tokens, torch.arange(clip.tower.tokens).clamp_max(1)
+    for source, code in enumerate(reference.codes):
+        per_unit = torch.zeros(tokens, clt.features).double()  # what one unit of each feature adds, token by token
+        for target, decoder in enumerate(stored.decoders):
+            if source in decoder.sources:
+                per_unit += gradients[target] @ decoder.weights[source - decoder.sources[0]].T
+        mean = average[source].double()[types]  # [T, F]
+        dense = torch.zeros_like(per_unit).scatter_add(1, code.indices, code.values)
+        active = dense != 0
+        close = {"rtol": 1e-4, "atol": 1e-4}
+        ours = by_feature(
+            code.indices * 0 + torch.from_numpy(sources.indices[source]),
+            torch.from_numpy(sources.features[source]).double(),
+            clt.features,
+        )
+        torch.testing.assert_close(ours, torch.where(active, (dense - mean) * per_unit, 0), **close)
+        assert sources.baseline[source] == pytest.approx(float((mean * per_unit).sum()), abs=1e-4)
+        assert sources.silent[source] == pytest.approx(float(-(mean * per_unit)[~active].sum()), abs=1e-4)
+    assert np.abs(sources.silent).max() > 1e-3
+
+
+def test_mean_code_by_hand(clip, clt, make_pixels):
+    """Of two batches of different sizes: the mean over all images, at [CLS] and over all patches."""
+    batches = [make_pixels(2, seed=7), make_pixels(1, seed=8)]
+    average = mean_code(clip.tower, clt, batches)
+    mlp_in = torch.cat([clip.tower(batch).mlp_in for batch in batches], dim=1)  # [L, 3, T, d]
+    is_cls = (torch.arange(clip.tower.tokens) == 0).expand(3, -1).flatten()
+    for layer, code in enumerate(clt.encode(mlp_in.flatten(1, 2), is_cls)):
+        dense = torch.zeros(len(is_cls), clt.features).scatter(1, code.indices, code.values)
+        torch.testing.assert_close(average[layer, 0], dense[is_cls].mean(0))
+        torch.testing.assert_close(average[layer, 1], dense[~is_cls].mean(0))

@@ -51,7 +51,7 @@ def test_bundle_older_than_details_is_served(bundle, graph, make_pixels, tmp_pat
 
     shutil.copytree(bundle.path, tmp_path / "older")
     (tmp_path / "older" / "attention.npy").unlink()
-    model = to_onnx(Older(), torch.zeros(2, 3, 32, 32), "pixels", VISION_OUTPUTS)
+    model = to_onnx(Older(), {"pixels": torch.zeros(2, 3, 32, 32)}, VISION_OUTPUTS)
     save_onnx(model, tmp_path / "older" / "vision.onnx")
     older = Engine(seal(tmp_path / "older", bundle.manifest), Settings())
     older.warm_up()

@@ -1,0 +1,30 @@
+"""The average picture: the mean activation of every feature, at [CLS] and over patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from vitrine.models.clip.tower import Tower
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
+
+
+@torch.no_grad()
+def mean_code(tower: Tower, clt: CrossLayerTranscoder, images: Iterable[Tensor]) -> Tensor:
+    """Mean activations [L, 2, F] over batches of normalised pixels [B, 3, H, W], at [CLS] and over all patches; a
+    feature that is not active counts as 0. Computed on the tower's device."""
+    device = next(tower.parameters()).device
+    sums = torch.zeros(clt.layers, 2, clt.features, dtype=torch.float64, device=device)
+    count = 0
+    for pixels in images:
+        mlp_in = tower(pixels.to(device)).mlp_in  # [L, B, T, d]
+        is_cls = torch.arange(len(pixels) * tower.tokens, device=device) % tower.tokens == 0
+        for layer, code in enumerate(clt.encode(mlp_in.flatten(1, 2), is_cls)):
+            for row, of_type in enumerate((is_cls, ~is_cls)):
+                places = code.indices[of_type].flatten()
+                sums[layer, row].index_add_(0, places, code.values[of_type].flatten().double())
+        count += len(pixels)
+    tokens = torch.tensor([1, tower.tokens - 1], device=device)[:, None] * count
+    return (sums / tokens).float().cpu()

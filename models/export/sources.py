@@ -1,0 +1,53 @@
+"""Writes what source accounts need into a bundle: two graphs, and the average picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitrine.models.bundle.layout import BASELINE, SOURCES_OUTPUTS, STARTS, TRACE_OUTPUTS
+from vitrine.models.clip.loading import Clip
+from vitrine.models.dictionary.average import mean_code
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.export.parity import check_sources
+from vitrine.models.graph.onnx_file import save_onnx, to_onnx
+from vitrine.models.graph.sources import SourcesGraph, written_by
+from vitrine.models.graph.trace import TraceGraph
+
+
+def write_sources(
+    bundle: Path, clip: Clip, clt: CrossLayerTranscoder | None, tables: torch.dtype, images: Sequence[Tensor]
+) -> None:
+    """Write the two graphs of the source account, checked against torch, and the average picture of `images` (batches
+    of normalised pixels), if there are any and a CLT. Tensors that vision.onnx or replacement.onnx have are shared.
+
+    Raises `ExportError`.
+    """
+    tower = clip.tower
+    trace, sources = TraceGraph(tower, clt, tables).eval(), SourcesGraph(tower, clt, tables).eval()
+    pixels = torch.zeros(2, 3, *tower.image_size)
+    outputs = TRACE_OUTPUTS if clt else TRACE_OUTPUTS[:-2]
+    beside = [file for file in (bundle / "vision.onnx", bundle / "replacement.onnx") if file.exists()]
+    save_onnx(to_onnx(trace, {"pixels": pixels}, outputs), bundle / "trace.onnx", beside)
+
+    with torch.no_grad():
+        of_image = {name: part[0] for name, part in zip(outputs, trace(pixels), strict=True)}
+    held = {name: part for name, part in of_image.items() if name not in ("embedding", "scale", "norm")}
+    start = (torch.zeros(2, tower.width), *(torch.zeros(2, dtype=torch.int64) for _ in STARTS[1:]))
+    directions = torch.export.Dim("directions")
+    exported = to_onnx(
+        sources,
+        dict(zip(STARTS, start, strict=True)) | held,
+        SOURCES_OUTPUTS if clt else SOURCES_OUTPUTS[:3],
+        dynamic={name: {0: directions} for name in STARTS},
+    )
+    save_onnx(exported, bundle / "sources.onnx", [*beside, bundle / "trace.onnx"])
+    check_sources(clip, trace, sources, bundle)
+    if clt and images:
+        average = mean_code(tower, clt, images)
+        for name, table in zip(BASELINE, (average, written_by(clt, average)), strict=True):
+            np.save(bundle / name, table.numpy())

@@ -1,0 +1,82 @@
+"""trace.onnx and sources.onnx in a bundle: shared tensors, any number of directions, and a check that notices."""
+
+from copy import deepcopy
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from vitrine.models.account.sources import Baseline, Trace, about, accounts
+from vitrine.models.bundle.bundle import open_bundle
+from vitrine.models.bundle.layout import SOURCES_OUTPUTS, STARTS, TRACE_OUTPUTS
+from vitrine.models.export.export import export_bundle
+from vitrine.models.export.parity import check_sources
+from vitrine.models.graph.onnx_file import ExportError
+from vitrine.models.graph.sources import SourcesGraph
+from vitrine.models.graph.trace import TraceGraph
+
+
+def run(bundle, pixels, directions):
+    """(trace, outputs of sources.onnx) of one image and label directions [n, D]."""
+    tracing, following = (
+        onnxruntime.InferenceSession(bundle.path / file, providers=["CPUExecutionProvider"])
+        for file in ("trace.onnx", "sources.onnx")
+    )
+    outputs = dict(zip(TRACE_OUTPUTS, tracing.run(list(TRACE_OUTPUTS), {"pixels": pixels}), strict=True))
+    trace = Trace.from_batch(outputs, 0)
+    start = trace.starts(directions, bundle.fold, bundle.manifest.logit_scale)
+    count, layers = len(start), bundle.manifest.shape.layers
+    at = (start.astype(np.float32), np.full(count, layers), np.zeros(count, np.int64), np.zeros(count, np.int64))
+    feeds = dict(zip(STARTS, at, strict=True)) | {name: outputs[name][0] for name in TRACE_OUTPUTS[3:]}
+    return trace, dict(zip(SOURCES_OUTPUTS, following.run(list(SOURCES_OUTPUTS), feeds), strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_accounts_of_any_number_of_directions_add_up(traced, count, make_pixels):
+    directions = np.random.default_rng(0).normal(size=(count, traced.manifest.shape.embedding)).astype(np.float32)
+    directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+    trace, outputs = run(traced, make_pixels(1, seed=12).numpy(), directions)
+    baseline = Baseline(*traced.baseline)
+    for n, sources in enumerate(accounts(trace, outputs, directions, traced.beta, traced.manifest.logit_scale)):
+        assert abs(sources.remainder) < 1e-3
+        assert sources.features.any()
+        assert abs(about(sources, trace, outputs["gradients"][n], baseline).remainder) < 1e-3
+
+
+def test_what_other_graphs_have_is_stored_once(traced):
+    """The tower's weights are vision.onnx's, the decoders replacement.onnx's. In so small a bundle vision.onnx has no
+    table of all encoder rows, which is stored anew."""
+    sizes = {name: entry.bytes for name, entry in traced.manifest.files.items()}
+    assert "trace.onnx.data" not in sizes
+    assert sizes["sources.onnx.data"] <= 3 * 64 * 32 * 4
+    model = onnx.load(traced.path / "sources.onnx", load_external_data=False)
+    places = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data}
+    assert {"vision.onnx.data", "replacement.onnx.data"} <= places
+
+
+def test_without_images_there_is_no_average_picture(clip, make_clt, cls_mean, provenance, tmp_path):
+    clt = make_clt(clip, seed=2, cross_layer=False)
+    built = export_bundle(clip, clt, cls_mean, provenance, tmp_path / "out", sources=True)
+    assert "sources.onnx" in built.manifest.files
+    assert built.baseline is None
+    trace, outputs = run(
+        open_bundle(built.path), np.zeros((1, 3, 32, 32), np.float32), np.eye(24, dtype=np.float32)[:2]
+    )
+    for sources in accounts(trace, outputs, np.eye(24, dtype=np.float32)[:2], built.beta, built.manifest.logit_scale):
+        assert abs(sources.remainder) < 1e-3
+
+
+@pytest.mark.parametrize("part", ["trace", "sources"])
+def test_the_check_notices_other_weights(traced, clip, clt, part):
+    clt = deepcopy(clt)
+    trace, sources = TraceGraph(clip.tower, clt, torch.float32), SourcesGraph(clip.tower, clt, torch.float32)
+    check_sources(clip, trace, sources, traced.path)
+    with torch.no_grad():
+        if part == "trace":
+            trace.encoders[1].weight.mul_(-1)
+        else:
+            sources.biases[1] += 0.1
+    with pytest.raises(ExportError, match=rf"{part}\.onnx"):
+        check_sources(clip, trace, sources, traced.path)
