@@ -243,16 +243,10 @@ def picture(draw, encode):
 
 
 @pytest.fixture(scope="session")
-def bundle(clip, clt, cls_mean, provenance, tmp_path_factory):
-    """The exported and opened bundle of `clip` and `clt`, with the replacement graph."""
+def bundle(clip, clt, cls_mean, provenance, make_pixels, tmp_path_factory):
+    """The exported and opened bundle of `clip` and `clt`, with the replacement graph, source accounts and the average
+    of four images."""
     out = tmp_path_factory.mktemp("bundles") / "tiny"
-    return export_bundle(clip, clt, cls_mean, provenance, out, replacement=True)
-
-
-@pytest.fixture(scope="session")
-def traced(clip, clt, cls_mean, provenance, make_pixels, tmp_path_factory):
-    """`bundle` with source accounts and the average of four images."""
-    out = tmp_path_factory.mktemp("traced") / "tiny"
     images = [make_pixels(4, seed=11)]
     return export_bundle(clip, clt, cls_mean, provenance, out, calibration=images, replacement=True, sources=True)
 

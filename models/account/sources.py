@@ -133,6 +133,15 @@ class Sources:
         return self.logit - self.constants - sum(sums)
 
     @property
+    def error_share(self) -> float:
+        """The errors' part of the sum of all |rows|: features, errors and biases by layer, embeddings, constants."""
+        rows = (self.features.sum((1, 2)), self.biases, self.baseline, self.silent)
+        errors = float(np.abs(self.errors.sum(1)).sum())
+        gross = errors + abs(float(self.embeddings.sum())) + abs(self.constants)
+        gross += sum(float(np.abs(row).sum()) for row in rows if row is not None)
+        return errors / gross if gross else 0.0
+
+    @property
     def map(self) -> Array:
         """[T]: what was written at each token, features, errors and embedding."""
         return self.embeddings + self.features.sum((0, 2)) + self.errors.sum(0)

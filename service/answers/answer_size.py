@@ -32,6 +32,9 @@ def attribution_values(shape: Shape, request: AttributeRequest, labels: int) -> 
     if explain.heatmap:
         heads = max(1, shape.width // _HEAD_WIDTH)
         per_explanation += (layers + 1) * patches + layers * (heads + 2)
+    if explain.sources:
+        active = layers * min(shape.features, shape.tokens * shape.k)
+        per_explanation += min(explain.source_features, active) * (shape.tokens + 7) + 6 * layers + 2 * shape.tokens
     values = 3 * min(request.top_k, labels) + len(explain.targets or (None,)) * per_explanation
     if explain.lens:
         values += 4 * layers

@@ -13,6 +13,7 @@ from vitrine.service.answers.attributor import Attributor, Inferred
 from vitrine.service.answers.explain import account, check_explain, lens, matrix, predict
 from vitrine.service.answers.notices import to_notices
 from vitrine.service.answers.serialise import json_text
+from vitrine.service.answers.sources import directions, source_accounts
 from vitrine.service.answers.texts import Texts
 from vitrine.service.engine.labels import LabelSet
 from vitrine.service.errors import ServiceError
@@ -22,6 +23,7 @@ from vitrine.service.schemas.attribute import (
     AttributeRequest,
     AttributeResponse,
     Attribution,
+    Explain,
     Explanation,
     Fidelity,
     LensLayer,
@@ -109,6 +111,8 @@ async def _attribute(
         predictions, explanations, lens_layers, fidelity = await attributor.in_thread(
             _account, attributor.bundle, inferred.parts, inferred.labels, request
         )
+    if explain.sources:
+        explanations = await _with_sources(attributor, inferred, explain, explanations, timings)
     _observe(explanations, fidelity)
     attribution = Attribution(
         warnings=to_notices(image=inferred.notes),
@@ -120,6 +124,27 @@ async def _attribute(
         timings_ms=timings,
     )
     return attribution, inferred
+
+
+async def _with_sources(
+    attributor: Attributor,
+    inferred: Inferred,
+    explain: Explain,
+    explanations: list[Explanation],
+    timings: dict[str, float],
+) -> list[Explanation]:
+    """The explanations with their source accounts."""
+    engine, labels = attributor.engine, inferred.labels
+    assert engine.sources is not None  # see `check_explain`
+    with timed_stage("sources", timings):
+        top1 = labels.labels.index(explanations[0].target)
+        of = directions(labels, explain, top1)
+        found = await attributor.batcher.run_between(engine.sources.run, inferred.pixels, of, spent=0.0)
+        accounts = await attributor.in_thread(source_accounts, attributor.bundle, *found, of, explain)
+    return [
+        explanation.model_copy(update={"sources": sources})
+        for explanation, sources in zip(explanations, accounts, strict=True)
+    ]
 
 
 def _account(
@@ -136,5 +161,7 @@ def _observe(explanations: list[Explanation], fidelity: Fidelity) -> None:
     metrics.FIDELITY_R2.observe(fidelity.r2)
     metrics.ERROR_SHARE.observe(fidelity.error_share)
     metrics.AGREES.labels(str(fidelity.reconstructed_top1_agrees).lower()).inc()
+    if (sources := explanations[0].sources) is not None:
+        metrics.SOURCE_ERROR_SHARE.observe(sources.error_share)
     for layer in explanations[0].layers:  # first target only: one series per layer is enough
         metrics.LAYER_SHARE.labels(layer.layer).observe(layer.share)

@@ -45,6 +45,7 @@ class Inferred(NamedTuple):
 
     parts: Decomposition
     labels: LabelSet
+    pixels: NDArray[np.float32]  # [3, H, W], normalised
     contributions: NDArray[np.floating] | None  # C [2, L, L] (`Engine.replace`), if requested
     notes: tuple[Note, ...]  # of the image
 
@@ -160,7 +161,7 @@ class Attributor:
         if with_matrix:
             with timed_stage("matrix", timings):
                 _, (contributions,) = await self.batcher.run(self.engine.replace, pixels[None], self._no_replacement)
-        return Inferred(parts, label_set, contributions, notes)
+        return Inferred(parts, label_set, pixels, contributions, notes)
 
     async def submit(
         self, pixels: NDArray[np.float32], timings: dict[str, float], details: bool = False

@@ -83,13 +83,63 @@ def replacement_graph(manifest: Manifest) -> Graph:
     return Graph("replacement.onnx", inputs, outputs)
 
 
-def check_graph(bundle: Bundle, graph: Graph, session: InferenceSession) -> None:
-    """Raise `BundleError` or `EngineError` unless an opened graph is what the manifest says, and runs."""
+def trace_graph(manifest: Manifest) -> Graph:
+    """trace.onnx."""
+    shape = manifest.shape
+    layers, tokens, width = shape.layers, shape.tokens, shape.width
+    outputs: dict[str, Dimensions] = {
+        "embedding": (None, shape.embedding),
+        "scale": (None,),
+        "norm": (None,),
+        "attention_weights": (None, layers, None, tokens, tokens),
+        "before_attention": (None, layers, tokens),
+        "before_mlp": (None, layers, tokens),
+        "embedded": (None, tokens, width),
+        "written": (None, layers, tokens, width),
+        "indices": (None, layers, tokens, None),
+        "values": (None, layers, tokens, None),
+    }
+    return Graph("trace.onnx", {"pixels": ("tensor(float)", (None, 3, *manifest.preprocessing.size))}, outputs)
+
+
+def sources_graph(manifest: Manifest, heads: int) -> Graph:
+    """sources.onnx, for one direction in the outputs. heads: as trace.onnx has them, the manifest does not say."""
+    shape = manifest.shape
+    layers, tokens, width = shape.layers, shape.tokens, shape.width
+    inputs: dict[str, tuple[str, Dimensions]] = {
+        "direction": ("tensor(float)", (None, width)),
+        **dict.fromkeys(("layer", "token", "feature"), ("tensor(int64)", (None,))),
+        "attention_weights": ("tensor(float)", (layers, heads, tokens, tokens)),
+        "before_attention": ("tensor(float)", (layers, tokens)),
+        "before_mlp": ("tensor(float)", (layers, tokens)),
+        "embedded": ("tensor(float)", (tokens, width)),
+        "written": ("tensor(float)", (layers, tokens, width)),
+        "indices": ("tensor(int64)", (layers, tokens, None)),
+        "values": ("tensor(float)", (layers, tokens, None)),
+    }
+    outputs: dict[str, Dimensions] = {
+        "embeddings": (None, tokens),
+        "errors": (None, layers, tokens),
+        "constants": (None,),
+        "features": (None, layers, tokens, None),
+        "biases": (None, layers),
+        "gradients": (None, layers, 2, width),
+    }
+    return Graph("sources.onnx", inputs, outputs)
+
+
+def check_graph(
+    bundle: Bundle, graph: Graph, session: InferenceSession, feeds: dict[str, NDArray[Any]] | None = None
+) -> None:
+    """Raise `BundleError` or `EngineError` unless an opened graph is what the manifest says, and runs.
+
+    feeds: inputs to run it with; default: noise.
+    """
     file = bundle.path / graph.file
     _check_inputs(bundle, graph, session)
     if missing := graph.outputs.keys() - {output.name for output in session.get_outputs()}:
         raise BundleError(f"{file} has no output {min(missing)}: it was not exported for this bundle")
-    feeds = _feeds(graph)
+    feeds = feeds or _feeds(graph)
     given = ", ".join(f"{name} {list(feed.shape)} ({_FIELDS.get(name, 'shape')})" for name, feed in feeds.items())
     with session_errors(f"{file}, given {given} as {MANIFEST} says,"):
         values = session.run(list(graph.outputs), feeds)
@@ -101,7 +151,10 @@ def check_graph(bundle: Bundle, graph: Graph, session: InferenceSession) -> None
             raise BundleError(f"{file}: its output {name} has values that are not finite")
         if name in ("embedding", "text_embedding"):
             check_unit(value, f"{file}: its output {name}")
-        if name == "feature_indices" and not 0 <= value.min() <= value.max() < bundle.manifest.shape.features:
+        if (
+            name in ("feature_indices", "indices")
+            and not 0 <= value.min() <= value.max() < bundle.manifest.shape.features
+        ):
             raise BundleError(
                 f"{file}: its output {name} goes up to {value.max()}, {MANIFEST} says shape.features = "
                 f"{bundle.manifest.shape.features}"

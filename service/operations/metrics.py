@@ -39,6 +39,9 @@ FIDELITY_R2 = Histogram(
     buckets=(0, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.98, 0.99, 1),
 )
 ERROR_SHARE = Histogram("vitrine_error_share", "Share of the error row, an image", buckets=_SHARE)
+SOURCE_ERROR_SHARE = Histogram(
+    "vitrine_source_error_share", "Share of the error rows of a source account, an explanation", buckets=_SHARE
+)
 AGREES = Counter(
     "vitrine_reconstructed_top1_total", "Images, by whether the top-1 stays without the error row", ["agrees"]
 )

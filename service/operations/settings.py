@@ -60,6 +60,9 @@ class Settings(BaseSettings):
     replacement: bool = Field(
         default=True, description="load the bundle's replacement graph, where it has one, for `explain.matrix`"
     )
+    sources: bool = Field(
+        default=True, description="load the bundle's source graphs, where it has them, for `explain.sources`"
+    )
     gpu_memory_bytes: NonNegativeInt = Field(default=0, description="the most that CUDA may take; 0: no limit")
     tensorrt_cache: Path | None = Field(
         default=None, description="directory where TensorRT keeps its engines, which take minutes to build"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, Field
 
 from vitrine.service.schemas.base import AnswerShape, Label, Labels, RequestShape, TimingsMs, Warnings, WithImage
 from vitrine.service.schemas.classify import ClassifyRequest, Prediction
+from vitrine.service.schemas.sources import SourceAccount
 
 
 class Explain(RequestShape):
@@ -19,6 +22,19 @@ class Explain(RequestShape):
     heatmap: bool = Field(default=False, description="split each target's attention rows by patch and by head")
     lens: bool = Field(default=False, description="the prediction as it stands after each layer")
     matrix: bool = Field(default=False, description="how much of each layer's output every source layer writes")
+    sources: bool = Field(
+        default=False, description="follow each target's logit back through attention to the features that made it"
+    )
+    source_features: int = Field(
+        default=12,
+        ge=0,
+        le=100_000,
+        strict=True,
+        description="features listed in `sources`, largest contribution first",
+    )
+    baseline: Literal["zero", "mean"] = Field(
+        default="zero", description="of `sources`: mean says what this picture has that the average one has not"
+    )
 
 
 class AttributeRequest(ClassifyRequest):
@@ -102,6 +118,7 @@ class Explanation(BaseModel):
     ledger: LedgerAccount
     layers: list[LayerAccount]
     heatmap: HeatMap | None = None
+    sources: SourceAccount | None = None
 
 
 class Fidelity(BaseModel):

@@ -11,7 +11,7 @@ import pytest
 
 from common import ROOT
 from vitrine.models.bundle.bundle import BundleError, open_bundle, seal
-from vitrine.models.bundle.layout import MANIFEST, REQUIRED
+from vitrine.models.bundle.layout import BASELINE, MANIFEST, REQUIRED
 from vitrine.models.bundle.manifest import LayerMetrics, Metrics
 from vitrine.models.bundle.model_card import model_card
 
@@ -50,7 +50,10 @@ def test_round_trip(bundle, clip, clt, provenance):
     assert manifest.logit_scale == pytest.approx(1 / 0.07)
 
 
-OPTIONAL = "attention.npy", "last_decoders.npy", "replacement.onnx", "replacement.onnx.data"
+OPTIONAL = (
+    *("attention.npy", "last_decoders.npy", "replacement.onnx", "replacement.onnx.data"),
+    *("trace.onnx", "sources.onnx", "sources.onnx.data", *BASELINE),
+)
 
 
 def test_manifest_lists_every_file_with_its_checksum(bundle):

@@ -34,24 +34,24 @@ def run(bundle, pixels, directions):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_accounts_of_any_number_of_directions_add_up(traced, count, make_pixels):
-    directions = np.random.default_rng(0).normal(size=(count, traced.manifest.shape.embedding)).astype(np.float32)
+def test_accounts_of_any_number_of_directions_add_up(bundle, count, make_pixels):
+    directions = np.random.default_rng(0).normal(size=(count, bundle.manifest.shape.embedding)).astype(np.float32)
     directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
-    trace, outputs = run(traced, make_pixels(1, seed=12).numpy(), directions)
-    baseline = Baseline(*traced.baseline)
-    for n, sources in enumerate(accounts(trace, outputs, directions, traced.beta, traced.manifest.logit_scale)):
+    trace, outputs = run(bundle, make_pixels(1, seed=12).numpy(), directions)
+    baseline = Baseline(*bundle.baseline)
+    for n, sources in enumerate(accounts(trace, outputs, directions, bundle.beta, bundle.manifest.logit_scale)):
         assert abs(sources.remainder) < 1e-3
         assert sources.features.any()
         assert abs(about(sources, trace, outputs["gradients"][n], baseline).remainder) < 1e-3
 
 
-def test_what_other_graphs_have_is_stored_once(traced):
+def test_what_other_graphs_have_is_stored_once(bundle):
     """The tower's weights are vision.onnx's, the decoders replacement.onnx's. In so small a bundle vision.onnx has no
     table of all encoder rows, which is stored anew."""
-    sizes = {name: entry.bytes for name, entry in traced.manifest.files.items()}
+    sizes = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
     assert "trace.onnx.data" not in sizes
     assert sizes["sources.onnx.data"] <= 3 * 64 * 32 * 4
-    model = onnx.load(traced.path / "sources.onnx", load_external_data=False)
+    model = onnx.load(bundle.path / "sources.onnx", load_external_data=False)
     places = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data}
     assert {"vision.onnx.data", "replacement.onnx.data"} <= places
 
@@ -69,14 +69,14 @@ def test_without_images_there_is_no_average_picture(clip, make_clt, cls_mean, pr
 
 
 @pytest.mark.parametrize("part", ["trace", "sources"])
-def test_the_check_notices_other_weights(traced, clip, clt, part):
+def test_the_check_notices_other_weights(bundle, clip, clt, part):
     clt = deepcopy(clt)
     trace, sources = TraceGraph(clip.tower, clt, torch.float32), SourcesGraph(clip.tower, clt, torch.float32)
-    check_sources(clip, trace, sources, traced.path)
+    check_sources(clip, trace, sources, bundle.path)
     with torch.no_grad():
         if part == "trace":
             trace.encoders[1].weight.mul_(-1)
         else:
             sources.biases[1] += 0.1
     with pytest.raises(ExportError, match=rf"{part}\.onnx"):
-        check_sources(clip, trace, sources, traced.path)
+        check_sources(clip, trace, sources, bundle.path)

@@ -51,7 +51,8 @@ def test_answer_has_exactly_the_fields_of_the_contract(server, picture):
     assert set(answer["timings_ms"]) == {"decode", "labels", "queue", "inference", "ledger"}
     assert all(set(prediction) == {"label", "probability", "logit"} for prediction in answer["predictions"])
     (explanation,) = answer["explanations"]
-    assert set(explanation) == {"target", "contrast", "logit", "ledger", "layers", "heatmap"}
+    assert set(explanation) == {"target", "contrast", "logit", "ledger", "layers", "heatmap", "sources"}
+    assert explanation["sources"] is None
     assert set(explanation["ledger"]) == {"prior", "attention", "clt", "bias", "error", "remainder"}
     assert len(explanation["ledger"]["attention"]) == len(explanation["ledger"]["clt"]) == LAYERS
     for layer in explanation["layers"]:
