@@ -73,21 +73,33 @@ def accounts(
 
     beta [D]: of `Tower.fold`.
     """
+    logits = logit_scale * (directions @ trace.embedding)
+    return _accounts(trace, outputs, logits, directions @ beta * (logit_scale / trace.norm))
+
+
+def feature_accounts(trace: Trace, outputs: Mapping[str, Any], activations: Array) -> list[Sources]:
+    """The accounts of n active features' pre-activations, which are their `activations` [n], from what sources.onnx
+    gave for starts at their encoders."""
+    return _accounts(trace, outputs, activations, np.zeros(len(activations)))
+
+
+def _accounts(trace: Trace, outputs: Mapping[str, Any], totals: Array, constants: Array) -> list[Sources]:
+    """constants [n]: of each account, beside those of the network up to its start."""
     layers, tokens = trace.written.shape[:2]
-    none = np.zeros((len(directions), layers, tokens, 0), np.float32)
+    none = np.zeros((len(totals), layers, tokens, 0), np.float32)
     features, indices = outputs.get("features", none), trace.indices
-    biases = outputs.get("biases", np.zeros((len(directions), layers), np.float32))
+    biases = outputs.get("biases", np.zeros((len(totals), layers), np.float32))
     return [
         Sources(
-            logit=float(logit_scale * (direction @ trace.embedding)),
+            logit=float(total),
             embeddings=outputs["embeddings"][n],
             features=features[n],
             biases=biases[n],
             errors=outputs["errors"][n],
-            constants=float(outputs["constants"][n] + direction @ beta * (logit_scale / trace.norm)),
+            constants=float(outputs["constants"][n] + constants[n]),
             indices=none[0].astype(np.int64) if indices is None else indices,
         )
-        for n, direction in enumerate(directions)
+        for n, total in enumerate(totals)
     ]
 
 
@@ -112,9 +124,10 @@ class Baseline(NamedTuple):
 
 @dataclass(frozen=True)
 class Sources:
-    """The source account of one logit, or of a difference of two, in logits. All parts and `remainder` sum to it."""
+    """The source account of one logit, or of a difference of two, or of a feature's pre-activation. All parts and
+    `remainder` sum to it."""
 
-    logit: float
+    logit: float  # or the pre-activation
     embeddings: Array  # [T]
     features: Array  # [L, T, k] of the trace's active features; [L, T, 0] without a CLT
     biases: Array  # [L] of the decoders of each target layer

@@ -1,0 +1,267 @@
+"""The circuit of a logit: which features made the features that made it. numpy only.
+
+A graph over one image's trace (`models.account.sources`). Its nodes are
+
+    features     every active (layer, index, token)          columns [0, L T k), those with activation 0 unused
+    embeddings   every token                                  columns [L T k, L T k + T)
+    errors       every layer and token                        the last L T columns
+    the target   a logit, or a difference of two
+
+and an edge is the direct effect of a node on another's *pre-activation*, or on the logit, with attention weights and
+LayerNorm denominators held fast: the source account of a feature's encoder row. So the edges into a node, decoder
+biases and constants add up to its pre-activation, exactly. Embeddings and errors are leaves.
+
+Influence as circuit-tracer defines it (attribution graphs, Ameisen et al. 2025): the |edges| into each node are divided
+by their sum, A; a node's influence on the target is the sum over all paths, the row of the target in A + A^2 + ... A is
+strictly lower-triangular, by layers, so that one substitution gives it.
+
+A graph of all active features has 10^5 nodes and one backward pass for each. It is built from the target instead: the
+features that have most influence by what is known so far are expanded next, in batches, until the budget is spent.
+Whatever is not expanded is a leaf, too, and its influence is told as a share. The leaves' influences sum to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitrine.models.account.ledger import Array
+from vitrine.models.account.sources import Sources, Trace
+
+# Accounts of the pre-activations of features: layers, tokens and indices [n] -> n accounts.
+Follow = Callable[[NDArray[np.integer], NDArray[np.integer], NDArray[np.integer]], list[Sources]]
+BATCH = 16  # features expanded at once: influences are computed anew after each batch
+NODE_SHARE, EDGE_SHARE = 0.8, 0.98  # of the influence that pruning keeps; circuit-tracer's defaults
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When the expansion ends, whichever comes first."""
+
+    nodes: int  # features expanded at most
+    seconds: float
+    left_out: float = 0.01  # share of the influence that ends at features which were not expanded
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the columns: L layers, T tokens, k places."""
+
+    layers: int
+    tokens: int
+    places: int
+
+    @property
+    def features(self) -> int:
+        """Number of columns of features: those of the embeddings follow."""
+        return self.layers * self.tokens * self.places
+
+    @property
+    def errors(self) -> int:
+        """The first column of an error."""
+        return self.features + self.tokens
+
+    @property
+    def columns(self) -> int:
+        return self.errors + self.layers * self.tokens
+
+    def layer_of(self, columns: NDArray[np.integer]) -> NDArray[np.integer]:
+        """Layers of columns of features."""
+        return columns // (self.tokens * self.places)
+
+    def token_of(self, columns: NDArray[np.integer]) -> NDArray[np.integer]:
+        """Tokens of columns of any kind."""
+        of_feature = columns // self.places % self.tokens if self.places else columns
+        return np.where(columns < self.features, of_feature, (columns - self.features) % self.tokens)
+
+
+@dataclass(frozen=True)
+class AttributionGraph:
+    """What was expanded: the edges into the target, and into each of the `expanded` features, from every column.
+
+    They are stored as `shares`, divided by the sum of their sizes, and that sum, `gross`; 0 where nothing flows in.
+    """
+
+    shape: Shape
+    indices: NDArray[np.integer]  # [L, T, k] of the features
+    activations: Array  # [L, T, k]
+    target: Array  # [columns] shares of the target
+    target_gross: float
+    expanded: NDArray[np.integer]  # [n] columns
+    shares: Array  # [n, columns] of the expanded features
+    gross: Array  # [n]
+    inflow: Array  # [n] all of a feature's pre-activation: edges, decoder biases, constants
+
+    def influence(self) -> Array:
+        """[columns]: of every column on the target."""
+        influence = np.abs(self.target)
+        for rows in self._from_above():
+            influence += influence[self.expanded[rows]] @ np.abs(self.shares[rows])
+        return influence
+
+    def _from_above(self) -> Iterator[NDArray[np.integer]]:
+        """Rows of the expanded features, layer by layer, from the last to the first."""
+        layers = self.shape.layer_of(self.expanded)
+        for layer in range(self.shape.layers)[::-1]:
+            yield np.flatnonzero(layers == layer)
+
+    def leaves(self, influence: Array) -> Leaves:
+        """Where the influence ends."""
+        shape = self.shape
+        waiting = influence[: shape.features].copy()
+        waiting[self.expanded] = 0
+        ends = (influence[shape.features : shape.errors], influence[shape.errors :], waiting)
+        embeddings, errors, left_out = (float(end.sum(dtype=np.float64)) for end in ends)
+        constant = influence[self.expanded[self.gross == 0]].sum(dtype=np.float64)  # biases and constants made them
+        return Leaves(embeddings, errors, left_out, float(constant))
+
+    def completeness(self, influence: Array) -> float:
+        """circuit-tracer's: of all nodes weighted by influence, the part of what flows into them that no error made."""
+        of_target, of_features = (
+            1 - np.abs(shares[..., self.shape.errors :]).sum(-1) for shares in (self.target, self.shares)
+        )
+        weights = influence[self.expanded]
+        return float((of_target + (of_features * weights).sum()) / (1 + weights.sum()))
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """Shares of the target's influence by where they end; they sum to 1."""
+
+    embeddings: float
+    errors: float
+    left_out: float  # features that were not expanded
+    constant: float  # features that only biases and constants made
+
+    @property
+    def replacement(self) -> float:
+        """circuit-tracer's replacement score: embeddings / (embeddings + errors), over all paths."""
+        ends = self.embeddings + self.errors
+        return self.embeddings / ends if ends else 1.0
+
+
+def expand(trace: Trace, target: Sources, follow: Follow, limits: Limits) -> AttributionGraph:
+    """Build the graph of one target from its source account, the most influential features first."""
+    indices, values = trace.indices, trace.values
+    assert indices is not None  # without a CLT there are no features to expand
+    assert values is not None
+    shape = Shape(*values.shape)
+    begun, active = perf_counter(), values.ravel() != 0
+    shares = np.empty((limits.nodes, shape.columns), np.float32)  # a page of it takes memory once it is written
+    gross, inflow = np.empty(limits.nodes), np.empty(limits.nodes)
+    expanded = np.empty(limits.nodes, np.int64)
+    (of_target,), (target_gross,) = _shares([target])
+
+    def built(count: int) -> AttributionGraph:
+        done = slice(0, count)
+        return AttributionGraph(
+            shape,
+            indices,
+            values,
+            of_target,
+            float(target_gross),
+            expanded[done],
+            shares[done],
+            gross[done],
+            inflow[done],
+        )
+
+    graph = built(0)
+    while (done := len(graph.expanded)) < limits.nodes and perf_counter() - begun < limits.seconds:
+        waiting = np.where(active, graph.influence()[: shape.features], 0)
+        waiting[graph.expanded] = 0
+        if waiting.sum() <= limits.left_out:
+            break
+        count = min(BATCH, limits.nodes - done, int((waiting > 0).sum()))
+        chosen = np.argsort(-waiting, kind="stable")[:count]
+        accounts = follow(shape.layer_of(chosen), shape.token_of(chosen), indices.ravel()[chosen])
+        batch = slice(done, done + count)
+        shares[batch], gross[batch] = _shares(accounts)
+        expanded[batch], inflow[batch] = chosen, [account.logit for account in accounts]
+        graph = built(done + count)
+    return graph
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """A pruned graph: nodes as columns, edges between them and into the target."""
+
+    nodes: NDArray[np.integer]  # columns, the most influential first
+    influence: Array  # [nodes]
+    sources: NDArray[np.integer]  # [edges] places in `nodes`
+    targets: NDArray[np.integer]  # [edges] places in `nodes`; -1: the target
+    weights: Array  # [edges] signed, in logits or units of the pre-activation
+
+
+def prune(graph: AttributionGraph, node_share: float = NODE_SHARE, edge_share: float = EDGE_SHARE) -> Circuit:
+    """circuit-tracer's pruning: the fewest nodes that have `node_share` of all influence; of the edges between them the
+    fewest that have `edge_share`; then, over and over, no feature without an edge out, or in.
+
+    Features that were not expanded, or that only biases and constants made, are leaves.
+    """
+    influence = graph.influence()
+    nodes = np.flatnonzero(_largest(influence, node_share))
+    nodes = nodes[np.argsort(-influence[nodes], kind="stable")]
+    # The graph of these nodes alone: a row for the target and for each that was expanded, a column for each.
+    rows = np.flatnonzero(np.isin(graph.expanded, nodes))
+    rows = rows[np.argsort(-graph.shape.layer_of(graph.expanded[rows]), kind="stable")]  # from the last layer down
+    weights = np.concatenate([(graph.target * graph.target_gross)[None, nodes], graph.shares[rows][:, nodes]])
+    weights[1:] *= graph.gross[rows, None]
+    place_of = np.full(graph.shape.columns, -1, np.int64)
+    place_of[nodes] = np.arange(len(nodes))
+    places = place_of[graph.expanded[rows]]  # in `nodes`
+    shares = _divided(np.abs(weights))
+    flow = shares[0].copy()  # influence by the edges between these nodes
+    for row, place in enumerate(places, 1):
+        flow += flow[place] * shares[row]
+    scores = shares * np.concatenate([[1.0], flow[places]])[:, None]
+    edges = _largest(scores.ravel(), edge_share).reshape(scores.shape)
+    kept = np.ones(len(nodes), bool)
+    while True:
+        fed = np.ones(len(nodes), bool)  # leaves need no edge in
+        fed[places] = edges[1:].any(1) | (graph.gross[rows] == 0)
+        remaining = kept & fed & edges.any(0)
+        if (remaining == kept).all():
+            break
+        kept = remaining
+        edges[:, ~kept] = False
+        edges[1:][~kept[places]] = False
+    place_of = np.cumsum(kept) - 1
+    into = np.concatenate([[-1], place_of[places]])
+    row_of_edge, node_of_edge = np.nonzero(edges)
+    return Circuit(
+        nodes=nodes[kept],
+        influence=influence[nodes[kept]],
+        sources=place_of[node_of_edge],
+        targets=into[row_of_edge],
+        weights=weights[row_of_edge, node_of_edge],
+    )
+
+
+def _shares(accounts: list[Sources]) -> tuple[Array, Array]:
+    """Accounts as edges, by column: (divided by the sum of their sizes [n, columns], that sum [n])."""
+    edges = np.stack(
+        [np.concatenate([account.features.ravel(), account.embeddings, account.errors.ravel()]) for account in accounts]
+    )
+    gross = np.abs(edges).sum(1, dtype=np.float64)
+    return np.divide(edges, gross[:, None], out=np.zeros_like(edges), where=gross[:, None] != 0), gross
+
+
+def _divided(sizes: Array) -> Array:
+    """Rows [n, columns], each divided by its sum; rows of zeros stay so."""
+    sums = sizes.sum(1, keepdims=True)
+    return np.divide(sizes, sums, out=np.zeros_like(sizes), where=sums != 0)
+
+
+def _largest(values: Array, share: float) -> NDArray[np.bool_]:
+    """The fewest of non-negative values whose sum is at least `share` of all."""
+    order = np.argsort(-values, kind="stable")
+    cumulated = np.cumsum(values[order], dtype=np.float64)
+    kept = np.zeros(len(values), bool)
+    if cumulated[-1] > 0:
+        kept[order[: int(np.searchsorted(cumulated, share * cumulated[-1])) + 1]] = True
+    return kept & (values > 0)

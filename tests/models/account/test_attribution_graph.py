@@ -1,0 +1,186 @@
+"""Attribution graphs: against dense algebra over all paths, and on a small network made by hand."""
+
+from itertools import count
+
+import numpy as np
+import pytest
+
+from vitrine.models.account.circuit import Limits, Shape, expand, prune
+from vitrine.models.account.sources import Sources, Trace
+
+LAYERS, TOKENS, PLACES = 3, 2, 2
+SHAPE = Shape(LAYERS, TOKENS, PLACES)
+FEATURES, COLUMNS = 12, 12 + 2 + 6
+
+
+class Network:
+    """Random edges from every column into features of later layers, and into the target."""
+
+    def __init__(self, seed=0):
+        generator = np.random.default_rng(seed)
+        self.edges = generator.normal(size=(FEATURES, COLUMNS)) * (generator.random((FEATURES, COLUMNS)) < 0.7)
+        layer = np.concatenate(
+            [np.repeat(np.arange(LAYERS), TOKENS * PLACES), [-1] * TOKENS, np.repeat(range(3), TOKENS)]
+        )
+        # from features and errors of earlier layers alone; what block l's MLP wrote is read from block l + 1 on
+        self.edges[np.repeat(np.arange(LAYERS), TOKENS * PLACES)[:, None] <= layer] = 0
+        self.values = generator.uniform(1, 2, FEATURES)
+        self.values[5] = 0  # an unused place
+        self.edges[:, 5] = 0
+        self.target = generator.normal(size=COLUMNS)
+        self.target[5] = 0
+        self.asked = []
+
+    @property
+    def trace(self):
+        shape = (LAYERS, TOKENS, PLACES)
+        indices = np.arange(FEATURES).reshape(shape) + 100
+        return Trace(*[None] * 2, 1.0, *[None] * 5, indices=indices, values=self.values.reshape(shape))
+
+    def account(self, edges, total):
+        features, embeddings, errors = np.split(edges, [FEATURES, FEATURES + TOKENS])
+        return Sources(
+            total,
+            embeddings,
+            features.reshape(LAYERS, TOKENS, PLACES),
+            np.zeros(LAYERS),
+            errors.reshape(LAYERS, TOKENS),
+            0.0,
+            self.trace.indices,
+        )
+
+    def follow(self, layers, tokens, indices):
+        columns = indices - 100
+        assert (SHAPE.layer_of(columns) == layers).all()
+        assert (SHAPE.token_of(columns) == tokens).all()
+        self.asked.extend(columns.tolist())
+        return [self.account(self.edges[column], self.values[column]) for column in columns]
+
+    def graph(self, nodes=FEATURES, **limits):
+        limits = {"seconds": 60.0, "left_out": 0.0} | limits
+        return expand(self.trace, self.account(self.target, 1.0), self.follow, Limits(nodes, **limits))
+
+
+def normalised(edges):
+    sums = np.abs(edges).sum(-1, keepdims=True)
+    return np.divide(np.abs(edges), sums, out=np.zeros_like(edges), where=sums != 0)
+
+
+def all_paths(network, expanded):
+    """Influence by the inverse: the target's row of (I - A)^-1 - I, with the target as the last node."""
+    matrix = np.zeros((COLUMNS + 1, COLUMNS + 1))
+    matrix[expanded, :COLUMNS] = normalised(network.edges)[expanded]
+    matrix[-1, :COLUMNS] = normalised(network.target)
+    return (np.linalg.inv(np.eye(COLUMNS + 1) - matrix) - np.eye(COLUMNS + 1))[-1, :COLUMNS]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("nodes", [3, 7, FEATURES])
+def test_influence_is_that_over_all_paths(seed, nodes):
+    network = Network(seed)
+    graph = network.graph(nodes)
+    influence = graph.influence()
+    np.testing.assert_allclose(influence, all_paths(network, graph.expanded), atol=1e-6)
+    np.testing.assert_allclose(graph.shares * graph.gross[:, None], network.edges[graph.expanded], atol=1e-6)
+    leaves = graph.leaves(influence)
+    assert leaves.embeddings + leaves.errors + leaves.left_out + leaves.constant == pytest.approx(1)
+    assert leaves.left_out == pytest.approx(
+        sum(influence[column] for column in range(FEATURES) if column not in graph.expanded), abs=1e-6
+    )
+
+
+def test_scores_are_circuit_tracers():
+    """Its formulas, on the whole graph as one adjacency matrix [target last]."""
+    network = Network(3)
+    graph = network.graph()
+    influence = graph.influence()
+    matrix = np.zeros((COLUMNS + 1, COLUMNS + 1))
+    matrix[graph.expanded, :COLUMNS] = normalised(network.edges)[graph.expanded]
+    matrix[-1, :COLUMNS] = normalised(network.target)
+    weights, errors = np.zeros(COLUMNS + 1), slice(FEATURES + TOKENS, COLUMNS)
+    weights[-1] = 1
+    node = np.append(influence, 0)
+    replacement = node[FEATURES : FEATURES + TOKENS].sum()
+    assert graph.leaves(influence).replacement == pytest.approx(
+        replacement / (replacement + node[errors].sum()), abs=1e-6
+    )
+    output = np.zeros(COLUMNS + 1)
+    rows = [*graph.expanded, COLUMNS]  # leaves have nothing flowing in
+    output[rows] = (node + weights)[rows]
+    expected = ((1 - matrix[:, errors].sum(-1)) * output).sum() / output.sum()
+    assert graph.completeness(influence) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_most_influential_are_expanded_first_and_unused_places_never(monkeypatch):
+    monkeypatch.setattr("vitrine.models.account.circuit.BATCH", 1)
+    network = Network(1)
+    network.graph()
+    assert len(set(network.asked)) == len(network.asked) == FEATURES - 1
+    assert 5 not in network.asked
+    for done, column in enumerate(network.asked):
+        influence = all_paths(network, network.asked[:done])[:FEATURES]
+        influence[network.asked[:done]] = 0
+        influence[5] = 0
+        assert column == influence.argmax()
+
+
+def test_the_budget_is_kept(monkeypatch):
+    network = Network()
+    assert len(network.graph(nodes=4).expanded) == 4
+    assert network.graph(nodes=0).leaves(network.graph(nodes=0).influence()).left_out > 0.3
+    monkeypatch.setattr("vitrine.models.account.circuit.BATCH", 2)
+    whole = network.graph().influence()
+    enough = network.graph(left_out=0.2)
+    assert enough.leaves(enough.influence()).left_out <= 0.2
+    assert len(enough.expanded) < FEATURES - 1
+    assert whole.shape == (COLUMNS,)
+    ticks = count()
+    monkeypatch.setattr("vitrine.models.account.circuit.perf_counter", lambda: next(ticks))
+    assert len(network.graph(seconds=2.5).expanded) == 4  # two batches, at 1 and 2 seconds
+
+
+def test_pruning_keeps_the_shares_asked_for_and_nothing_that_hangs_loose():
+    network = Network(2)
+    graph = network.graph()
+    influence = graph.influence()
+    everything = prune(graph, 1.0, 1.0)
+    assert set(everything.nodes) == set(np.flatnonzero(influence))
+    assert len(everything.weights) == np.count_nonzero(network.target) + np.count_nonzero(network.edges[graph.expanded])
+    for source, target, weight in zip(everything.sources, everything.targets, everything.weights, strict=True):
+        into = network.target if target == -1 else network.edges[everything.nodes[target]]
+        assert weight == pytest.approx(into[everything.nodes[source]], abs=1e-5)
+    pruned = prune(graph, 0.6, 0.8)
+    order = np.sort(influence)[::-1]
+    fewest = int(np.searchsorted(np.cumsum(order), 0.6 * order.sum())) + 1
+    assert len(pruned.nodes) <= fewest
+    assert set(pruned.nodes) <= set(np.argsort(-influence)[:fewest])
+    assert 0 < len(pruned.weights) < len(everything.weights)
+    assert set(pruned.sources) == set(range(len(pruned.nodes))), "every node leads on"
+    expanded = {place for place, column in enumerate(pruned.nodes) if column in graph.expanded}
+    made = {place for place in expanded if network.edges[pruned.nodes[place]].any()}
+    assert made <= set(pruned.targets), "every feature that was expanded is made by something"
+    assert (np.diff(pruned.influence) <= 0).all()
+
+
+def test_a_chain_by_hand():
+    """Embedding 0 makes feature 0 (layer 0), which with an error makes feature 4 (layer 1), which makes the target."""
+    network = Network()
+    network.edges[:] = 0
+    network.target[:] = 0
+    network.target[4] = -2.0
+    network.edges[4, [0, 14]] = [3.0, -1.0]
+    network.edges[0, 12] = 0.5
+    graph = network.graph()
+    influence = graph.influence()
+    assert influence[[4, 0, 14, 12]] == pytest.approx([1, 0.75, 0.25, 0.75])
+    leaves = graph.leaves(influence)
+    assert (leaves.embeddings, leaves.errors, leaves.left_out) == pytest.approx((0.75, 0.25, 0))
+    assert leaves.replacement == pytest.approx(0.75)
+    assert graph.completeness(influence) == pytest.approx((1 + 0.75 * 1 + 0.75) / (1 + 1 + 0.75))
+    circuit = prune(graph, 0.95, 0.98)
+    names = [int(column) for column in circuit.nodes]
+    edges = {
+        (names[source], None if target == -1 else names[target]): weight
+        for source, target, weight in zip(circuit.sources, circuit.targets, circuit.weights, strict=True)
+    }
+    assert edges == pytest.approx({(4, None): -2.0, (0, 4): 3.0, (14, 4): -1.0, (12, 0): 0.5})
