@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +33,6 @@ from numpy.typing import NDArray
 from vitrine.models.account.ledger import Array
 from vitrine.models.account.sources import Sources, Trace
 
-# Accounts of the pre-activations of features: layers, tokens and indices [n] -> n accounts.
-Follow = Callable[[NDArray[np.integer], NDArray[np.integer], NDArray[np.integer]], list[Sources]]
 BATCH = 16  # features expanded at once: influences are computed anew after each batch
 NODE_SHARE, EDGE_SHARE = 0.8, 0.98  # of the influence that pruning keeps; circuit-tracer's defaults
 
@@ -144,46 +143,81 @@ class Leaves:
         return self.embeddings / ends if ends else 1.0
 
 
-def expand(trace: Trace, target: Sources, follow: Follow, limits: Limits) -> AttributionGraph:
-    """Build the graph of one target from its source account, the most influential features first."""
-    indices, values = trace.indices, trace.values
-    assert indices is not None  # without a CLT there are no features to expand
-    assert values is not None
-    shape = Shape(*values.shape)
-    begun, active = perf_counter(), values.ravel() != 0
-    shares = np.empty((limits.nodes, shape.columns), np.float32)  # a page of it takes memory once it is written
-    gross, inflow = np.empty(limits.nodes), np.empty(limits.nodes)
-    expanded = np.empty(limits.nodes, np.int64)
-    (of_target,), (target_gross,) = _shares([target])
+class Wanted(NamedTuple):
+    """Features to be expanded next, [n] each."""
 
-    def built(count: int) -> AttributionGraph:
-        done = slice(0, count)
+    layers: NDArray[np.integer]
+    tokens: NDArray[np.integer]
+    indices: NDArray[np.integer]
+    activations: Array
+
+
+class Expansion:
+    """Builds the graph of one target from its source account, the most influential features first: `add` the accounts
+    of what is `wanted`, until nothing is."""
+
+    def __init__(self, trace: Trace, target: Sources, limits: Limits) -> None:
+        assert trace.indices is not None  # without a CLT there are no features to expand
+        assert trace.values is not None
+        self._limits, self._begun = limits, perf_counter()
+        self.indices, self.values = trace.indices, trace.values
+        self.shape = Shape(*self.values.shape)
+        (self._target,), (self._target_gross,) = _shares([target])
+        # A page of it takes memory once it is written.
+        self._shares = np.empty((limits.nodes, self.shape.columns), np.float32)
+        self._gross, self._inflow = np.empty(limits.nodes), np.empty(limits.nodes)
+        self._expanded = np.empty(limits.nodes, np.int64)
+        self._count = 0
+        self._chosen = self._expanded[:0]
+
+    @property
+    def graph(self) -> AttributionGraph:
+        """As far as it is built."""
+        done = slice(0, self._count)
         return AttributionGraph(
-            shape,
-            indices,
-            values,
-            of_target,
-            float(target_gross),
-            expanded[done],
-            shares[done],
-            gross[done],
-            inflow[done],
+            self.shape,
+            self.indices,
+            self.values,
+            self._target,
+            float(self._target_gross),
+            self._expanded[done],
+            self._shares[done],
+            self._gross[done],
+            self._inflow[done],
         )
 
-    graph = built(0)
-    while (done := len(graph.expanded)) < limits.nodes and perf_counter() - begun < limits.seconds:
-        waiting = np.where(active, graph.influence()[: shape.features], 0)
+    def wanted(self) -> Wanted | None:
+        """What to expand next; None: the budget is spent, or little enough is left out."""
+        left = self._limits.nodes - self._count
+        if left <= 0 or perf_counter() - self._begun >= self._limits.seconds:
+            return None
+        graph = self.graph
+        waiting = np.where(self.values.ravel() != 0, graph.influence()[: self.shape.features], 0)
         waiting[graph.expanded] = 0
-        if waiting.sum() <= limits.left_out:
-            break
-        count = min(BATCH, limits.nodes - done, int((waiting > 0).sum()))
-        chosen = np.argsort(-waiting, kind="stable")[:count]
-        accounts = follow(shape.layer_of(chosen), shape.token_of(chosen), indices.ravel()[chosen])
-        batch = slice(done, done + count)
-        shares[batch], gross[batch] = _shares(accounts)
-        expanded[batch], inflow[batch] = chosen, [account.logit for account in accounts]
-        graph = built(done + count)
-    return graph
+        if waiting.sum() <= self._limits.left_out:
+            return None
+        count = min(BATCH, left, int((waiting > 0).sum()))
+        self._chosen = chosen = np.argsort(-waiting, kind="stable")[:count]
+        names = self.shape.layer_of(chosen), self.shape.token_of(chosen), self.indices.ravel()[chosen]
+        return Wanted(*names, self.values.ravel()[chosen])
+
+    def add(self, accounts: list[Sources]) -> None:
+        """accounts: of what was wanted, in that order."""
+        batch = slice(self._count, self._count + len(self._chosen))
+        self._shares[batch], self._gross[batch] = _shares(accounts)
+        self._inflow[batch] = [account.logit for account in accounts]
+        self._expanded[batch] = self._chosen
+        self._count += len(self._chosen)
+
+
+def expand(
+    trace: Trace, target: Sources, follow: Callable[[Wanted], list[Sources]], limits: Limits
+) -> AttributionGraph:
+    """The graph of one target. follow: gives the accounts of features' pre-activations."""
+    expansion = Expansion(trace, target, limits)
+    while (wanted := expansion.wanted()) is not None:
+        expansion.add(follow(wanted))
+    return expansion.graph
 
 
 @dataclass(frozen=True)

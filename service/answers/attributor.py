@@ -64,6 +64,7 @@ class Attributor:
         self.bundle, self.settings, self._in_service = bundle, settings, in_service
         self.model = Model(name=bundle.manifest.name, digest=bundle.digest)
         self._no_replacement = np.zeros((bundle.manifest.shape.layers, 2), bool)  # CLIP as it is
+        self.one_circuit = asyncio.Semaphore(1)
         self._in_flight = 0
         self._decoders = Decoders(
             settings.decode_threads, bundle.manifest.preprocessing, settings.image_limits, settings.decode_seconds

@@ -133,6 +133,10 @@ class Settings(BaseSettings):
     max_prompts: PositiveInt = Field(default=16_384, description="labels times templates in one request")
     max_prompt_chars: PositiveInt = Field(default=1_024, description="characters in a template filled in with a label")
     max_targets: PositiveInt = Field(default=32, description="labels explained in one request")
+    max_circuit_nodes: PositiveInt = Field(
+        default=512,
+        description="features followed back in one `/v1/circuit`; its edges take memory, one circuit at a time",
+    )
     max_answer_values: PositiveInt = Field(
         default=2_000_000, description="numbers in one answer, about 10 bytes each: images x targets x details; 413"
     )

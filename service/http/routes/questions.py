@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from vitrine.service.answers.attribute import answer_attribute, answer_batch
+from vitrine.service.answers.circuit import answer_circuit
 from vitrine.service.answers.classify import answer_classify
 from vitrine.service.answers.embed import answer_embed
 from vitrine.service.answers.similar import answer_similar
@@ -17,6 +18,7 @@ from vitrine.service.http.requests import read_batch, read_image, read_optional_
 from vitrine.service.operations.settings import Settings
 from vitrine.service.schemas.attribute import AttributeJson, AttributeRequest, AttributeResponse
 from vitrine.service.schemas.batch import BatchJson, BatchResponse
+from vitrine.service.schemas.circuit import CircuitJson, CircuitRequest, CircuitResponse
 from vitrine.service.schemas.classify import ClassifyJson, ClassifyRequest, ClassifyResponse
 from vitrine.service.schemas.embed import EmbedJson, EmbedRequest, EmbedResponse
 from vitrine.service.schemas.features import (
@@ -29,13 +31,14 @@ _STATUSES = (400, 401, 413, 415, 429, 500, 503, 504)
 
 
 def add_questions(app: FastAPI, settings: Settings) -> None:
-    """`/v1/attribute`, `/v1/attribute:batch`, `/v1/classify`, `/v1/embed`, `/v1/similar`."""
+    """`/v1/attribute`, `/v1/attribute:batch`, `/v1/classify`, `/v1/embed`, `/v1/circuit`, `/v1/similar`."""
     batch_limit = settings.images_per_request
     for path, endpoint, answer, part, json_body, min_images, max_images in (
         ("/v1/attribute", attribute, AttributeResponse, AttributeRequest, AttributeJson, 1, 1),
         ("/v1/attribute:batch", attribute_batch, BatchResponse, AttributeRequest, BatchJson, 1, batch_limit),
         ("/v1/classify", classify, ClassifyResponse, ClassifyRequest, ClassifyJson, 1, 1),
         ("/v1/embed", embed, EmbedResponse, EmbedRequest, EmbedJson, 0, 1),
+        ("/v1/circuit", circuit, CircuitResponse, CircuitRequest, CircuitJson, 1, 1),
         ("/v1/similar", similar, SimilarResponse, SimilarRequest, SimilarJson, 1, 1),
     ):
         body = multipart_or_json(part, json_body, min_images, max_images)
@@ -73,6 +76,14 @@ async def embed(request: Request) -> Response:
     read = partial(read_optional_image, request, EmbedRequest, EmbedJson)
     answer = await handle(request, read, answer_embed)
     return await large_json_response(answer) if answer.text_embeddings else json_response(answer)
+
+
+async def circuit(request: Request) -> Response:
+    """Which features made the features that made a logit: its attribution graph, pruned."""
+    read = partial(read_image, request, CircuitRequest, CircuitJson)
+    answer = await handle(request, read, answer_circuit)
+    log_predictions(request, answer.predictions)
+    return await large_json_response(answer)
 
 
 async def similar(request: Request) -> Response:

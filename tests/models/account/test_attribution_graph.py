@@ -49,10 +49,11 @@ class Network:
             self.trace.indices,
         )
 
-    def follow(self, layers, tokens, indices):
-        columns = indices - 100
-        assert (SHAPE.layer_of(columns) == layers).all()
-        assert (SHAPE.token_of(columns) == tokens).all()
+    def follow(self, wanted):
+        columns = wanted.indices - 100
+        assert (SHAPE.layer_of(columns) == wanted.layers).all()
+        assert (SHAPE.token_of(columns) == wanted.tokens).all()
+        assert (self.values[columns] == wanted.activations).all()
         self.asked.extend(columns.tolist())
         return [self.account(self.edges[column], self.values[column]) for column in columns]
 

@@ -1,0 +1,161 @@
+"""The circuit of one logit: followed back from the most influential features, batch by batch, between other work."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitrine.models.account import ledger
+from vitrine.models.account.circuit import AttributionGraph, Circuit, Expansion, Limits, Wanted, prune
+from vitrine.models.account.sources import Sources, Trace, accounts, feature_accounts
+from vitrine.models.bundle.bundle import Bundle
+from vitrine.models.bundle.manifest import patch_grid
+from vitrine.service.answers.answer_size import check_answer_size
+from vitrine.service.answers.attributor import Attributor
+from vitrine.service.answers.explain import check_explain, predict
+from vitrine.service.answers.sources import directions
+from vitrine.service.engine.sources import SourceGraphs
+from vitrine.service.errors import ServiceError
+from vitrine.service.operations.stages import timed_stage
+from vitrine.service.schemas.attribute import Explain
+from vitrine.service.schemas.circuit import (
+    CircuitEdge,
+    CircuitNode,
+    CircuitRequest,
+    CircuitResponse,
+    CircuitScores,
+)
+
+NODE_VALUES, EDGE_VALUES = 10, 3  # of a node and of an edge in the answer
+
+
+async def answer_circuit(
+    attributor: Attributor, image: bytes, request: CircuitRequest, request_id: str
+) -> CircuitResponse:
+    """The pruned attribution graph of one logit. Raises `ServiceError`."""
+    settings, engine, bundle = attributor.settings, attributor.engine, attributor.bundle
+    texts = attributor.texts(request)
+    explain = Explain(targets=[request.target] if request.target else None, contrast=request.contrast, sources=True)
+    check_explain(explain, texts[0], settings.max_targets, engine)
+    if request.nodes > settings.max_circuit_nodes:
+        raise ServiceError(
+            "invalid_request", f"nodes: {request.nodes:,} features; at most {settings.max_circuit_nodes:,} are followed"
+        )
+    graphs = engine.sources
+    assert graphs is not None  # see `check_explain`
+    timings: dict[str, float] = {}
+    with attributor.admit():
+        await attributor.check_labels(texts, request.strict)
+        inferred = await attributor.infer(image, *texts, timings)
+        labels, scale = inferred.labels, bundle.manifest.logit_scale
+        top1 = int(ledger.logits(inferred.parts.embedding, labels.embeddings, scale).argmax())
+        of = directions(labels, explain, top1)
+        async with attributor.one_circuit:  # each takes memory for all edges into every feature that is followed
+            with timed_stage("circuit", timings):
+                trace, outputs = await attributor.batcher.run_between(graphs.run, inferred.pixels, of, spent=0.0)
+                (target,) = accounts(trace, outputs, of, bundle.beta, scale)
+                graph = await _expand(attributor, graphs, trace, target, Limits(request.nodes, request.seconds))
+                circuit = await attributor.in_thread(prune, graph, request.node_share, request.edge_share)
+                _check_size(attributor, circuit)
+                answer = await attributor.in_thread(_parts, bundle, graph, circuit)
+        predictions = await attributor.in_thread(predict, inferred.parts, labels, scale, request.top_k)
+    return CircuitResponse(
+        request_id=request_id,
+        model=attributor.model,
+        warnings=inferred.warnings,
+        predictions=predictions,
+        target=request.target or labels.labels[top1],
+        contrast=request.contrast,
+        logit=target.logit,
+        timings_ms=timings,
+        **answer,
+    )
+
+
+async def _expand(
+    attributor: Attributor, graphs: SourceGraphs, trace: Trace, target: Sources, limits: Limits
+) -> AttributionGraph:
+    """The graph, a batch of features at a time: images of other requests go between."""
+    expansion, spent = Expansion(trace, target, limits), 0.0
+    while (wanted := await attributor.in_thread(expansion.wanted)) is not None:
+        found = await attributor.batcher.run_between(follow, graphs, trace, wanted, spent=spent)
+        await attributor.in_thread(expansion.add, found)
+        spent += len(found)
+    return expansion.graph
+
+
+def follow(graphs: SourceGraphs, trace: Trace, wanted: Wanted) -> list[Sources]:
+    """The accounts of features' pre-activations."""
+    outputs = graphs.of_features(trace, wanted.layers, wanted.tokens, wanted.indices)
+    return feature_accounts(trace, outputs, wanted.activations)
+
+
+def _check_size(attributor: Attributor, circuit: Circuit) -> None:
+    """Raise `ServiceError` answer_too_large."""
+    values = NODE_VALUES * len(circuit.nodes) + EDGE_VALUES * len(circuit.weights)
+    check_answer_size(values, attributor.settings.max_answer_values, "ask for a smaller `node_share` or `edge_share`")
+
+
+def _parts(bundle: Bundle, graph: AttributionGraph, circuit: Circuit) -> dict[str, Any]:
+    """The fields of the answer that are the graph's."""
+    influence = graph.influence()
+    leaves = graph.leaves(influence)
+    rows, columns = patch_grid(bundle.manifest.preprocessing, graph.shape.tokens - 1)
+    targets = [None if place < 0 else place for place in circuit.targets.tolist()]
+    edges = zip(circuit.sources.tolist(), targets, circuit.weights.tolist(), strict=True)
+    return {
+        "nodes": _nodes(bundle, graph, circuit),
+        "edges": [CircuitEdge(source=source, target=target, weight=weight) for source, target, weight in edges],
+        "scores": CircuitScores(
+            embeddings=leaves.embeddings,
+            errors=leaves.errors,
+            left_out=leaves.left_out,
+            constant=leaves.constant,
+            replacement=leaves.replacement,
+            completeness=graph.completeness(influence),
+        ),
+        "followed": len(graph.expanded),
+        "active": int(np.count_nonzero(graph.activations)),
+        "rows": rows,
+        "columns": columns,
+    }
+
+
+def _nodes(bundle: Bundle, graph: AttributionGraph, circuit: Circuit) -> list[CircuitNode]:
+    shape, cards = graph.shape, bundle.cards
+    straight = graph.target[circuit.nodes] * graph.target_gross
+    followed = np.isin(circuit.nodes, graph.expanded)
+    columns: list[NDArray[Any]] = [circuit.nodes, shape.token_of(circuit.nodes), circuit.influence, straight, followed]
+    nodes = []
+    for column, token, influence, contribution, is_followed in zip(*(part.tolist() for part in columns), strict=True):
+        layer = index = activation = label = score = None
+        kind = _kind(graph, column)
+        if kind == "feature":
+            layer = int(shape.layer_of(np.array(column)))
+            index, activation = int(graph.indices.flat[column]), float(graph.activations.flat[column])
+            label, score = cards.label(layer, index) if cards else (None, None)
+        elif kind == "error":
+            layer = (column - shape.errors) // shape.tokens
+        nodes.append(
+            CircuitNode(
+                kind=kind,
+                layer=layer,
+                index=index,
+                token=token,
+                influence=influence,
+                contribution=contribution,
+                activation=activation,
+                followed=is_followed,
+                label=label,
+                label_score=score,
+            )
+        )
+    return nodes
+
+
+def _kind(graph: AttributionGraph, column: int) -> Literal["feature", "embedding", "error"]:
+    if column < graph.shape.features:
+        return "feature"
+    return "embedding" if column < graph.shape.errors else "error"

@@ -1,0 +1,85 @@
+"""A circuit: which features made the features that made a logit."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from vitrine.service.schemas.base import AnswerShape, Label, TimingsMs, WithImage
+from vitrine.service.schemas.classify import ClassifyRequest, Prediction
+
+
+class CircuitRequest(ClassifyRequest):
+    target: Label | None = Field(default=None, description="the label to explain; default: the top-1")
+    contrast: Label | None = Field(default=None, description="explain the target's logit minus this label's")
+    nodes: int = Field(
+        default=256,
+        ge=0,
+        strict=True,
+        description="features at most that are followed back, the most influential first",
+    )
+    seconds: float = Field(
+        default=5, gt=0, le=600, allow_inf_nan=False, description="for that; what is not reached is told as a share"
+    )
+    node_share: float = Field(
+        default=0.8, gt=0, le=1, allow_inf_nan=False, description="of all influence that the nodes of the answer have"
+    )
+    edge_share: float = Field(
+        default=0.98,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="of the edges' influence between these nodes, likewise",
+    )
+
+
+class CircuitJson(CircuitRequest, WithImage):
+    pass
+
+
+class CircuitNode(BaseModel):
+    kind: Literal["feature", "embedding", "error"]
+    layer: int | None = Field(description="null for an embedding")
+    index: int | None = Field(description="of a feature")
+    token: int = Field(description="0: [CLS], then the patches row by row")
+    influence: float = Field(description="on the target, over all paths: a share")
+    contribution: float = Field(description="straight to the target, in logits: its part of the source account")
+    activation: float | None = Field(description="of a feature: the edges into it, biases and constants add up to it")
+    followed: bool = Field(description="whether its own sources were looked for; others end the circuit")
+    label: str | None = None
+    label_score: float | None = None
+
+
+class CircuitEdge(BaseModel):
+    source: int = Field(description="a place in `nodes`")
+    target: int | None = Field(description="a place in `nodes`; null: the target's logit")
+    weight: float = Field(description="in units of the target's activation, or in logits")
+
+
+class CircuitScores(BaseModel):
+    """The target's influence by where it ends (the first four sum to 1), and two scores of circuit-tracer."""
+
+    embeddings: float
+    errors: float = Field(description="what MLPs wrote and the CLT does not say")
+    left_out: float = Field(description="features that were not followed back")
+    constant: float = Field(description="features that biases and constants alone made")
+    replacement: float = Field(description="embeddings / (embeddings + errors)")
+    completeness: float = Field(description="share of what flows into the nodes, by influence, that no error made")
+
+
+class CircuitResponse(AnswerShape):
+    """The attribution graph of one logit, pruned. Attention weights and LayerNorms' denominators are held fast."""
+
+    predictions: list[Prediction]
+    target: str
+    contrast: str | None
+    logit: float = Field(description="the target's; with a contrast, minus the contrast's")
+    nodes: list[CircuitNode] = Field(description="the most influential first")
+    edges: list[CircuitEdge]
+    scores: CircuitScores
+    followed: int = Field(description="features whose sources were looked for")
+    active: int = Field(description="features that are active at some token")
+    rows: int = Field(description="of patches")
+    columns: int
+    timings_ms: TimingsMs
