@@ -8,11 +8,13 @@ from typing import Any
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.service.answers.attribute import answer_attribute
 from vitrine.service.answers.attributor import Attributor
+from vitrine.service.answers.circuit import answer_circuit
 from vitrine.service.answers.features import card
 from vitrine.service.exports.circuit_tracer import write_graphs
 from vitrine.service.exports.page import draw_page
 from vitrine.service.operations.settings import load_settings
 from vitrine.service.schemas.attribute import AttributeRequest, AttributeResponse
+from vitrine.service.schemas.circuit import CircuitRequest, CircuitResponse
 
 IDENTITY = "command-line"
 
@@ -38,6 +40,13 @@ async def account_for(
             full_answer = await answer_attribute(attributor, content, full_request, IDENTITY)
             write_graphs(graph, full_answer, image.name, bundle, labels, bundle.cards)
     return answer, page
+
+
+async def circuit_for(bundle: Bundle, image: Path, request: CircuitRequest) -> CircuitResponse:
+    """The circuit of one image's prediction. Raises `ServiceError`."""
+    settings = load_settings().model_copy(update={"decode_threads": 1})
+    async with Attributor(bundle, settings) as attributor:
+        return await answer_circuit(attributor, image.read_bytes(), request, IDENTITY)
 
 
 async def _page(attributor: Attributor, content: bytes, request: AttributeRequest) -> str:

@@ -9,6 +9,7 @@ import typer
 from vitrine.commands.attribute import attribute
 from vitrine.commands.bulk import bulk
 from vitrine.commands.cards import cards
+from vitrine.commands.circuit import circuit
 from vitrine.commands.common import errors_as_messages
 from vitrine.commands.doctor import doctor
 from vitrine.commands.evaluate import evaluate
@@ -41,6 +42,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     replay: "vitrine replay photos --bundle models/demo --images 200",
     bulk: "vitrine bulk photos --out answers --labels-file names.txt",
     attribute: "vitrine attribute photo.jpg --labels cat,dog,truck --contrast dog",
+    circuit: "vitrine circuit photo.jpg --labels cat,dog,truck --nodes 400",
 }
 for command, example in EXAMPLES.items():
     app.command(epilog=f"Example: {example}")(errors_as_messages(command))
