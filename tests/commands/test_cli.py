@@ -346,6 +346,17 @@ def test_attribute_prints_a_table(run, photo):
         assert row in result.output
 
 
+def test_circuit_prints_features_and_where_the_influence_ends(run, refused, photo):
+    result = run("circuit", photo, "--nodes", "10", "--contrast", LABELS[0], "--target", LABELS[1])
+    assert result.exit_code == 0
+    assert f"What made {LABELS[1]} rather than {LABELS[0]}" in result.output
+    assert "10 of" in result.output
+    answer = json.loads(run("circuit", photo, "--json", "--nodes", "10").stdout)
+    assert answer["followed"] == 10
+    assert answer["nodes"]
+    assert "not among the labels: 'unicorn'" in refused("circuit", photo, "--target", "unicorn")
+
+
 def test_attributes_table_shows_labels_as_they_are(run, photo):
     labels = "[bold]cat,[/foo],:smile:,[link=x]"
     result = run("attribute", photo, "--labels", labels, "--target", "[/foo]", "--contrast", "[bold]cat")
