@@ -118,6 +118,7 @@ def _parts(bundle: Bundle, graph: AttributionGraph, circuit: Circuit) -> dict[st
         ),
         "followed": len(graph.expanded),
         "active": int(np.count_nonzero(graph.activations)),
+        "layers": graph.shape.layers,
         "rows": rows,
         "columns": columns,
     }

@@ -9,14 +9,14 @@ features active at [CLS], the error row and the logit. Every link leads to the l
 
     sum of the links + bias + attention's constants + remainder = the logit.
 
-There are no links between features, although the format allows them. Such a link would be a direct effect on another
-feature's *activation*, with attention and layer norms frozen: that needs a backward pass through the network, which
-the service does not do. The logit's account is complete without them: everything that reaches it does so directly.
+There are no links between features here: everything that reaches the logit does so directly, through [CLS]. Links
+between features at all tokens are those of a circuit (`service.exports.circuit_graph`).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from math import fsum
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import write_text
 from vitrine.service.engine.labels import LabelSet
 from vitrine.service.schemas.attribute import AttributeResponse, Explanation, HeatMap
+from vitrine.service.schemas.classify import Prediction
 
 DEFINITION = (
     "A link is a direct effect on the logit, in logits: what its source wrote to [CLS]'s residual, through ln_post and "
@@ -116,11 +117,11 @@ def attribution_graph(
     """
     heatmap, bias, contrast = _require_heat_map(explanation), explanation.ledger.bias, explanation.contrast
     tokens = ["[CLS]", *(f"p({row},{column})" for row in range(heatmap.rows) for column in range(heatmap.columns))]
-    sources, logit = _sources(explanation, heatmap, tokens), _logit(answer, explanation)
+    sources = _sources(explanation, heatmap, tokens)
+    logit = logit_node(answer.predictions, explanation.target, contrast, len(explanation.layers))
     links: list[dict[str, str | float]] = [
         {"source": node.node_id, "target": logit.node_id, "weight": weight} for node, weight in sources
     ]
-    image_name = image.encode(errors="replace").decode()  # a file name may contain bytes that are not text
     settings = {
         "model": answer.model.model_dump(),
         "target": explanation.target,
@@ -131,16 +132,32 @@ def attribution_graph(
     remainder = explanation.logit - fsum([bias, *heatmap.constant, *(weight for _, weight in sources)])
     metadata = Metadata(
         slug=slug,
-        # "custom-": the viewer loads a feature from the layer's entry in `transcoder_list`, not from a remote server
-        scan="custom-" + re.sub(r"[^A-Za-z0-9_.-]", "-", answer.model.name),
+        scan=scan(answer.model.name),
         transcoder_list=[features] * len(explanation.layers),
         prompt_tokens=tokens,
-        prompt=f"{image_name}: why {explanation.target}" + (f" rather than {contrast}" if contrast else ""),
+        prompt=prompt(image, explanation.target, contrast),
         info={"description": DEFINITION, "generator": {"name": "Vitrine"}},
         generation_settings=settings | {"bias": bias, "attention_constants": heatmap.constant, "remainder": remainder},
     )
-    state = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": logit.node_id, "sg_pos": ""}
-    return Graph(metadata=metadata, qParams=state, nodes=[*(node for node, _ in sources), logit], links=links)
+    nodes = [*(node for node, _ in sources), logit]
+    return Graph(metadata=metadata, qParams=opened_at(logit), nodes=nodes, links=links)
+
+
+def scan(bundle: str) -> str:
+    """What stands for the model. "custom-": the viewer loads a feature from the layer's entry in `transcoder_list`, not
+    from a remote server."""
+    return "custom-" + re.sub(r"[^A-Za-z0-9_.-]", "-", bundle)
+
+
+def prompt(image: str, target: str, contrast: str | None) -> str:
+    """What was asked of an image, by its file's name, which may contain bytes that are not text."""
+    name = image.encode(errors="replace").decode()
+    return f"{name}: why {target}" + (f" rather than {contrast}" if contrast else "")
+
+
+def opened_at(logit: Node) -> dict[str, Any]:
+    """The viewer's state at first."""
+    return {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": logit.node_id, "sg_pos": ""}
 
 
 def _require_heat_map(explanation: Explanation) -> HeatMap:
@@ -157,14 +174,16 @@ def _require_heat_map(explanation: Explanation) -> HeatMap:
 def _sources(explanation: Explanation, heatmap: HeatMap, tokens: list[str]) -> list[tuple[Node, float]]:
     """All nodes but the logit, each with its direct effect. The error of all layers is placed in the last one."""
     embeddings = zip(tokens, [fsum([explanation.ledger.prior, *heatmap.class_token]), *heatmap.total], strict=True)
-    sources = [(_node("embedding", "E", place, name, place), weight) for place, (name, weight) in enumerate(embeddings)]
+    sources = [
+        (make_node("embedding", "E", place, name, place), weight) for place, (name, weight) in enumerate(embeddings)
+    ]
     for layer in explanation.layers:
         for feature in layer.features:
             label = (feature.label or "").translate(ESCAPES)
-            node = _node(FEATURE, str(layer.layer), feature.index, label, activation=feature.activation)
+            node = make_node(FEATURE, str(layer.layer), feature.index, label, activation=feature.activation)
             sources.append((node, feature.contribution))
     sources.append(
-        (_node(ERROR, str(len(explanation.layers) - 1), -1, "Err: MLPs of all layers"), explanation.ledger.error)
+        (make_node(ERROR, str(len(explanation.layers) - 1), -1, "Err: MLPs of all layers"), explanation.ledger.error)
     )
     sizes = np.abs([weight for _, weight in sources])
     order = np.argsort(-sizes, kind="stable")
@@ -175,17 +194,17 @@ def _sources(explanation: Explanation, heatmap: HeatMap, tokens: list[str]) -> l
     return sources
 
 
-def _logit(answer: AttributeResponse, explanation: Explanation) -> Node:
+def logit_node(predictions: Sequence[Prediction], target: str, contrast: str | None, layers: int) -> Node:
     """The target's node. Its number is 0, as answers do not number labels."""
-    probabilities = {prediction.label: prediction.probability for prediction in answer.predictions}
-    if (probability := probabilities.get(explanation.target)) is None:
-        raise CircuitError(f"{explanation.target!r} is not among the predictions: ask with a larger `top_k`")
-    name = (explanation.target + (f" - {explanation.contrast}" if explanation.contrast else "")).translate(ESCAPES)
-    clerp, layer = f'Output "{name}" (p={probability:.3f})', str(len(explanation.layers) + 1)
-    return _node("logit", layer, 0, clerp, token_prob=probability, is_target_logit=True)
+    probabilities = {prediction.label: prediction.probability for prediction in predictions}
+    if (probability := probabilities.get(target)) is None:
+        raise CircuitError(f"{target!r} is not among the predictions: ask with a larger `top_k`")
+    name = (target + (f" - {contrast}" if contrast else "")).translate(ESCAPES)
+    clerp = f'Output "{name}" (p={probability:.3f})'
+    return make_node("logit", str(layers + 1), 0, clerp, token_prob=probability, is_target_logit=True)
 
 
-def _node(kind: str, layer: str, number: int, clerp: str, place: int = 0, **more: Any) -> Node:
+def make_node(kind: str, layer: str, number: int, clerp: str, place: int = 0, **more: Any) -> Node:
     """A node with circuit-tracer's ids. number: of the token, feature or label in its layer; -1 for an error."""
     more["jsNodeId"] = f"{'L' if kind == 'logit' else layer}_{number}-{place}"
     more["feature"] = feature_number(int(layer), number) if kind == FEATURE else number

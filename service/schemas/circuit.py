@@ -80,6 +80,7 @@ class CircuitResponse(AnswerShape):
     scores: CircuitScores
     followed: int = Field(description="features whose sources were looked for")
     active: int = Field(description="features that are active at some token")
+    layers: int
     rows: int = Field(description="of patches")
     columns: int
     timings_ms: TimingsMs

@@ -33,9 +33,14 @@ def circuit(
     groups: Annotated[int, typer.Option(min=1, help="Features listed, each over all tokens.")] = 20,
     bundle: BundlePath = None,
     as_json: Annotated[bool, typer.Option("--json", help="The service's JSON: nodes, edges and scores.")] = False,
+    graph: Annotated[
+        Path | None, typer.Option(help="The circuit as circuit-tracer and Neuronpedia read it, in NAME.json.")
+    ] = None,
 ) -> None:
     """Print the circuit of one prediction: its attribution graph, pruned, summed over tokens."""
+    from vitrine.models.files.writing import prepare_file, write_text
     from vitrine.service.exports.account import circuit_for
+    from vitrine.service.exports.circuit_graph import circuit_graph
     from vitrine.service.exports.circuit_summary import print_circuit
     from vitrine.service.schemas.base import validated
     from vitrine.service.schemas.circuit import CircuitRequest
@@ -44,9 +49,14 @@ def circuit(
     fields |= {"node_share": node_share, "edge_share": edge_share}
     if (named := chosen_labels(labels, labels_file)) is not None:
         fields["labels"] = named
+    if graph is not None:
+        prepare_file(graph)
+        fields["top_k"] = 2**31  # so that the target is among the predictions
     request, opened = validated(CircuitRequest, fields), open_bundle_or_default(bundle)
     answer = asyncio.run(circuit_for(opened, image, request))
     if as_json:
         typer.echo(answer.model_dump_json(indent=2))
     else:
         print_circuit(answer, groups, new_console())
+    if graph is not None:
+        write_text(graph, circuit_graph(answer, image.name, graph.stem, "./data/none").model_dump_json() + "\n")

@@ -14,6 +14,8 @@ from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.bundle.cards import Card, Exemplar
 from vitrine.service.answers.attribute import answer_attribute
 from vitrine.service.answers.attributor import Attributor
+from vitrine.service.answers.circuit import answer_circuit
+from vitrine.service.exports.circuit_graph import circuit_graph
 from vitrine.service.exports.circuit_tracer import (
     CircuitError,
     attribution_graph,
@@ -33,6 +35,7 @@ from vitrine.service.schemas.attribute import (
     LedgerAccount,
 )
 from vitrine.service.schemas.base import Model
+from vitrine.service.schemas.circuit import CircuitRequest
 from vitrine.service.schemas.classify import Prediction
 
 DEMO = ROOT / "models/demo"
@@ -568,3 +571,44 @@ def test_names_that_the_viewers_do_not_find_are_refused(name, tmp_path):
     with pytest.raises(CircuitError, match=r"NAME\.json"):
         write_graphs(tmp_path / name, make_answer(), "cat.png", None, None, None)
     assert not list(tmp_path.iterdir())
+
+
+# Circuits
+
+
+@pytest.fixture(scope="module")
+def circuit(carded, picture):
+    async def run():
+        async with Attributor(carded, Settings(bundle=carded.path)) as attributor:
+            request = CircuitRequest(top_k=1000, nodes=60, seconds=60)
+            return await answer_circuit(attributor, picture(), request, "test")
+
+    return asyncio.run(run())
+
+
+def test_a_circuit_has_the_links_between_features_and_the_errors(circuit):
+    graph = as_json(circuit_graph(circuit, "cat.png", "cat", "./data/none"))
+    check_schema(graph, GRAPH)
+    nodes = {node["node_id"]: node for node in graph["nodes"]}
+    assert len(nodes) == len(graph["nodes"]) == len(circuit.nodes) + 1, "no id twice"
+    assert {node["feature_type"] for node in nodes.values()} == TYPES
+    assert len(graph["links"]) == len(circuit.edges)
+    between = [
+        (nodes[link["source"]], nodes[link["target"]])
+        for link in graph["links"]
+        if nodes[link["target"]]["feature_type"] == "cross layer transcoder"
+    ]
+    assert between
+    for source, target in between:
+        assert source["layer"] == "E" or int(source["layer"]) < int(target["layer"])
+    (logit,) = (node for node in nodes.values() if node["is_target_logit"])
+    assert circuit.target in logit["clerp"]
+    into_logit = {link["source"]: link["weight"] for link in graph["links"] if link["target"] == logit["node_id"]}
+    for node, given in zip(graph["nodes"], circuit.nodes, strict=False):
+        assert (node["ctx_idx"], node["activation"]) == (given.token, given.activation)
+        if node["node_id"] in into_logit:
+            assert into_logit[node["node_id"]] == pytest.approx(given.contribution, abs=1e-5)
+    assert len(graph["metadata"]["prompt_tokens"]) == 17
+    shares = [node["influence"] for node in graph["nodes"][:-1]]
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
