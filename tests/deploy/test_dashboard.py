@@ -114,7 +114,7 @@ def prometheus(find_program, service, tmp_path_factory):
 
 
 def send_traffic(url, images):
-    """`images` accounts, with sources, in batches of forty, one alone, one request for a prediction, one request that is refused."""
+    """`images` accounts, with sources, in batches of forty, one alone; one request for a prediction, one refused."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8))
     buffer = io.BytesIO()
     noise.save(buffer, "PNG")
