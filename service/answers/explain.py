@@ -49,7 +49,7 @@ def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int, e
         raise ServiceError(
             "invalid_request", f"`explain.matrix` needs the replacement graph of {bundle.manifest.name!r}: {reason}"
         )
-    check_sources(explain, engine)
+    check_sources(explain, bundle, enabled=engine.sources is not None)
     if explain.targets and len(explain.targets) > max_targets:
         raise ServiceError(
             "invalid_request", f"{len(explain.targets)} targets; at most {max_targets} are explained at once"

@@ -11,7 +11,6 @@ from vitrine.models.account import sources as source_account
 from vitrine.models.account.sources import Baseline, Sources, Trace
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.manifest import patch_grid
-from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.labels import LabelSet
 from vitrine.service.errors import ServiceError
 from vitrine.service.schemas.attribute import Explain
@@ -21,12 +20,15 @@ if TYPE_CHECKING:
     from vitrine.models.bundle.cards import Cards
 
 
-def check_sources(explain: Explain, engine: Engine) -> None:
-    """Raise `ServiceError` invalid_request if `explain` asks for sources that this bundle cannot give."""
-    bundle, name = engine.bundle, engine.bundle.manifest.name
+def check_sources(explain: Explain, bundle: Bundle, *, enabled: bool) -> None:
+    """Raise `ServiceError` invalid_request if `explain` asks for sources that this bundle cannot give.
+
+    enabled: VITRINE_SOURCES.
+    """
+    name = bundle.manifest.name
     if explain.baseline == "mean" and not explain.sources:
         raise ServiceError("invalid_request", "`explain.baseline` is the baseline of `explain.sources`: ask for both")
-    if explain.sources and engine.sources is None:
+    if explain.sources and not (bundle.has_sources and enabled):
         reason = "VITRINE_SOURCES=false" if bundle.has_sources else "it was exported without them (`bundle.sources`)"
         raise ServiceError("invalid_request", f"`explain.sources` needs source graphs in the bundle {name!r}: {reason}")
     if explain.baseline == "mean" and bundle.baseline is None:

@@ -10,13 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from vitrine.service.schemas.attribute import AttributeResponse, Explanation
+from vitrine.service.schemas.sources import SourceAccount
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _HALF = 14  # characters on either side of zero
 
 
 def print_answer(answer: AttributeResponse, console: Console) -> None:
-    """Print predictions, warnings, one account per target, and the fidelity."""
+    """Print predictions, warnings, one account per target (two, if sources were asked for), and the fidelity."""
     table = Table(title=None, box=None, pad_edge=False)
     table.add_column("label")
     table.add_column("probability", justify="right")
@@ -31,6 +32,9 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
     for explanation in answer.explanations:
         console.print()
         console.print(_account(explanation))
+        if explanation.sources is not None:
+            console.print()
+            console.print(_source_account(explanation, explanation.sources))
     fidelity = answer.fidelity
     agrees = "stays" if fidelity.reconstructed_top1_agrees else "[bold]changes[/bold]"
     console.print(
@@ -48,29 +52,60 @@ def draw_answer(answer: AttributeResponse) -> str:
 
 
 def _account(explanation: Explanation) -> Table:
-    contrast = f" rather than {explanation.contrast}" if explanation.contrast else ""
     ledger = explanation.ledger
-    table = Table(
-        title=Text(f"Why {explanation.target}{contrast}: the account of its logit"), box=None, title_justify="left"
-    )
-    table.add_column("row")
-    table.add_column("logits", justify="right")
-    table.add_column("−" + " " * (_HALF - 1) + "0" + " " * (_HALF - 1) + "+", no_wrap=True)
-    table.add_column("features (contribution)", overflow="fold")
     rows = [("prior", ledger.prior, "")]
     rows += [(f"attention {layer}", value, "") for layer, value in enumerate(ledger.attention)]
     for layer in explanation.layers:
         named = "  ".join(f"{f.label or f'#{f.index}'} {f.contribution:+.2f}" for f in layer.features)
         rows.append((f"CLT {layer.layer}", layer.contribution, named))
     rows += [("bias", ledger.bias, ""), ("error", ledger.error, "")]
+    title = f"Why {_named(explanation)}: the account of its logit"
+    return _table(title, "features (contribution)", rows, ledger.remainder, explanation.logit)
+
+
+def _source_account(explanation: Explanation, account: SourceAccount) -> Table:
+    """Features first, the largest first; then what is no feature, each kind in one row over all layers."""
+    features = [(f"layer {f.layer} #{f.index}", f.contribution, f.label or "") for f in account.features]
+    other = sum(layer.features for layer in account.layers) - sum(value for _, value, _ in features)
+    rows = [
+        *features,
+        ("other features", other, ""),
+        ("error", sum(layer.error for layer in account.layers), f"{account.error_share:.1%} of this account"),
+        ("embeddings", sum(account.embedding), "the tokens as they enter the first block"),
+        ("biases", sum(layer.bias for layer in account.layers), ""),
+        ("constants", account.constants, "attention's own, whatever the picture"),
+    ]
+    about = ""
+    if any(layer.baseline is not None for layer in account.layers):
+        about = ", about the average picture"
+        rows += [
+            ("baseline", sum(layer.baseline or 0 for layer in account.layers), "features of the average picture"),
+            ("silent", sum(layer.silent or 0 for layer in account.layers), "less those of them that do not fire here"),
+        ]
+    title = f"Why {_named(explanation)}: followed back through attention{about}"
+    return _table(title, "label", rows, account.remainder, account.logit)
+
+
+def _named(explanation: Explanation) -> str:
+    contrast = f" rather than {explanation.contrast}" if explanation.contrast else ""
+    return f"{explanation.target}{contrast}"
+
+
+def _table(title: str, last: str, rows: list[tuple[str, float, str]], remainder: float, logit: float) -> Table:
+    """rows: (name, logits, what stands in the column `last`). With `remainder` they add up to `logit`."""
+    table = Table(title=Text(title), box=None, title_justify="left")
+    table.add_column("row")
+    table.add_column("logits", justify="right")
+    table.add_column("−" + " " * (_HALF - 1) + "0" + " " * (_HALF - 1) + "+", no_wrap=True)
+    table.add_column(last, overflow="fold")
     largest = max(abs(value) for _, value, _ in rows)
-    for name, value, features in rows:
+    for name, value, said in rows:
         table.add_row(
-            name, f"{value:+.3f}", _signed_bar(value, largest), Text(features), style="dim" if name == "error" else ""
+            name, f"{value:+.3f}", _signed_bar(value, largest), Text(said), style="dim" if name == "error" else ""
         )
     table.add_section()
-    table.add_row("remainder", f"{ledger.remainder:+.1e}", "")
-    table.add_row("logit", f"{explanation.logit:.3f}", "", style="bold")
+    table.add_row("remainder", f"{remainder:+.1e}", "")
+    table.add_row("logit", f"{logit:.3f}", "", style="bold")
     return table
 
 

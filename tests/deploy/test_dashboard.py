@@ -114,16 +114,17 @@ def prometheus(find_program, service, tmp_path_factory):
 
 
 def send_traffic(url, images):
-    """`images` accounts in batches of forty, one alone, one request for a prediction, one request that is refused."""
+    """`images` accounts, with sources, in batches of forty, one alone; one request for a prediction, one refused."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8))
     buffer = io.BytesIO()
     noise.save(buffer, "PNG")
     picture = ("image", ("image.png", buffer.getvalue()))
+    request = ("request", (None, json.dumps({"explain": {"sources": True}})))
     with httpx.Client(base_url=url, timeout=60) as client:
         for start in range(0, images - 1, 40):
             batch = [picture] * min(40, images - 1 - start)
-            assert client.post("/v1/attribute:batch", files=batch).status_code == 200
-        assert client.post("/v1/attribute", files=[picture]).status_code == 200
+            assert client.post("/v1/attribute:batch", files=[*batch, request]).status_code == 200
+        assert client.post("/v1/attribute", files=[picture, request]).status_code == 200
         assert client.post("/v1/classify", files=[picture]).status_code == 200
         assert client.post("/v1/attribute", files=[("image", b"no image")]).status_code == 415
 

@@ -40,8 +40,8 @@ EXAMPLES: dict[Callable[..., None], str] = {
     serve: "vitrine serve --bundle models/demo --port 3000",
     doctor: "vitrine doctor --bundle bundles/b32",
     replay: "vitrine replay photos --bundle models/demo --images 200",
-    bulk: "vitrine bulk photos --out answers --labels-file names.txt",
-    attribute: "vitrine attribute photo.jpg --labels cat,dog,truck --contrast dog",
+    bulk: "vitrine bulk photos --out answers --labels-file names.txt --sources 10",
+    attribute: "vitrine attribute photo.jpg --labels cat,dog,truck --contrast dog --sources",
     circuit: "vitrine circuit photo.jpg --labels cat,dog,truck --nodes 400",
 }
 for command, example in EXAMPLES.items():

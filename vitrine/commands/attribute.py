@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from vitrine.commands.common import (
+    Baseline,
     BundlePath,
     LabelsFile,
     LabelsList,
+    SourceBaseline,
     chosen_labels,
     new_console,
     open_bundle_or_default,
@@ -27,6 +29,12 @@ def attribute(
     strict: Annotated[bool, typer.Option(help="Refuse labels that are cut, the same or unknown to the CLIP.")] = False,
     top_k: Annotated[int, typer.Option(min=1, help="Predictions listed.")] = 5,
     features: Annotated[int, typer.Option(min=0, help="Features listed per layer.")] = 3,
+    sources: Annotated[
+        bool,
+        typer.Option("--sources", help="Also follow the logit back through attention to the features that made it."),
+    ] = False,
+    source_features: Annotated[int, typer.Option(min=0, help="Features listed by --sources, of all layers.")] = 12,
+    baseline: Baseline = SourceBaseline.zero,
     bundle: BundlePath = None,
     as_json: Annotated[bool, typer.Option("--json", help="The service's JSON instead of tables.")] = False,
     svg: Annotated[Path | None, typer.Option(help="The tables as a picture too, in this file.")] = None,
@@ -50,6 +58,7 @@ def attribute(
             prepare_file(file)
     fields: dict[str, Any] = {"strict": strict, "top_k": top_k}
     fields["explain"] = {"contrast": contrast, "features": features}
+    fields["explain"] |= {"sources": sources, "source_features": source_features, "baseline": baseline.value}
     if (named := chosen_labels(labels, labels_file)) is not None:
         fields["labels"] = named
     if target:

@@ -9,10 +9,12 @@ import typer
 
 from vitrine.commands.common import (
     INPUTS,
+    Baseline,
     BundlePath,
     LabelsFile,
     LabelsList,
     SkipBroken,
+    SourceBaseline,
     chosen_labels,
     new_console,
     open_bundle_or_default,
@@ -34,6 +36,10 @@ def bulk(
     strict: Annotated[bool, typer.Option(help="Refuse labels that are cut, the same or unknown to the CLIP.")] = False,
     top_k: Annotated[int, typer.Option(min=1, help="Predictions listed.")] = 5,
     features: Annotated[int, typer.Option(min=0, help="Features listed, of all layers together.")] = 5,
+    sources: Annotated[
+        int, typer.Option(min=0, help="Features listed of a source account, of all layers; 0: no such account.")
+    ] = 0,
+    baseline: Baseline = SourceBaseline.zero,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: VITRINE_BATCH_SIZE.")] = None,
     part_size: Annotated[int, typer.Option(min=1, help="Images in one Parquet file.")] = 512,
     ray: Annotated[int, typer.Option(min=0, help="Processes of Ray's (vitrine[bulk]); 0: this one alone.")] = 0,
@@ -47,6 +53,7 @@ def bulk(
     from vitrine.models.files.names import printable
     from vitrine.models.inputs.opening import open_inputs
     from vitrine.service.answers.notices import refuse
+    from vitrine.service.answers.sources import check_sources
     from vitrine.service.engine.labels import bundle_notices
     from vitrine.service.offline.bulk.errors import BulkError
     from vitrine.service.offline.bulk.job import make_job
@@ -58,11 +65,13 @@ def bulk(
     from vitrine.service.schemas.base import validated
 
     fields: dict[str, Any] = {"label_set": label_set, "templates": template, "top_k": top_k}
-    fields |= {"explain": {"features": features}, "labels": chosen_labels(labels, labels_file)}
+    explain = {"features": features, "sources": sources > 0, "source_features": sources, "baseline": baseline.value}
+    fields |= {"explain": explain, "labels": chosen_labels(labels, labels_file)}
     request, settings = validated(AttributeRequest, fields), load_settings()
     opened, console = open_bundle_or_default(bundle), new_console()
     if batch_size is not None:
         settings = settings.model_copy(update={"batch_size": batch_size})
+    check_sources(request.explain, opened, enabled=settings.sources)  # before inputs are listed, which may take long
     source = open_inputs(inputs, column, skip_broken_shards)
     job = make_job(opened, settings, source, request, path=inputs, column=column, part_size=part_size)
     notices = bundle_notices(opened, job.labels, job.templates)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,6 +57,16 @@ LabelsFile = Annotated[
 ]
 BundlePath = Annotated[
     Path | None, typer.Option("--bundle", help="Bundle directory; default: VITRINE_BUNDLE, or the embedded demo.")
+]
+
+
+class SourceBaseline(StrEnum):
+    zero = "zero"
+    mean = "mean"
+
+
+Baseline = Annotated[
+    SourceBaseline, typer.Option(help="Of --sources; mean: what this picture has that the average one has not.")
 ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -19,6 +19,7 @@ from vitrine.models.files.names import display
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import create, prepare_folder
 from vitrine.models.inputs.source import Source
+from vitrine.service.answers.sources import check_sources
 from vitrine.service.engine.runtime import choose
 from vitrine.service.errors import ServiceError
 from vitrine.service.offline.bulk.errors import BulkError
@@ -53,6 +54,9 @@ class Job(BaseModel):
     max_image_pixels: int
     max_image_side: int
     max_jpeg_pixels: int = 0
+    # Absent in folders that were begun before there were source accounts; these are taken up as they are.
+    sources: int = 0  # features listed of the source account; 0: none is made
+    baseline: Literal["zero", "mean"] = "zero"
 
     @property
     def parts(self) -> int:
@@ -76,8 +80,10 @@ def make_job(
 ) -> Job:
     """The job of answering `request` for every image of `source`, which was opened as `path` and `column`.
 
-    Raises `ServiceError` for an unknown label set, `EngineError` for a precision that the bundle does not have.
+    Raises `ServiceError` for an unknown label set or for sources that the bundle does not have, `EngineError` for a
+    precision that it does not have.
     """
+    check_sources(request.explain, bundle, enabled=settings.sources)
     labels, templates = _texts(bundle, settings, request)
     return Job(
         format=FORMAT,
@@ -98,6 +104,8 @@ def make_job(
         max_image_pixels=settings.max_image_pixels,
         max_image_side=settings.max_image_side,
         max_jpeg_pixels=settings.max_jpeg_pixels,
+        sources=request.explain.source_features if request.explain.sources else 0,
+        baseline=request.explain.baseline,
     )
 
 

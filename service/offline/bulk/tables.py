@@ -28,6 +28,7 @@ from vitrine.service.answers.explain import account, predict
 from vitrine.service.engine.labels import LabelSet
 from vitrine.service.schemas.attribute import Explain, Feature, Fidelity, LedgerAccount
 from vitrine.service.schemas.classify import Prediction
+from vitrine.service.schemas.sources import SourceAccount
 
 ERRORS = "errors"
 _PART = re.compile(r"part-(\d{6,})\.parquet")
@@ -46,6 +47,15 @@ class LayerFeature(Feature):
     layer: int
 
 
+class Sources(BaseModel):
+    """The source account of the top-1, in short."""
+
+    logit: float
+    features: list[LayerFeature] = Field(description="over all tokens, largest |contribution| first")
+    error_share: float
+    remainder: float
+
+
 class Row(BaseModel):
     """One image's answer."""
 
@@ -56,6 +66,7 @@ class Row(BaseModel):
     features: list[LayerFeature] = Field(description="of all layers, largest |contribution| first")
     fidelity: Fidelity
     warnings: list[str] = Field(description="codes of what was done to the image that one may not expect")
+    sources: Sources | None = Field(default=None, description="no column unless they are asked for")
 
 
 class Problem(BaseModel):
@@ -85,6 +96,9 @@ ROW_TYPES = {
     "fidelity": _FIDELITY,
     "warnings": "VARCHAR[]",
 }
+SOURCES_TYPES = {
+    "sources": f"STRUCT(logit DOUBLE, features {_FEATURE}[], error_share DOUBLE, remainder DOUBLE)",
+}
 PROBLEM_TYPES = {"id": "BIGINT", "name": "VARCHAR", "code": "VARCHAR", "message": "VARCHAR"}
 
 
@@ -97,6 +111,7 @@ def row(
     top_k: int,
     count: int,
     notes: Sequence[Note] = (),
+    sources: Sources | None = None,
 ) -> str:
     """A `Row` as JSON. count: features listed, over all layers."""
     predictions = predict(parts, labels, bundle.manifest.logit_scale, top_k)
@@ -112,11 +127,27 @@ def row(
         features=[LayerFeature.model_construct(layer=layer, **vars(feature)) for layer, feature in features[:count]],
         fidelity=fidelity,
         warnings=[note.code for note in notes],
-    ).model_dump_json()
+        sources=sources,
+    ).model_dump_json(exclude={"sources"} if sources is None else None)
 
 
-def write_part(out: Path, part: int, rows: Iterable[str], problems: Iterable[str]) -> None:
-    """Write a part from rows and problems as JSON, in the order of their inputs. The part is done afterwards."""
+def short_sources(account: SourceAccount) -> Sources:
+    """Without the parts by token and by layer: of a million images they would be most of the table."""
+    return Sources.model_construct(
+        logit=account.logit,
+        features=[
+            LayerFeature.model_construct(**feature.model_dump(exclude={"tokens"})) for feature in account.features
+        ],
+        error_share=account.error_share,
+        remainder=account.remainder,
+    )
+
+
+def write_part(out: Path, part: int, rows: Iterable[str], problems: Iterable[str], with_sources: bool = False) -> None:
+    """Write a part from rows and problems as JSON, in the order of their inputs. The part is done afterwards.
+
+    with_sources: whether the rows have `sources`.
+    """
     name, problems = f"part-{part:06}.parquet", list(problems)
     errors = out / ERRORS / name
     if problems:
@@ -125,7 +156,7 @@ def write_part(out: Path, part: int, rows: Iterable[str], problems: Iterable[str
         _write(errors, problems, PROBLEM_TYPES)
     else:  # left by a run that was killed between the two writes, and whose images have been repaired since
         errors.unlink(missing_ok=True)
-    _write(out / name, rows, ROW_TYPES)
+    _write(out / name, rows, ROW_TYPES | SOURCES_TYPES if with_sources else ROW_TYPES)
 
 
 def done_parts(out: Path) -> set[int]:

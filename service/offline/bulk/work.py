@@ -19,17 +19,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from vitrine.models.account import ledger
+from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.images.decode import ImageLimits, Note
 from vitrine.models.inputs.source import Item, Source
+from vitrine.service.answers.sources import directions, source_accounts
 from vitrine.service.engine.decoders import Decoders
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.labels import LabelEncoder
 from vitrine.service.errors import ServiceError
 from vitrine.service.offline.bulk.job import Job
-from vitrine.service.offline.bulk.tables import Problem, row, write_part
+from vitrine.service.offline.bulk.tables import Problem, Sources, row, short_sources, write_part
 from vitrine.service.offline.failures import failure
 from vitrine.service.operations.settings import Settings
+from vitrine.service.schemas.attribute import Explain
 
 AHEAD = 4  # batches decoded, or queued for decoding, while one is inferred
 
@@ -63,7 +67,8 @@ class Worker:
     def __init__(self, bundle: Bundle, work: Work) -> None:
         self.bundle, self.work, job = bundle, work, work.job
         _ = bundle.directions, bundle.fold, bundle.cards  # loaded here, not by several threads at once
-        self.engine = Engine(bundle, work.settings.model_copy(update={"replacement": False}))
+        unused = {"replacement": False, "sources": job.sources > 0}  # graphs that are not run are not loaded
+        self.engine = Engine(bundle, work.settings.model_copy(update=unused))
         encoder = LabelEncoder(self.engine, capacity=len(job.labels))
         self.labels = asyncio.run(encoder.resolve(job.labels, job.templates, _call_directly))
         self.engine.warm_up()
@@ -90,7 +95,7 @@ class Worker:
                 yield from self._answer(itertools.islice(decoded, stop - start), pool, rows, problems)
                 if writing is not None:
                     writing.result()  # at most one part is being written while the next is computed
-                writing = writer.submit(_write, self.work.out, part, rows, problems)
+                writing = writer.submit(_write, self.work.out, part, rows, problems, job.sources > 0)
             if writing is not None:
                 writing.result()
         finally:
@@ -141,11 +146,28 @@ class Worker:
 
     def _infer(self, batch: list[_Decoded], pool: ThreadPoolExecutor) -> list[Future[str]]:
         job = self.work.job
+        common = (self.labels, self.bundle, job.top_k, job.features)
         decompositions = self.engine.explain(np.stack([decoded.pixels for decoded in batch]))
         return [
-            pool.submit(row, item.id, item.name, parts, self.labels, self.bundle, job.top_k, job.features, notes)
-            for (item, _, notes), parts in zip(batch, decompositions, strict=True)
+            pool.submit(row, item.id, item.name, parts, *common, notes, self._sources(pixels, parts))
+            for (item, pixels, notes), parts in zip(batch, decompositions, strict=True)
         ]
+
+    def _sources(self, pixels: NDArray[np.float32], parts: Decomposition) -> Sources | None:
+        """The source account of an image's top-1, if the job asks for it.
+
+        It is made here and not in the pool: an image's trace may have tens of megabytes, and must not wait there.
+        """
+        job, graphs = self.work.job, self.engine.sources
+        if not job.sources:
+            return None
+        assert graphs is not None  # see `make_job`
+        explain = Explain(sources=True, source_features=job.sources, baseline=job.baseline)
+        values = ledger.logits(parts.embedding, self.labels.embeddings, self.bundle.manifest.logit_scale)
+        of = directions(self.labels, explain, int(values.argmax()))
+        trace, outputs = graphs.run(pixels, of)
+        (account,) = source_accounts(self.bundle, trace, outputs, of, explain)
+        return short_sources(account)
 
 
 def _decode(item: Item, decoders: Decoders) -> _Decoded | Problem:
@@ -156,8 +178,9 @@ def _decode(item: Item, decoders: Decoders) -> _Decoded | Problem:
     return Problem(id=item.id, name=item.name, code=code, message=message)
 
 
-def _write(out: Path, part: int, rows: list[Future[str]], problems: list[Problem]) -> None:
-    write_part(out, part, (row.result() for row in rows), (problem.model_dump_json() for problem in problems))
+def _write(out: Path, part: int, rows: list[Future[str]], problems: list[Problem], with_sources: bool) -> None:
+    lines = (problem.model_dump_json() for problem in problems)
+    write_part(out, part, (row.result() for row in rows), lines, with_sources)
 
 
 async def _call_directly(function: Callable[..., Any], *arguments: Any, spent: float) -> Any:

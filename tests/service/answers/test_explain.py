@@ -153,7 +153,7 @@ def test_explain_out_of_bounds_is_refused_by_name(explain, named, engine):
 def test_details_of_a_bundle_that_has_none_are_refused(bundle, wanted):
     files = {name: entry for name, entry in bundle.manifest.files.items() if name != "attention.npy"}
     older = replace(bundle, manifest=bundle.manifest.model_copy(update={"files": files}))
-    old_engine = SimpleNamespace(bundle=older)
+    old_engine = SimpleNamespace(bundle=older, sources=None)
     check_explain(Explain(), NAMES, 3, old_engine)
     with pytest.raises(ServiceError, match="'tiny' is older than heat maps and the lens: export it again") as caught:
         check_explain(Explain(**{wanted: True}), NAMES, 3, old_engine)

@@ -564,10 +564,12 @@ def test_job_is_readable(start, photos, tmp_path, bundle):
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 def test_ray_writes_the_same(start, bundle_path, many, tmp_path):
-    """Its processes resume what one process without Ray has begun."""
-    out = tmp_path / "out"
-    start(many, tmp_path / "one", part_size=8)
-    command = [sys.executable, "-c", CODE, bundle_path, many, out]
+    """Its processes resume what one process without Ray has begun. With sources, which are run by other graphs."""
+    out, explain = tmp_path / "out", {"sources": True, "source_features": 2}
+    start(many, tmp_path / "one", part_size=8, explain=explain)
+    assert "AttributeRequest()" in CODE
+    code = CODE.replace("AttributeRequest()", f"AttributeRequest(explain={explain})")
+    command = [sys.executable, "-c", code, bundle_path, many, out]
     assert subprocess.run([*command, "11", "0"], capture_output=True).returncode == -signal.SIGKILL
     environment = {**os.environ, "HOME": str(tmp_path)}  # Ray stores files there
     finished = subprocess.run([*command, "0", "2"], capture_output=True, text=True, env=environment)
@@ -575,6 +577,8 @@ def test_ray_writes_the_same(start, bundle_path, many, tmp_path):
     check_complete(out)
     for row, expected in zip(read(out), read(tmp_path / "one"), strict=True):
         np.testing.assert_allclose(row["ledger"]["clt"], expected["ledger"]["clt"], rtol=0, atol=1e-5)
+        ours, theirs = row["sources"]["features"], expected["sources"]["features"]
+        assert [(f["layer"], f["index"]) for f in ours] == [(f["layer"], f["index"]) for f in theirs]
     assert read(out / "errors") == read(tmp_path / "one" / "errors")
 
 
