@@ -6,8 +6,8 @@
 
   /**
    * @typedef {Object} Options
-   * @property {{open: Set, asTable: boolean, kind: string}} state kept up to date: which lines are open, whether numbers
-   *   are shown in the place of bars, which account is shown
+   * @property {{open: Set, asTable: boolean, kind: string}} state kept up to date: which lines are open, whether
+   *   numbers are shown in the place of bars, which account is shown
    * @property {?function(number, number)} onCard opens the card of (layer, index)
    * @property {function(number, number): boolean} [hasCard] whether there is one; default: always
    * @property {?Object} maps of `Vitrine.photo`: draws a row's map on the photo

@@ -79,7 +79,7 @@
     }
   }
 
-  /** The answer, and the request that got it: a second one, if a new bundle in service cannot give what the first asked. */
+  /** The answer and its request: a second one, if a new bundle in service cannot give what the first asked for. */
   async function send(wanted, signal) {
     const { blob, name } = wanted.picture;
     const options = { signal, onWait: (sentence) => busy(true, sentence) };

@@ -67,7 +67,8 @@
     ];
     const { target, contrast, logit } = explanation;
     const rather = contrast === null ? "" : ` rather than ${contrast}`;
-    const caption = `Why ${target}${rather}: what each part of the network added, in logits. The rows add up to the last one.`;
+    const what = "what each part of the network added, in logits. The rows add up to the last one.";
+    const caption = `Why ${target}${rather}: ${what}`;
     return figure(explanation, { caption, axis, more: MORE, bodies, logit }, options);
   }
 

@@ -59,8 +59,8 @@
     if (values.every((value) => value === 0)) {
       return `It counts at the class token alone, which lies nowhere in the photo: ${signed(token)}.`;
     }
-    const whole = signed(token + sum(values));
-    return `Patches ${signed(sum(values))}, class token, which lies nowhere in the photo, ${signed(token)}: together ${whole}.`;
+    const parts = `Patches ${signed(sum(values))}, class token, which lies nowhere in the photo, ${signed(token)}`;
+    return `${parts}: together ${signed(token + sum(values))}.`;
   }
 
   function attention({ heatmap, ledger, sources: account }) {
@@ -74,8 +74,8 @@
       const parts = `patches ${signed(sum(values))}, class token ${signed(pick(heatmap.class_token))}`;
       const row = `${layer === null ? "attention" : `attention ${layer}`} ${signed(pick(ledger.attention))}`;
       const addition = `${parts}, constants ${signed(pick(heatmap.constant))} = ${row}`;
-      const number = account ? `layer ${layer}` : String(layer);
-      return { ...common, key: layer === null ? "" : String(layer), choice: layer === null ? "all, added up" : number, values, addition };
+      if (layer === null) return { ...common, key: "", choice: "all, added up", values, addition };
+      return { ...common, key: String(layer), choice: account ? `layer ${layer}` : String(layer), values, addition };
     });
   }
 

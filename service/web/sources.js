@@ -17,7 +17,7 @@
     remainder: "Remainder",
   };
   const MEANING = {
-    Features: "What a feature of any layer wrote at all patches at which it fires, as far as attention carried it here.",
+    Features: "What a feature of any layer wrote at all tokens at which it fires, as far as attention carried it to this logit.",
     Errors: "What the MLPs wrote, at any token, and no feature says. It is shown, never spread over other rows.",
     Embeddings: "The class token and the patches as they enter the first layer: colours, edges and places.",
     "Decoder biases": "What the transcoder adds to each layer whichever features fire.",
@@ -83,7 +83,7 @@
         ]),
         whole("bias", by((layer) => layer.bias)),
         { kind: "constants", value: constants },
-        ...(about ? [whole("baseline", by((layer) => layer.baseline)), whole("silent", by((layer) => layer.silent))] : []),
+        ...(about ? ["baseline", "silent"] : []).map((kind) => whole(kind, by((layer) => layer[kind]))),
         { kind: "remainder", value: remainder },
       ],
       0,
@@ -97,7 +97,8 @@
 
     function folded(row) {
       const lines = row.parts.map((part) => plainLine({ ...part, kind: "part" }, part.name));
-      const what = { name: NAMES[row.kind], more: row.kind === "embedding" ? "by token" : "by layer", key: row.kind, lines };
+      const more = row.kind === "embedding" ? "by token" : "by layer";
+      const what = { name: NAMES[row.kind], more, key: row.kind, lines };
       return fold((name) => plainLine(row, name), what, options.state.open);
     }
 
@@ -114,7 +115,8 @@
     ];
     const { target, contrast, sources } = explanation;
     const rather = contrast === null ? "" : ` rather than ${contrast}`;
-    const caption = `Why ${target}${rather}: the features of all layers that made it, in logits. The rows add up to the last one.`;
+    const what = "the features of all layers that made it, in logits. The rows add up to the last one.";
+    const caption = `Why ${target}${rather}: ${what}`;
     return figure(explanation, { caption, axis, more: MORE, bodies, logit: sources.logit }, options);
   }
 
