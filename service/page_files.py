@@ -9,8 +9,12 @@ STYLES = ("style.css", "figures.css", "card.css")
 DRAWING_SCRIPTS = (
     "dom.js",
     "waterfall.js",
+    "account-table.js",
+    "ledger.js",
+    "sources.js",
     "account.js",
     "heatmap.js",
+    "maps.js",
     "photo.js",
     "predictions.js",
     "warnings.js",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,13 @@ from vitrine.service.schemas.sources import SourceAccount, SourceFeature, Source
 
 if TYPE_CHECKING:
     from vitrine.models.bundle.cards import Cards
+
+
+def source_baselines(engine: Engine) -> list[Literal["zero", "mean"]]:
+    """What `explain.baseline` may be; empty: there are no source accounts."""
+    if engine.sources is None:
+        return []
+    return ["zero"] if engine.bundle.baseline is None else ["zero", "mean"]
 
 
 def check_sources(explain: Explain, bundle: Bundle, *, enabled: bool) -> None:

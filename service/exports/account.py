@@ -10,6 +10,7 @@ from vitrine.service.answers.attribute import answer_attribute
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.answers.circuit import answer_circuit
 from vitrine.service.answers.features import card
+from vitrine.service.answers.sources import source_baselines
 from vitrine.service.exports.circuit_tracer import write_graphs
 from vitrine.service.exports.page import draw_page
 from vitrine.service.operations.settings import load_settings
@@ -50,23 +51,28 @@ async def circuit_for(bundle: Bundle, image: Path, request: CircuitRequest) -> C
 
 
 async def _page(attributor: Attributor, content: bytes, request: AttributeRequest) -> str:
-    """The page, with a heat map if the bundle provides one, and the cards of all listed features."""
+    """The page, with heat map and source account if the bundle provides them, and the cards of all listed features."""
     bundle = attributor.bundle
-    answer = await answer_attribute(
-        attributor, content, _with_explain(request, heatmap=attributor.engine.has_details), IDENTITY
-    )
-    listed = {
-        (layer.layer, feature.index)
-        for explanation in answer.explanations
-        for layer in explanation.layers
-        for feature in layer.features
-    }
-    keys = sorted(listed) if bundle.cards else []
+    explain: dict[str, Any] = {"heatmap": attributor.engine.has_details}
+    if not request.explain.sources and (baselines := source_baselines(attributor.engine)):
+        explain |= {"sources": True, "baseline": baselines[-1]}
+    answer = await answer_attribute(attributor, content, _with_explain(request, **explain), IDENTITY)
+    keys = sorted(_listed(answer)) if bundle.cards else []
     cards = {
         f"{layer}/{index}": await attributor.query(card, bundle, attributor.model, layer, index)
         for layer, index in keys
     }
     return draw_page(answer, content, cards, bundle.manifest.preprocessing)
+
+
+def _listed(answer: AttributeResponse) -> set[tuple[int, int]]:
+    """(layer, index) of all features that the answer lists."""
+    listed = set()
+    for explanation in answer.explanations:
+        listed |= {(layer.layer, feature.index) for layer in explanation.layers for feature in layer.features}
+        if explanation.sources is not None:
+            listed |= {(feature.layer, feature.index) for feature in explanation.sources.features}
+    return listed
 
 
 def _with_explain(request: AttributeRequest, **explain: Any) -> AttributeRequest:

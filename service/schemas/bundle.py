@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from vitrine.service.schemas.base import Model, Warnings
 
@@ -17,6 +17,9 @@ class ModelResponse(BaseModel):
     provider: str
     precision: str
     manifest: dict[str, Any]
+    source_baselines: list[Literal["zero", "mean"]] = Field(
+        description="what `explain.baseline` may be; empty where there is no `explain.sources`"
+    )
     warnings: Warnings = []
 
 

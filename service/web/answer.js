@@ -15,8 +15,12 @@
    *   first), and the milliseconds that it took as seen from here
    */
   function create(sections, photo, options) {
-    const open = new Set();
-    let asTable = false;
+    const state = { open: new Set(), asTable: false, kind: "sources" };
+    photo.onChosen((chosen) => {
+      for (const button of sections.account.querySelectorAll("[data-map]")) {
+        button.setAttribute("aria-pressed", String(button.dataset.map === chosen));
+      }
+    });
 
     function show(answer, explanation = answer.explanations[0], seen = null) {
       const { target } = explanation;
@@ -24,19 +28,16 @@
       const onExplain = (label) => options.onExplain(answer, label);
       const predictions = Vitrine.predictions.draw(answer.predictions, target, onExplain);
       replace(sections.predictions, Vitrine.warnings.draw(answer.warnings), predictions);
-      const mapped = photo.show(explanation, options.preprocessing());
+      const mapped = photo.show(explanation, options.preprocessing(), home(Vitrine.account.kind(explanation, state)));
       replace(
         sections.account,
         Vitrine.account.draw(explanation, {
           probability: found?.probability ?? null,
-          open,
-          asTable,
-          onTable: (numbers) => {
-            asTable = numbers;
-          },
+          state,
+          onAccount: (kind) => photo.goHome(home(kind)),
           onCard: options.onCard,
           hasCard: options.hasCard,
-          onLayer: mapped ? photo.layer : null,
+          maps: mapped ? photo : null,
         }),
       );
       replace(sections.trust, Vitrine.trust.draw(answer.fidelity));
@@ -44,6 +45,11 @@
     }
 
     return { show };
+  }
+
+  /** The map that belongs to a kind of account. */
+  function home(kind) {
+    return kind === "sources" ? "sources" : "";
   }
 
   /** What a listener is told of an answer. @returns {string} */

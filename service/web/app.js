@@ -70,16 +70,29 @@
     try {
       if (model === null) await know();
       if (picture.isNew) await load(picture);
-      const request = asked(wanted);
-      const found = await api.post("v1/attribute", picture.blob, picture.name, request, {
-        signal: mine.signal,
-        onWait: (sentence) => busy(true, sentence),
-      });
+      const { found, request } = await send(wanted, mine.signal);
       performance.mark("vitrine:answer");
       if (found.answer.model.digest !== model.digest) model = await api.get("v1/model"); // a new bundle is in service
       if (mine === running) show(found, picture, request);
     } catch (error) {
       if (mine === running) refused(error);
+    }
+  }
+
+  /** The answer and its request: a second one, if a new bundle in service cannot give what the first asked for. */
+  async function send(wanted, signal) {
+    const { blob, name } = wanted.picture;
+    const options = { signal, onWait: (sentence) => busy(true, sentence) };
+    const first = asked(wanted);
+    try {
+      return { found: await api.post("v1/attribute", blob, name, first, options), request: first };
+    } catch (error) {
+      if (error.code !== "invalid_request") throw error;
+      const { digest } = model;
+      model = await api.get("v1/model");
+      if (model.digest === digest) throw error;
+      const request = asked(wanted);
+      return { found: await api.post("v1/attribute", blob, name, request, options), request };
     }
   }
 
@@ -102,6 +115,8 @@
     const known = (label) => label !== null && labels.listed().includes(label);
     const explain = {};
     if (model.manifest.files["attention.npy"]) explain.heatmap = true;
+    const baseline = model.source_baselines.at(-1); // the average picture, where the bundle has one
+    if (baseline) Object.assign(explain, { sources: true, baseline });
     if (known(target)) explain.targets = [target];
     if (known(contrast) && contrast !== target) explain.contrast = contrast;
     return Object.keys(explain).length ? { ...named, explain } : named;

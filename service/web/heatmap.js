@@ -1,7 +1,7 @@
 "use strict";
-/** A heat map as a picture, a legend and a table: where in the photo attention read. No state, no events. */
+/** A map of the photo's patches as a picture, a legend and a table. No state, no events. */
 {
-  const { el, svg, signed, sum, scroller } = Vitrine.dom;
+  const { el, svg, signed, scroller } = Vitrine.dom;
 
   /**
    * The part of an upright photo that the model sees, in the photo's pixels: `to_pixels` of service/engine/images.py, undone.
@@ -30,14 +30,6 @@
     return value - floor === 0.5 ? floor + (floor % 2) : Math.round(value);
   }
 
-  /**
-   * What to draw, in logits per patch. @param {Object} map the API's HeatMap @param {number|null} layer null: all
-   * @returns {number[]}
-   */
-  function values(map, layer) {
-    return layer === null ? map.total : map.patches[layer];
-  }
-
   /** @param {number[]} listed @returns {number} the value that is drawn in full, on either side of zero */
   function largest(listed) {
     return Math.max(...listed.map(Math.abs)) || 1;
@@ -45,14 +37,13 @@
 
   /**
    * The map, to be laid over a photo of width x height pixels. Zero is transparent, on both sides alike.
-   * @param {Object} map the API's HeatMap
-   * @param {{layer: ?number, sign: string, opacity: number, patch: ?number}} view sign: both, for, against
+   * @param {PhotoMap} map of `Vitrine.maps`
+   * @param {{sign: string, opacity: number, patch: ?number}} view sign: both, for, against
    * @param {{width: number, height: number, seen: Object}} photo
    * @returns {SVGElement}
    */
   function overlay(map, view, photo) {
-    const listed = values(map, view.layer);
-    const full = largest(listed);
+    const full = largest(map.values);
     const patch = { width: photo.seen.width / map.columns, height: photo.seen.height / map.rows };
     const box = (index) => ({
       x: photo.seen.x + (index % map.columns) * patch.width,
@@ -60,7 +51,7 @@
       ...patch,
     });
     const hatch = "vitrine-map-hatch";
-    const shown = listed.map((value, index) => {
+    const shown = map.values.map((value, index) => {
       if (view.sign === (value < 0 ? "for" : "against")) return null;
       const kind = value < 0 ? "against" : "for";
       const fill = value < 0 ? { fill: `url(#${hatch})` } : {};
@@ -108,7 +99,7 @@
 
   /** The scale, the same on both sides of zero, in logits. @returns {HTMLElement} */
   function legend(map, view) {
-    const full = largest(values(map, view.layer));
+    const full = largest(map.values);
     const steps = 9;
     const hatch = "vitrine-legend-hatch";
     const step = (index) => {
@@ -131,20 +122,11 @@
     return el("div", { class: "legend" }, strip, el("div", {}, ends), el("div", {}, sides));
   }
 
-  /** How the map adds up to the attention row that it splits. @returns {HTMLElement} */
-  function addition(map, attention, layer) {
-    const pick = (list) => (layer === null ? sum(list) : list[layer]);
-    const parts = `patches ${signed(sum(values(map, layer)))}, class token ${signed(pick(map.class_token))}`;
-    const row = `${layer === null ? "attention" : `attention ${layer}`} ${signed(pick(attention))}`;
-    return el("p", { class: "note" }, `${parts}, constants ${signed(pick(map.constant))} = ${row}`);
-  }
-
   /** Every patch's value, with its sign; outliers are starred. @returns {HTMLElement} */
-  function table(map, layer) {
-    const listed = values(map, layer);
+  function table(map) {
     const columns = Array.from({ length: map.columns }, (_, column) => el("th", { scope: "col" }, String(column + 1)));
     const line = (_, row) => {
-      const cells = listed.slice(row * map.columns, (row + 1) * map.columns).map((value, column) => {
+      const cells = map.values.slice(row * map.columns, (row + 1) * map.columns).map((value, column) => {
         const star = map.outliers.includes(row * map.columns + column) ? "*" : "";
         return el("td", {}, signed(value) + star);
       });
@@ -156,12 +138,12 @@
       el(
         "table",
         { class: "patches" },
-        el("caption", { class: "visually-hidden" }, "Logits read from each patch of the photo; * marks outliers"),
+        el("caption", { class: "visually-hidden" }, `${map.title}: logits of each patch of the photo; * marks outliers`),
         el("thead", {}, el("tr", {}, corner, columns)),
         el("tbody", {}, Array.from({ length: map.rows }, line)),
       ),
     );
   }
 
-  Vitrine.heatmap = { seen, values, overlay, legend, addition, table };
+  Vitrine.heatmap = { seen, overlay, legend, table };
 }

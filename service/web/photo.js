@@ -1,23 +1,29 @@
 "use strict";
-/** The photo under its heat map: how it is looked at, by mouse, finger or arrow keys, and what is read from it. */
+/** The photo under a map of its patches: how it is looked at, by mouse, finger or arrow keys, and what is read. */
 {
   const { el, replace, signed } = Vitrine.dom;
-  const { seen, values, overlay, legend, addition, table } = Vitrine.heatmap;
+  const { seen, overlay, legend, table } = Vitrine.heatmap;
   const HELP = "Point at a patch, or go to the map and use the arrow keys, to read its value.";
   const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
   /**
    * @param {HTMLElement} frame gets the photo and the map
    * @param {HTMLElement} panel gets the map's controls
-   * @returns {{load: function(string): Promise<boolean>, show: function(?Object, ?Object): boolean,
-   *   layer: function(number)}}
-   *   load: another photo, by its URL; resolves to whether it can be shown; show: the map of an explanation,
-   *   with the manifest's preprocessing; whether there is one; layer: that layer's attention
+   * @returns {Object}
+   *   load(url): another photo; resolves to whether it can be shown;
+   *   show(explanation, preprocessing, home): its maps, with the manifest's preprocessing; whether there are any;
+   *   goHome(key): the map that is shown where none was chosen, from now on, and the choice is taken back;
+   *   has(key), choose(key), chosen(): of `Vitrine.maps`; choose(null) takes the choice back;
+   *   preview(key): a map for a while, until preview(null);
+   *   onChosen(listener): told the key of each map that is chosen, null of none
    */
   function create(frame, panel) {
-    const view = { layer: null, sign: "both", opacity: 0.75, patch: null };
+    const view = { sign: "both", opacity: 0.75, patch: null };
+    const keys = { home: "", chosen: null, preview: null }; // of maps; null: none
+    let maps = [];
     let explanation = null;
     let preprocessing = null;
+    let told = () => {};
 
     const image = el("img", { alt: "The photo that was asked about" });
     const drawn = el("div", { class: "layer" });
@@ -33,21 +39,26 @@
     });
     const photo = el("div", { class: "photo" }, image, drawn, map);
     const readout = el("p", { class: "readout", "aria-live": "polite" }, HELP);
-    const layers = el("select", { onchange: () => chooseLayer(layers.value) });
+    const heading = el("h3", {});
+    const spoken = el("p", { class: "visually-hidden", role: "status" });
+    const choices = el("select", { onchange: () => take(choices.value) });
+    const choiceName = el("span", {});
     const signs = ["both", "for", "against"].map(signChoice);
     const slider = el("input", { type: "range", min: 0, max: 100, value: 100 * view.opacity, oninput: fade });
     const scale = el("div", {});
-    const adds = el("div", {});
+    const adds = el("p", { class: "note" });
+    const caption = el("p", { class: "caption", hidden: true }); // beside the photo, for maps that are drawn from afar
     const numbers = el("div", {});
     const outliers = el("p", { class: "note" }, "Circles mark outlier patches: their place in the photo means little.");
     panel.append(
-      el("h3", {}, "Where attention read"),
+      heading,
+      spoken,
       readout,
       scale,
       el(
         "div",
         { class: "controls" },
-        el("label", {}, "Layer ", layers),
+        el("label", {}, choiceName, choices),
         el("fieldset", { class: "signs" }, el("legend", { class: "visually-hidden" }, "Which sign to show"), signs),
         el("label", { class: "slider" }, "Opacity ", slider),
       ),
@@ -55,7 +66,7 @@
       outliers,
       el("details", {}, el("summary", {}, "Patch values as a table"), numbers),
     );
-    frame.append(photo);
+    frame.append(photo, caption);
     panel.hidden = photo.hidden = true;
 
     function signChoice(sign) {
@@ -72,10 +83,50 @@
       draw();
     }
 
-    function chooseLayer(value) {
-      view.layer = value === "" ? null : Number(value);
+    function find(key) {
+      return maps.find((map) => map.key === key);
+    }
+
+    function has(key) {
+      return !panel.hidden && find(key) !== undefined;
+    }
+
+    /** The map that is to be seen now. */
+    function current() {
+      return [keys.preview, keys.chosen, keys.home].map(find).find(Boolean) ?? maps[0];
+    }
+
+    function take(key) {
+      Object.assign(keys, { chosen: key, preview: null });
+      refresh();
+      const { title, addition } = current();
+      spoken.textContent = `${title}. ${addition}`;
+    }
+
+    /** From outside, where the photo may be out of sight. */
+    function choose(key) {
+      take(key);
+      photo.scrollIntoView({ block: "nearest" });
+    }
+
+    function preview(key) {
+      if (keys.preview === key) return;
+      keys.preview = key;
+      if (!panel.hidden) draw();
+    }
+
+    function goHome(key) {
+      Object.assign(keys, { home: key, chosen: null, preview: null });
+      if (!panel.hidden) refresh();
+    }
+
+    /** After another choice, or other maps. */
+    function refresh() {
       draw();
+      replace(numbers, table(current()));
+      choices.value = current().key;
       if (view.patch !== null) pick(view.patch);
+      told(keys.chosen);
     }
 
     async function load(url) {
@@ -90,48 +141,61 @@
       return !photo.hidden;
     }
 
-    function show(asked, how) {
+    function show(asked, how, home = "") {
       explanation = asked;
       preprocessing = how;
-      const split = explanation?.heatmap ?? null;
-      panel.hidden = map.hidden = split === null || photo.hidden;
+      maps = Vitrine.maps.of(explanation);
+      Object.assign(keys, { home, preview: null });
+      if (explanation !== null && !find(keys.chosen)) keys.chosen = null;
+      panel.hidden = map.hidden = maps.length === 0 || photo.hidden;
+      spoken.textContent = "";
       if (panel.hidden) {
         replace(drawn);
+        caption.hidden = true;
         photo.style.setProperty("--grey", "0");
         return false;
       }
-      if (layers.options.length !== split.patches.length + 1) listLayers(split.patches.length);
-      map.setAttribute("aria-label", `Heat map of ${split.rows} by ${split.columns} patches: arrow keys read them`);
-      outliers.hidden = split.outliers.length === 0;
-      draw();
-      if (view.patch !== null) pick(view.patch);
+      const [{ rows, columns }] = maps;
+      map.setAttribute("aria-label", `Heat map of ${rows} by ${columns} patches: arrow keys read them`);
+      offer();
+      refresh();
       return true;
     }
 
-    function listLayers(count) {
-      const each = Array.from({ length: count }, (_, layer) => el("option", { value: layer }, String(layer)));
-      layers.replaceChildren(el("option", { value: "" }, "all, added up"), ...each);
-      view.layer = null;
+    /** All maps to choose from; those of one kind need no heading. */
+    function offer() {
+      const groups = [...new Set(maps.map(({ group }) => group))];
+      const options = (group) =>
+        maps.filter((one) => one.group === group).map(({ key, choice }) => el("option", { value: key }, choice));
+      const grouped = groups.map((group) => el("optgroup", { label: group }, options(group)));
+      choiceName.textContent = groups.length > 1 ? "Map " : "Layer ";
+      choices.replaceChildren(...(groups.length > 1 ? grouped : options(groups[0])));
     }
 
     function draw() {
-      const split = explanation.heatmap;
+      const shown = current();
       drawMap();
       // So that the map's colours are seen, and not mistaken for the photo's.
       photo.style.setProperty("--grey", String(Math.min(1, 1.25 * view.opacity)));
-      replace(scale, legend(split, view));
-      replace(adds, addition(split, explanation.ledger.attention, view.layer));
-      replace(numbers, table(split, view.layer));
+      const captioned = find("sources") !== undefined;
+      heading.textContent = captioned ? "The map on the photo" : shown.title;
+      caption.hidden = !captioned;
+      adds.hidden = captioned;
+      replace(caption, el("b", {}, `${shown.title}.`), ` ${shown.addition}`);
+      outliers.hidden = shown.outliers.length === 0;
+      scale.hidden = shown.values.every((value) => value === 0);
+      replace(scale, legend(shown, view));
+      adds.textContent = shown.addition;
     }
 
     function drawMap() {
       const [width, height] = [image.naturalWidth, image.naturalHeight];
       const part = seen(width, height, preprocessing);
-      replace(drawn, overlay(explanation.heatmap, view, { width, height, seen: part }));
+      replace(drawn, overlay(current(), view, { width, height, seen: part }));
     }
 
     function step(event) {
-      const { rows, columns } = explanation.heatmap;
+      const { rows, columns } = current();
       const at = view.patch ?? 0;
       const [row, column] = [Math.floor(at / columns), at % columns];
       if (event.key === "Home") pick(row * columns);
@@ -148,7 +212,7 @@
     }
 
     function point(event) {
-      const { rows, columns } = explanation.heatmap;
+      const { rows, columns } = current();
       const box = map.getBoundingClientRect();
       const part = seen(image.naturalWidth, image.naturalHeight, preprocessing);
       const x = ((event.clientX - box.left) / box.width) * image.naturalWidth - part.x;
@@ -157,26 +221,24 @@
       if (row >= 0 && row < rows && column >= 0 && column < columns) pick(row * columns + column);
     }
 
-    /** Mark a patch and say what was read there. */
+    /** Mark a patch and say what the map has there. */
     function pick(index) {
-      const split = explanation.heatmap;
+      const shown = current();
       const { target, contrast } = explanation;
-      view.patch = Math.min(index, split.total.length - 1);
+      view.patch = Math.min(index, shown.values.length - 1);
       drawMap();
-      const [row, column] = [Math.floor(view.patch / split.columns) + 1, (view.patch % split.columns) + 1];
-      const value = signed(values(split, view.layer)[view.patch]);
+      const [row, column] = [Math.floor(view.patch / shown.columns) + 1, (view.patch % shown.columns) + 1];
+      const value = signed(shown.values[view.patch]);
       const rather = contrast === null ? "" : ` rather than ${contrast}`;
-      const note = split.outliers.includes(view.patch) ? "; an outlier, whose place means little" : "";
+      const note = shown.outliers.includes(view.patch) ? "; an outlier, whose place means little" : "";
       readout.textContent = `Row ${row}, column ${column}: ${value} logits for ${target}${rather}${note}`;
     }
 
-    function layer(number) {
-      layers.value = String(number);
-      chooseLayer(layers.value);
-      photo.scrollIntoView({ block: "nearest" });
+    function onChosen(listener) {
+      told = listener;
     }
 
-    return { load, show, layer };
+    return { load, show, goHome, has, choose, chosen: () => keys.chosen, preview, onChosen };
   }
 
   Vitrine.photo = { create };

@@ -8,6 +8,7 @@
     queue: "waiting for the graph",
     inference: "the graph: prediction and its parts",
     ledger: "writing the account",
+    sources: "following it back to features",
   };
 
   /**
@@ -22,13 +23,13 @@
     const parts = stages.map(([, ms], index) => {
       const x = from;
       from += total ? (100 * ms) / total : 0;
-      return svg("rect", { x: `${x}%`, width: `${from - x}%`, height: "100%", class: `stage s${index % 6}` });
+      return svg("rect", { x: `${x}%`, width: `${from - x}%`, height: "100%", class: `stage s${index % 7}` });
     });
     const line = ([stage, ms], index) =>
       el(
         "tr",
         {},
-        el("th", { scope: "row" }, el("span", { class: `swatch stage s${index % 6}` }), stage),
+        el("th", { scope: "row" }, el("span", { class: `swatch stage s${index % 7}` }), stage),
         el("td", { class: "note" }, STAGES[stage] ?? ""),
         el("td", { class: "value" }, plain(ms, 1)),
       );

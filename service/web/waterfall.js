@@ -38,6 +38,7 @@
     return running([...features, others], row.start).map((part) => ({ ...part, layer: row.layer }));
   }
 
+  /** The same rows with the running total before and after each, the first one's before it being `from`. */
   function running(listed, from) {
     let total = from;
     return listed.map((row) => {
@@ -120,5 +121,5 @@
     return svg("svg", { class: "patterns", "aria-hidden": "true", width: 0, height: 0 }, svg("defs", {}, pattern));
   }
 
-  Vitrine.waterfall = { rows, featureRows, scale, bar, ruler, hatching };
+  Vitrine.waterfall = { rows, featureRows, running, scale, bar, ruler, hatching };
 }

@@ -538,19 +538,20 @@ def test_output_has_no_control_characters_where_there_is_no_terminal(run, photo)
 
 
 def test_attribute_draws_a_page(run, photo, with_cards, tmp_path):
-    result = run("attribute", photo, "--contrast", LABELS[1], "--html", tmp_path / "out.html")
+    which = ["--target", LABELS[0], "--contrast", LABELS[1]]
+    result = run("attribute", photo, *which, "--html", tmp_path / "out.html")
     assert result.exit_code == 0
     page = (tmp_path / "out.html").read_text(encoding="utf-8")
     data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
     assert data["answer"]["explanations"][0]["contrast"] == LABELS[1]
     assert data["answer"]["explanations"][0]["heatmap"]
-    listed = {
-        f"{layer['layer']}/{feature['index']}"
-        for layer in data["answer"]["explanations"][0]["layers"]
-        for feature in layer["features"]
-    }
-    assert set(data["cards"]) == listed
-    assert 3 < len(listed) <= 9
+    explanation = data["answer"]["explanations"][0]
+    assert explanation["sources"]["layers"][0]["silent"] is not None  # about the average picture, which the bundle has
+    ledger = {(layer["layer"], feature["index"]) for layer in explanation["layers"] for feature in layer["features"]}
+    sources = {(feature["layer"], feature["index"]) for feature in explanation["sources"]["features"]}
+    assert set(data["cards"]) == {f"{layer}/{index}" for layer, index in ledger | sources}
+    assert 3 < len(ledger) <= 9
+    assert sources - ledger
     assert data["image"].startswith("data:image/png;base64,")
 
 

@@ -7,6 +7,7 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.responses import Response
 
 from vitrine.service.answers.features import card, search
+from vitrine.service.answers.sources import source_baselines
 from vitrine.service.http.asking import json_response, lease_attributor
 from vitrine.service.http.openapi import errors, query_parameters
 from vitrine.service.schemas.base import validated
@@ -65,6 +66,7 @@ async def model(request: Request) -> Response:
                 provider=attributor.engine.provider,
                 precision=attributor.engine.runtime.precision,
                 manifest=attributor.bundle.manifest.model_dump(mode="json"),
+                source_baselines=source_baselines(attributor.engine),
             )
         )
 

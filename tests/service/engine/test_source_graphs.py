@@ -10,6 +10,7 @@ from vitrine.models.account.sources import accounts
 from vitrine.models.bundle.bundle import BundleError, open_bundle, seal
 from vitrine.models.bundle.layout import BASELINE
 from vitrine.service.answers.explain import check_explain
+from vitrine.service.answers.sources import source_baselines
 from vitrine.service.engine.engine import Engine
 from vitrine.service.errors import ServiceError
 from vitrine.service.operations.settings import Settings
@@ -61,11 +62,13 @@ def test_a_bundle_without_them_says_so(change):
     engine = Engine(older, Settings(bundle=older.path))
     assert engine.sources is None
     assert "exported without them" in refused(Explain(sources=True), engine)
+    assert source_baselines(engine) == []
 
 
 def test_they_can_be_left_unloaded(bundle):
     engine = Engine(bundle, Settings(bundle=bundle.path, sources=False))
     assert "VITRINE_SOURCES=false" in refused(Explain(sources=True), engine)
+    assert source_baselines(engine) == []
 
 
 def test_a_bundle_without_an_average_picture_says_so(change):
@@ -73,6 +76,7 @@ def test_a_bundle_without_an_average_picture_says_so(change):
     engine = Engine(built, Settings(bundle=built.path))
     check_explain(Explain(sources=True), ("cat",), 10, engine)
     assert "no average picture" in refused(Explain(sources=True, baseline="mean"), engine)
+    assert source_baselines(engine) == ["zero"]
 
 
 def test_an_average_picture_of_another_shape_is_refused(change):

@@ -76,6 +76,11 @@ def shown_answer(page, response_info):
     return answer
 
 
+def show_ledger(page):
+    """From the source account, on which an answer opens, to the direct ledger; it stays until another is chosen."""
+    page.get_by_role("tab", name="Direct ledger").click()
+
+
 def change_answers(page, change):
     """From now on, apply `change` to each answer before the page receives it."""
 

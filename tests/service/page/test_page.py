@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browsing import change_answers, number, shown_answer, signed, upload
+from browsing import change_answers, number, show_ledger, shown_answer, signed, upload
 from PIL import Image, ImageOps
 from playwright.sync_api import expect
 
@@ -48,6 +48,7 @@ def value(text):
 
 def test_an_uploaded_photo_is_accounted_for_as_the_api_accounts_for_it(page, service, photo):
     upload(page, photo)
+    show_ledger(page)
     expected = service.attribute(photo)
     explanation, row_texts = expected["explanations"][0], rows(page)
     ledger = explanation["ledger"]
@@ -75,6 +76,7 @@ def test_an_uploaded_photo_is_accounted_for_as_the_api_accounts_for_it(page, ser
 def test_features_of_a_layer_add_up_to_its_row(page, photo):
     answer = upload(page, photo)
     layer = answer["explanations"][0]["layers"][11]
+    show_ledger(page)
     page.get_by_role("button", name="CLT 11").click()
     lines = page.locator(".features:not([hidden]) tr")
     texts = lines.locator(".value").all_inner_texts()
@@ -150,7 +152,8 @@ def test_a_prediction_is_explained_and_compared(page, photo):
     assert rows(page)["logit"] == number(answer["explanations"][0]["logit"])
     expect(page.locator(".predictions button").nth(1)).to_be_focused()  # focus stays, although everything is redrawn
     answer, request = trigger(page, lambda: page.select_option("#contrast", third))
-    assert request["explain"] == {"heatmap": True, "targets": [other], "contrast": third}
+    always = {"heatmap": True, "sources": True, "baseline": "mean"}
+    assert request["explain"] == always | {"targets": [other], "contrast": third}
     expect(page.get_by_role("heading", name=f"Why {other} rather than {third}?")).to_be_visible()
     difference = first["predictions"][1]["logit"] - first["predictions"][2]["logit"]
     assert value(rows(page)["logit"]) == pytest.approx(difference, abs=0.001)
@@ -208,6 +211,7 @@ def test_the_map_is_drawn_where_it_lies(page, photo):
 
 def test_sign_opacity_and_layer_change_what_is_seen(page, photo):
     answer = upload(page, photo)
+    show_ledger(page)
     explanation = answer["explanations"][0]
     heatmap = explanation["heatmap"]
 
@@ -250,11 +254,12 @@ def test_sign_opacity_and_layer_change_what_is_seen(page, photo):
     assert [text.rstrip("*") for text in cells[1:]] == [signed(part) for part in heatmap["patches"][5]]
     full_scale = max(map(abs, heatmap["patches"][5]))
     assert page.locator(".legend").inner_text().split()[0] == signed(-full_scale)
-    assert signed(explanation["ledger"]["attention"][5]) in page.locator(".map-panel .note").first.inner_text()
+    assert signed(explanation["ledger"]["attention"][5]) in page.locator(".caption").inner_text()
 
 
 def test_patches_are_read_with_the_arrow_keys(page, photo):
     answer = upload(page, photo)
+    show_ledger(page)
     total, target = answer["explanations"][0]["heatmap"]["total"], answer["explanations"][0]["target"]
     readout = page.locator(".readout")
     assert readout.get_attribute("aria-live") == "polite"
@@ -328,6 +333,7 @@ def test_what_is_transparent_is_shown_white_as_the_model_saw_it(page, encode):
 
 def test_the_table_is_always_there_and_can_be_shown(page, photo):
     answer = upload(page, photo)
+    show_ledger(page)
     table = page.get_by_role("table", name="Why")
     assert table.get_by_role("row").count() >= 30
     hidden = page.locator("[data-row='clt.11'] .more").first

@@ -105,10 +105,50 @@ def test_the_answer_is_saved_again(page, answer):
     assert json.loads(Path(download.value.path()).read_text()) == answer.model_dump(mode="json")
 
 
+@pytest.fixture(scope="module")
+def with_sources(server, photo, bundle, tmp_path_factory):
+    """(answer with source accounts, the file), with the card of the first feature of the first account alone."""
+    explain = {"targets": LABELS, "heatmap": True, "sources": True, "baseline": "mean"}
+    response = server.attribute(photo, labels=LABELS, explain=explain)
+    for explanation in response["explanations"]:
+        explanation["sources"]["features"][0].update(label=HOSTILE, label_score=0.5)
+    first = response["explanations"][0]["sources"]["features"][0]
+    cards = {f"{first['layer']}/{first['index']}": card(first["layer"], first["index"], label=HOSTILE)}
+    path = tmp_path_factory.mktemp("saved") / "sources.html"
+    answer = AttributeResponse.model_validate(response)
+    path.write_text(draw_page(answer, photo, cards, bundle.manifest.preprocessing), encoding="utf-8")
+    return answer, path
+
+
+def test_it_opens_on_the_source_account_that_the_answer_has(browser, with_sources):
+    answer, path = with_sources
+    with visit(browser, path.as_uri()) as page:
+        buttons = page.locator(".predictions button")
+        for explanation in answer.explanations:
+            buttons.filter(has_text=explanation.target).click()
+            shown = page.locator(".row-source .value").all_text_contents()
+            assert shown == [signed(feature.contribution) for feature in explanation.sources.features]
+            expect(page.locator("[data-row=logit] .value")).to_have_text(number(explanation.sources.logit))
+        buttons.filter(has_text=answer.explanations[0].target).click()
+        assert page.locator("button.feature-name").count() == 1
+        page.locator("button.feature-name").click()
+        expect(page.get_by_role("dialog", name=HOSTILE)).to_be_visible()
+        page.keyboard.press("Escape")
+        page.locator(".where-button").first.click()
+        expect(page.locator(".caption")).to_contain_text(HOSTILE)
+        assert page.title() != "hacked"
+        page.get_by_role("tab", name="Direct ledger").click()
+        ledger = answer.explanations[0].ledger
+        expect(page.locator("[data-row=prior] .value")).to_have_text(signed(ledger.prior))
+
+
+@pytest.mark.parametrize("sources", [False, True])
 @pytest.mark.parametrize("look", [{}, {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark"}])
-def test_axe_finds_nothing_serious(browser, saved, look):
-    with visit(browser, saved.as_uri(), **look) as page:
+def test_axe_finds_nothing_serious(browser, saved, with_sources, look, sources):
+    path = with_sources[1] if sources else saved
+    with visit(browser, path.as_uri(), **look) as page:
         expect(page.locator(".question")).to_be_visible()
+        assert page.get_by_role("tab").count() == 2 * sources
         assert not serious_violations(page)
         width, scrolled = page.evaluate("[innerWidth, document.documentElement.scrollWidth]")
         assert scrolled <= width

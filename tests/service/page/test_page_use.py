@@ -4,7 +4,7 @@ import hashlib
 import json
 
 import pytest
-from browsing import card, change_answers, open_page, serious_violations, shown_answer, upload
+from browsing import card, change_answers, open_page, serious_violations, show_ledger, shown_answer, upload
 from playwright.sync_api import expect
 
 from common import ROOT
@@ -30,7 +30,8 @@ def serve_cards(page, **fields):
 
 
 def open_card(page, answer, layer=11):
-    """Open the card of the first feature of a layer; returns its index."""
+    """Open the card of the first feature of a layer, from the ledger; returns its index."""
+    show_ledger(page)
     page.get_by_role("button", name=f"CLT {layer}").click()
     page.locator(".features:not([hidden]) button.feature-name").first.click()
     expect(page.get_by_role("dialog")).to_be_visible()
@@ -239,6 +240,8 @@ def test_nothing_that_comes_from_elsewhere_is_run(page, photo):
     def insert_markup(answer):
         for layer in answer["explanations"][0]["layers"]:
             layer["features"][0].update(label=HOSTILE, label_score=0.5)
+        for feature in answer["explanations"][0]["sources"]["features"]:
+            feature.update(label=HOSTILE, label_score=0.5)
         answer["timings_ms"][HOSTILE] = 1.0
         answer["model"]["name"] = HOSTILE
 
@@ -246,6 +249,8 @@ def test_nothing_that_comes_from_elsewhere_is_run(page, photo):
     serve_cards(page, label=HOSTILE, writes={"label": HOSTILE, "score": 0.1, "margin": 0.1})
     page.fill("#labels", f"{HOSTILE}, cat")
     answer = upload(page, photo, f"{HOSTILE}.png")
+    page.locator(".where-button").first.click()
+    expect(page.locator(".caption")).to_contain_text(HOSTILE)
     open_card(page, answer)
     assert page.get_by_role("dialog").get_by_text(HOSTILE).count() == 3  # label, written, the link to others
     page.keyboard.press("Escape")
@@ -280,6 +285,9 @@ def test_everything_is_done_with_the_keyboard(page):
     tab_to("Heat map of 8 by 8 patches")
     page.keyboard.press("ArrowRight")
     expect(page.locator(".readout")).to_contain_text("Row 1, column 2")
+    tab_to("Source account")
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("tab", name="Direct ledger")).to_be_focused()
     tab_to("CLT 11")
     page.keyboard.press("Enter")
     page.keyboard.press("Tab")
@@ -318,6 +326,16 @@ def test_axe_finds_nothing_serious_and_nothing_scrolls_sideways(browser, service
         page.select_option("#contrast", index=2)
         expect(page.locator(".question em").nth(1)).to_be_visible()
         fits()
+        page.locator(".where-button").first.click()
+        for name in ("All other features", "Errors", "Embeddings", "Silent here"):
+            page.get_by_role("button", name=name).click()
+        page.get_by_text("What the rows mean").click()
+        fits()
+        assert not serious_violations(page)
+        page.get_by_role("button", name="Show as table").click()
+        fits()
+        assert not serious_violations(page)
+        page.get_by_role("button", name="Show as table").click()
         open_card(page, answer)
         page.get_by_role("button", name="What is Score?").click()
         fits()

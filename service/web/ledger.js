@@ -1,0 +1,84 @@
+"use strict";
+/** The direct ledger: what each layer wrote to the class token, as a sum in one line and as a waterfall. */
+{
+  const { el, signed, tiny, percent, sum } = Vitrine.dom;
+  const { rows, featureRows, scale } = Vitrine.waterfall;
+  const { figure, equation, body, group, line, fold, feature, glossary } = Vitrine.accountTable;
+
+  const MORE = ["Running total", "Share of all rows", "Probability, if taken out"];
+  const MEANING = {
+    Prior: "What the class token and its position bring: the same for every image.",
+    Attention: "What each layer's attention wrote to the class token: what was read from the image, and where.",
+    Features: "What each layer's sparse features (its cross-layer transcoder, CLT) wrote, in the place of its MLP.",
+    Bias: "Constants of the transcoder and of the last normalisation.",
+    Error: "What the MLPs did and no feature says. It is shown, never spread over other rows.",
+    Remainder: "Rounding: what is left when all rows are taken from the logit.",
+  };
+
+  /**
+   * @param {Object} explanation the API's Explanation
+   * @param {Object} options of `Vitrine.accountTable`
+   * @returns {HTMLElement[]}
+   */
+  function draw(explanation, options) {
+    const { prior, attention, clt, bias, error } = explanation.ledger;
+    const terms = [
+      ["prior", prior],
+      ["attention", sum(attention)],
+      ["features", sum(clt)],
+      ["bias", bias],
+      ["error", error],
+    ];
+    return [equation(explanation, explanation.logit, terms), table(explanation, options), glossary(MEANING)];
+  }
+
+  function table(explanation, options) {
+    const all = rows(explanation);
+    const parts = new Map(all.filter((row) => row.kind === "clt").map((row) => [row.layer, featureRows(row)]));
+    const axis = scale([...all, ...[...parts.values()].flat()]);
+    const gross = sum(all.filter(({ kind }) => kind !== "remainder").map(({ value }) => Math.abs(value)));
+    const of = (kind) => all.filter((row) => row.kind === kind);
+
+    function draw(row, name, text) {
+      const share = row.kind === "remainder" ? "" : percent(gross ? Math.abs(row.value) / gross : 0);
+      const effect = row.account ? `${signed(100 * row.account.drop_effect, 1)} points` : "";
+      return line(row, name, axis, [share, effect], { text });
+    }
+
+    /** A layer's clt row, and its features. */
+    function layer(row) {
+      const lines = parts.get(row.layer).map((part) => {
+        if (part.kind === "others") return draw(part, "all other features");
+        return draw(part, feature(part.feature, row.layer, options));
+      });
+      const what = { name: `CLT ${row.layer}`, more: "features", key: row.layer, lines };
+      return fold((name) => draw(row, name), what, options.state.open);
+    }
+
+    const bodies = [
+      body(of("prior").map((row) => draw(row, "Prior"))),
+      group("Attention, by layer", of("attention"), axis, MORE.length),
+      body(of("attention").map((row) => draw(row, attentionName(row, options)))),
+      group("Features, by layer", of("clt"), axis, MORE.length),
+      of("clt").map(layer),
+      body(of("bias").map((row) => draw(row, "Bias"))),
+      body(of("error").map((row) => draw(row, "Error"))),
+      body(of("remainder").map((row) => draw(row, "Remainder", tiny(row.value)))),
+    ];
+    const { target, contrast, logit } = explanation;
+    const rather = contrast === null ? "" : ` rather than ${contrast}`;
+    const what = "what each part of the network added, in logits. The rows add up to the last one.";
+    const caption = `Why ${target}${rather}: ${what}`;
+    return figure(explanation, { caption, axis, more: MORE, bodies, logit }, options);
+  }
+
+  function attentionName(row, { maps }) {
+    const name = `Attention ${row.layer}`;
+    const key = String(row.layer);
+    if (!maps?.has(key)) return name;
+    const press = { type: "button", class: "row-button where", "data-key": name, onclick: () => maps.choose(key) };
+    return el("button", press, name, el("span", { class: "visually-hidden" }, ": show in the heat map"));
+  }
+
+  Vitrine.ledger = { draw };
+}
