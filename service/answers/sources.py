@@ -11,6 +11,7 @@ from vitrine.models.account import sources as source_account
 from vitrine.models.account.sources import Baseline, Sources, Trace
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.manifest import patch_grid
+from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.labels import LabelSet
 from vitrine.service.errors import ServiceError
 from vitrine.service.schemas.attribute import Explain
