@@ -163,6 +163,14 @@ def test_pruning_keeps_the_shares_asked_for_and_nothing_that_hangs_loose():
     assert (np.diff(pruned.influence) <= 0).all()
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_few_edges_leave_only_nodes_that_they_join(seed):
+    graph = Network(seed).graph()
+    pruned = prune(graph, 0.9, 0.3)
+    assert set(pruned.sources) == set(range(len(pruned.nodes)))
+    assert len(pruned.nodes) < len(prune(graph, 0.9, 1.0).nodes)
+
+
 def test_a_chain_by_hand():
     """Embedding 0 makes feature 0 (layer 0), which with an error makes feature 4 (layer 1), which makes the target."""
     network = Network()
