@@ -30,9 +30,9 @@
     return value - floor === 0.5 ? floor + (floor % 2) : Math.round(value);
   }
 
-  /** @param {number[]} listed @returns {number} the value that is drawn in full, on either side of zero */
-  function largest(listed) {
-    return Math.max(...listed.map(Math.abs)) || 1;
+  /** @param {PhotoMap} map @returns {number} the value that is drawn in full, on either side of zero */
+  function largest({ values, least }) {
+    return Math.max(least, ...values.map(Math.abs)) || 1;
   }
 
   /**
@@ -43,7 +43,7 @@
    * @returns {SVGElement}
    */
   function overlay(map, view, photo) {
-    const full = largest(map.values);
+    const full = largest(map);
     const patch = { width: photo.seen.width / map.columns, height: photo.seen.height / map.rows };
     const box = (index) => ({
       x: photo.seen.x + (index % map.columns) * patch.width,
@@ -99,7 +99,7 @@
 
   /** The scale, the same on both sides of zero, in logits. @returns {HTMLElement} */
   function legend(map, view) {
-    const full = largest(map.values);
+    const full = largest(map);
     const steps = 9;
     const hatch = "vitrine-legend-hatch";
     const step = (index) => {

@@ -10,6 +10,7 @@
    * @property {string} choice its name there
    * @property {string} title what it shows
    * @property {number[]} values in logits a patch
+   * @property {number} least what is drawn in full is at least this
    * @property {number} rows
    * @property {number} columns
    * @property {number[]} outliers patches whose place means little
@@ -25,7 +26,7 @@
   function sources({ sources: account, heatmap }) {
     if (!account) return [];
     const { rows, columns, logit } = account;
-    const common = { rows, columns, outliers: heatmap?.outliers ?? [] };
+    const common = { rows, columns, outliers: heatmap?.outliers ?? [], least: 0 };
     const [token, ...patches] = account.map;
     const rest = logit - token - sum(patches);
     const all = {
@@ -51,6 +52,7 @@
       choice,
       title: `What ${choice} saw`,
       values,
+      least: Math.abs(token) / 10, // beside a large part at the class token, next to nothing must not look like much
       addition: said(token, values),
     };
   }
@@ -66,7 +68,7 @@
   function attention({ heatmap, ledger, sources: account }) {
     if (!heatmap) return [];
     const { rows, columns, outliers } = heatmap;
-    const common = { group: "Where attention read", title: "Where attention read", rows, columns, outliers };
+    const common = { group: "Where attention read", title: "Where attention read", least: 0, rows, columns, outliers };
     const each = [null, ...heatmap.patches.keys()];
     return each.map((layer) => {
       const pick = (list) => (layer === null ? sum(list) : list[layer]);

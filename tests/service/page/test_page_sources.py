@@ -34,12 +34,17 @@ def shades(page):
     )
 
 
-def expected_shades(patches, opacity=0.75):
-    return opacity * np.array(patches) / (np.abs(patches).max() or 1)
+def expected_shades(patches, least=0.0, opacity=0.75):
+    return opacity * np.array(patches) / (max(least, np.abs(patches).max()) or 1)
 
 
 def places(feature):
     return np.array(feature["tokens"][1:])
+
+
+def expected_of(feature):
+    """A feature's shades: on the scale of its strongest patch, or of a tenth of its part at the class token."""
+    return expected_shades(places(feature), least=abs(feature["tokens"][0]) / 10)
 
 
 def row_of(page, feature):
@@ -47,8 +52,9 @@ def row_of(page, feature):
 
 
 def seen_at_patches(answer):
-    """The account's features that fire at patches, too."""
-    return [feature for feature in account_of(answer)["features"] if places(feature).any()]
+    """The account's features that count at patches above all."""
+    features = account_of(answer)["features"]
+    return [feature for feature in features if np.abs(places(feature)).max() > abs(feature["tokens"][0])]
 
 
 # Rows
@@ -183,7 +189,7 @@ def test_what_a_feature_saw_is_drawn_while_it_is_pointed_at(page, photo):
     first, second = seen_at_patches(answer)[:2]
     for feature in (first, second):
         row_of(page, feature).hover()
-        assert shades(page) == pytest.approx(expected_shades(places(feature)), abs=1e-3)
+        assert shades(page) == pytest.approx(expected_of(feature), abs=1e-3)
         expect(page.locator(".caption")).to_contain_text(f"#{feature['index']}, layer {feature['layer']} saw.")
         expect(page.locator(".caption")).to_contain_text(
             f"class token, which lies nowhere in the photo, {signed(feature['tokens'][0])}"
@@ -191,7 +197,7 @@ def test_what_a_feature_saw_is_drawn_while_it_is_pointed_at(page, photo):
     page.mouse.move(2, 2)
     assert shades(page) == pytest.approx(whole)
     row_of(page, first).get_by_role("button").first.focus()
-    assert shades(page) == pytest.approx(expected_shades(places(first)), abs=1e-3)
+    assert shades(page) == pytest.approx(expected_of(first), abs=1e-3)
     page.locator("#labels").focus()
     assert shades(page) == pytest.approx(whole)
 
@@ -203,7 +209,7 @@ def test_a_chosen_feature_stays_drawn(page, photo):
     button.press("Enter")
     page.locator("#labels").focus()
     expect(button).to_have_attribute("aria-pressed", "true")
-    assert shades(page) == pytest.approx(expected_shades(places(feature)), abs=1e-3)
+    assert shades(page) == pytest.approx(expected_of(feature), abs=1e-3)
     assert page.locator(".map-panel select").input_value() == f"{feature['layer']}/{feature['index']}"
     expect(page.locator(".map-panel [role=status]")).to_contain_text(
         f"#{feature['index']}, layer {feature['layer']} saw"
@@ -224,14 +230,14 @@ def test_every_map_is_in_the_list(page, photo):
     features = [f"{feature['layer']}/{feature['index']}" for feature in account_of(answer)["features"]]
     options = maps.locator("option").evaluate_all("all => all.map((one) => one.value)")
     assert options == ["sources", *features, "", *map(str, range(12))]
-    for key, patches in (
-        (features[0], account_of(answer)["features"][0]["tokens"][1:]),
-        ("", explanation["heatmap"]["total"]),
-        ("3", explanation["heatmap"]["patches"][3]),
-        ("sources", account_of(answer)["map"][1:]),
+    for key, expected in (
+        (features[0], expected_of(account_of(answer)["features"][0])),
+        ("", expected_shades(explanation["heatmap"]["total"])),
+        ("3", expected_shades(explanation["heatmap"]["patches"][3])),
+        ("sources", expected_shades(account_of(answer)["map"][1:])),
     ):
         maps.select_option(key)
-        assert shades(page) == pytest.approx(expected_shades(patches), abs=1e-3)
+        assert shades(page) == pytest.approx(expected, abs=1e-3)
         pressed = page.locator(".where-button[aria-pressed=true]")
         assert pressed.evaluate_all("all => all.map((one) => one.dataset.map)") == [key] * (key in features)
 
@@ -248,6 +254,16 @@ def test_a_feature_at_the_class_token_alone_is_put_into_words(page, photo):
     said = f"the class token alone, which lies nowhere in the photo: {signed(feature['contribution'])}."
     expect(page.locator(".caption")).to_contain_text(said)
     expect(page.locator(".legend")).to_be_hidden()
+
+
+def test_next_to_nothing_at_patches_does_not_look_like_much(page, photo):
+    def all_but_at_class_token(answer):
+        account_of(answer)["features"][0]["tokens"] = [1.0, 0.001] + [0.0] * 63
+
+    change_answers(page, all_but_at_class_token)
+    row_of(page, account_of(upload(page, photo))["features"][0]).hover()
+    assert shades(page)[0] == pytest.approx(0.75 * 0.01, abs=1e-3)
+    assert page.locator(".legend").inner_text().split()[0] == "−0.100"
 
 
 def test_the_photo_stays_in_sight(browser, service, photo):
