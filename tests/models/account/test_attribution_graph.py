@@ -193,3 +193,29 @@ def test_a_chain_by_hand():
         for source, target, weight in zip(circuit.sources, circuit.targets, circuit.weights, strict=True)
     }
     assert edges == pytest.approx({(4, None): -2.0, (0, 4): 3.0, (14, 4): -1.0, (12, 0): 0.5})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_edges_are_kept_by_their_share_and_their_targets_influence(seed):
+    """circuit-tracer's edge score, with all nodes kept: |edge| / sum of |edges| into its target, times that one's
+    influence."""
+    network = Network(seed)
+    graph = network.graph()
+    influence = graph.influence()
+    scores = {(column, None): share for column, share in enumerate(normalised(network.target))}
+    for row in graph.expanded.tolist():
+        of_row = normalised(network.edges)[row] * influence[row]
+        scores |= {(column, row): score for column, score in enumerate(of_row)}
+    ranked = sorted(scores, key=lambda edge: -scores[edge])
+    cumulated = np.cumsum([scores[edge] for edge in ranked])
+    fewest = set(ranked[: int(np.searchsorted(cumulated, 0.5 * cumulated[-1])) + 1])
+    circuit = prune(graph, 1.0, 0.5)
+    names = circuit.nodes.tolist()
+    found = {
+        (names[source], None if target < 0 else names[target])
+        for source, target in zip(circuit.sources, circuit.targets, strict=True)
+    }
+    assert found <= fewest
+    straight = {(column, target) for column, target in fewest if column >= FEATURES and target is None}
+    assert straight <= found, "of a leaf and the target nothing else can hang loose"
+    assert straight
