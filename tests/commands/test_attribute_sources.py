@@ -47,6 +47,8 @@ def test_the_rows_are_the_accounts_and_add_up_to_its_logit(run, baseline):
         assert value == pytest.approx(feature["contribution"], abs=6e-4)
         assert rest.rstrip().endswith(feature["label"] or "")
     assert any(feature["label"] for feature in theirs["features"])
+    listed = sum(feature["contribution"] for feature in theirs["features"])
+    assert rows[7][1] == pytest.approx(sum(layer["features"] for layer in theirs["layers"]) - listed, abs=6e-4)
     names = ["other features", "error", "embeddings", "biases", "constants"]
     names += ["baseline", "silent"] if baseline == "mean" else []
     assert [name for name, _, _ in rows[7:]] == names
