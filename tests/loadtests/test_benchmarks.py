@@ -43,3 +43,17 @@ def test_two_graphs_are_timed_in_turns(bundle_path):
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.startswith("second over first: ")
+
+
+def test_source_benchmark_writes_a_row_for_every_variant(tmp_path):
+    command = [sys.executable, ROOT / "loadtests/sources.py", "--quick", "--pairs", "1", "--cache", tmp_path / "cache"]
+    finished = subprocess.run(
+        [*command, "--json", tmp_path / "rows.json"], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert finished.returncode == 0, finished.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    counts = ("1 target", "10 targets")
+    assert {row["variant"] for row in rows} == {
+        "plain", "trace", *(f"{part}, {count}" for part in ("sources", "account") for count in counts)
+    }  # fmt: skip
+    assert all(row["median_ms"] > 0 for row in rows)
