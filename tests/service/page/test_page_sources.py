@@ -273,9 +273,13 @@ def test_the_photo_stays_in_sight(browser, service, photo):
         row_of(page, account_of(answer)["features"][-1]).hover()
         expect(page.locator(".photo")).to_be_in_viewport(ratio=0.99)
         expect(page.locator(".caption")).to_be_in_viewport(ratio=0.99)
-        page.locator("#labels").focus()  # and does not lie over what has the focus
-        photo_end = page.locator(".others").bounding_box()
-        assert page.locator("#labels").bounding_box()["y"] >= photo_end["y"] + photo_end["height"]
+        button = page.locator(".predictions button").last
+        page.evaluate("by => scrollBy(0, by)", button.bounding_box()["y"] - 100)
+        end_of_photo = page.locator(".others").bounding_box()
+        assert button.bounding_box()["y"] < end_of_photo["y"]  # it lies under the photo
+        button.focus()
+        end_of_photo = page.locator(".others").bounding_box()
+        assert button.bounding_box()["y"] >= end_of_photo["y"] + end_of_photo["height"]
     with open_page(browser, service, viewport={"width": 360, "height": 740}) as page:
         answer = upload(page, photo)
         row_of(page, account_of(answer)["features"][-1]).get_by_role("button", name="Draw on the photo").click()
