@@ -4,8 +4,8 @@
     python loadtests/sources.py --shape b32 --features 6144 --k 32 --pairs 20
     python loadtests/sources.py --shape b16 --features 6144 --k 32 --pairs 10 --json rows.json
 
-Weights and pixels are random: speed does not depend on them, but for how many tokens share a feature. In each round every
-variant runs once, in random order; figures are medians, ratios are medians of the rounds' ratios to plain CLIP.
+Weights and pixels are random: speed does not depend on them, but for how many tokens share a feature. In each round
+every variant runs once, in random order; figures are medians, ratios are medians of the rounds' ratios to plain CLIP.
 
     plain                  CLIP's image encoder as an ONNX graph
     trace                  the forward half: all tokens' codes, attention weights, MLP outputs
@@ -120,7 +120,7 @@ def main(
     """Time source accounts beside plain CLIP. Example: python loadtests/sources.py --shape b32 --pairs 20"""
     if quick:
         shape, features, k, pairs = Shape.QUICK, 256, 8, min(pairs, 2)
-    threads = threads or available_processors()
+    threads = threads or available_processors()[0]
     plain, _ = graphs(cache, shape, features, k)
     folder = cache / f"{shape}-{features}-{k}-sources"
     if not (folder / "sources.onnx.data").exists():
