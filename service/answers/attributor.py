@@ -75,7 +75,7 @@ class Attributor:
         self._label_sets = await asyncio.to_thread(read_label_sets, settings.label_sets) if settings.label_sets else {}
         # read now, so that a damaged table fails the start and not the first request; beside the event loop, which
         # answers with the previous bundle meanwhile
-        for table in ("directions", "fold", "attention_fold", "cards"):
+        for table in ("directions", "fold", "attention_fold", "baseline", "cards"):
             await asyncio.to_thread(getattr, self.bundle, table)
         self.engine = await asyncio.to_thread(Engine, self.bundle, settings)
         self.labels = await asyncio.to_thread(LabelEncoder, self.engine, settings.label_cache)

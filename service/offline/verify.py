@@ -6,25 +6,31 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from vitrine.models.account.ledger import Decomposition
+from vitrine.models.account.sources import accounts
 from vitrine.models.bundle.bundle import Bundle, BundleError, open_bundle
 from vitrine.models.bundle.layout import vision_file
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.fit import check_unit
 from vitrine.service.engine.labels import LabelEncoder
 from vitrine.service.engine.runtime import choose, session_errors
+from vitrine.service.engine.sources import SourceGraphs
 from vitrine.service.operations.settings import load_settings
 
 TOLERANCE = 1e-4  # of unit embeddings
+REMAINDER = 1e-3  # of source accounts, in logits
 CARDS_PER_LAYER = 4  # cards read per layer
+DIRECTIONS = 4  # in embedding space, whose source accounts are checked
 
 
 def verify(path: Path) -> Bundle:
     """The opened bundle. Raises `BundleError` or `EngineError` for the first error in it."""
     bundle = open_bundle(path)
     # before the graphs, whose errors for a damaged table are less clear
-    _ = bundle.directions, bundle.fold, bundle.attention_fold, bundle.label_sets
-    settings = load_settings().model_copy(update={"replacement": True})
+    _ = bundle.directions, bundle.fold, bundle.attention_fold, bundle.baseline, bundle.label_sets
+    settings = load_settings().model_copy(update={"replacement": True, "sources": True})
     runtime = choose(bundle, settings.model_copy(update={"provider": "cpu", "precision": "fp32"}))
     for precision in bundle.manifest.precisions:
         engine = Engine(bundle, settings, replace(runtime, precision=precision))
@@ -39,7 +45,7 @@ def verify(path: Path) -> Bundle:
 
 
 def _check_sums(engine: Engine) -> None:
-    """That rows sum to the embedding, and that the replacement graph replaces nothing where it should not."""
+    """That rows and source accounts add up, and that the replacement graph replaces nothing where it should not."""
     bundle = engine.bundle
     pixels = np.random.default_rng(0).standard_normal((2, 3, *bundle.manifest.preprocessing.size), np.float32)
     decompositions = engine.explain(pixels)
@@ -48,7 +54,11 @@ def _check_sums(engine: Engine) -> None:
         if not deviation <= TOLERANCE:
             file = vision_file(engine.runtime.precision)
             raise BundleError(f"{bundle.path}: the rows of {file} miss its embedding by {deviation:.1e}")
-    if engine.can_replace and engine.runtime.precision == "fp32":
+    if engine.runtime.precision != "fp32":
+        return
+    if engine.sources is not None:
+        _check_source_accounts(engine.sources, pixels[0], decompositions[0])
+    if engine.can_replace:
         embeddings, _ = engine.replace(pixels, np.zeros((bundle.manifest.shape.layers, 2), bool))
         deviation = float(np.abs(embeddings - np.stack([parts.embedding for parts in decompositions])).max())
         if not deviation <= TOLERANCE:
@@ -56,6 +66,20 @@ def _check_sums(engine: Engine) -> None:
                 f"{bundle.path}: with nothing replaced, replacement.onnx misses vision.onnx's embedding by "
                 f"{deviation:.1e}"
             )
+
+
+def _check_source_accounts(graphs: SourceGraphs, pixels: NDArray[np.float32], parts: Decomposition) -> None:
+    """That the trace is of the same network, and source accounts add up."""
+    bundle = graphs.bundle
+    directions = np.eye(bundle.manifest.shape.embedding, dtype=np.float32)[:DIRECTIONS]
+    trace, outputs = graphs.run(pixels, directions)
+    deviation = float(np.abs(trace.embedding - parts.embedding).max())
+    if not deviation <= TOLERANCE:
+        raise BundleError(f"{bundle.path}: trace.onnx misses vision.onnx's embedding by {deviation:.1e}")
+    found = accounts(trace, outputs, directions, bundle.beta, bundle.manifest.logit_scale)
+    worst = max(abs(sources.remainder) for sources in found)
+    if not worst <= REMAINDER:
+        raise BundleError(f"{bundle.path}: the parts of sources.onnx miss what they are the account of by {worst:.1e}")
 
 
 def _check_cards(bundle: Bundle) -> None:

@@ -13,6 +13,7 @@ from vitrine.service.answers.explain import check_explain
 from vitrine.service.answers.sources import source_baselines
 from vitrine.service.engine.engine import Engine
 from vitrine.service.errors import ServiceError
+from vitrine.service.offline.verify import verify
 from vitrine.service.operations.settings import Settings
 from vitrine.service.schemas.attribute import Explain
 
@@ -107,3 +108,20 @@ def test_graphs_of_another_kind_are_refused(change, file, rename, said):
     built = change(edit)
     with pytest.raises(BundleError, match=rf"{file}.*{said}"):
         Engine(built, Settings(bundle=built.path))
+
+
+@pytest.mark.parametrize(
+    ("file", "said"), [("trace.onnx", "misses vision.onnx's"), ("sources.onnx", "miss what they are")]
+)
+def test_graphs_that_do_not_belong_together_are_noticed(change, file, said):
+    """A bias of the graph is moved: it still runs, and nothing is NaN."""
+
+    def edit(path):
+        model = onnx.load(path / file)
+        moved = next(t for t in model.graph.initializer if "bias" in t.name and list(t.dims) in ([32], [3, 32]))
+        values = onnx.numpy_helper.to_array(moved) + np.float32(0.5)
+        moved.CopyFrom(onnx.numpy_helper.from_array(values, moved.name))
+        onnx.save_model(model, path / file)
+
+    with pytest.raises(BundleError, match=said):
+        verify(change(edit).path)
