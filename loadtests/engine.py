@@ -142,13 +142,19 @@ def load(shape: Shape) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def graphs(cache: Path, shape: Shape, features: int, k: int) -> tuple[Path, Path]:
-    """(folder of the plain graphs, folder of our graphs), exported if missing."""
-    plain, ours = cache / f"{shape}-plain", cache / f"{shape}-{features}-{k}"
+def plain_graphs(cache: Path, shape: Shape) -> Path:
+    """The folder of the plain graphs, exported if missing."""
+    plain = cache / f"{shape}-plain"
     if not (plain / "int8.onnx").exists():
         plain.mkdir(parents=True, exist_ok=True)
         model = load(shape)
         _write(to_onnx(_Plain(model.visual).eval(), {"pixels": _example(model)}, ("embedding",)), plain)
+    return plain
+
+
+def graphs(cache: Path, shape: Shape, features: int, k: int) -> tuple[Path, Path]:
+    """(folder of the plain graphs, folder of our graphs), exported if missing."""
+    plain, ours = plain_graphs(cache, shape), cache / f"{shape}-{features}-{k}"
     if not (ours / "int8.onnx").exists():
         ours.mkdir(parents=True, exist_ok=True)
         model = load(shape)

@@ -33,7 +33,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from engine import LOGIT_SCALE, Case, Shape, graphs, load, rounds, rows, session
+from engine import LOGIT_SCALE, Case, Shape, load, plain_graphs, rounds, rows, session
 from vitrine.models.account.sources import Trace, accounts
 from vitrine.models.bundle.layout import SOURCES_OUTPUTS, STARTS, TRACE_OUTPUTS
 from vitrine.models.clip.tower import Tower
@@ -121,7 +121,7 @@ def main(
     if quick:
         shape, features, k, pairs = Shape.QUICK, 256, 8, min(pairs, 2)
     threads = threads or available_processors()[0]
-    plain, _ = graphs(cache, shape, features, k)
+    plain = plain_graphs(cache, shape)
     folder = cache / f"{shape}-{features}-{k}-sources"
     if not (folder / "sources.onnx.data").exists():
         export(folder, shape, features, k)

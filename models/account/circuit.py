@@ -296,6 +296,6 @@ def _largest(values: Array, share: float) -> NDArray[np.bool_]:
     order = np.argsort(-values, kind="stable")
     cumulated = np.cumsum(values[order], dtype=np.float64)
     kept = np.zeros(len(values), bool)
-    if cumulated[-1] > 0:
+    if len(values) and cumulated[-1] > 0:
         kept[order[: int(np.searchsorted(cumulated, share * cumulated[-1])) + 1]] = True
     return kept & (values > 0)

@@ -219,3 +219,16 @@ def test_edges_are_kept_by_their_share_and_their_targets_influence(seed):
     straight = {(column, target) for column, target in fewest if column >= FEATURES and target is None}
     assert straight <= found, "of a leaf and the target nothing else can hang loose"
     assert straight
+
+
+def test_a_target_that_nothing_makes_has_an_empty_circuit():
+    """A logit minus itself."""
+    network = Network()
+    network.target[:] = 0
+    graph = network.graph()
+    assert len(graph.expanded) == 0
+    circuit = prune(graph)
+    assert len(circuit.nodes) == len(circuit.weights) == 0
+    leaves = graph.leaves(graph.influence())
+    assert (leaves.embeddings, leaves.errors, leaves.left_out, leaves.replacement) == (0, 0, 0, 1)
+    assert graph.completeness(graph.influence()) == 1

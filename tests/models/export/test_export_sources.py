@@ -1,5 +1,6 @@
 """trace.onnx and sources.onnx in a bundle: shared tensors, any number of directions, and a check that notices."""
 
+import shutil
 from copy import deepcopy
 
 import numpy as np
@@ -9,10 +10,10 @@ import pytest
 import torch
 
 from vitrine.models.account.sources import Baseline, Trace, about, accounts
-from vitrine.models.bundle.bundle import open_bundle
-from vitrine.models.bundle.layout import SOURCES_OUTPUTS, STARTS, TRACE_OUTPUTS
-from vitrine.models.export.export import export_bundle
+from vitrine.models.bundle.bundle import seal
+from vitrine.models.bundle.layout import BASELINE, SOURCES_OUTPUTS, STARTS, TRACE_OUTPUTS
 from vitrine.models.export.parity import check_sources
+from vitrine.models.export.sources import write_sources
 from vitrine.models.graph.onnx_file import ExportError
 from vitrine.models.graph.sources import SourcesGraph
 from vitrine.models.graph.trace import TraceGraph
@@ -56,15 +57,17 @@ def test_what_other_graphs_have_is_stored_once(bundle):
     assert {"vision.onnx.data", "replacement.onnx.data"} <= places
 
 
-def test_without_images_there_is_no_average_picture(clip, make_clt, cls_mean, provenance, tmp_path):
-    clt = make_clt(clip, seed=2, cross_layer=False)
-    built = export_bundle(clip, clt, cls_mean, provenance, tmp_path / "out", sources=True)
-    assert "sources.onnx" in built.manifest.files
+def test_without_images_there_is_no_average_picture(bundle, clip, make_clt, tmp_path):
+    """Of per-layer transcoders, written beside the graphs of another CLT, with which they share the tower."""
+    for name in bundle.manifest.files.keys() - {"trace.onnx", "sources.onnx", "sources.onnx.data", *BASELINE}:
+        shutil.copyfile(bundle.path / name, tmp_path / name)
+    write_sources(tmp_path, clip, make_clt(clip, seed=2, cross_layer=False), torch.float32, [])
+    built = seal(tmp_path, bundle.manifest)
+    assert built.has_sources
     assert built.baseline is None
-    trace, outputs = run(
-        open_bundle(built.path), np.zeros((1, 3, 32, 32), np.float32), np.eye(24, dtype=np.float32)[:2]
-    )
-    for sources in accounts(trace, outputs, np.eye(24, dtype=np.float32)[:2], built.beta, built.manifest.logit_scale):
+    directions = np.eye(24, dtype=np.float32)[:2]
+    trace, outputs = run(built, np.zeros((1, 3, 32, 32), np.float32), directions)
+    for sources in accounts(trace, outputs, directions, built.beta, built.manifest.logit_scale):
         assert abs(sources.remainder) < 1e-3
 
 

@@ -79,6 +79,12 @@ def test_a_target_and_a_contrast(server, picture):
     assert answer["followed"] == 5
 
 
+def test_a_label_against_itself_has_an_empty_circuit(server, picture):
+    answer = ask(server, picture(), target=LABELS[0], contrast=LABELS[0])
+    assert answer["logit"] == 0
+    assert answer["nodes"] == answer["edges"] == []
+
+
 @pytest.mark.parametrize(
     ("request_part", "said"),
     [
