@@ -501,6 +501,7 @@ def test_from_recipe_to_answer(run, recipe_path, data_root, photo, tmp_path):
     assert run("export", "--checkpoint", runs, "--data-root", data_root, "--out", bundle).exit_code == 0
     assert run("verify", bundle).exit_code == 0
     assert open_bundle(bundle).manifest.metrics.r2 is not None
+    assert open_bundle(bundle).baseline is not None, "source accounts, and the average picture, unless a recipe says no"
     answer = json.loads(run("attribute", photo, "--bundle", bundle, "--json").stdout)
     assert {prediction["label"] for prediction in answer["predictions"]} == set(LABELS)
     assert answer["model"]["digest"] == open_bundle(bundle).digest
