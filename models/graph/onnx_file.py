@@ -60,6 +60,9 @@ def to_onnx(
     assert program is not None
     model = program.model_proto
     _strip(model)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    if same := weights & {value.name for value in (*model.graph.input, *model.graph.output)}:
+        raise ExportError(f"{', '.join(sorted(same))}: weights of the module have the names of its inputs or outputs")
     if on_request:
         _compute_on_request(model, on_request, flag)
     return model

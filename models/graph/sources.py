@@ -41,11 +41,11 @@ class SourcesGraph(nn.Module):
         [L, T, k]: the trace.
     """
 
-    constants: Tensor  # [L, d] what attention adds to every token
+    attention_constants: Tensor  # [L, d] what attention adds to every token
     encoder_rows: Tensor  # [L * F, d], in `tables`
     gains: Tensor  # [L, d] of ln_2
     encoder_constants: Tensor  # [L * F] of a pre-activation, whatever is written
-    biases: Tensor  # [L, d] of the decoders
+    decoder_biases: Tensor  # [L, d] of the decoders
 
     def __init__(self, tower: Tower, clt: CrossLayerTranscoder | None, tables: torch.dtype) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class SourcesGraph(nn.Module):
         self.has_code = clt is not None
         # What LN1 adds to every token passes through attention as biases do.
         blocks = ((block, constant(block.attn, block.ln_1.bias)) for block in tower.blocks)
-        self.register_buffer("constants", torch.stack([block.ls_1(added.float()) for block, added in blocks]))
+        self.register_buffer("attention_constants", torch.stack([block.ls_1(added.float()) for block, added in blocks]))
         if clt is not None:
             self.features = clt.features
             encoders = clt.encoders
@@ -63,7 +63,7 @@ class SourcesGraph(nn.Module):
             self.register_buffer("encoder_constants", torch.cat(own).detach())  # [L * F]
             self.sources = [clt.architecture.sources(target) for target in range(clt.layers)]
             self.decoders = nn.ModuleList(nn.ModuleList(map(Int8Decoder, d.weights)) for d in clt.decoders)
-            self.register_buffer("biases", clt.decoder_biases())
+            self.register_buffer("decoder_biases", clt.decoder_biases())
 
     def forward(
         self,
@@ -99,7 +99,7 @@ class SourcesGraph(nn.Module):
         for target in reversed(range(self.layers)):
             total = (written[target] * gradient).sum(-1)  # [n, T]
             if self.has_code:
-                bias = gradient @ self.biases[target]
+                bias = gradient @ self.decoder_biases[target]
                 biases.append(bias.sum(-1))
                 gradients.append(torch.stack([gradient[:, 0], gradient[:, 1:].sum(1)], dim=1))
                 total = total - bias
@@ -110,7 +110,7 @@ class SourcesGraph(nn.Module):
                     parts[source] = part if parts[source] is None else parts[source] + part
             errors.append(total)
             gradient = gradient + start * (layer == target)[:, None, None]
-            constants.append(gradient.sum(1) @ self.constants[target])
+            constants.append(gradient.sum(1) @ self.attention_constants[target])
             gradient = gradient + self._attention(target, gradient, weights[target], before_attention[target])
         results = [
             (embedded * gradient).sum(-1),  # [n, T]

@@ -75,6 +75,21 @@ def test_what_other_outputs_need_cannot_be_left_to_a_request():
         onnx_file.to_onnx(Doubled(), {"x": torch.rand(2, 3)}, ["y"], ["half"], "asked")
 
 
+def test_weights_named_as_an_output_are_refused():
+    """They become constants of that name, or not, by their size: ONNX Runtime refuses two things of one name."""
+
+    class Named(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("y", torch.rand(3, 3))
+
+        def forward(self, x):
+            return x @ self.y
+
+    with pytest.raises(onnx_file.ExportError, match="y: weights of the module"):
+        onnx_file.to_onnx(Named(), {"x": torch.rand(2, 3)}, ["y"])
+
+
 def test_text_graph_and_tokenizer_embed_labels_as_clip_does(bundle, clip):
     tokenizer = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
     session = onnxruntime.InferenceSession(bundle.path / "text.onnx", providers=["CPUExecutionProvider"])

@@ -80,6 +80,6 @@ def test_the_check_notices_other_weights(bundle, clip, clt, part):
         if part == "trace":
             trace.encoders[1].weight.mul_(-1)
         else:
-            sources.biases[1] += 0.1
+            sources.decoder_biases[1] += 0.1
     with pytest.raises(ExportError, match=rf"{part}\.onnx"):
         check_sources(clip, trace, sources, bundle.path)
