@@ -149,18 +149,20 @@ def _store_rows_once(model: onnx.ModelProto) -> None:
         looked_up = node.op_type == "Gather" and not any(attribute.i for attribute in node.attribute)  # axis 0
         for name in [*inner, *node.input[looked_up:]]:
             tables.pop(name, None)
-    nodes = []
+    nodes, shortened, looked_up_in = [], set(), {node.input[0] for node in graph.node if node.op_type == "Gather"}
+    for name, tensor in tables.items():
+        if name not in looked_up_in or tensor.data_location == TensorProto.EXTERNAL:
+            continue
+        rows, places = np.unique(onnx.numpy_helper.to_array(tensor), axis=0, return_inverse=True)
+        if 2 * len(rows) <= len(places):
+            shortened.add(name)
+            graph.initializer.append(onnx.numpy_helper.from_array(places.astype(np.int32), f"{name}.places"))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(rows, name))
     for node in graph.node:
-        tensor = tables.get(node.input[0]) if node.op_type == "Gather" else None
-        if tensor is not None and tensor.data_location != TensorProto.EXTERNAL:
-            rows, places = np.unique(onnx.numpy_helper.to_array(tensor), axis=0, return_inverse=True)
-            if 2 * len(rows) <= len(places):
-                name, place = tensor.name, f"{node.output[0]}.place"
-                del tables[name]
-                graph.initializer.append(onnx.numpy_helper.from_array(places.astype(np.int32), f"{name}.places"))
-                tensor.CopyFrom(onnx.numpy_helper.from_array(rows, name))
-                nodes.append(helper.make_node("Gather", [f"{name}.places", node.input[1]], [place]))
-                node.input[1] = place
+        if node.op_type == "Gather" and node.input[0] in shortened:  # each of those that look rows up
+            place = f"{node.output[0]}.place"
+            nodes.append(helper.make_node("Gather", [f"{node.input[0]}.places", node.input[1]], [place]))
+            node.input[1] = place
         nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)

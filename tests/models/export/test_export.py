@@ -75,6 +75,24 @@ def test_what_other_outputs_need_cannot_be_left_to_a_request():
         onnx_file.to_onnx(Doubled(), {"x": torch.rand(2, 3)}, ["y"], ["half"], "asked")
 
 
+def test_a_table_of_repeating_rows_may_be_looked_up_several_times(tmp_path):
+    """By layer, as the decoders' biases are: of a CLT that was not trained they are all 0."""
+
+    class Selected(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.rand(2, 4000).repeat(3, 1))
+
+        def forward(self, x):
+            return torch.stack([x[layer] @ self.table[layer] for layer in range(6)])
+
+    module, x = Selected(), torch.rand(6, 4000)  # small tables become constants of each lookup
+    model = onnx_file.to_onnx(module, {"x": x}, ["y"], dynamic={"none": {}})
+    onnx_file.save_onnx(model, tmp_path / "graph.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "graph.onnx", providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(["y"], {"x": x.numpy()})[0], module(x).numpy(), rtol=1e-5)
+
+
 def test_weights_named_as_an_output_are_refused():
     """They become constants of that name, or not, by their size: ONNX Runtime refuses two things of one name."""
 
