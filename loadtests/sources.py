@@ -21,6 +21,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import vitrine  # noqa: F401  # first: it stops the libraries' telemetry
@@ -34,14 +35,13 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import LOGIT_SCALE, Case, Shape, load, plain_graphs, rounds, rows, session
-from vitrine.models.account.sources import Trace, accounts
-from vitrine.models.bundle.layout import SOURCES_OUTPUTS, STARTS, TRACE_OUTPUTS
+from vitrine.models.account.sources import accounts
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
-from vitrine.models.graph.onnx_file import save_onnx, to_onnx
-from vitrine.models.graph.sources import SourcesGraph
-from vitrine.models.graph.trace import TraceGraph
+from vitrine.models.export.sources import export_graphs
 from vitrine.service.engine.processors import available_processors
+from vitrine.service.engine.runtime import PROVIDERS, Runtime
+from vitrine.service.engine.sources import SourceGraphs
 
 TARGETS = (1, 10)
 
@@ -54,18 +54,8 @@ def export(folder: Path, shape: Shape, features: int, k: int) -> None:
     clt = CrossLayerTranscoder(Architecture(tower.layers, tower.width, features, budget, budget))
     clt.initialise(torch.Generator().manual_seed(0))
     clt.requires_grad_(False)
-    pixels = torch.zeros(2, 3, *tower.image_size)
-    trace, sources = (graph(tower, clt, torch.float16).eval() for graph in (TraceGraph, SourcesGraph))
-    with torch.no_grad():
-        outputs = dict(zip(TRACE_OUTPUTS, trace(pixels), strict=True))
-    held = {name: outputs[name][0] for name in TRACE_OUTPUTS[3:]}
-    zeros = torch.zeros(2, dtype=torch.int64)
-    starts = dict(zip(STARTS, (torch.zeros(2, tower.width), zeros, zeros, zeros), strict=True))
-    dynamic = {name: {0: torch.export.Dim("directions")} for name in STARTS}
     folder.mkdir(parents=True, exist_ok=True)
-    save_onnx(to_onnx(trace, {"pixels": pixels}, TRACE_OUTPUTS), folder / "trace.onnx")
-    del trace
-    save_onnx(to_onnx(sources, starts | held, SOURCES_OUTPUTS, dynamic=dynamic), folder / "sources.onnx")
+    export_graphs(folder, tower, clt, torch.float16)
 
 
 def variants(folder: Path, plain: Path, shape: Shape, threads: int) -> dict[str, Callable[[], object]]:
@@ -73,36 +63,28 @@ def variants(folder: Path, plain: Path, shape: Shape, threads: int) -> dict[str,
     tower = Tower(load(shape).visual)
     fold, beta = (part.numpy() for part in tower.fold())
     pixels = np.random.default_rng(0).standard_normal((1, 3, *tower.image_size), np.float32)
-    baseline, tracing, following = (
-        session(path, "cpu", threads) for path in (plain / "fp32.onnx", folder / "trace.onnx", folder / "sources.onnx")
+    baseline = session(plain / "fp32.onnx", "cpu", threads)
+    shape_of = SimpleNamespace(layers=tower.layers, width=tower.width)
+    bundle: Any = SimpleNamespace(
+        path=folder, fold=fold, manifest=SimpleNamespace(logit_scale=LOGIT_SCALE, shape=shape_of)
     )
+    runtime = Runtime(PROVIDERS["cpu"], "fp32", threads, {PROVIDERS["cpu"]: {}}, {})
+    served = SourceGraphs(bundle, runtime)  # as the service runs them
     labels = np.random.default_rng(1).standard_normal((max(TARGETS), fold.shape[1]), np.float32)
     labels /= np.linalg.norm(labels, axis=1, keepdims=True)
 
-    def trace() -> dict[str, Any]:
-        return dict(zip(TRACE_OUTPUTS, tracing.run(list(TRACE_OUTPUTS), {"pixels": pixels}), strict=True))
-
-    def follow(outputs: dict[str, Any], count: int) -> dict[str, Any]:
-        start = Trace.from_batch(outputs, 0).starts(labels[:count], fold, LOGIT_SCALE).astype(np.float32)
-        nothing = np.zeros(count, np.int64)
-        at = (start, np.full(count, tower.layers), nothing, nothing)
-        feeds = dict(zip(STARTS, at, strict=True)) | {name: outputs[name][0] for name in TRACE_OUTPUTS[3:]}
-        return dict(zip(SOURCES_OUTPUTS, following.run(list(SOURCES_OUTPUTS), feeds), strict=True))
-
     def account(count: int) -> object:
-        outputs = trace()
-        found = follow(outputs, count)
-        made = accounts(Trace.from_batch(outputs, 0), found, labels[:count], beta, LOGIT_SCALE)
+        made = accounts(*served.run(pixels[0], labels[:count]), labels[:count], beta, LOGIT_SCALE)
         return [sources.by_feature() for sources in made]
 
-    traced = trace()
+    traced = served.trace(pixels[0])
     runs: dict[str, Callable[[], object]] = {
         "plain": lambda: baseline.run(["embedding"], {"pixels": pixels}),
-        "trace": trace,
+        "trace": partial(served.trace, pixels[0]),
     }
     for number in TARGETS:
         name = f"{number} target{'s' * (number > 1)}"
-        runs[f"sources, {name}"] = partial(follow, traced, number)
+        runs[f"sources, {name}"] = partial(served.of_directions, traced, labels[:number])
         runs[f"account, {name}"] = partial(account, number)
     return runs
 

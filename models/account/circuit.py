@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from time import perf_counter
 from typing import NamedTuple
 
@@ -93,8 +94,8 @@ class AttributionGraph:
     expanded: NDArray[np.integer]  # [n] columns
     shares: Array  # [n, columns] of the expanded features
     gross: Array  # [n]
-    inflow: Array  # [n] all of a feature's pre-activation: edges, decoder biases, constants
 
+    @cached_property
     def influence(self) -> Array:
         """[columns]: of every column on the target."""
         influence = np.abs(self.target)
@@ -108,9 +109,10 @@ class AttributionGraph:
         for layer in range(self.shape.layers)[::-1]:
             yield np.flatnonzero(layers == layer)
 
-    def leaves(self, influence: Array) -> Leaves:
+    @cached_property
+    def leaves(self) -> Leaves:
         """Where the influence ends."""
-        shape = self.shape
+        shape, influence = self.shape, self.influence
         waiting = influence[: shape.features].copy()
         waiting[self.expanded] = 0
         ends = (influence[shape.features : shape.errors], influence[shape.errors :], waiting)
@@ -118,12 +120,13 @@ class AttributionGraph:
         constant = influence[self.expanded[self.gross == 0]].sum(dtype=np.float64)  # biases and constants made them
         return Leaves(embeddings, errors, left_out, float(constant))
 
-    def completeness(self, influence: Array) -> float:
+    @property
+    def completeness(self) -> float:
         """circuit-tracer's: of all nodes weighted by influence, the part of what flows into them that no error made."""
         of_target, of_features = (
             1 - np.abs(shares[..., self.shape.errors :]).sum(-1) for shares in (self.target, self.shares)
         )
-        weights = influence[self.expanded]
+        weights = self.influence[self.expanded]
         return float((of_target + (of_features * weights).sum()) / (1 + weights.sum()))
 
 
@@ -165,14 +168,13 @@ class Expansion:
         (self._target,), (self._target_gross,) = _shares([target])
         # A page of it takes memory once it is written.
         self._shares = np.empty((limits.nodes, self.shape.columns), np.float32)
-        self._gross, self._inflow = np.empty(limits.nodes), np.empty(limits.nodes)
+        self._gross = np.empty(limits.nodes)
         self._expanded = np.empty(limits.nodes, np.int64)
         self._count = 0
         self._chosen = self._expanded[:0]
+        self.graph = self._built()  # as far as it is built
 
-    @property
-    def graph(self) -> AttributionGraph:
-        """As far as it is built."""
+    def _built(self) -> AttributionGraph:
         done = slice(0, self._count)
         return AttributionGraph(
             self.shape,
@@ -183,7 +185,6 @@ class Expansion:
             self._expanded[done],
             self._shares[done],
             self._gross[done],
-            self._inflow[done],
         )
 
     def wanted(self) -> Wanted | None:
@@ -192,7 +193,7 @@ class Expansion:
         if left <= 0 or perf_counter() - self._begun >= self._limits.seconds:
             return None
         graph = self.graph
-        waiting = np.where(self.values.ravel() != 0, graph.influence()[: self.shape.features], 0)
+        waiting = np.where(self.values.ravel() != 0, graph.influence[: self.shape.features], 0)
         waiting[graph.expanded] = 0
         if waiting.sum() <= self._limits.left_out:
             return None
@@ -205,9 +206,9 @@ class Expansion:
         """accounts: of what was wanted, in that order."""
         batch = slice(self._count, self._count + len(self._chosen))
         self._shares[batch], self._gross[batch] = _shares(accounts)
-        self._inflow[batch] = [account.logit for account in accounts]
         self._expanded[batch] = self._chosen
         self._count += len(self._chosen)
+        self.graph = self._built()
 
 
 def expand(
@@ -237,7 +238,7 @@ def prune(graph: AttributionGraph, node_share: float = NODE_SHARE, edge_share: f
 
     Features that were not expanded, or that only biases and constants made, are leaves.
     """
-    influence = graph.influence()
+    influence = graph.influence
     nodes = np.flatnonzero(_largest(influence, node_share))
     nodes = nodes[np.argsort(-influence[nodes], kind="stable")]
     # The graph of these nodes alone: a row for the target and for each that was expanded, a column for each.

@@ -58,7 +58,8 @@ TRACE_OUTPUTS = (
     "indices",  # [B, L, T, k] int64
     "values",  # [B, L, T, k] 0 in unused places
 )
-# Inputs of sources.onnx besides one image's trace from attention_weights on, and its outputs for n directions.
+HELD = TRACE_OUTPUTS[TRACE_OUTPUTS.index("attention_weights") :]  # what sources.onnx takes of one image's trace
+# Inputs of sources.onnx besides, and its outputs for n directions.
 STARTS = (
     "direction",  # [n, d]
     "layer",  # [n] int64

@@ -14,6 +14,7 @@ from torch import Tensor
 from vitrine.models.bundle.layout import (
     DETAILS,
     DETAILS_INPUT,
+    HELD,
     REPLACED_INPUT,
     REPLACEMENT_OUTPUTS,
     STARTS,
@@ -122,7 +123,7 @@ def check_sources(clip: Clip, trace: TraceGraph, sources: SourcesGraph, bundle: 
     direction = torch.randn(starts, clip.tower.width, generator=generator)
     token = torch.tensor([0, 0, 0, tokens - 1])
     feature = torch.zeros(starts, dtype=torch.int64)
-    held = {name: torch.from_numpy(outputs[name][0]) for name in names[3:]}
+    held = {name: torch.from_numpy(outputs[name][0]) for name in HELD if name in names}
     start = dict(zip(STARTS, (direction, layer, token, feature), strict=True))
     feeds = {name: part.numpy() for name, part in (start | held).items()}
     found = [node.name for node in following.get_outputs()]

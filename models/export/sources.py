@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrine.models.bundle.layout import BASELINE, SOURCES_OUTPUTS, STARTS, TRACE_OUTPUTS
+from vitrine.models.bundle.layout import BASELINE, HELD, SOURCES_OUTPUTS, STARTS, TRACE_OUTPUTS
 from vitrine.models.clip.loading import Clip
+from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.average import mean_code
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.export.parity import check_sources
@@ -27,16 +28,26 @@ def write_sources(
 
     Raises `ExportError`.
     """
-    tower = clip.tower
+    beside = [file for file in (bundle / "vision.onnx", bundle / "replacement.onnx") if file.exists()]
+    check_sources(clip, *export_graphs(bundle, clip.tower, clt, tables, beside), bundle)
+    if clt and images:
+        average = mean_code(clip.tower, clt, images)
+        for name, table in zip(BASELINE, (average, written_by(clt, average)), strict=True):
+            np.save(bundle / name, table.numpy())
+
+
+def export_graphs(
+    folder: Path, tower: Tower, clt: CrossLayerTranscoder | None, tables: torch.dtype, beside: Sequence[Path] = ()
+) -> tuple[TraceGraph, SourcesGraph]:
+    """Write trace.onnx and sources.onnx, unchecked, and return them in torch. beside: models to share tensors with."""
     trace, sources = TraceGraph(tower, clt, tables).eval(), SourcesGraph(tower, clt, tables).eval()
     pixels = torch.zeros(2, 3, *tower.image_size)
     outputs = TRACE_OUTPUTS if clt else TRACE_OUTPUTS[:-2]
-    beside = [file for file in (bundle / "vision.onnx", bundle / "replacement.onnx") if file.exists()]
-    save_onnx(to_onnx(trace, {"pixels": pixels}, outputs), bundle / "trace.onnx", beside)
+    save_onnx(to_onnx(trace, {"pixels": pixels}, outputs), folder / "trace.onnx", beside)
 
     with torch.no_grad():
         of_image = {name: part[0] for name, part in zip(outputs, trace(pixels), strict=True)}
-    held = {name: part for name, part in of_image.items() if name not in ("embedding", "scale", "norm")}
+    held = {name: of_image[name] for name in HELD if name in of_image}
     start = (torch.zeros(2, tower.width), *(torch.zeros(2, dtype=torch.int64) for _ in STARTS[1:]))
     directions = torch.export.Dim("directions")
     exported = to_onnx(
@@ -45,9 +56,5 @@ def write_sources(
         SOURCES_OUTPUTS if clt else SOURCES_OUTPUTS[:3],
         dynamic={name: {0: directions} for name in STARTS},
     )
-    save_onnx(exported, bundle / "sources.onnx", [*beside, bundle / "trace.onnx"])
-    check_sources(clip, trace, sources, bundle)
-    if clt and images:
-        average = mean_code(tower, clt, images)
-        for name, table in zip(BASELINE, (average, written_by(clt, average)), strict=True):
-            np.save(bundle / name, table.numpy())
+    save_onnx(exported, folder / "sources.onnx", [*beside, folder / "trace.onnx"])
+    return trace, sources

@@ -100,8 +100,7 @@ def _check_size(attributor: Attributor, circuit: Circuit) -> None:
 
 def _parts(bundle: Bundle, graph: AttributionGraph, circuit: Circuit) -> dict[str, Any]:
     """The fields of the answer that are the graph's."""
-    influence = graph.influence()
-    leaves = graph.leaves(influence)
+    leaves = graph.leaves
     rows, columns = patch_grid(bundle.manifest.preprocessing, graph.shape.tokens - 1)
     targets = [None if place < 0 else place for place in circuit.targets.tolist()]
     edges = zip(circuit.sources.tolist(), targets, circuit.weights.tolist(), strict=True)
@@ -114,7 +113,7 @@ def _parts(bundle: Bundle, graph: AttributionGraph, circuit: Circuit) -> dict[st
             left_out=leaves.left_out,
             constant=leaves.constant,
             replacement=leaves.replacement,
-            completeness=graph.completeness(influence),
+            completeness=graph.completeness,
         ),
         "followed": len(graph.expanded),
         "active": int(np.count_nonzero(graph.activations)),

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from vitrine.models.account.sources import Trace
 from vitrine.models.bundle.bundle import Bundle
-from vitrine.models.bundle.layout import SOURCES_OUTPUTS, STARTS, TRACE_OUTPUTS
+from vitrine.models.bundle.layout import HELD, SOURCES_OUTPUTS, STARTS, TRACE_OUTPUTS
 from vitrine.service.engine.fit import check_graph, sources_graph, trace_graph
 from vitrine.service.engine.runtime import Runtime, open_session
 
@@ -73,5 +73,4 @@ class SourceGraphs:
 
 def _held(trace: Trace) -> dict[str, Any]:
     """A trace as inputs of sources.onnx."""
-    names = TRACE_OUTPUTS[TRACE_OUTPUTS.index("attention_weights") + 1 :]
-    return {"attention_weights": trace.weights} | {name: getattr(trace, name) for name in names}
+    return {"attention_weights": trace.weights} | {name: getattr(trace, name) for name in HELD[1:]}

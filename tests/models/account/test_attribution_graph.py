@@ -80,10 +80,10 @@ def all_paths(network, expanded):
 def test_influence_is_that_over_all_paths(seed, nodes):
     network = Network(seed)
     graph = network.graph(nodes)
-    influence = graph.influence()
+    influence = graph.influence
     np.testing.assert_allclose(influence, all_paths(network, graph.expanded), atol=1e-6)
     np.testing.assert_allclose(graph.shares * graph.gross[:, None], network.edges[graph.expanded], atol=1e-6)
-    leaves = graph.leaves(influence)
+    leaves = graph.leaves
     assert leaves.embeddings + leaves.errors + leaves.left_out + leaves.constant == pytest.approx(1)
     assert leaves.left_out == pytest.approx(
         sum(influence[column] for column in range(FEATURES) if column not in graph.expanded), abs=1e-6
@@ -94,7 +94,7 @@ def test_scores_are_circuit_tracers():
     """Its formulas, on the whole graph as one adjacency matrix [target last]."""
     network = Network(3)
     graph = network.graph()
-    influence = graph.influence()
+    influence = graph.influence
     matrix = np.zeros((COLUMNS + 1, COLUMNS + 1))
     matrix[graph.expanded, :COLUMNS] = normalised(network.edges)[graph.expanded]
     matrix[-1, :COLUMNS] = normalised(network.target)
@@ -102,14 +102,12 @@ def test_scores_are_circuit_tracers():
     weights[-1] = 1
     node = np.append(influence, 0)
     replacement = node[FEATURES : FEATURES + TOKENS].sum()
-    assert graph.leaves(influence).replacement == pytest.approx(
-        replacement / (replacement + node[errors].sum()), abs=1e-6
-    )
+    assert graph.leaves.replacement == pytest.approx(replacement / (replacement + node[errors].sum()), abs=1e-6)
     output = np.zeros(COLUMNS + 1)
     rows = [*graph.expanded, COLUMNS]  # leaves have nothing flowing in
     output[rows] = (node + weights)[rows]
     expected = ((1 - matrix[:, errors].sum(-1)) * output).sum() / output.sum()
-    assert graph.completeness(influence) == pytest.approx(expected, abs=1e-6)
+    assert graph.completeness == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_most_influential_are_expanded_first_and_unused_places_never(monkeypatch):
@@ -128,11 +126,11 @@ def test_the_most_influential_are_expanded_first_and_unused_places_never(monkeyp
 def test_the_budget_is_kept(monkeypatch):
     network = Network()
     assert len(network.graph(nodes=4).expanded) == 4
-    assert network.graph(nodes=0).leaves(network.graph(nodes=0).influence()).left_out > 0.3
+    assert network.graph(nodes=0).leaves.left_out > 0.3
     monkeypatch.setattr("vitrine.models.account.circuit.BATCH", 2)
-    whole = network.graph().influence()
+    whole = network.graph().influence
     enough = network.graph(left_out=0.2)
-    assert enough.leaves(enough.influence()).left_out <= 0.2
+    assert enough.leaves.left_out <= 0.2
     assert len(enough.expanded) < FEATURES - 1
     assert whole.shape == (COLUMNS,)
     ticks = count()
@@ -143,7 +141,7 @@ def test_the_budget_is_kept(monkeypatch):
 def test_pruning_keeps_the_shares_asked_for_and_nothing_that_hangs_loose():
     network = Network(2)
     graph = network.graph()
-    influence = graph.influence()
+    influence = graph.influence
     everything = prune(graph, 1.0, 1.0)
     assert set(everything.nodes) == set(np.flatnonzero(influence))
     assert len(everything.weights) == np.count_nonzero(network.target) + np.count_nonzero(network.edges[graph.expanded])
@@ -180,12 +178,12 @@ def test_a_chain_by_hand():
     network.edges[4, [0, 14]] = [3.0, -1.0]
     network.edges[0, 12] = 0.5
     graph = network.graph()
-    influence = graph.influence()
+    influence = graph.influence
     assert influence[[4, 0, 14, 12]] == pytest.approx([1, 0.75, 0.25, 0.75])
-    leaves = graph.leaves(influence)
+    leaves = graph.leaves
     assert (leaves.embeddings, leaves.errors, leaves.left_out) == pytest.approx((0.75, 0.25, 0))
     assert leaves.replacement == pytest.approx(0.75)
-    assert graph.completeness(influence) == pytest.approx((1 + 0.75 * 1 + 0.75) / (1 + 1 + 0.75))
+    assert graph.completeness == pytest.approx((1 + 0.75 * 1 + 0.75) / (1 + 1 + 0.75))
     circuit = prune(graph, 0.95, 0.98)
     names = [int(column) for column in circuit.nodes]
     edges = {
@@ -201,7 +199,7 @@ def test_edges_are_kept_by_their_share_and_their_targets_influence(seed):
     influence."""
     network = Network(seed)
     graph = network.graph()
-    influence = graph.influence()
+    influence = graph.influence
     scores = {(column, None): share for column, share in enumerate(normalised(network.target))}
     for row in graph.expanded.tolist():
         of_row = normalised(network.edges)[row] * influence[row]
@@ -229,6 +227,6 @@ def test_a_target_that_nothing_makes_has_an_empty_circuit():
     assert len(graph.expanded) == 0
     circuit = prune(graph)
     assert len(circuit.nodes) == len(circuit.weights) == 0
-    leaves = graph.leaves(graph.influence())
+    leaves = graph.leaves
     assert (leaves.embeddings, leaves.errors, leaves.left_out, leaves.replacement) == (0, 0, 0, 1)
-    assert graph.completeness(graph.influence()) == 1
+    assert graph.completeness == 1
