@@ -52,8 +52,12 @@ class Attention(nn.Module):
             query, key, values = self.query_key_value(normed).chunk(3, dim=-1)
         scores = self._split(query * self.scale) @ self._split(key).transpose(-1, -2)
         weights = scores.softmax(-1)
+        return AttentionOutput(self.mixed(weights, values), weights, values)
+
+    def mixed(self, weights: Tensor, values: Tensor) -> Tensor:
+        """What attention adds to the stream [B, t, d], by weights and values as in `AttentionOutput`."""
         mixed = (weights @ self._split(values)).transpose(1, 2).flatten(2)
-        return AttentionOutput(self.layer_scale(self.out(mixed)), weights, values)
+        return self.layer_scale(self.out(mixed))
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, tokens, d] -> [B, H, tokens, d / H]"""

@@ -7,6 +7,7 @@
     reconstruction   MSE, R^2, cosine, L0, dead features          faithfulness    source layers kept and dropped
     cascades         zero-shot top-1 under replacement            retrieval       nearest images by sparse code
     replaced         the replacement models' residuals            bootstrap       intervals
+    curves           insertion and deletion of features           rankings        of features, by several accounts
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from vitrine.training.checkpoint import CheckpointMeta, check_clip, load_clt
 from vitrine.training.data.held_out import HeldOut
 from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.cascades import Cascades
+from vitrine.training.evaluation.curves import node_faithfulness
 from vitrine.training.evaluation.faithfulness import RANDOM_ORDERS, TOP
 from vitrine.training.evaluation.measure import Measurements, Plan, measure
 from vitrine.training.evaluation.results import (
@@ -42,9 +44,17 @@ from vitrine.training.evaluation.results import (
 
 
 def evaluate(
-    clip: Clip, checkpoint: Path, images: HeldOut, console: Console, *, other: Path | None = None, seed: int = 0
+    clip: Clip,
+    checkpoint: Path,
+    images: HeldOut,
+    console: Console,
+    *,
+    other: Path | None = None,
+    seed: int = 0,
+    curves: int = 0,
 ) -> Results:
-    """All figures for the CLT of a checkpoint; `other`: a checkpoint to compare with, on the same images.
+    """All figures for the CLT of a checkpoint; `other`: a checkpoint to compare with, on the same images; curves: so
+    many images have their features inserted and deleted (`training.evaluation.curves`).
 
     Raises `CheckpointError` if either was trained on another CLIP.
     """
@@ -57,6 +67,10 @@ def evaluate(
     bootstrap = Bootstrap(len(images), seed=seed)
     measured = measure(clip, clt.to(device), images, embeddings, plan, bootstrap, console, seed=seed)
     baseline, cascades = measured.cascades.figures(bootstrap)
+    nodes = None
+    if curves and images.labels:
+        assert measured.mean_codes is not None  # the plan has matrices
+        nodes = node_faithfulness(clip, clt, images, embeddings, measured.mean_codes, curves, console, seed=seed)
     comparison = None
     if compared:
         path, other_clt, other_meta = compared
@@ -95,6 +109,7 @@ def evaluate(
         faithfulness=_faithfulness(measured, images, bootstrap),
         retrieval=measured.gallery.figures(images.labels, seed),
         comparison=comparison,
+        nodes=nodes,
     )
 
 

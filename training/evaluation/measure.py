@@ -61,6 +61,7 @@ class Measurements:
     raw: ScoreMean
     centred: ScoreMean
     gallery: Gallery
+    mean_codes: Tensor | None  # [L, 2, F] at [CLS] and over patches; None: no matrices were planned
 
 
 class _AtCls(NamedTuple):
@@ -124,7 +125,8 @@ def measure(
         if plan.matrices:
             _centre(clip, clt, images, kept, centred, progress)
         interventions = _intervene(clt, classify, raw, at_cls, plan, seed)
-    return Measurements(reconstruction, cascades, interventions, raw, centred, gallery)
+    means = kept.means.transpose(0, 1).float() if plan.matrices else None
+    return Measurements(reconstruction, cascades, interventions, raw, centred, gallery, means)
 
 
 class _Codes:
@@ -135,6 +137,11 @@ class _Codes:
         self.counts = torch.zeros(2, dtype=torch.float64)  # tokens
         self.batches: list[tuple[list[SortedCode], Tensor]] = []  # codes [L] of [N, K], which tokens are [CLS] [N]
         self.images, self._bytes = 0, 0
+
+    @property
+    def means(self) -> Tensor:
+        """[2, L, F]"""
+        return self.sums / self.counts[:, None, None]
 
     def add(self, codes: list[SortedCode], is_cls: Tensor) -> None:
         add_codes(self.sums, codes, is_cls)
@@ -158,7 +165,7 @@ def _centre(
     clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, kept: _Codes, centred: ScoreMean, progress: Progress
 ) -> None:
     """Centred contribution scores, from the codes that were kept and those of the other images."""
-    means = mean_contributions(clt, kept.sums / kept.counts[:, None, None])
+    means = mean_contributions(clt, kept.means)
     task = progress.task("centred contributions", len(images), "images")
     others = replace(images, indices=images.indices[kept.images :])
     computed = _coded(clip, clt, others, progress, "codes again") if len(others) else ()

@@ -160,6 +160,40 @@ class Faithfulness(_Part):
         return _ratio(without_first - full, sum(self.drop_one_divergence) / len(self.drop_one_divergence) - full)
 
 
+class NodePoint(_Part):
+    """Means over images, with some features at their means."""
+
+    above_mean: Estimate  # top-1's logit less the mean over labels, as a share of its value with nothing taken away
+    logit: float  # of the image's own top-1
+    probability: float
+    stays: float  # share of images whose top-1 is still the same
+
+
+class NodeCurve(_Part):
+    """One ranking of the features of each image (`training.evaluation.rankings`), by fraction of the active ones."""
+
+    ranking: str
+    deletion: list[NodePoint]  # the best-ranked at their means
+    insertion: list[NodePoint]  # all others at their means
+    deletion_area: Estimate  # of `above_mean`, the fractions equally spaced
+    insertion_area: Estimate
+    at_nodes: NodePoint  # deletion of so many features
+
+
+class NodeFaithfulness(_Part):
+    """Insertion and deletion of features in the running network (`training.evaluation.curves`)."""
+
+    images: int
+    active: float  # features (layer, index) of an image, mean
+    fractions: list[float]
+    nodes: int
+    above_mean: float  # top-1's logit less the mean over labels, with nothing taken away
+    curves: list[NodeCurve]
+
+    def curve(self, ranking: str) -> NodeCurve:
+        return next(curve for curve in self.curves if curve.ranking == ranking)
+
+
 class Neighbours(_Part):
     """An example: the images nearest to a query, by layer. Images are indices into the data set."""
 
@@ -216,6 +250,7 @@ class Results(_Part):
     contributions: dict[Tokens, Contributions]
     faithfulness: Faithfulness | None  # None: no labels
     retrieval: Retrieval | None  # None: too few images, or without classes
+    nodes: NodeFaithfulness | None = None  # None: not asked for, or no labels
     comparison: Comparison | None = None
 
     def cascade(self, first: int, last: int, tokens: Tokens) -> Cascade:

@@ -25,6 +25,10 @@ def evaluate(
     baseline: Annotated[
         Path | None, typer.Option(help="Another run on the same CLIP to compare with: per-layer transcoders.")
     ] = None,
+    curves: Annotated[
+        int,
+        typer.Option(min=0, help="Images whose features are deleted and inserted, as several accounts rank them."),
+    ] = 24,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 50,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the sample, the bootstrap and the random orders.")] = 0,
@@ -59,7 +63,7 @@ def evaluate(
     )
     chosen.data.print_summary(console)
     clip.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    results = run(clip, newest, chosen, console, other=other, seed=seed)
+    results = run(clip, newest, chosen, console, other=other, seed=seed, curves=curves)
     write_text(out / "results.json", results.model_dump_json(indent=2) + "\n")
     write_report(results, draw_thumbnails(results, chosen, clip), out / "report.html")
     print_sheets(results, console)
