@@ -22,10 +22,18 @@ from matplotlib.figure import Figure
 from vitrine.models.account.windows import TOKENS, Tokens
 from vitrine.training.evaluation.results import Cascade, Estimate, Matrix, Results, Spread, TokenFigures
 from vitrine.training.report import paper
-from vitrine.training.report.tables import RANKING_NAMES, TOKEN_NAMES
+from vitrine.training.report.tables import NODE_RANKING_NAMES, RANKING_NAMES, TOKEN_NAMES
 
 _INK, _LINE = "#010203", "#fdfcfb"
 _COLOURS = {"all": "#2a9d8f", "cls": "#e07a1f", "patches": "#7c6bd6", "image": "#d6457f", "random": "#8a8f98"}
+_NODE_COLOURS = {
+    "sources_mean": "#e07a1f",
+    "sources": "#d6457f",
+    "direct": "#2a9d8f",
+    "gradient": "#7c6bd6",
+    "activation": "#4c86c6",
+    "random": "#8a8f98",
+}
 _MARKERS = {"all": "o", "cls": "s", "patches": "^", "image": "D"}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -197,6 +205,31 @@ def _band(axes: Axes, spreads: list[Spread], scale: float) -> None:
         axes.fill_between(positions, lowest, highest, alpha=0.22, linewidth=0, color=colour)
         means = [scale * spread.mean for spread in spreads]
         axes.plot(positions, means, linestyle="--", label="random order", color=colour)
+
+
+def nodes(results: Results) -> str:
+    """What is left of the logit by fraction of features deleted, and inserted, with 95 % intervals."""
+    measured = results.nodes
+    assert measured is not None
+    with matplotlib.rc_context(_STYLE):
+        figure, panels = _figure(2, height=3.6)
+        for axes, way in zip(panels, ("deletion", "insertion"), strict=True):
+            for curve in measured.curves:
+                shares = [point.above_mean for point in getattr(curve, way)]
+                colour, positions = _NODE_COLOURS[curve.ranking], range(len(shares))
+                axes.fill_between(
+                    positions, [s.low for s in shares], [s.high for s in shares], color=colour, alpha=0.12, linewidth=0
+                )
+                label = NODE_RANKING_NAMES[curve.ranking]
+                axes.plot(positions, [s.value for s in shares], color=colour, marker="o", markersize=3.5, label=label)
+            axes.axhline(0, color=_INK, linewidth=0.8, linestyle=":")
+            axes.set_xticks(
+                range(len(measured.fractions)), [f"{100 * fraction:g}" for fraction in measured.fractions], fontsize=8
+            )
+            axes.set_xlabel(f"active features {'deleted' if way == 'deletion' else 'inserted'}, %")
+        panels[0].set_ylabel("share of the logit left")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, fontsize=9)
+        return _svg(figure, "nodes", "Share of the logit by fraction of features deleted, and inserted, by ranking")
 
 
 def retrieval(results: Results) -> str:

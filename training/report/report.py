@@ -26,6 +26,7 @@ SECTIONS = {
     "replacement": "Replacement",
     "contributions": "Contributions",
     "faithfulness": "Faithfulness",
+    "nodes": "Insertion and deletion",
     "retrieval": "Retrieval",
     "provenance": "What was measured",
     "definitions": "Definitions",
@@ -47,13 +48,28 @@ DEFINITIONS = {
     "the bias. Centred: c and y less their means over the data set, by pair of layers and token type.",
     "Drop and keep": "The last MLP's output at [CLS] is the bias and what some source layers write, on CLIP's own "
     "stream. Dropped layers are left out; kept ones alone are left in.",
+    "Insertion and deletion": "Each image's active features, over all tokens, are ranked and set to their means (over "
+    "the val images, at [CLS] and at patches) in the running network: the difference they would have written is added, "
+    "the true MLPs go on. Deletion: the best-ranked at their means. Insertion: all others. Images that CLIP classifies "
+    "rightly, where that is known. Area: mean of the curve over the fractions as listed; low is good for deletion, "
+    "high for insertion.",
+    "Rankings of features": "For the top-1's logit less the mean over labels. Sources: z⟨W, G⟩, G the gradient at what "
+    "each MLP wrote, back through attention alone with its weights and LayerNorms' denominators held fast; about the "
+    "mean: (z − mean z)⟨W, G⟩ over all tokens. Direct: what a feature writes at [CLS], straight to the logit. "
+    "Gradient × activation: the true gradient, through MLPs, attention and norms, in place of G. Activation: z summed "
+    "over tokens.",
     "Retrieval": "Cosine of the sparse codes at [CLS] of one layer; the query itself is left out.",
     "Intervals": "Percentile bootstrap over images, 95 %. All figures share the resamples, so that differences are "
     "paired by image.",
     "The paper's figures": "arXiv 2604.13304, CLIP B/32 and B/16 on CIFAR-100, COCO and ImageNet-100: lowest to "
     "highest of its cells, for its own CLIPs and data. Accuracies under replacement and R² were read off its charts.",
 }
-_TABLE_OF_SECTION = {"replacement": "cascades", "faithfulness": "faithfulness", "retrieval": "retrieval"}
+_TABLE_OF_SECTION = {
+    "replacement": "cascades",
+    "faithfulness": "faithfulness",
+    "nodes": "nodes",
+    "retrieval": "retrieval",
+}
 _THUMBNAIL = 96  # pixels
 
 
@@ -65,6 +81,7 @@ def write_report(results: Results, thumbnails: dict[int, str], path: Path) -> No
     drawn = ["reconstruction", "outliers", "sparsity", "contributions"]
     drawn += ["cascades"] if results.baseline else []
     drawn += ["faithfulness"] if results.faithfulness else []
+    drawn += ["nodes"] if results.nodes else []
     drawn += ["retrieval"] if results.retrieval else []
     tables = sheets(results) | {"provenance": _provenance(results)}
     missing = {name for name, table in _TABLE_OF_SECTION.items() if table not in tables}

@@ -296,6 +296,14 @@ def test_results_json_survives_a_round_trip(evaluated):
     assert results.comparison.cross_layer is False
 
 
+def test_curves_are_of_images_that_are_classified_rightly(evaluated):
+    results = Results.model_validate_json((evaluated[0] / "results.json").read_text())
+    assert results.nodes.images == round(12 * results.baseline.value)
+    for curve in results.nodes.curves:
+        assert curve.deletion[0].stays == curve.insertion[-1].stays == 1
+        assert curve.deletion_area.low <= curve.deletion_area.value <= curve.deletion_area.high
+
+
 def test_gains_are_paired(evaluated):
     results = Results.model_validate_json((evaluated[0] / "results.json").read_text())
     for ours, theirs, gain in zip(results.cascades, results.comparison.cascades, results.comparison.gains, strict=True):
@@ -380,7 +388,7 @@ def test_the_report_can_be_read_aloud(page):
     assert len(page.all("h1")) == 1
     assert all(image["alt"] for image in page.all("img"))
     assert all(figure.get("role") == "img" and figure["aria-label"] for figure in page.all("svg"))
-    assert len(page.all("svg")) == len(page.all("figcaption")) == 7
+    assert len(page.all("svg")) == len(page.all("figcaption")) == 8
     assert all(cell["scope"] in {"row", "col"} for cell in page.all("th"))
     assert len(page.all("caption")) == len(page.all("table"))
 
@@ -426,7 +434,7 @@ def test_a_malicious_label_stays_text(evaluated, tmp_path):
 
 def test_a_report_without_comparison_and_retrieval(evaluated, tmp_path):
     results = Results.model_validate_json((evaluated[0] / "results.json").read_text())
-    bare = results.model_copy(update={"comparison": None, "retrieval": None})
+    bare = results.model_copy(update={"comparison": None, "retrieval": None, "nodes": None})
     write_report(bare, {}, tmp_path / "report.html")
     assert len(Page((tmp_path / "report.html").read_text()).all("svg")) == 6
     print_sheets(bare, Console(quiet=True))
