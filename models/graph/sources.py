@@ -93,22 +93,28 @@ class SourcesGraph(nn.Module):
         at = torch.arange(self.tokens) == token[:, None]  # [n, T]
         start = at[:, :, None] * direction[:, None]  # [n, T, d]
 
-        gradient = start * last[:, None, None]
-        parts: Any = [None] * self.layers
+        # After the last block only [CLS] is read.
+        gradient = (direction * last[:, None])[:, None]  # [n, 1, d]
+        parts: Any = [0.0] * self.layers
         errors, biases, gradients, constants = [], [], [], [own]
         for target in reversed(range(self.layers)):
-            total = (written[target] * gradient).sum(-1)  # [n, T]
+            read = gradient.shape[1]  # tokens: all, or [CLS]
+            total = (written[target, :read] * gradient).sum(-1)  # [n, T]
             if self.has_code:
                 bias = gradient @ self.decoder_biases[target]
                 biases.append(bias.sum(-1))
                 gradients.append(torch.stack([gradient[:, 0], gradient[:, 1:].sum(1)], dim=1))
-                total = total - bias
+                by_token = gradient.flatten(1).t().unflatten(0, (read, self.width))  # [T, d, n]
                 tables: Any = self.decoders[target]
+                explained = 0.0
                 for source, table in zip(self.sources[target], tables, strict=True):
-                    part = table.products(indices[source], gradient) * values[source]  # [n, T, k]
-                    total = total - part.sum(-1)
-                    parts[source] = part if parts[source] is None else parts[source] + part
-            errors.append(total)
+                    part = table.products(indices[source, :read], values[source, :read], by_token)  # [T, k, n]
+                    explained = explained + part.sum(1)
+                    parts[source] = parts[source] + nn.functional.pad(part, (0, 0, 0, 0, 0, self.tokens - read))
+                total = total - bias - explained.t()
+            errors.append(nn.functional.pad(total, (0, self.tokens - read)))
+            if target == self.layers - 1:
+                gradient = nn.functional.pad(gradient, (0, 0, 0, self.tokens - read))
             gradient = gradient + start * (layer == target)[:, None, None]
             constants.append(gradient.sum(1) @ self.attention_constants[target])
             gradient = gradient + self._attention(target, gradient, weights[target], before_attention[target])
@@ -119,7 +125,8 @@ class SourcesGraph(nn.Module):
         ]
         if self.has_code:
             of_layers = (torch.stack(part[::-1], dim=1) for part in (biases, gradients))
-            results += [torch.stack(parts, dim=1), *of_layers]  # [n, L, T, k], [n, L], [n, L, 2, d]
+            features = torch.stack(parts).permute(3, 0, 1, 2)  # [n, L, T, k]
+            results += [features, *of_layers]  # and [n, L], [n, L, 2, d]
         return tuple(results)
 
     def _attention(self, layer: int, gradient: Tensor, weights: Tensor, denominators: Tensor) -> Tensor:
