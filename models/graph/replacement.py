@@ -116,7 +116,11 @@ class Int8Decoder(nn.Module):
         return torch.matmul((values * scales)[..., None, :], rows)[..., 0, :]
 
     def products(self, indices: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
-        """z * <row[feature], gradient[token]>: [T, k] each, gradients of n directions [T, d, n] -> [T, k, n]"""
+        """z * <row[feature], gradient[token]>: [T, k] each, gradients of n directions [T, d, n] -> [T, k, n]
+
+        A gradient must not come straight from a transposition: ONNX Runtime would make the two one product, which at
+        one direction takes three times as long.
+        """
         rows, scales = self._chosen(indices)
         return torch.matmul(rows, gradient) * (values * scales)[..., None]
 
