@@ -50,9 +50,9 @@ class Trace:
     before_attention: Array  # [L, T] LN1's denominators
     before_mlp: Array  # [L, T] LN2's
     embedded: Array  # [T, d] the stream before block 0
-    written: Array  # [L, T, d] MLP outputs
+    written: Array  # [L, T, d] MLP outputs; of the last layer at [CLS], 0 at patches, where nothing reads them
     indices: NDArray[np.integer] | None = None  # [L, T, k] active features; None: no CLT
-    values: Array | None = None  # [L, T, k] their activations, 0 in unused places
+    values: Array | None = None  # [L, T, k] their activations, 0 in unused places and at the last layer's patches
 
     @classmethod
     def from_batch(cls, outputs: Mapping[str, Any], image: int) -> Trace:
@@ -164,11 +164,10 @@ class Sources:
         layers, _, _places = self.features.shape
         count = int(self.indices.max(initial=0)) + 1
         keys = (np.arange(layers)[:, None, None] * count + self.indices).ravel()
-        present, inverse = np.unique(keys, return_inverse=True)
-        totals = np.bincount(inverse, weights=self.features.ravel(), minlength=len(present))
-        order = np.argsort(-np.abs(totals), kind="stable")
-        order = order[totals[order] != 0]
-        return present[order] // count, present[order] % count, totals[order]
+        totals = np.bincount(keys, weights=self.features.ravel())
+        active = np.flatnonzero(totals)
+        order = active[np.argsort(-np.abs(totals[active]), kind="stable")]
+        return order // count, order % count, totals[order]
 
     def tokens_of(self, layer: int, index: int) -> Array:
         """[T]: one feature's contribution from each token."""

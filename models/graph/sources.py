@@ -35,7 +35,7 @@ class SourcesGraph(nn.Module):
     Inputs, n directions:
         direction: [n, d] of the residual after the last block, for those that start there.
         layer: [n] where each starts: L after the last block, l < L at the encoder of layer l.
-        token: [n] the token at which it starts.
+        token: [n] the token at which it starts; after the last block [CLS], which alone is read there.
         feature: [n] whose encoder row is the direction, for l < L.
         weights [L, H, T, T], before_attention, before_mlp [L, T], embedded [T, d], written [L, T, d], indices, values
         [L, T, k]: the trace.
@@ -90,48 +90,80 @@ class SourcesGraph(nn.Module):
             own = torch.where(last, 0.0, self.encoder_constants.index_select(0, place))
         else:
             own = torch.zeros_like(direction[:, 0])
+        token = torch.where(last, 0, token)
         at = torch.arange(self.tokens) == token[:, None]  # [n, T]
-        start = at[:, :, None] * direction[:, None]  # [n, T, d]
 
-        gradient = start * last[:, None, None]
-        parts: Any = [None] * self.layers
+        gradient = (direction * last[:, None])[:, None]  # [n, 1, d] after the last block only [CLS] is read
+        parts: Any = [0.0] * self.layers
         errors, biases, gradients, constants = [], [], [], [own]
         for target in reversed(range(self.layers)):
-            total = (written[target] * gradient).sum(-1)  # [n, T]
+            read = gradient.shape[1]  # tokens
+            total = gradient.sum(1)  # [n, d]
+            left = written[target, :read]  # [T, d]
             if self.has_code:
-                bias = gradient @ self.decoder_biases[target]
-                biases.append(bias.sum(-1))
-                gradients.append(torch.stack([gradient[:, 0], gradient[:, 1:].sum(1)], dim=1))
-                total = total - bias
+                bias = self.decoder_biases[target]
+                biases.append(total @ bias)
+                gradients.append(torch.stack([gradient[:, 0], total - gradient[:, 0]], dim=1))
+                by_token = gradient.flatten(1).t().unflatten(0, (read, self.width))  # [T, d, n], see `products`
+                features = 0.0  # [T, n]
                 tables: Any = self.decoders[target]
                 for source, table in zip(self.sources[target], tables, strict=True):
-                    part = table.products(indices[source], gradient) * values[source]  # [n, T, k]
-                    total = total - part.sum(-1)
-                    parts[source] = part if parts[source] is None else parts[source] + part
-            errors.append(total)
-            gradient = gradient + start * (layer == target)[:, None, None]
-            constants.append(gradient.sum(1) @ self.attention_constants[target])
-            gradient = gradient + self._attention(target, gradient, weights[target], before_attention[target])
+                    part = table.products(indices[source, :read], values[source, :read], by_token)  # [T, k, n]
+                    features = features + part.sum(1)
+                    parts[source] = parts[source] + self._of_all_tokens(part)
+                errors.append((((left - bias) * gradient).sum(-1) - features.t()).t())
+            else:
+                errors.append((left * gradient).sum(-1).t())
+            start = direction * (layer == target)[:, None]
+            constants.append((total + start) @ self.attention_constants[target])
+            if target == self.layers - 1:  # every direction still has one token
+                one = total + start
+                gradient = at[:, :, None] * one[:, None]
+                normed = self._attention_of_one(target, one, weights[target].index_select(1, token))
+            else:
+                gradient = gradient + at[:, :, None] * start[:, None]
+                normed = self._attention(target, gradient, weights[target])
+            gradient = gradient + self._layer_norm(target, normed, before_attention[target])
         results = [
             (embedded * gradient).sum(-1),  # [n, T]
-            torch.stack(errors[::-1], dim=1),  # [n, L, T]
+            torch.stack([self._of_all_tokens(part) for part in errors[::-1]]).permute(2, 0, 1),  # [n, L, T]
             torch.stack(constants, dim=1).sum(-1),  # [n]
         ]
         if self.has_code:
             of_layers = (torch.stack(part[::-1], dim=1) for part in (biases, gradients))
-            results += [torch.stack(parts, dim=1), *of_layers]  # [n, L, T, k], [n, L], [n, L, 2, d]
+            results += [torch.stack(parts).permute(3, 0, 1, 2), *of_layers]  # [n, L, T, k], [n, L], [n, L, 2, d]
         return tuple(results)
 
-    def _attention(self, layer: int, gradient: Tensor, weights: Tensor, denominators: Tensor) -> Tensor:
-        """From the gradient at what a block's attention adds [n, T, d] to that at the stream before it, through the
-        values: weights [H, T, T], denominators of LN1 [T]."""
+    def _attention(self, layer: int, gradient: Tensor, weights: Tensor) -> Tensor:
+        """From the gradient at what a block's attention adds [n, T, d] to that at LN1's output, through the values:
+        weights [H, T, T]."""
+        mixed, values = self._attention_products(layer, gradient)
+        by_head = mixed.unflatten(-1, (len(weights), -1)).transpose(1, 2)  # [n, H, T, d / H]
+        return (weights.transpose(-1, -2) @ by_head).transpose(1, 2).flatten(2) @ values
+
+    def _attention_of_one(self, layer: int, gradient: Tensor, weights: Tensor) -> Tensor:
+        """The same for gradients at one token each [n, d], with that token's weights [H, n, T]: with few directions, a
+        product less than of all tokens."""
+        mixed, values = self._attention_products(layer, gradient)
+        heads = len(weights)
+        by_head = mixed.unflatten(-1, (heads, -1)).transpose(0, 1) @ values.unflatten(0, (heads, -1))  # [H, n, d]
+        return weights.permute(1, 2, 0) @ by_head.transpose(0, 1)
+
+    def _attention_products(self, layer: int, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """(the gradient [..., d] through LayerScale and the output's weights, the weights of the values [d, d])."""
         block = self.tower.blocks[layer]
-        attn = block.attn
-        mixed = block.ls_1(gradient) @ attn.out_proj.weight  # [n, T, d]
-        by_head = mixed.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)  # [n, H, T, d / H]
-        values = (weights.transpose(-1, -2) @ by_head).transpose(1, 2).flatten(2)
-        read = (values @ attn.in_proj_weight[2 * self.width :]) * block.ln_1.weight
-        return (read - read.mean(-1, keepdim=True)) / denominators[:, None]
+        return block.ls_1(gradient) @ block.attn.out_proj.weight, block.attn.in_proj_weight[2 * self.width :]
+
+    def _layer_norm(self, layer: int, gradient: Tensor, denominators: Tensor) -> Tensor:
+        """From the gradient at LN1's output [n, T, d] to that at the stream, with its denominators [T] held fast."""
+        scaled = gradient * self.tower.blocks[layer].ln_1.weight
+        return (scaled - scaled.mean(-1, keepdim=True)) / denominators[:, None]
+
+    def _of_all_tokens(self, part: Tensor) -> Tensor:
+        """[T, ...] of all tokens, or of [CLS] alone -> [T, ...], 0 at the others."""
+        if len(part) == self.tokens:
+            return part
+        return torch.cat([part, torch.zeros(self.tokens - 1, *part.shape[1:])])
 
 
 @torch.no_grad()

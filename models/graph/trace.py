@@ -23,6 +23,7 @@ class TraceGraph(nn.Module):
 
     Embedding [B, D], scale sigma |z| [B], norm |z| [B], attention weights [B, L, H, T, T], LN1's and LN2's denominators
     [B, L, T], embeddings [B, T, d], MLP outputs [B, L, T, d]; with a CLT features and activations [B, L, T, k] each.
+    After the last block only [CLS] is read, so what its MLP writes at patches, and its features there, are left at 0.
 
     Args:
         tables: precision of the encoders, as in `AttributionGraph`.
@@ -51,19 +52,22 @@ class TraceGraph(nn.Module):
             attention = self.attention[layer](stream)
             stream = stream + attention.out
             before_mlp.append(denominator(stream, block.ln_2))
+            if layer == self.layers - 1:
+                stream = stream[:, :1]
             mlp_in, mlp_out = tower.mlp(layer, stream)
             stream = stream + mlp_out
             weights.append(attention.weights)
-            written.append(mlp_out)
+            written.append(self._of_all_tokens(mlp_out))
             if self.has_code:
-                features, activations = self.codes[layer](self.encoders[layer](mlp_in), self.types)
+                code = self.codes[layer](self.encoders[layer](mlp_in), self.types[: mlp_in.shape[1]])
+                features, activations = map(self._of_all_tokens, code)
                 unused = (0, self.places - features.shape[-1])
                 indices.append(nn.functional.pad(features, unused))
                 values.append(nn.functional.pad(activations, unused))
         residual = stream[:, 0]
         z = tower.head(residual)
         norm = z.norm(dim=-1)
-        code = (torch.stack(indices, dim=1), torch.stack(values, dim=1)) if self.has_code else ()
+        codes = (torch.stack(indices, dim=1), torch.stack(values, dim=1)) if self.has_code else ()
         return (
             z / norm[:, None],
             norm * denominator(residual, tower.visual.ln_post),
@@ -73,5 +77,9 @@ class TraceGraph(nn.Module):
             torch.stack(before_mlp, dim=1),
             embedded,
             torch.stack(written, dim=1),
-            *code,
+            *codes,
         )
+
+    def _of_all_tokens(self, part: Tensor) -> Tensor:
+        """[B, t, ...] of all tokens or of [CLS] -> [B, T, ...], 0 at the others."""
+        return nn.functional.pad(part, (0, 0, 0, self.tower.tokens - part.shape[1]))

@@ -96,6 +96,10 @@ def check(clip, clt, pixels):
     embedding, scale, norm, *held = (part[0] for part in trace)
     torch.testing.assert_close(embedding.double(), reference.z / reference.z.norm(), rtol=0, atol=1e-5)
     layers, tokens = clip.tower.layers, clip.tower.tokens
+    written, values = held[-3], held[-1]
+    assert not written[-1, 1:].any()  # nothing reads the last layer's patches
+    assert not values[-1, 1:].any()
+    torch.testing.assert_close(written[-1, 0].double(), reference.written[-1][0].detach(), rtol=1e-4, atol=1e-4)
     labels = F.normalize(torch.randn(2, clip.tower.embedding, generator=torch.Generator().manual_seed(1)), dim=-1)
     fold, beta = clip.tower.fold()
     directions = labels @ fold.T / scale
