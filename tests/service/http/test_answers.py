@@ -298,9 +298,19 @@ def test_model_is_the_bundle_that_is_served(server, carded, picture):
     response = server.http.get("/v1/model")
     assert response.status_code == 200
     answer = response.json()
-    assert set(answer) == {"name", "digest", "provider", "precision", "manifest", "source_baselines", "warnings"}
+    assert set(answer) == {
+        "name",
+        "digest",
+        "provider",
+        "precision",
+        "manifest",
+        "source_baselines",
+        "attention_heads",
+        "warnings",
+    }
     assert answer["digest"] == carded.digest
     assert answer["provider"] == "CPUExecutionProvider"
     assert answer["source_baselines"] == ["zero", "mean"]
+    assert answer["attention_heads"] == 2
     assert answer["manifest"] == json.loads((carded.path / "manifest.json").read_text())
     assert server.attribute(picture())["model"] == {"name": answer["name"], "digest": answer["digest"]}
