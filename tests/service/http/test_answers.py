@@ -43,7 +43,8 @@ def test_every_format_is_answered(server, picture, format):
 def test_answer_has_exactly_the_fields_of_the_contract(server, picture):
     answer = server.attribute(picture())
     assert set(answer) == {
-        "request_id", "model", "warnings", "predictions", "explanations", "lens", "matrix", "fidelity", "timings_ms"
+        "request_id", "model", "warnings", "predictions", "explanations", "lens", "matrix", "attention", "fidelity",
+        "timings_ms",
     }  # fmt: skip
     assert answer["lens"] is answer["matrix"] is answer["explanations"][0]["heatmap"] is None
     assert set(answer["model"]) == {"name", "digest"}
