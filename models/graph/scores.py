@@ -8,12 +8,10 @@ mathematics is in `models.account.attention_score`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrine.models.clip.attention import Attention
 from vitrine.models.clip.tower import Tower
 
 
@@ -30,6 +28,8 @@ class ScoresGraph(nn.Module):
         self.tower, self.width = tower, tower.width
         self.heads = int(tower.blocks[0].attn.num_heads)
         self.head_width = self.width // self.heads
+        # As in the graphs of the vision tower, whose tensors are then these.
+        self.attention = nn.ModuleList(Attention(block) for block in tower.blocks)
 
     def forward(
         self,
@@ -41,30 +41,22 @@ class ScoresGraph(nn.Module):
         written: Tensor,
     ) -> tuple[Tensor, ...]:
         of_head = head[:, None] * self.head_width + torch.arange(self.head_width)  # [n, d / H]
-        places = torch.stack([of_head, of_head + self.width], dim=1)  # [n, 2, d / H] of W_Q above W_K
-        stream = embedded
-        normed = stream.new_zeros(())
-        rows = biases = normed
-        for number, block in enumerate(self.tower.blocks):
-            attn, here = block.attn, (layer == number)[:, None, None]
-            read = self._normed(block.ln_1, stream, before_attention[number])
-            table = attn.in_proj_weight.index_select(0, places.flatten()).view(*places.shape, self.width)
-            normed = torch.where(here, read, normed)
-            rows = torch.where(here[..., None], table, rows)
-            biases = torch.where(here, attn.in_proj_bias.index_select(0, places.flatten()).view(places.shape), biases)
+        places = torch.stack([of_head, of_head + self.width], dim=1)  # [n, 2, d / H] of queries, then keys
+        stream = embedded[None]
+        tokens = rows = biases = stream.new_zeros(())
+        for number, attention in enumerate(self.attention):
+            centred = stream - stream.mean(-1, keepdim=True)
+            normed = centred / before_attention[number][:, None] * attention.ln.weight + attention.ln.bias
+            product = attention.query_key_value(normed)  # [1, T, 3 d]
+            here = (layer == number)[:, None, None, None]
+            found = product[0].index_select(1, places.flatten()).view(-1, *places.shape)  # [T, n, 2, d / H]
+            tokens = torch.where(here, found.permute(1, 2, 0, 3), tokens)
+            table = attention.query_key_value.weight.T.index_select(1, places.flatten())  # [d, n * 2 * d / H]
+            rows = torch.where(here, table.T.view(*places.shape, self.width), rows)
+            bias = attention.query_key_value.bias.index_select(0, places.flatten()).view(places.shape)
+            biases = torch.where(here[..., 0], bias, biases)
             if number < self.tower.layers - 1:
-                stream = stream + self._attention(block, read, weights[number]) + written[number]
-        queries, keys = ((normed @ rows[:, side].mT + biases[:, side, None]) for side in range(2))
-        return queries, keys, rows, biases
-
-    def _normed(self, ln: nn.LayerNorm, stream: Tensor, denominators: Tensor) -> Tensor:
-        """A LayerNorm of the stream [T, d], by the trace's denominators [T]."""
-        return (stream - stream.mean(-1, keepdim=True)) / denominators[:, None] * ln.weight + ln.bias
-
-    def _attention(self, block: Any, normed: Tensor, weights: Tensor) -> Tensor:
-        """What a block's attention adds to the stream [T, d], by the trace's weights [H, T, T]."""
-        attn = block.attn
-        values = F.linear(normed, attn.in_proj_weight[2 * self.width :], attn.in_proj_bias[2 * self.width :])
-        by_head = values.unflatten(-1, (self.heads, -1)).transpose(0, 1)  # [H, T, d / H]
-        mixed = (weights @ by_head).transpose(0, 1).flatten(1)
-        return block.ls_1(F.linear(mixed, attn.out_proj.weight, attn.out_proj.bias))
+                by_head = product[..., 2 * self.width :].unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                mixed = (weights[number] @ by_head).transpose(1, 2).flatten(2)
+                stream = stream + attention.layer_scale(attention.out(mixed)) + written[number]
+        return tokens[:, 0], tokens[:, 1], rows, biases

@@ -77,6 +77,6 @@ def test_what_is_no_head_is_wrong_use(run, text):
 
 
 def test_a_head_that_is_not_there(run):
-    result = run("--attention", "1/2")
+    result = run("--attention", "1/4")
     assert result.exit_code == 1
-    assert "`explain.attention.head` is 2; this CLIP's go from 0 to 1" in result.stderr
+    assert "`explain.attention.head` is 4; this CLIP's go from 0 to 3" in result.stderr

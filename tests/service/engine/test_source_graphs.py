@@ -98,8 +98,8 @@ def test_scores_are_those_of_the_networks_weights(engine, make_pixels):
     """Of every head, for every query; and whoever asks for no key gets the one that it looks at most."""
     graphs = engine.sources
     trace = graphs.trace(make_pixels(1, seed=3).numpy()[0])
-    assert graphs.heads == attention_heads(engine) == 2
-    for layer, head, query in np.ndindex(3, 2, 17):
+    assert graphs.heads == attention_heads(engine) == 4
+    for layer, head, query in np.ndindex(3, 4, 17):
         score = graphs.attention_score(trace, layer, head, query, None, True)
         weights = np.exp(score.scores - score.scores.max())
         np.testing.assert_allclose(weights / weights.sum(), trace.weights[layer, head, query], atol=1e-5)

@@ -312,6 +312,6 @@ def test_model_is_the_bundle_that_is_served(server, carded, picture):
     assert answer["digest"] == carded.digest
     assert answer["provider"] == "CPUExecutionProvider"
     assert answer["source_baselines"] == ["zero", "mean"]
-    assert answer["attention_heads"] == 2
+    assert answer["attention_heads"] == 4
     assert answer["manifest"] == json.loads((carded.path / "manifest.json").read_text())
     assert server.attribute(picture())["model"] == {"name": answer["name"], "digest": answer["digest"]}
