@@ -74,17 +74,18 @@ def accounts(
     beta [D]: of `Tower.fold`.
     """
     logits = logit_scale * (directions @ trace.embedding)
-    return _accounts(trace, outputs, logits, directions @ beta * (logit_scale / trace.norm))
+    return accounts_of(trace, outputs, logits, directions @ beta * (logit_scale / trace.norm))
 
 
 def feature_accounts(trace: Trace, outputs: Mapping[str, Any], activations: Array) -> list[Sources]:
     """The accounts of n active features' pre-activations, which are their `activations` [n], from what sources.onnx
     gave for starts at their encoders."""
-    return _accounts(trace, outputs, activations, np.zeros(len(activations)))
+    return accounts_of(trace, outputs, activations, np.zeros(len(activations)))
 
 
-def _accounts(trace: Trace, outputs: Mapping[str, Any], totals: Array, constants: Array) -> list[Sources]:
-    """constants [n]: of each account, beside those of the network up to its start."""
+def accounts_of(trace: Trace, outputs: Mapping[str, Any], totals: Array, constants: Array) -> list[Sources]:
+    """The accounts of n numbers, `totals` [n], from what sources.onnx gave for them. constants [n]: of each, beside
+    those of the network up to its start."""
     layers, tokens = trace.written.shape[:2]
     none = np.zeros((len(totals), layers, tokens, 0), np.float32)
     features, indices = outputs.get("features", none), trace.indices
@@ -124,10 +125,10 @@ class Baseline(NamedTuple):
 
 @dataclass(frozen=True)
 class Sources:
-    """The source account of one logit, or of a difference of two, or of a feature's pre-activation. All parts and
-    `remainder` sum to it."""
+    """The source account of one logit, or of a difference of two, or of a feature's pre-activation, or of an attention
+    score. All parts and `remainder` sum to it."""
 
-    logit: float  # or the pre-activation
+    logit: float  # or the pre-activation, or the score
     embeddings: Array  # [T]
     features: Array  # [L, T, k] of the trace's active features; [L, T, 0] without a CLT
     biases: Array  # [L] of the decoders of each target layer
@@ -164,9 +165,9 @@ class Sources:
         layers, _, _places = self.features.shape
         count = int(self.indices.max(initial=0)) + 1
         keys = (np.arange(layers)[:, None, None] * count + self.indices).ravel()
-        totals = np.bincount(keys, weights=self.features.ravel())
+        totals = np.bincount(keys, weights=self.features.ravel()).astype(np.float64, copy=False)
         active = np.flatnonzero(totals)
-        order = active[np.argsort(-np.abs(totals[active]), kind="stable")]
+        order: NDArray[np.integer] = active[np.argsort(-np.abs(totals[active]), kind="stable")]
         return order // count, order % count, totals[order]
 
     def tokens_of(self, layer: int, index: int) -> Array:

@@ -7,6 +7,7 @@
                          with vision.onnx are read from vision.onnx.data
     trace.onnx, sources.onnx, their .data: optional, source accounts (`models.account.sources`); tensors of the graphs
                          above are read from theirs
+    scores.onnx          optional, with tensors of those: accounts of attention (`models.account.attention_score`)
     baseline_activations.npy, baseline_written.npy: optional, the average picture, for source accounts about it
     text.onnx, .data     `tokens` [N, T] -> `text_embedding` [N, D], unit; T: any length of text, or (in older bundles,
                          and for towers that attend to the padding) the context alone
@@ -129,6 +130,11 @@ class Bundle:
     def has_sources(self) -> bool:
         """Whether the bundle has the graphs of source accounts."""
         return "sources.onnx" in self.manifest.files
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether the bundle has the graph of attention scores."""
+        return self.has_sources and "scores.onnx" in self.manifest.files
 
     @cached_property
     def baseline(self) -> tuple[NDArray[np.floating], NDArray[np.floating]] | None:

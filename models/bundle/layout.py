@@ -74,6 +74,18 @@ SOURCES_OUTPUTS = (
     "biases",  # [n, L]
     "gradients",  # [n, L, 2, d] at the MLPs' outputs: at [CLS], and summed over patches
 )
+# Inputs of scores.onnx beside some of `HELD`, and its outputs for n heads (`models.account.attention_score`).
+SCORES_HELD = ("attention_weights", "before_attention", "embedded", "written")
+HEADS = (
+    "layer",  # [n] int64
+    "head",  # [n] int64
+)
+SCORES_OUTPUTS = (
+    "queries",  # [n, T, d / H]
+    "keys",  # [n, T, d / H]
+    "rows",  # [n, 2, d / H, d] of W_Q and W_K
+    "biases",  # [n, 2, d / H]
+)
 
 Variant = Literal["int8", "fp16"]
 Precision = Literal["fp32", "int8", "fp16"]

@@ -14,9 +14,12 @@ from torch import Tensor
 from vitrine.models.bundle.layout import (
     DETAILS,
     DETAILS_INPUT,
+    HEADS,
     HELD,
     REPLACED_INPUT,
     REPLACEMENT_OUTPUTS,
+    SCORES_HELD,
+    SCORES_OUTPUTS,
     STARTS,
     VISION_OUTPUTS,
 )
@@ -25,6 +28,7 @@ from vitrine.models.clip.tokens import Converted
 from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.onnx_file import ExportError
 from vitrine.models.graph.replacement import ReplacementGraph
+from vitrine.models.graph.scores import ScoresGraph
 from vitrine.models.graph.sources import SourcesGraph
 from vitrine.models.graph.text import SHORTEST, TextGraph
 from vitrine.models.graph.trace import TraceGraph
@@ -118,11 +122,12 @@ def check_sources(clip: Clip, trace: TraceGraph, sources: SourcesGraph, bundle: 
         if differs.mean() > TIES:
             raise ExportError(f"trace.onnx has other features than torch at {differs.mean():.1%} of the tokens")
 
-    starts = 4
-    layer = torch.tensor([layers, layers, 0, layers - 1]) if "indices" in outputs else torch.full((starts,), layers)
+    # Two directions after the last block, two at LN1 of a block, at one token and about the mean, two at encoders.
+    starts = 6 if "indices" in outputs else 4
+    layer = torch.tensor([layers, layers, layers - 1, layers // 2, 0, layers - 1])[:starts]
     direction = torch.randn(starts, clip.tower.width, generator=generator)
-    token = torch.tensor([0, 0, 0, tokens - 1])
-    feature = torch.zeros(starts, dtype=torch.int64)
+    token = torch.tensor([0, 0, tokens - 1, tokens + 1, 0, tokens - 1])[:starts]
+    feature = torch.tensor([-1, -1, -1, -1, 0, 0])[:starts]
     held = {name: torch.from_numpy(outputs[name][0]) for name in HELD if name in names}
     start = dict(zip(STARTS, (direction, layer, token, feature), strict=True))
     feeds = {name: part.numpy() for name, part in (start | held).items()}
@@ -131,6 +136,32 @@ def check_sources(clip: Clip, trace: TraceGraph, sources: SourcesGraph, bundle: 
         theirs = sources(*start.values(), *held.values())
     for name, ours, part in zip(found, following.run(found, feeds), theirs, strict=True):
         _check_close(f"{name} of sources.onnx", ours, part.numpy(), TOLERANCE)
+
+
+def check_scores(clip: Clip, scores: ScoresGraph, bundle: Path) -> None:
+    """Raise `ExportError` unless scores.onnx gives torch's tensors for the heads of the first, a middle and the last
+    layer, and its scores the attention weights of trace.onnx."""
+    options, providers = session_options(), ["CPUExecutionProvider"]
+    tracing, scoring = (
+        onnxruntime.InferenceSession(bundle / file, options, providers=providers)
+        for file in ("trace.onnx", "scores.onnx")
+    )
+    pixels = torch.randn(1, 3, *clip.tower.image_size, generator=torch.Generator().manual_seed(0))
+    held = dict(zip(SCORES_HELD, tracing.run(SCORES_HELD, {"pixels": pixels.numpy()}), strict=True))
+    held = {name: part[0] for name, part in held.items()}
+    heads = [(layer, head) for layer in {0, scores.tower.layers // 2, scores.tower.layers - 1} for head in (0, -1)]
+    layer, head = np.array(heads).T
+    head = head % scores.heads
+    feeds = dict(zip(HEADS, (layer, head), strict=True)) | held
+    found = dict(zip(SCORES_OUTPUTS, scoring.run(SCORES_OUTPUTS, feeds), strict=True))
+    with torch.no_grad():
+        theirs = scores(*(torch.from_numpy(feed) for feed in feeds.values()))
+    for name, part in zip(SCORES_OUTPUTS, theirs, strict=True):
+        _check_close(f"{name} of scores.onnx", found[name], part.numpy(), TOLERANCE)
+    logits = found["queries"] @ found["keys"].swapaxes(1, 2) / np.sqrt(scores.head_width)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    _check_close("weights by scores.onnx", weights, held["attention_weights"][layer, head], TOLERANCE)
 
 
 def _dense(indices: NDArray[np.int64], values: NDArray[np.float32], features: int) -> NDArray[np.float32]:

@@ -7,8 +7,9 @@ going down from block l:
     from what the MLP of block l wrote, w at token p    <w, G[p]>
     before attention l                                   G + LN1' sum_h A_h' (G W_O^h W_V^h)
 
-(' transposed; LN1 with its denominators held fast). A direction starts after the last block, at [CLS], for a logit; or
-at the input of one layer's encoder, at any token, for a feature's pre-activation.
+(' transposed; LN1 with its denominators held fast). A direction starts after the last block, at [CLS], for a logit; at
+the input of one layer's encoder, at any token, for a feature's pre-activation; or at the output of one layer's LN1, for
+what its attention reads (`models.graph.scores`).
 
 With a CLT what the MLP of target j wrote is split: z <W^{i->j}[f], G[p]> for every active feature of every source layer
 i <= j, the decoder bias, and the error, which is what is left. So all numbers add up whatever the decoders' precision.
@@ -33,15 +34,19 @@ class SourcesGraph(nn.Module):
     average picture's account is computed.
 
     Inputs, n directions:
-        direction: [n, d] of the residual after the last block, for those that start there.
-        layer: [n] where each starts: L after the last block, l < L at the encoder of layer l.
-        token: [n] the token at which it starts; after the last block [CLS], which alone is read there.
-        feature: [n] whose encoder row is the direction, for l < L.
+        direction: [n, d] of the residual after the last block, for those that start there; of the output of LN1, for
+            those that start there.
+        layer: [n] where each starts: L after the last block, l < L in layer l.
+        token: [n] the token t at which it starts; after the last block [CLS], which alone is read there; t + T, at LN1
+            only: at t, less the mean over all tokens.
+        feature: [n] for l < L: whose encoder row is the direction; -1: none, it starts at LN1. Without a CLT, unused.
         weights [L, H, T, T], before_attention, before_mlp [L, T], embedded [T, d], written [L, T, d], indices, values
         [L, T, k]: the trace.
     """
 
     attention_constants: Tensor  # [L, d] what attention adds to every token
+    read_gains: Tensor  # [L, d] of ln_1
+    read_constants: Tensor  # [L, d] ln_1's beta
     encoder_rows: Tensor  # [L * F, d], in `tables`
     gains: Tensor  # [L, d] of ln_2
     encoder_constants: Tensor  # [L * F] of a pre-activation, whatever is written
@@ -54,6 +59,8 @@ class SourcesGraph(nn.Module):
         # What LN1 adds to every token passes through attention as biases do.
         blocks = ((block, constant(block.attn, block.ln_1.bias)) for block in tower.blocks)
         self.register_buffer("attention_constants", torch.stack([block.ls_1(added.float()) for block, added in blocks]))
+        self.register_buffer("read_gains", torch.stack([block.ln_1.weight.detach() for block in tower.blocks]))
+        self.register_buffer("read_constants", torch.stack([block.ln_1.bias.detach() for block in tower.blocks]))
         if clt is not None:
             self.features = clt.features
             encoders = clt.encoders
@@ -80,18 +87,26 @@ class SourcesGraph(nn.Module):
         values: Tensor,
     ) -> tuple[Tensor, ...]:
         last = layer == self.layers
+        clamped = layer.clamp_max(self.layers - 1)
+        rows = direction * self.read_gains.index_select(0, clamped)
+        scales = before_attention.index_select(0, clamped)  # [n, T]
+        own = (direction * self.read_constants.index_select(0, clamped)).sum(-1) * (token < self.tokens)
+        at_encoder = torch.zeros_like(last)
         if self.has_code:
-            clamped = layer.clamp_max(self.layers - 1)
-            place = clamped * self.features + feature
-            rows = self.encoder_rows.index_select(0, place).float() * self.gains.index_select(0, clamped)
-            scale = before_mlp.flatten().index_select(0, clamped * self.tokens + token)
-            rows = (rows - rows.mean(-1, keepdim=True)) / scale[:, None]
-            direction = torch.where(last[:, None], direction, rows)
-            own = torch.where(last, 0.0, self.encoder_constants.index_select(0, place))
-        else:
-            own = torch.zeros_like(direction[:, 0])
-        token = torch.where(last, 0, token)
+            at_encoder = (feature >= 0) & ~last
+            place = clamped * self.features + feature.clamp_min(0)
+            encoder = self.encoder_rows.index_select(0, place).float() * self.gains.index_select(0, clamped)
+            rows = torch.where(at_encoder[:, None], encoder, rows)
+            scales = torch.where(at_encoder[:, None], before_mlp.index_select(0, clamped), scales)
+            own = torch.where(at_encoder, self.encoder_constants.index_select(0, place), own)
+        at_reading = ~(last | at_encoder)
+        less_mean = token >= self.tokens
+        token = torch.where(last, 0, token % self.tokens)
         at = torch.arange(self.tokens) == token[:, None]  # [n, T]
+        rows = rows - rows.mean(-1, keepdim=True)
+        direction = torch.where(last[:, None], direction, rows / scales.gather(1, token[:, None]))
+        reading = (at.float() - less_mean[:, None] / self.tokens) / scales  # [n, T]
+        own = torch.where(last, 0.0, own)
 
         gradient = (direction * last[:, None])[:, None]  # [n, 1, d] after the last block only [CLS] is read
         parts: Any = [0.0] * self.layers
@@ -105,7 +120,7 @@ class SourcesGraph(nn.Module):
                 biases.append(total @ bias)
                 gradients.append(torch.stack([gradient[:, 0], total - gradient[:, 0]], dim=1))
                 by_token = gradient.flatten(1).t().unflatten(0, (read, self.width))  # [T, d, n], see `products`
-                features = 0.0  # [T, n]
+                features: Any = 0.0  # [T, n]
                 tables: Any = self.decoders[target]
                 for source, table in zip(self.sources[target], tables, strict=True):
                     part = table.products(indices[source, :read], values[source, :read], by_token)  # [T, k, n]
@@ -114,7 +129,8 @@ class SourcesGraph(nn.Module):
                 errors.append((((left - bias) * gradient).sum(-1) - features.t()).t())
             else:
                 errors.append((left * gradient).sum(-1).t())
-            start = direction * (layer == target)[:, None]
+            here = layer == target
+            start = direction * (here & at_encoder)[:, None]
             constants.append((total + start) @ self.attention_constants[target])
             if target == self.layers - 1:  # every direction still has one token
                 one = total + start
@@ -124,6 +140,7 @@ class SourcesGraph(nn.Module):
                 gradient = gradient + at[:, :, None] * start[:, None]
                 normed = self._attention(target, gradient, weights[target])
             gradient = gradient + self._layer_norm(target, normed, before_attention[target])
+            gradient = gradient + reading[:, :, None] * (rows * (here & at_reading)[:, None])[:, None]
         results = [
             (embedded * gradient).sum(-1),  # [n, T]
             torch.stack([self._of_all_tokens(part) for part in errors[::-1]]).permute(2, 0, 1),  # [n, L, T]

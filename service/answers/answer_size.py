@@ -38,6 +38,11 @@ def attribution_values(shape: Shape, request: AttributeRequest, labels: int) -> 
     values = 3 * min(request.top_k, labels) + len(explain.targets or (None,)) * per_explanation
     if explain.lens:
         values += 4 * layers
+    if (asked := explain.attention) is not None:
+        active = asked.layer * min(shape.features, shape.tokens * shape.k)
+        listed = min(asked.features, active)
+        values += 2 * (listed * (shape.tokens + 7) + 6 * asked.layer + 2 * shape.tokens) + shape.tokens
+        values += 7 * min(asked.pairs, listed * active)
     if explain.matrix:
         values += 2 * layers * layers
     return values

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.service.answers.answer_size import attribution_values, check_answer_size
+from vitrine.service.answers.attention import attention_account
 from vitrine.service.answers.attributor import Attributor, Inferred
 from vitrine.service.answers.explain import account, check_explain, lens, matrix, predict
 from vitrine.service.answers.notices import to_notices
@@ -113,6 +114,10 @@ async def _attribute(
         )
     if explain.sources:
         explanations = await _with_sources(attributor, inferred, explain, explanations, timings)
+    attention = None
+    if explain.attention is not None:
+        with timed_stage("attention", timings):
+            attention = await attention_account(attributor, inferred.pixels, explain.attention)
     _observe(explanations, fidelity)
     attribution = Attribution(
         warnings=to_notices(image=inferred.notes),
@@ -120,6 +125,7 @@ async def _attribute(
         explanations=explanations,
         lens=lens_layers,
         matrix=None if inferred.contributions is None else matrix(inferred.contributions),
+        attention=attention,
         fidelity=fidelity,
         timings_ms=timings,
     )

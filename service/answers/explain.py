@@ -12,6 +12,7 @@ from vitrine.models.account.heatmap import heat_map
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.manifest import patch_grid
+from vitrine.service.answers.attention import check_attention
 from vitrine.service.answers.sources import check_sources
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.labels import LabelSet
@@ -50,6 +51,8 @@ def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int, e
             "invalid_request", f"`explain.matrix` needs the replacement graph of {bundle.manifest.name!r}: {reason}"
         )
     check_sources(explain, bundle, enabled=engine.sources is not None)
+    if explain.attention is not None:
+        check_attention(explain.attention, engine)
     if explain.targets and len(explain.targets) > max_targets:
         raise ServiceError(
             "invalid_request", f"{len(explain.targets)} targets; at most {max_targets} are explained at once"

@@ -62,10 +62,12 @@ def source_accounts(
             source_account.about(sources, trace, gradients, baseline)
             for sources, gradients in zip(found, outputs["gradients"], strict=True)
         ]
-    return [_account(sources, trace, bundle, explain.source_features) for sources in found]
+    layers = bundle.manifest.shape.layers
+    return [source_answer(sources, trace, bundle, explain.source_features, layers) for sources in found]
 
 
-def _account(sources: Sources, trace: Trace, bundle: Bundle, count: int) -> SourceAccount:
+def source_answer(sources: Sources, trace: Trace, bundle: Bundle, count: int, layers: int) -> SourceAccount:
+    """An account with its `count` largest features, and the first `layers` layers: later ones have no part in it."""
     by_layer = sources.features.sum((1, 2))
     errors = sources.errors.sum(1)
     rows, columns = patch_grid(bundle.manifest.preprocessing, len(sources.embeddings) - 1)
@@ -81,7 +83,7 @@ def _account(sources: Sources, trace: Trace, bundle: Bundle, count: int) -> Sour
                 baseline=None if sources.baseline is None else float(sources.baseline[layer]),
                 silent=None if sources.silent is None else float(sources.silent[layer]),
             )
-            for layer in range(len(errors))
+            for layer in range(layers)
         ],
         embedding=sources.embeddings.tolist(),
         constants=sources.constants,

@@ -16,7 +16,15 @@ from onnxruntime import InferenceSession
 from tokenizers import Tokenizer
 
 from vitrine.models.bundle.bundle import Bundle, BundleError
-from vitrine.models.bundle.layout import DETAILS_INPUT, MANIFEST, REPLACED_INPUT, Precision, vision_file
+from vitrine.models.bundle.layout import (
+    DETAILS_INPUT,
+    HEADS,
+    MANIFEST,
+    REPLACED_INPUT,
+    SCORES_HELD,
+    Precision,
+    vision_file,
+)
 from vitrine.models.bundle.manifest import Manifest
 from vitrine.models.texts.reader import TextReader
 from vitrine.service.engine.runtime import session_errors
@@ -126,6 +134,22 @@ def sources_graph(manifest: Manifest, heads: int) -> Graph:
         "gradients": (None, layers, 2, width),
     }
     return Graph("sources.onnx", inputs, outputs)
+
+
+def scores_graph(manifest: Manifest, heads: int) -> Graph:
+    """scores.onnx, for one head in the outputs. heads: as for `sources_graph`."""
+    shape = manifest.shape
+    held = sources_graph(manifest, heads).inputs
+    inputs: dict[str, tuple[str, Dimensions]] = dict.fromkeys(HEADS, ("tensor(int64)", (None,)))
+    inputs |= {name: held[name] for name in SCORES_HELD}
+    width = shape.width // heads
+    outputs: dict[str, Dimensions] = {
+        "queries": (None, shape.tokens, width),
+        "keys": (None, shape.tokens, width),
+        "rows": (None, 2, width, shape.width),
+        "biases": (None, 2, width),
+    }
+    return Graph("scores.onnx", inputs, outputs)
 
 
 def check_graph(

@@ -1,4 +1,4 @@
-"""Runs the two graphs of source accounts: an image's trace, and directions followed back through it."""
+"""Runs the graphs of source accounts: an image's trace, directions followed back through it, and attention heads."""
 
 from __future__ import annotations
 
@@ -7,21 +7,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vitrine.models.account.attention_score import AttentionScore, Starts
 from vitrine.models.account.sources import Trace
 from vitrine.models.bundle.bundle import Bundle
-from vitrine.models.bundle.layout import HELD, SOURCES_OUTPUTS, STARTS, TRACE_OUTPUTS
-from vitrine.service.engine.fit import check_graph, sources_graph, trace_graph
+from vitrine.models.bundle.layout import (
+    HEADS,
+    HELD,
+    SCORES_HELD,
+    SCORES_OUTPUTS,
+    SOURCES_OUTPUTS,
+    STARTS,
+    TRACE_OUTPUTS,
+)
+from vitrine.service.engine.fit import check_graph, scores_graph, sources_graph, trace_graph
 from vitrine.service.engine.runtime import Runtime, open_session
 
 
 class SourceGraphs:
-    """trace.onnx and sources.onnx of a bundle. Thread-safe. They compute in float32, whatever the vision graph's
-    precision."""
+    """trace.onnx and sources.onnx of a bundle, and scores.onnx if it has that. Thread-safe. They compute in float32,
+    whatever the vision graph's precision."""
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
         self.bundle = bundle
         self._trace = open_session(bundle.path / "trace.onnx", runtime)
         self._sources = open_session(bundle.path / "sources.onnx", runtime)
+        self._scores = open_session(bundle.path / "scores.onnx", runtime) if bundle.has_scores else None
+        self.heads = 0  # of a layer; see `check`
 
     def check(self) -> None:
         """Raise `BundleError` or `EngineError` unless the graphs are what the manifest says, and run."""
@@ -30,7 +41,16 @@ class SourceGraphs:
         noise = np.random.default_rng(0).standard_normal((3, *manifest.preprocessing.size)).astype(np.float32)
         trace = self.trace(noise)
         feeds = self._after_the_last_block(np.ones((1, manifest.shape.width), np.float32)) | _held(trace)
-        check_graph(self.bundle, sources_graph(manifest, trace.weights.shape[1]), self._sources, feeds)
+        self.heads = trace.weights.shape[1]
+        check_graph(self.bundle, sources_graph(manifest, self.heads), self._sources, feeds)
+        if self._scores is not None:
+            feeds = _head(0, 0) | {name: feeds[name] for name in SCORES_HELD}
+            check_graph(self.bundle, scores_graph(manifest, self.heads), self._scores, feeds)
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether `attention_score` is available."""
+        return self._scores is not None
 
     def trace(self, pixels: NDArray[np.float32]) -> Trace:
         """Of one image [3, H, W]."""
@@ -54,6 +74,21 @@ class SourceGraphs:
         at = (part.astype(np.int64) for part in (layers, tokens, features))
         return self._run(dict(zip(STARTS, (unused, *at), strict=True)), trace)
 
+    def attention_score(
+        self, trace: Trace, layer: int, head: int, query: int, key: int | None, relative: bool
+    ) -> AttentionScore:
+        """One head's score; key: None: the token that the query attends to most. Only with `has_scores`."""
+        assert self._scores is not None
+        held = _held(trace)
+        feeds = _head(layer, head) | {name: held[name] for name in SCORES_HELD}
+        outputs = dict(zip(SCORES_OUTPUTS, self._scores.run(list(SCORES_OUTPUTS), feeds), strict=True))
+        return AttentionScore.of(trace, outputs, layer, head, query, key, relative)
+
+    def of_reads(self, trace: Trace, layer: int, starts: Starts) -> dict[str, Any]:
+        """The outputs of sources.onnx for directions that start at LN1 of one layer. Only with `has_scores`."""
+        at = (np.full(len(starts.directions), number, np.int64) for number in (layer, starts.token, -1))
+        return self._run(dict(zip(STARTS, (starts.directions.astype(np.float32), *at), strict=True)), trace)
+
     def run(self, pixels: NDArray[np.float32], directions: NDArray[np.floating]) -> tuple[Trace, dict[str, Any]]:
         """One image's trace, and what `of_directions` gives for it."""
         trace = self.trace(pixels)
@@ -69,6 +104,11 @@ class SourceGraphs:
         layer = np.full(count, self.bundle.manifest.shape.layers, np.int64)
         nothing = np.zeros(count, np.int64)
         return dict(zip(STARTS, (directions.astype(np.float32), layer, nothing, nothing), strict=True))
+
+
+def _head(layer: int, head: int) -> dict[str, Any]:
+    """One head as inputs of scores.onnx."""
+    return dict(zip(HEADS, (np.array([layer]), np.array([head])), strict=True))
 
 
 def _held(trace: Trace) -> dict[str, Any]:

@@ -35,7 +35,7 @@ async def account_for(
         page = await _page(attributor, content, request) if with_page else ""
         if graph is not None:
             labels = await attributor.label_set(request)
-            full_request = _with_explain(request, heatmap=True, features=bundle.manifest.shape.k)
+            full_request = _with_explain(request, heatmap=True, attention=None, features=bundle.manifest.shape.k)
             # all labels, so that the targets are among the predictions
             full_request = full_request.model_copy(update={"top_k": len(labels.labels)})
             full_answer = await answer_attribute(attributor, content, full_request, IDENTITY)
@@ -53,7 +53,7 @@ async def circuit_for(bundle: Bundle, image: Path, request: CircuitRequest) -> C
 async def _page(attributor: Attributor, content: bytes, request: AttributeRequest) -> str:
     """The page, with heat map and source account if the bundle provides them, and the cards of all listed features."""
     bundle = attributor.bundle
-    explain: dict[str, Any] = {"heatmap": attributor.engine.has_details}
+    explain: dict[str, Any] = {"heatmap": attributor.engine.has_details, "attention": None}
     if not request.explain.sources and (baselines := source_baselines(attributor.engine)):
         explain |= {"sources": True, "baseline": baselines[-1]}
     answer = await answer_attribute(attributor, content, _with_explain(request, **explain), IDENTITY)

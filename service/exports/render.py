@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vitrine.service.schemas.attention import AttentionAccount, PairFeature, ScorePair
 from vitrine.service.schemas.attribute import AttributeResponse, Explanation
 from vitrine.service.schemas.sources import SourceAccount
 
@@ -17,7 +18,8 @@ _HALF = 14  # characters on either side of zero
 
 
 def print_answer(answer: AttributeResponse, console: Console) -> None:
-    """Print predictions, warnings, one account per target (two, if sources were asked for), and the fidelity."""
+    """Print predictions, warnings, one account per target (two, if sources were asked for), those of an attention
+    score, if they were asked for, and the fidelity."""
     table = Table(title=None, box=None, pad_edge=False)
     table.add_column("label")
     table.add_column("probability", justify="right")
@@ -35,6 +37,8 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
         if explanation.sources is not None:
             console.print()
             console.print(_source_account(explanation, explanation.sources))
+    if answer.attention is not None:
+        _print_attention(answer.attention, console)
     fidelity = answer.fidelity
     agrees = "stays" if fidelity.reconstructed_top1_agrees else "[bold]changes[/bold]"
     console.print(
@@ -64,6 +68,54 @@ def _account(explanation: Explanation) -> Table:
 
 
 def _source_account(explanation: Explanation, account: SourceAccount) -> Table:
+    """As `_source_rows`, of a logit."""
+    about = ""
+    if any(layer.baseline is not None for layer in account.layers):
+        about = ", about the average picture"
+    title = f"Why {_named(explanation)}: followed back through attention{about}"
+    return _table(title, "label", _source_rows(account), account.remainder, account.logit)
+
+
+def _print_attention(account: AttentionAccount, console: Console) -> None:
+    """Why a head looks there: what made the query, what made the key, and the pairs of both."""
+    least = f" less its mean over all keys, {account.mean_score:.3f}" if account.relative else ""
+    console.print(
+        f"\nHead {account.head} of layer {account.layer} looks from {_token(account, account.query)} at "
+        f"{_token(account, account.key)} with {account.weight:.1%} of its attention.\nThe accounts are of the score "
+        f"{account.score:.3f}{least}.",
+        highlight=False,
+        markup=False,
+    )
+    for what, side in (("the query", account.of_query), ("the key", account.of_key)):
+        console.print()
+        console.print(
+            _table(f"By what made {what}", "label", _source_rows(side), side.remainder, account.explained, "scores")
+        )
+    if not account.pairs:
+        return
+    pairs = [(f"{_pair(pair.query)} · {_pair(pair.key)}", pair.contribution, _labels(pair)) for pair in account.pairs]
+    rows = [*pairs, ("all else", account.other_pairs, "other features, embeddings, errors, biases, constants")]
+    console.print()
+    console.print(_table("By pairs of features, query · key", "labels", rows, 0.0, account.explained, "scores"))
+
+
+def _token(account: AttentionAccount, token: int) -> str:
+    if token == 0:
+        return "[CLS]"
+    row, column = divmod(token - 1, account.columns)
+    return f"token {token} (patch in row {row + 1}, column {column + 1})"
+
+
+def _pair(feature: PairFeature) -> str:
+    return f"{feature.layer}/{feature.index}"
+
+
+def _labels(pair: ScorePair) -> str:
+    labels = [feature.label or "–" for feature in (pair.query, pair.key)]
+    return " · ".join(labels) if pair.query.label or pair.key.label else ""
+
+
+def _source_rows(account: SourceAccount) -> list[tuple[str, float, str]]:
     """Features first, the largest first; then what is no feature, each kind in one row over all layers."""
     features = [(f"layer {f.layer} #{f.index}", f.contribution, f.label or "") for f in account.features]
     other = sum(layer.features for layer in account.layers) - sum(value for _, value, _ in features)
@@ -75,15 +127,12 @@ def _source_account(explanation: Explanation, account: SourceAccount) -> Table:
         ("biases", sum(layer.bias for layer in account.layers), ""),
         ("constants", account.constants, "attention's own, whatever the picture"),
     ]
-    about = ""
     if any(layer.baseline is not None for layer in account.layers):
-        about = ", about the average picture"
         rows += [
             ("baseline", sum(layer.baseline or 0 for layer in account.layers), "features of the average picture"),
             ("silent", sum(layer.silent or 0 for layer in account.layers), "less those of them that do not fire here"),
         ]
-    title = f"Why {_named(explanation)}: followed back through attention{about}"
-    return _table(title, "label", rows, account.remainder, account.logit)
+    return rows
 
 
 def _named(explanation: Explanation) -> str:
@@ -91,11 +140,13 @@ def _named(explanation: Explanation) -> str:
     return f"{explanation.target}{contrast}"
 
 
-def _table(title: str, last: str, rows: list[tuple[str, float, str]], remainder: float, logit: float) -> Table:
-    """rows: (name, logits, what stands in the column `last`). With `remainder` they add up to `logit`."""
+def _table(
+    title: str, last: str, rows: list[tuple[str, float, str]], remainder: float, total: float, unit: str = "logits"
+) -> Table:
+    """rows: (name, number, what stands in the column `last`). With `remainder` they add up to `total`."""
     table = Table(title=Text(title), box=None, title_justify="left")
     table.add_column("row")
-    table.add_column("logits", justify="right")
+    table.add_column(unit, justify="right")
     table.add_column("−" + " " * (_HALF - 1) + "0" + " " * (_HALF - 1) + "+", no_wrap=True)
     table.add_column(last, overflow="fold")
     largest = max(abs(value) for _, value, _ in rows)
@@ -105,7 +156,7 @@ def _table(title: str, last: str, rows: list[tuple[str, float, str]], remainder:
         )
     table.add_section()
     table.add_row("remainder", f"{remainder:+.1e}", "")
-    table.add_row("logit", f"{logit:.3f}", "", style="bold")
+    table.add_row(unit.removesuffix("s"), f"{total:.3f}", "", style="bold")
     return table
 
 

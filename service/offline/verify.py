@@ -12,15 +12,17 @@ from vitrine.models.account.ledger import Decomposition
 from vitrine.models.account.sources import accounts
 from vitrine.models.bundle.bundle import Bundle, BundleError, open_bundle
 from vitrine.models.bundle.layout import vision_file
+from vitrine.service.answers.attention import score_accounts
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.fit import check_unit
 from vitrine.service.engine.labels import LabelEncoder
 from vitrine.service.engine.runtime import choose, session_errors
 from vitrine.service.engine.sources import SourceGraphs
 from vitrine.service.operations.settings import load_settings
+from vitrine.service.schemas.attention import HeadQuestion
 
 TOLERANCE = 1e-4  # of unit embeddings
-REMAINDER = 1e-3  # of source accounts, in logits
+REMAINDER = 1e-3  # of source accounts, in logits, and of attention scores
 CARDS_PER_LAYER = 4  # cards read per layer
 DIRECTIONS = 4  # in embedding space, whose source accounts are checked
 
@@ -58,6 +60,8 @@ def _check_sums(engine: Engine) -> None:
         return
     if engine.sources is not None:
         _check_source_accounts(engine.sources, pixels[0], decompositions[0])
+        if engine.sources.has_scores:
+            _check_attention_scores(engine.sources, pixels[0])
     if engine.can_replace:
         embeddings, _ = engine.replace(pixels, np.zeros((bundle.manifest.shape.layers, 2), bool))
         deviation = float(np.abs(embeddings - np.stack([parts.embedding for parts in decompositions])).max())
@@ -80,6 +84,29 @@ def _check_source_accounts(graphs: SourceGraphs, pixels: NDArray[np.float32], pa
     worst = max(abs(sources.remainder) for sources in found)
     if not worst <= REMAINDER:
         raise BundleError(f"{bundle.path}: the parts of sources.onnx miss what they are the account of by {worst:.1e}")
+
+
+def _check_attention_scores(graphs: SourceGraphs, pixels: NDArray[np.float32]) -> None:
+    """That the scores of some heads are those of the trace's attention weights, and their accounts add up."""
+    bundle = graphs.bundle
+    layers = bundle.manifest.shape.layers
+    for layer, head in ((0, 0), (layers // 2, graphs.heads // 2), (layers - 1, graphs.heads - 1)):
+        for relative in (False, True):
+            asked = HeadQuestion(layer=layer, head=head, relative=relative)
+            _, score, *sides = score_accounts(graphs, pixels, asked)
+            weights = np.exp(score.scores - score.scores.max())
+            deviation = float(np.abs(weights / weights.sum() - score.weights).max())
+            if not deviation <= TOLERANCE:
+                raise BundleError(
+                    f"{bundle.path}: the scores of scores.onnx miss the attention weights of trace.onnx by "
+                    f"{deviation:.1e} (layer {layer}, head {head})"
+                )
+            worst = max(abs(sources.remainder) for sources in sides)
+            if not worst <= REMAINDER:
+                raise BundleError(
+                    f"{bundle.path}: the parts of an attention score miss it by {worst:.1e} (layer {layer}, "
+                    f"head {head})"
+                )
 
 
 def _check_cards(bundle: Bundle) -> None:

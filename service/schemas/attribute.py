@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from vitrine.service.schemas.attention import AttentionAccount, HeadQuestion
 from vitrine.service.schemas.base import AnswerShape, Label, Labels, RequestShape, TimingsMs, Warnings, WithImage
 from vitrine.service.schemas.classify import ClassifyRequest, Prediction
 from vitrine.service.schemas.sources import SourceAccount
@@ -34,6 +35,11 @@ class Explain(RequestShape):
     )
     baseline: Literal["zero", "mean"] = Field(
         default="zero", description="of `sources`: mean says what this picture has that the average one has not"
+    )
+    attention: HeadQuestion | None = Field(
+        default=None,
+        description="why one head of one layer looks where it does",
+        examples=[{"layer": 5, "head": 2}],
     )
 
 
@@ -138,6 +144,7 @@ class Attribution(BaseModel):
     explanations: list[Explanation]
     lens: list[LensLayer] | None = None
     matrix: Matrix | None = None
+    attention: AttentionAccount | None = None
     fidelity: Fidelity
     timings_ms: TimingsMs
 

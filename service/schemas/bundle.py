@@ -20,6 +20,7 @@ class ModelResponse(BaseModel):
     source_baselines: list[Literal["zero", "mean"]] = Field(
         description="what `explain.baseline` may be; empty where there is no `explain.sources`"
     )
+    attention_heads: int = Field(description="of a layer, that `explain.attention` may name; 0 where there is none")
     warnings: Warnings = []
 
 

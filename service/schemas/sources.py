@@ -10,7 +10,7 @@ class SourceFeature(BaseModel):
 
     layer: int
     index: int
-    contribution: float = Field(description="in logits, over all tokens: the sum of `tokens`")
+    contribution: float = Field(description="over all tokens: the sum of `tokens`")
     activation: float = Field(description="the largest by magnitude, of all tokens")
     tokens: list[float] = Field(description="its contribution from each token: [CLS], then the patches row by row")
     label: str | None = None
@@ -31,17 +31,17 @@ class SourceLayer(BaseModel):
 
 
 class SourceAccount(BaseModel):
-    """The logit followed back through attention to what was written, in logits.
+    """The logit, or in `attention` the score, followed back through attention to what was written, in its units.
 
     sum(layers: features + error + bias + baseline + silent) + sum(embedding) + constants + remainder = logit. It is the
     float32 graph's, whatever precision the prediction was made in.
     """
 
-    logit: float
+    logit: float = Field(description="in `attention`: `explained`")
     features: list[SourceFeature] = Field(description="those with the largest |contribution| of all layers, first")
     layers: list[SourceLayer]
     embedding: list[float] = Field(description="of the class token, then of each patch, as they enter the first block")
-    constants: float = Field(description="what attention and ln_post add, whatever the picture")
+    constants: float = Field(description="what attention, and ln_post or the query or key, add whatever the picture")
     map: list[float] = Field(description="all that was written at each token: [CLS], then the patches row by row")
     rows: int = Field(description="of patches")
     columns: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,13 @@ def attribute(
     ] = False,
     source_features: Annotated[int, typer.Option(min=0, help="Features listed by --sources, of all layers.")] = 12,
     baseline: Baseline = SourceBaseline.zero,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="Also say why a head looks where it does: LAYER/HEAD, LAYER/HEAD/QUERY or LAYER/HEAD/QUERY/KEY. "
+            "Tokens count from 0, which is [CLS] and the default query. Default key: where it looks most."
+        ),
+    ] = None,
     bundle: BundlePath = None,
     as_json: Annotated[bool, typer.Option("--json", help="The service's JSON instead of tables.")] = False,
     svg: Annotated[Path | None, typer.Option(help="The tables as a picture too, in this file.")] = None,
@@ -59,6 +67,8 @@ def attribute(
     fields: dict[str, Any] = {"strict": strict, "top_k": top_k}
     fields["explain"] = {"contrast": contrast, "features": features}
     fields["explain"] |= {"sources": sources, "source_features": source_features, "baseline": baseline.value}
+    if attention is not None:
+        fields["explain"]["attention"] = _head(attention)
     if (named := chosen_labels(labels, labels_file)) is not None:
         fields["labels"] = named
     if target:
@@ -73,3 +83,14 @@ def attribute(
         write_text(svg, draw_answer(answer))
     if html is not None:
         write_text(html, page)
+
+
+def _head(text: str) -> dict[str, int]:
+    """LAYER/HEAD[/QUERY[/KEY]] as the fields of `explain.attention`."""
+    names, numbers = ("layer", "head", "query", "key"), text.split("/")
+    if not 2 <= len(numbers) <= len(names) or not all(re.fullmatch(r"[0-9]{1,9}", number) for number in numbers):
+        raise typer.BadParameter(
+            f"{text!r} is not LAYER/HEAD, LAYER/HEAD/QUERY or LAYER/HEAD/QUERY/KEY, all numbers from 0",
+            param_hint="--attention",
+        )
+    return dict(zip(names, map(int, numbers), strict=False))

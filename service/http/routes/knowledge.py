@@ -6,6 +6,7 @@ from fastapi import FastAPI, Request
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.responses import Response
 
+from vitrine.service.answers.attention import attention_heads
 from vitrine.service.answers.features import card, search
 from vitrine.service.answers.sources import source_baselines
 from vitrine.service.http.asking import json_response, lease_attributor
@@ -67,6 +68,7 @@ async def model(request: Request) -> Response:
                 precision=attributor.engine.runtime.precision,
                 manifest=attributor.bundle.manifest.model_dump(mode="json"),
                 source_baselines=source_baselines(attributor.engine),
+                attention_heads=attention_heads(attributor.engine),
             )
         )
 

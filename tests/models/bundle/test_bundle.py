@@ -52,7 +52,7 @@ def test_round_trip(bundle, clip, clt, provenance):
 
 OPTIONAL = (
     *("attention.npy", "last_decoders.npy", "replacement.onnx", "replacement.onnx.data"),
-    *("trace.onnx", "sources.onnx", "sources.onnx.data", *BASELINE),
+    *("trace.onnx", "sources.onnx", "sources.onnx.data", "scores.onnx", *BASELINE),
 )
 
 

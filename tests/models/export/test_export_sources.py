@@ -12,9 +12,10 @@ import torch
 from vitrine.models.account.sources import Baseline, Trace, about, accounts
 from vitrine.models.bundle.bundle import seal
 from vitrine.models.bundle.layout import BASELINE, SOURCES_OUTPUTS, STARTS, TRACE_OUTPUTS
-from vitrine.models.export.parity import check_sources
-from vitrine.models.export.sources import write_sources
+from vitrine.models.export.parity import check_scores, check_sources
+from vitrine.models.export.sources import export_scores, write_sources
 from vitrine.models.graph.onnx_file import ExportError
+from vitrine.models.graph.scores import ScoresGraph
 from vitrine.models.graph.sources import SourcesGraph
 from vitrine.models.graph.trace import TraceGraph
 
@@ -55,11 +56,18 @@ def test_what_other_graphs_have_is_stored_once(bundle):
     model = onnx.load(bundle.path / "sources.onnx", load_external_data=False)
     places = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data}
     assert {"vision.onnx.data", "replacement.onnx.data"} <= places
+    assert "scores.onnx.data" not in sizes
 
 
 def test_without_images_there_is_no_average_picture(bundle, clip, make_clt, tmp_path):
     """Of per-layer transcoders, written beside the graphs of another CLT, with which they share the tower."""
-    for name in bundle.manifest.files.keys() - {"trace.onnx", "sources.onnx", "sources.onnx.data", *BASELINE}:
+    for name in bundle.manifest.files.keys() - {
+        "trace.onnx",
+        "sources.onnx",
+        "sources.onnx.data",
+        "scores.onnx",
+        *BASELINE,
+    }:
         shutil.copyfile(bundle.path / name, tmp_path / name)
     write_sources(tmp_path, clip, make_clt(clip, seed=2, cross_layer=False), torch.float32, [])
     built = seal(tmp_path, bundle.manifest)
@@ -83,3 +91,25 @@ def test_the_check_notices_other_weights(bundle, clip, clt, part):
             sources.decoder_biases[1] += 0.1
     with pytest.raises(ExportError, match=rf"{part}\.onnx"):
         check_sources(clip, trace, sources, bundle.path)
+
+
+def test_the_check_notices_other_scores(bundle, clip):
+    """Other weights in torch; and weights with which torch and the file agree, but not the image's trace."""
+    scores = ScoresGraph(deepcopy(clip.tower))
+    check_scores(clip, scores, bundle.path)
+    with torch.no_grad():
+        scores.tower.blocks[1].attn.in_proj_bias[0] += 0.1
+    with pytest.raises(ExportError, match=r"(queries|biases) of scores\.onnx"):
+        check_scores(clip, scores, bundle.path)
+
+
+def test_the_check_compares_scores_with_the_traces_weights(bundle, clip, tmp_path):
+    for name in bundle.manifest.files:
+        if name.endswith((".onnx", ".data", ".npy")):
+            shutil.copyfile(bundle.path / name, tmp_path / name)
+    scores = ScoresGraph(deepcopy(clip.tower))
+    with torch.no_grad():
+        scores.tower.blocks[2].attn.in_proj_bias[:32] += 0.5
+    export_scores(tmp_path, scores.tower)
+    with pytest.raises(ExportError, match="weights by scores"):
+        check_scores(clip, scores, tmp_path)

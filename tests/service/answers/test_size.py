@@ -11,6 +11,7 @@ from vitrine.service.schemas.batch import BatchItem, BatchResponse
 from vitrine.service.schemas.embed import EmbedResponse
 
 EVERYTHING = {"heatmap": True, "lens": True, "matrix": True, "features": 1000}
+ATTENTION = {"attention": {"layer": 2, "head": 0, "features": 100, "pairs": 1000}}
 LABELS = [f"label {number}" for number in range(32)]
 
 
@@ -22,7 +23,8 @@ def count(value):
 
 
 @pytest.mark.parametrize(
-    ("explain", "top_k"), [({}, 5), ({"features": 0}, 1), ({"targets": LABELS, **EVERYTHING}, 100), (EVERYTHING, 5)]
+    ("explain", "top_k"),
+    [({}, 5), ({"features": 0}, 1), ({"targets": LABELS, **EVERYTHING}, 100), (EVERYTHING, 5), (ATTENTION, 5)],
 )
 def test_the_size_is_known_beforehand(server, bundle, picture, explain, top_k):
     fields = {"labels": LABELS, "top_k": top_k, "explain": explain}
@@ -47,7 +49,9 @@ def test_an_answer_that_would_be_too_large_is_refused(start_server, bundle, pict
 
 
 def test_the_json_is_the_same_in_pieces(server, picture):
-    response = server.post("/v1/attribute", picture(), {"labels": LABELS, "explain": EVERYTHING | {"targets": LABELS}})
+    response = server.post(
+        "/v1/attribute", picture(), {"labels": LABELS, "explain": EVERYTHING | ATTENTION | {"targets": LABELS}}
+    )
     answer = AttributeResponse.model_validate(response.json())
     answer.explanations[0].logit = float("nan")
     item = BatchItem(status=200, answer=Attribution.model_validate(response.json()), error=None)

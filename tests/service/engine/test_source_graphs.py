@@ -9,13 +9,17 @@ import pytest
 from vitrine.models.account.sources import accounts
 from vitrine.models.bundle.bundle import BundleError, open_bundle, seal
 from vitrine.models.bundle.layout import BASELINE
+from vitrine.service.answers.attention import attention_heads
 from vitrine.service.answers.explain import check_explain
 from vitrine.service.answers.sources import source_baselines
 from vitrine.service.engine.engine import Engine
 from vitrine.service.errors import ServiceError
 from vitrine.service.offline.verify import verify
 from vitrine.service.operations.settings import Settings
+from vitrine.service.schemas.attention import HeadQuestion
 from vitrine.service.schemas.attribute import Explain
+
+HEAD = Explain(attention=HeadQuestion(layer=1, head=0))
 
 
 @pytest.fixture
@@ -72,6 +76,38 @@ def test_they_can_be_left_unloaded(bundle):
     assert source_baselines(engine) == []
 
 
+def test_a_bundle_from_before_accounts_of_attention_says_so(change):
+    older = change(without("scores.onnx"))
+    engine = Engine(older, Settings(bundle=older.path))
+    check_explain(Explain(sources=True), ("cat",), 10, engine)
+    assert "is older than accounts of attention: export it again" in refused(HEAD, engine)
+    assert attention_heads(engine) == 0
+    verify(older.path)
+
+
+def test_accounts_of_attention_need_the_source_graphs(change, bundle):
+    unloaded = Engine(bundle, Settings(bundle=bundle.path, sources=False))
+    assert "VITRINE_SOURCES=false" in refused(HEAD, unloaded)
+    assert attention_heads(unloaded) == 0
+    names = ("trace.onnx", "sources.onnx", "sources.onnx.data", "scores.onnx", *BASELINE)
+    older = change(without(*names))
+    assert "has no source graphs" in refused(HEAD, Engine(older, Settings(bundle=older.path)))
+
+
+def test_scores_are_those_of_the_networks_weights(engine, make_pixels):
+    """Of every head, for every query; and whoever asks for no key gets the one that it looks at most."""
+    graphs = engine.sources
+    trace = graphs.trace(make_pixels(1, seed=3).numpy()[0])
+    assert graphs.heads == attention_heads(engine) == 4
+    for layer, head, query in np.ndindex(3, 4, 17):
+        score = graphs.attention_score(trace, layer, head, query, None, True)
+        weights = np.exp(score.scores - score.scores.max())
+        np.testing.assert_allclose(weights / weights.sum(), trace.weights[layer, head, query], atol=1e-5)
+        assert score.key == trace.weights[layer, head, query].argmax()
+        logarithms = np.log(trace.weights[layer, head, query])
+        assert score.total == pytest.approx(logarithms.max() - logarithms.mean(), abs=1e-4)
+
+
 def test_a_bundle_without_an_average_picture_says_so(change):
     built = change(without(*BASELINE))
     engine = Engine(built, Settings(bundle=built.path))
@@ -92,6 +128,8 @@ def test_an_average_picture_of_another_shape_is_refused(change):
         ("trace.onnx", "before_mlp", "has no output before_mlp"),
         ("sources.onnx", "gradients", "has no output gradients"),
         ("sources.onnx", "written", "has an input written.other"),
+        ("scores.onnx", "keys", "has no output keys"),
+        ("scores.onnx", "head", "has an input head.other"),
     ],
 )
 def test_graphs_of_another_kind_are_refused(change, file, rename, said):
@@ -115,6 +153,7 @@ def test_graphs_of_another_kind_are_refused(change, file, rename, said):
     [
         ("trace.onnx", "tower.blocks.0.mlp.c_proj.bias", "misses vision.onnx's"),
         ("sources.onnx", "tower.blocks.1.ln_1.weight", "miss what they are"),
+        ("scores.onnx", "tower.blocks.1.ln_1.weight", "miss the attention weights"),
     ],
 )
 def test_graphs_that_do_not_belong_together_are_noticed(change, file, name, said):

@@ -43,7 +43,8 @@ def test_every_format_is_answered(server, picture, format):
 def test_answer_has_exactly_the_fields_of_the_contract(server, picture):
     answer = server.attribute(picture())
     assert set(answer) == {
-        "request_id", "model", "warnings", "predictions", "explanations", "lens", "matrix", "fidelity", "timings_ms"
+        "request_id", "model", "warnings", "predictions", "explanations", "lens", "matrix", "attention", "fidelity",
+        "timings_ms",
     }  # fmt: skip
     assert answer["lens"] is answer["matrix"] is answer["explanations"][0]["heatmap"] is None
     assert set(answer["model"]) == {"name", "digest"}
@@ -298,9 +299,19 @@ def test_model_is_the_bundle_that_is_served(server, carded, picture):
     response = server.http.get("/v1/model")
     assert response.status_code == 200
     answer = response.json()
-    assert set(answer) == {"name", "digest", "provider", "precision", "manifest", "source_baselines", "warnings"}
+    assert set(answer) == {
+        "name",
+        "digest",
+        "provider",
+        "precision",
+        "manifest",
+        "source_baselines",
+        "attention_heads",
+        "warnings",
+    }
     assert answer["digest"] == carded.digest
     assert answer["provider"] == "CPUExecutionProvider"
     assert answer["source_baselines"] == ["zero", "mean"]
+    assert answer["attention_heads"] == 4
     assert answer["manifest"] == json.loads((carded.path / "manifest.json").read_text())
     assert server.attribute(picture())["model"] == {"name": answer["name"], "digest": answer["digest"]}
