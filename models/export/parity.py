@@ -161,7 +161,9 @@ def check_scores(clip: Clip, scores: ScoresGraph, bundle: Path) -> None:
     logits = found["queries"] @ found["keys"].swapaxes(1, 2) / np.sqrt(scores.head_width)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    _check_close("weights by scores.onnx", weights, held["attention_weights"][layer, head], TOLERANCE)
+    _check_close(
+        "weights by scores.onnx, against trace.onnx", weights, held["attention_weights"][layer, head], TOLERANCE
+    )
 
 
 def _dense(indices: NDArray[np.int64], values: NDArray[np.float32], features: int) -> NDArray[np.float32]:
