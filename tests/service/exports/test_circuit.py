@@ -612,3 +612,10 @@ def test_a_circuit_has_the_links_between_features_and_the_errors(circuit):
     shares = [node["influence"] for node in graph["nodes"][:-1]]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
+    inflow = graph["metadata"]["generation_settings"]["inflow"]
+    totals = {node["node_id"]: node["activation"] for node in graph["nodes"] if node["activation"] is not None}
+    assert inflow.keys() == {*totals, logit["node_id"]}
+    for name, total in (totals | {logit["node_id"]: circuit.logit}).items():
+        linked = sum(link["weight"] for link in graph["links"] if link["target"] == name)
+        beside = (inflow[name][part] for part in ("unfollowed", "pruned", "constant"))
+        assert linked + sum(beside) == pytest.approx(total, abs=1e-4)
