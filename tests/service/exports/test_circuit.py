@@ -42,7 +42,9 @@ DEMO = ROOT / "models/demo"
 NUMBER = (int, float)
 STRINGS, NUMBERS = [str], [NUMBER]
 # Neuronpedia, apps/webapp/app/api/graph/graph-schema.json: what is required, and of what type; then
-# circuit-tracer 0.5.0, circuit_tracer/frontend/graph_models.py, whose fields have no defaults in the viewer's page.
+# circuit-tracer 0.5.0, circuit_tracer/frontend/graph_models.py, whose fields have no defaults in the viewer's page. The
+# package needs torch, transformer-lens and nnsight, so that its models are restated here; the published ones themselves
+# read the demo's graphs, of accounts and of circuits, without and with pydantic's strict mode (0.5.0, November 2026).
 GRAPH = {
     "metadata": {
         "slug": str,
