@@ -20,8 +20,8 @@ def photo(picture):
 
 @pytest.fixture(scope="module")
 def circuit(server, photo):
-    """Few features are followed, so that all kinds of nodes are among the first; one feature has a hostile label."""
-    asked = {"labels": LABELS, "target": HOSTILE, "nodes": 12, "seconds": 60}
+    """Nearly all that was followed is kept, so that there are all kinds of nodes; one feature has a hostile label."""
+    asked = {"labels": LABELS, "target": HOSTILE, "nodes": 40, "seconds": 60, "node_share": 0.999, "edge_share": 0.999}
     response = server.post("/v1/circuit", photo, asked)
     assert response.status_code == 200
     found = grouped(CircuitResponse.model_validate(response.json()))
