@@ -81,7 +81,7 @@
       const press = () => choose(chosen === place ? null : place);
       return el(
         "button",
-        { type: "button", class: `box ${group.kind}`, "aria-pressed": "false", onclick: press },
+        { type: "button", class: `box of-${group.kind}`, "aria-pressed": "false", onclick: press },
         el("b", {}, name(group), rest),
         el("span", { class: "size" }, percent(group.influence)),
         bar,
