@@ -26,3 +26,15 @@ DRAWING_SCRIPTS = (
     "answer.js",
     "save.js",
 )
+
+# A saved circuit (`service.exports.circuit_page`), which the page does not have.
+CIRCUIT_STYLES = (*STYLES, "circuit.css")
+CIRCUIT_SCRIPTS = (
+    "dom.js",
+    "heatmap.js",
+    "card-figures.js",
+    "card.js",
+    "circuit-graph.js",
+    "circuit-node.js",
+    "circuit.js",
+)

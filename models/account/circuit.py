@@ -17,7 +17,8 @@ strictly lower-triangular, by layers, so that one substitution gives it.
 
 A graph of all active features has 10^5 nodes and one backward pass for each. It is built from the target instead: the
 features that have most influence by what is known so far are expanded next, in batches, until the budget is spent.
-Whatever is not expanded is a leaf, too, and its influence is told as a share. The leaves' influences sum to 1.
+Whatever is not expanded is a leaf, too, and its influence is told as a share. The leaves' influences sum to 1. What is
+listed of such a graph: `models.account.pruning`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from vitrine.models.account.ledger import Array
 from vitrine.models.account.sources import Sources, Trace
 
 BATCH = 16  # features expanded at once: influences are computed anew after each batch
-NODE_SHARE, EDGE_SHARE = 0.8, 0.98  # of the influence that pruning keeps; circuit-tracer's defaults
 
 
 @dataclass(frozen=True)
@@ -221,62 +221,6 @@ def expand(
     return expansion.graph
 
 
-@dataclass(frozen=True)
-class Circuit:
-    """A pruned graph: nodes as columns, edges between them and into the target."""
-
-    nodes: NDArray[np.integer]  # columns, the most influential first
-    influence: Array  # [nodes]
-    sources: NDArray[np.integer]  # [edges] places in `nodes`
-    targets: NDArray[np.integer]  # [edges] places in `nodes`; -1: the target
-    weights: Array  # [edges] signed, in logits or units of the pre-activation
-
-
-def prune(graph: AttributionGraph, node_share: float = NODE_SHARE, edge_share: float = EDGE_SHARE) -> Circuit:
-    """circuit-tracer's pruning: the fewest nodes that have `node_share` of all influence; of the edges between them the
-    fewest that have `edge_share`; then, over and over, no feature without an edge out, or in.
-
-    Features that were not expanded, or that only biases and constants made, are leaves.
-    """
-    influence = graph.influence
-    nodes = np.flatnonzero(_largest(influence, node_share))
-    nodes = nodes[np.argsort(-influence[nodes], kind="stable")]
-    # The graph of these nodes alone: a row for the target and for each that was expanded, a column for each.
-    rows = np.flatnonzero(np.isin(graph.expanded, nodes))
-    rows = rows[np.argsort(-graph.shape.layer_of(graph.expanded[rows]), kind="stable")]  # from the last layer down
-    weights = np.concatenate([(graph.target * graph.target_gross)[None, nodes], graph.shares[rows][:, nodes]])
-    weights[1:] *= graph.gross[rows, None]
-    place_of = np.full(graph.shape.columns, -1, np.int64)
-    place_of[nodes] = np.arange(len(nodes))
-    places = place_of[graph.expanded[rows]]  # in `nodes`
-    shares = _divided(np.abs(weights))
-    flow = shares[0].copy()  # influence by the edges between these nodes
-    for row, place in enumerate(places, 1):
-        flow += flow[place] * shares[row]
-    scores = shares * np.concatenate([[1.0], flow[places]])[:, None]
-    edges = _largest(scores.ravel(), edge_share).reshape(scores.shape)
-    kept = np.ones(len(nodes), bool)
-    while True:
-        fed = np.ones(len(nodes), bool)  # leaves need no edge in
-        fed[places] = edges[1:].any(1) | (graph.gross[rows] == 0)
-        remaining = kept & fed & edges.any(0)
-        if (remaining == kept).all():
-            break
-        kept = remaining
-        edges[:, ~kept] = False
-        edges[1:][~kept[places]] = False
-    place_of = np.cumsum(kept) - 1
-    into = np.concatenate([[-1], place_of[places]])
-    row_of_edge, node_of_edge = np.nonzero(edges)
-    return Circuit(
-        nodes=nodes[kept],
-        influence=influence[nodes[kept]],
-        sources=place_of[node_of_edge],
-        targets=into[row_of_edge],
-        weights=weights[row_of_edge, node_of_edge],
-    )
-
-
 def _shares(accounts: list[Sources]) -> tuple[Array, Array]:
     """Accounts as edges, by column: (divided by the sum of their sizes [n, columns], that sum [n])."""
     edges = np.stack(
@@ -284,19 +228,3 @@ def _shares(accounts: list[Sources]) -> tuple[Array, Array]:
     )
     gross = np.abs(edges).sum(1, dtype=np.float64)
     return np.divide(edges, gross[:, None], out=np.zeros_like(edges), where=gross[:, None] != 0), gross
-
-
-def _divided(sizes: Array) -> Array:
-    """Rows [n, columns], each divided by its sum; rows of zeros stay so."""
-    sums = sizes.sum(1, keepdims=True)
-    return np.divide(sizes, sums, out=np.zeros_like(sizes), where=sums != 0)
-
-
-def _largest(values: Array, share: float) -> NDArray[np.bool_]:
-    """The fewest of non-negative values whose sum is at least `share` of all."""
-    order = np.argsort(-values, kind="stable")
-    cumulated = np.cumsum(values[order], dtype=np.float64)
-    kept = np.zeros(len(values), bool)
-    if len(values) and cumulated[-1] > 0:
-        kept[order[: int(np.searchsorted(cumulated, share * cumulated[-1])) + 1]] = True
-    return kept & (values > 0)

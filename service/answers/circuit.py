@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.account import ledger
-from vitrine.models.account.circuit import AttributionGraph, Circuit, Expansion, Limits, Wanted, prune
+from vitrine.models.account.circuit import AttributionGraph, Expansion, Limits, Wanted
+from vitrine.models.account.pruning import Circuit, prune
 from vitrine.models.account.sources import Sources, Trace, accounts, feature_accounts
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.manifest import patch_grid
@@ -16,34 +18,29 @@ from vitrine.service.answers.answer_size import check_answer_size
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.answers.explain import check_explain, predict
 from vitrine.service.answers.sources import directions
+from vitrine.service.answers.texts import Texts
 from vitrine.service.engine.sources import SourceGraphs
 from vitrine.service.errors import ServiceError
 from vitrine.service.operations.stages import timed_stage
 from vitrine.service.schemas.attribute import Explain
 from vitrine.service.schemas.circuit import (
     CircuitEdge,
+    CircuitInflow,
     CircuitNode,
     CircuitRequest,
     CircuitResponse,
     CircuitScores,
 )
 
-NODE_VALUES, EDGE_VALUES = 10, 3  # of a node and of an edge in the answer
+NODE_VALUES, EDGE_VALUES = 15, 3  # of a node and of an edge in the answer
 
 
 async def answer_circuit(
     attributor: Attributor, image: bytes, request: CircuitRequest, request_id: str
 ) -> CircuitResponse:
     """The pruned attribution graph of one logit. Raises `ServiceError`."""
-    settings, engine, bundle = attributor.settings, attributor.engine, attributor.bundle
-    texts = attributor.texts(request)
-    explain = Explain(targets=[request.target] if request.target else None, contrast=request.contrast, sources=True)
-    check_explain(explain, texts[0], settings.max_targets, engine)
-    if request.nodes > settings.max_circuit_nodes:
-        raise ServiceError(
-            "invalid_request", f"nodes: {request.nodes:,} features; at most {settings.max_circuit_nodes:,} are followed"
-        )
-    graphs = engine.sources
+    bundle, graphs = attributor.bundle, attributor.engine.sources
+    texts, explain = check_circuit(attributor, request)
     assert graphs is not None  # see `check_explain`
     timings: dict[str, float] = {}
     with attributor.admit():
@@ -57,9 +54,10 @@ async def answer_circuit(
                 trace, outputs = await attributor.batcher.run_between(graphs.run, inferred.pixels, of, spent=0.0)
                 (target,) = accounts(trace, outputs, of, bundle.beta, scale)
                 graph = await _expand(attributor, graphs, trace, target, Limits(request.nodes, request.seconds))
-                circuit = await attributor.in_thread(prune, graph, request.node_share, request.edge_share)
+                pruning = partial(prune, graph, request.node_share, request.edge_share, leaves=request.leaves)
+                circuit = await attributor.in_thread(pruning)
                 _check_size(attributor, circuit)
-                answer = await attributor.in_thread(_parts, bundle, graph, circuit)
+                answer = await attributor.in_thread(_parts, bundle, graph, circuit, target.logit)
         predictions = await attributor.in_thread(predict, inferred.parts, labels, scale, request.top_k)
     return CircuitResponse(
         request_id=request_id,
@@ -72,6 +70,18 @@ async def answer_circuit(
         timings_ms=timings,
         **answer,
     )
+
+
+def check_circuit(attributor: Attributor, request: CircuitRequest) -> tuple[Texts, Explain]:
+    """What is asked, as labels and as a source account. Raises `ServiceError` invalid_request."""
+    settings, texts = attributor.settings, attributor.texts(request)
+    explain = Explain(targets=[request.target] if request.target else None, contrast=request.contrast, sources=True)
+    check_explain(explain, texts[0], settings.max_targets, attributor.engine)
+    if request.nodes > settings.max_circuit_nodes:
+        raise ServiceError(
+            "invalid_request", f"nodes: {request.nodes:,} features; at most {settings.max_circuit_nodes:,} are followed"
+        )
+    return texts, explain
 
 
 async def _expand(
@@ -98,15 +108,18 @@ def _check_size(attributor: Attributor, circuit: Circuit) -> None:
     check_answer_size(values, attributor.settings.max_answer_values, "ask for a smaller `node_share` or `edge_share`")
 
 
-def _parts(bundle: Bundle, graph: AttributionGraph, circuit: Circuit) -> dict[str, Any]:
+def _parts(bundle: Bundle, graph: AttributionGraph, circuit: Circuit, logit: float) -> dict[str, Any]:
     """The fields of the answer that are the graph's."""
     leaves = graph.leaves
+    active = int(np.count_nonzero(graph.activations))
+    kept = int((circuit.nodes < graph.shape.features).sum())
     rows, columns = patch_grid(bundle.manifest.preprocessing, graph.shape.tokens - 1)
     targets = [None if place < 0 else place for place in circuit.targets.tolist()]
     edges = zip(circuit.sources.tolist(), targets, circuit.weights.tolist(), strict=True)
     return {
         "nodes": _nodes(bundle, graph, circuit),
         "edges": [CircuitEdge(source=source, target=target, weight=weight) for source, target, weight in edges],
+        "inflow": _inflow(circuit, -1, logit),
         "scores": CircuitScores(
             embeddings=leaves.embeddings,
             errors=leaves.errors,
@@ -116,7 +129,9 @@ def _parts(bundle: Bundle, graph: AttributionGraph, circuit: Circuit) -> dict[st
             completeness=graph.completeness,
         ),
         "followed": len(graph.expanded),
-        "active": int(np.count_nonzero(graph.activations)),
+        "active": active,
+        "kept": kept,
+        "kept_share": kept / active if active else 0.0,
         "layers": graph.shape.layers,
         "rows": rows,
         "columns": columns,
@@ -128,7 +143,7 @@ def _nodes(bundle: Bundle, graph: AttributionGraph, circuit: Circuit) -> list[Ci
     straight = graph.target[circuit.nodes] * graph.target_gross
     followed = np.isin(circuit.nodes, graph.expanded)
     columns: list[NDArray[Any]] = [circuit.nodes, shape.token_of(circuit.nodes), circuit.influence, straight, followed]
-    nodes = []
+    nodes: list[CircuitNode] = []
     for column, token, influence, contribution, is_followed in zip(*(part.tolist() for part in columns), strict=True):
         layer = index = activation = label = score = None
         kind = _kind(graph, column)
@@ -148,11 +163,24 @@ def _nodes(bundle: Bundle, graph: AttributionGraph, circuit: Circuit) -> list[Ci
                 contribution=contribution,
                 activation=activation,
                 followed=is_followed,
+                inflow=None if activation is None or not is_followed else _inflow(circuit, len(nodes), activation),
                 label=label,
                 label_score=score,
             )
         )
     return nodes
+
+
+def _inflow(circuit: Circuit, place: int, total: float) -> CircuitInflow:
+    """Of a followed node, or of the target (-1); total: its activation or logit."""
+    inflow = circuit.inflow
+    return CircuitInflow(
+        unfollowed=float(inflow.unfollowed[place]),
+        unfollowed_share=float(inflow.unfollowed_share[place]),
+        pruned=float(inflow.pruned[place]),
+        pruned_share=float(inflow.pruned_share[place]),
+        constant=total - float(inflow.edges[place]),
+    )
 
 
 def _kind(graph: AttributionGraph, column: int) -> Literal["feature", "embedding", "error"]:

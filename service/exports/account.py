@@ -11,11 +11,14 @@ from vitrine.service.answers.attributor import Attributor
 from vitrine.service.answers.circuit import answer_circuit
 from vitrine.service.answers.features import card
 from vitrine.service.answers.sources import source_baselines
+from vitrine.service.exports.circuit_page import draw_circuit, most_influential
 from vitrine.service.exports.circuit_tracer import write_graphs
 from vitrine.service.exports.page import draw_page
 from vitrine.service.operations.settings import load_settings
 from vitrine.service.schemas.attribute import AttributeRequest, AttributeResponse
+from vitrine.service.schemas.base import Model
 from vitrine.service.schemas.circuit import CircuitRequest, CircuitResponse
+from vitrine.service.schemas.circuit_groups import GroupedCircuit
 
 IDENTITY = "command-line"
 
@@ -43,11 +46,19 @@ async def account_for(
     return answer, page
 
 
-async def circuit_for(bundle: Bundle, image: Path, request: CircuitRequest) -> CircuitResponse:
+async def circuit_for(bundle: Bundle, image: bytes, request: CircuitRequest) -> CircuitResponse:
     """The circuit of one image's prediction. Raises `ServiceError`."""
     settings = load_settings().model_copy(update={"decode_threads": 1})
     async with Attributor(bundle, settings) as attributor:
-        return await answer_circuit(attributor, image.read_bytes(), request, IDENTITY)
+        return await answer_circuit(attributor, image, request, IDENTITY)
+
+
+def circuit_page(bundle: Bundle, circuit: GroupedCircuit, count: int, image: bytes | None) -> str:
+    """The page of a circuit's `count` most influential groups, with the cards of its features."""
+    model, features = Model(name=bundle.manifest.name, digest=bundle.digest), most_influential(circuit, count).groups
+    keys = [(one.layer, one.index) for one in features if one.layer is not None and one.index is not None]
+    cards = {f"{layer}/{index}": card(bundle, model, layer, index) for layer, index in keys if bundle.cards}
+    return draw_circuit(circuit, count, image, cards, bundle.manifest.preprocessing)
 
 
 async def _page(attributor: Attributor, content: bytes, request: AttributeRequest) -> str:

@@ -23,8 +23,9 @@ from vitrine.service.schemas.circuit import CircuitNode, CircuitResponse
 DEFINITION = (
     "A link is a direct effect on the logit, in logits, or on a feature's activation, with the attention weights and "
     "the denominators of all LayerNorms taken from this image. An error is what an MLP wrote at a token and the CLT "
-    "does not say. The links into a feature, before pruning, with decoder biases and constants add up to its "
-    "activation, those into the logit to the logit. Features without links into them were not followed back."
+    "does not say. The links into a feature add up to its activation, and those into the logit to the logit, with what "
+    "`inflow` in the settings says of that node: what came from features that were not followed back, from what was "
+    "pruned, and from biases and constants."
 )
 
 
@@ -47,6 +48,11 @@ def circuit_graph(answer: CircuitResponse, image: str, slug: str, features: str)
         }
         for edge in answer.edges
     ]
+    inflow = {
+        node.node_id: given.inflow.model_dump()
+        for node, given in zip(nodes, answer.nodes, strict=True)
+        if given.inflow is not None
+    } | {logit.node_id: answer.inflow.model_dump()}
     metadata = Metadata(
         slug=slug,
         scan=scan(answer.model.name),
@@ -62,6 +68,8 @@ def circuit_graph(answer: CircuitResponse, image: str, slug: str, features: str)
             "scores": answer.scores.model_dump(),
             "followed": answer.followed,
             "active": answer.active,
+            "kept": answer.kept,
+            "inflow": inflow,
         },
     )
     return Graph(metadata=metadata, qParams=opened_at(logit), nodes=[*nodes, logit], links=links)

@@ -1,82 +1,79 @@
-"""A circuit for the terminal: its features, each over all tokens, with what feeds them most, and where it ends."""
+"""A circuit for the terminal: its features summed over tokens, what feeds each of them, and where it ends."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vitrine.service.schemas.circuit import CircuitNode, CircuitResponse
+from vitrine.service.schemas.circuit_groups import CircuitGroup, GroupedCircuit, GroupEdge
 
 FED_BY = 3  # names beside each feature
-Name = tuple[str, int, int]  # kind, layer, index; -1 where there is none
+SHOWN = 3  # labels that were explained, and images that could not be used
 
 
-@dataclass
-class Group:
-    """The nodes of one feature at all tokens, or all errors of a layer, or all embeddings."""
-
-    label: str | None
-    tokens: int = 0
-    influence: float = 0.0
-    contribution: float = 0.0
-    fed_by: defaultdict[Name, float] = field(default_factory=lambda: defaultdict(float))
-
-
-def grouped(answer: CircuitResponse) -> dict[Name, Group]:
-    """The circuit's nodes summed over tokens, the most influential first; `fed_by` sums the edges into each."""
-    groups: dict[Name, Group] = {}
-    for node in answer.nodes:
-        group = groups.setdefault(_name(node), Group(node.label))
-        group.tokens += 1
-        group.influence += node.influence
-        group.contribution += node.contribution
-    for edge in answer.edges:
+def print_circuit(circuit: GroupedCircuit, count: int, console: Console) -> None:
+    """Print the `count` most influential features, errors and embeddings, and the scores."""
+    many = circuit.images > 1
+    mean = "mean " if many else ""
+    table = Table(title=Text(f"{question(circuit)} ({mean}logit {circuit.logit:.2f})"), box=None, title_justify="left")
+    headings = ["feature", *(["images"] if many else []), "tokens", "influence", "straight to the logit", "fed most by"]
+    for heading in (*headings, "by unfollowed"):
+        is_text = heading in ("feature", "fed most by")
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
+    into: defaultdict[int, list[GroupEdge]] = defaultdict(list)
+    for edge in circuit.edges:
         if edge.target is not None:
-            source, target = answer.nodes[edge.source], answer.nodes[edge.target]
-            groups[_name(target)].fed_by[_name(source)] += edge.weight
-    return dict(sorted(groups.items(), key=lambda item: -item[1].influence))
-
-
-def print_circuit(answer: CircuitResponse, count: int, console: Console) -> None:
-    """Print the `count` most influential features, and the scores."""
-    contrast = f" rather than {answer.contrast}" if answer.contrast else ""
-    groups = grouped(answer)
-    table = Table(
-        title=Text(f"What made {answer.target}{contrast} (logit {answer.logit:.2f})"), box=None, title_justify="left"
-    )
-    table.add_column("feature")
-    table.add_column("tokens", justify="right")
-    table.add_column("influence", justify="right")
-    table.add_column("straight to the logit", justify="right")
-    table.add_column("fed most by", overflow="fold")
-    for name, group in list(groups.items())[:count]:
-        fed = sorted(group.fed_by.items(), key=lambda item: -abs(item[1]))[:FED_BY]
-        sources = "  ".join(f"{_title(source, groups[source].label)} {weight:+.2f}" for source, weight in fed)
-        row = (str(group.tokens), f"{group.influence:.1%}", f"{group.contribution:+.3f}")
-        table.add_row(Text(_title(name, group.label)), *row, Text(sources))
+            into[edge.target].append(edge)
+    for place, group in enumerate(circuit.groups[:count]):
+        fed = sorted(into[place], key=lambda edge: -abs(edge.weight))[:FED_BY]
+        sources = "  ".join(f"{_title(circuit.groups[edge.source])} {edge.weight:+.2f}" for edge in fed)
+        unfollowed = "" if group.unfollowed_share is None else f"{group.unfollowed_share:.0%}"
+        numbers = [f"{group.images:,}"] if many else []
+        numbers += [f"{group.tokens:.3g}", f"{group.influence:.1%}", f"{group.contribution:+.3f}"]
+        table.add_row(Text(_title(group)), *numbers, Text(sources), unfollowed)
     console.print(table)
-    for warning in answer.warnings:
-        console.print(Text(f"warning: {warning.message}", style="yellow"))
-    scores = answer.scores
+    plain: dict[str, Any] = {"style": "yellow", "markup": False, "highlight": False, "soft_wrap": True}
+    for warning in circuit.warnings:
+        console.print(f"warning: {warning.message}", **plain)
+    scores, each = circuit.scores, "Each, in the mean: " if many else ""
     console.print(
-        f"\n{len(answer.nodes):,} nodes, {len(answer.edges):,} edges; {answer.followed:,} of {answer.active:,} active "
-        f"features were followed back.\nThe influence ends at embeddings ({scores.embeddings:.0%}), errors "
-        f"({scores.errors:.0%}) and features that were not followed ({scores.left_out:.0%}).\n"
+        f"\n{each}{_number(circuit.nodes)} nodes. Of {_number(circuit.active)} active features "
+        f"{_number(circuit.followed)} were followed back, {_number(circuit.kept)} ({circuit.kept_share:.1%}) are in "
+        f"the circuit.\nThe influence ends at embeddings ({scores.embeddings:.0%}), errors ({scores.errors:.0%}) and "
+        f"features that were not followed ({scores.left_out:.0%}).\n"
         f"Replacement score {scores.replacement:.2f}, completeness {scores.completeness:.2f}.",
         highlight=False,
     )
+    if circuit.unreadable:
+        codes = ", ".join(f"{number:,} {code}" for code, number in circuit.failed.items())
+        rest = len(circuit.unreadable) - SHOWN
+        more = f" and {rest:,} more" if rest > 0 else ""
+        console.print(f"left out: {codes} ({'; '.join(circuit.unreadable[:SHOWN])}{more})", **plain)
+    for line in circuit.skipped:
+        console.print(line, **plain)
 
 
-def _name(node: CircuitNode) -> Name:
-    return node.kind, -1 if node.layer is None else node.layer, -1 if node.index is None else node.index
+def question(circuit: GroupedCircuit) -> str:
+    """What the circuit answers: "What made cat rather than dog in 12 images"."""
+    names = list(circuit.targets)
+    named = names[0]
+    if len(names) > 1:
+        shown = ", ".join(f"{label} {images:,}" for label, images in list(circuit.targets.items())[:SHOWN])
+        named = f"the top-1 ({shown}{', …' if len(names) > SHOWN else ''})"
+    rather = f" rather than {circuit.contrast}" if circuit.contrast else ""
+    images = f" in {circuit.images:,} images" if circuit.images > 1 else ""
+    return f"What made {named}{rather}{images}"
 
 
-def _title(name: Name, label: str | None) -> str:
-    kind, layer, index = name
-    if kind == "feature":
-        return f"{layer}/{index}" + (f" {label}" if label else "")
-    return "embeddings" if kind == "embedding" else f"error {layer}"
+def _number(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _title(group: CircuitGroup) -> str:
+    if group.kind == "feature":
+        return f"{group.layer}/{group.index}" + (f" {group.label}" if group.label else "")
+    return "embeddings" if group.kind == "embedding" else f"error {group.layer}"

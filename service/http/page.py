@@ -48,7 +48,7 @@ def add_page(app: FastAPI) -> None:
     """
     files = {path.relative_to(FOLDER).as_posix(): _read(path) for path in FOLDER.rglob("*") if path.suffix in TYPES}
     index = files.pop("index.html")
-    del files["saved.html"]
+    del files["saved.html"], files["circuit.html"]
 
     async def page(request: Request) -> Response:
         return _response(request, index)

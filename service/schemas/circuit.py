@@ -32,10 +32,26 @@ class CircuitRequest(ClassifyRequest):
         allow_inf_nan=False,
         description="of the edges' influence between these nodes, likewise",
     )
+    leaves: bool = Field(
+        default=False,
+        strict=True,
+        description="list features that were not followed back as nodes, too; else each node's `inflow` has their sum",
+    )
 
 
 class CircuitJson(CircuitRequest, WithImage):
     pass
+
+
+class CircuitInflow(BaseModel):
+    """What flows into a node, or into the target, beside the listed edges. These edges, `unfollowed`, `pruned` and
+    `constant` add up to its activation, or to the logit."""
+
+    unfollowed: float = Field(description="from features that were not followed back")
+    unfollowed_share: float = Field(description="their part of the sum of all |edges| into it")
+    pruned: float = Field(description="from followed features, embeddings and errors that were pruned")
+    pruned_share: float
+    constant: float = Field(description="biases and constants")
 
 
 class CircuitNode(BaseModel):
@@ -45,8 +61,9 @@ class CircuitNode(BaseModel):
     token: int = Field(description="0: [CLS], then the patches row by row")
     influence: float = Field(description="on the target, over all paths: a share")
     contribution: float = Field(description="straight to the target, in logits: its part of the source account")
-    activation: float | None = Field(description="of a feature: the edges into it, biases and constants add up to it")
+    activation: float | None = Field(description="of a feature: all that flows into it adds up to it (`inflow`)")
     followed: bool = Field(description="whether its own sources were looked for; others end the circuit")
+    inflow: CircuitInflow | None = Field(description="null where it was not followed")
     label: str | None = None
     label_score: float | None = None
 
@@ -77,9 +94,12 @@ class CircuitResponse(AnswerShape):
     logit: float = Field(description="the target's; with a contrast, minus the contrast's")
     nodes: list[CircuitNode] = Field(description="the most influential first")
     edges: list[CircuitEdge]
+    inflow: CircuitInflow = Field(description="of the target")
     scores: CircuitScores
     followed: int = Field(description="features whose sources were looked for")
-    active: int = Field(description="features that are active at some token")
+    active: int = Field(description="active features: (layer, index, token)")
+    kept: int = Field(description="features in `nodes`")
+    kept_share: float = Field(description="of the active features")
     layers: int
     rows: int = Field(description="of patches")
     columns: int

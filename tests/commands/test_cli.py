@@ -350,11 +350,36 @@ def test_circuit_prints_features_and_where_the_influence_ends(run, refused, phot
     result = run("circuit", photo, "--nodes", "10", "--contrast", LABELS[0], "--target", LABELS[1])
     assert result.exit_code == 0
     assert f"What made {LABELS[1]} rather than {LABELS[0]}" in result.output
-    assert "10 of" in result.output
+    assert "10 were followed back" in result.output
     answer = json.loads(run("circuit", photo, "--json", "--nodes", "10").stdout)
     assert answer["followed"] == 10
     assert answer["nodes"]
-    assert "not among the labels: 'unicorn'" in refused("circuit", photo, "--target", "unicorn")
+    assert "not among the labels: 'unicorn'" in refused("circuit", photo, "--label", "unicorn")
+
+
+def test_circuits_of_one_image_and_of_many_are_drawn(run, photo, tmp_path):
+    page = tmp_path / "one.html"
+    assert run("circuit", photo, "--nodes", "10", "--html", page, "--label", LABELS[1]).exit_code == 0
+    assert f"<title>What made {LABELS[1]}: a circuit</title>" in page.read_text(encoding="utf-8")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        shutil.copy(photo, folder / name)
+    (folder / "c.png").write_bytes(b"no image")
+    page = tmp_path / "many.html"
+    asked = ("circuit", folder, "--label", LABELS[1], "--nodes", "10")
+    result = run(*asked, "--html", page)
+    assert result.exit_code == 0
+    assert f"What made {LABELS[1]} in 2 images" in result.output
+    assert "left out: 1 unsupported_image (c.png: " in result.output
+    assert f"<title>What made {LABELS[1]} in 2 images: a circuit</title>" in page.read_text(encoding="utf-8")
+    mean = json.loads(run(*asked, "--json").stdout)
+    assert (mean["images"], mean["targets"]) == (2, {LABELS[1]: 2})
+    assert [group["influence"] for group in mean["groups"]] == sorted(
+        (group["influence"] for group in mean["groups"]), reverse=True
+    )
+    assert "stands for 3" in run(*asked, "--graph", tmp_path / "x.json").output
+    assert not (tmp_path / "x.json").exists()
 
 
 def test_attributes_table_shows_labels_as_they_are(run, photo):

@@ -13,7 +13,7 @@ from common import ROOT
 from vitrine.models.images.decode import ImageLimits, decode
 from vitrine.models.images.frame import to_pixels
 from vitrine.service.engine.decoders import Decoders
-from vitrine.service.exports.page import _data_url
+from vitrine.service.exports.html_file import image_url
 from vitrine.training.data.sources import open_images
 from vitrine.training.recipes.recipe import FolderSource
 
@@ -66,7 +66,7 @@ def test_every_way_in_gives_the_same_pixels(odd_files, clip, bundle, tmp_path):
 
 def test_the_saved_page_shows_what_the_model_saw(odd_files):
     for name, data in odd_files.items():
-        kind, content = re.fullmatch(r"data:image/(\w+);base64,(.*)", _data_url(data)).groups()
+        kind, content = re.fullmatch(r"data:image/(\w+);base64,(.*)", image_url(data)).groups()
         with Image.open(io.BytesIO(base64.b64decode(content))) as shown:
             assert shown.format == kind.upper()
             if kind == "png":

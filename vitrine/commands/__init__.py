@@ -42,7 +42,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     replay: "vitrine replay photos --bundle models/demo --images 200",
     bulk: "vitrine bulk photos --out answers --labels-file names.txt --sources 10",
     attribute: "vitrine attribute photo.jpg --labels cat,dog,truck --contrast dog --sources",
-    circuit: "vitrine circuit photo.jpg --labels cat,dog,truck --nodes 400",
+    circuit: "vitrine circuit photo.jpg --label cat --html cat.html; vitrine circuit photos/cat --images 50",
 }
 for command, example in EXAMPLES.items():
     app.command(epilog=f"Example: {example}")(errors_as_messages(command))

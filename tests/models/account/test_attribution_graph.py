@@ -5,7 +5,8 @@ from itertools import count
 import numpy as np
 import pytest
 
-from vitrine.models.account.circuit import Limits, Shape, expand, prune
+from vitrine.models.account.circuit import Limits, Shape, expand
+from vitrine.models.account.pruning import prune
 from vitrine.models.account.sources import Sources, Trace
 
 LAYERS, TOKENS, PLACES = 3, 2, 2
@@ -230,3 +231,73 @@ def test_a_target_that_nothing_makes_has_an_empty_circuit():
     leaves = graph.leaves
     assert (leaves.embeddings, leaves.errors, leaves.left_out, leaves.replacement) == (0, 0, 0, 1)
     assert graph.completeness == 1
+
+
+def flows(network, circuit, column):
+    """(listed edges by source, all edges) into a column of the circuit, or into the target (None)."""
+    place = -1 if column is None else circuit.nodes.tolist().index(column)
+    into = circuit.targets == place
+    listed = dict(zip(circuit.nodes[circuit.sources[into]].tolist(), circuit.weights[into].tolist(), strict=True))
+    return listed, network.target if column is None else network.edges[column]
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_flows_in_adds_up_whatever_is_listed(seed, leaves, monkeypatch):
+    monkeypatch.setattr("vitrine.models.account.circuit.BATCH", 1)
+    network = Network(seed)
+    graph = network.graph(nodes=5)
+    circuit = prune(graph, 0.7, 0.8, leaves=leaves)
+    waiting = np.setdiff1d(np.arange(FEATURES), graph.expanded)
+    others = np.setdiff1d(np.arange(COLUMNS), waiting)
+    inflow = circuit.inflow
+    expanded = [column for column in circuit.nodes.tolist() if column in graph.expanded]
+    assert expanded
+    places = {column: place for place, column in enumerate(circuit.nodes.tolist())} | {None: -1}
+    for column in [*expanded, None]:
+        listed, edges = flows(network, circuit, column)
+        rest = edges.copy()
+        rest[list(listed)] = 0
+        gross, place = np.abs(edges).sum() or 1, places[column]
+        assert inflow.edges[place] == pytest.approx(edges.sum(), abs=1e-5)
+        for signed, share, columns in (
+            (inflow.unfollowed, inflow.unfollowed_share, waiting),
+            (inflow.pruned, inflow.pruned_share, others),
+        ):
+            assert signed[place] == pytest.approx(rest[columns].sum(), abs=1e-5)
+            assert share[place] == pytest.approx(np.abs(rest[columns]).sum() / gross, abs=1e-5)
+    leaf = [place for column, place in places.items() if column is not None and column not in expanded]
+    assert np.isnan(inflow.edges[leaf]).all()
+    assert len(inflow.edges) == len(circuit.nodes) + 1
+
+
+def test_features_that_were_not_followed_are_nodes_on_request_alone():
+    network = Network(1)
+    graph = network.graph(nodes=3, left_out=0.0)
+    assert graph.leaves.left_out > 0.2
+    waiting = set(range(FEATURES)) - set(graph.expanded.tolist())
+    listed = prune(graph, 0.8, 1.0)
+    assert not waiting & set(listed.nodes.tolist())
+    assert waiting & set(prune(graph, 0.8, 1.0, leaves=True).nodes.tolist())
+    influence = graph.influence.copy()
+    influence[list(waiting)] = 0
+    order = np.argsort(-influence)
+    fewest = int(np.searchsorted(np.cumsum(influence[order]), 0.8 * influence.sum())) + 1
+    assert set(listed.nodes) == set(order[:fewest]), "the share is of the influence of what may be listed"
+    np.testing.assert_allclose(listed.influence, graph.influence[listed.nodes])
+
+
+def test_a_feature_that_others_made_which_were_not_followed_stays():
+    """Feature 4 makes the target, feature 0 makes it; 0 is not followed."""
+    network = Network()
+    network.edges[:] = 0
+    network.target[:] = 0
+    network.target[4] = 2.0
+    network.edges[4, 0] = 1.5
+    graph = network.graph(nodes=1)
+    assert graph.expanded.tolist() == [4]
+    circuit = prune(graph)
+    assert circuit.nodes.tolist() == [4]
+    assert circuit.inflow.unfollowed == pytest.approx([1.5, 0])
+    assert circuit.inflow.unfollowed_share == pytest.approx([1, 0])
+    assert set(prune(graph, leaves=True).nodes) == {4, 0}

@@ -42,7 +42,9 @@ DEMO = ROOT / "models/demo"
 NUMBER = (int, float)
 STRINGS, NUMBERS = [str], [NUMBER]
 # Neuronpedia, apps/webapp/app/api/graph/graph-schema.json: what is required, and of what type; then
-# circuit-tracer 0.5.0, circuit_tracer/frontend/graph_models.py, whose fields have no defaults in the viewer's page.
+# circuit-tracer 0.5.0, circuit_tracer/frontend/graph_models.py, whose fields have no defaults in the viewer's page. The
+# package needs torch, transformer-lens and nnsight, so that its models are restated here; the published ones themselves
+# read the demo's graphs, of accounts and of circuits, without and with pydantic's strict mode (0.5.0, November 2026).
 GRAPH = {
     "metadata": {
         "slug": str,
@@ -612,3 +614,10 @@ def test_a_circuit_has_the_links_between_features_and_the_errors(circuit):
     shares = [node["influence"] for node in graph["nodes"][:-1]]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
+    inflow = graph["metadata"]["generation_settings"]["inflow"]
+    totals = {node["node_id"]: node["activation"] for node in graph["nodes"] if node["activation"] is not None}
+    assert inflow.keys() == {*totals, logit["node_id"]}
+    for name, total in (totals | {logit["node_id"]: circuit.logit}).items():
+        linked = sum(link["weight"] for link in graph["links"] if link["target"] == name)
+        beside = (inflow[name][part] for part in ("unfollowed", "pruned", "constant"))
+        assert linked + sum(beside) == pytest.approx(total, abs=1e-4)

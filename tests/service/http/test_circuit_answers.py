@@ -6,7 +6,7 @@ import pytest
 
 LABELS = ["red circle", "green square", "blue triangle"]  # the tiny bundle's
 LAYERS, PATCHES = 3, 16
-ALL = {"nodes": 512, "seconds": 60, "node_share": 1, "edge_share": 1}
+ALL = {"nodes": 512, "seconds": 60, "node_share": 1, "edge_share": 1, "leaves": True}
 
 
 def ask(server, image, **request):
@@ -64,8 +64,44 @@ def test_scores_say_where_the_influence_ends(server, picture):
     assert answer["active"] > answer["followed"] > 20
 
 
+def into(answer, place):
+    """Sum of the listed edges into a node, or into the target (None), and of what its inflow says beside them."""
+    inflow = answer["inflow"] if place is None else answer["nodes"][place]["inflow"]
+    edges = sum(edge["weight"] for edge in answer["edges"] if edge["target"] == place)
+    return edges + inflow["unfollowed"] + inflow["pruned"] + inflow["constant"]
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_what_flows_into_a_node_adds_up(server, picture, leaves):
+    answer = ask(server, picture(), nodes=20, seconds=60, leaves=leaves)
+    assert into(answer, None) == pytest.approx(answer["logit"], abs=1e-4)
+    followed = [place for place, node in enumerate(answer["nodes"]) if node["followed"]]
+    assert followed
+    for place in followed:
+        assert into(answer, place) == pytest.approx(answer["nodes"][place]["activation"], abs=1e-4)
+        assert 0 <= answer["nodes"][place]["inflow"]["unfollowed_share"] <= 1
+    assert any(answer["nodes"][place]["inflow"]["unfollowed"] for place in followed)
+    assert answer["inflow"]["unfollowed_share"] > 0.01
+    assert all((node["inflow"] is not None) == node["followed"] for node in answer["nodes"])
+
+
+def test_features_that_were_not_followed_are_listed_on_request(server, picture):
+    """With few followed some influence ends at features that were not; by default they are no nodes."""
+    plain, whole = (ask(server, picture(), **ALL | {"nodes": 4, "leaves": leaves}) for leaves in (False, True))
+    assert plain["scores"] == pytest.approx(whole["scores"], abs=1e-6)
+    assert plain["scores"]["left_out"] > 0.02
+    features = [node for node in plain["nodes"] if node["kind"] == "feature"]
+    assert all(node["followed"] for node in features)
+    assert len(features) == plain["kept"] <= plain["followed"] == 4
+    assert plain["kept_share"] == pytest.approx(plain["kept"] / plain["active"])
+    leaves = [node for node in whole["nodes"] if node["kind"] == "feature" and not node["followed"]]
+    assert leaves
+    assert whole["kept"] > plain["kept"]
+    assert len(plain["nodes"]) < len(whole["nodes"])
+
+
 def test_pruning_leaves_less(server, picture):
-    whole, pruned = ask(server, picture(), **ALL), ask(server, picture(), nodes=512, seconds=60)
+    whole, pruned = ask(server, picture(), **ALL), ask(server, picture(), nodes=512, seconds=60, leaves=True)
     assert len(pruned["nodes"]) < len(whole["nodes"])
     assert len(pruned["edges"]) < len(whole["edges"])
     assert pruned["scores"] == pytest.approx(whole["scores"], abs=1e-6)
@@ -97,6 +133,7 @@ def test_a_label_against_itself_has_an_empty_circuit(server, picture):
         ({"target": "unicorn"}, "not among the labels"),
         ({"contrast": "unicorn"}, "not among the labels"),
         ({"explain": {}}, "explain"),
+        ({"leaves": "yes"}, "leaves"),
     ],
 )
 def test_what_cannot_be_asked(server, picture, request_part, said):

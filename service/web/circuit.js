@@ -1,0 +1,129 @@
+"use strict";
+/** The start of a saved circuit: the circuit, the photo and the cards are in the file itself. */
+{
+  const { el, replace, percent, plain, scroller } = Vitrine.dom;
+  const { strengths, name } = Vitrine.circuitGraph;
+  const at = (id) => document.getElementById(id);
+  const { circuit, title, all, image, cards, preprocessing } = JSON.parse(at("data").textContent);
+  const edges = strengths(circuit);
+  const picture = el("img", { alt: "The photo that was asked about" });
+  const layer = el("div", { class: "layer" });
+  const photo = el("div", { class: "photo" }, picture, layer);
+  const placeOf = (number, index) => {
+    const isIt = (group) => group.kind === "feature" && group.layer === number && group.index === index;
+    const found = circuit.groups.findIndex(isIt);
+    return found < 0 ? null : found;
+  };
+
+  at("origin").textContent = `${circuit.model.name} · ${circuit.model.digest.replace("sha256:", "").slice(0, 12)}`;
+  at("question").textContent = title;
+  at("scores").textContent = scores();
+  const warnings = circuit.warnings.map(({ message }) => el("li", {}, message));
+  if (warnings.length) at("scores").after(el("ul", { class: "warnings" }, warnings));
+  const graph = Vitrine.circuitGraph.create(at("drawing"), circuit, edges, chosen);
+  at("drawing").after(el("details", {}, el("summary", {}, "The nodes as a table"), table()));
+  show(null);
+  if (image === null) at("frame").hidden = true;
+  else load();
+
+  function scores() {
+    const { embeddings, errors, left_out: left } = circuit.scores;
+    const count = circuit.groups.length;
+    return [
+      count < all ? `The ${count} most influential of ${all} nodes are drawn, each over all tokens. ` : "",
+      `The influence ends at embeddings (${percent(embeddings, 0)}), at errors (${percent(errors, 0)}) and at features `,
+      `that were not followed (${percent(left, 0)}). `,
+      `${percent(circuit.kept_share)} of the active features are in the circuit.`,
+    ].join("");
+  }
+
+  async function load() {
+    at("frame").append(photo);
+    picture.src = image;
+    await picture.decode();
+    picture.classList.toggle("pixels", Math.min(picture.naturalWidth, picture.naturalHeight) < 100);
+    photo.style.setProperty("--ratio", String(picture.naturalWidth / picture.naturalHeight));
+    photo.style.setProperty("--grey", "1");
+    map(null);
+  }
+
+  /** Where in the photo a node lies, or all features of the circuit: its influence, patch by patch. */
+  function map(place) {
+    if (image === null || picture.naturalWidth === 0) return;
+    const values = Array(circuit.rows * circuit.columns).fill(0);
+    let token = 0; // at the class token, which lies nowhere
+    const shown = place === null ? circuit.groups.filter(({ kind }) => kind === "feature") : [circuit.groups[place]];
+    for (const { token: number, influence } of shown.flatMap((group) => group.where)) {
+      if (number === 0) token += influence;
+      else values[number - 1] += influence;
+    }
+    const [width, height] = [picture.naturalWidth, picture.naturalHeight];
+    const view = { sign: "both", opacity: 0.8, patch: null };
+    const drawn = { values, least: token / 10, rows: circuit.rows, columns: circuit.columns, outliers: [] };
+    const part = Vitrine.heatmap.seen(width, height, preprocessing);
+    replace(layer, Vitrine.heatmap.overlay(drawn, view, { width, height, seen: part }));
+    const where = place === null ? "The circuit's features" : name(circuit.groups[place]);
+    const cls = token > 0 ? ` ${percent(token)} lies at the class token, which is nowhere in the photo.` : "";
+    at("caption").textContent = `${where}: the bluer, the more influence from there.${cls}`;
+  }
+
+  function chosen(place) {
+    show(place);
+    map(place);
+    if (place === null) return;
+    const group = circuit.groups[place];
+    const share = percent(group.influence);
+    at("status").textContent = `${name(group)}: ${share} of the influence. More of it is beside the graph.`;
+    if (!matchMedia("(min-width: 60rem)").matches) at("chosen").focus();
+  }
+
+  function show(place) {
+    if (place === null) {
+      const how =
+        "Each box is a feature, the errors of a layer, or the photo's embeddings, with its share of the influence on the " +
+        "target; what lies below feeds what lies above. Wide lines carry much of that influence; blue ones add, orange " +
+        "and dashed ones take away. Lines from errors and embeddings are drawn once these are chosen, or what they feed. " +
+        "Choose a box to see its card, where it lies, what feeds it and what it feeds.";
+      replace(at("chosen"), el("h2", {}, "How to read this"), el("p", {}, how));
+      return;
+    }
+    const group = circuit.groups[place];
+    const kind = {
+      feature: `Layer ${group.layer}, feature #${group.index}`,
+      error: "What an MLP wrote and no feature says",
+      embedding: "The tokens as they enter the first layer",
+    };
+    const card = cards[`${group.layer}/${group.index}`] ?? null;
+    const go = (other) => {
+      graph.choose(other);
+      at("chosen").focus();
+    };
+    replace(
+      at("chosen"),
+      el("p", { class: "kicker" }, kind[group.kind]),
+      el("h2", {}, name(group)),
+      Vitrine.circuitNode.draw(circuit, place, { edges, card, onChosen: go, placeOf }),
+      el("p", {}, el("button", { type: "button", onclick: () => graph.choose(null) }, "Show the whole circuit")),
+    );
+  }
+
+  function table() {
+    const many = circuit.images > 1;
+    const head = ["Layer", "Node", "Influence", "To the logit", "Tokens", ...(many ? ["Images"] : [])];
+    const line = (group) => {
+      const cells = [percent(group.influence), plain(group.contribution), plain(group.tokens, many ? 1 : 0)];
+      if (many) cells.push(String(group.images));
+      const title = group.label === null ? name(group) : `${name(group)} #${group.index}`;
+      return el(
+        "tr",
+        {},
+        el("td", {}, group.layer === null ? "–" : String(group.layer)),
+        el("th", { scope: "row" }, title),
+        cells.map((text) => el("td", { class: "value" }, text)),
+      );
+    };
+    const top = el("tr", {}, head.map((text) => el("th", { scope: "col" }, text)));
+    const body = el("tbody", {}, circuit.groups.map(line));
+    return scroller("Nodes", el("table", { class: "list" }, el("thead", {}, top), body));
+  }
+}
