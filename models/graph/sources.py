@@ -40,8 +40,8 @@ class SourcesGraph(nn.Module):
         token: [n] the token t at which it starts; after the last block [CLS], which alone is read there; t + T, at LN1
             only: at t, less the mean over all tokens.
         feature: [n] for l < L: whose encoder row is the direction; -1: none, it starts at LN1. Without a CLT, unused.
-        weights [L, H, T, T], before_attention, before_mlp [L, T], embedded [T, d], written [L, T, d], indices, values
-        [L, T, k]: the trace.
+        weights [L, H, T, T], before_attention, before_mlp [L, T], embedded [T, d], written [L, T, d], and with a CLT
+        indices, values [L, T, k]: the trace.
     """
 
     attention_constants: Tensor  # [L, d] what attention adds to every token
@@ -83,8 +83,8 @@ class SourcesGraph(nn.Module):
         before_mlp: Tensor,
         embedded: Tensor,
         written: Tensor,
-        indices: Tensor,
-        values: Tensor,
+        indices: Tensor | None = None,
+        values: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         last = layer == self.layers
         clamped = layer.clamp_max(self.layers - 1)
@@ -115,7 +115,7 @@ class SourcesGraph(nn.Module):
             read = gradient.shape[1]  # tokens
             total = gradient.sum(1)  # [n, d]
             left = written[target, :read]  # [T, d]
-            if self.has_code:
+            if indices is not None and values is not None:
                 bias = self.decoder_biases[target]
                 biases.append(total @ bias)
                 gradients.append(torch.stack([gradient[:, 0], total - gradient[:, 0]], dim=1))

@@ -59,6 +59,30 @@ def test_what_other_graphs_have_is_stored_once(bundle):
     assert "scores.onnx.data" not in sizes
 
 
+def test_without_a_clt_the_mlps_outputs_take_the_features_place(clip, bundle, make_pixels, tmp_path):
+    """By layer and token; all else as ever."""
+    write_sources(tmp_path, clip, None, torch.float32, [])
+    tracing, following = (
+        onnxruntime.InferenceSession(tmp_path / file, providers=["CPUExecutionProvider"])
+        for file in ("trace.onnx", "sources.onnx")
+    )
+    names = TRACE_OUTPUTS[:-2]
+    assert [node.name for node in tracing.get_outputs()] == list(names)
+    outputs = dict(zip(names, tracing.run(list(names), {"pixels": make_pixels(1, seed=12).numpy()}), strict=True))
+    trace = Trace.from_batch(outputs, 0)
+    directions = np.eye(24, dtype=np.float32)[:2]
+    start = trace.starts(directions, bundle.fold, bundle.manifest.logit_scale).astype(np.float32)
+    feeds = {"direction": start, "layer": np.full(2, 3)} | dict.fromkeys(("token", "feature"), np.zeros(2, np.int64))
+    feeds |= {name: outputs[name][0] for name in names[3:]}
+    taken = {node.name for node in following.get_inputs()}
+    feeds = {name: feed for name, feed in feeds.items() if name in taken}
+    found = dict(zip(SOURCES_OUTPUTS[:3], following.run(list(SOURCES_OUTPUTS[:3]), feeds), strict=True))
+    for sources in accounts(trace, found, directions, bundle.beta, bundle.manifest.logit_scale):
+        assert abs(sources.remainder) < 1e-3
+        assert np.abs(sources.errors).sum() > 1  # what the MLPs wrote
+        assert not sources.by_feature()[0].size
+
+
 def test_without_images_there_is_no_average_picture(bundle, clip, make_clt, tmp_path):
     """Of per-layer transcoders, written beside the graphs of another CLT, with which they share the tower."""
     for name in bundle.manifest.files.keys() - {
