@@ -66,7 +66,10 @@ def variants(folder: Path, plain: Path, shape: Shape, threads: int) -> dict[str,
     baseline = session(plain / "fp32.onnx", "cpu", threads)
     shape_of = SimpleNamespace(layers=tower.layers, width=tower.width)
     bundle: Any = SimpleNamespace(
-        path=folder, fold=fold, manifest=SimpleNamespace(logit_scale=LOGIT_SCALE, shape=shape_of)
+        path=folder,
+        fold=fold,
+        manifest=SimpleNamespace(logit_scale=LOGIT_SCALE, shape=shape_of),
+        has_scores=False,
     )
     runtime = Runtime(PROVIDERS["cpu"], "fp32", threads, {PROVIDERS["cpu"]: {}}, {})
     served = SourceGraphs(bundle, runtime)  # as the service runs them

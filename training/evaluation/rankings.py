@@ -1,7 +1,7 @@
 """Which features of a picture made a prediction: rankings of its nodes, to be tried in the running network.
 
-A node is a feature (layer, index) over all tokens of one image. The target is a logit, or a difference of logits. The
-rankings, the largest score first:
+A node is a feature (layer, index) over all tokens of one image, in the last layer at [CLS] alone, which is read there.
+The target is a logit, or a difference of logits. The rankings, the largest score first:
 
     sources_mean     what its mean activation in its place takes away, by the source account: sum of (z - mean z) <W, G>
     sources          its part of the source account: sum of z <W, G> (`models.account.sources`)
@@ -60,7 +60,8 @@ class Rankings:
         with torch.no_grad():
             residual = tower(pixels).residual_out[:, 0]
             is_cls = torch.arange(tower.tokens, device=pixels.device) == 0
-            codes = self.clt.encode(mlp_in[:, 0], is_cls)
+            *codes, last = self.clt.encode(mlp_in[:, 0], is_cls)
+            codes.append(last._replace(values=last.values * is_cls[:, None]))  # nothing reads the last patches
             dense = torch.stack([_by_feature(code.indices, code.values, self.clt.features) for code in codes])
             at_cls = torch.stack([_by_feature(code.indices[:1], code.values[:1], self.clt.features) for code in codes])
             sources = self._inner(codes, held[:, 0])

@@ -254,7 +254,8 @@ class BundleSection(Section):
     )
     sources: bool = Field(
         default=True,
-        description="source accounts: `explain.sources`; the same decoders, stored once where there are both",
+        description="source accounts: `explain.sources`, `explain.attention`, circuits; the same decoders, stored once "
+        "where there are both",
     )
 
 
