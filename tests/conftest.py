@@ -4,11 +4,9 @@ open_clip initialises LayerNorms with gamma 1 and beta 0, and biases with 0, whi
 parameter is moved away from its initial value.
 """
 
-import fcntl
 import gc
 import io
 import json
-import os
 from functools import cache
 
 import vitrine  # noqa: F401  # first: it stops the libraries' telemetry
@@ -24,7 +22,6 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from common import LABELS, RECIPE, TINY_CLIP
-from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.bundle.manifest import Data, Metrics
 from vitrine.models.clip.loading import load_clip
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
@@ -246,35 +243,12 @@ def picture(draw, encode):
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory):
-    """Makes a bundle once for all processes of a test run, each of which takes up what another has made: an export
-    takes seconds."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
-    folder.mkdir(exist_ok=True)
-
-    def make(name, build):
-        """The opened bundle NAME/tiny. build: writes it, whole or not at all."""
-        out = folder / name / "tiny"
-        with (folder / f"{name}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not out.exists():
-                build(out)
-        return open_bundle(out)
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def bundle(clip, clt, cls_mean, provenance, make_pixels, once):
+def bundle(clip, clt, cls_mean, provenance, make_pixels, tmp_path_factory):
     """The exported and opened bundle of `clip` and `clt`, with the replacement graph, source accounts and the average
     of four images."""
-
-    def build(out):
-        images = [make_pixels(4, seed=11)]
-        export_bundle(clip, clt, cls_mean, provenance, out, calibration=images, replacement=True, sources=True)
-
-    return once("bundle", build)
+    out = tmp_path_factory.mktemp("bundles") / "tiny"
+    images = [make_pixels(4, seed=11)]
+    return export_bundle(clip, clt, cls_mean, provenance, out, calibration=images, replacement=True, sources=True)
 
 
 @pytest.fixture(scope="session")
@@ -288,18 +262,15 @@ def checkpoint(recipe, clip, clt, cls_mean, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def carded(checkpoint, bundle, clip, data_root, once):
+def carded(checkpoint, bundle, clip, data_root, tmp_path_factory):
     """`bundle` with cards and thumbnails. Label thresholds are off, so that features of random weights get labels."""
-
-    def build(out):
-        options = Options(exemplars=4, shown=3, references=40, workers=0)
-        with pytest.MonkeyPatch.context() as patch:
-            for name, threshold in (("PRECISION", 0.0), ("MIN_LABELS", 0), ("RANDOM_QUANTILE", 0.0)):
-                patch.setattr(labels, name, threshold)
-            patch.setattr(labels, "chance", lambda fires, words: np.zeros(fires.shape[1]))
-            build_cards(clip, checkpoint, bundle, data_root, out, options, Console(quiet=True))
-
-    return once("carded", build)
+    out = tmp_path_factory.mktemp("carded") / "tiny"
+    options = Options(exemplars=4, shown=3, references=40, workers=0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, threshold in (("PRECISION", 0.0), ("MIN_LABELS", 0), ("RANDOM_QUANTILE", 0.0)):
+            patch.setattr(labels, name, threshold)
+        patch.setattr(labels, "chance", lambda fires, words: np.zeros(fires.shape[1]))
+        return build_cards(clip, checkpoint, bundle, data_root, out, options, Console(quiet=True))
 
 
 # A CLT of every sparsifier, cross-layer and per-layer, with budgets that differ by layer and token type.
@@ -331,12 +302,10 @@ def exported_clt(request, make_clt, clip):
 
 
 @pytest.fixture(scope="session")
-def any_bundle(exported_clt, clip, cls_mean, provenance, once):
+def any_bundle(exported_clt, clip, cls_mean, provenance, tmp_path_factory):
     """The exported and opened bundle of `exported_clt`; jumprelu's has float16 tables."""
-    architecture = exported_clt.architecture
-    tables = "float16" if architecture.sparsifier == "jumprelu" else "float32"
-    name = f"{architecture.sparsifier}-{architecture.cross_layer}"
-    return once(name, lambda out: export_bundle(clip, exported_clt, cls_mean, provenance, out, tables))
+    tables = "float16" if exported_clt.architecture.sparsifier == "jumprelu" else "float32"
+    return export_bundle(clip, exported_clt, cls_mean, provenance, tmp_path_factory.mktemp("variants") / "x", tables)
 
 
 @pytest.fixture(scope="session")
