@@ -25,6 +25,7 @@ class Backward(NamedTuple):
 
     mlp_in: Tensor  # [L, B, T, d] what the MLPs, and the encoders, read
     gradients: Tensor  # [L, B, T, d] of the target, at what the MLPs wrote
+    residual: Tensor  # [B, d] [CLS] before ln_post
 
 
 @torch.enable_grad()
@@ -44,7 +45,7 @@ def written_gradients(tower: Tower, pixels: Tensor, target: Callable[[Tensor], T
         mlp_ins.append(mlp_in.detach())
         streams.append(stream)
     gradients = torch.autograd.grad(target(stream[:, 0]).sum(), streams)
-    return Backward(torch.stack(mlp_ins), torch.stack(gradients))
+    return Backward(torch.stack(mlp_ins), torch.stack(gradients), stream[:, 0].detach())
 
 
 def _held_attention(block: Any, stream: Tensor) -> Tensor:

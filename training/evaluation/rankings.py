@@ -55,10 +55,9 @@ class Rankings:
         def held_logit(residual: Tensor) -> Tensor:
             return residual @ self._straight(residual.detach(), scaled)
 
-        mlp_in, held = written_gradients(tower, pixels, held_logit, held=True)
-        _, true = written_gradients(tower, pixels, logit, held=False)
+        mlp_in, held, residual = written_gradients(tower, pixels, held_logit, held=True)
+        true = written_gradients(tower, pixels, logit, held=False).gradients
         with torch.no_grad():
-            residual = tower(pixels).residual_out[:, 0]
             is_cls = torch.arange(tower.tokens, device=pixels.device) == 0
             *codes, last = self.clt.encode(mlp_in[:, 0], is_cls)
             codes.append(last._replace(values=last.values * is_cls[:, None]))  # nothing reads the last patches
@@ -84,14 +83,17 @@ class Rankings:
 
     def _inner(self, codes: list[SortedCode], gradients: Tensor) -> Tensor:
         """sum over tokens of z <W, G> of every feature [L, F], for gradients at what was written [L, N, d]."""
-        scores = torch.zeros_like(self.mean[:, 0])
+        orders = [Order(code.indices, self.clt.features) for code in codes]
+        products = [torch.zeros_like(code.values) for code in codes]  # <W, G> at each place
         for target, decoder in enumerate(self.clt.decoders):
             for source, weight in zip(decoder.sources, decoder.weights, strict=True):
-                code = codes[source]
-                order = Order(code.indices, self.clt.features)
-                parts = order.products(gradients[target], weight).view_as(code.values) * code.values
-                scores[source] += _by_feature(code.indices, parts, self.clt.features)
-        return scores
+                products[source] += orders[source].products(gradients[target], weight).view_as(products[source])
+        return torch.stack(
+            [
+                _by_feature(code.indices, code.values * part, self.clt.features)
+                for code, part in zip(codes, products, strict=True)
+            ]
+        )
 
     def _of_means(self, by_type: Tensor) -> Tensor:
         """The same of the mean activations at every token [L, F], for gradients summed by token type [L, 2, d]."""

@@ -68,12 +68,12 @@ def test_sources_about_the_mean_are_linear_in_the_edit(clip, make_rankings, make
     rankings = make_rankings(k=6, k_cls=9)
     pixels, clt = make_pixels(1, seed=2), rankings.clt
     scores, _ = rankings(pixels, direction)
-    _, gradients = written_gradients(
+    gradients = written_gradients(
         clip.tower,
         pixels,
         lambda r: r @ rankings._straight(r.detach(), direction * clip.logit_scale),
         held=True,
-    )
+    ).gradients
     trace, _ = served(clip, clt, pixels, direction)
     z = by_feature(trace["indices"], trace["values"], clt.features)  # [L, T, F]
     mean = rankings.mean[:, torch.arange(clip.tower.tokens).clamp_max(1)]  # [L, T, F]
@@ -107,7 +107,7 @@ def test_true_gradients_are_finite_differences(any_clip, make_pixels):
         def target(residual):
             return F.normalize(tower.head(residual), dim=-1) @ u
 
-        _, gradients = written_gradients(tower, pixels, target, held=False)
+        gradients = written_gradients(tower, pixels, target, held=False).gradients
         step = torch.randn(tower.width, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
         for layer in range(tower.layers):
             for token in (0, tower.tokens - 1):
