@@ -50,23 +50,19 @@ def check_attention(asked: HeadQuestion, engine: Engine) -> None:
 
 
 async def attention_account(
-    attributor: Attributor, pixels: NDArray[np.float32], asked: HeadQuestion
+    attributor: Attributor, pixels: NDArray[np.float32], trace: Trace | None, asked: HeadQuestion
 ) -> AttentionAccount:
-    """The account of one score of one image [3, H, W]."""
-    graphs, bundle = attributor.engine.sources, attributor.bundle
+    """The account of one score of one image [3, H, W]. trace: the image's, if it is known."""
+    graphs, bundle, run_between = attributor.engine.sources, attributor.bundle, attributor.batcher.run_between
     assert graphs is not None  # see `check_attention`
-    trace, score, of_query, of_key = await attributor.batcher.run_between(
-        score_accounts, graphs, pixels, asked, spent=0.0
-    )
+    trace = trace or await run_between(graphs.trace, pixels, spent=0.0)
+    score, of_query, of_key = await run_between(score_accounts, graphs, trace, asked, spent=0.0)
     found = await _pairs(attributor, graphs, trace, score, _listed(of_query, asked), asked)
     return await attributor.in_thread(_answer, bundle, trace, score, of_query, of_key, found, asked)
 
 
-def score_accounts(
-    graphs: SourceGraphs, pixels: NDArray[np.float32], asked: HeadQuestion
-) -> tuple[Trace, AttentionScore, Sources, Sources]:
-    """(trace, score, the query's account, the key's) of one image [3, H, W]."""
-    trace = graphs.trace(pixels)
+def score_accounts(graphs: SourceGraphs, trace: Trace, asked: HeadQuestion) -> tuple[AttentionScore, Sources, Sources]:
+    """(score, the query's account, the key's)."""
     score = graphs.attention_score(trace, asked.layer, asked.head, asked.query, asked.key, asked.relative)
     of_query, of_key = (
         account(trace, graphs.of_reads(trace, asked.layer, starts))
@@ -75,7 +71,7 @@ def score_accounts(
             (score.key_account, score.key_start()),
         )
     )
-    return trace, score, of_query, of_key
+    return score, of_query, of_key
 
 
 def _listed(of_query: Sources, asked: HeadQuestion) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vitrine.models.account.ledger import Decomposition
+from vitrine.models.account.sources import Trace
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.service.answers.answer_size import attribution_values, check_answer_size
 from vitrine.service.answers.attention import attention_account
@@ -112,12 +113,12 @@ async def _attribute(
         predictions, explanations, lens_layers, fidelity = await attributor.in_thread(
             _account, attributor.bundle, inferred.parts, inferred.labels, request
         )
+    trace = attention = None
     if explain.sources:
-        explanations = await _with_sources(attributor, inferred, explain, explanations, timings)
-    attention = None
+        explanations, trace = await _with_sources(attributor, inferred, explain, explanations, timings)
     if explain.attention is not None:
         with timed_stage("attention", timings):
-            attention = await attention_account(attributor, inferred.pixels, explain.attention)
+            attention = await attention_account(attributor, inferred.pixels, trace, explain.attention)
     _observe(explanations, fidelity)
     attribution = Attribution(
         warnings=to_notices(image=inferred.notes),
@@ -138,19 +139,20 @@ async def _with_sources(
     explain: Explain,
     explanations: list[Explanation],
     timings: dict[str, float],
-) -> list[Explanation]:
-    """The explanations with their source accounts."""
+) -> tuple[list[Explanation], Trace]:
+    """The explanations with their source accounts, and the image's trace."""
     engine, labels = attributor.engine, inferred.labels
     assert engine.sources is not None  # see `check_explain`
     with timed_stage("sources", timings):
         top1 = labels.labels.index(explanations[0].target)
         of = directions(labels, explain, top1)
-        found = await attributor.batcher.run_between(engine.sources.run, inferred.pixels, of, spent=0.0)
-        accounts = await attributor.in_thread(source_accounts, attributor.bundle, *found, of, explain)
-    return [
+        trace, outputs = await attributor.batcher.run_between(engine.sources.run, inferred.pixels, of, spent=0.0)
+        accounts = await attributor.in_thread(source_accounts, attributor.bundle, trace, outputs, of, explain)
+    explained = [
         explanation.model_copy(update={"sources": sources})
         for explanation, sources in zip(explanations, accounts, strict=True)
     ]
+    return explained, trace
 
 
 def _account(

@@ -88,12 +88,12 @@ def _check_source_accounts(graphs: SourceGraphs, pixels: NDArray[np.float32], pa
 
 def _check_attention_scores(graphs: SourceGraphs, pixels: NDArray[np.float32]) -> None:
     """That the scores of some heads are those of the trace's attention weights, and their accounts add up."""
-    bundle = graphs.bundle
+    bundle, trace = graphs.bundle, graphs.trace(pixels)
     layers = bundle.manifest.shape.layers
     for layer, head in ((0, 0), (layers // 2, graphs.heads // 2), (layers - 1, graphs.heads - 1)):
         for relative in (False, True):
             asked = HeadQuestion(layer=layer, head=head, relative=relative)
-            _, score, *sides = score_accounts(graphs, pixels, asked)
+            score, *sides = score_accounts(graphs, trace, asked)
             weights = np.exp(score.scores - score.scores.max())
             deviation = float(np.abs(weights / weights.sum() - score.weights).max())
             if not deviation <= TOLERANCE:
