@@ -42,7 +42,7 @@ def explain(clip, clt, pixels, layer, head, query, key, relative):
     outputs = dict(zip(SCORES_OUTPUTS, (part.numpy() for part in outputs), strict=True))
     score = AttentionScore.of(trace, outputs, layer, head, query, key, relative)
     graph = SourcesGraph(clip.tower, clt, torch.float32)
-    code = held[8:] if clt else [torch.zeros(0), torch.zeros(0)]
+    code = held[8:] if clt else []
 
     def follow(starts):
         count = len(starts.directions)
