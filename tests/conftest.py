@@ -295,17 +295,36 @@ def any_clt(request, make_clt, clip):
 EXPORTED = ("relu_topk", "abs_topk", "jumprelu", "batch_topk", "per-layer relu_topk")  # an export takes seconds
 
 
+@pytest.fixture(scope="session")
+def export_variant(make_clt, clip, cls_mean, provenance, tmp_path_factory):
+    """export_variant(one of `EXPORTED`) -> its CLT and bundle. Each is exported once: pytest itself would forget it
+    from one file to the next, and an export takes seconds."""
+    folder = tmp_path_factory.mktemp("variants")
+
+    @cache
+    def export(variant):
+        clt = make_clt(clip, seed=1, **CLT_VARIANTS[variant])
+        tables = "float16" if variant == "jumprelu" else "float32"
+        return clt, export_bundle(clip, clt, cls_mean, provenance, folder / variant.replace(" ", "-"), tables)
+
+    return export
+
+
 @pytest.fixture(scope="session", params=EXPORTED)
-def exported_clt(request, make_clt, clip):
-    """The CLT that `any_bundle` was exported from: every sparsifier, and per-layer transcoders."""
-    return make_clt(clip, seed=1, **CLT_VARIANTS[request.param])
+def exported_variant(request, export_variant):
+    return export_variant(request.param)
 
 
 @pytest.fixture(scope="session")
-def any_bundle(exported_clt, clip, cls_mean, provenance, tmp_path_factory):
-    """The exported and opened bundle of `exported_clt`; jumprelu's has float16 tables."""
-    tables = "float16" if exported_clt.architecture.sparsifier == "jumprelu" else "float32"
-    return export_bundle(clip, exported_clt, cls_mean, provenance, tmp_path_factory.mktemp("variants") / "x", tables)
+def exported_clt(exported_variant):
+    """The CLT that `any_bundle` was exported from: every sparsifier, and per-layer transcoders."""
+    return exported_variant[0]
+
+
+@pytest.fixture(scope="session")
+def any_bundle(exported_variant):
+    """The exported and opened bundle of `exported_clt`; jumprelu's has float16 tables. Copy it before changing it."""
+    return exported_variant[1]
 
 
 @pytest.fixture(scope="session")

@@ -74,9 +74,9 @@ class AttributionGraph(nn.Module):
         biases = torch.stack([encoder.bias.detach() for encoder in encoders])
         self.register_buffer("encoder_biases", biases.to(tables).float())  # [L, F]
         by_rank = any(threshold is None for threshold in thresholds)
-        self.register_buffer("threshold", None if by_rank else torch.stack(thresholds).to(tables).float())
         usable = torch.arange(self.k) < torch.tensor(self.places)[:, None]
-        self.register_buffer("usable", None if usable.all() else usable)
+        self._keep("threshold", None if by_rank else torch.stack(thresholds).to(tables).float())
+        self._keep("usable", None if usable.all() else usable)
         self.register_buffer("directions", clt.directions().to(tables).flatten(0, 1))  # [L * F, d]
         # To the last MLP output the last source layer writes its directions; per-layer transcoders write nothing else.
         earlier = clt.writers(clt.layers - 1)[: clt.layers - 1 if clt.architecture.cross_layer else 0]
@@ -84,6 +84,14 @@ class AttributionGraph(nn.Module):
         self.register_buffer("bias", clt.decoder_biases().sum(0))
         self.register_buffer("cls_mean", cls_mean.sum(0) @ fold)
         self.register_buffer("offsets", torch.arange(clt.layers)[:, None] * clt.features)
+
+    def _keep(self, name: str, tensor: Tensor | None) -> None:
+        """Register a buffer, unless it is None: at such a buffer torch's exporter fails, and begins again in a way that
+        takes three times as long."""
+        if tensor is None:
+            setattr(self, name, None)
+        else:
+            self.register_buffer(name, tensor)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         tower = self.tower

@@ -173,9 +173,10 @@ def test_a_sample_is_of_the_seed(engine, data_root):
     assert not np.array_equal(first, other)
 
 
-def test_what_cannot_be_replayed(engine, any_bundle, data_root, tmp_path):
+def test_what_cannot_be_replayed(engine, export_variant, data_root, tmp_path):
+    _, bundle = export_variant("relu_topk")
     with pytest.raises(ReplayError, match=r"has no replacement graph: export it with `bundle\.replacement = true`"):
-        replay(Engine(any_bundle, Settings()), data_root / "val", LIMITS)
+        replay(Engine(bundle, Settings()), data_root / "val", LIMITS)
     with pytest.raises(InputError, match="has no images"):
         replay(engine, tmp_path, LIMITS)
     (tmp_path / "a").mkdir()
