@@ -61,7 +61,9 @@ from torch import Tensor, nn
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.layout import DETAILS, DETAILS_INPUT, VISION_OUTPUTS
 from vitrine.models.clip.tower import Tower
-from vitrine.models.dictionary.clt import Architecture, Encoder
+from vitrine.models.dictionary.clt import Architecture
+from vitrine.models.dictionary.encoder import Encoder
+from vitrine.models.dictionary.sparsify import make_sparsifier
 from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.onnx_file import save_onnx, to_onnx
 from vitrine.models.graph.variants import make_variant, preselect
@@ -107,7 +109,7 @@ class RandomClt:
         generator = torch.Generator().manual_seed(0)
         self.layers, self.width, self.features = layers, width, features
         self.architecture = Architecture(layers, width, features, (k,) * layers, (k,) * layers)
-        self.encoders = [Encoder(self.architecture, layer) for layer in range(layers)]
+        self.encoders = [Encoder(width, make_sparsifier("relu_topk", features, k, k)) for _ in range(layers)]
         self.table = torch.randn(layers, features, width, generator=generator).mul_(0.02)
         for encoder in self.encoders:
             nn.init.normal_(encoder.weight, std=width**-0.5, generator=generator)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from vitrine.models.clip.tower import Tower
-from vitrine.models.dictionary.clt import CrossLayerTranscoder, Order, SortedCode
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.dictionary.replacement import which_are_cls
+from vitrine.models.dictionary.sparse_products import Order, SortedCode
 
 
 class Edited:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from vitrine.models.account.windows import Tokens
 from vitrine.models.clip.tower import Tower
-from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.dictionary.sparse_products import SortedCode
 
 
 class ReplacementOutput(NamedTuple):

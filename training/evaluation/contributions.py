@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from vitrine.models.account.windows import Tokens
-from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.dictionary.projection import projection_scores
+from vitrine.models.dictionary.sparse_products import SortedCode
 
 CLS, PATCHES = 0, 1  # indices of the token types in sums
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from vitrine.models.account.windows import TOKENS, Tokens
 from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tower import Taps
-from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.dictionary.sparse_products import SortedCode
 from vitrine.models.dictionary.sparsify import Code
 from vitrine.models.progress import Progress
 from vitrine.training.data.activations import activations

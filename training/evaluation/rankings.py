@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from vitrine.models.clip.loading import Clip
-from vitrine.models.dictionary.clt import CrossLayerTranscoder, Order, SortedCode
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.dictionary.sparse_products import Order, SortedCode
 from vitrine.models.graph.attribution import denominator
 from vitrine.training.evaluation.gradients import written_gradients
 

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from vitrine.models.account.windows import TOKENS, Tokens
-from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.dictionary.replacement import of_type
+from vitrine.models.dictionary.sparse_products import SortedCode
 from vitrine.training.data.normalisation import OUTLIER
 from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.results import LayerFigures, TokenFigures

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from vitrine.models.account.windows import Tokens
 from vitrine.models.clip.tower import Taps, Tower
-from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.dictionary.replacement import of_type, which_are_cls, with_mlp
+from vitrine.models.dictionary.sparse_products import SortedCode
 
 
 @dataclass

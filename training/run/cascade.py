@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, normalize
 
 from vitrine.models.clip.tower import Tower
-from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.dictionary.replacement import Replacement
+from vitrine.models.dictionary.sparse_products import SortedCode
 from vitrine.training.data.activations import activations
 from vitrine.training.data.normalisation import Normalisation
 from vitrine.training.recipes.recipe import CascadeSection

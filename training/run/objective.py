@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitrine.models.dictionary.clt import CrossLayerTranscoder, SortedCode
+from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.dictionary.sparse_products import SortedCode
 from vitrine.training.data.activations import Activations
 from vitrine.training.data.normalisation import Normalisation
 from vitrine.training.recipes.recipe import TrainingSection

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vitrine.models.dictionary.clt import Decoder, Encoder
+from vitrine.models.dictionary.clt import Decoder
+from vitrine.models.dictionary.encoder import Encoder
 from vitrine.models.errors import VitrineError
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import tensor
 from torch.nn.functional import linear
 
-from vitrine.models.dictionary.clt import SortedCode
+from vitrine.models.dictionary.sparse_products import SortedCode
 
 KINDS = ("relu_topk", "abs_topk", "jumprelu", "batch_topk")
 
