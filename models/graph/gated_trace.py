@@ -15,8 +15,25 @@ from vitrine.models.clip.attention import Attention, linear
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.residual_sae import ResidualSaes, standardise
 from vitrine.models.graph.attribution import denominator
-from vitrine.models.graph.gated import gates
+from vitrine.models.graph.gated import Held, gates
 from vitrine.models.graph.replacement import TokenCode
+
+
+def hold(block: Any, attention: nn.Module, stream: Tensor, *, cls_only: bool = False) -> tuple[Held, Tensor]:
+    """Run a block, whose attention is a `models.clip.attention.Attention`, on the stream [B, T, d]: (what is held fast,
+    the stream after it). cls_only: its MLP runs for [CLS] alone, the stream after it is [B, 1, d], other gates 0."""
+    tokens = stream.shape[1]
+    before_attention = denominator(stream, block.ln_1)
+    attended = attention(stream)
+    stream = stream + attended.out
+    before_mlp = denominator(stream, block.ln_2)
+    if cls_only:
+        stream = stream[:, :1]
+    hidden = block.mlp.c_fc(block.ln_2(stream))
+    of_tokens = gates(block.mlp.gelu, hidden)
+    stream = stream + block.ls_2(block.mlp.c_proj(hidden * of_tokens))
+    of_tokens = nn.functional.pad(of_tokens, (0, 0, 0, tokens - of_tokens.shape[1]))
+    return Held(attended.weights, before_attention, before_mlp, of_tokens), stream
 
 
 class GatedTraceGraph(nn.Module):
@@ -50,30 +67,21 @@ class GatedTraceGraph(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         tower, last = self.tower, self.tower.layers - 1
         stream = tower.embed(pixels)
-        parts: dict[str, list[Tensor]] = {name: [] for name in ("weights", "ln_1", "ln_2", "gates", "streams")}
+        held: list[Held] = []
+        streams: list[Tensor] = []
         codes: list[tuple[Tensor, Tensor, Tensor]] = []
-        for layer, block in enumerate(tower.blocks):
+        for layer in range(tower.layers):
             if 0 < layer <= self.saes:
                 codes.append(self._code(layer - 1, stream))
-            parts["streams"].append(stream)
-            parts["ln_1"].append(denominator(stream, block.ln_1))
-            attention = self.attention[layer](stream)
-            parts["weights"].append(attention.weights)
-            stream = stream + attention.out
-            parts["ln_2"].append(denominator(stream, block.ln_2))
-            if layer == last:
-                stream = stream[:, :1]
-            hidden = block.mlp.c_fc(block.ln_2(stream))
-            of_tokens = gates(block.mlp.gelu, hidden)
-            stream = stream + block.ls_2(block.mlp.c_proj(hidden * of_tokens))
-            parts["gates"].append(nn.functional.pad(of_tokens, (0, 0, 0, tower.tokens - of_tokens.shape[1])))
+            streams.append(stream)
+            of_block, stream = hold(tower.blocks[layer], self.attention[layer], stream, cls_only=layer == last)
+            held.append(of_block)
         residual = stream[:, 0]
         z = tower.head(residual)
         norm = z.norm(dim=-1)
         scale = norm * denominator(residual, tower.visual.ln_post)
-        held = (torch.stack(part, dim=1) for part in parts.values())
-        of_saes = (torch.stack(part, dim=1) for part in zip(*codes, strict=True))
-        return z / norm[:, None], scale, norm, *held, *of_saes
+        parts = (*zip(*held, strict=True), streams, *zip(*codes, strict=True))
+        return z / norm[:, None], scale, norm, *(torch.stack(list(part), dim=1) for part in parts)
 
     def _code(self, layer: int, stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(standard deviations [B, T], features [B, T, k], activations [B, T, k]) of one layer's SAE."""
