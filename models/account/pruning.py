@@ -67,7 +67,7 @@ def prune(
     rows = np.flatnonzero(np.isin(graph.expanded, nodes))
     rows = rows[np.argsort(-graph.shape.layer_of(graph.expanded[rows]), kind="stable")]  # from the last layer down
     all_edges = _Rows(graph, rows, unfollowed)
-    weights = np.concatenate([graph.target[None, nodes], graph.shares[np.ix_(rows, nodes)]]) * all_edges.gross[:, None]
+    weights = np.concatenate([graph.target[None, nodes] * graph.target_gross, graph.edges(rows, nodes)])
     place_of = np.full(graph.shape.columns, -1, np.int64)
     place_of[nodes] = np.arange(len(nodes))
     places = place_of[graph.expanded[rows]]  # in `nodes`
@@ -117,9 +117,14 @@ class _Rows:
     def __init__(self, graph: AttributionGraph, rows: NDArray[np.integer], unfollowed: NDArray[np.bool_]) -> None:
         self.gross = np.concatenate([[graph.target_gross], graph.gross[rows]])
         sums = np.empty((4, len(rows) + 1))
-        for place, shares in enumerate([graph.target, *(graph.shares[row] for row in rows)]):  # each has all columns
-            parts = (shares, shares[unfollowed])
-            sums[:, place] = [part.sum(dtype=np.float64) for part in (*parts, *map(np.abs, parts))]
+        place_of = np.full(len(graph.expanded), -1)
+        place_of[rows] = np.arange(1, len(rows) + 1)
+        sums[:, 0] = _sums(graph.target, unfollowed)
+        for span, numbers, of_layer in graph.rows.values():
+            hidden = span.cut(unfollowed)
+            for place, shares in zip(place_of[numbers].tolist(), of_layer, strict=True):
+                if place >= 0:
+                    sums[:, place] = _sums(shares, hidden)
         self.signed, self.signed_unfollowed, self.sizes, self.from_unfollowed = sums * self.gross
 
     def beside(self, listed: Array, unfollowed: NDArray[np.bool_]) -> tuple[Array, ...]:
@@ -134,6 +139,12 @@ class _Rows:
         )
         unfollowed_share, pruned_share = shares
         return self.signed, of_unfollowed, unfollowed_share, pruned, pruned_share
+
+
+def _sums(shares: Array, unfollowed: NDArray[np.bool_]) -> list[float]:
+    """Of one row: of all and of the features that were not followed, signed, and the same of sizes."""
+    parts = (shares, shares[unfollowed])
+    return [float(part.sum(dtype=np.float64)) for part in (*parts, *map(np.abs, parts))]
 
 
 def _at(values: Array, places: NDArray[np.integer], count: int) -> Array:

@@ -36,15 +36,15 @@ from vitrine.models.graph.gated import GatedBlock, Held
 
 
 class Below(nn.Module):
-    """What a gradient [n, T, d] at the stream after block `layer` finds there; layer -1: the embeddings."""
+    """What a gradient [n, T, d] at the stream after block `layer` finds there; layer -1: the embeddings, which have no
+    SAE."""
 
     weight: Tensor  # [F, d] the decoder's rows
     bias: Tensor  # [d] its bias
 
     def __init__(self, saes: ResidualSaes | None, layer: int) -> None:
         super().__init__()
-        self.has_code = layer >= 0
-        if saes is not None and self.has_code:
+        if saes is not None and layer >= 0:
             self.register_buffer("weight", saes.decoders[layer].weight.detach())
             self.register_buffer("bias", saes.decoders[layer].bias.detach())
 
