@@ -61,7 +61,7 @@ def prune(
     """
     unfollowed = _unfollowed(graph)
     influence = graph.influence if leaves else np.where(unfollowed, 0, graph.influence)
-    nodes = np.flatnonzero(_largest(influence, node_share))
+    nodes = np.flatnonzero(fewest(influence, node_share))
     nodes = nodes[np.argsort(-influence[nodes], kind="stable")]
     # The graph of these nodes alone: a row for the target and for each that was expanded, a column for each.
     rows = np.flatnonzero(np.isin(graph.expanded, nodes))
@@ -76,7 +76,7 @@ def prune(
     for row, place in enumerate(places, 1):
         flow += flow[place] * shares[row]
     scores = shares * np.concatenate([[1.0], flow[places]])[:, None]
-    edges = _largest(scores.ravel(), edge_share).reshape(scores.shape)
+    edges = fewest(scores.ravel(), edge_share).reshape(scores.shape)
     kept = np.ones(len(nodes), bool)
     while True:
         fed = np.ones(len(nodes), bool)  # leaves need no edge in
@@ -160,7 +160,7 @@ def _divided(sizes: Array) -> Array:
     return np.divide(sizes, sums, out=np.zeros_like(sizes), where=sums != 0)
 
 
-def _largest(values: Array, share: float) -> NDArray[np.bool_]:
+def fewest(values: Array, share: float) -> NDArray[np.bool_]:
     """The fewest of non-negative values whose sum is at least `share` of all."""
     order = np.argsort(-values, kind="stable")
     cumulated = np.cumsum(values[order], dtype=np.float64)

@@ -26,7 +26,7 @@ L layers, B images, T tokens, d width, D embedding size, F features of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ class Medians(NamedTuple):
 class Kept(NamedTuple):
     """Nodes of a layer through which the gradient goes on."""
 
-    features: Tensor  # [F] bool
+    features: Tensor  # [F] bool, or at each token [T, F]
     error: bool
 
 
@@ -103,10 +103,14 @@ class Relevance:
             direction: [D], or [B, D] of each image, times CLIP's logit scale: of a label's embedding, or of that minus
                 the mean over the labels, the paper's target.
         """
-        walk = Walk(self, pixels, direction)
+        walk = self.walk(pixels, direction)
         while walk.layer >= 0:
             yield walk.relevance()
             walk.back()
+
+    def walk(self, pixels: Tensor, direction: Tensor) -> Walk:
+        """The same a layer at a time, through whatever is kept."""
+        return Walk(self, pixels, direction)
 
 
 class Walk:
@@ -159,20 +163,22 @@ class Walk:
         self._through_block()
 
     @torch.no_grad()
-    def edges(self, features: Sequence[int], *, error: bool = False) -> Iterator[Tensor]:
-        """Of each of these features over all tokens, and of the error: how much of it came from each node of the layer
-        below, [B, F + 1], the error last. The paper's edges. Below the first layer are no nodes."""
+    def edges(self, nodes: Iterable[int]) -> Iterator[Tensor]:
+        """The paper's edges: how much of each of these nodes, numbered as in `LayerRelevance.nodes`, came from each
+        node of the layer below, [B, F + 1]; 0 of an error that is a leaf. Below the first layer are no nodes."""
         code, block = self._code, self.of.blocks[self.layer]
         assert code is not None
         held, below = self._hold(), self._read(self.layer - 1)
         products = code.products(self._gradient)
-        for feature in (*features, *((None,) if error else ())):
-            if feature is None:
-                gradient, _ = code.through_error(self._gradient)
-            else:
+        for node in nodes:
+            if node < products.shape[-1]:
                 of_one = torch.zeros_like(products)
-                of_one[..., feature] = products[..., feature]
+                of_one[..., node] = products[..., node]
                 gradient, _ = code.through_encoder(of_one)
+            elif self.of.leaf_error:
+                gradient = torch.zeros_like(self._gradient)
+            else:
+                gradient, _ = code.through_error(self._gradient)
             gradient, _ = block(gradient, held)
             of_features, errors, _ = below.relevance(gradient)
             yield torch.cat([of_features.sum(1), errors.sum(1, keepdim=True)], dim=1)

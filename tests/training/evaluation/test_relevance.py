@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from libragrad import held_block, held_norm, in_float64
-from vitrine.training.evaluation.relevance import Kept, Medians, Relevance, Walk
+from vitrine.training.evaluation.relevance import Kept, Medians, Relevance
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -61,7 +61,7 @@ def check(clip, saes, pixels, *, leaf_error, hierarchical=False, with_medians=Tr
     medians = random_medians(saes, tower.tokens) if with_medians else None
     direction = direction_of(tower)
     kept = [Kept(torch.arange(n) % 3 > 0, layer % 2 == 0) for layer, n in enumerate(saes.architecture.features)]
-    walk = Walk(Relevance(tower, saes, medians, leaf_error=leaf_error), pixels, direction)
+    walk = Relevance(tower, saes, medians, leaf_error=leaf_error).walk(pixels, direction)
     images = [Saed(tower, saes, one, leaf_error=leaf_error, kept=kept if hierarchical else None) for one in pixels]
     targets = [image.logit(direction) for image in images]
     torch.testing.assert_close(walk.logits, torch.stack(targets).detach(), **CLOSE)
@@ -78,10 +78,8 @@ def check(clip, saes, pixels, *, leaf_error, hierarchical=False, with_medians=Tr
             torch.testing.assert_close(found.features[n], z * at_code, **CLOSE)
             torch.testing.assert_close(found.errors[n], (error * at_error).sum(-1), **CLOSE)
         if hierarchical and layer:
-            edges = walk.edges(
-                kept[layer].features.nonzero()[:, 0].tolist(), error=kept[layer].error and not leaf_error
-            )
-            summed = sum(edges)
+            nodes = torch.cat([kept[layer].features, torch.tensor([kept[layer].error])])
+            summed = sum(walk.edges(nodes.nonzero()[:, 0].tolist()))
         walk.back(kept[layer] if hierarchical else None)
         if hierarchical and layer:
             torch.testing.assert_close(summed, walk.relevance().nodes, **CLOSE)
