@@ -28,10 +28,14 @@ def through_attention(block: Any, gradient: Tensor, weights: Tensor) -> Tensor:
 def through_attention_of_one(block: Any, gradient: Tensor, weights: Tensor) -> Tensor:
     """The same for gradients at one token each [n, d], with that token's weights [H, n, T]: with few directions, a
     product less than of all tokens."""
+    return weights.permute(1, 2, 0) @ through_heads(block, gradient, len(weights)).transpose(0, 1)
+
+
+def through_heads(block: Any, gradient: Tensor, heads: int) -> Tensor:
+    """From gradients at one token each [n, d] to what each head brings to the tokens it attends to, for a weight of 1
+    [H, n, d]."""
     mixed, values = _products(block, gradient)
-    heads = len(weights)
-    by_head = mixed.unflatten(-1, (heads, -1)).transpose(0, 1) @ values.unflatten(0, (heads, -1))  # [H, n, d]
-    return weights.permute(1, 2, 0) @ by_head.transpose(0, 1)
+    return mixed.unflatten(-1, (heads, -1)).transpose(0, 1) @ values.unflatten(0, (heads, -1))
 
 
 def _products(block: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:

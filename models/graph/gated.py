@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from vitrine.models.clip.attention import constant
 from vitrine.models.clip.tower import Tower, UnsupportedTower
-from vitrine.models.graph.back import through_attention, through_attention_of_one, through_norm
+from vitrine.models.graph.back import through_attention, through_heads, through_norm
 
 
 class Held(NamedTuple):
@@ -38,6 +38,18 @@ class Held(NamedTuple):
     before_attention: Tensor  # [T] LN1's denominators
     before_mlp: Tensor  # [T] LN2's
     gates: Tensor  # [T, M]
+
+
+class Spread(NamedTuple):
+    """Gradients at all tokens that came from one token each: the sum over H + 1 ways, the heads and straight on, of a
+    direction times a share of each token. What has no use for [n, T, d] goes through fewer products."""
+
+    directions: Tensor  # [H + 1, n, d]
+    shares: Tensor  # [H + 1, n, T]
+
+    def dense(self) -> Tensor:
+        """[n, T, d]"""
+        return self.shares.permute(1, 2, 0) @ self.directions.transpose(0, 1)
 
 
 def gates(activation: nn.Module, hidden: Tensor) -> Tensor:
@@ -76,15 +88,16 @@ class GatedBlock(nn.Module):
         gradient = gradient + through_norm(self.block.ln_1, normed, held.before_attention)
         return gradient, read.sum(1) + total @ self.attention_constant
 
-    def of_one(self, gradient: Tensor, token: Tensor, held: Held) -> tuple[Tensor, Tensor]:
+    def of_one(self, gradient: Tensor, token: Tensor, held: Held) -> tuple[Spread, Tensor]:
         """The same for gradients [n, d] that start at one token [n] each, in one image."""
         at_token = (held.gates.index_select(0, token), held.before_mlp.index_select(0, token))
         gradient, read = self._mlp(gradient, *at_token)
-        total = read + gradient @ self.attention_constant
-        normed = through_attention_of_one(self.block, gradient, held.weights.index_select(1, token))
+        by_head = through_heads(self.block, gradient, len(held.weights)) * self.block.ln_1.weight
+        by_head = by_head - by_head.mean(-1, keepdim=True)  # LN1, but for its denominators
+        weights = held.weights.index_select(1, token) / held.before_attention
         at = torch.arange(held.weights.shape[-1], device=token.device) == token[:, None]  # [n, T]
-        spread = torch.where(at[..., None], gradient[:, None], 0.0)
-        return spread + through_norm(self.block.ln_1, normed, held.before_attention), total
+        shares = torch.cat([weights, at[None].to(weights.dtype)])
+        return Spread(torch.cat([by_head, gradient[None]]), shares), read + gradient @ self.attention_constant
 
     def _mlp(self, gradient: Tensor, gates: Tensor, denominators: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients [..., d] through the MLP: (those before it, constants [...])."""
@@ -123,7 +136,8 @@ class GatedSourcesGraph(nn.Module):
             block: Any = self.blocks[layer]
             held = Held(weights[layer], before_attention[layer], before_mlp[layer], gates[layer])
             if layer == len(self.blocks) - 1:
-                gradient, added = block.of_one(direction, torch.zeros_like(direction[:, 0], dtype=torch.int64), held)
+                spread, added = block.of_one(direction, torch.zeros_like(direction[:, 0], dtype=torch.int64), held)
+                gradient = spread.dense()
             else:
                 gradient, added = block(gradient, held)
             contributions.append((streams[layer] * gradient).sum(-1))

@@ -17,10 +17,11 @@ which sum to the logit, or to the feature's pre-activation W_enc[f] (x - mean) /
 Below block 0 are the embeddings: <e, G[t]>. A tower of one layer has no SAE; its logit's sources are embeddings.
 
 There is a graph for each layer, L in all: weights of one block alone are read, and what it is given of the trace is one
-layer's. At B/16 (k 160) its largest tensor has the decoder rows of all places, T k d, 97 MB, whatever n is; a direction
-takes T (k + d) numbers, 0.7 MB, twice over.
+layer's. A direction starts at one token, so G[t] is a sum over heads (`models.graph.gated.Spread`), and every feature
+of the dictionary is multiplied with each head's direction once, at however many tokens it is active. At B/16 (k 160,
+F 3,072) that takes (H + 1) (F + 2 T k) numbers a direction, 3.5 MB in float32.
 
-L layers, T tokens, d width, k places, n directions.
+L layers, T tokens, d width, k places, n directions, H heads, F features.
 """
 
 from __future__ import annotations
@@ -32,12 +33,11 @@ from torch import Tensor, nn
 
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.residual_sae import ResidualSaes
-from vitrine.models.graph.gated import GatedBlock, Held
+from vitrine.models.graph.gated import GatedBlock, Held, Spread
 
 
 class Below(nn.Module):
-    """What a gradient [n, T, d] at the stream after block `layer` finds there; layer -1: the embeddings, which have no
-    SAE."""
+    """What gradients at the stream after block `layer` find there; layer -1: the embeddings, which have no SAE."""
 
     weight: Tensor  # [F, d] the decoder's rows
     bias: Tensor  # [d] its bias
@@ -49,21 +49,30 @@ class Below(nn.Module):
             self.register_buffer("bias", saes.decoders[layer].bias.detach())
 
     def forward(
-        self, gradient: Tensor, stream: Tensor, deviations: Tensor | None, indices: Tensor | None, values: Tensor | None
+        self,
+        gradients: Spread,
+        stream: Tensor,
+        deviations: Tensor | None,
+        indices: Tensor | None,
+        values: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """stream [T, d]; deviations [T], indices, values [T, k] of its SAE -> features [n, T, k], errors [n, T], bias
         [n]; without an SAE embeddings [n, T] alone."""
+        directions, shares = gradients.directions.flatten(0, 1), gradients.shares.permute(2, 0, 1)  # [T, H + 1, n]
+        (tokens, _), ways = stream.shape, shares.shape[1:]
+
+        def products(rows: Tensor) -> Tensor:
+            """[R, d] -> [R, H + 1, n]"""
+            return (rows @ directions.t()).view(-1, *ways)
+
         if deviations is None or indices is None or values is None:
-            return ((stream * gradient).sum(-1),)
-        tokens, width = stream.shape
-        rows = self.weight.index_select(0, indices.flatten()).view(tokens, -1, width)
-        # Not straight from a transposition, see `Int8Decoder.products`.
-        by_token = gradient.flatten(1).t().unflatten(0, (tokens, width))  # [T, d, n]
-        features = ((rows @ by_token) * (values * deviations[:, None])[..., None]).permute(2, 0, 1)
-        biases = (gradient @ self.bias) * deviations  # [n, T]
+            return ((products(stream) * shares).sum(1).t(),)
+        chosen = products(self.weight).index_select(0, indices.flatten()).view(tokens, -1, *ways)
+        features = (chosen * shares[:, None]).sum(2) * (values * deviations[:, None])[..., None]  # [T, k, n]
+        biases = (products(self.bias[None]) * shares).sum(1) * deviations[:, None]  # [T, n]
         centred = stream - stream.mean(-1, keepdim=True)
-        errors = (centred * gradient).sum(-1) - biases - features.sum(-1)
-        return features, errors, biases.sum(-1)
+        errors = (products(centred) * shares).sum(1) - biases - features.sum(1)
+        return features.permute(2, 0, 1), errors.t(), biases.sum(0)
 
 
 class LogitSourcesGraph(nn.Module):
@@ -89,8 +98,8 @@ class LogitSourcesGraph(nn.Module):
     ) -> tuple[Tensor, ...]:
         token = torch.zeros_like(direction[:, 0], dtype=torch.int64)
         held = Held(weights, before_attention, before_mlp, gates)
-        gradient, constants = self.block.of_one(direction, token, held)
-        return *self.below(gradient, stream, deviations, indices, values), constants
+        gradients, constants = self.block.of_one(direction, token, held)
+        return *self.below(gradients, stream, deviations, indices, values), constants
 
 
 class FeatureSourcesGraph(nn.Module):
@@ -125,6 +134,6 @@ class FeatureSourcesGraph(nn.Module):
     ) -> tuple[Tensor, ...]:
         direction = self.rows.index_select(0, feature) / scales.index_select(0, token)[:, None]
         held = Held(weights, before_attention, before_mlp, gates)
-        gradient, constants = self.block.of_one(direction, token, held)
+        gradients, constants = self.block.of_one(direction, token, held)
         constants = constants + self.constants.index_select(0, feature)
-        return *self.below(gradient, stream, deviations, indices, values), constants
+        return *self.below(gradients, stream, deviations, indices, values), constants
