@@ -86,6 +86,8 @@ def test_influence_is_that_over_all_paths(seed, nodes):
     np.testing.assert_allclose(influence, all_paths(network, graph.expanded), atol=1e-6)
     edges = graph.edges(np.arange(len(graph.expanded)), np.arange(COLUMNS))
     np.testing.assert_allclose(edges, network.edges[graph.expanded], atol=1e-6)
+    for layer, rows in graph.rows.items():  # hold what is below them
+        assert rows.shares.shape == (len(rows.numbers), layer * TOKENS * (PLACES + 1) + TOKENS)
     leaves = graph.leaves
     assert leaves.embeddings + leaves.errors + leaves.left_out + leaves.constant == pytest.approx(1)
     assert leaves.left_out == pytest.approx(
