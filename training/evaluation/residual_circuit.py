@@ -32,7 +32,7 @@ def residual_circuit(
 
     Args:
         images: batches of normalised pixels [B, 3, H, W] and their directions, as `Relevance` takes them. The stream
-            before every block of all of them is kept meanwhile: at B/16 7 MB an image.
+            before every block of all of them, and the code of one layer, are kept meanwhile: at B/16 11 MB an image.
         hierarchical: whether relevance below is what flows through the kept nodes alone. Otherwise it is that of the
             whole pass, and the edges into kept nodes are told beside it.
         tau, most: see `walk`.
