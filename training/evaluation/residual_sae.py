@@ -109,8 +109,9 @@ def measure(
             raw.update(versions.own, list(versions.replaced), codes)
             if images.labels:
                 own = classify(taps.residual_out[:, 0])
-                one.update(versions, own, truth)
-                several.update(versions, own, truth)
+                for replacements in (one, several):
+                    if replacements.pairs:
+                        replacements.update(versions, own, truth)
     return SaeMeasurements(standardised, raw, one, several)
 
 

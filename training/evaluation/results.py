@@ -250,6 +250,9 @@ class AnyResults(_Part):
     baseline: Estimate | None  # zero-shot top-1 of CLIP itself; None: the images have no classes, or no labels
     cascades: list[Cascade]  # [] without labels
 
+    def cascade(self, first: int, last: int, tokens: Tokens) -> Cascade:
+        return next(c for c in self.cascades if (c.first, c.last, c.tokens) == (first, last, tokens))
+
 
 class SaeResults(AnyResults):
     """Of residual SAEs: `layers` is their number, one less than blocks; `reconstruction`: of standardised tokens."""
@@ -268,9 +271,6 @@ class Results(AnyResults):
     retrieval: Retrieval | None  # None: too few images, or without classes
     nodes: NodeFaithfulness | None = None  # None: not asked for, or no labels
     comparison: Comparison | None = None
-
-    def cascade(self, first: int, last: int, tokens: Tokens) -> Cascade:
-        return next(c for c in self.cascades if (c.first, c.last, c.tokens) == (first, last, tokens))
 
 
 def _ratio(first: float, any_one: float) -> float | None:
