@@ -31,7 +31,7 @@ from vitrine.models.files.errors import FileError
 from vitrine.models.files.writing import written
 from vitrine.training.data.activations import Activations, Residuals, table_names, tables
 from vitrine.training.data.images import Plan
-from vitrine.training.recipes.recipe import FolderSource, Source
+from vitrine.training.recipes.image_sources import FolderSource, Source
 
 FORMAT = 2  # 1: other pixels of transparent, 16-bit and very large images
 DType = Literal["float32", "bfloat16"]

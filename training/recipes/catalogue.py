@@ -117,17 +117,18 @@ def _list_table(recipes: list[tuple[Recipe, Costs | str]], share: float, wide: b
         table.add_row(
             recipe.name,
             *((recipe.clip.name or "its own", recipe.data.name, sparsifier) if wide else ()),
-            _bounds(dictionary.features),
-            _bounds(dictionary.k),
+            _bounds(dictionary.features, wide),
+            _bounds(dictionary.k, wide),
             *([UNKNOWN] * (3 + len(GPUS)) if isinstance(costs, str) else _numbers(costs, share)),
         )
     return table
 
 
-def _bounds(numbers: int | tuple[int, ...]) -> str:
-    """The least and the most, if they differ."""
+def _bounds(numbers: int | tuple[int, ...], wide: bool = True) -> str:
+    """The least and the most, if they differ; the most alone where there is little room."""
     numbers = (numbers,) if isinstance(numbers, int) else numbers
-    return "–".join(f"{bound:,}" for bound in sorted({min(numbers), max(numbers)}))
+    bounds = sorted({min(numbers), max(numbers)})
+    return "–".join(f"{bound:,}" for bound in bounds) if wide or len(bounds) == 1 else f"≤{bounds[1]:,}"
 
 
 def print_one(path: Path, data_root: Path, share: float, console: Console) -> None:

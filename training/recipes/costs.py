@@ -27,15 +27,8 @@ from vitrine.models.inputs.errors import InputError
 from vitrine.models.inputs.folder import walk
 from vitrine.models.inputs.skipped import Skipped
 from vitrine.training.recipes.clip_shape import ClipShape, clip_shape
-from vitrine.training.recipes.recipe import (
-    CascadeSection,
-    CltRecipe,
-    FolderSource,
-    HuggingFaceSource,
-    ResidualSaeRecipe,
-    Source,
-    TorchvisionSource,
-)
+from vitrine.training.recipes.image_sources import FolderSource, HuggingFaceSource, Source, TorchvisionSource
+from vitrine.training.recipes.recipe import CascadeSection, CltRecipe, ResidualSaeRecipe
 
 AnyArchitecture = Architecture | SaeArchitecture
 Matmul = Literal["bf16", "tf32", "fp32"]

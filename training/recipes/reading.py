@@ -10,7 +10,8 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from vitrine.models.files.names import printable
-from vitrine.training.recipes.recipe import CltRecipe, Recipe, RecipeError, ResidualSaeRecipe, WebDatasetSource, kind_of
+from vitrine.training.recipes.image_sources import WebDatasetSource
+from vitrine.training.recipes.recipe import CltRecipe, Recipe, RecipeError, ResidualSaeRecipe, kind_of
 
 KINDS: dict[str, type[CltRecipe] | type[ResidualSaeRecipe]] = {"clt": CltRecipe, "residual_sae": ResidualSaeRecipe}
 Model = TypeVar("Model", bound=BaseModel)

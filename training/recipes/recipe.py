@@ -10,9 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     PositiveFloat,
@@ -26,6 +24,7 @@ from vitrine.models.dictionary.residual_sae import SaeArchitecture
 from vitrine.models.dictionary.sparsify import Kind
 from vitrine.models.errors import VitrineError
 from vitrine.models.inputs.lists import distinct
+from vitrine.training.recipes.image_sources import Section, Source
 
 Template = Annotated[str, Field(pattern=r"\{\}")]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -40,10 +39,6 @@ class RecipeError(VitrineError, ValueError):
     """The recipe cannot be used; the message says which key and why."""
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class ClipSection(Section):
     """The CLIP to explain, as accepted by `models.clip.loading.load_clip`."""
 
@@ -56,49 +51,6 @@ class ClipSection(Section):
         if (self.name is None) == (self.config is None):
             raise ValueError("give either `name` (known to open_clip) or `config` (a file)")
         return self
-
-
-class FolderSource(Section):
-    """Class folders: path/<class>/*.jpg."""
-
-    kind: Literal["folder"]
-    path: str = Field(description="folder under the data root")
-    classes: bool = Field(default=True, description="false: its folders are no classes")
-
-
-class TorchvisionSource(Section):
-    """One of torchvision's data sets, downloaded to the data root if missing.
-
-    Class folders <lower-case name>/<split>/<class>/ under the data root are used instead, if present.
-    """
-
-    kind: Literal["torchvision"]
-    name: str = Field(description="class name in torchvision.datasets, as CIFAR100")
-    split: Literal["train", "val"] = Field(description="val: what torchvision calls test or val")
-
-
-class HuggingFaceSource(Section):
-    """A data set of the Hugging Face hub, or a folder that `datasets.load_dataset` reads."""
-
-    kind: Literal["huggingface"]
-    id: str = Field(description="as clane9/imagenet-100, or a folder under the data root")
-    split: str
-    image: str = Field(default="image", description="column of the image")
-    label: str = Field(
-        default="label", description="column of the class; `objects` for detection sets: the class of the largest box"
-    )
-
-
-class WebDatasetSource(Section):
-    """Tar shards in WebDataset's layout: key.jpg (png, ...) with key.cls (an index) or key.txt (a class name)."""
-
-    kind: Literal["webdataset"]
-    shards: str = Field(description="under the data root: shards/train-{000000..000099}.tar, a glob, or a folder")
-    classes: str | None = Field(default=None, description="text file under the data root, one class name a line")
-    skip_broken: bool = Field(default=False, description="name shards that are damaged or missing, and go on")
-
-
-Source = Annotated[FolderSource | TorchvisionSource | HuggingFaceSource | WebDatasetSource, Field(discriminator="kind")]
 
 
 class DataSection(Section):
@@ -131,15 +83,21 @@ class DataSection(Section):
         return self
 
 
-class CltSection(Section):
-    """The Cross-Layer Transcoder."""
+class DictionarySection(Section):
+    """What both kinds of dictionary have."""
 
-    features: PositiveInt = Field(description="F, features a layer")
+    features: int | Budget  # as each kind says
     k: Budget = Field(
         description="active features a token (jumprelu, batch_topk: on average); one number, or one a layer"
     )
     k_cls: Budget | None = Field(default=None, description="the same for [CLS]; default: k")
     sparsifier: Kind = Field(default="relu_topk", description="relu_topk, abs_topk, jumprelu or batch_topk")
+
+
+class CltSection(DictionarySection):
+    """The Cross-Layer Transcoder."""
+
+    features: PositiveInt = Field(description="F, features a layer")
     cross_layer: bool = Field(default=True, description="false: per-layer transcoders, the baseline")
 
     @model_validator(mode="after")
@@ -155,15 +113,10 @@ class CltSection(Section):
         return Architecture(layers, width, self.features, k, k_cls, self.sparsifier, self.cross_layer)
 
 
-class ResidualSaeSection(Section):
-    """SAEs of the residual stream, one after every block but the last (arXiv 2509.17401)."""
+class ResidualSaeSection(DictionarySection):
+    """SAEs of the residual stream, one after every block but the last (arXiv 2509.17401): these are its layers."""
 
-    features: Budget = Field(description="F of the SAE after each block but the last; one number, or one an SAE")
-    k: Budget = Field(
-        description="active features a token (jumprelu, batch_topk: on average); one number, or one an SAE"
-    )
-    k_cls: Budget | None = Field(default=None, description="the same for [CLS]; default: k")
-    sparsifier: Kind = Field(default="relu_topk", description="relu_topk, abs_topk, jumprelu or batch_topk")
+    features: Budget = Field(description="F of the SAE after each block but the last; one number, or one a layer")
     dead_weight: float = Field(
         default=1 / 32, ge=0, description="weight of the error that dead features leave of what the SAE misses; 0: none"
     )

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from vitrine.training.data.activations import Activations
+from vitrine.training.data.activations import Activations, Residuals
 from vitrine.training.data.images import Plan
 from vitrine.training.data.sources import open_images
 from vitrine.training.data.stream import steps
-from vitrine.training.recipes.recipe import FolderSource
+from vitrine.training.recipes.image_sources import FolderSource
 
 TRAIN = FolderSource(kind="folder", path="train")  # 48 images
 
@@ -20,6 +20,17 @@ def test_tokens_lie_image_by_image_with_cls_first(clip, make_pixels):
         place = image * 17 + token
         torch.testing.assert_close(flat.mlp_in[:, place], taps.mlp_in[:, image, token], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(flat.mlp_out[:, place], taps.mlp_out[:, image, token], rtol=1e-5, atol=1e-5)
+
+
+def test_residuals_are_the_stream_after_every_block_but_the_last(clip, make_pixels):
+    pixels = make_pixels(2)
+    found, stream = Residuals.of(clip.tower(pixels)), clip.tower.embed(pixels)
+    assert found.stream.shape == (2, 34, 32)
+    for layer in range(2):
+        stream = stream + clip.tower.attention(layer, stream)
+        stream = stream + clip.tower.mlp(layer, stream)[1]
+        torch.testing.assert_close(found.stream[layer], stream.flatten(0, 1), rtol=1e-5, atol=1e-5)
+    assert found.is_cls.nonzero().flatten().tolist() == [0, 17]
 
 
 def marks(step):

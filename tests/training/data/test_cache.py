@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from vitrine.training.data import cache as cache_module
-from vitrine.training.data.activations import Activations
+from vitrine.training.data.activations import Activations, Residuals
 from vitrine.training.data.cache import CacheError, cache_bytes, open_cache
 from vitrine.training.data.images import DataError, Plan
 from vitrine.training.data.sources import open_images
 from vitrine.training.data.stream import steps
-from vitrine.training.recipes.recipe import FolderSource
+from vitrine.training.recipes.image_sources import FolderSource
 
 SOURCE = FolderSource(kind="folder", path="train")
 PLAN = Plan(images=23, images_per_step=3, mixed_images=9, seed=0, epochs=3)  # chunks of 9, 9 and 3 images
@@ -59,6 +59,23 @@ def test_float32_cache_gives_the_same_bits(clip, data_root, tmp_path):
     cache = open_cache(Activations, tmp_path / "cache", "float32", clip=clip, source=SOURCE, plan=plan)
     assert_same_bits(run(clip.tower, images, plan, cache=cache), plain)
     assert_same_bits(run(clip.tower, images, plan, cache=cache, skip=5), plain[5:])
+
+
+def test_streams_are_cached_by_themselves(clip, data_root, tmp_path):
+    """The same bits; and neither kind reads what is the other's."""
+    plan = Plan(images=48, images_per_step=8, mixed_images=32, seed=0, epochs=2)
+    images = open_images(SOURCE, data_root, clip.transform())
+    plain = list(steps(Residuals, clip.tower, images, plan, workers=0))
+    arguments = {"clip": clip, "source": SOURCE, "plan": plan}
+    cache = open_cache(Residuals, tmp_path / "cache", "float32", **arguments)
+    assert_same_bits(list(steps(Residuals, clip.tower, images, plan, workers=0, cache=cache)), plain)
+    assert_same_bits(list(steps(Residuals, clip.tower, images, plan, workers=0, cache=cache, skip=5)), plain[5:])
+    size = sum(path.stat().st_size for path in shards(tmp_path))
+    assert 0 < size - cache_bytes(Residuals, plan, clip.tower, "float32") < 2 * 1024
+    for kind, folder in ((Activations, "cache"), (Residuals, "other")):
+        open_cache(Activations, tmp_path / "other", "float32", **arguments)
+        with pytest.raises(CacheError, match="activations of another tensors"):
+            open_cache(kind, tmp_path / folder, "float32", **arguments)
 
 
 def test_a_chunk_is_forwarded_once(numbers, marking_tower, start, tmp_path):

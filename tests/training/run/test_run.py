@@ -22,8 +22,9 @@ from vitrine.training.data.images import DataError
 from vitrine.training.data.normalisation import Normalisation
 from vitrine.training.data.stream import steps
 from vitrine.training.evaluation.evaluate import evaluate_summary
+from vitrine.training.recipes.image_sources import FolderSource
 from vitrine.training.recipes.reading import load_recipe
-from vitrine.training.recipes.recipe import CascadeSection, FolderSource
+from vitrine.training.recipes.recipe import CascadeSection
 from vitrine.training.run import clt_learner
 from vitrine.training.run import run as run_module
 from vitrine.training.run.run import train
