@@ -46,7 +46,7 @@ from vitrine.service.operations.settings import DEMO_BUNDLE, Settings
 from vitrine.service.schemas.attribute import AttributeRequest
 
 if TYPE_CHECKING:
-    from vitrine.training.recipes.recipe import Source
+    from vitrine.training.recipes.image_sources import Source
 
 # Their shares.
 KINDS = {"parquet": 6, "huggingface": 2, "tar": 6, "list": 1}
@@ -109,7 +109,7 @@ def _decoded(item: Item) -> bool:
 
 def _tar(file: Path) -> tuple[int, int]:
     """As bulk, and as training."""
-    from vitrine.training.recipes.recipe import WebDatasetSource
+    from vitrine.training.recipes.image_sources import WebDatasetSource
 
     try:
         _train(WebDatasetSource(kind="webdataset", shards=file.name), file.parent)
@@ -132,7 +132,7 @@ def _train(source: Source, data_root: Path) -> tuple[int, int]:
 
 
 def _data_set(file: Path) -> tuple[int, int]:
-    from vitrine.training.recipes.recipe import HuggingFaceSource
+    from vitrine.training.recipes.image_sources import HuggingFaceSource
 
     try:
         return _train(HuggingFaceSource(kind="huggingface", id=file.parent.name, split="train"), file.parent.parent)
@@ -163,7 +163,7 @@ def _checkpoint(file: Path) -> tuple[int, int]:
 
 
 def _recipe(file: Path) -> tuple[int, int]:
-    from vitrine.training.recipes.recipe import load_recipe
+    from vitrine.training.recipes.reading import load_recipe
 
     load_recipe(file)
     return 0, 0
@@ -260,7 +260,7 @@ def _demo_job() -> Job:
 def _demo_checkpoint() -> bytes:
     from vitrine.training.checkpoint import CheckpointMeta
     from vitrine.training.recipes.catalogue import find_recipe
-    from vitrine.training.recipes.recipe import load_recipe
+    from vitrine.training.recipes.reading import load_recipe
 
     recipe = load_recipe(find_recipe("demo"))
     meta = CheckpointMeta(step=1, steps=2, recipe=recipe, clip_sha256="0" * 64, layers=3, width=32, broken={"a": "b"})

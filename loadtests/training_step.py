@@ -3,6 +3,7 @@
     python loadtests/training_step.py --quick
     python loadtests/training_step.py --shape b32 --tokens 256 --pairs 3
     python loadtests/training_step.py --shape b16 --device cuda --matmul tf32 --json rows.json
+    python loadtests/training_step.py --dictionary residual_sae --shape photo --k 48 --tokens 1576
     python loadtests/training_step.py --features 768 --features 1536 --k 16 --k 32     (a grid: every combination)
 
 A step is encode, decode, loss, backward; fused Adam is timed beside it. Weights and tokens are random: speed does not
@@ -35,14 +36,17 @@ from rich.table import Table
 from torch import Tensor
 
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
+from vitrine.models.dictionary.residual_sae import ResidualSaes, SaeArchitecture
 from vitrine.models.dictionary.sparsify import Kind
-from vitrine.training.recipes.costs import GIB, Gpu, Matmul, step_memory, transcoder_work
+from vitrine.training.recipes.costs import GIB, Gpu, Matmul, dictionary_work, step_memory, writers
 
-Shape = Literal["demo", "b32", "b16"]
+Dictionary = Literal["clt", "residual_sae"]
+Shape = Literal["demo", "photo", "b32", "b16"]
 Device = Literal["cpu", "cuda"]
 Side = Literal["sparse", "dense"]
 SHAPES: dict[Shape, tuple[int, int, int, int]] = {  # layers, width, features, tokens of an image
     "demo": (12, 128, 768, 65),
+    "photo": (12, 192, 768, 197),
     "b32": (12, 768, 6144, 50),
     "b16": (12, 768, 6144, 197),
 }
@@ -61,38 +65,47 @@ class Configuration:
     device: Device
     matmul: Matmul
     sparsifier: Kind
+    dictionary: Dictionary = "clt"
 
     @property
-    def architecture(self) -> Architecture:
+    def architecture(self) -> Architecture | SaeArchitecture:
+        if self.dictionary == "residual_sae":
+            saes = self.layers - 1
+            budget = (self.k,) * saes
+            return SaeArchitecture(self.width, (self.features,) * saes, budget, budget, self.sparsifier)
         budget = (self.k,) * self.layers
         return Architecture(self.layers, self.width, self.features, budget, budget, self.sparsifier)
 
     @property
     def dense_bytes(self) -> int:
         """Peak memory of the dense step: Adam's four tables, and one [N, F] code for every decoder."""
-        pairs = self.layers * (self.layers + 1) // 2
-        codes = 4 * self.tokens * self.features * (pairs + 4)
+        codes = 4 * self.tokens * self.features * (len(writers(self.architecture)) + 4)
         return 16 * self.architecture.parameters + step_memory(self.architecture, self.tokens) + codes
 
 
 class Step:
-    """A CLT, its optimiser, and random tokens that do not change."""
+    """A CLT or SAEs, the optimiser, and random tokens that do not change."""
 
     def __init__(self, configuration: Configuration) -> None:
         self.configuration, device = configuration, torch.device(configuration.device)
         generator = torch.Generator(device).manual_seed(0)
         with device:
-            self.clt = CrossLayerTranscoder(configuration.architecture)
-            self.clt.initialise(generator)
-            shape = configuration.layers, configuration.tokens, configuration.width
+            architecture = configuration.architecture
+            self.model: CrossLayerTranscoder | ResidualSaes
+            if isinstance(architecture, SaeArchitecture):
+                self.model = ResidualSaes(architecture)
+            else:
+                self.model = CrossLayerTranscoder(architecture)
+            self.model.initialise(generator)
+            shape = architecture.layers, configuration.tokens, configuration.width
             self.inputs = torch.randn(shape, generator=generator)
             self.targets = torch.randn(shape, generator=generator)
             self.is_cls = torch.arange(configuration.tokens) % 50 == 0
-        self.optimiser = torch.optim.Adam(self.clt.parameters(), lr=1e-6, fused=True)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=1e-6, fused=True)
 
     def gradients(self, side: Side) -> float:
         """Forward and backward; returns seconds."""
-        self.clt.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         start = _now(self.configuration.device)
         half = self.configuration.matmul == "bf16"
         with torch.autocast(self.configuration.device, torch.bfloat16) if half else nullcontext():
@@ -101,18 +114,23 @@ class Step:
         return _now(self.configuration.device) - start
 
     def update(self) -> float:
-        """The optimiser's step; returns seconds."""
+        """The optimiser's step, and SAEs' rows made of length 1; returns seconds."""
         start = _now(self.configuration.device)
         self.optimiser.step()
+        if isinstance(self.model, ResidualSaes):
+            self.model.renormalise()
         return _now(self.configuration.device) - start
 
     def _sparse(self) -> Tensor:
-        return self.clt(self.inputs, self.is_cls)[1]
+        return self.model(self.inputs, self.is_cls)[1]
 
     def _dense(self) -> Tensor:
-        layers = zip(self.clt.encoders, self.inputs, strict=True)
+        layers = zip(self.model.encoders, self.inputs, strict=True)
         codes = [encoder.encode_dense(x, self.is_cls) for encoder, x in layers]
-        return torch.stack([decoder.decode_dense(codes) for decoder in self.clt.decoders])
+        if isinstance(self.model, ResidualSaes):
+            decoders = zip(self.model.decoders, codes, strict=True)
+            return torch.stack([decoder.decode_dense(code) for decoder, code in decoders])
+        return torch.stack([decoder.decode_dense(codes) for decoder in self.model.decoders])
 
 
 def compare(configuration: Configuration, sides: tuple[Side, ...]) -> dict[str, Any]:
@@ -131,7 +149,7 @@ def compare(configuration: Configuration, sides: tuple[Side, ...]) -> dict[str, 
         row["dense_over_sparse"] = statistics.median(slow[0] / fast[0] for fast, slow in paired)
         row["dense_over_sparse_with_adam"] = statistics.median(sum(slow) / sum(fast) for fast, slow in paired)
     machine = _machine(configuration)
-    work = transcoder_work(
+    work = dictionary_work(
         configuration.architecture, configuration.tokens, cls=0
     )  # whose budget is that of the others
     minimum = sum(part.seconds(machine, configuration.matmul, 1.0) for part in work)
@@ -143,10 +161,10 @@ def compare(configuration: Configuration, sides: tuple[Side, ...]) -> dict[str, 
 def _gradient_difference(step: Step) -> float:
     """max |sparse - dense| / max |dense| of a parameter, the largest over all parameters."""
     step.gradients("sparse")
-    sparse = [parameter.grad for parameter in step.clt.parameters()]
+    sparse = [parameter.grad for parameter in step.model.parameters()]
     step.gradients("dense")
     worst = 0.0
-    for parameter, ours in zip(step.clt.parameters(), sparse, strict=True):
+    for parameter, ours in zip(step.model.parameters(), sparse, strict=True):
         assert parameter.grad is not None
         assert ours is not None
         scale = parameter.grad.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
@@ -272,6 +290,7 @@ def _side(row: dict[str, Any], side: Side) -> list[str]:
 
 
 def main(
+    dictionary: Annotated[Dictionary, typer.Option(help="A CLT, or SAEs after all layers but the last.")] = "clt",
     shape: Annotated[Shape, typer.Option(help="L, d and F of a known CLT.")] = "demo",
     layers: Annotated[list[int] | None, typer.Option(help="L; repeat an option for a grid.")] = None,
     width: Annotated[list[int] | None, typer.Option(help="d.")] = None,
@@ -299,11 +318,11 @@ def main(
     console = Console()
     rows = []
     for numbers in track(grid, "configurations", console=console):
-        rows.append(measure(Configuration(*numbers, pairs, device, matmul, sparsifier)))
+        rows.append(measure(Configuration(*numbers, pairs, device, matmul, sparsifier, dictionary)))
         if as_json:
             as_json.write_text(json.dumps(rows, indent=2))
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    console.print(f"{name}, {sparsifier}, {matmul}, torch {torch.__version__}; medians of {pairs} pairs")
+    console.print(f"{name}, {dictionary}, {sparsifier}, {matmul}, torch {torch.__version__}; medians of {pairs} pairs")
     console.print(table(rows))
     peaks = [(row["machine_tflops"], row["machine_gb_per_second"]) for row in rows if "machine_tflops" in row]
     tflops, bandwidth = max(peaks, default=(0.0, 0.0))

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 try:
     from vitrine.commands import app
     from vitrine.training.data.sources import open_images
-    from vitrine.training.recipes.recipe import FolderSource, WebDatasetSource
+    from vitrine.training.recipes.image_sources import FolderSource, WebDatasetSource
 except ModuleNotFoundError:  # 5dbfd69
     from training.sources import open_images
 

@@ -15,7 +15,7 @@ from vitrine.models.images.frame import to_pixels
 from vitrine.service.engine.decoders import Decoders
 from vitrine.service.exports.html_file import image_url
 from vitrine.training.data.sources import open_images
-from vitrine.training.recipes.recipe import FolderSource
+from vitrine.training.recipes.image_sources import FolderSource
 
 LIMITS = ImageLimits()
 

@@ -26,7 +26,13 @@ from vitrine.training.data.classes import class_names
 from vitrine.training.data.folders import ClassFolders
 from vitrine.training.data.images import DataError, Images, Listing
 from vitrine.training.data.webdataset import WebDataset, number_classes
-from vitrine.training.recipes.recipe import FolderSource, HuggingFaceSource, Source, TorchvisionSource, WebDatasetSource
+from vitrine.training.recipes.image_sources import (
+    FolderSource,
+    HuggingFaceSource,
+    Source,
+    TorchvisionSource,
+    WebDatasetSource,
+)
 
 _BY_FLAG = ({"train": True}, {"train": False})
 # torchvision's classification data sets with class names: arguments for the train and the val split.

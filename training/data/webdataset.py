@@ -24,7 +24,7 @@ from vitrine.models.inputs.skipped import Reason, Skipped
 from vitrine.models.inputs.streams import ShardError
 from vitrine.models.inputs.webdataset import Sample, read_samples
 from vitrine.training.data.images import DataError
-from vitrine.training.recipes.recipe import WebDatasetSource
+from vitrine.training.recipes.image_sources import WebDatasetSource
 
 
 class _Numbered(NamedTuple):

@@ -38,7 +38,8 @@ from vitrine.training.data.images import DataError, Images, Listing, load
 from vitrine.training.data.sources import open_images
 from vitrine.training.pretraining.captions import COLOURS, background_colour, class_prompts, coloured_prompts
 from vitrine.training.pretraining.mimetic import mimetic_start
-from vitrine.training.recipes.recipe import RecipeError, Section, Share, Source, Template
+from vitrine.training.recipes.image_sources import Section, Source
+from vitrine.training.recipes.recipe import RecipeError, Share, Template
 from vitrine.training.run.trainer import TrainingDiverged
 
 WEIGHTS = "model.safetensors"

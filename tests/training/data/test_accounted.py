@@ -12,7 +12,7 @@ from PIL import Image
 from vitrine.models.inputs.skipped import Reason
 from vitrine.training.data.images import load
 from vitrine.training.data.sources import open_images
-from vitrine.training.recipes.recipe import FolderSource, WebDatasetSource
+from vitrine.training.recipes.image_sources import FolderSource, WebDatasetSource
 
 
 def encoded():

@@ -10,7 +10,8 @@ from vitrine.training.data.classes import check_classes
 from vitrine.training.data.held_out import held_out
 from vitrine.training.data.images import DataError
 from vitrine.training.data.sources import open_images
-from vitrine.training.recipes.recipe import DataSection, FolderSource
+from vitrine.training.recipes.image_sources import FolderSource
+from vitrine.training.recipes.recipe import DataSection
 
 FOLDER = FolderSource(kind="folder", path=".")
 CLIP = SimpleNamespace(transform=lambda: lambda image: torch.zeros(3))

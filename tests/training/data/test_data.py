@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 
 from vitrine.training.data.images import DataError, Plan, load
 from vitrine.training.data.sources import open_images
-from vitrine.training.recipes.recipe import FolderSource
+from vitrine.training.recipes.image_sources import FolderSource
 
 FOLDER = FolderSource(kind="folder", path=".")
 

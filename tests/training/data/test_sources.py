@@ -20,13 +20,8 @@ from vitrine.models.images.formats import FORMATS
 from vitrine.training.data.held_out import held_out
 from vitrine.training.data.images import DataError, load
 from vitrine.training.data.sources import TORCHVISION, open_images
-from vitrine.training.recipes.recipe import (
-    DataSection,
-    FolderSource,
-    HuggingFaceSource,
-    TorchvisionSource,
-    WebDatasetSource,
-)
+from vitrine.training.recipes.image_sources import FolderSource, HuggingFaceSource, TorchvisionSource, WebDatasetSource
+from vitrine.training.recipes.recipe import DataSection
 
 NO_IMAGE = b"no image"
 NO_FORMAT = f"this is no image in a supported format ({FORMATS})"

@@ -5,11 +5,13 @@ import re
 
 import pytest
 import tomli_w
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from vitrine.training.recipes.catalogue import find_recipe, shipped
 from vitrine.training.recipes.costs import estimate
-from vitrine.training.recipes.recipe import Recipe, RecipeError, WebDatasetSource, load_recipe, skip_broken_shards
+from vitrine.training.recipes.image_sources import WebDatasetSource
+from vitrine.training.recipes.reading import load_recipe, skip_broken_shards
+from vitrine.training.recipes.recipe import AnyRecipe, CltRecipe, RecipeError
 
 TRAIN = 'kind = "folder", path = "train"'  # in the tiny recipe
 
@@ -39,7 +41,7 @@ def test_recipe_is_what_its_file_says(recipe):
 
 def test_recipe_survives_json(recipe):
     """Checkpoints store it so; resuming compares the two."""
-    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    assert CltRecipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
 def test_recipe_cannot_be_changed(recipe):
@@ -262,7 +264,7 @@ def test_broken_shards_are_skipped_where_there_are_shards(recipe):
     changed = skip_broken_shards(mixed)
     assert (changed.data.train.skip_broken, shards.skip_broken) == (True, False)
     assert changed.data.val == recipe.data.val
-    assert Recipe.model_validate_json(changed.model_dump_json()) == changed
+    assert CltRecipe.model_validate_json(changed.model_dump_json()) == changed
 
 
 def test_k_is_one_number_or_one_a_layer(changed):
@@ -272,6 +274,65 @@ def test_k_is_one_number_or_one_a_layer(changed):
     assert load_recipe(changed("k = 8", "k = 5")).clt.architecture(3, 32).k_cls == (5, 5, 5)
     with pytest.raises(RecipeError, match=r"clt.k_cls has 2 numbers, the CLIP has 3 layers"):
         load_recipe(changed("k = 8", "k = 8\nk_cls = [2, 3]")).clt.architecture(3, 32)
+
+
+# Residual SAEs
+
+
+@pytest.fixture
+def saes(recipe_path, tmp_path):
+    """saes(old, new) -> path of the tiny recipe, of residual SAEs, with `old` replaced by `new`."""
+
+    def write(old="k = 8", new="k = 8"):
+        text = recipe_path.read_text().replace("[clt]", "[residual_sae]").replace("cls_weight = 4\n", "")
+        text = 'kind = "residual_sae"\n' + text
+        assert old in text
+        path = tmp_path / "saes.toml"
+        path.write_text(text.replace(old, new))
+        return path
+
+    return write
+
+
+def test_a_recipe_of_residual_saes_has_sections_of_its_own(saes):
+    recipe = load_recipe(saes("features = 64\nk = 8", "features = [16, 32]\nk = 8\nk_cls = [2, 4]"))
+    assert (recipe.kind, recipe.residual_sae.dead_weight, recipe.residual_sae.dead_features) == (
+        "residual_sae",
+        1 / 32,
+        256,
+    )
+    architecture = recipe.residual_sae.architecture(3, 32)
+    assert (architecture.features, architecture.k, architecture.k_cls) == ((16, 32), (8, 8), (2, 4))
+    with pytest.raises(RecipeError, match=r"features has 2 numbers, the CLIP has 3 blocks before its last"):
+        recipe.residual_sae.architecture(4, 32)
+    with pytest.raises(RecipeError, match="a CLIP of one layer has no residual SAEs"):
+        load_recipe(saes()).residual_sae.architecture(1, 32)
+    assert TypeAdapter(AnyRecipe).validate_json(recipe.model_dump_json()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "epochs = 4",
+            "epochs = 4\nstart = 'neurons'",
+            'training.start: a key of kind = "clt", which this recipe is not',
+        ),
+        ("epochs = 4", "epochs = 4\nrevive_rate = 1", 'training.revive_rate: a key of kind = "clt"'),
+        ("[training]", "[bundle]\nsources = true\n[training]", 'bundle: a key of kind = "clt"'),
+        ("[training]", "[cascade]\nsteps = 3\n[training]", 'cascade: a key of kind = "clt"'),
+        ("k = 8", "k = 8\ncross_layer = true", "residual_sae.cross_layer: no such key"),
+        ("k = 8", "k = [8, 65]", "k = 65 is larger than features = 64"),
+        ("features = 64", "features = [64, 4]", "k = 8 is larger than features = 4"),
+        ("epochs = 4", "epoch = 4", "training.epoch: no such key; did you mean `epochs`?"),
+        ('"residual_sae"', '"sae"', "kind: 'sae' is none of clt, residual_sae"),
+        ('kind = "residual_sae"\n', "", 'residual_sae: a key of kind = "residual_sae", which this recipe is not'),
+    ],
+)
+def test_keys_of_another_kind_are_refused_by_name(saes, old, new, message):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(saes(old, new))
+    assert message in str(caught.value)
 
 
 # find_recipe
