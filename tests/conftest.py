@@ -25,6 +25,7 @@ from common import LABELS, RECIPE, TINY_CLIP
 from vitrine.models.bundle.manifest import Data, Metrics
 from vitrine.models.clip.loading import load_clip
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
+from vitrine.models.dictionary.residual_sae import ResidualSaes, SaeArchitecture
 from vitrine.models.export.export import Provenance, export_bundle
 from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.training.cards import labels
@@ -166,6 +167,35 @@ def make_clt():
 @pytest.fixture(scope="session")
 def clt(make_clt, clip):
     return make_clt(clip)
+
+
+@pytest.fixture(scope="session")
+def make_saes():
+    """make_saes(clip, seed=0, k=8, k_cls=k, sparsifier="relu_topk") -> random residual SAEs in evaluation mode.
+
+    F and k grow with depth. Every bias is non-zero, thresholds differ, encoders are not the decoders.
+    """
+
+    def make(clip, seed=0, k=8, k_cls=None, sparsifier="relu_topk"):
+        layers, width = clip.tower.layers - 1, clip.tower.width
+        features = tuple(48 + 16 * layer for layer in range(layers))
+        budgets = (tuple(budget + layer for layer in range(layers)) for budget in (k, k_cls or k))
+        saes, generator = ResidualSaes(SaeArchitecture(width, features, *budgets, sparsifier)), torch.Generator()
+        generator.manual_seed(seed)
+        saes.initialise(generator)
+        with torch.no_grad():
+            for encoder, decoder in zip(saes.encoders, saes.decoders, strict=True):
+                encoder.weight.add_(0.1 * torch.randn(encoder.weight.shape, generator=generator))
+                encoder.bias.normal_(std=0.2, generator=generator)
+                decoder.bias.normal_(std=0.2, generator=generator)
+                for name, tensor in encoder.sparsifier.state_dict().items():
+                    if name == "log_threshold":  # thresholds between 0.05 and 1
+                        tensor.uniform_(-3, 0, generator=generator)
+                    else:  # BatchTopK's, for patches and [CLS]
+                        tensor.uniform_(0.05, 1, generator=generator)
+        return saes.eval().requires_grad_(False)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,11 @@
 """The circuit of a logit: which features made the features that made it. numpy only.
 
-A graph over one image's trace (`models.account.sources`). Its nodes are
-
-    features     every active (layer, index, token)          columns [0, L T k), those with activation 0 unused
-    embeddings   every token                                  columns [L T k, L T k + T)
-    errors       every layer and token                        the last L T columns
-    the target   a logit, or a difference of two
-
-and an edge is the direct effect of a node on another's *pre-activation*, or on the logit, with attention weights and
-LayerNorm denominators held fast: the source account of a feature's encoder row. So the edges into a node, decoder
-biases and constants add up to its pre-activation, exactly. Embeddings and errors are leaves.
+A graph over one image's trace: of a CLT (`models.account.sources`), or of residual SAEs (`models.account.residual`).
+Its nodes are active features (layer, index, token), the embedding and the errors of every token
+(`models.account.edges`), and the target, a logit or a difference of two. An edge is the direct effect of a node on
+another's *pre-activation*, or on the logit, with what the account holds fast: the source account of a feature's encoder
+row. So the edges into a node, decoder biases and constants add up to its pre-activation, exactly. Embeddings and errors
+are leaves.
 
 Influence as circuit-tracer defines it (attribution graphs, Ameisen et al. 2025): the |edges| into each node are divided
 by their sum, A; a node's influence on the target is the sum over all paths, the row of the target in A + A^2 + ... A is
@@ -23,17 +19,18 @@ listed of such a graph: `models.account.pruning`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vitrine.models.account.edges import GrowingRows, Rows, Shape, Span
 from vitrine.models.account.ledger import Array
-from vitrine.models.account.sources import Sources, Trace
+from vitrine.models.account.sources import Sources
 
 BATCH = 16  # features expanded at once: influences are computed anew after each batch
 
@@ -48,42 +45,10 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Of the columns: L layers, T tokens, k places."""
-
-    layers: int
-    tokens: int
-    places: int
-
-    @property
-    def features(self) -> int:
-        """Number of columns of features: those of the embeddings follow."""
-        return self.layers * self.tokens * self.places
-
-    @property
-    def errors(self) -> int:
-        """The first column of an error."""
-        return self.features + self.tokens
-
-    @property
-    def columns(self) -> int:
-        return self.errors + self.layers * self.tokens
-
-    def layer_of(self, columns: NDArray[np.integer]) -> NDArray[np.integer]:
-        """Layers of columns of features."""
-        return columns // (self.tokens * self.places)
-
-    def token_of(self, columns: NDArray[np.integer]) -> NDArray[np.integer]:
-        """Tokens of columns of any kind."""
-        of_feature = columns // self.places % self.tokens if self.places else columns
-        return np.where(columns < self.features, of_feature, (columns - self.features) % self.tokens)
-
-
-@dataclass(frozen=True)
 class AttributionGraph:
-    """What was expanded: the edges into the target, and into each of the `expanded` features, from every column.
+    """What was expanded: the edges into the target, and into each of the `expanded` features.
 
-    They are stored as `shares`, divided by the sum of their sizes, and that sum, `gross`; 0 where nothing flows in.
+    They are stored as shares, divided by the sum of their sizes, and that sum, `gross`; 0 where nothing flows in.
     """
 
     shape: Shape
@@ -92,22 +57,28 @@ class AttributionGraph:
     target: Array  # [columns] shares of the target
     target_gross: float
     expanded: NDArray[np.integer]  # [n] columns
-    shares: Array  # [n, columns] of the expanded features
     gross: Array  # [n]
+    rows: Mapping[int, Rows]  # of the expanded features, by their layer
 
     @cached_property
     def influence(self) -> Array:
         """[columns]: of every column on the target."""
         influence = np.abs(self.target)
-        for rows in self._from_above():
-            influence += influence[self.expanded[rows]] @ np.abs(self.shares[rows])
+        for layer in sorted(self.rows, reverse=True):
+            span, numbers, shares = self.rows[layer]
+            span.add(influence[self.expanded[numbers]] @ np.abs(shares), influence)
         return influence
 
-    def _from_above(self) -> Iterator[NDArray[np.integer]]:
-        """Rows of the expanded features, layer by layer, from the last to the first."""
-        layers = self.shape.layer_of(self.expanded)
-        for layer in range(self.shape.layers)[::-1]:
-            yield np.flatnonzero(layers == layer)
+    def edges(self, numbers: NDArray[np.integer], columns: NDArray[np.integer]) -> Array:
+        """[numbers, columns]: the edges into expanded features, by their numbers, from some columns."""
+        edges = np.zeros((len(numbers), len(columns)))
+        place = np.full(len(self.expanded), -1)
+        place[numbers] = np.arange(len(numbers))
+        for span, of_rows, shares in self.rows.values():
+            wanted, places = np.flatnonzero(place[of_rows] >= 0), span.places(columns)
+            inside = np.flatnonzero(places >= 0)
+            edges[np.ix_(place[of_rows[wanted]], inside)] = shares[np.ix_(wanted, places[inside])]
+        return edges * self.gross[numbers, None]
 
     @cached_property
     def leaves(self) -> Leaves:
@@ -123,11 +94,12 @@ class AttributionGraph:
     @property
     def completeness(self) -> float:
         """circuit-tracer's: of all nodes weighted by influence, the part of what flows into them that no error made."""
-        of_target, of_features = (
-            1 - np.abs(shares[..., self.shape.errors :]).sum(-1) for shares in (self.target, self.shares)
-        )
         weights = self.influence[self.expanded]
-        return float((of_target + (of_features * weights).sum()) / (1 + weights.sum()))
+        not_error = 1 - np.abs(self.target[self.shape.errors :]).sum(), np.empty(len(weights), np.float32)
+        for span, numbers, shares in self.rows.values():
+            errors = span.errors.stop - span.errors.start
+            not_error[1][numbers] = 1 - np.abs(shares[:, shares.shape[1] - errors :]).sum(1)
+        return float((not_error[0] + (not_error[1] * weights).sum()) / (1 + weights.sum()))
 
 
 @dataclass(frozen=True)
@@ -155,19 +127,30 @@ class Wanted(NamedTuple):
     activations: Array
 
 
+class Coded(Protocol):
+    """What is read of a trace."""
+
+    @property
+    def indices(self) -> NDArray[np.integer] | None: ...  # [L, T, k] active features; None: no dictionary
+
+    @property
+    def values(self) -> Array | None: ...  # [L, T, k] their activations, 0 in unused places
+
+
 class Expansion:
     """Builds the graph of one target from its source account, the most influential features first: `add` the accounts
     of what is `wanted`, until nothing is."""
 
-    def __init__(self, trace: Trace, target: Sources, limits: Limits) -> None:
-        assert trace.indices is not None  # without a CLT there are no features to expand
+    def __init__(self, trace: Coded, target: Sources, limits: Limits) -> None:
+        assert trace.indices is not None  # without a dictionary there are no features to expand
         assert trace.values is not None
         self._limits, self._begun = limits, perf_counter()
         self.indices, self.values = trace.indices, trace.values
         self.shape = Shape(*self.values.shape)
-        (self._target,), (self._target_gross,) = _shares([target])
-        # A page of it takes memory once it is written.
-        self._shares = np.empty((limits.nodes, self.shape.columns), np.float32)
+        span, (shares,), (self._target_gross,) = self._shares([target], self.shape.layers)
+        self._target = np.zeros(self.shape.columns, shares.dtype)
+        span.add(shares, self._target)
+        self._rows: dict[int, GrowingRows] = {}
         self._gross = np.empty(limits.nodes)
         self._expanded = np.empty(limits.nodes, np.int64)
         self._count = 0
@@ -175,16 +158,15 @@ class Expansion:
         self.graph = self._built()  # as far as it is built
 
     def _built(self) -> AttributionGraph:
-        done = slice(0, self._count)
         return AttributionGraph(
             self.shape,
             self.indices,
             self.values,
             self._target,
             float(self._target_gross),
-            self._expanded[done],
-            self._shares[done],
-            self._gross[done],
+            self._expanded[: self._count],
+            self._gross[: self._count],
+            {layer: rows.rows for layer, rows in self._rows.items()},
         )
 
     def wanted(self) -> Wanted | None:
@@ -204,27 +186,37 @@ class Expansion:
 
     def add(self, accounts: list[Sources]) -> None:
         """accounts: of what was wanted, in that order."""
-        batch = slice(self._count, self._count + len(self._chosen))
-        self._shares[batch], self._gross[batch] = _shares(accounts)
-        self._expanded[batch] = self._chosen
-        self._count += len(self._chosen)
+        layers, count = self.shape.layer_of(self._chosen), len(self._chosen)
+        for layer in np.unique(layers).tolist():
+            of_layer = np.flatnonzero(layers == layer)
+            span, shares, gross = self._shares([accounts[place] for place in of_layer], layer)
+            self._rows.setdefault(layer, GrowingRows(span)).add(self._count + of_layer, shares)
+            self._gross[self._count + of_layer] = gross
+        self._expanded[self._count : self._count + count] = self._chosen
+        self._count += count
         self.graph = self._built()
+
+    def _shares(self, accounts: list[Sources], layer: int) -> tuple[Span, Array, Array]:
+        """Accounts of features of one layer as edges: (their span, the edges divided by the sum of their sizes
+        [n, width], that sum [n])."""
+        first = accounts[0].first
+        count = max(min(len(accounts[0].errors), layer - first), 0)  # layers below
+        edges = np.stack(
+            [
+                np.concatenate([account.features[:count].ravel(), account.embeddings, account.errors[:count].ravel()])
+                for account in accounts
+            ]
+        )
+        gross = np.abs(edges).sum(1, dtype=np.float64)
+        shares = np.divide(edges, gross[:, None], out=np.zeros_like(edges), where=gross[:, None] != 0)
+        return self.shape.span(first, first + count), shares, gross
 
 
 def expand(
-    trace: Trace, target: Sources, follow: Callable[[Wanted], list[Sources]], limits: Limits
+    trace: Coded, target: Sources, follow: Callable[[Wanted], list[Sources]], limits: Limits
 ) -> AttributionGraph:
     """The graph of one target. follow: gives the accounts of features' pre-activations."""
     expansion = Expansion(trace, target, limits)
     while (wanted := expansion.wanted()) is not None:
         expansion.add(follow(wanted))
     return expansion.graph
-
-
-def _shares(accounts: list[Sources]) -> tuple[Array, Array]:
-    """Accounts as edges, by column: (divided by the sum of their sizes [n, columns], that sum [n])."""
-    edges = np.stack(
-        [np.concatenate([account.features.ravel(), account.embeddings, account.errors.ravel()]) for account in accounts]
-    )
-    gross = np.abs(edges).sum(1, dtype=np.float64)
-    return np.divide(edges, gross[:, None], out=np.zeros_like(edges), where=gross[:, None] != 0), gross

@@ -61,13 +61,13 @@ def prune(
     """
     unfollowed = _unfollowed(graph)
     influence = graph.influence if leaves else np.where(unfollowed, 0, graph.influence)
-    nodes = np.flatnonzero(_largest(influence, node_share))
+    nodes = np.flatnonzero(fewest(influence, node_share))
     nodes = nodes[np.argsort(-influence[nodes], kind="stable")]
     # The graph of these nodes alone: a row for the target and for each that was expanded, a column for each.
     rows = np.flatnonzero(np.isin(graph.expanded, nodes))
     rows = rows[np.argsort(-graph.shape.layer_of(graph.expanded[rows]), kind="stable")]  # from the last layer down
     all_edges = _Rows(graph, rows, unfollowed)
-    weights = np.concatenate([graph.target[None, nodes], graph.shares[np.ix_(rows, nodes)]]) * all_edges.gross[:, None]
+    weights = np.concatenate([graph.target[None, nodes] * graph.target_gross, graph.edges(rows, nodes)])
     place_of = np.full(graph.shape.columns, -1, np.int64)
     place_of[nodes] = np.arange(len(nodes))
     places = place_of[graph.expanded[rows]]  # in `nodes`
@@ -76,7 +76,7 @@ def prune(
     for row, place in enumerate(places, 1):
         flow += flow[place] * shares[row]
     scores = shares * np.concatenate([[1.0], flow[places]])[:, None]
-    edges = _largest(scores.ravel(), edge_share).reshape(scores.shape)
+    edges = fewest(scores.ravel(), edge_share).reshape(scores.shape)
     kept = np.ones(len(nodes), bool)
     while True:
         fed = np.ones(len(nodes), bool)  # leaves need no edge in
@@ -117,9 +117,14 @@ class _Rows:
     def __init__(self, graph: AttributionGraph, rows: NDArray[np.integer], unfollowed: NDArray[np.bool_]) -> None:
         self.gross = np.concatenate([[graph.target_gross], graph.gross[rows]])
         sums = np.empty((4, len(rows) + 1))
-        for place, shares in enumerate([graph.target, *(graph.shares[row] for row in rows)]):  # each has all columns
-            parts = (shares, shares[unfollowed])
-            sums[:, place] = [part.sum(dtype=np.float64) for part in (*parts, *map(np.abs, parts))]
+        place_of = np.full(len(graph.expanded), -1)
+        place_of[rows] = np.arange(1, len(rows) + 1)
+        sums[:, 0] = _sums(graph.target, unfollowed)
+        for span, numbers, of_layer in graph.rows.values():
+            hidden = span.cut(unfollowed)
+            for place, shares in zip(place_of[numbers].tolist(), of_layer, strict=True):
+                if place >= 0:
+                    sums[:, place] = _sums(shares, hidden)
         self.signed, self.signed_unfollowed, self.sizes, self.from_unfollowed = sums * self.gross
 
     def beside(self, listed: Array, unfollowed: NDArray[np.bool_]) -> tuple[Array, ...]:
@@ -136,6 +141,12 @@ class _Rows:
         return self.signed, of_unfollowed, unfollowed_share, pruned, pruned_share
 
 
+def _sums(shares: Array, unfollowed: NDArray[np.bool_]) -> list[float]:
+    """Of one row: of all and of the features that were not followed, signed, and the same of sizes."""
+    parts = (shares, shares[unfollowed])
+    return [float(part.sum(dtype=np.float64)) for part in (*parts, *map(np.abs, parts))]
+
+
 def _at(values: Array, places: NDArray[np.integer], count: int) -> Array:
     """[count + 1]: values at their places (-1: the last one), NaN elsewhere."""
     spread = np.full(count + 1, np.nan)
@@ -149,7 +160,7 @@ def _divided(sizes: Array) -> Array:
     return np.divide(sizes, sums, out=np.zeros_like(sizes), where=sums != 0)
 
 
-def _largest(values: Array, share: float) -> NDArray[np.bool_]:
+def fewest(values: Array, share: float) -> NDArray[np.bool_]:
     """The fewest of non-negative values whose sum is at least `share` of all."""
     order = np.argsort(-values, kind="stable")
     cumulated = np.cumsum(values[order], dtype=np.float64)

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +40,8 @@ from vitrine.models.account.ledger import Array
 
 
 @dataclass(frozen=True)
-class Trace:
-    """One image's forward pass: what was written, and what is held fast (`models.graph.trace`)."""
+class HeldFast:
+    """Of one image's forward pass: its embedding, and what every account holds fast."""
 
     embedding: Array  # [D] unit
     scale: float  # sigma |z|: by which a direction in embedding space is divided
@@ -49,13 +49,9 @@ class Trace:
     weights: Array  # [L, H, T, T] attention weights
     before_attention: Array  # [L, T] LN1's denominators
     before_mlp: Array  # [L, T] LN2's
-    embedded: Array  # [T, d] the stream before block 0
-    written: Array  # [L, T, d] MLP outputs; of the last layer at [CLS], 0 at patches, where nothing reads them
-    indices: NDArray[np.integer] | None = None  # [L, T, k] active features; None: no CLT
-    values: Array | None = None  # [L, T, k] their activations, 0 in unused places and at the last layer's patches
 
     @classmethod
-    def from_batch(cls, outputs: Mapping[str, Any], image: int) -> Trace:
+    def from_batch(cls, outputs: Mapping[str, Any], image: int) -> Self:
         """One image of the outputs of trace.onnx (`models.bundle.layout.TRACE_OUTPUTS`)."""
         of_image = {name: values[image] for name, values in outputs.items()}
         scale, norm = float(of_image.pop("scale")), float(of_image.pop("norm"))
@@ -65,6 +61,20 @@ class Trace:
         """[n, d]: the directions u of label embeddings, or differences of two, [n, D]; fold [d, D] (`Tower.fold`)."""
         return directions @ fold.T * (logit_scale / self.scale)
 
+    def logits(self, directions: Array, beta: Array, logit_scale: float) -> tuple[Array, Array]:
+        """(logits of directions [n, D], what ln_post's beta adds to them) [n] each; beta [D]: of `Tower.fold`."""
+        return logit_scale * (directions @ self.embedding), directions @ beta * (logit_scale / self.norm)
+
+
+@dataclass(frozen=True)
+class Trace(HeldFast):
+    """One image's forward pass: what was written, and what is held fast (`models.graph.trace`)."""
+
+    embedded: Array  # [T, d] the stream before block 0
+    written: Array  # [L, T, d] MLP outputs; of the last layer at [CLS], 0 at patches, where nothing reads them
+    indices: NDArray[np.integer] | None = None  # [L, T, k] active features; None: no CLT
+    values: Array | None = None  # [L, T, k] their activations, 0 in unused places and at the last layer's patches
+
 
 def accounts(
     trace: Trace, outputs: Mapping[str, Any], directions: Array, beta: Array, logit_scale: float
@@ -73,8 +83,7 @@ def accounts(
 
     beta [D]: of `Tower.fold`.
     """
-    logits = logit_scale * (directions @ trace.embedding)
-    return accounts_of(trace, outputs, logits, directions @ beta * (logit_scale / trace.norm))
+    return accounts_of(trace, outputs, *trace.logits(directions, beta, logit_scale))
 
 
 def feature_accounts(trace: Trace, outputs: Mapping[str, Any], activations: Array) -> list[Sources]:
@@ -126,7 +135,10 @@ class Baseline(NamedTuple):
 @dataclass(frozen=True)
 class Sources:
     """The source account of one logit, or of a difference of two, or of a feature's pre-activation, or of an attention
-    score. All parts and `remainder` sum to it."""
+    score. All parts and `remainder` sum to it.
+
+    L is the number of layers that may have a part, from `first` on: all, or of residual SAEs the one below, or none.
+    """
 
     logit: float  # or the pre-activation, or the score
     embeddings: Array  # [T]
@@ -138,6 +150,7 @@ class Sources:
 
     baseline: Array | None = None  # [L] of the average picture's features; None: nothing was subtracted from them
     silent: Array | None = None  # [L] of features that are active in the average picture and not in this one
+    first: int = 0
 
     @property
     def remainder(self) -> float:
@@ -164,7 +177,7 @@ class Sources:
         """(layers, indices, contributions over all tokens) of the features that are active, the largest first."""
         layers, _, _places = self.features.shape
         count = int(self.indices.max(initial=0)) + 1
-        keys = (np.arange(layers)[:, None, None] * count + self.indices).ravel()
+        keys = ((self.first + np.arange(layers))[:, None, None] * count + self.indices).ravel()
         totals = np.bincount(keys, weights=self.features.ravel()).astype(np.float64, copy=False)
         active = np.flatnonzero(totals)
         order: NDArray[np.integer] = active[np.argsort(-np.abs(totals[active]), kind="stable")]
@@ -172,4 +185,5 @@ class Sources:
 
     def tokens_of(self, layer: int, index: int) -> Array:
         """[T]: one feature's contribution from each token."""
-        return np.where(self.indices[layer] == index, self.features[layer], 0).sum(-1)
+        place = layer - self.first
+        return np.where(self.indices[place] == index, self.features[place], 0).sum(-1)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from vitrine.models.clip.attention import constant
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.graph.back import through_attention, through_attention_of_one, through_norm
 from vitrine.models.graph.replacement import Int8Decoder
 
 
@@ -112,6 +113,7 @@ class SourcesGraph(nn.Module):
         parts: Any = [0.0] * self.layers
         errors, biases, gradients, constants = [], [], [], [own]
         for target in reversed(range(self.layers)):
+            block: Any = self.tower.blocks[target]
             read = gradient.shape[1]  # tokens
             total = gradient.sum(1)  # [n, d]
             left = written[target, :read]  # [T, d]
@@ -135,11 +137,11 @@ class SourcesGraph(nn.Module):
             if target == self.layers - 1:  # every direction still has one token
                 one = total + start
                 gradient = at[:, :, None] * one[:, None]
-                normed = self._attention_of_one(target, one, weights[target].index_select(1, token))
+                normed = through_attention_of_one(block, one, weights[target].index_select(1, token))
             else:
                 gradient = gradient + at[:, :, None] * start[:, None]
-                normed = self._attention(target, gradient, weights[target])
-            gradient = gradient + self._layer_norm(target, normed, before_attention[target])
+                normed = through_attention(block, gradient, weights[target])
+            gradient = gradient + through_norm(block.ln_1, normed, before_attention[target])
             gradient = gradient + reading[:, :, None] * (rows * (here & at_reading)[:, None])[:, None]
         results = [
             (embedded * gradient).sum(-1),  # [n, T]
@@ -150,31 +152,6 @@ class SourcesGraph(nn.Module):
             of_layers = (torch.stack(part[::-1], dim=1) for part in (biases, gradients))
             results += [torch.stack(parts).permute(3, 0, 1, 2), *of_layers]  # [n, L, T, k], [n, L], [n, L, 2, d]
         return tuple(results)
-
-    def _attention(self, layer: int, gradient: Tensor, weights: Tensor) -> Tensor:
-        """From the gradient at what a block's attention adds [n, T, d] to that at LN1's output, through the values:
-        weights [H, T, T]."""
-        mixed, values = self._attention_products(layer, gradient)
-        by_head = mixed.unflatten(-1, (len(weights), -1)).transpose(1, 2)  # [n, H, T, d / H]
-        return (weights.transpose(-1, -2) @ by_head).transpose(1, 2).flatten(2) @ values
-
-    def _attention_of_one(self, layer: int, gradient: Tensor, weights: Tensor) -> Tensor:
-        """The same for gradients at one token each [n, d], with that token's weights [H, n, T]: with few directions, a
-        product less than of all tokens."""
-        mixed, values = self._attention_products(layer, gradient)
-        heads = len(weights)
-        by_head = mixed.unflatten(-1, (heads, -1)).transpose(0, 1) @ values.unflatten(0, (heads, -1))  # [H, n, d]
-        return weights.permute(1, 2, 0) @ by_head.transpose(0, 1)
-
-    def _attention_products(self, layer: int, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """(the gradient [..., d] through LayerScale and the output's weights, the weights of the values [d, d])."""
-        block = self.tower.blocks[layer]
-        return block.ls_1(gradient) @ block.attn.out_proj.weight, block.attn.in_proj_weight[2 * self.width :]
-
-    def _layer_norm(self, layer: int, gradient: Tensor, denominators: Tensor) -> Tensor:
-        """From the gradient at LN1's output [n, T, d] to that at the stream, with its denominators [T] held fast."""
-        scaled = gradient * self.tower.blocks[layer].ln_1.weight
-        return (scaled - scaled.mean(-1, keepdim=True)) / denominators[:, None]
 
     def _of_all_tokens(self, part: Tensor) -> Tensor:
         """[T, ...] of all tokens, or of [CLS] alone -> [T, ...], 0 at the others."""

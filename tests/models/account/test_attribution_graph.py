@@ -5,7 +5,8 @@ from itertools import count
 import numpy as np
 import pytest
 
-from vitrine.models.account.circuit import Limits, Shape, expand
+from vitrine.models.account.circuit import Limits, expand
+from vitrine.models.account.edges import Shape
 from vitrine.models.account.pruning import prune
 from vitrine.models.account.sources import Sources, Trace
 
@@ -83,7 +84,8 @@ def test_influence_is_that_over_all_paths(seed, nodes):
     graph = network.graph(nodes)
     influence = graph.influence
     np.testing.assert_allclose(influence, all_paths(network, graph.expanded), atol=1e-6)
-    np.testing.assert_allclose(graph.shares * graph.gross[:, None], network.edges[graph.expanded], atol=1e-6)
+    edges = graph.edges(np.arange(len(graph.expanded)), np.arange(COLUMNS))
+    np.testing.assert_allclose(edges, network.edges[graph.expanded], atol=1e-6)
     leaves = graph.leaves
     assert leaves.embeddings + leaves.errors + leaves.left_out + leaves.constant == pytest.approx(1)
     assert leaves.left_out == pytest.approx(
