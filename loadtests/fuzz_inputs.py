@@ -163,7 +163,7 @@ def _checkpoint(file: Path) -> tuple[int, int]:
 
 
 def _recipe(file: Path) -> tuple[int, int]:
-    from vitrine.training.recipes.recipe import load_recipe
+    from vitrine.training.recipes.reading import load_recipe
 
     load_recipe(file)
     return 0, 0
@@ -260,7 +260,7 @@ def _demo_job() -> Job:
 def _demo_checkpoint() -> bytes:
     from vitrine.training.checkpoint import CheckpointMeta
     from vitrine.training.recipes.catalogue import find_recipe
-    from vitrine.training.recipes.recipe import load_recipe
+    from vitrine.training.recipes.reading import load_recipe
 
     recipe = load_recipe(find_recipe("demo"))
     meta = CheckpointMeta(step=1, steps=2, recipe=recipe, clip_sha256="0" * 64, layers=3, width=32, broken={"a": "b"})

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
 from vitrine.models.dictionary.sparsify import Kind
-from vitrine.training.recipes.costs import GIB, Gpu, Matmul, step_memory, transcoder_work
+from vitrine.training.recipes.costs import GIB, Gpu, Matmul, dictionary_work, step_memory
 
 Shape = Literal["demo", "b32", "b16"]
 Device = Literal["cpu", "cuda"]
@@ -131,7 +131,7 @@ def compare(configuration: Configuration, sides: tuple[Side, ...]) -> dict[str, 
         row["dense_over_sparse"] = statistics.median(slow[0] / fast[0] for fast, slow in paired)
         row["dense_over_sparse_with_adam"] = statistics.median(sum(slow) / sum(fast) for fast, slow in paired)
     machine = _machine(configuration)
-    work = transcoder_work(
+    work = dictionary_work(
         configuration.architecture, configuration.tokens, cls=0
     )  # whose budget is that of the others
     minimum = sum(part.seconds(machine, configuration.matmul, 1.0) for part in work)

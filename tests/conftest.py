@@ -31,7 +31,7 @@ from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.training.cards import labels
 from vitrine.training.cards.build import Options, build_cards
 from vitrine.training.checkpoint import CheckpointMeta, save_checkpoint
-from vitrine.training.recipes.recipe import load_recipe
+from vitrine.training.recipes.reading import load_recipe
 
 torch.set_num_threads(1)  # these matrices are too small to parallelise
 gc.set_threshold(100_000, 20, 100)  # exports create millions of objects: scanning them took a sixth of the time

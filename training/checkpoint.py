@@ -1,6 +1,7 @@
 """Checkpoints: weights as safetensors beside one JSON file, written atomically.
 
-<out>/step-00001500/clt.safetensors     the CLT on raw activations, read by evaluation and export
+<out>/step-00001500/clt.safetensors     the CLT on raw activations, read by evaluation and export; of residual SAEs
+                                        residual_sae.safetensors
                     state.safetensors   for resuming: normalised weights, Adam's moments, normalisation, silent features
                     checkpoint.json     recipe, step, CLIP, metrics
 """
@@ -13,16 +14,17 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitrine.models.bundle.manifest import Metrics
 from vitrine.models.clip.loading import Clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.dictionary.residual_sae import ResidualSaes
 from vitrine.models.errors import VitrineError
 from vitrine.models.files.names import check_name, printable
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import move_folder, write_text
-from vitrine.training.recipes.recipe import Recipe
+from vitrine.training.recipes.recipe import AnyRecipe, CltRecipe, ResidualSaeRecipe
 
 FORMAT = 2  # 1: the CLT in four tensors
 META = "checkpoint.json"  # written last
@@ -41,7 +43,7 @@ class CheckpointMeta(BaseModel):
     format: int = FORMAT
     step: int
     steps: int
-    recipe: Recipe
+    recipe: AnyRecipe
     clip_sha256: str
     layers: int
     width: int
@@ -53,7 +55,7 @@ class CheckpointMeta(BaseModel):
 
 
 def save_checkpoint(
-    out: Path, meta: CheckpointMeta, clt: CrossLayerTranscoder, extras: dict[str, Tensor], state: dict[str, Tensor]
+    out: Path, meta: CheckpointMeta, dictionary: nn.Module, extras: dict[str, Tensor], state: dict[str, Tensor]
 ) -> Path:
     """Write a new `out/step-N` and remove old checkpoints.
 
@@ -68,8 +70,8 @@ def save_checkpoint(
     try:
         with naming(target):
             partial.mkdir(parents=True)
-            tensors = {k: v.contiguous() for k, v in clt.state_dict().items()}
-            save_file({**tensors, **extras}, partial / "clt.safetensors")
+            tensors = {k: v.contiguous() for k, v in dictionary.state_dict().items()}
+            save_file({**tensors, **extras}, weights_file(partial, meta))
             save_file({k: v.contiguous() for k, v in state.items()}, partial / "state.safetensors")
             write_meta(partial, meta)
             move_folder(partial, target, last=META)
@@ -79,6 +81,11 @@ def save_checkpoint(
         (old / META).unlink(missing_ok=True)  # first: what is left by a kill, or cannot be removed, is no checkpoint
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def weights_file(checkpoint: Path, meta: CheckpointMeta) -> Path:
+    """The dictionary's weights."""
+    return checkpoint / f"{meta.recipe.kind}.safetensors"
 
 
 def write_meta(checkpoint: Path, meta: CheckpointMeta) -> None:
@@ -132,14 +139,39 @@ class _Format(BaseModel):
     format: int
 
 
+def clt_recipe(checkpoint: Path, meta: CheckpointMeta) -> CltRecipe:
+    """The recipe of a CLT's checkpoint. Raises `CheckpointError` if it is of residual SAEs."""
+    if isinstance(meta.recipe, CltRecipe):
+        return meta.recipe
+    raise CheckpointError(
+        f"{checkpoint} has residual SAEs, and a Cross-Layer Transcoder is needed here: give a checkpoint of a recipe "
+        'of kind = "clt"'
+    )
+
+
 def load_clt(checkpoint: Path) -> tuple[CrossLayerTranscoder, Tensor, CheckpointMeta]:
-    """(CLT on raw activations, mean [CLS] output [L, d], metadata)."""
+    """(CLT on raw activations, mean [CLS] output [L, d], metadata). Raises `CheckpointError` if it is of another
+    kind."""
     meta = read_meta(checkpoint)
-    tensors = load_tensors(checkpoint / "clt.safetensors")
+    recipe = clt_recipe(checkpoint, meta)
+    tensors = load_tensors(weights_file(checkpoint, meta))
     out_mean_cls = tensors.pop("out_mean_cls")
-    clt = CrossLayerTranscoder(meta.recipe.clt.architecture(meta.layers, meta.width))
+    clt = CrossLayerTranscoder(recipe.clt.architecture(meta.layers, meta.width))
     clt.load_state_dict(tensors)
     return clt.eval().requires_grad_(False), out_mean_cls, meta
+
+
+def load_residual_saes(checkpoint: Path) -> tuple[ResidualSaes, CheckpointMeta]:
+    """(the SAEs, metadata). Raises `CheckpointError` if it is of another kind."""
+    meta = read_meta(checkpoint)
+    if not isinstance(meta.recipe, ResidualSaeRecipe):
+        raise CheckpointError(
+            f"{checkpoint} has a Cross-Layer Transcoder, and residual SAEs are needed here: give a checkpoint of a "
+            'recipe of kind = "residual_sae"'
+        )
+    saes = ResidualSaes(meta.recipe.residual_sae.architecture(meta.layers, meta.width))
+    saes.load_state_dict(load_tensors(weights_file(checkpoint, meta)))
+    return saes.eval().requires_grad_(False), meta
 
 
 def section(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -49,6 +49,10 @@ class Encoder(nn.Module):
         indices = self.sparsifier.select(preactivations.detach())
         return self._code(indices, preactivations.gather(-1, indices), is_cls, None)
 
+    def of_features(self, x: Tensor, features: Tensor) -> Tensor:
+        """Pre-activations of some features [M] alone, by a dense product with its gradients: [N, M]."""
+        return linear(x, self.weight[features], self.bias[features])
+
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         """Set a learnt threshold so that initially k features per token are active, on average, on tokens [N, d]."""

@@ -87,6 +87,11 @@ class SaeDecoder(nn.Module):
     def forward(self, code: SortedCode) -> Tensor:
         return self.bias + contribution(code, self.weight)
 
+    def of_features(self, activations: Tensor, features: Tensor) -> Tensor:
+        """What some features [M] write with these activations [N, M], without the bias, by a dense product."""
+        product = activations @ self.weight[features]
+        return product.to(activations.dtype)  # autocast computes it in half precision
+
     def decode_dense(self, code: SortedCode) -> Tensor:
         """The same with a dense product over all F features: the reference implementation."""
         dense = code.values.new_zeros(len(code.values), len(self.weight)).scatter_add(1, code.indices, code.values)

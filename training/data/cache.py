@@ -1,9 +1,11 @@
 """Optional cache of activations on disk (`[training] cache`): one safetensors file per chunk and process.
 
 <folder>/cache.json                               fingerprint of the activations; a cache of another run is refused
-         chunk-00007-process-0-of-1.safetensors   mlp_in, mlp_out [L, N, d]; the broken images in its header
+         chunk-00007-process-0-of-1.safetensors   the tensors of a batch, [L, N, d] each, is_cls left out: mlp_in and
+                                                  mlp_out, or stream; the broken images in its header
 
-The files are not compressed: L = 12 layers of T = 50 tokens of width 768 (ViT-B/32) take 3.7 MB per image in float32.
+The files are not compressed: MLP inputs and outputs of L = 12 layers of T = 50 tokens of width 768 (ViT-B/32) take
+3.7 MB per image in float32, the streams of residual SAEs 1.7 MB.
 bfloat16 halves that, and rounds; already the first visit returns rounded values, so that a run does not depend on where
 it was resumed.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,27 +29,30 @@ from vitrine.models.clip.tower import Tower
 from vitrine.models.errors import VitrineError
 from vitrine.models.files.errors import FileError
 from vitrine.models.files.writing import written
+from vitrine.training.data.activations import Activations, Residuals, table_names, tables
 from vitrine.training.data.images import Plan
 from vitrine.training.recipes.recipe import FolderSource, Source
 
 FORMAT = 2  # 1: other pixels of transparent, 16-bit and very large images
 DType = Literal["float32", "bfloat16"]
+Kind = type[Activations] | type[Residuals]
 
 
 class CacheError(VitrineError):
     """The cache cannot be used; the message names the folder and says what to do."""
 
 
-def cache_bytes(plan: Plan, tower: Tower, dtype: DType) -> int:
+def cache_bytes(kind: Kind, plan: Plan, tower: Tower, dtype: DType) -> int:
     """Size on disk of all activations of a plan, over all processes, without headers."""
     images = plan.steps_per_epoch * plan.images_per_step
-    return 2 * tower.layers * images * tower.tokens * tower.width * getattr(torch, dtype).itemsize
+    return tables(kind, tower) * images * tower.tokens * tower.width * getattr(torch, dtype).itemsize
 
 
 @dataclass(frozen=True)
 class ActivationCache:
     """The activations of one process's share of every chunk. Create it with `open_cache`."""
 
+    kind: Kind
     folder: Path
     plan: Plan
     tower: Tower
@@ -60,23 +65,24 @@ class ActivationCache:
         """The chunks that can be read. Damaged files are reported through `log` and not included."""
         return {chunk for chunk in range(self.plan.chunks) if self._path(chunk).exists() and self._check(chunk)}
 
-    def read(self, chunk: int) -> tuple[Tensor, Tensor, dict[str, str]] | None:
-        """(mlp_in [L, N, d], mlp_out [L, N, d], broken images), float32 on the CPU; None if the file is damaged."""
+    def read(self, chunk: int) -> tuple[list[Tensor], dict[str, str]] | None:
+        """(the tables of `kind`, [L, N, d] each; broken images), float32 on the CPU; None if the file is damaged."""
         if not self._check(chunk):
             return None
         with safe_open(self._path(chunk), "pt") as file:
             broken = json.loads(file.metadata()["broken"])
-            return file.get_tensor("mlp_in").float(), file.get_tensor("mlp_out").float(), broken
+            return [file.get_tensor(name).float() for name in table_names(self.kind)], broken
 
-    def write(self, chunk: int, mlp_in: Tensor, mlp_out: Tensor, broken: Mapping[str, str]) -> tuple[Tensor, Tensor]:
-        """Store a chunk's activations atomically. Returns them as `read` will: rounded if bfloat16."""
-        tensors = {name: x.to(getattr(torch, self.dtype)) for name, x in (("mlp_in", mlp_in), ("mlp_out", mlp_out))}
+    def write(self, chunk: int, tensors: Sequence[Tensor], broken: Mapping[str, str]) -> list[Tensor]:
+        """Store a chunk's tables atomically. Returns them as `read` will: rounded if bfloat16."""
+        rounded = [x.to(getattr(torch, self.dtype)) for x in tensors]
+        named = dict(zip(table_names(self.kind), rounded, strict=True))
         try:
             with written(self._path(chunk)) as partial:
-                save_file(tensors, partial, {"broken": json.dumps(dict(broken))})
+                save_file(named, partial, {"broken": json.dumps(dict(broken))})
         except FileError as error:
             raise CacheError(f"{error}, or leave `cache` out of [training]") from error
-        return tensors["mlp_in"].float(), tensors["mlp_out"].float()
+        return [x.float() for x in rounded]
 
     def _path(self, chunk: int) -> Path:
         return self.folder / f"chunk-{chunk:05}-process-{self.rank}-of-{self.world}.safetensors"
@@ -84,11 +90,11 @@ class ActivationCache:
     def _check(self, chunk: int) -> bool:
         """Whether a file's header and length are right; this detects a truncated file, but not a flipped bit."""
         images = sum(map(len, self.plan.share(chunk, self.rank, self.world)))
-        shape = [self.tower.layers, images * self.tower.tokens, self.tower.width]
+        shape = [self.kind.layers(self.tower), images * self.tower.tokens, self.tower.width]
         expected = (shape, {"float32": "F32", "bfloat16": "BF16"}[self.dtype])
         try:
             with safe_open(self._path(chunk), "pt") as file:
-                slices = [file.get_slice(name) for name in ("mlp_in", "mlp_out")]
+                slices = [file.get_slice(name) for name in table_names(self.kind)]
                 json.loads(file.metadata()["broken"])
                 problem = "" if all((x.get_shape(), x.get_dtype()) == expected for x in slices) else "another shape"
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -99,6 +105,7 @@ class ActivationCache:
 
 
 def open_cache(
+    kind: Kind,
     folder: Path,
     dtype: DType,
     *,
@@ -119,7 +126,7 @@ def open_cache(
     Raises:
         CacheError: the folder holds activations of other arguments, or the disk has too little space.
     """
-    fingerprint = _fingerprint(dtype, clip, source, plan, precision, world)
+    fingerprint = _fingerprint(kind, dtype, clip, source, plan, precision, world)
     file = folder / "cache.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +137,7 @@ def open_cache(
         elif used:
             raise CacheError(f"{folder} holds activations without their cache.json; delete it or choose another --out")
         free = shutil.disk_usage(folder).free
-        needed = cache_bytes(plan, clip.tower, dtype) - used
+        needed = cache_bytes(kind, plan, clip.tower, dtype) - used
         if needed > free:
             raise CacheError(
                 f"{folder} needs {needed / 1e9:,.1f} GB more for the activations, the disk has {free / 1e9:,.1f} GB "
@@ -140,13 +147,16 @@ def open_cache(
             partial.write_text(json.dumps(fingerprint, indent=2), encoding="utf-8")
     except (FileError, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CacheError(f"{folder} cannot be used as a cache: {error}; delete it or choose another --out") from error
-    return ActivationCache(folder, plan, clip.tower, dtype, rank, world, log)
+    return ActivationCache(kind, folder, plan, clip.tower, dtype, rank, world, log)
 
 
-def _fingerprint(dtype: DType, clip: Clip, source: Source, plan: Plan, precision: str, world: int) -> dict[str, Any]:
+def _fingerprint(
+    kind: Kind, dtype: DType, clip: Clip, source: Source, plan: Plan, precision: str, world: int
+) -> dict[str, Any]:
     """Everything that a chunk's activations depend on, as read back from JSON. No epochs: they share the chunks."""
     fingerprint = {
         "format": FORMAT,
+        **({} if kind is Activations else {"tensors": table_names(kind)}),  # caches of old have no such key
         "CLIP": clip.sha256,
         "preprocessing": clip.preprocess,
         "source": _listed(source),
@@ -166,5 +176,5 @@ def _listed(source: Source) -> dict[str, Any]:
 
 def _check_fingerprint(folder: Path, stored: Any, expected: dict[str, Any]) -> None:
     fields = stored if isinstance(stored, dict) else {}
-    if other := [key for key in expected if fields.get(key) != expected[key]]:
+    if other := [key for key in {**expected, **fields} if fields.get(key) != expected.get(key)]:
         raise CacheError(f"{folder} holds activations of another {', '.join(other)}; delete it or choose another --out")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from vitrine.models.account.windows import TOKENS, Tokens
 from vitrine.training.evaluation.bootstrap import Bootstrap
-from vitrine.training.evaluation.replaced import Known
 from vitrine.training.evaluation.results import Cascade, Estimate, if_known
+
+Known = TypeVar("Known")  # what a replacement model is told of some images, to save work
 
 
 def divergence(own: Tensor, replaced: Tensor) -> Tensor:
@@ -23,7 +25,7 @@ def is_right(predicted: Tensor, truth: Tensor) -> Tensor:
     return (predicted == truth).double().masked_fill(truth < 0, torch.nan)
 
 
-class Cascades:
+class Cascades(Generic[Known]):
     """Collects the predictions of CLIP and of its replacement models.
 
     Args:

@@ -19,13 +19,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from vitrine.models.account.windows import TOKENS, paper_windows
+from vitrine.models.account.windows import TOKENS, Tokens, paper_windows
 from vitrine.models.bundle.bundle import file_sha256
 from vitrine.models.bundle.manifest import ClipIdentity, LayerMetrics, Metrics
 from vitrine.models.clip.loading import Clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.progress import track
-from vitrine.training.checkpoint import CheckpointMeta, check_clip, load_clt
+from vitrine.training.checkpoint import CheckpointMeta, check_clip, clt_recipe, load_clt
 from vitrine.training.data.held_out import HeldOut
 from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.cascades import Cascades
@@ -33,12 +33,14 @@ from vitrine.training.evaluation.curves import node_faithfulness
 from vitrine.training.evaluation.faithfulness import RANDOM_ORDERS, TOP
 from vitrine.training.evaluation.measure import Measurements, Plan, measure
 from vitrine.training.evaluation.results import (
+    Cascade,
     Comparison,
     Contributions,
     Estimate,
     Faithfulness,
     Results,
     Seeds,
+    TokenFigures,
     if_known,
 )
 
@@ -86,7 +88,7 @@ def evaluate(
             gains=_gains(measured.cascades, other_measured.cascades, bootstrap) if images.labels else [],
         )
     return Results(
-        recipe=meta.recipe,
+        recipe=clt_recipe(checkpoint, meta),
         clip=ClipIdentity(name=clip.name, weights=clip.weights, sha256=clip.sha256),
         checkpoint_sha256=file_sha256(checkpoint / "clt.safetensors"),
         step=meta.step,
@@ -132,6 +134,21 @@ def evaluate_summary(
     replaced_all, replaced_cls = cascades or (None, None)
     faithfulness = _faithfulness(measured, images, bootstrap)
     curve = faithfulness.curve("cls") if faithfulness else None
+    return summary(reconstruction, baseline, replaced_all, replaced_cls).model_copy(
+        update={
+            "keep_top4_top1": curve.keep[min(TOP, clt.layers)].value if curve and curve.keep else None,
+            "drop_top1_top1": curve.drop[1].value if curve and curve.drop else None,
+        }
+    )
+
+
+def summary(
+    reconstruction: dict[Tokens, TokenFigures],
+    baseline: Estimate | None,
+    replaced_all: Cascade | None,
+    replaced_cls: Cascade | None,
+) -> Metrics:
+    """What a checkpoint keeps of these figures: CLIP's own top-1, and everything replaced for all tokens, or [CLS]."""
     everywhere, at_cls = reconstruction["all"], reconstruction["cls"]
     return Metrics(
         r2=everywhere.r2.value,
@@ -150,8 +167,6 @@ def evaluate_summary(
         replacement_all_agreement=replaced_all.agreement.value if replaced_all else None,
         replacement_cls_top1=replaced_cls.top1.value if replaced_cls and replaced_cls.top1 else None,
         replacement_cls_agreement=replaced_cls.agreement.value if replaced_cls else None,
-        keep_top4_top1=curve.keep[min(TOP, clt.layers)].value if curve and curve.keep else None,
-        drop_top1_top1=curve.drop[1].value if curve and curve.drop else None,
         layers={
             tokens: LayerMetrics(
                 **{name: tuple(getattr(layer, name) for layer in figures.layers) for name in LayerMetrics.model_fields}
@@ -161,7 +176,7 @@ def evaluate_summary(
     )
 
 
-def describe(metrics: Metrics) -> list[str]:
+def describe(metrics: Metrics, replaced: str = "every MLP") -> list[str]:
     """The figures of `evaluate_summary` as lines, for the log of a run; what was not measured is left out."""
     m = metrics
 
@@ -176,12 +191,12 @@ def describe(metrics: Metrics) -> list[str]:
     ]
     if m.replacement_all_agreement is not None and m.replacement_cls_agreement is not None:
         lines.append(
-            f"the same top-1 as CLIP with every MLP replaced {m.replacement_all_agreement:.1%}, at [CLS] alone "
+            f"the same top-1 as CLIP with {replaced} replaced {m.replacement_all_agreement:.1%}, at [CLS] alone "
             f"{m.replacement_cls_agreement:.1%}"
         )
     if m.zero_shot_top1 is not None and m.replacement_all_top1 is not None and m.replacement_cls_top1 is not None:
         lines.append(
-            f"zero-shot top-1 {m.zero_shot_top1:.1%}; with every MLP replaced {m.replacement_all_top1:.1%}, at [CLS] "
+            f"zero-shot top-1 {m.zero_shot_top1:.1%}; with {replaced} replaced {m.replacement_all_top1:.1%}, at [CLS] "
             f"alone {m.replacement_cls_top1:.1%}"
         )
     return lines

@@ -26,7 +26,7 @@ from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.dictionary.sparse_products import SortedCode
 from vitrine.models.dictionary.sparsify import Code
 from vitrine.models.progress import Progress
-from vitrine.training.data.activations import activations
+from vitrine.training.data.activations import Activations
 from vitrine.training.data.held_out import HeldOut
 from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.cascades import Cascades
@@ -90,13 +90,7 @@ def measure(
 
     Without labels nothing is predicted: cascades and interventions stay empty.
     """
-    tower = clip.tower
-    label_embeddings = label_embeddings.to(clt.decoders[0].bias)
-
-    def classify(residual: Tensor) -> Tensor:
-        embedding = torch.nn.functional.normalize(tower.head(residual), dim=-1)
-        return (clip.logit_scale * embedding @ label_embeddings.T).log_softmax(-1)
-
+    tower, classify = clip.tower, classifier(clip, label_embeddings.to(clt.decoders[0].bias))
     with Progress(console) as progress:
         reconstruction = Reconstruction(clt, _survey(clip, clt, images, progress), bootstrap)
         cascades = Cascades(Replaced(tower, clt), classify, plan.windows, plan.tokens)
@@ -130,6 +124,16 @@ def measure(
     return Measurements(reconstruction, cascades, interventions, raw, centred, gallery, means)
 
 
+def classifier(clip: Clip, label_embeddings: Tensor) -> Callable[[Tensor], Tensor]:
+    """[CLS] residuals [..., d] to log-probabilities of the labels [..., labels]."""
+
+    def classify(residual: Tensor) -> Tensor:
+        embedding = torch.nn.functional.normalize(clip.tower.head(residual), dim=-1)
+        return (clip.logit_scale * embedding @ label_embeddings.T).log_softmax(-1)
+
+    return classify
+
+
 class _Codes:
     """The sums of all codes by feature, and the codes of the first batches."""
 
@@ -156,10 +160,15 @@ class _Codes:
 
 def _survey(clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, progress: Progress) -> Survey:
     """Of a sample of the images."""
-    surveyor, every = Surveyor(clt), -(-len(images) // SAMPLE)
-    for taps, _ in _tapped(clip, replace(images, indices=images.indices[::every]), progress, "survey"):
-        surveyor.add(taps)
+    surveyor = Surveyor(clt.layers, clt.width)
+    for taps, _ in tapped(clip, sample(images), progress, "survey"):
+        surveyor.add(taps.mlp_out)
     return surveyor.survey()
+
+
+def sample(images: HeldOut) -> HeldOut:
+    """Those of a survey."""
+    return replace(images, indices=images.indices[:: -(-len(images) // SAMPLE)])
 
 
 def _centre(
@@ -201,12 +210,12 @@ def _coded(
     clip: Clip, clt: CrossLayerTranscoder, images: HeldOut, progress: Progress, name: str
 ) -> Iterator[tuple[Taps, list[SortedCode], Tensor, Tensor]]:
     """Taps, codes [L] of [N, K], which tokens are [CLS] [N], and label indices [B] of all images."""
-    for taps, truth in _tapped(clip, images, progress, name):
-        mlp_in, _, is_cls = activations(taps)
+    for taps, truth in tapped(clip, images, progress, name):
+        mlp_in, _, is_cls = Activations.of(taps)
         yield taps, clt.encode(mlp_in, is_cls), is_cls, truth
 
 
-def _tapped(clip: Clip, images: HeldOut, progress: Progress, name: str) -> Iterator[tuple[Taps, Tensor]]:
+def tapped(clip: Clip, images: HeldOut, progress: Progress, name: str) -> Iterator[tuple[Taps, Tensor]]:
     """CLIP's taps and the label indices [B] of all images, a few at a time."""
     device, task = clip.tower.visual.proj.device, progress.task(name, len(images), "images")
     for pixels, truth in images.batches():

@@ -1,8 +1,9 @@
-"""How well a CLT's outputs match those of the MLPs, per layer and token type, as sums per image.
+"""How well a dictionary's outputs match their targets, per layer and token type, as sums per image. A CLT's targets are
+the MLPs' outputs, those of residual SAEs the streams after the blocks.
 
     MSE             mean of |y - y'|^2 / d over tokens
     R^2             1 - sum |y - y'|^2 / sum |y - mean y|^2 over tokens and dimensions (variance-weighted); [CLS] and
-                    patches about their own means, all tokens about theirs; a CLT's R^2 is the mean over layers
+                    patches about their own means, all tokens about theirs; a dictionary's R^2 is the mean over layers
     R^2, kept       the same over the tokens that are no outliers, about the mean of those
     outliers        share of tokens with |y| > 3 median |y|: in a pretrained ViT a few tokens a hundred times as long as
                     the others own the variance, and R^2 says little about the others
@@ -30,6 +31,7 @@ from torch import Tensor
 from vitrine.models.account.windows import TOKENS, Tokens
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.dictionary.replacement import of_type
+from vitrine.models.dictionary.residual_sae import ResidualSaes
 from vitrine.models.dictionary.sparse_products import SortedCode
 from vitrine.training.data.normalisation import OUTLIER
 from vitrine.training.evaluation.bootstrap import Bootstrap
@@ -40,31 +42,33 @@ ERROR, TOTAL, COSINE, L0 = range(4)  # sums over an image's tokens
 
 
 class Reconstruction:
-    """Accumulates the figures of one CLT.
+    """Accumulates the figures of one dictionary.
 
     Args:
-        clt: the CLT.
-        survey: of the MLP outputs of these images, or of a sample of them.
+        dictionary: the CLT or the SAEs.
+        survey: of the targets of these images, or of a sample of them.
         bootstrap: over these images, for the intervals.
     """
 
-    def __init__(self, clt: CrossLayerTranscoder, survey: Survey, bootstrap: Bootstrap) -> None:
+    def __init__(self, dictionary: CrossLayerTranscoder | ResidualSaes, survey: Survey, bootstrap: Bootstrap) -> None:
         self._bootstrap, self._seen = bootstrap, 0
-        self._moved_resampled = torch.zeros(bootstrap.resamples, 3, clt.layers, clt.width)  # of every resample
-        device = clt.decoders[0].bias.device
-        self.layers, self.width, self.tokens = clt.layers, clt.width, 0
+        layers, width, features = dictionary.layers, dictionary.width, dictionary.features
+        self._moved_resampled = torch.zeros(bootstrap.resamples, 3, layers, width)  # of every resample
+        device = dictionary.decoders[0].bias.device
+        self._sizes = torch.tensor([encoder.sparsifier.features for encoder in dictionary.encoders])  # F by layer
+        self.layers, self.width, self.tokens = layers, width, 0
         self.centres = survey.means.to(device)  # [3, L, d]
         self.longest = (OUTLIER * survey.median_norms).to(device)  # [L]
-        self.fired = torch.zeros(2, clt.layers, clt.features, dtype=torch.bool, device=device)  # [CLS], patches
+        self.fired = torch.zeros(2, layers, features, dtype=torch.bool, device=device)  # [CLS], patches
         self._images: list[Tensor] = []  # [4, 3, B, L]
         self._relative: list[Tensor] = []  # [L, B, T], float32
-        self._moved = torch.zeros(3, clt.layers, clt.width, dtype=torch.float64)  # sum of y - centre
+        self._moved = torch.zeros(3, layers, width, dtype=torch.float64)  # sum of y - centre
         # Tokens that are no outliers: their number, sums of |y - y'|^2 and |y - centre|^2, sum of y - centre.
-        self._kept = torch.zeros(3, 3, clt.layers, dtype=torch.float64)
-        self._kept_moved = torch.zeros(3, clt.layers, clt.width, dtype=torch.float64)
+        self._kept = torch.zeros(3, 3, layers, dtype=torch.float64)
+        self._kept_moved = torch.zeros(3, layers, width, dtype=torch.float64)
 
     def update(self, truth: Tensor, decoded: Sequence[Tensor], codes: list[SortedCode]) -> None:
-        """MLP outputs [L, B, T, d] and CLT outputs, by layer; codes over the B * T tokens."""
+        """Targets [L, B, T, d] and the dictionary's outputs, by layer; codes over the B * T tokens."""
         images, self.tokens = truth.shape[1], truth.shape[2]
         sums = torch.zeros(4, 3, images, self.layers, dtype=torch.float64)
         relative, moved = torch.empty(truth.shape[:3]), torch.empty(images, 3, self.layers, self.width)
@@ -100,7 +104,7 @@ class Reconstruction:
         bootstrap = self._bootstrap
         sums = torch.cat(self._images, dim=2)  # [4, 3, n, L]
         images, relative = sums.shape[2], torch.cat(self._relative, dim=1)
-        fired = torch.stack([self.fired.any(0), *self.fired]).double().mean(-1).cpu()
+        fired = torch.stack([self.fired.any(0), *self.fired]).double().sum(-1).cpu() / self._sizes
         figures = {}
         for kind, tokens in enumerate(TOKENS):
             count = images * (self.tokens, 1, self.tokens - 1)[kind]

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from vitrine.models.account.windows import Tokens
 from vitrine.models.bundle.manifest import ClipIdentity
-from vitrine.training.recipes.recipe import Recipe
+from vitrine.training.recipes.recipe import CltRecipe, ResidualSaeRecipe
 
 FORMAT = 1
 Matrix = list[list[float]]
@@ -231,11 +231,13 @@ class Seeds(_Part):
     orders: int
 
 
-class Results(_Part):
+class AnyResults(_Part):
+    """What is measured of a dictionary of either kind."""
+
     format: int = FORMAT
-    recipe: Recipe
+    recipe: CltRecipe | ResidualSaeRecipe
     clip: ClipIdentity
-    checkpoint_sha256: str  # of clt.safetensors
+    checkpoint_sha256: str  # of the dictionary's weights
     step: int
     layers: int
     images: int
@@ -247,14 +249,28 @@ class Results(_Part):
     reconstruction: dict[Tokens, TokenFigures]
     baseline: Estimate | None  # zero-shot top-1 of CLIP itself; None: the images have no classes, or no labels
     cascades: list[Cascade]  # [] without labels
+
+    def cascade(self, first: int, last: int, tokens: Tokens) -> Cascade:
+        return next(c for c in self.cascades if (c.first, c.last, c.tokens) == (first, last, tokens))
+
+
+class SaeResults(AnyResults):
+    """Of residual SAEs: `layers` is their number, one less than blocks; `reconstruction`: of standardised tokens."""
+
+    recipe: ResidualSaeRecipe
+    raw: dict[Tokens, TokenFigures]  # of the stream itself
+    singles: list[Cascade]  # the stream after one block replaced, all tokens; [] without labels
+
+
+class Results(AnyResults):
+    """Of a Cross-Layer Transcoder."""
+
+    recipe: CltRecipe
     contributions: dict[Tokens, Contributions]
     faithfulness: Faithfulness | None  # None: no labels
     retrieval: Retrieval | None  # None: too few images, or without classes
     nodes: NodeFaithfulness | None = None  # None: not asked for, or no labels
     comparison: Comparison | None = None
-
-    def cascade(self, first: int, last: int, tokens: Tokens) -> Cascade:
-        return next(c for c in self.cascades if (c.first, c.last, c.tokens) == (first, last, tokens))
 
 
 def _ratio(first: float, any_one: float) -> float | None:

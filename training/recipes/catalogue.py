@@ -11,8 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vitrine.training.recipes.clip_shape import UnknownShape
-from vitrine.training.recipes.costs import GIB, GPUS, Costs, Matmul, Work, cache_bytes, estimate
-from vitrine.training.recipes.recipe import Recipe, RecipeError, load_recipe
+from vitrine.training.recipes.costs import GIB, GPUS, Costs, Matmul, Work, cache_bytes, estimate, features
+from vitrine.training.recipes.reading import load_recipe
+from vitrine.training.recipes.recipe import CltRecipe, RecipeError, ResidualSaeRecipe
+
+Recipe = CltRecipe | ResidualSaeRecipe
 
 SHIPPED = Path(__file__).parent
 MATMULS: tuple[Matmul, ...] = ("fp32", "tf32", "bf16")
@@ -56,10 +59,11 @@ def describe(path: Path, data_root: Path, share: float) -> dict[str, Any]:
         "path": str(path),
         "clip": recipe.clip.name or recipe.clip.config,
         "data": recipe.data.name,
-        "sparsifier": recipe.clt.sparsifier,
-        "cross_layer": recipe.clt.cross_layer,
-        "features": recipe.clt.features,
-        "k": list(recipe.clt.k),
+        "kind": recipe.kind,
+        "sparsifier": recipe.dictionary.sparsifier,
+        "cross_layer": recipe.clt.cross_layer if isinstance(recipe, CltRecipe) else None,
+        "features": recipe.dictionary.features,
+        "k": list(recipe.dictionary.k),
     }
     if isinstance(costs, str):
         return {**fields, "costs": None, "unknown": costs}
@@ -106,15 +110,24 @@ def _list_table(recipes: list[tuple[Recipe, Costs | str]], share: float, wide: b
     ):
         table.add_column(heading, justify="right")
     for recipe, costs in recipes:
-        sparsifier = recipe.clt.sparsifier + ("" if recipe.clt.cross_layer else ", per layer")
+        dictionary = recipe.dictionary
+        per_layer = isinstance(recipe, CltRecipe) and not recipe.clt.cross_layer
+        is_clt = isinstance(recipe, CltRecipe)
+        sparsifier = dictionary.sparsifier + (", per layer" if per_layer else "" if is_clt else ", SAEs")
         table.add_row(
             recipe.name,
             *((recipe.clip.name or "its own", recipe.data.name, sparsifier) if wide else ()),
-            f"{recipe.clt.features:,}",
-            "–".join(str(bound) for bound in sorted({min(recipe.clt.k), max(recipe.clt.k)})),
+            _bounds(dictionary.features),
+            _bounds(dictionary.k),
             *([UNKNOWN] * (3 + len(GPUS)) if isinstance(costs, str) else _numbers(costs, share)),
         )
     return table
+
+
+def _bounds(numbers: int | tuple[int, ...]) -> str:
+    """The least and the most, if they differ."""
+    numbers = (numbers,) if isinstance(numbers, int) else numbers
+    return "–".join(f"{bound:,}" for bound in sorted({min(numbers), max(numbers)}))
 
 
 def print_one(path: Path, data_root: Path, share: float, console: Console) -> None:
@@ -129,8 +142,9 @@ def print_one(path: Path, data_root: Path, share: float, console: Console) -> No
         return
     shape, clip = costs.architecture, costs.clip
     console.print(
-        f"{shape.layers} layers of width {shape.width}, {clip.tokens} tokens an image; {shape.features:,} features a "
-        f"layer, {shape.sparsifier}; {_millions(shape.parameters)} parameters trained, CLIP has "
+        f"{clip.layers} layers of width {shape.width}, {clip.tokens} tokens an image; {_bounds(features(shape))} "
+        f"features {'a layer' if isinstance(recipe, CltRecipe) else 'an SAE'}, {shape.sparsifier}; "
+        f"{_millions(shape.parameters)} parameters trained, CLIP has "
         f"{_millions(clip.parameters)}",
         **plain,
     )
@@ -146,7 +160,7 @@ def print_one(path: Path, data_root: Path, share: float, console: Console) -> No
         return
     console.print(_hours_table(costs, share))
     _explain(share, console)
-    float32, bfloat16 = (cache_bytes(costs.images, clip, kind) / 1e9 for kind in ("float32", "bfloat16"))
+    float32, bfloat16 = (cache_bytes(costs.images, shape, clip, kind) / 1e9 for kind in ("float32", "bfloat16"))
     console.print(f"activation cache, if wanted: {float32:,.0f} GB as float32, {bfloat16:,.0f} GB as bfloat16", **plain)
 
 

@@ -6,11 +6,11 @@ The estimates are computed by counting, without running anything:
   the mixing buffer. Allocator overhead and workspaces are not counted.
 - work: each part of a step has FLOPs and bytes, and takes max(FLOPs / peak, bytes / bandwidth) with the GPU's
   data-sheet peaks (the roofline model), both scaled by an assumed, not measured, `share`. CLIP and the product that
-  finds the active features are dense; everything else in a CLT gathers and sums rows and is bandwidth-bound. A row
+  finds the active features are dense; all else in a dictionary gathers and sums rows and is bandwidth-bound. A row
   counts as read each time it is used; caches make that cheaper.
-- not counted: image decoding, disk reads, the final evaluation, start-up.
+- not counted: image decoding, disk reads, the final evaluation, start-up, the loss of SAEs' dead features.
 
-N tokens per step, L layers, F features per layer, d width, K places of a code (`models.dictionary.sparsify`).
+N tokens per step, L layers, F features of a layer, d width, K places of a code (`models.dictionary.sparsify`).
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from vitrine.models.dictionary.clt import Architecture
+from vitrine.models.dictionary.residual_sae import SaeArchitecture
 from vitrine.models.inputs.errors import InputError
 from vitrine.models.inputs.folder import walk
 from vitrine.models.inputs.skipped import Skipped
 from vitrine.training.recipes.clip_shape import ClipShape, clip_shape
 from vitrine.training.recipes.recipe import (
     CascadeSection,
+    CltRecipe,
     FolderSource,
     HuggingFaceSource,
-    Recipe,
+    ResidualSaeRecipe,
     Source,
     TorchvisionSource,
 )
 
+AnyArchitecture = Architecture | SaeArchitecture
 Matmul = Literal["bf16", "tf32", "fp32"]
 GIB = 1024**3
 FLOAT = 4  # bytes of a float32
@@ -54,6 +57,8 @@ BYTES_PER_PLACE = 52
 # Number of [L, N, d] tensors that a step holds at its peak: CLIP's two, the same normalised, outputs, a layer's
 # products before they are summed (at most one such tensor in total), the error and its gradient, the outputs' gradient.
 STEP_TENSORS = 9
+# The same of SAEs: streams, standardised, outputs twice (by layer, and stacked), what they miss, two gradients.
+SAE_STEP_TENSORS = 7
 # Vectors of size d that one block of the tower reads and writes per token: norms, projections, GELU, residuals.
 BLOCK_TRAFFIC = 34
 # Reads and writes of each parameter in an optimiser step: gradient norm 1, clipping 2, fused Adam 7.
@@ -118,7 +123,7 @@ class Phase(NamedTuple):
 class Costs:
     """The estimate. Values that depend on the number of images are None if that is unknown."""
 
-    architecture: Architecture
+    architecture: AnyArchitecture
     clip: ClipShape
     matmul: Matmul  # precision of matrix products under the recipe's `precision`
     images: int | None  # number of training images
@@ -152,16 +157,16 @@ class Costs:
         return sum(phase.seconds(gpu, matmul or self.matmul, share) for phase in self.phases) / 3600
 
 
-def estimate(recipe: Recipe, data_root: Path) -> Costs:
+def estimate(recipe: CltRecipe | ResidualSaeRecipe, data_root: Path) -> Costs:
     """The costs of training `recipe`. Raises `UnknownShape` if its CLIP's configuration cannot be read, and
     `RecipeError` if its k is given for another number of layers."""
     settings = recipe.training
     clip = clip_shape(recipe.clip, data_root)
-    architecture = recipe.clt.architecture(clip.layers, clip.width)
+    architecture = recipe.dictionary.architecture(clip.layers, clip.width)
     images = count_images(recipe.data.train, data_root)
     step = (
         _tower(clip, settings.images_per_step),
-        *transcoder_work(architecture, settings.images_per_step * clip.tokens, settings.images_per_step),
+        *dictionary_work(architecture, settings.images_per_step * clip.tokens, settings.images_per_step),
         _optimiser(architecture),
     )
     return Costs(
@@ -172,12 +177,16 @@ def estimate(recipe: Recipe, data_root: Path) -> Costs:
         memory=_memory(recipe, architecture, clip),
         step=step,
         phases=None if images is None else tuple(_phases(recipe, images, clip, architecture, step)),
-        cache=None if images is None else cache_bytes(images, clip, settings.cache),
+        cache=None if images is None else cache_bytes(images, architecture, clip, settings.cache),
     )
 
 
 def _phases(
-    recipe: Recipe, images: int, clip: ClipShape, architecture: Architecture, step: tuple[Work, ...]
+    recipe: CltRecipe | ResidualSaeRecipe,
+    images: int,
+    clip: ClipShape,
+    architecture: AnyArchitecture,
+    step: tuple[Work, ...],
 ) -> Iterator[Phase]:
     settings = recipe.training
     steps = images // settings.images_per_step
@@ -188,28 +197,45 @@ def _phases(
     else:
         yield Phase("reconstruction, first epoch", steps, step)
         yield Phase("reconstruction from the cache", steps * (settings.epochs - 1), step[1:])
-    if recipe.cascade is not None:
+    if isinstance(recipe, CltRecipe) and isinstance(architecture, Architecture) and recipe.cascade is not None:
         yield Phase("cascade", recipe.cascade.steps, _cascade_step(recipe.cascade, architecture, clip))
 
 
-def places(architecture: Architecture) -> tuple[int, ...]:
+def features(architecture: AnyArchitecture) -> tuple[int, ...]:
+    """F of each layer."""
+    if isinstance(architecture, SaeArchitecture):
+        return architecture.features
+    return (architecture.features,) * architecture.layers
+
+
+def writers(architecture: AnyArchitecture) -> list[int]:
+    """The source layer of every decoder."""
+    if isinstance(architecture, SaeArchitecture):
+        return list(range(architecture.layers))
+    return [source for target in range(architecture.layers) for source in architecture.sources(target)]
+
+
+def places(architecture: AnyArchitecture) -> tuple[int, ...]:
     """K of each layer, as in `models.dictionary.sparsify`: twice the budget where k is an average."""
     spare = 2 if architecture.sparsifier in ("jumprelu", "batch_topk") else 1
-    budgets = zip(architecture.k, architecture.k_cls, strict=True)
-    return tuple(min(architecture.features, spare * max(pair)) for pair in budgets)
+    layers = zip(features(architecture), architecture.k, architecture.k_cls, strict=True)
+    return tuple(min(count, spare * max(k, k_cls)) for count, k, k_cls in layers)
 
 
-def used_places(architecture: Architecture, tokens: int, cls: int) -> tuple[int, ...]:
+def used_places(architecture: AnyArchitecture, tokens: int, cls: int) -> tuple[int, ...]:
     """Places that the codes of `tokens` tokens, `cls` of them [CLS], use in a step, by layer: what products gather."""
     if architecture.sparsifier == "jumprelu":
         return tuple(tokens * count for count in places(architecture))
     return tuple((tokens - cls) * k + cls * k_cls for k, k_cls in zip(architecture.k, architecture.k_cls, strict=True))
 
 
-def cache_bytes(images: int, clip: ClipShape, kind: Literal["none", "float32", "bfloat16"]) -> int:
-    """Bytes on disk of the MLP inputs and outputs for every token."""
+def cache_bytes(
+    images: int, architecture: AnyArchitecture, clip: ClipShape, kind: Literal["none", "float32", "bfloat16"]
+) -> int:
+    """Bytes on disk of what is read and written of every token: a CLT's MLP inputs and outputs, SAEs' streams."""
     size = {"none": 0, "float32": FLOAT, "bfloat16": 2}[kind]
-    return images * clip.tokens * 2 * clip.layers * clip.width * size
+    tables = architecture.layers * (1 if isinstance(architecture, SaeArchitecture) else 2)
+    return images * clip.tokens * tables * clip.width * size
 
 
 def count_images(source: Source, data_root: Path) -> int | None:
@@ -233,28 +259,30 @@ def _tower(clip: ClipShape, images: int) -> Work:
     return Work("CLIP", images * clip.forward, FLOAT * (images * traffic + clip.vision_parameters), dense=True)
 
 
-def transcoder_work(architecture: Architecture, tokens: int, cls: int) -> tuple[Work, ...]:
-    """The CLT's part of a step over `tokens` tokens, `cls` of them [CLS]: encode and decode, forward and backward."""
-    layers, features, width = architecture.layers, architecture.features, architecture.width
-    table, output = features * width, tokens * width
+def dictionary_work(architecture: AnyArchitecture, tokens: int, cls: int) -> tuple[Work, ...]:
+    """The dictionary's part of a step over `tokens` tokens, `cls` of them [CLS]: encode and decode, forward and
+    backward."""
+    width, counts, decoders = architecture.width, features(architecture), writers(architecture)
+    output, tables = tokens * width, [count * width for count in counts]
     rows = [used * width for used in used_places(architecture, tokens, cls)]  # gathered from a decoder, by source layer
-    writes = [rows[source] for target in range(layers) for source in architecture.sources(target)]
-    encoder = layers * (table + output + 3 * tokens * features)  # pre-activations: written once, read twice to select
-    product = 2 * tokens * features * width * layers
+    writes, written = sum(rows[source] for source in decoders), sum(tables[source] for source in decoders)
+    # pre-activations: written once, read twice to select
+    encoder = sum(table + output + 3 * tokens * count for table, count in zip(tables, counts, strict=True))
+    product = 2 * tokens * sum(tables)
     return (
         Work("find active features", product, FLOAT * encoder, dense=True),
-        Work("decode", 2 * sum(writes), FLOAT * (sum(writes) + len(writes) * output), dense=False),
+        Work("decode", 2 * writes, FLOAT * (writes + len(decoders) * output), dense=False),
         Work(
             "decode, backward",  # of the activations and of the decoders
-            4 * sum(writes),
-            FLOAT * (2 * sum(writes) + len(writes) * (output + table)),
+            4 * writes,
+            FLOAT * (2 * writes + len(decoders) * output + written),
             dense=False,
         ),
-        Work("encode, backward", 2 * sum(rows), FLOAT * (sum(rows) + layers * table), dense=False),
+        Work("encode, backward", 2 * sum(rows), FLOAT * (sum(rows) + sum(tables)), dense=False),
     )
 
 
-def _optimiser(architecture: Architecture) -> Work:
+def _optimiser(architecture: AnyArchitecture) -> Work:
     """Clipping and Adam: about a dozen operations per parameter; memory traffic dominates."""
     parameters = architecture.parameters
     return Work("clip and Adam", 12 * parameters, FLOAT * OPTIMISER_TRAFFIC * parameters, dense=False)
@@ -263,7 +291,7 @@ def _optimiser(architecture: Architecture) -> Work:
 def _cascade_step(cascade: CascadeSection, architecture: Architecture, clip: ClipShape) -> tuple[Work, ...]:
     """CLIP as the teacher; the tower with its MLPs replaced, forward and backward; the CLT on one or both."""
     images = cascade.images_per_step
-    teacher, transcoder = _tower(clip, images), transcoder_work(architecture, images * clip.tokens, images)
+    teacher, transcoder = _tower(clip, images), dictionary_work(architecture, images * clip.tokens, images)
     # backward, to the inputs only: a linear map costs its forward pass again, a product of two activations twice that
     attention = images * (2 * clip.attention_projections + 3 * clip.attention_products)
     replaced = Work("replaced tower", attention, 3 * teacher.bytes, dense=True)
@@ -272,7 +300,7 @@ def _cascade_step(cascade: CascadeSection, architecture: Architecture, clip: Cli
     return (teacher, replaced, *clean, *transcoder, inputs, _optimiser(architecture))
 
 
-def _memory(recipe: Recipe, architecture: Architecture, clip: ClipShape) -> dict[str, int]:
+def _memory(recipe: CltRecipe | ResidualSaeRecipe, architecture: AnyArchitecture, clip: ClipShape) -> dict[str, int]:
     settings, weights = recipe.training, FLOAT * architecture.parameters
     mixed = settings.mixed_images if settings.mixed_images > settings.images_per_step else 0
     return {
@@ -281,13 +309,14 @@ def _memory(recipe: Recipe, architecture: Architecture, clip: ClipShape) -> dict
         "Adam's moments": 2 * weights,
         "CLIP": FLOAT * clip.parameters,
         "one step's tensors": step_memory(architecture, settings.images_per_step * clip.tokens),
-        "mixing buffer": cache_bytes(mixed, clip, "float32"),
+        "mixing buffer": cache_bytes(mixed, architecture, clip, "float32"),
     }
 
 
-def step_memory(architecture: Architecture, tokens: int) -> int:
+def step_memory(architecture: AnyArchitecture, tokens: int) -> int:
     """Peak bytes of the tensors of a step over `tokens` tokens, without parameters."""
-    streams = STEP_TENSORS * FLOAT * architecture.layers * tokens * architecture.width
+    tensors = SAE_STEP_TENSORS if isinstance(architecture, SaeArchitecture) else STEP_TENSORS
+    streams = tensors * FLOAT * architecture.layers * tokens * architecture.width
     codes = BYTES_PER_PLACE * tokens * sum(places(architecture))
-    preactivations = 2 * FLOAT * tokens * architecture.features  # one layer's, and the copy used for selection
+    preactivations = 2 * FLOAT * tokens * max(features(architecture))  # one layer's, and the copy used for selection
     return streams + codes + preactivations

@@ -1,30 +1,30 @@
-"""A recipe is one TOML file: which CLIP, images, CLT, and how it is trained. It is the whole configuration.
+"""A recipe is one TOML file: which CLIP, images, dictionary, and how it is trained. It is the whole configuration.
 
-Paths in a recipe are relative to the data root given on the command line, so a recipe is valid on every machine.
+A recipe is of a kind: of a Cross-Layer Transcoder (`clt`), or of residual SAEs (`residual_sae`). Each kind is a class
+with its own sections; what both have is in `Recipe`. Keys of the other kind are refused. Paths are relative to the data
+root given on the command line, so a recipe is valid on every machine.
 """
 
 from __future__ import annotations
 
-import difflib
-import tomllib
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
+    Tag,
     model_validator,
 )
 
 from vitrine.models.dictionary.clt import Architecture
+from vitrine.models.dictionary.residual_sae import SaeArchitecture
 from vitrine.models.dictionary.sparsify import Kind
 from vitrine.models.errors import VitrineError
-from vitrine.models.files.names import printable
 from vitrine.models.inputs.lists import distinct
 
 Template = Annotated[str, Field(pattern=r"\{\}")]
@@ -34,7 +34,6 @@ Budget = Annotated[
     Field(min_length=1),
     BeforeValidator(lambda value: (value,) if isinstance(value, int) else value),
 ]
-Model = TypeVar("Model", bound=BaseModel)
 
 
 class RecipeError(VitrineError, ValueError):
@@ -145,33 +144,69 @@ class CltSection(Section):
 
     @model_validator(mode="after")
     def _k_fits(self) -> CltSection:
-        for name in ("k", "k_cls"):
-            for k in getattr(self, name) or ():
-                if k > self.features:
-                    raise ValueError(f"{name} = {k} is larger than features = {self.features}")
+        _check_budgets((self.features,), self.k, self.k_cls)
         return self
 
     def architecture(self, layers: int, width: int) -> Architecture:
         """The architecture for a tower of `layers` layers. Raises `RecipeError` if k has another number of entries."""
-        k = self._per_layer("k", self.k, layers)
-        k_cls = k if self.k_cls is None else self._per_layer("k_cls", self.k_cls, layers)
+        of = f"the CLIP has {layers} layers"
+        k = _per_layer("clt.k", self.k, layers, of)
+        k_cls = k if self.k_cls is None else _per_layer("clt.k_cls", self.k_cls, layers, of)
         return Architecture(layers, width, self.features, k, k_cls, self.sparsifier, self.cross_layer)
 
-    @staticmethod
-    def _per_layer(name: str, budget: Budget, layers: int) -> tuple[int, ...]:
-        if len(budget) == 1:
-            return budget * layers
-        if len(budget) != layers:
-            raise RecipeError(f"clt.{name} has {len(budget)} numbers, the CLIP has {layers} layers")
-        return budget
+
+class ResidualSaeSection(Section):
+    """SAEs of the residual stream, one after every block but the last (arXiv 2509.17401)."""
+
+    features: Budget = Field(description="F of the SAE after each block but the last; one number, or one an SAE")
+    k: Budget = Field(
+        description="active features a token (jumprelu, batch_topk: on average); one number, or one an SAE"
+    )
+    k_cls: Budget | None = Field(default=None, description="the same for [CLS]; default: k")
+    sparsifier: Kind = Field(default="relu_topk", description="relu_topk, abs_topk, jumprelu or batch_topk")
+    dead_weight: float = Field(
+        default=1 / 32, ge=0, description="weight of the error that dead features leave of what the SAE misses; 0: none"
+    )
+    dead_features: PositiveInt = Field(default=256, description="dead features a token that may lessen it")
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> ResidualSaeSection:
+        _check_budgets(self.features, self.k, self.k_cls)
+        return self
+
+    def architecture(self, layers: int, width: int) -> SaeArchitecture:
+        """The architecture for a tower of `layers` layers. Raises `RecipeError` if it has fewer than two, or a list
+        another number of entries than there are SAEs."""
+        if layers < 2:
+            raise RecipeError("a CLIP of one layer has no residual SAEs: there is none after the last block")
+        saes, of = layers - 1, f"the CLIP has {layers - 1} blocks before its last"
+        features = _per_layer("residual_sae.features", self.features, saes, of)
+        k = _per_layer("residual_sae.k", self.k, saes, of)
+        k_cls = k if self.k_cls is None else _per_layer("residual_sae.k_cls", self.k_cls, saes, of)
+        return SaeArchitecture(width, features, k, k_cls, self.sparsifier)
+
+
+def _check_budgets(features: Budget, k: Budget, k_cls: Budget | None) -> None:
+    """Every k within the features of its layer, as far as the recipe says which is which."""
+    for name, budget in (("k", k), ("k_cls", k_cls or k)):
+        layers = max(len(features), len(budget))
+        if len(features) in (1, layers) and len(budget) in (1, layers):
+            for most, least in zip(features * (layers // len(features)), budget * (layers // len(budget)), strict=True):
+                if least > most:
+                    raise ValueError(f"{name} = {least} is larger than features = {most}")
+
+
+def _per_layer(name: str, budget: Budget, count: int, of: str) -> tuple[int, ...]:
+    if len(budget) == 1:
+        return budget * count
+    if len(budget) != count:
+        raise RecipeError(f"{name} has {len(budget)} numbers, {of}")
+    return budget
 
 
 class TrainingSection(Section):
-    """The reconstruction phase: every MLP's output from the MLP inputs."""
+    """The reconstruction phase, of either kind."""
 
-    start: Literal["neurons", "random"] = Field(
-        default="random", description="the first weights: the MLPs' own neurons (not for abs_topk), or random"
-    )
     seed: int = Field(default=0, description="of the first weights and of the order of images and tokens")
     epochs: PositiveInt = Field(default=1, description="passes over the images")
     images_per_step: PositiveInt = Field(default=32, description="a step sees the tokens of so many images")
@@ -187,10 +222,6 @@ class TrainingSection(Section):
         default=1.0, gt=0, le=1, description="last share of the run in which the rate falls to 0"
     )
     gradient_clip: PositiveFloat = Field(default=1.0, description="largest norm of a step's gradient")
-    cls_weight: PositiveFloat | None = Field(
-        default=None,
-        description="weight of [CLS]'s unexplained variance; a patch weighs 1; default: root of their number",
-    )
     k_start: PositiveFloat = Field(default=1.0, ge=1, description="k begins at so many times its value")
     k_anneal_share: Share = Field(default=0.0, description="first share of the run in which k falls to its value")
     sparsity_weight: PositiveFloat = Field(default=1.0, description="jumprelu: weight of the loss on L0")
@@ -200,12 +231,6 @@ class TrainingSection(Section):
     revive_after: PositiveInt = Field(
         default=200_000, description="tokens without firing after which a feature counts as dead"
     )
-    revive_rate: float = Field(
-        default=1.0,
-        ge=0,
-        description="learning rates a step by which a dead feature's bias rises until it fires; 0: none",
-    )
-    revive_share: Share = Field(default=0.7, description="first share of the run in which dead features are revived")
     precision: Literal["32-true", "bf16-mixed"] = Field(
         default="32-true", description="bf16-mixed: the CLIP's and the encoders' products in bfloat16"
     )
@@ -225,6 +250,26 @@ class TrainingSection(Section):
                 f"mixed_images = {self.mixed_images} is no multiple of images_per_step = {self.images_per_step}"
             )
         return self
+
+
+class CltTrainingSection(TrainingSection):
+    """Every MLP's output from the MLP inputs."""
+
+    start: Literal["neurons", "random"] = Field(
+        default="random", description="clt: the first weights: the MLPs' own neurons (not for abs_topk), or random"
+    )
+    cls_weight: PositiveFloat | None = Field(
+        default=None,
+        description="clt: weight of [CLS]'s unexplained variance; a patch weighs 1; default: root of their number",
+    )
+    revive_rate: float = Field(
+        default=1.0,
+        ge=0,
+        description="clt: learning rates a step by which a dead feature's bias rises until it fires; 0: none",
+    )
+    revive_share: Share = Field(
+        default=0.7, description="clt: first share of the run in which dead features are revived"
+    )
 
 
 class CascadeSection(Section):
@@ -260,77 +305,53 @@ class BundleSection(Section):
 
 
 class Recipe(Section):
+    """What the recipes of every kind have."""
+
     name: str
     clip: ClipSection
     data: DataSection
+    training: TrainingSection
+
+
+class CltRecipe(Recipe):
+    """Of a Cross-Layer Transcoder."""
+
+    kind: Literal["clt"] = "clt"
     clt: CltSection
-    training: TrainingSection = TrainingSection()
+    training: CltTrainingSection = CltTrainingSection()
     cascade: CascadeSection | None = None
     bundle: BundleSection = BundleSection()
 
+    @property
+    def dictionary(self) -> CltSection:
+        """The section of what is trained."""
+        return self.clt
+
     @model_validator(mode="after")
-    def _start_fits(self) -> Recipe:
+    def _start_fits(self) -> CltRecipe:
         if self.training.start == "neurons" and self.clt.sparsifier == "abs_topk":
             raise ValueError('training.start = "neurons" does not fit abs_topk, which would choose silent neurons')
         return self
 
 
-def skip_broken_shards(recipe: Recipe) -> Recipe:
-    """The recipe with shards that are damaged or missing gone past. Raises `RecipeError` if it reads no shards."""
-    sources = {
-        name: source for name in ("train", "val") if isinstance(source := getattr(recipe.data, name), WebDatasetSource)
-    }
-    if not sources:
-        raise RecipeError(f'{recipe.name} reads no shards (kind = "webdataset") that could be skipped')
-    changed = {name: source.model_copy(update={"skip_broken": True}) for name, source in sources.items()}
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=changed)})
+class ResidualSaeRecipe(Recipe):
+    """Of residual SAEs."""
+
+    kind: Literal["residual_sae"]
+    residual_sae: ResidualSaeSection
+    training: TrainingSection = TrainingSection()
+
+    @property
+    def dictionary(self) -> ResidualSaeSection:
+        """The section of what is trained."""
+        return self.residual_sae
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read and validate a recipe. Raises `RecipeError` naming every wrong key and the nearest valid one."""
-    return read_toml(path, Recipe)
+def kind_of(recipe: Any) -> Any:
+    """The kind that a recipe, or what was read from its file, says it is of."""
+    return recipe.get("kind", "clt") if isinstance(recipe, dict) else getattr(recipe, "kind", None)
 
 
-def read_toml(path: Path, kind: type[Model]) -> Model:
-    """Validate a TOML file as `kind`. Raises `RecipeError` naming every wrong key and the nearest valid one."""
-    try:
-        return kind.model_validate(tomllib.loads(path.read_text()))
-    except FileNotFoundError as error:
-        raise RecipeError(f"recipe {path} does not exist") from error
-    except OSError as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RecipeError(f"recipe {path} is not TOML: {error}") from error
-    except ValidationError as error:
-        lines = [_explain(kind, problem["loc"], problem["type"], problem["msg"]) for problem in error.errors()]
-        lines = [printable(line, 400) for line in lines]  # a key may be anything
-        raise RecipeError(f"recipe {path}:\n  " + "\n  ".join(dict.fromkeys(lines))) from error
-
-
-def _explain(root: type[BaseModel], location: tuple[int | str, ...], kind: str, message: str) -> str:
-    section, path, index = root, [], 0
-    while index < len(location) - 1:
-        part = str(location[index])
-        path.append(part)
-        inner = _models(section.model_fields[part].annotation) if part in section.model_fields else []
-        if len(inner) > 1:  # a union: pydantic inserts the chosen member's tag
-            index += 1
-            inner = [model for model in inner if get_args(model.model_fields["kind"].annotation) == (location[index],)]
-        if inner:
-            section = inner[0]
-        index += 1
-    key = str(location[-1])
-    where = ".".join([*path, key] if index < len(location) else path)
-    if kind != "extra_forbidden":
-        return f"{where}: {message}"
-    near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
-    return f"{where}: no such key" + (
-        f"; did you mean `{near[0]}`?" if near else f" (keys: {', '.join(section.model_fields)})"
-    )
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a field may contain."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for inner in get_args(annotation) for model in _models(inner)]
+AnyRecipe = Annotated[
+    Annotated[CltRecipe, Tag("clt")] | Annotated[ResidualSaeRecipe, Tag("residual_sae")], Discriminator(kind_of)
+]

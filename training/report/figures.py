@@ -20,7 +20,16 @@ from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from vitrine.models.account.windows import TOKENS, Tokens
-from vitrine.training.evaluation.results import Cascade, Estimate, Matrix, Results, Spread, TokenFigures
+from vitrine.training.evaluation.results import (
+    AnyResults,
+    Cascade,
+    Estimate,
+    Matrix,
+    Results,
+    SaeResults,
+    Spread,
+    TokenFigures,
+)
 from vitrine.training.report import paper
 from vitrine.training.report.tables import NODE_RANKING_NAMES, RANKING_NAMES, TOKEN_NAMES
 
@@ -62,7 +71,7 @@ _SIGNED = LinearSegmentedColormap.from_list(
 )
 
 
-def reconstruction(results: Results) -> str:
+def reconstruction(results: AnyResults) -> str:
     """R^2 by layer and token type; those of the comparison are dotted."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(1, height=3.2)
@@ -95,15 +104,17 @@ def outliers(results: Results) -> str:
         return _svg(figure, "outliers", "R² without outliers, relative error and outliers by layer and token type")
 
 
-def _compared(results: Results) -> list[tuple[dict[Tokens, TokenFigures], str, str]]:
+def _compared(results: AnyResults) -> list[tuple[dict[Tokens, TokenFigures], str, str]]:
     """The reconstruction's figures, and those of the comparison: (figures, line style, what to add to the legend)."""
     sets = [(results.reconstruction, "-", "")]
-    if results.comparison:
+    if isinstance(results, SaeResults):
+        sets.append((results.raw, ":", ", raw"))
+    if isinstance(results, Results) and results.comparison:
         sets.append((results.comparison.reconstruction, ":", f", {results.comparison.name}"))
     return sets
 
 
-def sparsity(results: Results) -> str:
+def sparsity(results: AnyResults) -> str:
     """L0 and dead features by layer."""
     with matplotlib.rc_context(_STYLE):
         figure, (left, right) = _figure(2, height=2.8)
@@ -120,15 +131,16 @@ def sparsity(results: Results) -> str:
         return _svg(figure, "sparsity", "Active features a token, and share of dead features, by layer")
 
 
-def cascades(results: Results) -> str:
-    """Change in top-1 under replacement, with paired intervals, and the paper's range for all tokens."""
+def cascades(results: AnyResults) -> str:
+    """Change in top-1 under replacement, with paired intervals, and, for a CLT, the paper's range for all tokens."""
     with matplotlib.rc_context(_STYLE):
         figure, (axes,) = _figure(1, height=3.8)
         axes.axhline(0, color=_INK, linewidth=0.8, linestyle=":", label="CLIP itself")
         windows = list(dict.fromkeys(cascade.window for cascade in results.cascades))
         sets: list[tuple[list[Cascade], list[Estimate], str | None, str]] = []
         sets.append((results.cascades, _changes(results.cascades), None, ""))
-        if comparison := results.comparison:
+        comparison = results.comparison if isinstance(results, Results) else None
+        if comparison:
             sets.append((comparison.cascades, _changes(comparison.cascades), "none", f", {comparison.name}"))
         for shift, (series, changes, face, suffix) in enumerate(sets):
             for at, tokens in enumerate(TOKENS):
@@ -136,7 +148,7 @@ def cascades(results: Results) -> str:
                 positions = [windows.index(c.window) + (at - 1) * 0.2 + shift * 0.08 for c, _ in shown]
                 _errors(axes, positions, [change for _, change in shown], tokens, TOKEN_NAMES[tokens] + suffix, face)
         label: str | None = "the paper, all tokens"
-        for cascade in results.cascades:
+        for cascade in results.cascades if isinstance(results, Results) else ():
             change = paper.cascade_change(results.layers, cascade.first, cascade.tokens)
             if change and cascade.tokens == "all":
                 options: dict[str, Any] = {"color": _COLOURS["random"], "alpha": 0.3, "linewidth": 0, "label": label}
@@ -148,6 +160,19 @@ def cascades(results: Results) -> str:
         axes.grid(axis="x", visible=False)
         figure.legend(loc="outside upper left", ncols=5, fontsize=9)
         return _svg(figure, "cascades", "Change of zero-shot top-1 by window of replaced layers, and tokens")
+
+
+def singles(results: SaeResults) -> str:
+    """Change in top-1, with paired intervals, and divergence with the stream replaced after one block."""
+    with matplotlib.rc_context(_STYLE):
+        figure, (left, right) = _figure(2, height=2.8)
+        left.axhline(0, color=_INK, linewidth=0.8, linestyle=":")
+        _errors(left, list(range(results.layers)), _changes(results.singles), "all", "all tokens", None)
+        _line(right, [cascade.divergence.value for cascade in results.singles], "all", "all tokens")
+        right.set_ylim(bottom=0)
+        _by_layer(left, results.layers, "change of top-1, points")
+        _by_layer(right, results.layers, "divergence, nats")
+        return _svg(figure, "singles", "Change of top-1, and divergence, with the stream replaced after one block")
 
 
 def _changes(series: list[Cascade]) -> list[Estimate]:

@@ -17,9 +17,10 @@ from vitrine.models.bundle.model_card import first_labels
 from vitrine.models.clip.loading import Clip
 from vitrine.models.files.writing import write_text
 from vitrine.training.data.held_out import HeldOut
-from vitrine.training.evaluation.results import Results
+from vitrine.training.evaluation.results import AnyResults, Results, SaeResults
 from vitrine.training.report import figures
-from vitrine.training.report.tables import Sheet, percent, points, sheets, signed
+from vitrine.training.report.sheets import sheets
+from vitrine.training.report.tables import Sheet, percent, points, signed
 
 SECTIONS = {
     "reconstruction": "Reconstruction",
@@ -64,6 +65,20 @@ DEFINITIONS = {
     "The paper's figures": "arXiv 2604.13304, CLIP B/32 and B/16 on CIFAR-100, COCO and ImageNet-100: lowest to "
     "highest of its cells, for its own CLIPs and data. Accuracies under replacement and R² were read off its charts.",
 }
+SAE_SECTIONS = {name: SECTIONS[name] for name in ("reconstruction", "replacement", "provenance", "definitions")}
+SAE_DEFINITIONS = {
+    "Residual SAEs": "Sparse autoencoders of the residual stream, one after every block but the last. A token x is "
+    "standardised by its own mean and deviation, x′ = (x − m)/s; z = φ(W x′ + b), and the SAE's version is "
+    "(z V + c) s + m, with rows of V of length 1.",
+    "Fraction of variance explained": "1 − Σ|x − x̂|² / Σ|x − mean x|², over tokens and dimensions; [CLS] and patches "
+    "about their own means. Of standardised tokens, which is what the SAEs are trained on, and of the raw stream, in "
+    "which a few massive tokens may own the variance. Without outliers: tokens not longer than three times the median "
+    "of their layer's tokens, about their own mean.",
+    "Relative error": "Median over tokens of |x′ − x̂′|/|x′|.",
+    "Replacement": "The stream after a block is its SAE's version of it. In a window every later block, and SAE, reads "
+    "what those before it made.",
+    **{name: DEFINITIONS[name] for name in ("L0, dead features", "Divergence", "Intervals")},
+}
 _TABLE_OF_SECTION = {
     "replacement": "cascades",
     "faithfulness": "faithfulness",
@@ -73,29 +88,40 @@ _TABLE_OF_SECTION = {
 _THUMBNAIL = 96  # pixels
 
 
-def write_report(results: Results, thumbnails: dict[int, str], path: Path) -> None:
+def write_report(results: Results | SaeResults, thumbnails: dict[int, str], path: Path) -> None:
     """Write the report; `thumbnails`: the images that retrieval shows, by their index in the data set, as data URIs."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=False
     )
+    of_saes = isinstance(results, SaeResults)
+    titles = SAE_SECTIONS if of_saes else SECTIONS
+    tables = sheets(results) | {"provenance": _provenance(results)}
+    missing = {name for name, table in _TABLE_OF_SECTION.items() if table not in tables}
+    drawn = _drawn_of_saes(results) if isinstance(results, SaeResults) else _drawn_of_clt(results)
+    page = environment.get_template("residual_sae.html.j2" if of_saes else "report.html.j2").render(
+        results=results,
+        sections=[(name, title) for name, title in titles.items() if name not in missing],
+        key_figures=_key_figures(results),
+        figures={name: Markup(getattr(figures, name)(results)) for name in drawn},  # noqa: S704  (our own SVG)
+        tables=tables,
+        examples=_examples(results, thumbnails) if isinstance(results, Results) else [],
+        recipe=tomli_w.dumps(results.recipe.model_dump(mode="json", exclude_none=True)),
+        definitions=(SAE_DEFINITIONS if of_saes else DEFINITIONS).items(),
+    )
+    write_text(path, page)
+
+
+def _drawn_of_clt(results: Results) -> list[str]:
     drawn = ["reconstruction", "outliers", "sparsity", "contributions"]
     drawn += ["cascades"] if results.baseline else []
     drawn += ["faithfulness"] if results.faithfulness else []
     drawn += ["nodes"] if results.nodes else []
-    drawn += ["retrieval"] if results.retrieval else []
-    tables = sheets(results) | {"provenance": _provenance(results)}
-    missing = {name for name, table in _TABLE_OF_SECTION.items() if table not in tables}
-    page = environment.get_template("report.html.j2").render(
-        results=results,
-        sections=[(name, title) for name, title in SECTIONS.items() if name not in missing],
-        key_figures=_key_figures(results),
-        figures={name: Markup(getattr(figures, name)(results)) for name in drawn},  # noqa: S704  (our own SVG)
-        tables=tables,
-        examples=_examples(results, thumbnails),
-        recipe=tomli_w.dumps(results.recipe.model_dump(mode="json", exclude_none=True)),
-        definitions=DEFINITIONS.items(),
-    )
-    write_text(path, page)
+    return drawn + (["retrieval"] if results.retrieval else [])
+
+
+def _drawn_of_saes(results: SaeResults) -> list[str]:
+    drawn = ["reconstruction", "sparsity"] + (["singles"] if results.singles else [])
+    return drawn + (["cascades"] if results.baseline else [])
 
 
 def draw_thumbnails(results: Results, images: HeldOut, clip: Clip) -> dict[int, str]:
@@ -115,9 +141,10 @@ def _data_uri(colours: torch.Tensor) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _key_figures(results: Results) -> list[tuple[str, str, str]]:
+def _key_figures(results: Results | SaeResults) -> list[tuple[str, str, str]]:
     """(name, figure, note) for the top of the page."""
     everywhere, at_cls = results.reconstruction["all"], results.reconstruction["cls"]
+    whole = "every MLP replaced" if isinstance(results, Results) else "every SAE in place"
     figures = [
         ("R², all tokens", f"{everywhere.r2.value:.3f}", "mean over layers"),
         ("R², no outliers", "–" if everywhere.r2_kept is None else f"{everywhere.r2_kept:.3f}", "mean over layers"),
@@ -125,20 +152,21 @@ def _key_figures(results: Results) -> list[tuple[str, str, str]]:
     ]
     full_cascade = results.cascade(0, results.layers - 1, "all") if results.cascades else None
     if full_cascade and not results.baseline:
-        figures.append(("every MLP replaced", f"{full_cascade.agreement.value:.1%}", "same prediction as CLIP"))
+        figures.append((whole, f"{full_cascade.agreement.value:.1%}", "same prediction as CLIP"))
     if results.baseline:
         figures.append(("CLIP's top-1", f"{results.baseline.value:.1%}", percent(results.baseline).split(" ", 1)[1]))
     if full_cascade and full_cascade.top1:
         change = f"{points(full_cascade.difference)} points"
-        figures.append(("every MLP replaced", f"{full_cascade.top1.value:.1%}", change))
-    curve = results.faithfulness.curve("cls") if results.faithfulness else None
+        figures.append((whole, f"{full_cascade.top1.value:.1%}", change))
+    measured = results.faithfulness if isinstance(results, Results) else None
+    curve = measured.curve("cls") if measured else None
     if curve and curve.keep_top4 and curve.drop_top1:
         figures.append(("keep the first four", signed(curve.keep_top4.value), "points, last layer"))
         figures.append(("drop the first", signed(curve.drop_top1.value), "points, last layer"))
     return figures
 
 
-def _provenance(results: Results) -> Sheet:
+def _provenance(results: AnyResults) -> Sheet:
     seeds = results.seeds
     rows = [
         ["CLIP", f"{results.clip.name} ({results.clip.weights})"],
@@ -150,7 +178,8 @@ def _provenance(results: Results) -> Sheet:
         ["seeds", f"sample {seeds.sample}, bootstrap {seeds.bootstrap}, random orders {seeds.orders}"],
         ["bootstrap", f"{results.resamples:,} resamples"],
     ]
-    if comparison := results.comparison:
+    comparison = results.comparison if isinstance(results, Results) else None
+    if comparison:
         kind = "cross-layer" if comparison.cross_layer else "per-layer"
         rows.append([f"compared with {comparison.name} ({kind})", comparison.checkpoint_sha256])
     rows += [["left out", reason] for reason in results.left_out]

@@ -1,16 +1,13 @@
-"""Results as tables for the terminal and the report, with the paper's figures where they are comparable."""
+"""A CLT's results as tables for the terminal and the report, with the paper's figures where they are comparable."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from vitrine.models.account.windows import TOKENS
 from vitrine.training.evaluation.faithfulness import TOP
 from vitrine.training.evaluation.results import (
+    AnyResults,
     Estimate,
     Faithfulness,
     LayerFigures,
@@ -42,7 +39,7 @@ class Sheet:
     text: int = 1
 
 
-def sheets(results: Results) -> dict[str, Sheet]:
+def of_clt(results: Results) -> dict[str, Sheet]:
     """All tables, in display order."""
     tables = {"reconstruction": reconstruction(results), "outliers": outliers(results)}
     if results.cascades:
@@ -57,20 +54,6 @@ def sheets(results: Results) -> dict[str, Sheet]:
     return tables
 
 
-def print_sheets(results: Results, console: Console) -> None:
-    """Print all tables to the terminal, then what could not be measured."""
-    for sheet in sheets(results).values():
-        table = Table(title=Text(sheet.caption, style="bold"), title_justify="left", box=None, pad_edge=False)
-        for at, name in enumerate(sheet.columns):
-            table.add_column(Text(name), justify="left" if at < sheet.text else "right")
-        for row in sheet.rows:
-            table.add_row(*(Text(cell) for cell in row))
-        console.print(table)
-        console.print()
-    for reason in results.left_out:
-        console.print(f"left out: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-
 def reconstruction(results: Results) -> Sheet:
     """By layer, the mean over layers, and the worst of them."""
     figures, comparison = results.reconstruction, results.comparison
@@ -79,13 +62,13 @@ def reconstruction(results: Results) -> Sheet:
     if comparison:
         columns += [f"R² all, {comparison.name}", f"R² [CLS], {comparison.name}"]
     rows = []
-    for layer in _rows(results):
-        own = {tokens: _of_layer(figures[tokens], layer) for tokens in TOKENS}
+    for layer in rows_of(results):
+        own = {tokens: of_layer(figures[tokens], layer) for tokens in TOKENS}
         row = [f"{own[tokens].r2:.4f}" for tokens in TOKENS]
         row += [f"{own['all'].cosine:.4f}", f"{own['all'].mse:.2e}"]
         row += [f"{own['cls'].l0:.1f}", f"{own['patches'].l0:.1f}", f"{own['all'].dead_share:.1%}"]
         if comparison:
-            row += [f"{_of_layer(comparison.reconstruction[tokens], layer).r2:.4f}" for tokens in ("all", "cls")]
+            row += [f"{of_layer(comparison.reconstruction[tokens], layer).r2:.4f}" for tokens in ("all", "cls")]
         rows.append([str(layer), *row])
     paper_r2 = paper.R2.get(results.recipe.clt.sparsifier)
     reference = f" The paper's R²: {paper_r2[0]:.3f} to {paper_r2[1]:.3f}." if paper_r2 else ""
@@ -107,14 +90,14 @@ def outliers(results: Results) -> Sheet:
     if comparison:
         columns += [f"R² kept, all, {comparison.name}", f"relative error, all, {comparison.name}"]
     rows = []
-    for layer in _rows(results):
-        own = {tokens: _of_layer(figures[tokens], layer) for tokens in TOKENS}
-        row = [_or_none(own[tokens].r2_kept) for tokens in TOKENS]
+    for layer in rows_of(results):
+        own = {tokens: of_layer(figures[tokens], layer) for tokens in TOKENS}
+        row = [or_none(own[tokens].r2_kept) for tokens in TOKENS]
         row += [f"{own[tokens].relative_error:.4f}" for tokens in TOKENS]
         row += [f"{own[tokens].outliers:.2%}" for tokens in ("cls", "patches")]
         if comparison:
-            other = _of_layer(comparison.reconstruction["all"], layer)
-            row += [_or_none(other.r2_kept), f"{other.relative_error:.4f}"]
+            other = of_layer(comparison.reconstruction["all"], layer)
+            row += [or_none(other.r2_kept), f"{other.relative_error:.4f}"]
         rows.append([str(layer), *row])
     return Sheet(
         "Without outlier tokens, whose MLP output is longer than three times the median of its layer: R² of the tokens "
@@ -124,15 +107,17 @@ def outliers(results: Results) -> Sheet:
     )
 
 
-def _or_none(figure: float | None) -> str:
+def or_none(figure: float | None) -> str:
+    """Four digits; – where there is no figure."""
     return "–" if figure is None else f"{figure:.4f}"
 
 
-def _rows(results: Results) -> list[int | str]:
+def rows_of(results: AnyResults) -> list[int | str]:
+    """The layers, their mean, and the worst of them."""
     return [*range(results.layers), "mean", "worst"]
 
 
-def _of_layer(figures: TokenFigures, layer: int | str) -> LayerFigures:
+def of_layer(figures: TokenFigures, layer: int | str) -> LayerFigures:
     """The figures of a layer, their `mean` over layers, or of the `worst`."""
     named = {"mean": figures.mean, "worst": figures.worst}
     return named[layer] if isinstance(layer, str) else figures.layers[layer]

@@ -26,13 +26,13 @@ from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.dictionary.replacement import Replacement
 from vitrine.models.dictionary.sparse_products import SortedCode
-from vitrine.training.data.activations import activations
+from vitrine.training.data.activations import Activations
 from vitrine.training.data.normalisation import Normalisation
 from vitrine.training.recipes.recipe import CascadeSection
-from vitrine.training.run.objective import Losses, Reconstruction
+from vitrine.training.run.objective import Losses, Objective, Reconstruction
 
 
-class Cascade(nn.Module):
+class Cascade(Objective):
     """The objective as a module: pixels [B, 3, H, W] -> `Losses` (`unexplained` is under replacement)."""
 
     def __init__(
@@ -44,21 +44,21 @@ class Cascade(nn.Module):
         logit_scale: float,
     ) -> None:
         """label_embeddings: [labels, D], normalised to length 1."""
-        super().__init__()
-        self.tower, self.reconstruction, self.settings = tower, reconstruction, settings
-        denormalised: Any = Denormalised(reconstruction.clt, reconstruction.normalisation)
+        super().__init__(reconstruction.dictionary, reconstruction.settings, reconstruction.size)
+        self.tower, self.reconstruction, self.weights = tower, reconstruction, settings
+        denormalised: Any = Denormalised(reconstruction.dictionary, reconstruction.normalisation)
         self.replacement = Replacement(tower, denormalised)
         self.label_embeddings: Tensor
         self.register_buffer("label_embeddings", label_embeddings)
         self.logit_scale = logit_scale
 
-    def forward(self, pixels: Tensor, pressure: float = 0.0) -> Losses:
-        """pressure: as in `Reconstruction`, for the clean part."""
-        settings, size = self.settings, self.reconstruction.size
+    def forward(self, pixels: Tensor, pressure: float = 0.0, dead: Tensor | None = None) -> Losses:
+        """pressure: as in `Reconstruction`, for the clean part; dead features stay so."""
+        settings, size = self.weights, self.size
         with torch.no_grad():
             taps = self.tower(pixels)
             truth = self._log_probabilities(taps.residual_out)
-        batch = activations(taps)
+        batch = Activations.of(taps)
         clean = self.reconstruction(batch, pressure)
 
         replaced = self.replacement(pixels, range(self.tower.layers))
@@ -70,9 +70,11 @@ class Cascade(nn.Module):
             settings.replaced_weight * self.reconstruction.weighted(error, batch)
             + settings.prediction_weight * divergence
         )
-        unexplained, kept = self.reconstruction.unexplained(error, batch)
+        unexplained, variance = self.reconstruction.unexplained(error, batch)
         return clean._replace(
-            total=settings.clean_weight * clean.total + total * size.processes, unexplained=unexplained, kept=kept
+            total=settings.clean_weight * clean.total + total * size.processes,
+            unexplained=unexplained,
+            variance=variance,
         )
 
     def _log_probabilities(self, residual: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""The training objective on CLIP's own activations: the unexplained share of variance, and a sparsity loss.
+"""What is minimised: `Objective`, and a CLT's on CLIP's own activations, the unexplained share of variance and a
+sparsity loss.
 
     reconstruction   mean over layers and tokens of w |y - y'|^2 / d on normalised outputs, with the weights
                        patches   min(1, (3 m / |y|)^2), m the layer's median length: 1, except for outlier tokens, which
@@ -16,16 +17,19 @@ processes that average their gradients are equivalent to a single process.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
+from vitrine.models.dictionary.residual_sae import ResidualSaes, SaeArchitecture
 from vitrine.models.dictionary.sparse_products import SortedCode
 from vitrine.training.data.activations import Activations
 from vitrine.training.data.normalisation import Normalisation
-from vitrine.training.recipes.recipe import TrainingSection
+from vitrine.training.recipes.recipe import CltTrainingSection, TrainingSection
+from vitrine.training.run.parallel import like
 
 _TINY = 1e-12  # length of a target below which it counts as this long
 
@@ -34,8 +38,8 @@ class Losses(NamedTuple):
     """Losses of one step. Their sums over processes are those of the whole step; `total` is to be differentiated."""
 
     total: Tensor  # [] multiplied by the number of processes, because gradients are averaged
-    unexplained: Tensor  # [L] error of the tokens that are no outliers, weighted equally
-    kept: Tensor  # [L] share of these tokens
+    unexplained: Tensor  # [L] error of the tokens that R^2 counts, weighted equally
+    variance: Tensor  # [L] of these tokens' targets, what `unexplained` would be of their mean
     active: Tensor  # [L] active features per token
     fired: Tensor  # [L, F] bool
 
@@ -52,32 +56,73 @@ class StepSize(NamedTuple):
         return self.images * (self.tokens - 1 + cls_weight)
 
 
-class Reconstruction(nn.Module):
-    """The objective as a module, so that a distributed engine can wrap it: batch -> `Losses`."""
+class Objective(nn.Module, ABC):
+    """A phase's objective as a module, so that a distributed engine can wrap it."""
 
     def __init__(
-        self, clt: CrossLayerTranscoder, normalisation: Normalisation, settings: TrainingSection, size: StepSize
+        self, dictionary: CrossLayerTranscoder | ResidualSaes, settings: TrainingSection, size: StepSize
     ) -> None:
         super().__init__()
-        self.clt, self.normalisation, self.settings, self.size = clt, normalisation, settings, size
+        self.dictionary, self.settings, self.size = dictionary, settings, size
+
+    @abstractmethod
+    def forward(self, batch: Any, pressure: float = 0.0, dead: Tensor | None = None) -> Losses:
+        """pressure: factor of the sparsity loss, from 0 to 1; dead [L, F] bool: features that have long been silent."""
+
+    def before_step(self, dead: Tensor, rate: float, done: float) -> None:
+        """Called before each step of the optimiser, at learning rate `rate`; done: share of the phase that is."""
+
+    def after_step(self) -> None:
+        """Called after each step of the optimiser."""
+
+
+class Reconstruction(Objective):
+    """A CLT's objective: `Activations` -> `Losses`."""
+
+    dictionary: CrossLayerTranscoder
+    settings: CltTrainingSection
+
+    def __init__(
+        self, clt: CrossLayerTranscoder, normalisation: Normalisation, settings: CltTrainingSection, size: StepSize
+    ) -> None:
+        super().__init__(clt, settings, size)
+        self.normalisation = normalisation
         self.cls_weight = settings.cls_weight or (size.tokens - 1) ** 0.5
 
-    def forward(self, batch: Activations, pressure: float = 0.0) -> Losses:
-        """pressure: factor of the sparsity loss, from 0 to 1."""
+    def forward(self, batch: Activations, pressure: float = 0.0, dead: Tensor | None = None) -> Losses:
+        """As `Objective`; dead features have no loss of their own: `before_step`."""
         settings, size = self.settings, self.size
         inputs, targets = self.normalisation.inputs(batch.mlp_in), self.normalisation.targets(batch.mlp_out)
-        codes, outputs = self.clt(inputs, batch.is_cls)
+        codes, outputs = self.dictionary(inputs, batch.is_cls)
         error = (outputs - targets).square().mean(-1)  # [L, N]
         total = self.weighted(error, batch)
-        if self.clt.architecture.sparsifier == "jumprelu" and pressure:
-            total = total + pressure * settings.sparsity_weight * self._excess(codes, batch.is_cls) / size.processes
+        if self.dictionary.architecture.sparsifier == "jumprelu" and pressure:
+            weight = pressure * settings.sparsity_weight
+            total = total + weight * excess(self.dictionary.architecture, codes, batch.is_cls) / size.processes
         count = size.images * size.tokens
         return Losses(
             total * size.processes,
             *self.unexplained(error, batch),
             torch.stack([code.active.detach().sum() for code in codes]) / count,
-            torch.stack([_fired(code, self.clt.features) for code in codes]),
+            torch.stack([fired(code, self.dictionary.features) for code in codes]),
         )
+
+    @torch.no_grad()
+    def before_step(self, dead: Tensor, rate: float, done: float) -> None:
+        """Raise the bias of each dead feature by `revive_rate` learning rates per step until it fires again.
+
+        Only in the first `revive_share` of the reconstruction: a feature revived later has no time left to learn, and
+        takes places in the code from trained features. Based on the pre-activation loss of "Circuit tracing" (Ameisen
+        et al. 2025), but only for the bias. It is not a gradient, because Adam's moments would keep it for thousands of
+        steps, during which the bias of a revived feature could not fall; some then fired on every fifth token for the
+        rest of the run. AuxK (arXiv 2406.04093), a loss that moves dead features towards the unexplained error, revived
+        no more features than died in the same time (training/RESULTS.md).
+        """
+        if done >= self.settings.revive_share:
+            return
+        step = self.settings.revive_rate * rate
+        for encoder, silent in zip(self.dictionary.encoders, dead, strict=True):
+            encoder.bias.add_(like(step * silent.to(encoder.bias.dtype), encoder.bias))
 
     def weighted(self, error: Tensor, batch: Activations) -> Tensor:
         """This process's part of the step's weighted mean of errors [L, N]."""
@@ -96,15 +141,17 @@ class Reconstruction(nn.Module):
         count = self.size.images * self.size.tokens
         return error.detach().where(kept, 0).sum(1) / count, kept.sum(1) / count
 
-    def _excess(self, codes: list[SortedCode], is_cls: Tensor) -> Tensor:
-        """(L0 / target - 1)^2 over this process's tokens, mean over layers and token types."""
-        architecture, terms = self.clt.architecture, []
-        for chosen, targets in ((~is_cls, architecture.k), (is_cls, architecture.k_cls)):
-            if chosen.any():
-                terms += [(code.active[chosen].mean() / k - 1).square() for code, k in zip(codes, targets, strict=True)]
-        return torch.stack(terms).mean()
+
+def excess(architecture: Architecture | SaeArchitecture, codes: list[SortedCode], is_cls: Tensor) -> Tensor:
+    """(L0 / target - 1)^2 over this process's tokens, mean over layers and token types."""
+    terms = []
+    for chosen, targets in ((~is_cls, architecture.k), (is_cls, architecture.k_cls)):
+        if chosen.any():
+            terms += [(code.active[chosen].mean() / k - 1).square() for code, k in zip(codes, targets, strict=True)]
+    return torch.stack(terms).mean()
 
 
-def _fired(code: SortedCode, features: int) -> Tensor:
-    fired = torch.zeros(features, dtype=torch.bool, device=code.indices.device)
-    return fired.index_fill_(0, code.indices[code.values != 0], True)
+def fired(code: SortedCode, features: int) -> Tensor:
+    """Which of so many features have an activation in a code: [features] bool."""
+    found = torch.zeros(features, dtype=torch.bool, device=code.indices.device)
+    return found.index_fill_(0, code.indices[code.values != 0], True)

@@ -18,11 +18,12 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vitrine.models.dictionary.clt import Decoder
 from vitrine.models.dictionary.encoder import Encoder
+from vitrine.models.dictionary.residual_sae import SaeDecoder
 from vitrine.models.errors import VitrineError
 
 
@@ -78,8 +79,10 @@ def one_report(fabric: Fabric) -> Iterator[None]:
 
 def _shard(module: nn.Module, mesh: Any) -> nn.Module:
     for part in module.modules():
-        if isinstance(part, Encoder | Decoder):
+        if isinstance(part, Encoder | Decoder | SaeDecoder):
             fully_shard(part, mesh=mesh["data_parallel"])
+        if isinstance(part, Encoder | SaeDecoder):
+            register_fsdp_forward_method(part, "of_features")
     frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}  # the CLIP
     fully_shard(module, mesh=mesh["data_parallel"], ignored_params=frozen)
     return module

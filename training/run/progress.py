@@ -26,7 +26,7 @@ class StepMetrics(NamedTuple):
     """Metrics of one step, over all processes."""
 
     loss: float  # the value that is minimised
-    r2: float  # 1 - unexplained share of variance, outliers left out, mean over layers; in a cascade: under replacement
+    r2: float  # mean over layers; a CLT's without outliers, in a cascade under replacement; SAEs': standardised tokens
     l0: float  # active features per token and layer
     dead: int  # features that have not fired for `revive_after` tokens
     rate: float  # learning rate

@@ -1,7 +1,8 @@
 """A training run: stream activations, train phase by phase, write checkpoints, resume interrupted runs.
 
-A run has one or two phases: reconstruction (`training.run.objective`), then, if the recipe has a [cascade], fine-tuning
-under replacement (`training.run.cascade`). It is determined by its recipe: the tokens of a step depend on the seed and
+What is trained is a learner's business (`training.run.learner`). A run has one or two phases: reconstruction
+(`training.run.objective`, `training.run.sae_objective`), then, if the recipe has a [cascade], fine-tuning under
+replacement (`training.run.cascade`). It is determined by its recipe: the tokens of a step depend on the seed and
 the step number, nothing else is random after the initial weights, and a checkpoint contains everything that the next
 step depends on.
 """
@@ -10,19 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, fields
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from lightning_fabric import Fabric
 from rich.console import Console
 from torch import Tensor
 
 from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tokens import UnsupportedTokenizer, convert_tokenizer
-from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.files.writing import prepare_folder
 from vitrine.models.progress import track
 from vitrine.models.texts.labels import notices_of
@@ -30,32 +28,36 @@ from vitrine.training.checkpoint import (
     CheckpointError,
     CheckpointMeta,
     checkpoints,
-    load_clt,
     load_tensors,
     read_meta,
     save_checkpoint,
-    section,
     write_meta,
 )
-from vitrine.training.data.activations import steps, stream
 from vitrine.training.data.cache import ActivationCache, open_cache
 from vitrine.training.data.classes import check_classes
 from vitrine.training.data.held_out import held_out
 from vitrine.training.data.images import Plan, load
-from vitrine.training.data.normalisation import Normalisation
 from vitrine.training.data.sources import open_images
-from vitrine.training.evaluation.evaluate import describe, evaluate_summary, label_embeddings
-from vitrine.training.recipes.recipe import CascadeSection, Recipe, RecipeError, TrainingSection
-from vitrine.training.run.cascade import Cascade
-from vitrine.training.run.neurons import start_from_neurons
-from vitrine.training.run.objective import Reconstruction, StepSize
-from vitrine.training.run.parallel import gathered, make_fabric
+from vitrine.training.data.stream import steps
+from vitrine.training.evaluation.evaluate import label_embeddings
+from vitrine.training.recipes.recipe import (
+    CascadeSection,
+    CltRecipe,
+    RecipeError,
+    ResidualSaeRecipe,
+    TrainingSection,
+)
+from vitrine.training.run.clt_learner import CltLearner
+from vitrine.training.run.learner import Learner
+from vitrine.training.run.objective import StepSize
+from vitrine.training.run.parallel import make_fabric
 from vitrine.training.run.progress import track_progress
+from vitrine.training.run.sae_learner import SaeLearner
 from vitrine.training.run.trainer import Trainer
 
 
 def train(
-    recipe: Recipe,
+    recipe: CltRecipe | ResidualSaeRecipe,
     clip: Clip,
     data_root: Path,
     out: Path,
@@ -65,7 +67,7 @@ def train(
     max_steps: int | None = None,
     wandb_project: str | None = None,
 ) -> Path:
-    """Train `recipe`'s CLT on `clip`, or resume the run in `out`. Returns the last checkpoint.
+    """Train `recipe`'s dictionary on `clip`, or resume the run in `out`. Returns the last checkpoint.
 
     A completed run is evaluated on the val split. `max_steps` ends this call early, with a checkpoint; the schedule
     remains that of the whole run. With several processes each of them calls this function.
@@ -122,20 +124,27 @@ def _label_warnings(clip: Clip, labels: Sequence[str], templates: Sequence[str])
 
 
 class _Run:
-    """The state of a run: images, CLT, normalisation, phases, and the number of completed steps."""
+    """The state of a run: images, learner, phases, and the number of completed steps."""
 
     def __init__(
-        self, recipe: Recipe, clip: Clip, data_root: Path, out: Path, console: Console, fabric: Fabric
+        self,
+        recipe: CltRecipe | ResidualSaeRecipe,
+        clip: Clip,
+        data_root: Path,
+        out: Path,
+        console: Console,
+        fabric: Fabric,
     ) -> None:
         self.recipe, self.clip, self.out, self.console, self.fabric = recipe, clip, out, console, fabric
         settings, tower = recipe.training, clip.tower
         data = recipe.data
+        self.learner: Learner = CltLearner(recipe, clip) if isinstance(recipe, CltRecipe) else SaeLearner(recipe, clip)
         self.images = open_images(data.train, data_root, clip.transform(), data.max_broken, data.classes)
         self.images.print_summary(self.console)
         self.val = held_out(recipe.data, data_root, clip)  # opened before training, so that errors are raised at once
         self.val.data.print_summary(self.console)
         check_classes(data, self.val.labels, self.images, self.val.data)
-        if recipe.cascade is not None and recipe.cascade.prediction_weight and not self.val.labels:
+        if any(phase.prediction_weight for phase in self.learner.later_phases) and not self.val.labels:
             raise RecipeError(
                 "[cascade] needs labels to predict, and val has no classes: give `labels` or `labels_file` in [data], "
                 "or prediction_weight = 0"
@@ -146,10 +155,9 @@ class _Run:
             len(self.images), settings.images_per_step, settings.mixed_images, settings.seed, settings.epochs
         )
         self.phases = [_Phase(settings, 0, self.plan.steps)]
-        if recipe.cascade is not None:
-            self.phases.append(_Phase(recipe.cascade, self.plan.steps, self.plan.steps + recipe.cascade.steps))
+        for later in self.learner.later_phases:
+            self.phases.append(_Phase(later, self.phases[-1].end, self.phases[-1].end + later.steps))
         self.steps = self.phases[-1].end
-        self.clt = CrossLayerTranscoder(recipe.clt.architecture(tower.layers, tower.width))
         self.meta = CheckpointMeta(
             step=0,
             steps=self.steps,
@@ -177,15 +185,15 @@ class _Run:
         Adam's moments are copied from the previous trainer: they hold the scale of every feature's gradient, which a
         rare feature would take many steps to estimate again.
         """
-        recipe, fabric, tower = self.recipe, self.fabric, self.clip.tower
+        fabric, templates = self.fabric, self.recipe.data.templates
         state, self.tensors = self.tensors if previous is None else previous.state(), {}
-        self._unwrap()
-        objective: Reconstruction | Cascade
-        size = StepSize(phase.settings.images_per_step, tower.tokens, fabric.world_size)
-        objective = Reconstruction(self.clt, self.normalisation, recipe.training, size)
-        if isinstance(phase.settings, CascadeSection):
-            labels = label_embeddings(self.clip, self.val, recipe.data.templates, self.console).to(fabric.device)
-            objective = Cascade(tower, objective, phase.settings, labels, self.clip.logit_scale)
+        self.learner.unwrap()
+        size = StepSize(phase.settings.images_per_step, self.clip.tower.tokens, fabric.world_size)
+        objective = self.learner.objective(
+            phase.settings,
+            size,
+            lambda: label_embeddings(self.clip, self.val, templates, self.console).to(fabric.device),
+        )
         trainer = Trainer(fabric, objective, phase.settings, phase.end - phase.start)
         if state:
             trainer.restore(state, self.done - phase.start)
@@ -195,7 +203,9 @@ class _Run:
         """Inputs of the phase's objective, starting at the run's current step: this process's share of each step."""
         fabric, settings, skip = self.fabric, self.recipe.training, self.done - phase.start
         if isinstance(phase.settings, TrainingSection):
+            kind: Any = self.learner.activations
             return steps(
+                kind,
                 self.clip.tower,
                 self.images,
                 self.plan,
@@ -214,82 +224,59 @@ class _Run:
 
     def save(self, trainer: Trainer) -> None:
         """Save a checkpoint: every process takes part, the first one writes."""
-        state = {f"clt.{name}": tensor for name, tensor in self._weights().items()}
-        state |= {f"normalisation.{name}": gathered(tensor) for name, tensor in asdict(self.normalisation).items()}
+        state = self.learner.state()
         state |= trainer.state()
         if not self.fabric.is_global_zero:
             return
         self.meta = self.meta.model_copy(update={"step": self.done, "broken": dict(self.images.broken)})
-        save_checkpoint(self.out, self.meta, *self._folded(state), state)
+        save_checkpoint(self.out, self.meta, *self.learner.finished(state), state)
 
     def measure(self, checkpoint: Path) -> None:
         """Add the metrics of the finished run to its checkpoint."""
-        clt, _, meta = load_clt(checkpoint)
+        meta = read_meta(checkpoint)
         self.clip.tower.to("cpu")
-        metrics = evaluate_summary(self.clip, clt, self.val, self.recipe.data.templates, self.console)
+        metrics, lines = self.learner.measure(checkpoint, self.val, self.recipe, self.console)
         write_meta(checkpoint, meta.model_copy(update={"metrics": metrics, "val_images": len(self.val)}))
-        for line in describe(metrics):
+        for line in lines:
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def _initialise(self) -> None:
         settings, size = self.recipe.training, self.recipe.training.images_per_step
-        self.clt.initialise(torch.Generator().manual_seed(settings.seed))
         batch_count = max(1, min(settings.normalisation_images, len(self.images)) // size)
         plan = Plan(len(self.images), size, size, settings.seed + 2, epochs=1)
         data = load(self.images, islice(plan.batches(), batch_count), settings.workers)
         counted = track(data, "activations' scale", batch_count * size, self.console, "images", size)
         with closing(counted):
-            batches = stream(self.clip.tower, counted, self.fabric.autocast)
-            first = next(batches)
-            self.normalisation = Normalisation.estimate(chain([first], batches))
-        self.clt.to(self.fabric.device)
-        if settings.start == "neurons":
-            start_from_neurons(self.clt, self.clip.tower, self.normalisation, first)
-        self.clt.calibrate(self.normalisation.inputs(first.mlp_in))
+            self.learner.initialise(counted, self.fabric.device, self.fabric.autocast)
 
     def _resume(self, checkpoint: Path) -> None:
         """Load weights, normalisation and step from a checkpoint, which must be of the same run."""
-        saved, current = read_meta(checkpoint), self.meta
+        saved, current, kind = read_meta(checkpoint), self.meta, self.recipe.kind
         matches = {
             "CLIP": saved.clip_sha256 == current.clip_sha256,
             "[data]": (saved.recipe.data, saved.train_images) == (current.recipe.data, current.train_images),
             "set of labels": (saved.labels or current.labels) == current.labels,
-            "[clt]": saved.recipe.clt == current.recipe.clt,
+            f"[{kind}]": getattr(saved.recipe, kind, None) == getattr(current.recipe, kind),
             "[training]": saved.recipe.training == current.recipe.training,
         }
         if saved.step > self.phases[0].end:  # a [cascade] may be added after a finished reconstruction
-            matches["[cascade]"] = saved.recipe.cascade == current.recipe.cascade
+            matches["[cascade]"] = getattr(saved.recipe, "cascade", None) == getattr(current.recipe, "cascade", None)
         if other := [name for name, is_match in matches.items() if not is_match]:
             raise CheckpointError(f"{checkpoint} was trained with another {', '.join(other)}; choose an empty --out")
         self.tensors = load_tensors(checkpoint / "state.safetensors")
-        self.clt.load_state_dict(section(self.tensors, "clt"))
-        normalisation = section(self.tensors, "normalisation")
-        if normalisation.keys() != {field.name for field in fields(Normalisation)}:
-            raise CheckpointError(
-                f"{checkpoint} was begun by a version of Vitrine that scaled activations in another way; it can be "
-                "evaluated and exported, but not be trained further: choose an empty --out"
-            )
-        self.normalisation = Normalisation(**normalisation).to(self.fabric.device)
+        self.learner.restore(checkpoint, self.tensors, self.fabric.device)
         self.images.record_broken(saved.broken)
         if saved.step == self.steps:  # finished, and possibly evaluated
             self.meta = current.model_copy(update={"metrics": saved.metrics, "val_images": saved.val_images})
         self.done = saved.step
         self.console.print(f"taking up {checkpoint} at step {self.done:,} of {self.steps:,}")
 
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: gathered(tensor) for name, tensor in self.clt.state_dict().items()}
-
-    def _unwrap(self) -> None:
-        """Rebuild the CLT without the previous phase's changes: sharded weights, hooks, widened codes."""
-        weights = self._weights()
-        self.clt = CrossLayerTranscoder(self.clt.architecture)
-        self.clt.load_state_dict(weights)
-
     def _cache(self) -> ActivationCache | None:
         settings, fabric = self.recipe.training, self.fabric
         if settings.cache == "none":
             return None
         return open_cache(
+            self.learner.activations,
             self.out / "activations",
             settings.cache,
             clip=self.clip,
@@ -300,10 +287,3 @@ class _Run:
             world=fabric.world_size,
             log=self.console.print,
         )
-
-    def _folded(self, state: dict[str, Tensor]) -> tuple[CrossLayerTranscoder, dict[str, Tensor]]:
-        """The CLT on raw activations, and other tensors that a bundle needs."""
-        clt = CrossLayerTranscoder(self.clt.architecture)
-        clt.load_state_dict(section(state, "clt"))
-        normalisation = Normalisation(**section(state, "normalisation"))
-        return normalisation.fold_into(clt), {"out_mean_cls": normalisation.out_mean_cls}

@@ -12,8 +12,7 @@ from torch import Tensor
 from vitrine.models.errors import VitrineError
 from vitrine.training.checkpoint import section
 from vitrine.training.recipes.recipe import CascadeSection, TrainingSection
-from vitrine.training.run.cascade import Cascade
-from vitrine.training.run.objective import Losses, Reconstruction
+from vitrine.training.run.objective import Losses, Objective
 from vitrine.training.run.parallel import gathered, like
 from vitrine.training.run.progress import StepMetrics
 from vitrine.training.run.schedules import learning_rate, ramp, widening
@@ -27,27 +26,30 @@ class Trainer:
     """One phase: an objective, its optimiser, and for how many tokens each feature has been silent."""
 
     def __init__(
-        self, fabric: Fabric, objective: Reconstruction | Cascade, phase: TrainingSection | CascadeSection, steps: int
+        self, fabric: Fabric, objective: Objective, phase: TrainingSection | CascadeSection, steps: int
     ) -> None:
         self.fabric, self.phase, self.steps, self.step = fabric, phase, steps, 0
-        reconstruction = objective if isinstance(objective, Reconstruction) else objective.reconstruction
-        self.clt, self.settings, self.size = reconstruction.clt, reconstruction.settings, reconstruction.size
+        self.dictionary, self.settings, self.size = objective.dictionary, objective.settings, objective.size
+        self.before_step, self.after_step = objective.before_step, objective.after_step
         self.objective: Any = fabric.setup_module(objective)
-        self.parameters = dict(self.clt.named_parameters())
+        self.parameters = dict(self.dictionary.named_parameters())
         betas = (0.9, self.settings.beta2)
         self.adam = torch.optim.Adam(self.parameters.values(), lr=phase.learning_rate, betas=betas, fused=True)
         self.optimiser: Any = fabric.setup_optimizers(self.adam)
-        self.silent = torch.zeros(self.clt.layers, self.clt.features, dtype=torch.long, device=fabric.device)
+        shape = self.dictionary.layers, self.dictionary.features
+        self.silent = torch.zeros(shape, dtype=torch.long, device=fabric.device)
+        sizes = [encoder.sparsifier.features for encoder in self.dictionary.encoders]
+        self.exists = torch.arange(shape[1], device=fabric.device) < torch.tensor(sizes, device=fabric.device)[:, None]
 
     @property
     def dead(self) -> Tensor:
-        """[L, F] features that have not fired for `revive_after` tokens."""
-        return self.silent >= self.settings.revive_after
+        """[L, F] features that have not fired for `revive_after` tokens; where F differs by layer, those that exist."""
+        return self.exists & (self.silent >= self.settings.revive_after)
 
     def train_step(self, batch: Any) -> StepMetrics:
         """One optimiser step. Raises `TrainingDiverged` before any weight is changed."""
         rate, dead = self._prepare(), self.dead
-        losses: Losses = self.objective(batch, self._pressure())
+        losses: Losses = self.objective(batch, self._pressure(), dead)
         metrics, fired = self._reduce(losses, rate, int(dead.sum()))
         if not math.isfinite(metrics.loss):
             raise TrainingDiverged(f"loss is {metrics.loss} at step {self.step}; lower the learning rate")
@@ -59,8 +61,9 @@ class Trainer:
         if norm is None or not torch.isfinite(gathered(norm)):
             raise TrainingDiverged(f"the gradient is {norm} at step {self.step}; lower the learning rate")
         if metrics.dead:
-            self._revive(dead, rate)
+            self.before_step(dead, rate, self.step / self.steps)
         self.optimiser.step()
+        self.after_step()
         self.silent = (self.silent + self.size.images * self.size.tokens).masked_fill(fired, 0)
         self.step += 1
         return metrics
@@ -73,26 +76,8 @@ class Trainer:
         for group in self.adam.param_groups:
             group["lr"] = rate
         if isinstance(phase, TrainingSection) and settings.k_start > 1:
-            self.clt.widen(widening(self.step, self.steps, settings.k_start, settings.k_anneal_share))
+            self.dictionary.widen(widening(self.step, self.steps, settings.k_start, settings.k_anneal_share))
         return rate
-
-    @torch.no_grad()
-    def _revive(self, dead: Tensor, rate: float) -> None:
-        """Raise the bias of each dead feature by `revive_rate` learning rates per step until it fires again.
-
-        Only in the first `revive_share` of the reconstruction: a feature revived later has no time left to learn, and
-        takes places in the code from trained features. Based on the pre-activation loss of "Circuit tracing" (Ameisen
-        et al. 2025), but only for the bias. It is not a gradient, because Adam's moments would keep it for thousands of
-        steps, during which the bias of a revived feature could not fall; some then fired on every fifth token for the
-        rest of the run. AuxK (arXiv 2406.04093), a loss that moves dead features towards the unexplained error, revived
-        no more features than died in the same time (training/RESULTS.md).
-        """
-        phase = self.phase
-        if not isinstance(phase, TrainingSection) or self.step >= phase.revive_share * self.steps:
-            return
-        step = phase.revive_rate * rate
-        for encoder, silent in zip(self.clt.encoders, dead, strict=True):
-            encoder.bias.add_(like(step * silent.to(encoder.bias.dtype), encoder.bias))
 
     def _pressure(self) -> float:
         """Factor of the sparsity loss at this step."""
@@ -103,13 +88,13 @@ class Trainer:
     def _reduce(self, losses: Losses, rate: float, dead: int) -> tuple[StepMetrics, Tensor]:
         """Metrics of the step and which features fired in it, over all processes."""
         loss_part = losses.total.detach()[None] / self.size.processes
-        parts: Any = torch.cat([loss_part, losses.unexplained, losses.kept, losses.active])
+        parts: Any = torch.cat([loss_part, losses.unexplained, losses.variance, losses.active])
         fired: Any = losses.fired.long()
         if self.fabric.world_size > 1:
             parts = self.fabric.all_reduce(parts, reduce_op="sum")
             fired = self.fabric.all_reduce(fired, reduce_op="sum")
-        loss, unexplained, kept, active = parts.split([1, *[self.clt.layers] * 3])
-        r2 = 1 - unexplained / kept.clamp_min(torch.finfo(kept.dtype).tiny)
+        loss, unexplained, variance, active = parts.split([1, *[self.dictionary.layers] * 3])
+        r2 = 1 - unexplained / variance.clamp_min(torch.finfo(variance.dtype).tiny)
         return StepMetrics(
             loss.item(), r2.mean().item(), active.mean().item(), dead, rate, r2.tolist(), active.tolist()
         ), fired > 0

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vitrine.commands.common import DataRoot, LabelsFile, chosen_labels, load_clip_of, new_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vitrine.training.evaluation.results import Results, SaeResults
 
 
 def evaluate(
@@ -34,20 +39,26 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the sample, the bootstrap and the random orders.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
 ) -> None:
-    """Measure a CLT as the paper does, on val images: results.json, tables, and a report to look at."""
+    """Measure a CLT, or residual SAEs, as its paper does, on val images: results.json, tables, and a report.
+
+    Of residual SAEs there are no curves and no comparison.
+    """
     import torch
 
-    from vitrine.models.files.writing import prepare_folder, write_text
+    from vitrine.models.files.writing import prepare_folder
     from vitrine.training.checkpoint import latest, read_meta
     from vitrine.training.data.held_out import held_out
+    from vitrine.training.evaluation import residual_sae
     from vitrine.training.evaluation.evaluate import evaluate as run
-    from vitrine.training.report.report import draw_thumbnails, write_report
-    from vitrine.training.report.tables import print_sheets
+    from vitrine.training.recipes.recipe import ResidualSaeRecipe
+    from vitrine.training.report.report import draw_thumbnails
 
     named = chosen_labels(labels, labels_file)
     newest, other = latest(checkpoint), latest(baseline) if baseline else None
     meta, console = read_meta(newest), new_console()
     recipe = meta.recipe
+    if other and isinstance(recipe, ResidualSaeRecipe):
+        raise typer.BadParameter("residual SAEs are compared with no other run", param_hint="--baseline")
     out = out or newest / "evaluation"
     prepare_folder(out)
     clip = load_clip_of(recipe, data_root)
@@ -63,8 +74,20 @@ def evaluate(
     )
     chosen.data.print_summary(console)
     clip.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    results = run(clip, newest, chosen, console, other=other, seed=seed, curves=curves)
+    if isinstance(recipe, ResidualSaeRecipe):
+        of_saes = residual_sae.evaluate(clip, newest, chosen, console, seed=seed)
+        _write(of_saes, {}, out, console)
+    else:
+        results = run(clip, newest, chosen, console, other=other, seed=seed, curves=curves)
+        _write(results, draw_thumbnails(results, chosen, clip), out, console)
+
+
+def _write(results: Results | SaeResults, thumbnails: dict[int, str], out: Path, console: Console) -> None:
+    from vitrine.models.files.writing import write_text
+    from vitrine.training.report.report import write_report
+    from vitrine.training.report.sheets import print_sheets
+
     write_text(out / "results.json", results.model_dump_json(indent=2) + "\n")
-    write_report(results, draw_thumbnails(results, chosen, clip), out / "report.html")
+    write_report(results, thumbnails, out / "report.html")
     print_sheets(results, console)
     console.print(f"{out / 'results.json'}, {out / 'report.html'}", soft_wrap=True, highlight=False)

@@ -50,13 +50,13 @@ def export(
     from vitrine.models.export.export import Provenance, export_bundle
     from vitrine.models.graph.onnx_file import ExportError
     from vitrine.models.progress import Progress
-    from vitrine.training.checkpoint import check_clip, latest, load_clt
+    from vitrine.training.checkpoint import check_clip, clt_recipe, latest, load_clt
     from vitrine.training.data.held_out import held_out
 
     default, named = chosen_labels(labels, labels_file), read_label_sets(label_sets) if label_sets else {}
     newest = latest(checkpoint)
     clt, cls_mean, meta = load_clt(newest)
-    recipe, console = meta.recipe, new_console()
+    recipe, console = clt_recipe(newest, meta), new_console()
     clip = load_clip_of(recipe, data_root)
     check_clip(newest, meta, clip)
     default = default or list(meta.labels or recipe.data.labels or ())

@@ -18,7 +18,7 @@ def pretrain(
     """Train a small CLIP from scratch, for the demo; resumes by itself."""
     from vitrine.training.pretraining.pretrain import PretrainRecipe
     from vitrine.training.pretraining.pretrain import pretrain as run
-    from vitrine.training.recipes.recipe import read_toml
+    from vitrine.training.recipes.reading import read_toml
 
     console = new_console()
     weights = run(read_toml(recipe, PretrainRecipe), data_root, out, console)

@@ -27,8 +27,8 @@ def train(
 ) -> None:
     """Train a CLT on a CLIP's activations; resumes by itself. Curves: tensorboard --logdir OUT."""
     from vitrine.training.recipes.catalogue import find_recipe
-    from vitrine.training.recipes.recipe import load_recipe
-    from vitrine.training.recipes.recipe import skip_broken_shards as skipping
+    from vitrine.training.recipes.reading import load_recipe
+    from vitrine.training.recipes.reading import skip_broken_shards as skipping
     from vitrine.training.run.parallel import make_fabric, one_report
     from vitrine.training.run.run import train as run
 

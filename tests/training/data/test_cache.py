@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from vitrine.training.data import cache as cache_module
-from vitrine.training.data.activations import steps
+from vitrine.training.data.activations import Activations
 from vitrine.training.data.cache import CacheError, cache_bytes, open_cache
 from vitrine.training.data.images import DataError, Plan
 from vitrine.training.data.sources import open_images
+from vitrine.training.data.stream import steps
 from vitrine.training.recipes.recipe import FolderSource
 
 SOURCE = FolderSource(kind="folder", path="train")
@@ -30,7 +31,7 @@ def start(marking_clip, tmp_path):
 
     def start(dtype="float32", plan=PLAN, **changes):
         arguments = {"clip": marking_clip, "source": SOURCE, "plan": plan, "log": lambda message: None} | changes
-        return open_cache(tmp_path / "cache", dtype, **arguments)
+        return open_cache(Activations, tmp_path / "cache", dtype, **arguments)
 
     return start
 
@@ -38,7 +39,7 @@ def start(marking_clip, tmp_path):
 def run(tower, images, plan=PLAN, **options):
     if hasattr(tower, "batches"):  # a marking tower
         tower.batches.clear()
-    return list(steps(tower, images, plan, workers=0, **options))
+    return list(steps(Activations, tower, images, plan, workers=0, **options))
 
 
 def assert_same_bits(one, two):
@@ -55,7 +56,7 @@ def test_float32_cache_gives_the_same_bits(clip, data_root, tmp_path):
     plan = Plan(images=48, images_per_step=8, mixed_images=32, seed=0, epochs=2)
     images = open_images(SOURCE, data_root, clip.transform())
     plain = run(clip.tower, images, plan)
-    cache = open_cache(tmp_path / "cache", "float32", clip=clip, source=SOURCE, plan=plan)
+    cache = open_cache(Activations, tmp_path / "cache", "float32", clip=clip, source=SOURCE, plan=plan)
     assert_same_bits(run(clip.tower, images, plan, cache=cache), plain)
     assert_same_bits(run(clip.tower, images, plan, cache=cache, skip=5), plain[5:])
 
@@ -72,7 +73,7 @@ def test_a_chunk_is_forwarded_once(numbers, marking_tower, start, tmp_path):
 
 def test_interrupted_run_resumes_with_what_is_cached(numbers, marking_tower, start, tmp_path):
     plain = run(marking_tower, numbers(23))
-    first = steps(marking_tower, numbers(23), PLAN, workers=0, cache=start())
+    first = steps(Activations, marking_tower, numbers(23), PLAN, workers=0, cache=start())
     for _ in range(4):
         next(first)
     first.close()
@@ -86,7 +87,7 @@ def test_bfloat16_rounds_from_the_first_visit_on(clip, data_root, tmp_path):
     plan = Plan(images=48, images_per_step=8, mixed_images=16, seed=0, epochs=1)
     images = open_images(SOURCE, data_root, clip.transform())
     plain = run(clip.tower, images, plan)
-    cache = open_cache(tmp_path / "cache", "bfloat16", clip=clip, source=SOURCE, plan=plan)
+    cache = open_cache(Activations, tmp_path / "cache", "bfloat16", clip=clip, source=SOURCE, plan=plan)
     for _visit in ("first", "second"):
         for one, two in zip(plain, run(clip.tower, images, plan, cache=cache), strict=True):
             assert torch.equal(one.mlp_in.bfloat16().float(), two.mlp_in)
@@ -98,7 +99,7 @@ def test_bfloat16_rounds_from_the_first_visit_on(clip, data_root, tmp_path):
 def test_size_is_known_beforehand(numbers, marking_tower, start, tmp_path, dtype):
     run(marking_tower, numbers(23), cache=start(dtype))
     size = sum(path.stat().st_size for path in shards(tmp_path))
-    expected = cache_bytes(PLAN, marking_tower, dtype)
+    expected = cache_bytes(Activations, PLAN, marking_tower, dtype)
     assert expected == 2 * 2 * 21 * 5 * 2 * {"float32": 4, "bfloat16": 2}[dtype]
     assert expected < size < expected + 3 * 1024  # the headers
 
@@ -136,7 +137,9 @@ def test_damaged_file_is_computed_again_and_reported_once(numbers, marking_tower
         damage(shards(tmp_path)[0])
     marking_tower.batches.clear()
     served = []
-    for number, step in enumerate(steps(marking_tower, numbers(23), PLAN, workers=0, cache=start(log=messages.append))):
+    for number, step in enumerate(
+        steps(Activations, marking_tower, numbers(23), PLAN, workers=0, cache=start(log=messages.append))
+    ):
         if when == "during" and number == 7:  # the first epoch is over
             damage(shards(tmp_path)[0])
         served.append(step)
@@ -149,7 +152,7 @@ def test_damaged_file_is_computed_again_and_reported_once(numbers, marking_tower
 
 def test_files_that_vanish_are_computed_again(numbers, marking_tower, start, tmp_path):
     plain = run(marking_tower, numbers(23))
-    stream = steps(marking_tower, numbers(23), PLAN, workers=0, cache=start())
+    stream = steps(Activations, marking_tower, numbers(23), PLAN, workers=0, cache=start())
     first = [next(stream) for _ in range(7)]
     for path in shards(tmp_path):
         path.unlink()
@@ -211,7 +214,7 @@ def test_full_disk_is_reported_beforehand(numbers, marking_tower, start, monkeyp
     def free(count):
         monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=count))
 
-    needed = cache_bytes(PLAN, marking_tower, "float32")
+    needed = cache_bytes(Activations, PLAN, marking_tower, "float32")
     free(needed - 1)
     with pytest.raises(CacheError, match="make room, take bfloat16, or leave `cache` out"):
         start()

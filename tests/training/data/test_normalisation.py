@@ -5,15 +5,16 @@ import pytest
 import torch
 
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
-from vitrine.training.data.activations import Activations, stream
+from vitrine.training.data.activations import Activations
 from vitrine.training.data.normalisation import OUTLIER, Normalisation
+from vitrine.training.data.stream import stream
 
 
 @pytest.fixture(scope="module")
 def batches(clip, make_pixels):
     """Four batches of different sizes; in the second layer of each the third token is massive."""
     pixels = make_pixels(14).split([3, 4, 5, 2])
-    batches = list(stream(clip.tower, ((part, torch.zeros(len(part))) for part in pixels)))
+    batches = list(stream(Activations, clip.tower, ((part, torch.zeros(len(part))) for part in pixels)))
     for batch in batches:
         batch.mlp_out[1, 2] *= 100
     return batches
@@ -46,7 +47,7 @@ def test_estimate_is_numpys_without_outliers(batches, normalisation):
 
 
 def test_massive_tokens_do_not_move_the_scale(clip, make_pixels, batches, normalisation):
-    plain = Normalisation.estimate(stream(clip.tower, [(make_pixels(14), torch.zeros(14))]))
+    plain = Normalisation.estimate(stream(Activations, clip.tower, [(make_pixels(14), torch.zeros(14))]))
     torch.testing.assert_close(normalisation.out_scale, plain.out_scale, rtol=0.05, atol=0)
     massive = torch.cat([batch.mlp_out[1] for batch in batches])
     assert (massive - massive.mean(0)).square().mean().sqrt() > 2 * normalisation.out_scale[1]

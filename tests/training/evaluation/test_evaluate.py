@@ -20,7 +20,7 @@ from vitrine.training.evaluation.measure import Plan, measure
 from vitrine.training.evaluation.results import Results
 from vitrine.training.report import paper
 from vitrine.training.report.report import write_report
-from vitrine.training.report.tables import print_sheets, sheets
+from vitrine.training.report.sheets import print_sheets, sheets
 
 WINDOWS = [range(3), range(1, 3)]
 

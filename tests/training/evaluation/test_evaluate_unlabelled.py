@@ -12,7 +12,7 @@ from vitrine.training.evaluation.evaluate import evaluate, evaluate_summary
 from vitrine.training.evaluation.results import Results
 from vitrine.training.recipes.recipe import FolderSource
 from vitrine.training.report.report import draw_thumbnails, write_report
-from vitrine.training.report.tables import print_sheets
+from vitrine.training.report.sheets import print_sheets
 
 QUIET = Console(quiet=True)
 OPTIONAL = ("replacement", "faithfulness", "retrieval")  # sections of the report

@@ -26,7 +26,8 @@ from vitrine.training.data.sources import open_images
 from vitrine.training.pretraining import pretrain as pretrain_module
 from vitrine.training.pretraining.captions import COLOURS, background_colour
 from vitrine.training.pretraining.pretrain import PretrainRecipe, pretrain
-from vitrine.training.recipes.recipe import RecipeError, load_recipe, read_toml
+from vitrine.training.recipes.reading import load_recipe, read_toml
+from vitrine.training.recipes.recipe import RecipeError
 from vitrine.training.run.run import train
 from vitrine.training.run.trainer import TrainingDiverged
 

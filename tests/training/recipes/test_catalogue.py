@@ -11,7 +11,7 @@ from common import ROOT
 from vitrine.commands import app
 from vitrine.training.recipes.catalogue import shipped
 from vitrine.training.recipes.costs import GPUS, estimate
-from vitrine.training.recipes.recipe import load_recipe
+from vitrine.training.recipes.reading import load_recipe
 
 NAMES = [path.stem for path in shipped()]
 

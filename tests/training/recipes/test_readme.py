@@ -10,15 +10,17 @@ from vitrine.training.recipes.recipe import (
     CascadeSection,
     ClipSection,
     CltSection,
+    CltTrainingSection,
     DataSection,
-    TrainingSection,
+    ResidualSaeSection,
 )
 
 SECTIONS = {
     "clip": ClipSection,
     "data": DataSection,
     "clt": CltSection,
-    "training": TrainingSection,
+    "residual_sae": ResidualSaeSection,
+    "training": CltTrainingSection,
     "cascade": CascadeSection,
     "bundle": BundleSection,
 }

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from vitrine.training.recipes.catalogue import find_recipe, shipped
 from vitrine.training.recipes.costs import estimate
-from vitrine.training.recipes.recipe import Recipe, RecipeError, WebDatasetSource, load_recipe, skip_broken_shards
+from vitrine.training.recipes.reading import load_recipe, skip_broken_shards
+from vitrine.training.recipes.recipe import CltRecipe, RecipeError, WebDatasetSource
 
 TRAIN = 'kind = "folder", path = "train"'  # in the tiny recipe
 
@@ -39,7 +40,7 @@ def test_recipe_is_what_its_file_says(recipe):
 
 def test_recipe_survives_json(recipe):
     """Checkpoints store it so; resuming compares the two."""
-    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    assert CltRecipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
 def test_recipe_cannot_be_changed(recipe):
@@ -262,7 +263,7 @@ def test_broken_shards_are_skipped_where_there_are_shards(recipe):
     changed = skip_broken_shards(mixed)
     assert (changed.data.train.skip_broken, shards.skip_broken) == (True, False)
     assert changed.data.val == recipe.data.val
-    assert Recipe.model_validate_json(changed.model_dump_json()) == changed
+    assert CltRecipe.model_validate_json(changed.model_dump_json()) == changed
 
 
 def test_k_is_one_number_or_one_a_layer(changed):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from vitrine.training.data.activations import activations
+from vitrine.training.data.activations import Activations
 from vitrine.training.data.normalisation import Normalisation
-from vitrine.training.recipes.recipe import CascadeSection, TrainingSection
+from vitrine.training.recipes.recipe import CascadeSection, CltTrainingSection
 from vitrine.training.run.cascade import Cascade, Denormalised
 from vitrine.training.run.objective import Reconstruction, StepSize
 
@@ -22,7 +22,7 @@ def pixels(make_pixels):
 
 @pytest.fixture
 def normalisation(clip, make_pixels):
-    estimate = Normalisation.estimate([activations(clip.tower(make_pixels(8, seed=5)))])
+    estimate = Normalisation.estimate([Activations.of(clip.tower(make_pixels(8, seed=5)))])
     return replace(estimate, outlier_norm=estimate.outlier_norm / 3)  # so that half of the tokens are outliers
 
 
@@ -33,7 +33,7 @@ def make(clip, make_clt, normalisation):
     def make(**weights):
         clt = make_clt(clip, k=6, k_cls=4).requires_grad_(True)
         size = StepSize(IMAGES, clip.tower.tokens)
-        reconstruction = Reconstruction(clt, normalisation, TrainingSection(cls_weight=5), size)
+        reconstruction = Reconstruction(clt, normalisation, CltTrainingSection(cls_weight=5), size)
         labels = normalize(torch.randn(7, clip.tower.embedding, generator=torch.Generator().manual_seed(1)), dim=-1)
         return Cascade(clip.tower, reconstruction, CascadeSection(steps=1, **weights), labels, logit_scale=20.0)
 
@@ -57,7 +57,7 @@ def replaced_by_hand(clip, clt, normalisation, pixels):
 
 def test_each_loss_by_hand(make, clip, normalisation, pixels):
     objective = make(clean_weight=0.5, replaced_weight=2.0, prediction_weight=3.0)
-    clt = objective.reconstruction.clt
+    clt = objective.reconstruction.dictionary
     taps = clip.tower(pixels)
     stream, outputs = replaced_by_hand(clip, clt, normalisation, pixels)
 
@@ -72,7 +72,7 @@ def test_each_loss_by_hand(make, clip, normalisation, pixels):
         for residual in (taps.residual_out, stream)
     )
     divergence = (p * (p / q).log()).sum(-1).mean()
-    clean = objective.reconstruction(activations(taps)).total
+    clean = objective.reconstruction(Activations.of(taps)).total
     losses = objective(pixels)
     torch.testing.assert_close(losses.total, 0.5 * clean + 2 * replaced + 3 * divergence, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(
@@ -84,7 +84,7 @@ def test_each_loss_by_hand(make, clip, normalisation, pixels):
 
 def test_gradient_reaches_the_first_layer_through_the_tower(make, pixels):
     objective = make(clean_weight=0, replaced_weight=0, prediction_weight=1)
-    clt = objective.reconstruction.clt
+    clt = objective.reconstruction.dictionary
     weight = clt.encoders[0].weight
     (gradient,) = torch.autograd.grad(objective(pixels).total, weight)
     direction, size = gradient / gradient.norm(), 1e-3
@@ -101,7 +101,7 @@ def test_gradient_reaches_the_first_layer_through_the_tower(make, pixels):
 def test_only_the_clt_is_trained(make, clip):
     objective = make()
     trained = {id(parameter) for parameter in objective.parameters() if parameter.requires_grad}
-    assert trained == {id(parameter) for parameter in objective.reconstruction.clt.parameters()}
+    assert trained == {id(parameter) for parameter in objective.reconstruction.dictionary.parameters()}
 
 
 def test_perfect_stand_in_has_nothing_to_learn(make, clip, pixels, monkeypatch):
@@ -122,8 +122,8 @@ class _Perfect:
 
 
 def test_denormalised_is_the_folded_clt(make, normalisation, clip, pixels):
-    clt = make().reconstruction.clt
-    batch = activations(clip.tower(pixels))
+    clt = make().reconstruction.dictionary
+    batch = Activations.of(clip.tower(pixels))
     raw, folded = Denormalised(clt, normalisation), normalisation.fold_into(clt)
     codes = [encoder(x, batch.is_cls) for encoder, x in zip(raw.encoders, batch.mlp_in, strict=True)]
     expected, outputs = folded(batch.mlp_in, batch.is_cls)

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
-from vitrine.training.data.activations import activations
+from vitrine.training.data.activations import Activations
 from vitrine.training.data.normalisation import Normalisation
 from vitrine.training.run.neurons import start_from_neurons
 
 
 @pytest.fixture
 def batch(clip, make_pixels):
-    return activations(clip.tower(make_pixels(8, seed=3)))
+    return Activations.of(clip.tower(make_pixels(8, seed=3)))
 
 
 @pytest.fixture

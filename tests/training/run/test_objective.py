@@ -8,7 +8,7 @@ import torch
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
 from vitrine.training.data.activations import Activations
 from vitrine.training.data.normalisation import Normalisation
-from vitrine.training.recipes.recipe import TrainingSection
+from vitrine.training.recipes.recipe import CltTrainingSection
 from vitrine.training.run.objective import Reconstruction, StepSize
 
 LAYERS, WIDTH, FEATURES, TOKENS, IMAGES = 3, 6, 10, 4, 5
@@ -40,7 +40,7 @@ def make(sparsifier="relu_topk", seed=0, **settings):
     batch = Activations(
         random(LAYERS, COUNT, WIDTH).double(), random(LAYERS, COUNT, WIDTH).double(), torch.arange(COUNT) % TOKENS == 0
     )
-    objective = Reconstruction(clt.double(), normalisation, TrainingSection(**settings), StepSize(IMAGES, TOKENS))
+    objective = Reconstruction(clt.double(), normalisation, CltTrainingSection(**settings), StepSize(IMAGES, TOKENS))
     return objective, batch
 
 
@@ -54,8 +54,10 @@ def normalised(objective, batch):
 def squared_errors(objective, batch):
     """[L, N], by dense products."""
     x, y = normalised(objective, batch)
-    codes = [encoder.encode_dense(x[layer], batch.is_cls) for layer, encoder in enumerate(objective.clt.encoders)]
-    decoded = torch.stack([decoder.decode_dense(codes) for decoder in objective.clt.decoders])
+    codes = [
+        encoder.encode_dense(x[layer], batch.is_cls) for layer, encoder in enumerate(objective.dictionary.encoders)
+    ]
+    decoded = torch.stack([decoder.decode_dense(codes) for decoder in objective.dictionary.decoders])
     return (decoded - y).square().mean(-1), codes
 
 
@@ -79,9 +81,9 @@ def test_cls_weighs_by_its_own_variance_and_outliers_by_their_length():
     losses = objective(batch, pressure=1.0)
     torch.testing.assert_close(losses.total, (errors * weights).sum() / (LAYERS * total))
     kept = batch.mlp_out.norm(dim=-1) <= objective.normalisation.outlier_norm[:, None]
-    torch.testing.assert_close(losses.kept, kept.double().mean(1), check_dtype=False)
+    torch.testing.assert_close(losses.variance, kept.double().mean(1), check_dtype=False)
     torch.testing.assert_close(
-        losses.unexplained / losses.kept, torch.stack([e[k].mean() for e, k in zip(errors, kept, strict=True)])
+        losses.unexplained / losses.variance, torch.stack([e[k].mean() for e, k in zip(errors, kept, strict=True)])
     )
     l0 = [(code.values != 0).sum(1).double().mean() for code in codes]
     torch.testing.assert_close(losses.active, torch.stack(l0))
@@ -96,7 +98,7 @@ def test_by_default_cls_weighs_as_the_root_of_the_patches():
 
 def test_gradient_is_that_of_the_dense_loss():
     objective, batch = make(cls_weight=7)
-    names, parameters = zip(*objective.clt.named_parameters(), strict=True)
+    names, parameters = zip(*objective.dictionary.named_parameters(), strict=True)
     errors, _ = squared_errors(objective, batch)
     weights, total = weights_by_hand(objective, batch)
     expected = torch.autograd.grad((errors * weights).sum(1).mean() / total, parameters)
@@ -109,7 +111,7 @@ def test_gradient_is_that_of_the_dense_loss():
 def test_processes_together_do_what_one_does(world):
     """Each has some of the tokens; gradients are averaged, measures summed."""
     objective, batch = make(cls_weight=7)
-    parameters = list(objective.clt.parameters())
+    parameters = list(objective.dictionary.parameters())
     whole = objective(batch)
     expected = torch.autograd.grad(whole.total, parameters)
     objective.size = StepSize(IMAGES, TOKENS, world)
@@ -123,7 +125,7 @@ def test_processes_together_do_what_one_does(world):
     for ours, theirs in zip(zip(*gradients, strict=True), expected, strict=True):
         torch.testing.assert_close(torch.stack(ours).mean(0), theirs)
     torch.testing.assert_close(torch.stack([losses.unexplained for losses in results]).sum(0), whole.unexplained)
-    torch.testing.assert_close(torch.stack([losses.kept for losses in results]).sum(0), whole.kept)
+    torch.testing.assert_close(torch.stack([losses.variance for losses in results]).sum(0), whole.variance)
     torch.testing.assert_close(torch.stack([losses.active for losses in results]).sum(0), whole.active)
     assert torch.equal(torch.stack([losses.fired for losses in results]).any(0), whole.fired)
 
@@ -141,7 +143,7 @@ def test_fired_are_the_features_with_an_activation():
 
 def test_jumprelu_is_drawn_to_its_targets_per_layer_and_token_type():
     objective, batch = make("jumprelu", sparsity_weight=3.0)
-    objective.clt.calibrate(normalised(objective, batch)[0])
+    objective.dictionary.calibrate(normalised(objective, batch)[0])
     _, codes = squared_errors(objective, batch)
     terms = []
     for layer, (k, k_cls) in enumerate(zip((3, 2, 4), (2, 2, 3), strict=True)):

@@ -17,12 +17,14 @@ from vitrine.models.clip.loading import load_clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.dictionary.replacement import Replacement
 from vitrine.training.checkpoint import CheckpointError, checkpoints, latest, load_clt, load_tensors, read_meta
-from vitrine.training.data.activations import steps
 from vitrine.training.data.held_out import held_out
 from vitrine.training.data.images import DataError
 from vitrine.training.data.normalisation import Normalisation
+from vitrine.training.data.stream import steps
 from vitrine.training.evaluation.evaluate import evaluate_summary
-from vitrine.training.recipes.recipe import CascadeSection, FolderSource, load_recipe
+from vitrine.training.recipes.reading import load_recipe
+from vitrine.training.recipes.recipe import CascadeSection, FolderSource
+from vitrine.training.run import clt_learner
 from vitrine.training.run import run as run_module
 from vitrine.training.run.run import train
 from vitrine.training.run.trainer import TrainingDiverged
@@ -234,7 +236,7 @@ def test_killed_run_resumes_from_its_last_checkpoint(straight, start, tmp_path, 
 
 
 def test_finished_run_is_neither_trained_on_nor_measured_again(straight, start, monkeypatch):
-    monkeypatch.setattr(run_module, "evaluate_summary", None)
+    monkeypatch.setattr(clt_learner, "evaluate_summary", None)
     before = log(straight)
     assert read_meta(start(straight)).step == 24
     assert log(straight) == before
@@ -242,7 +244,7 @@ def test_finished_run_is_neither_trained_on_nor_measured_again(straight, start, 
 
 def test_run_that_was_killed_while_it_was_measured_is_measured_then(straight, start, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "evaluate_summary", lambda *_: 1 / 0)
+        patch.setattr(clt_learner, "evaluate_summary", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             start(tmp_path)
     assert read_meta(latest(tmp_path)).metrics.r2 is None

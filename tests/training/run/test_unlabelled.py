@@ -15,7 +15,8 @@ from vitrine.models.export import export as export_module
 from vitrine.models.graph.onnx_file import ExportError
 from vitrine.training.cards.build import Options, build_cards
 from vitrine.training.checkpoint import CheckpointError, latest, load_clt, read_meta, save_checkpoint
-from vitrine.training.recipes.recipe import CascadeSection, RecipeError, load_recipe
+from vitrine.training.recipes.reading import load_recipe
+from vitrine.training.recipes.recipe import CascadeSection, RecipeError
 from vitrine.training.run.run import train
 
 NO_LABELS = RECIPE.replace('labels = ["red circle", "green square", "blue triangle"]\n', "")

@@ -1,0 +1,173 @@
+"""How well residual SAEs stand in for the stream after the blocks, on held-out images (arXiv 2509.17401).
+
+`evaluate_summary` runs at the end of training, `evaluate` implements `vitrine evaluate`. The modules are those of a
+CLT's evaluation (`training.evaluation.evaluate`), with the stream after each block but the last as the target: as the
+tokens are standardised, each by itself, which is what the SAEs are trained on, and raw, where longer tokens count for
+more. R^2 is the fraction of variance explained.
+
+L blocks, B images, T tokens, d width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from vitrine.models.account.windows import TOKENS, Tokens, paper_windows
+from vitrine.models.bundle.bundle import file_sha256
+from vitrine.models.bundle.manifest import ClipIdentity, Metrics
+from vitrine.models.clip.loading import Clip
+from vitrine.models.clip.tower import Taps
+from vitrine.models.dictionary.residual_replacement import ResidualReplacement, mixed
+from vitrine.models.dictionary.residual_sae import ResidualSaes, standardise
+from vitrine.models.dictionary.sparse_products import SortedCode
+from vitrine.models.progress import Progress
+from vitrine.training.checkpoint import check_clip, load_residual_saes, weights_file
+from vitrine.training.data.activations import residual_streams
+from vitrine.training.data.held_out import HeldOut
+from vitrine.training.evaluation.bootstrap import Bootstrap
+from vitrine.training.evaluation.cascades import Cascades
+from vitrine.training.evaluation.evaluate import label_embeddings, summary
+from vitrine.training.evaluation.measure import classifier, sample, tapped
+from vitrine.training.evaluation.reconstruction import Reconstruction
+from vitrine.training.evaluation.results import SaeResults, Seeds
+from vitrine.training.evaluation.survey import Surveyor
+from vitrine.training.recipes.recipe import ResidualSaeRecipe
+
+
+class Versions(NamedTuple):
+    """The streams of some images after every block but the last, and the SAEs' versions of them."""
+
+    own: Tensor  # [L - 1, B, T, d]
+    replaced: Tensor  # [L - 1, B, T, d]
+
+
+class ResidualReplaced:
+    """[CLS] before ln_post [B, d] with the streams of a window replaced, of images whose `Versions` are known.
+
+    Up to its first SAE a window is the tower itself; behind the last attention only [CLS] is followed.
+    """
+
+    def __init__(self, model: ResidualReplacement) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def __call__(self, known: Versions, window: range, tokens: Tokens) -> Tensor:
+        model, first, last = self.model, window[0], self.model.tower.layers - 1
+        stream = mixed(known.replaced[first], known.own[first], tokens)
+        for layer in range(first + 1, last + 1):
+            stream = model.block(layer, stream, cls_only=layer == last)
+            if layer in window:
+                _, stream = model.replace(layer, stream, tokens)
+        return stream[:, 0]
+
+
+@dataclass
+class SaeMeasurements:
+    """The measurements of the SAEs of one tower."""
+
+    standardised: Reconstruction
+    raw: Reconstruction
+    singles: Cascades[Versions]  # one block alone, all tokens
+    cascades: Cascades[Versions]  # windows up to the last SAE
+
+
+@torch.inference_mode()
+def measure(
+    clip: Clip,
+    saes: ResidualSaes,
+    images: HeldOut,
+    embeddings: Tensor,
+    singles: list[range],
+    windows: list[range],
+    tokens: tuple[Tokens, ...],
+    bootstrap: Bootstrap,
+    console: Console,
+) -> SaeMeasurements:
+    """One pass over a sample of the images, one over all; SAEs on the CLIP's device, label embeddings [labels, D].
+
+    Without labels nothing is predicted: `singles` and `cascades` stay empty.
+    """
+    classify = classifier(clip, embeddings.to(saes.decoders[0].bias))
+    replaced = ResidualReplaced(ResidualReplacement(clip.tower, saes))
+    with Progress(console) as progress:
+        surveyors = Surveyor(saes.layers, saes.width), Surveyor(saes.layers, saes.width)
+        for taps, _ in tapped(clip, sample(images), progress, "survey"):
+            streams = residual_streams(taps)
+            surveyors[0].add(standardise(streams).x)
+            surveyors[1].add(streams)
+        standardised, raw = (Reconstruction(saes, surveyor.survey(), bootstrap) for surveyor in surveyors)
+        one, several = Cascades(replaced, classify, singles, ("all",)), Cascades(replaced, classify, windows, tokens)
+        for taps, truth in tapped(clip, images, progress, "measure"):
+            codes, read, outputs, versions = _versions(saes, taps)
+            standardised.update(read, outputs, codes)
+            raw.update(versions.own, list(versions.replaced), codes)
+            if images.labels:
+                own = classify(taps.residual_out[:, 0])
+                for replacements in (one, several):
+                    if replacements.pairs:
+                        replacements.update(versions, own, truth)
+    return SaeMeasurements(standardised, raw, one, several)
+
+
+def _versions(saes: ResidualSaes, taps: Taps) -> tuple[list[SortedCode], Tensor, list[Tensor], Versions]:
+    """(codes of all tokens by SAE, standardised tokens [L - 1, B, T, d], the SAEs' versions of these, streams)."""
+    streams = residual_streams(taps)
+    tokens = standardise(streams)
+    is_cls = torch.zeros(streams.shape[1:3], dtype=torch.bool, device=streams.device)
+    is_cls[:, 0] = True
+    codes, outputs = saes(tokens.x.flatten(1, 2), is_cls.flatten())
+    outputs = outputs.view_as(streams)
+    return codes, tokens.x, list(outputs), Versions(streams, tokens.undone(outputs))
+
+
+def evaluate_summary(
+    clip: Clip, saes: ResidualSaes, images: HeldOut, templates: tuple[str, ...], console: Console
+) -> Metrics:
+    """The figures stored in a checkpoint: of standardised tokens, and of predictions with every SAE in place.
+
+    Args:
+        clip, saes: on the same device; the SAEs in evaluation mode.
+        images: as in `training.evaluation.evaluate.evaluate_summary`.
+        templates: the recipe's.
+    """
+    embeddings = label_embeddings(clip, images, templates, console)
+    bootstrap = Bootstrap(len(images), resamples=2)  # the intervals are not used
+    measured = measure(clip, saes, images, embeddings, [], [range(saes.layers)], ("all", "cls"), bootstrap, console)
+    baseline, cascades = measured.cascades.figures(bootstrap)
+    return summary(measured.standardised.figures(), baseline, *(cascades or (None, None)))
+
+
+def evaluate(clip: Clip, checkpoint: Path, images: HeldOut, console: Console, *, seed: int = 0) -> SaeResults:
+    """All figures for the SAEs of a checkpoint. Raises `CheckpointError` if they were trained on another CLIP."""
+    saes, meta = load_residual_saes(checkpoint)
+    check_clip(checkpoint, meta, clip)
+    assert isinstance(meta.recipe, ResidualSaeRecipe)  # load_residual_saes has seen to it
+    embeddings = label_embeddings(clip, images, meta.recipe.data.templates, console)
+    bootstrap, saes = Bootstrap(len(images), seed=seed), saes.to(clip.tower.visual.proj.device)
+    singles, windows = [range(layer, layer + 1) for layer in range(saes.layers)], paper_windows(saes.layers)
+    measured = measure(clip, saes, images, embeddings, singles, windows, TOKENS, bootstrap, console)
+    baseline, cascades = measured.cascades.figures(bootstrap)
+    return SaeResults(
+        recipe=meta.recipe,
+        clip=ClipIdentity(name=clip.name, weights=clip.weights, sha256=clip.sha256),
+        checkpoint_sha256=file_sha256(weights_file(checkpoint, meta)),
+        step=meta.step,
+        layers=saes.layers,
+        images=len(images),
+        labels=list(images.labels),
+        left_out=images.left_out,
+        seeds=Seeds(sample=images.seed, bootstrap=seed, orders=seed),
+        resamples=bootstrap.resamples,
+        confidence=bootstrap.confidence,
+        reconstruction=measured.standardised.figures(),
+        raw=measured.raw.figures(),
+        baseline=baseline,
+        singles=measured.singles.figures(bootstrap)[1],
+        cascades=cascades,
+    )

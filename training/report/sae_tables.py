@@ -1,0 +1,67 @@
+"""The results of residual SAEs as tables for the terminal and the report."""
+
+from __future__ import annotations
+
+from vitrine.models.account.windows import TOKENS
+from vitrine.training.evaluation.results import Cascade, SaeResults
+from vitrine.training.report.tables import TOKEN_NAMES, Sheet, of_layer, or_none, percent, points, rows_of
+
+
+def of_saes(results: SaeResults) -> dict[str, Sheet]:
+    """All tables, in display order."""
+    tables = {"reconstruction": versions(results)}
+    if results.cascades:
+        tables |= {"singles": singles(results), "cascades": cascades(results)}
+    return tables
+
+
+def versions(results: SaeResults) -> Sheet:
+    """By SAE, the mean over them, and the worst: of standardised tokens, and of the stream itself."""
+    columns = ["after block", *(f"explained, {TOKEN_NAMES[tokens]}" for tokens in TOKENS), "cosine", "relative error"]
+    columns += ["raw, all", "raw, without outliers", "raw cosine", "L0 [CLS]", "L0 patches", "dead"]
+    rows = []
+    for layer in rows_of(results):
+        own = {tokens: of_layer(results.reconstruction[tokens], layer) for tokens in TOKENS}
+        raw = of_layer(results.raw["all"], layer)
+        row = [f"{own[tokens].r2:.4f}" for tokens in TOKENS]
+        row += [f"{own['all'].cosine:.4f}", f"{own['all'].relative_error:.4f}"]
+        row += [f"{raw.r2:.4f}", or_none(raw.r2_kept), f"{raw.cosine:.4f}"]
+        row += [f"{own['cls'].l0:.1f}", f"{own['patches'].l0:.1f}", f"{own['all'].dead_share:.1%}"]
+        rows.append([str(layer), *row])
+    r2 = results.reconstruction["all"].r2
+    return Sheet(
+        f"Fraction of variance explained of standardised tokens, and of the raw stream, on {results.images:,} images. "
+        f"Mean over SAEs {r2.value:.4f} [{r2.low:.4f}, {r2.high:.4f}]. Cosine, error and dead features: all tokens.",
+        columns,
+        rows,
+    )
+
+
+def singles(results: SaeResults) -> Sheet:
+    """By the block after which the stream is replaced."""
+    is_known = results.baseline is not None
+    columns = ["after block", *(["top-1", "change"] if is_known else []), "same prediction", "divergence"]
+    rows = [[str(cascade.first), *_fidelity(cascade, is_known)] for cascade in results.singles]
+    own = f": zero-shot top-1, CLIP itself {percent(results.baseline)}. Changes in points" if is_known else ""
+    return Sheet(f"The stream replaced after one block, all tokens{own}.", columns, rows)
+
+
+def _fidelity(cascade: Cascade, is_known: bool) -> list[str]:
+    accuracies = [percent(cascade.top1), points(cascade.difference)] if is_known else []
+    return [*accuracies, f"{cascade.agreement.value:.1%}", f"{cascade.divergence.value:.4f}"]
+
+
+def cascades(results: SaeResults) -> Sheet:
+    """By window and replaced tokens."""
+    is_known = results.baseline is not None
+    accuracies = ["top-1", "change"] if is_known else []
+    rows = [
+        [cascade.window, TOKEN_NAMES[cascade.tokens], *_fidelity(cascade, is_known)] for cascade in results.cascades
+    ]
+    return Sheet(
+        "The stream replaced after several blocks: every later block, and SAE, reads what those before it made. "
+        "Divergence from CLIP's own distribution in nats.",
+        ["after blocks", "tokens", *accuracies, "same prediction", "divergence"],
+        rows,
+        text=2,
+    )
