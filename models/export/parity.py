@@ -164,9 +164,7 @@ def check_scores(clip: Clip, scores: ScoresGraph, bundle: Path) -> None:
     )
 
 
-def check_codes(
-    file: str, ours: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArray[Any]], features: int
-) -> None:
+def check_codes(file: str, ours: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArray[Any]], features: int) -> None:
     """Raise `ExportError` unless the codes of two traces are the same, up to ties of features."""
     codes = [_dense(of["indices"], of["values"], features) for of in (ours, theirs)]
     differs = np.abs(codes[0] - codes[1]).max(-1) > TOLERANCE * np.abs(codes[1]).max()  # [B, L, T]

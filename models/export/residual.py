@@ -129,7 +129,7 @@ def _write_block(
     held = {name: torch.from_numpy(part) for name, part in held_by(trace, block).items()}
     if block == tower.layers - 1:
         graph: BlockGraph = LogitSourcesGraph(tower, saes).eval()
-        dynamic = RESIDUAL_STARTS_LOGIT
+        dynamic: Sequence[str] = RESIDUAL_STARTS_LOGIT
         start = dict.fromkeys(dynamic, torch.zeros(2, tower.width))
     else:
         graph = FeatureSourcesGraph(tower, saes, block).eval()

@@ -70,8 +70,8 @@ def to_onnx(
 
 def save_onnx(model: onnx.ModelProto, path: Path, beside: Sequence[Path] = ()) -> None:
     """Write a model, which is modified. Large tensors go to `path`.data. The tables of `SHARED` are read from NAME.npy
-    next to it, as in every variant of the model; tensors that a model `beside` also has, as they are or transposed, from
-    that model's data."""
+    next to it, as in every variant of the model; tensors that a model `beside` also has, as they are or transposed,
+    from that model's data."""
     for tensor in model.graph.initializer:
         if tensor.name in SHARED and (file := path.with_name(f"{tensor.name}.npy")).exists():
             _point_at_npy(tensor, file)

@@ -40,7 +40,7 @@ def saved(circuit, photo, bundle, tmp_path_factory):
     first = circuit.groups[place_of(circuit, "feature")]
     cards = {f"{first.layer}/{first.index}": card(first.layer, first.index, label=HOSTILE)}
     path = tmp_path_factory.mktemp("saved") / "circuit.html"
-    text = draw_circuit(circuit, COUNT, photo, cards, bundle.manifest.preprocessing)
+    text = draw_circuit([circuit], COUNT, photo, cards, bundle.manifest.preprocessing)
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -51,7 +51,7 @@ def many(circuit, bundle, tmp_path_factory):
     for _ in range(2):
         total.add(circuit)
     path = tmp_path_factory.mktemp("saved") / "many.html"
-    path.write_text(draw_circuit(total.mean(), COUNT, None, {}, bundle.manifest.preprocessing), encoding="utf-8")
+    path.write_text(draw_circuit([total.mean()], COUNT, None, {}, bundle.manifest.preprocessing), encoding="utf-8")
     return path
 
 
