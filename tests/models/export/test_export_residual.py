@@ -113,7 +113,7 @@ def test_the_check_notices_other_weights(with_residual, clip, residual_export, p
         elif part == "block_0":
             blocks[0].biases = blocks[0].biases + 0.1
         else:
-            blocks[2].below.bias = blocks[2].below.bias + 0.1
+            blocks[2].below.bias = 2 * blocks[2].below.bias
     with pytest.raises(ExportError, match=rf"{part}\.onnx"):
         check_residual(clip, saes, trace, blocks, with_residual.path)
 

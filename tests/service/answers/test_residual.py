@@ -9,10 +9,12 @@ import pytest
 
 from vitrine.models.bundle.bundle import BundleError, seal
 from vitrine.models.bundle.layout import RESIDUAL_TRACE, residual_file
+from vitrine.service.answers.answer_size import attribution_values
 from vitrine.service.answers.attribute import answer_attribute
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.answers.circuit import answer_circuit
 from vitrine.service.answers.circuit_groups import grouped
+from vitrine.service.answers.explain import check_explain
 from vitrine.service.answers.residual import circuit_dictionaries
 from vitrine.service.engine.engine import Engine
 from vitrine.service.errors import ServiceError
@@ -20,7 +22,7 @@ from vitrine.service.exports.account import circuit_page
 from vitrine.service.exports.circuit_graph import circuit_graph
 from vitrine.service.offline.verify import verify
 from vitrine.service.operations.settings import Settings
-from vitrine.service.schemas.attribute import AttributeRequest
+from vitrine.service.schemas.attribute import AttributeRequest, Explain
 from vitrine.service.schemas.circuit import CircuitRequest
 
 ALL = {"dictionary": "residual", "nodes": 512, "seconds": 60, "node_share": 1, "edge_share": 1, "leaves": True}
@@ -72,14 +74,19 @@ def test_a_circuit_can_be_taken_along(circuit, with_residual, picture):
 
 
 def test_features_by_layer_are_the_traces(with_residual, picture):
-    requests = [AttributeRequest(explain={"residual": asked, "features": 3}) for asked in (True, False)]
-    asked, plain = ask(with_residual, picture(), *requests)
+    explains = ({"residual": True, "features": 3}, {}, {"residual": True, "features": 100})
+    requests = [AttributeRequest(explain=explain) for explain in explains]
+    asked, plain, whole = ask(with_residual, picture(), *requests)
     assert plain.residual is None
     found = asked.residual
     assert "residual" in asked.timings_ms
     assert "residual" not in plain.timings_ms
     assert [layer.layer for layer in found.layers] == [0, 1]
     assert (found.rows, found.columns) == (4, 4)
+    expected = attribution_values(with_residual.manifest, requests[2], 3)
+    expected -= attribution_values(with_residual.manifest, AttributeRequest(explain={"features": 100}), 3)
+    active = [len(layer.cls) * 4 + len(layer.patches) * (16 + 4) for layer in whole.residual.layers]
+    assert 0 < sum(active) <= expected <= 2 * sum(active)
     for layer, budget in zip(found.layers, (5, 6), strict=True):
         assert 0 < len(layer.cls) <= 3
         assert layer.active_cls <= budget
@@ -99,24 +106,12 @@ def test_features_are_those_most_active(with_residual, make_pixels):
     assert circuit_dictionaries(engine) == ["clt", "residual"]
 
 
-def test_a_bundle_without_them_says_so(bundle, with_residual, picture):
-    refused = [
-        (bundle, {}, CircuitRequest(dictionary="residual"), r"`dictionary` residual needs .* exported without them"),
-        (bundle, {}, AttributeRequest(explain={"residual": True}), r"`explain.residual` needs .* `vitrine export"),
-        (with_residual, {"residual": False}, CircuitRequest(dictionary="residual"), "VITRINE_RESIDUAL=false"),
-    ]
-    for served, settings, request, said in refused:
-        with pytest.raises(ServiceError, match=said) as caught:
-            ask(served, picture(), request, **settings)
-        assert caught.value.code == "invalid_request"
-
-
-def test_an_answer_that_would_be_too_large_is_refused(with_residual, picture):
-    request = AttributeRequest(explain={"residual": True, "features": 60})
-    plain = AttributeRequest(explain={"features": 60})
-    ask(with_residual, picture(), plain, max_answer_values=1_500)
-    with pytest.raises(ServiceError, match="numbers; at most 1,500"):
-        ask(with_residual, picture(), request, max_answer_values=1_500)
+def test_a_bundle_without_them_says_so(engine, with_residual):
+    unloaded = Engine(with_residual, Settings(bundle=with_residual.path, residual=False, sources=False))
+    for served, said in ((engine, "exported without them"), (unloaded, "VITRINE_RESIDUAL=false")):
+        assert "residual" not in circuit_dictionaries(served)
+        with pytest.raises(ServiceError, match=f"`explain.residual` needs residual SAEs in the bundle 'tiny'.*{said}"):
+            check_explain(Explain(residual=True), ("cat",), 10, served)
 
 
 def test_verify_notices_graphs_that_do_not_belong_together(with_residual, tmp_path):
