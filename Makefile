@@ -24,7 +24,7 @@ help:
 	@echo "make loadtest  users on a service of their own, and a report: LOAD=step RATE=150 MIX=attribute"
 	@echo "make audit   the pinned versions against the public list of vulnerabilities"
 	@echo "make demo    the embedded bundle anew, from CIFAR-10 alone: hours; after an interruption it goes on"
-	@echo "             (DATA=$(DATA): where CIFAR-10 and the CLIP are put; RUN=$(RUN): the CLT's run)"
+	@echo "             (DATA=$(DATA): where CIFAR-10 and the CLIP are put; RUN=$(RUN): the CLT's run, beside it the SAEs')"
 	@echo "make clean   remove both environments and build/"
 
 serve: .venv/installed $(PHOTO)
@@ -63,8 +63,9 @@ demo: .venv-dev/installed
 	$(VITRINE) train --recipe demo --data-root $(DATA) --out $(RUN)
 	test $(RUN)/evaluation/results.json -nt $(RUN)/log.jsonl || \
 	  $(VITRINE) evaluate --checkpoint $(RUN) --data-root $(DATA) --out $(RUN)/evaluation
+	$(VITRINE) train --recipe demo-residual --data-root $(DATA) --out $(RUN)-residual
 	rm -rf build/demo-plain build/demo
-	$(VITRINE) export --checkpoint $(RUN) --data-root $(DATA) --out build/demo-plain
+	$(VITRINE) export --checkpoint $(RUN) --residual $(RUN)-residual --data-root $(DATA) --out build/demo-plain
 	$(VITRINE) cards --checkpoint $(RUN) --bundle build/demo-plain --data-root $(DATA) --out build/demo \
 	  --vocabulary training/vocabularies/demo.txt --pictures means
 	$(VITRINE) verify build/demo

@@ -20,6 +20,7 @@ DRAWING_SCRIPTS = (
     "warnings.js",
     "trust.js",
     "timings.js",
+    "residual.js",
     "card-figures.js",
     "card.js",
     "cards.js",

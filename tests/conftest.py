@@ -27,6 +27,7 @@ from vitrine.models.clip.loading import load_clip
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
 from vitrine.models.dictionary.residual_sae import ResidualSaes, SaeArchitecture
 from vitrine.models.export.export import Provenance, export_bundle
+from vitrine.models.export.residual import ResidualExport, add_residual
 from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.training.cards import labels
 from vitrine.training.cards.build import Options, build_cards
@@ -279,6 +280,19 @@ def bundle(clip, clt, cls_mean, provenance, make_pixels, tmp_path_factory):
     out = tmp_path_factory.mktemp("bundles") / "tiny"
     images = [make_pixels(4, seed=11)]
     return export_bundle(clip, clt, cls_mean, provenance, out, calibration=images, replacement=True, sources=True)
+
+
+@pytest.fixture(scope="session")
+def residual_export(clip, make_saes):
+    """Random residual SAEs of `clip`, as they are to be exported."""
+    data = Data(name="drawn shapes", licence="CC0-1.0", train_images=48, val_images=12)
+    return ResidualExport(make_saes(clip, k_cls=5), data, 'kind = "residual_sae"', Metrics(r2=0.875))
+
+
+@pytest.fixture(scope="session")
+def with_residual(bundle, clip, residual_export, tmp_path_factory):
+    """`bundle` with residual SAEs."""
+    return add_residual(bundle, clip, residual_export, tmp_path_factory.mktemp("residual") / "tiny")
 
 
 @pytest.fixture(scope="session")

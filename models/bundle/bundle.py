@@ -9,6 +9,9 @@
                          above are read from theirs
     scores.onnx          optional, with tensors of those: accounts of attention (`models.account.attention_score`)
     baseline_activations.npy, baseline_written.npy: optional, the average picture, for source accounts about it
+    residual_trace.onnx, residual_block_0.onnx and on, their .data: optional, residual SAEs: accounts and circuits by
+                         features of the stream (`models.account.residual`), from the trace back block by block;
+                         tensors of the graphs above are read from theirs, so they cannot lie in a folder of their own
     text.onnx, .data     `tokens` [N, T] -> `text_embedding` [N, D], unit; T: any length of text, or (in older bundles,
                          and for towers that attend to the padding) the context alone
     tokenizer.json       Hugging Face `tokenizers`, for texts cleaned as the manifest says (`models.texts`)
@@ -45,7 +48,16 @@ from pydantic import BaseModel, ValidationError
 from vitrine.models.bundle.files import BundleError as BundleError
 from vitrine.models.bundle.files import Identity, map_table, sha256_and_identity
 from vitrine.models.bundle.label_sets import LabelSetError, NamedLabels, parse_label_set
-from vitrine.models.bundle.layout import BASELINE, CARDS, MANIFEST, READ_BY_GRAPHS, REQUIRED, vision_file
+from vitrine.models.bundle.layout import (
+    BASELINE,
+    CARDS,
+    MANIFEST,
+    READ_BY_GRAPHS,
+    REQUIRED,
+    RESIDUAL_TRACE,
+    residual_file,
+    vision_file,
+)
 from vitrine.models.bundle.manifest import FORMAT, FileEntry, Manifest
 from vitrine.models.bundle.model_card import model_card
 from vitrine.models.files.names import check_name
@@ -136,6 +148,11 @@ class Bundle:
         """Whether the bundle has the graph of attention scores."""
         return self.has_sources and "scores.onnx" in self.manifest.files
 
+    @property
+    def has_residual(self) -> bool:
+        """Whether the bundle has residual SAEs."""
+        return self.manifest.residual is not None
+
     @cached_property
     def baseline(self) -> tuple[NDArray[np.floating], NDArray[np.floating]] | None:
         """The fields of `models.account.sources.Baseline`: [L, 2, F], [L, L, 2, d]; None if the bundle has none."""
@@ -217,7 +234,8 @@ def open_bundle(path: Path) -> Bundle:
         raise BundleError(f"{path / MANIFEST}: {_problems(error)}") from error
     variants = [vision_file(precision) for precision in manifest.precisions]
     cards = CARDS if manifest.cards else ()
-    required = dict.fromkeys([*REQUIRED, *variants, *(f"{name}.data" for name in variants), *cards])
+    saes = [RESIDUAL_TRACE, *map(residual_file, range(manifest.shape.layers))] if manifest.residual else []
+    required = dict.fromkeys([*REQUIRED, *variants, *(f"{name}.data" for name in variants), *cards, *saes])
     if missing := [name for name in required if name not in manifest.files]:
         raise BundleError(f"{path / MANIFEST} does not list {', '.join(missing)}")
     identities = {name: _verify(path / name, entry) for name, entry in manifest.files.items()}

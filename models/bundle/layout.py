@@ -87,8 +87,60 @@ SCORES_OUTPUTS = (
     "biases",  # [n, 2, d / H]
 )
 
+# Of a bundle with residual SAEs: `models.graph.gated_trace`, and what goes back through each block
+# (`models.graph.residual`), L in all. The names of their files begin with this.
+RESIDUAL = "residual_"
+RESIDUAL_TRACE = f"{RESIDUAL}trace.onnx"
+RESIDUAL_TRACE_OUTPUTS = (
+    "embedding",  # [B, D]
+    "scale",  # [B]
+    "norm",  # [B]
+    "attention_weights",  # [B, L, H, T, T]
+    "before_attention",  # [B, L, T]
+    "before_mlp",  # [B, L, T]
+    "gates",  # [B, L, T, M]
+    "streams",  # [B, L, T, d]
+    "deviations",  # [B, L - 1, T]
+    "indices",  # [B, L - 1, T, k] int64
+    "values",  # [B, L - 1, T, k] 0 in unused places
+)
+# Inputs for n directions after the last block, or for n features of the SAE after any other, whose standard deviations
+# are `scales` [T]; then one layer's part of the trace, without the last three below block 0. Outputs: with an SAE below
+# four, below block 0 two.
+RESIDUAL_STARTS_LOGIT = ("direction",)  # [n, d]
+RESIDUAL_STARTS = (
+    "feature",  # [n] int64
+    "token",  # [n] int64
+    "scales",  # [T]
+)
+RESIDUAL_HELD = (
+    "attention_weights",  # [H, T, T]
+    "before_attention",  # [T]
+    "before_mlp",  # [T]
+    "gates",  # [T, M]
+    "stream",  # [T, d]
+    "deviations",  # [T]
+    "indices",  # [T, k] int64
+    "values",  # [T, k]
+)
+RESIDUAL_OUTPUTS = (
+    "features",  # [n, T, k]
+    "errors",  # [n, T]
+    "bias",  # [n]
+    "constant",  # [n]
+)
+RESIDUAL_OUTPUTS_EMBEDDINGS = (
+    "embeddings",  # [n, T]
+    "constant",  # [n]
+)
+
 Variant = Literal["int8", "fp16"]
 Precision = Literal["fp32", "int8", "fp16"]
+
+
+def residual_file(block: int) -> str:
+    """The file of the graph that goes back through a block."""
+    return f"{RESIDUAL}block_{block}.onnx"
 
 
 def vision_file(precision: Precision) -> str:

@@ -192,6 +192,20 @@ class CardsSummary(_Part):
     references: int  # images for retrieval
 
 
+class ResidualSummary(_Part):
+    """The residual SAEs of a bundle: one after every block but the last, so that each list has L - 1 numbers."""
+
+    features: tuple[_Count, ...]  # F
+    k: tuple[_Count, ...]  # budgets of the sparsifier at patches
+    k_cls: tuple[_Count, ...]  # and at [CLS]
+    sparsifier: Literal["relu_topk", "abs_topk", "jumprelu", "batch_topk"]
+    tables: Literal["float32", "float16"]  # precision of the SAEs' weights
+    bytes: Annotated[int, Field(gt=0)]  # of their files
+    data: Data
+    recipe: str  # the text of the recipe, as used
+    metrics: Metrics  # of standardised tokens
+
+
 class FileEntry(_Part):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: Annotated[int, Field(ge=0)]
@@ -215,6 +229,7 @@ class Manifest(_Part):
     metrics: Metrics
     licence: str
     cards: CardsSummary | None = None
+    residual: ResidualSummary | None = None
     files: dict[str, FileEntry] = {}
 
     @model_validator(mode="after")
@@ -223,6 +238,14 @@ class Manifest(_Part):
         rows, columns = patch_grid(self.preprocessing, patches)
         if not patches or rows * columns != patches:
             raise ValueError(f"shape.tokens: {patches} patches do not fill an image of preprocessing.size")
+        return self
+
+    @model_validator(mode="after")
+    def _one_sae_per_block(self) -> Manifest:
+        for name in ("features", "k", "k_cls") if self.residual else ():
+            numbers, layers = len(getattr(self.residual, name)), self.shape.layers
+            if numbers != layers - 1:
+                raise ValueError(f"residual.{name} has {numbers} numbers; {layers} layers have {layers - 1} SAEs")
         return self
 
     @field_validator("files")

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vitrine.models.bundle.layout import Variant
-    from vitrine.models.bundle.manifest import Agreement, CardsSummary, Manifest, Metrics, Shape
+    from vitrine.models.bundle.manifest import Agreement, CardsSummary, Manifest, Metrics, ResidualSummary, Shape
 
 
 LABELS_NAMED = 50  # of many
@@ -43,7 +43,7 @@ never fired on val. zero_shot_top1: the CLIP's own, with the default templates.
 {_by_layer(manifest.metrics)}
 A ledger accounts for what *this CLIP* computed. It does not say that the prediction is right, and its features stand
 in for the MLPs only as well as `fidelity` in every answer says.
-{_cards(manifest.cards)}
+{_cards(manifest.cards)}{_residual(manifest.residual)}
 ## Recipe
 
 ```toml
@@ -102,6 +102,37 @@ def _cards(cards: CardsSummary | None) -> str:
 From {cards.images:,} images of {cards.data} and {cards.vocabulary:,} words; pictures: {cards.pictures}.
 {quality.labelled:,} features have a label: {label_check}.
 The others have none rather than a poor one.
+"""
+
+
+def _residual(residual: ResidualSummary | None) -> str:
+    if residual is None:
+        return ""
+    data, figures = residual.data, residual.metrics
+    measured = {
+        "variance explained, mean of layers": figures.r2,
+        "variance explained, the worst layer": figures.r2_worst,
+        "variance explained at [CLS], mean of layers": figures.r2_cls,
+        "features that never fired": figures.dead_share,
+        "top-1 with every SAE in place of the stream": figures.replacement_all_top1,
+    }
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in measured.items() if value is not None)
+    table = f"\n| metric (val) | value |\n|---|---|\n{rows}\n" if rows else ""
+    return f"""
+## Residual SAEs
+
+One after every block but the last ([arXiv 2509.17401](https://arxiv.org/abs/2509.17401)), for circuits by features of
+the stream; {residual.bytes / 1e6:.1f} MB of this bundle, tables in {residual.tables}.
+
+- **Features**: {_budget(residual.features, 0)}
+- **Sparsifier**: {residual.sparsifier}; active features a token: {_budget(residual.k_cls, 0)} on [CLS],
+  {_budget(residual.k, 0)} on patches
+- **Trained on**: {data.name}, {data.train_images:,} images; licence of the data: {data.licence}
+- **Measured on**: {data.name}, {data.val_images:,} held-out images, tokens standardised each by itself
+{table}
+```toml
+{residual.recipe.strip()}
+```
 """
 
 

@@ -36,6 +36,7 @@ from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tokens import Converted, check_tokenizer, convert_tokenizer
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
 from vitrine.models.export.parity import check_replacement, check_text, check_vision, no_replacement
+from vitrine.models.export.residual import ResidualExport, write_residual
 from vitrine.models.export.sources import write_sources
 from vitrine.models.files.names import check_name
 from vitrine.models.files.problems import naming
@@ -78,6 +79,7 @@ def export_bundle(
     calibration: Sequence[Tensor] = (),
     replacement: bool = False,
     sources: bool = False,
+    residual: ResidualExport | None = None,
     log: Callable[[str], object] = print,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -93,6 +95,7 @@ def export_bundle(
         replacement: also write replacement.onnx, mostly L (L + 1) / 2 decoders at one byte per number.
         sources: also write trace.onnx and sources.onnx, for accounts that go on through attention to the features of
             all tokens, with the same decoders, and the average of the images of `calibration`.
+        residual: also write the graphs of these residual SAEs.
         progress: shows what is being done; None: nothing is shown.
 
     Raises:
@@ -147,6 +150,10 @@ def export_bundle(
         if sources:
             progress.begin("source accounts")
             write_sources(partial, clip, clt, getattr(torch, tables), calibration)
+        if residual:
+            progress.begin("residual SAEs")
+            summary = write_residual(partial, clip, residual, tables)
+            manifest = manifest.model_copy(update={"residual": summary})
         progress.begin("checking the graphs against torch")
         check_vision(clip, graph, partial / "vision.onnx")
         check_text(clip, text, tokens, texts, partial / "text.onnx")

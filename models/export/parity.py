@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -58,14 +59,14 @@ def check_vision(clip: Clip, graph: AttributionGraph, path: Path) -> None:
             clip_embedding = clip.model.encode_image(pixels, normalize=True).numpy()
         feeds = {"pixels": pixels.numpy(), DETAILS_INPUT: np.array(True)}
         outputs = dict(zip(names, session.run(names, feeds), strict=True))
-        _check_close("embedding against open_clip's encode_image", outputs["embedding"], clip_embedding, TOLERANCE)
-        _check_close("sum of rows against the embedding", outputs["rows"].sum(1), outputs["embedding"], ADDITIVITY)
+        check_close("embedding against open_clip's encode_image", outputs["embedding"], clip_embedding, TOLERANCE)
+        check_close("sum of rows against the embedding", outputs["rows"].sum(1), outputs["embedding"], ADDITIVITY)
         same = _check_code(outputs, torch_outputs, graph)
         compared += int(same.sum())
         for name in names:
             if name.startswith("feature_") or not same.any():
                 continue
-            _check_close(f"{name} at batch {batch}", outputs[name][same], torch_outputs[name][same], TOLERANCE)
+            check_close(f"{name} at batch {batch}", outputs[name][same], torch_outputs[name][same], TOLERANCE)
     if not compared:
         raise ExportError("in every image a feature ties with the edge of its budget: nothing could be compared")
 
@@ -89,11 +90,11 @@ def check_replacement(clip: Clip, graph: ReplacementGraph, path: Path) -> None:
             expected = [output.numpy() for output in graph(pixels, replaced)]
             clip_embedding = clip.model.encode_image(pixels, normalize=True).numpy()
         if not replaced.any():
-            _check_close("replacement.onnx with nothing replaced", outputs[0], clip_embedding, TOLERANCE)
+            check_close("replacement.onnx with nothing replaced", outputs[0], clip_embedding, TOLERANCE)
         for name, ours, theirs in zip(REPLACEMENT_OUTPUTS, outputs, expected, strict=True):
             error = np.abs(ours - theirs).reshape(batch, -1).max(1)
             better = error <= np.median(error)
-            _check_close(f"{name} under replacement", ours[better], theirs[better], TOLERANCE)
+            check_close(f"{name} under replacement", ours[better], theirs[better], TOLERANCE)
 
 
 def check_sources(clip: Clip, trace: TraceGraph, sources: SourcesGraph, bundle: Path) -> None:
@@ -111,16 +112,13 @@ def check_sources(clip: Clip, trace: TraceGraph, sources: SourcesGraph, bundle: 
     with torch.no_grad():
         expected = dict(zip(names, (part.numpy() for part in trace(pixels)), strict=True))
         embedding = clip.model.encode_image(pixels, normalize=True).numpy()
-    _check_close("trace.onnx against open_clip's encode_image", outputs["embedding"], embedding, TOLERANCE)
+    check_close("trace.onnx against open_clip's encode_image", outputs["embedding"], embedding, TOLERANCE)
     for name in names:
         if name not in ("indices", "values"):
-            _check_close(f"{name} of trace.onnx", outputs[name], expected[name], TOLERANCE)
+            check_close(f"{name} of trace.onnx", outputs[name], expected[name], TOLERANCE)
     layers, tokens = outputs["written"].shape[1:3]
-    if "indices" in outputs:  # a sum over features is the same where two of them tie
-        codes = [_dense(of["indices"], of["values"], trace.features) for of in (outputs, expected)]
-        differs = np.abs(codes[0] - codes[1]).max(-1) > TOLERANCE * np.abs(codes[1]).max()  # [B, L, T]
-        if differs.mean() > TIES:
-            raise ExportError(f"trace.onnx has other features than torch at {differs.mean():.1%} of the tokens")
+    if "indices" in outputs:
+        check_codes("trace.onnx", outputs, expected, trace.features)
 
     # Two directions after the last block, two at LN1 of a block, at one token and about the mean, two at encoders.
     starts = 6 if "indices" in outputs else 4
@@ -135,7 +133,7 @@ def check_sources(clip: Clip, trace: TraceGraph, sources: SourcesGraph, bundle: 
     with torch.no_grad():
         theirs = sources(*start.values(), *held.values())
     for name, ours, part in zip(found, following.run(found, feeds), theirs, strict=True):
-        _check_close(f"{name} of sources.onnx", ours, part.numpy(), TOLERANCE)
+        check_close(f"{name} of sources.onnx", ours, part.numpy(), TOLERANCE)
 
 
 def check_scores(clip: Clip, scores: ScoresGraph, bundle: Path) -> None:
@@ -157,23 +155,31 @@ def check_scores(clip: Clip, scores: ScoresGraph, bundle: Path) -> None:
     with torch.no_grad():
         theirs = scores(*(torch.from_numpy(feed) for feed in feeds.values()))
     for name, part in zip(SCORES_OUTPUTS, theirs, strict=True):
-        _check_close(f"{name} of scores.onnx", found[name], part.numpy(), TOLERANCE)
+        check_close(f"{name} of scores.onnx", found[name], part.numpy(), TOLERANCE)
     logits = found["queries"] @ found["keys"].swapaxes(1, 2) / np.sqrt(scores.head_width)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    _check_close(
+    check_close(
         "weights by scores.onnx, against trace.onnx", weights, held["attention_weights"][layer, head], TOLERANCE
     )
 
 
+def check_codes(file: str, ours: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArray[Any]], features: int) -> None:
+    """Raise `ExportError` unless the codes of two traces are the same, up to ties of features."""
+    codes = [_dense(of["indices"], of["values"], features) for of in (ours, theirs)]
+    differs = np.abs(codes[0] - codes[1]).max(-1) > TOLERANCE * np.abs(codes[1]).max()  # [B, L, T]
+    if differs.mean() > TIES:  # a sum over features is the same where two of them tie
+        raise ExportError(f"{file} has other features than torch at {differs.mean():.1%} of the tokens")
+
+
 def _dense(indices: NDArray[np.int64], values: NDArray[np.float32], features: int) -> NDArray[np.float32]:
     """[B, L, T, k] each -> [B, L, T, F]"""
-    dense = np.zeros((*values.shape[:-1], features), np.float32)
+    found = np.zeros((*values.shape[:-1], features), np.float32)
     token = np.arange(values[..., 0].size)[:, None]
     np.add.at(
-        dense.reshape(-1, features), (token, indices.reshape(-1, values.shape[-1])), values.reshape(len(token), -1)
+        found.reshape(-1, features), (token, indices.reshape(-1, values.shape[-1])), values.reshape(len(token), -1)
     )
-    return dense
+    return found
 
 
 def no_replacement(layers: int) -> Tensor:
@@ -193,19 +199,19 @@ def check_text(clip: Clip, graph: TextGraph, tokens: Converted, texts: Sequence[
     with torch.no_grad():
         expected = clip.model.encode_text(padded, normalize=True).numpy()
     for batch in (1, len(some)):
-        _check_close("text embedding", _embed(session, padded[:batch]), expected[:batch], TOLERANCE)
+        check_close("text embedding", _embed(session, padded[:batch]), expected[:batch], TOLERANCE)
     if not graph.any_length:
         return
     reader = tokens.reader()
     for text, row, (ids, _) in zip(some, expected, reader.read(some), strict=True):
         alone = _embed(session, torch.tensor([ids]))[0]
-        _check_close(f"text embedding of {text!r} at its own length", alone, row, TOLERANCE)
+        check_close(f"text embedding of {text!r} at its own length", alone, row, TOLERANCE)
     lengths, padded = _texts_of_all_lengths(clip, reader, tokens.pad)
     with torch.no_grad():
         expected = clip.model.encode_text(padded, normalize=True).numpy()
     for row, length in enumerate(lengths):
         shorter = _embed(session, padded[: row + 1, :length])  # all up to this one
-        _check_close(f"text embeddings of up to {length} tokens", shorter, expected[: row + 1], TOLERANCE)
+        check_close(f"text embeddings of up to {length} tokens", shorter, expected[: row + 1], TOLERANCE)
 
 
 def _texts_of_all_lengths(clip: Clip, reader: TextReader, pad: int) -> tuple[list[int], Tensor]:
@@ -223,7 +229,8 @@ def _embed(session: onnxruntime.InferenceSession, tokens: Tensor) -> NDArray[np.
     return session.run(["text_embedding"], {"tokens": tokens.numpy()})[0]
 
 
-def _check_close(what: str, actual: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+def check_close(what: str, actual: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE) -> None:
+    """Raise `ExportError` if the largest difference is more than `tolerance` of the largest value."""
     worst = float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-12))
     if not worst <= tolerance:
         raise ExportError(f"{what}: relative difference {worst:.2e}, allowed {tolerance:.0e}")

@@ -70,7 +70,8 @@ def to_onnx(
 
 def save_onnx(model: onnx.ModelProto, path: Path, beside: Sequence[Path] = ()) -> None:
     """Write a model, which is modified. Large tensors go to `path`.data. The tables of `SHARED` are read from NAME.npy
-    next to it, as in every variant of the model; tensors that a model `beside` also has, from that model's data."""
+    next to it, as in every variant of the model; tensors that a model `beside` also has, as they are or transposed,
+    from that model's data."""
     for tensor in model.graph.initializer:
         if tensor.name in SHARED and (file := path.with_name(f"{tensor.name}.npy")).exists():
             _point_at_npy(tensor, file)
@@ -201,7 +202,8 @@ def _point_at_npy(tensor: TensorProto, file: Path) -> None:
 
 
 def _read_from(model: onnx.ModelProto, other: Path) -> None:
-    """Make tensors read their bytes from the data of another model in the same folder, if it has the same bytes."""
+    """Make tensors read their bytes from the data of another model in the same folder, if it has the same bytes, or
+    those of the transposed matrix: a Transpose, folded at session creation, is added then."""
     entries: dict[bytes, ExternalDataInfo] = {}
     for tensor in onnx.load(other, load_external_data=False).graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
@@ -209,11 +211,23 @@ def _read_from(model: onnx.ModelProto, other: Path) -> None:
             with (other.parent / entry.location).open("rb") as file:
                 file.seek(entry.offset or 0)
                 entries[hashlib.sha256(file.read(entry.length or -1)).digest()] = entry
+    turns = []
     for tensor in model.graph.initializer:
-        stored = tensor.data_location == TensorProto.EXTERNAL
-        if not stored and (match := entries.get(hashlib.sha256(tensor.raw_data).digest())):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            continue
+        match = entries.get(hashlib.sha256(tensor.raw_data).digest())
+        if match is None and len(tensor.dims) == 2 and len(tensor.raw_data) >= EXTERNAL_FROM:
+            turned = np.ascontiguousarray(onnx.numpy_helper.to_array(tensor).T)
+            if match := entries.get(hashlib.sha256(turned.tobytes()).digest()):
+                name = tensor.name
+                tensor.CopyFrom(onnx.numpy_helper.from_array(turned, f"{name}.transposed"))
+                turns.append(helper.make_node("Transpose", [f"{name}.transposed"], [name], perm=[1, 0]))
+        if match:
             set_external_data(tensor, match.location, offset=match.offset, length=match.length)
             tensor.ClearField("raw_data")
+    nodes = [*turns, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 @contextmanager

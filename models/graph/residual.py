@@ -106,15 +106,14 @@ class FeatureSourcesGraph(nn.Module):
     """The sources of n features' pre-activations in the SAE after block `layer`: feature and token [n] of each, the
     SAE's standard deviations [T], what the block holds fast, and what is below it -> as of `LogitSourcesGraph`."""
 
-    rows: Tensor  # [F, d] the encoder's, centred
-    constants: Tensor  # [F] its biases
+    rows: Tensor  # [F, d] the encoder's
+    biases: Tensor  # [F] the encoder's
 
     def __init__(self, tower: Tower, saes: ResidualSaes, layer: int) -> None:
         super().__init__()
         encoder: Any = saes.encoders[layer]
-        weight = encoder.weight.detach()
-        self.register_buffer("rows", weight - weight.mean(-1, keepdim=True))
-        self.register_buffer("constants", encoder.bias.detach())
+        self.register_buffer("rows", encoder.weight.detach())
+        self.register_buffer("biases", encoder.bias.detach())
         self.block = GatedBlock(tower.blocks[layer])
         self.below = Below(saes, layer - 1)
 
@@ -132,8 +131,9 @@ class FeatureSourcesGraph(nn.Module):
         indices: Tensor | None = None,
         values: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        direction = self.rows.index_select(0, feature) / scales.index_select(0, token)[:, None]
+        rows = self.rows.index_select(0, feature)
+        direction = (rows - rows.mean(-1, keepdim=True)) / scales.index_select(0, token)[:, None]
         held = Held(weights, before_attention, before_mlp, gates)
         gradients, constants = self.block.of_one(direction, token, held)
-        constants = constants + self.constants.index_select(0, feature)
+        constants = constants + self.biases.index_select(0, feature)
         return *self.below(gradients, stream, deviations, indices, values), constants

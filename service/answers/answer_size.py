@@ -6,7 +6,7 @@ multiplies: images, targets, and the details of each.
 
 from __future__ import annotations
 
-from vitrine.models.bundle.manifest import Shape
+from vitrine.models.bundle.manifest import Manifest
 from vitrine.service.errors import ServiceError
 from vitrine.service.schemas.attribute import AttributeRequest
 
@@ -25,8 +25,9 @@ def check_answer_size(values: int, limit: int, advice: str) -> None:
         )
 
 
-def attribution_values(shape: Shape, request: AttributeRequest, labels: int) -> int:
+def attribution_values(manifest: Manifest, request: AttributeRequest, labels: int) -> int:
     """About how many values the answer for one image has, among `labels` labels."""
+    shape = manifest.shape
     explain, layers, patches = request.explain, shape.layers, shape.tokens - 1
     per_explanation = 2 * layers + 6 + layers * (5 + 5 * min(explain.features, shape.k))  # ledger, layers, features
     if explain.heatmap:
@@ -43,6 +44,9 @@ def attribution_values(shape: Shape, request: AttributeRequest, labels: int) -> 
         listed = min(asked.features, active)
         values += 2 * (listed * (shape.tokens + 7) + 6 * asked.layer + 2 * shape.tokens) + shape.tokens
         values += 7 * min(asked.pairs, listed * active)
+    if explain.residual and (saes := manifest.residual):
+        for features, k in zip(saes.features, saes.k_cls, strict=True):
+            values += 3 + 4 * min(explain.features, k) + min(explain.features, features) * (shape.tokens + 3)
     if explain.matrix:
         values += 2 * layers * layers
     return values

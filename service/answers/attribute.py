@@ -14,6 +14,7 @@ from vitrine.service.answers.attention import attention_account
 from vitrine.service.answers.attributor import Attributor, Inferred
 from vitrine.service.answers.explain import account, check_explain, lens, matrix, predict
 from vitrine.service.answers.notices import to_notices
+from vitrine.service.answers.residual import residual_features
 from vitrine.service.answers.serialise import json_text
 from vitrine.service.answers.sources import directions, source_accounts
 from vitrine.service.answers.texts import Texts
@@ -33,6 +34,7 @@ from vitrine.service.schemas.attribute import (
 from vitrine.service.schemas.base import ItemError
 from vitrine.service.schemas.batch import BatchItem, BatchResponse
 from vitrine.service.schemas.classify import Prediction
+from vitrine.service.schemas.residual import ResidualFeatures
 
 
 class BatchAnswer(NamedTuple):
@@ -96,7 +98,7 @@ async def answer_batch(
 def _check_request(attributor: Attributor, request: AttributeRequest, images: int = 1) -> Texts:
     texts, settings = attributor.texts(request), attributor.settings
     check_explain(request.explain, texts[0], settings.max_targets, attributor.engine)
-    values = images * attribution_values(attributor.bundle.manifest.shape, request, len(texts[0]))
+    values = images * attribution_values(attributor.bundle.manifest, request, len(texts[0]))
     check_answer_size(values, settings.max_answer_values, "send fewer images, or ask for fewer targets or details")
     return texts
 
@@ -119,6 +121,7 @@ async def _attribute(
     if explain.attention is not None:
         with timed_stage("attention", timings):
             attention = await attention_account(attributor, inferred.pixels, trace, explain.attention)
+    residual = await _residual(attributor, inferred, explain, timings) if explain.residual else None
     _observe(explanations, fidelity)
     attribution = Attribution(
         warnings=to_notices(image=inferred.notes),
@@ -127,6 +130,7 @@ async def _attribute(
         lens=lens_layers,
         matrix=None if inferred.contributions is None else matrix(inferred.contributions),
         attention=attention,
+        residual=residual,
         fidelity=fidelity,
         timings_ms=timings,
     )
@@ -153,6 +157,17 @@ async def _with_sources(
         for explanation, sources in zip(explanations, accounts, strict=True)
     ]
     return explained, trace
+
+
+async def _residual(
+    attributor: Attributor, inferred: Inferred, explain: Explain, timings: dict[str, float]
+) -> ResidualFeatures:
+    """What the residual SAEs read in the image."""
+    graphs = attributor.engine.residual
+    assert graphs is not None  # see `check_explain`
+    with timed_stage("residual", timings):
+        trace = await attributor.batcher.run_between(graphs.trace, inferred.pixels, spent=0.0)
+        return await attributor.in_thread(residual_features, attributor.bundle, trace, explain.features)
 
 
 def _account(

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.account import ledger
-from vitrine.models.account.circuit import AttributionGraph, Expansion, Limits, Wanted
+from vitrine.models.account.circuit import AttributionGraph, Coded, Expansion, Limits, Wanted
 from vitrine.models.account.pruning import Circuit, prune
-from vitrine.models.account.sources import Sources, Trace, accounts, feature_accounts
+from vitrine.models.account.sources import Sources
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.manifest import patch_grid
 from vitrine.service.answers.answer_size import check_answer_size
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.answers.explain import check_explain, predict
+from vitrine.service.answers.residual import check_residual
 from vitrine.service.answers.sources import directions
 from vitrine.service.answers.texts import Texts
-from vitrine.service.engine.sources import SourceGraphs
 from vitrine.service.errors import ServiceError
 from vitrine.service.operations.stages import timed_stage
 from vitrine.service.schemas.attribute import Explain
@@ -32,6 +32,20 @@ from vitrine.service.schemas.circuit import (
     CircuitScores,
 )
 
+if TYPE_CHECKING:
+    from vitrine.models.bundle.cards import Cards
+
+
+class Graphs(Protocol):
+    """A dictionary's graphs: `service.engine.sources` or `service.engine.residual`."""
+
+    def target(self, pixels: NDArray[np.float32], direction: NDArray[np.floating]) -> tuple[Coded, Sources]:
+        """An image's trace, and the account of one direction [1, D]."""
+
+    def of_features(self, trace: Any, wanted: Wanted) -> list[Sources]:
+        """The accounts of features' pre-activations."""
+
+
 NODE_VALUES, EDGE_VALUES = 15, 3  # of a node and of an edge in the answer
 
 
@@ -39,9 +53,9 @@ async def answer_circuit(
     attributor: Attributor, image: bytes, request: CircuitRequest, request_id: str
 ) -> CircuitResponse:
     """The pruned attribution graph of one logit. Raises `ServiceError`."""
-    bundle, graphs = attributor.bundle, attributor.engine.sources
-    texts, explain = check_circuit(attributor, request)
-    assert graphs is not None  # see `check_explain`
+    bundle, (texts, explain) = attributor.bundle, check_circuit(attributor, request)
+    graphs = attributor.engine.sources if request.dictionary == "clt" else attributor.engine.residual
+    assert graphs is not None  # see `check_circuit`
     timings: dict[str, float] = {}
     with attributor.admit():
         await attributor.check_labels(texts, request.strict)
@@ -51,18 +65,19 @@ async def answer_circuit(
         of = directions(labels, explain, top1)
         async with attributor.one_circuit:  # each takes memory for all edges into every feature that is followed
             with timed_stage("circuit", timings):
-                trace, outputs = await attributor.batcher.run_between(graphs.run, inferred.pixels, of, spent=0.0)
-                (target,) = accounts(trace, outputs, of, bundle.beta, scale)
-                graph = await _expand(attributor, graphs, trace, target, Limits(request.nodes, request.seconds))
+                limits = Limits(request.nodes, request.seconds)
+                graph, target = await _followed(attributor, graphs, inferred.pixels, of, limits)
                 pruning = partial(prune, graph, request.node_share, request.edge_share, leaves=request.leaves)
                 circuit = await attributor.in_thread(pruning)
                 _check_size(attributor, circuit)
-                answer = await attributor.in_thread(_parts, bundle, graph, circuit, target.logit)
+                cards = bundle.cards if request.dictionary == "clt" else None
+                answer = await attributor.in_thread(_parts, bundle, cards, graph, circuit, target.logit)
         predictions = await attributor.in_thread(predict, inferred.parts, labels, scale, request.top_k)
     return CircuitResponse(
         request_id=request_id,
         model=attributor.model,
         warnings=inferred.warnings,
+        dictionary=request.dictionary,
         predictions=predictions,
         target=request.target or labels.labels[top1],
         contrast=request.contrast,
@@ -75,7 +90,10 @@ async def answer_circuit(
 def check_circuit(attributor: Attributor, request: CircuitRequest) -> tuple[Texts, Explain]:
     """What is asked, as labels and as a source account. Raises `ServiceError` invalid_request."""
     settings, texts = attributor.settings, attributor.texts(request)
-    explain = Explain(targets=[request.target] if request.target else None, contrast=request.contrast, sources=True)
+    by_clt, targets = request.dictionary == "clt", [request.target] if request.target else None
+    explain = Explain(targets=targets, contrast=request.contrast, sources=by_clt)
+    if not by_clt:
+        check_residual("`dictionary` residual", attributor.bundle, enabled=attributor.engine.residual is not None)
     check_explain(explain, texts[0], settings.max_targets, attributor.engine)
     if request.nodes > settings.max_circuit_nodes:
         raise ServiceError(
@@ -84,22 +102,21 @@ def check_circuit(attributor: Attributor, request: CircuitRequest) -> tuple[Text
     return texts, explain
 
 
-async def _expand(
-    attributor: Attributor, graphs: SourceGraphs, trace: Trace, target: Sources, limits: Limits
-) -> AttributionGraph:
-    """The graph, a batch of features at a time: images of other requests go between."""
+async def _followed(
+    attributor: Attributor,
+    graphs: Graphs,
+    pixels: NDArray[np.float32],
+    direction: NDArray[np.floating],
+    limits: Limits,
+) -> tuple[AttributionGraph, Sources]:
+    """(the graph, the target's account), a batch of features at a time: images of other requests go between."""
+    trace, target = await attributor.batcher.run_between(graphs.target, pixels, direction, spent=0.0)
     expansion, spent = Expansion(trace, target, limits), 0.0
     while (wanted := await attributor.in_thread(expansion.wanted)) is not None:
-        found = await attributor.batcher.run_between(follow, graphs, trace, wanted, spent=spent)
+        found = await attributor.batcher.run_between(graphs.of_features, trace, wanted, spent=spent)
         await attributor.in_thread(expansion.add, found)
         spent += len(found)
-    return expansion.graph
-
-
-def follow(graphs: SourceGraphs, trace: Trace, wanted: Wanted) -> list[Sources]:
-    """The accounts of features' pre-activations."""
-    outputs = graphs.of_features(trace, wanted.layers, wanted.tokens, wanted.indices)
-    return feature_accounts(trace, outputs, wanted.activations)
+    return expansion.graph, target
 
 
 def _check_size(attributor: Attributor, circuit: Circuit) -> None:
@@ -108,7 +125,9 @@ def _check_size(attributor: Attributor, circuit: Circuit) -> None:
     check_answer_size(values, attributor.settings.max_answer_values, "ask for a smaller `node_share` or `edge_share`")
 
 
-def _parts(bundle: Bundle, graph: AttributionGraph, circuit: Circuit, logit: float) -> dict[str, Any]:
+def _parts(
+    bundle: Bundle, cards: Cards | None, graph: AttributionGraph, circuit: Circuit, logit: float
+) -> dict[str, Any]:
     """The fields of the answer that are the graph's."""
     leaves = graph.leaves
     active = int(np.count_nonzero(graph.activations))
@@ -117,7 +136,7 @@ def _parts(bundle: Bundle, graph: AttributionGraph, circuit: Circuit, logit: flo
     targets = [None if place < 0 else place for place in circuit.targets.tolist()]
     edges = zip(circuit.sources.tolist(), targets, circuit.weights.tolist(), strict=True)
     return {
-        "nodes": _nodes(bundle, graph, circuit),
+        "nodes": _nodes(cards, graph, circuit),
         "edges": [CircuitEdge(source=source, target=target, weight=weight) for source, target, weight in edges],
         "inflow": _inflow(circuit, -1, logit),
         "scores": CircuitScores(
@@ -138,8 +157,8 @@ def _parts(bundle: Bundle, graph: AttributionGraph, circuit: Circuit, logit: flo
     }
 
 
-def _nodes(bundle: Bundle, graph: AttributionGraph, circuit: Circuit) -> list[CircuitNode]:
-    shape, cards = graph.shape, bundle.cards
+def _nodes(cards: Cards | None, graph: AttributionGraph, circuit: Circuit) -> list[CircuitNode]:
+    shape = graph.shape
     straight = graph.target[circuit.nodes] * graph.target_gross
     followed = np.isin(circuit.nodes, graph.expanded)
     columns: list[NDArray[Any]] = [circuit.nodes, shape.token_of(circuit.nodes), circuit.influence, straight, followed]

@@ -27,6 +27,7 @@ def grouped(answer: CircuitResponse) -> GroupedCircuit:
     return GroupedCircuit(
         model=answer.model,
         warnings=answer.warnings,
+        dictionary=answer.dictionary,
         images=1,
         targets={answer.target: 1},
         contrast=answer.contrast,

@@ -13,6 +13,7 @@ from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.manifest import patch_grid
 from vitrine.service.answers.attention import check_attention
+from vitrine.service.answers.residual import check_residual
 from vitrine.service.answers.sources import check_sources
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.labels import LabelSet
@@ -51,6 +52,8 @@ def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int, e
             "invalid_request", f"`explain.matrix` needs the replacement graph of {bundle.manifest.name!r}: {reason}"
         )
     check_sources(explain, bundle, enabled=engine.sources is not None)
+    if explain.residual:
+        check_residual("`explain.residual`", bundle, enabled=engine.residual is not None)
     if explain.attention is not None:
         check_attention(explain.attention, engine)
     if explain.targets and len(explain.targets) > max_targets:

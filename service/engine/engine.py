@@ -20,6 +20,7 @@ from vitrine.models.bundle.layout import (
 )
 from vitrine.service.engine.fit import check_graph, replacement_graph, text_graph, vision_graph
 from vitrine.service.engine.precision import check_precision
+from vitrine.service.engine.residual import ResidualGraphs
 from vitrine.service.engine.runtime import PROVIDERS, Runtime, choose, open_session, session_errors
 from vitrine.service.engine.sources import SourceGraphs
 from vitrine.service.engine.text_groups import TextGroups
@@ -44,6 +45,8 @@ class Engine:
         self._replacement = open_session(bundle.path / "replacement.onnx", self.runtime) if load_replacement else None
         load_sources = bundle.has_sources and settings.sources
         self.sources = SourceGraphs(bundle, self.runtime) if load_sources else None
+        load_residual = bundle.has_residual and settings.residual
+        self.residual = ResidualGraphs(bundle, self.runtime) if load_residual else None
         bundle.check_unchanged()  # ONNX Runtime opens the graphs, and what they refer to, by path
         self._check()
         check_precision(bundle, self.vision, self.runtime)
@@ -61,6 +64,8 @@ class Engine:
             check_graph(self.bundle, replacement_graph(manifest), self._replacement)
         if self.sources is not None:
             self.sources.check()
+        if self.residual is not None:
+            self.residual.check()
 
     @property
     def provider(self) -> str:

@@ -42,6 +42,8 @@ class Graph:
     file: str
     inputs: dict[str, tuple[str, Dimensions]]
     outputs: dict[str, Dimensions]
+    features: int  # more than any index in its outputs
+    field_of_features: str = "shape.features"  # of the manifest, that says so
 
 
 def vision_graph(manifest: Manifest, precision: Precision, with_details: bool) -> Graph:
@@ -68,13 +70,14 @@ def vision_graph(manifest: Manifest, precision: Precision, with_details: bool) -
             "attention_values": (None, layers, tokens, shape.width),
             "token_norms": (None, tokens),
         }
-    return Graph(vision_file(precision), inputs, outputs)
+    return Graph(vision_file(precision), inputs, outputs, shape.features)
 
 
 def text_graph(manifest: Manifest) -> Graph:
     """text.onnx. It takes texts of the manifest's length, or of any up to that."""
     inputs: dict[str, tuple[str, Dimensions]] = {"tokens": ("tensor(int64)", (None, manifest.text.context))}
-    return Graph("text.onnx", inputs, {"text_embedding": (None, manifest.shape.embedding)})
+    outputs: dict[str, Dimensions] = {"text_embedding": (None, manifest.shape.embedding)}
+    return Graph("text.onnx", inputs, outputs, manifest.shape.features)
 
 
 def replacement_graph(manifest: Manifest) -> Graph:
@@ -88,7 +91,7 @@ def replacement_graph(manifest: Manifest) -> Graph:
         "embedding": (None, manifest.shape.embedding),
         "contributions": (None, 2, layers, layers),
     }
-    return Graph("replacement.onnx", inputs, outputs)
+    return Graph("replacement.onnx", inputs, outputs, manifest.shape.features)
 
 
 def trace_graph(manifest: Manifest) -> Graph:
@@ -107,7 +110,8 @@ def trace_graph(manifest: Manifest) -> Graph:
         "indices": (None, layers, tokens, None),
         "values": (None, layers, tokens, None),
     }
-    return Graph("trace.onnx", {"pixels": ("tensor(float)", (None, 3, *manifest.preprocessing.size))}, outputs)
+    inputs: dict[str, tuple[str, Dimensions]] = {"pixels": ("tensor(float)", (None, 3, *manifest.preprocessing.size))}
+    return Graph("trace.onnx", inputs, outputs, shape.features)
 
 
 def sources_graph(manifest: Manifest, heads: int) -> Graph:
@@ -133,7 +137,7 @@ def sources_graph(manifest: Manifest, heads: int) -> Graph:
         "biases": (None, layers),
         "gradients": (None, layers, 2, width),
     }
-    return Graph("sources.onnx", inputs, outputs)
+    return Graph("sources.onnx", inputs, outputs, shape.features)
 
 
 def scores_graph(manifest: Manifest, heads: int) -> Graph:
@@ -149,7 +153,7 @@ def scores_graph(manifest: Manifest, heads: int) -> Graph:
         "rows": (None, 2, width, shape.width),
         "biases": (None, 2, width),
     }
-    return Graph("scores.onnx", inputs, outputs)
+    return Graph("scores.onnx", inputs, outputs, shape.features)
 
 
 def check_graph(
@@ -175,13 +179,10 @@ def check_graph(
             raise BundleError(f"{file}: its output {name} has values that are not finite")
         if name in ("embedding", "text_embedding"):
             check_unit(value, f"{file}: its output {name}")
-        if (
-            name in ("feature_indices", "indices")
-            and not 0 <= value.min() <= value.max() < bundle.manifest.shape.features
-        ):
+        if name in ("feature_indices", "indices") and not 0 <= value.min() <= value.max() < graph.features:
             raise BundleError(
-                f"{file}: its output {name} goes up to {value.max()}, {MANIFEST} says shape.features = "
-                f"{bundle.manifest.shape.features}"
+                f"{file}: its output {name} goes up to {value.max()}, {MANIFEST} says {graph.field_of_features} = "
+                f"{graph.features}"
             )
 
 

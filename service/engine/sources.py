@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.account.attention_score import AttentionScore, Starts
-from vitrine.models.account.sources import Trace
+from vitrine.models.account.circuit import Wanted
+from vitrine.models.account.sources import Sources, Trace, accounts, feature_accounts
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.layout import (
     HEADS,
@@ -62,17 +63,12 @@ class SourceGraphs:
         starts = trace.starts(directions, self.bundle.fold, self.bundle.manifest.logit_scale)
         return self._run(self._after_the_last_block(starts), trace)
 
-    def of_features(
-        self,
-        trace: Trace,
-        layers: NDArray[np.integer],
-        tokens: NDArray[np.integer],
-        features: NDArray[np.integer],
-    ) -> dict[str, Any]:
-        """The same for the pre-activations of features, [n] each (`models.account.sources.feature_accounts`)."""
-        unused = np.zeros((len(layers), self.bundle.manifest.shape.width), np.float32)
-        at = (part.astype(np.int64) for part in (layers, tokens, features))
-        return self._run(dict(zip(STARTS, (unused, *at), strict=True)), trace)
+    def of_features(self, trace: Trace, wanted: Wanted) -> list[Sources]:
+        """The accounts of features' pre-activations."""
+        unused = np.zeros((len(wanted.layers), self.bundle.manifest.shape.width), np.float32)
+        at = (part.astype(np.int64) for part in (wanted.layers, wanted.tokens, wanted.indices))
+        outputs = self._run(dict(zip(STARTS, (unused, *at), strict=True)), trace)
+        return feature_accounts(trace, outputs, wanted.activations)
 
     def attention_score(
         self, trace: Trace, layer: int, head: int, query: int, key: int | None, relative: bool
@@ -88,6 +84,12 @@ class SourceGraphs:
         """The outputs of sources.onnx for directions that start at LN1 of one layer. Only with `has_scores`."""
         at = (np.full(len(starts.directions), number, np.int64) for number in (layer, starts.token, -1))
         return self._run(dict(zip(STARTS, (starts.directions.astype(np.float32), *at), strict=True)), trace)
+
+    def target(self, pixels: NDArray[np.float32], direction: NDArray[np.floating]) -> tuple[Trace, Sources]:
+        """One image's trace, and the account of one direction [1, D]."""
+        trace, outputs = self.run(pixels, direction)
+        (account,) = accounts(trace, outputs, direction, self.bundle.beta, self.bundle.manifest.logit_scale)
+        return trace, account
 
     def run(self, pixels: NDArray[np.float32], directions: NDArray[np.floating]) -> tuple[Trace, dict[str, Any]]:
         """One image's trace, and what `of_directions` gives for it."""

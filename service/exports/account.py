@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from vitrine.service.answers.attribute import answer_attribute
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.answers.circuit import answer_circuit
 from vitrine.service.answers.features import card
+from vitrine.service.answers.residual import circuit_dictionaries
 from vitrine.service.answers.sources import source_baselines
 from vitrine.service.exports.circuit_page import draw_circuit, most_influential
 from vitrine.service.exports.circuit_tracer import write_graphs
@@ -46,19 +48,28 @@ async def account_for(
     return answer, page
 
 
-async def circuit_for(bundle: Bundle, image: bytes, request: CircuitRequest) -> CircuitResponse:
-    """The circuit of one image's prediction. Raises `ServiceError`."""
+async def circuits_for(
+    bundle: Bundle, image: bytes, request: CircuitRequest, *, every: bool = False
+) -> list[CircuitResponse]:
+    """The circuit of one image's prediction; every: and those by the bundle's other dictionaries. Raises
+    `ServiceError`."""
     settings = load_settings().model_copy(update={"decode_threads": 1})
     async with Attributor(bundle, settings) as attributor:
-        return await answer_circuit(attributor, image, request, IDENTITY)
+        others = circuit_dictionaries(attributor.engine) if every else []
+        asked = dict.fromkeys([request.dictionary, *others])
+        requests = [request.model_copy(update={"dictionary": dictionary}) for dictionary in asked]
+        return [await answer_circuit(attributor, image, one, IDENTITY) for one in requests]
 
 
-def circuit_page(bundle: Bundle, circuit: GroupedCircuit, count: int, image: bytes | None) -> str:
-    """The page of a circuit's `count` most influential groups, with the cards of its features."""
-    model, features = Model(name=bundle.manifest.name, digest=bundle.digest), most_influential(circuit, count).groups
-    keys = [(one.layer, one.index) for one in features if one.layer is not None and one.index is not None]
-    cards = {f"{layer}/{index}": card(bundle, model, layer, index) for layer, index in keys if bundle.cards}
-    return draw_circuit(circuit, count, image, cards, bundle.manifest.preprocessing)
+def circuit_page(bundle: Bundle, circuits: Sequence[GroupedCircuit], count: int, image: bytes | None) -> str:
+    """The page of circuits' `count` most influential groups each, with the cards of the CLT's features."""
+    model, cards = Model(name=bundle.manifest.name, digest=bundle.digest), {}
+    for circuit in circuits:
+        if bundle.cards and circuit.dictionary == "clt":
+            for one in most_influential(circuit, count).groups:
+                if one.layer is not None and one.index is not None:
+                    cards[f"{one.layer}/{one.index}"] = card(bundle, model, one.layer, one.index)
+    return draw_circuit(circuits, count, image, cards, bundle.manifest.preprocessing)
 
 
 async def _page(attributor: Attributor, content: bytes, request: AttributeRequest) -> str:

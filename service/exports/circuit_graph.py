@@ -18,14 +18,21 @@ from vitrine.service.exports.circuit_tracer import (
     prompt,
     scan,
 )
-from vitrine.service.schemas.circuit import CircuitNode, CircuitResponse
+from vitrine.service.schemas.circuit import CircuitNode, CircuitResponse, Dictionary
 
-DEFINITION = (
-    "A link is a direct effect on the logit, in logits, or on a feature's activation, with the attention weights and "
-    "the denominators of all LayerNorms taken from this image. An error is what an MLP wrote at a token and the CLT "
-    "does not say. The links into a feature add up to its activation, and those into the logit to the logit, with what "
-    "`inflow` in the settings says of that node: what came from features that were not followed back, from what was "
-    "pruned, and from biases and constants."
+DEFINITIONS: dict[Dictionary, str] = {
+    "clt": "A link is a direct effect on the logit, in logits, or on a feature's activation, with the attention "
+    "weights and the denominators of all LayerNorms taken from this image. An error is what an MLP wrote at a token "
+    "and the CLT does not say.",
+    "residual": "A link is a direct effect on the logit, in logits, or on a feature's activation, with the attention "
+    "weights, the MLPs' gates and the denominators of all LayerNorms taken from this image. Features are of the stream "
+    "after a block, made by those of the block before. An error is what the stream has at a token and its SAE does not "
+    "say.",
+}
+SUMS = (
+    "The links into a feature add up to its activation, and those into the logit to the logit, with what `inflow` in "
+    "the settings says of that node: what came from features that were not followed back, from what was pruned, and "
+    "from biases and constants."
 )
 
 
@@ -39,7 +46,9 @@ def circuit_graph(answer: CircuitResponse, image: str, slug: str, features: str)
     logit = logit_node(answer.predictions, answer.target, answer.contrast, answer.layers)
     influence = np.array([node.influence for node in answer.nodes])  # the largest first
     shares = np.minimum(np.cumsum(influence) / (influence.sum() or 1), 1)
-    nodes = [_node(node, tokens, share) for node, share in zip(answer.nodes, shares.tolist(), strict=True)]
+    nodes = [
+        _node(node, answer.dictionary, tokens, share) for node, share in zip(answer.nodes, shares.tolist(), strict=True)
+    ]
     links: list[dict[str, str | float]] = [
         {
             "source": nodes[edge.source].node_id,
@@ -59,9 +68,13 @@ def circuit_graph(answer: CircuitResponse, image: str, slug: str, features: str)
         transcoder_list=[features] * answer.layers,
         prompt_tokens=tokens,
         prompt=prompt(image, answer.target, answer.contrast),
-        info={"description": DEFINITION, "generator": {"name": "Vitrine"}},
+        info={
+            "description": f"{DEFINITIONS[answer.dictionary]} {SUMS}",
+            "generator": {"name": "Vitrine"},
+        },
         generation_settings={
             "model": answer.model.model_dump(),
+            "dictionary": answer.dictionary,
             "target": answer.target,
             "contrast": answer.contrast,
             "logit": answer.logit,
@@ -75,11 +88,12 @@ def circuit_graph(answer: CircuitResponse, image: str, slug: str, features: str)
     return Graph(metadata=metadata, qParams=opened_at(logit), nodes=[*nodes, logit], links=links)
 
 
-def _node(node: CircuitNode, tokens: list[str], share: float) -> Node:
+def _node(node: CircuitNode, dictionary: Dictionary, tokens: list[str], share: float) -> Node:
     if node.kind == "embedding":
         return make_node("embedding", "E", node.token, tokens[node.token], node.token, influence=share)
     if node.kind == "error":
-        clerp = f"Err: MLP {node.layer} at {tokens[node.token]}"
+        of = "MLP" if dictionary == "clt" else "stream after block"
+        clerp = f"Err: {of} {node.layer} at {tokens[node.token]}"
         return make_node(ERROR, str(node.layer), -1, clerp, node.token, influence=share)
     assert node.index is not None
     clerp = (node.label or "").translate(ESCAPES)

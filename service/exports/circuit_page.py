@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from vitrine.models.bundle.manifest import Preprocessing
 from vitrine.service.exports.circuit_summary import question
@@ -20,7 +20,7 @@ def most_influential(circuit: GroupedCircuit, count: int) -> GroupedCircuit:
 
 
 def draw_circuit(
-    circuit: GroupedCircuit,
+    circuits: Sequence[GroupedCircuit],
     count: int,
     image: bytes | None,
     cards: Mapping[str, CardResponse],
@@ -29,19 +29,25 @@ def draw_circuit(
     """One HTML file with the `count` most influential groups of a circuit; it needs no network and opens from disk.
 
     Args:
+        circuits: of the same question by one dictionary each, the first of which is shown until another is chosen.
         image: the image file, in any format that the service reads; None for a circuit of many images.
-        cards: of features, by "layer/index"; a feature without a card is drawn all the same.
+        cards: of the CLT's features, by "layer/index"; a feature without a card is drawn all the same.
         preprocessing: the bundle's, which determines the part of the photo that the model saw.
 
     Raises `ImageError` for an image that cannot be decoded.
     """
-    title = question(circuit)
     data = {
-        "circuit": most_influential(circuit, count).model_dump(mode="json"),
-        "title": title,
-        "all": len(circuit.groups),
+        "circuits": [
+            {
+                "circuit": most_influential(circuit, count).model_dump(mode="json"),
+                "title": question(circuit),
+                "all": len(circuit.groups),
+            }
+            for circuit in circuits
+        ],
         "image": None if image is None else image_url(image),
         "cards": {name: card.model_dump(mode="json") for name, card in cards.items()},
         "preprocessing": preprocessing.model_dump(mode="json"),
     }
-    return html_file(f"{title}: a circuit", "circuit.html", json.dumps(data), CIRCUIT_SCRIPTS, CIRCUIT_STYLES)
+    title = f"{question(circuits[0])}: a circuit"
+    return html_file(title, "circuit.html", json.dumps(data), CIRCUIT_SCRIPTS, CIRCUIT_STYLES)

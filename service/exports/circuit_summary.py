@@ -18,8 +18,11 @@ SHOWN = 3  # labels that were explained, and images that could not be used
 def print_circuit(circuit: GroupedCircuit, count: int, console: Console) -> None:
     """Print the `count` most influential features, errors and embeddings, and the scores."""
     many = circuit.images > 1
+    by = "" if circuit.dictionary == "clt" else "; by residual SAEs"
     mean = "mean " if many else ""
-    table = Table(title=Text(f"{question(circuit)} ({mean}logit {circuit.logit:.2f})"), box=None, title_justify="left")
+    table = Table(
+        title=Text(f"{question(circuit)} ({mean}logit {circuit.logit:.2f}{by})"), box=None, title_justify="left"
+    )
     headings = ["feature", *(["images"] if many else []), "tokens", "influence", "straight to the logit", "fed most by"]
     for heading in (*headings, "by unfollowed"):
         is_text = heading in ("feature", "fed most by")

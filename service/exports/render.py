@@ -11,6 +11,7 @@ from rich.text import Text
 
 from vitrine.service.schemas.attention import AttentionAccount, PairFeature, ScorePair
 from vitrine.service.schemas.attribute import AttributeResponse, Explanation
+from vitrine.service.schemas.residual import ResidualFeature, ResidualFeatures
 from vitrine.service.schemas.sources import SourceAccount
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -37,6 +38,8 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
         if explanation.sources is not None:
             console.print()
             console.print(_source_account(explanation, explanation.sources))
+    if answer.residual is not None:
+        _print_residual(answer.residual, console)
     if answer.attention is not None:
         _print_attention(answer.attention, console)
     fidelity = answer.fidelity
@@ -74,6 +77,28 @@ def _source_account(explanation: Explanation, account: SourceAccount) -> Table:
         about = ", about the average picture"
     title = f"Why {_named(explanation)}: followed back through attention{about}"
     return _table(title, "label", _source_rows(account), account.remainder, account.logit)
+
+
+def _print_residual(residual: ResidualFeatures, console: Console) -> None:
+    """The features of each layer's SAE, each with its activation, at patches with the patch where that is."""
+    table = Table(title=Text("What the residual SAEs read after each block"), box=None, title_justify="left")
+    for heading in ("layer", "at [CLS]", "at patches (row, column)"):
+        table.add_column(heading, overflow="fold")
+    for layer in residual.layers:
+        of_cls = [f"{_residual(feature)} {feature.activation:.2f}" for feature in layer.cls]
+        of_patches = []
+        for feature in layer.patches:
+            row, column = divmod(
+                max(range(len(feature.tokens)), key=lambda at: abs(feature.tokens[at])), residual.columns
+            )
+            of_patches.append(f"{_residual(feature)} {feature.activation:.2f} ({row + 1}, {column + 1})")
+        table.add_row(str(layer.layer), Text("  ".join(of_cls)), Text("  ".join(of_patches)))
+    console.print()
+    console.print(table)
+
+
+def _residual(feature: ResidualFeature) -> str:
+    return f"#{feature.index}" + (f" {feature.label}" if feature.label else "")
 
 
 def _print_attention(account: AttentionAccount, console: Console) -> None:

@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from vitrine.models.account.circuit import Wanted
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.account.sources import accounts
 from vitrine.models.bundle.bundle import Bundle, BundleError, open_bundle
-from vitrine.models.bundle.layout import vision_file
+from vitrine.models.bundle.layout import RESIDUAL_TRACE, vision_file
 from vitrine.service.answers.attention import score_accounts
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.fit import check_unit
 from vitrine.service.engine.labels import LabelEncoder
+from vitrine.service.engine.residual import ResidualGraphs
 from vitrine.service.engine.runtime import choose, session_errors
 from vitrine.service.engine.sources import SourceGraphs
 from vitrine.service.operations.settings import load_settings
@@ -32,7 +34,7 @@ def verify(path: Path) -> Bundle:
     bundle = open_bundle(path)
     # before the graphs, whose errors for a damaged table are less clear
     _ = bundle.directions, bundle.fold, bundle.attention_fold, bundle.baseline, bundle.label_sets
-    settings = load_settings().model_copy(update={"replacement": True, "sources": True})
+    settings = load_settings().model_copy(update={"replacement": True, "sources": True, "residual": True})
     runtime = choose(bundle, settings.model_copy(update={"provider": "cpu", "precision": "fp32"}))
     for precision in bundle.manifest.precisions:
         engine = Engine(bundle, settings, replace(runtime, precision=precision))
@@ -62,6 +64,8 @@ def _check_sums(engine: Engine) -> None:
         _check_source_accounts(engine.sources, pixels[0], decompositions[0])
         if engine.sources.has_scores:
             _check_attention_scores(engine.sources, pixels[0])
+    if engine.residual is not None:
+        _check_residual_accounts(engine.residual, pixels[0], decompositions[0])
     if engine.can_replace:
         embeddings, _ = engine.replace(pixels, np.zeros((bundle.manifest.shape.layers, 2), bool))
         deviation = float(np.abs(embeddings - np.stack([parts.embedding for parts in decompositions])).max())
@@ -84,6 +88,26 @@ def _check_source_accounts(graphs: SourceGraphs, pixels: NDArray[np.float32], pa
     worst = max(abs(sources.remainder) for sources in found)
     if not worst <= REMAINDER:
         raise BundleError(f"{bundle.path}: the parts of sources.onnx miss what they are the account of by {worst:.1e}")
+
+
+def _check_residual_accounts(graphs: ResidualGraphs, pixels: NDArray[np.float32], parts: Decomposition) -> None:
+    """That the trace is of the same network, and what flows into logits and into the most active features of every
+    layer adds up to them."""
+    bundle = graphs.bundle
+    trace = graphs.trace(pixels)
+    deviation = float(np.abs(trace.embedding - parts.embedding).max())
+    if not deviation <= TOLERANCE:
+        raise BundleError(f"{bundle.path}: {RESIDUAL_TRACE} misses vision.onnx's embedding by {deviation:.1e}")
+    assert trace.indices is not None
+    assert trace.values is not None
+    found = graphs.of_directions(trace, np.eye(bundle.manifest.shape.embedding, dtype=np.float32)[:DIRECTIONS])
+    for layer, (indices, values) in enumerate(zip(trace.indices, trace.values, strict=True)):
+        tokens, places = np.unravel_index(np.argsort(-np.abs(values.ravel()))[:DIRECTIONS], values.shape)
+        layers, activations = np.full(len(tokens), layer), values[tokens, places]
+        found += graphs.of_features(trace, Wanted(layers, tokens, indices[tokens, places], activations))
+    worst = max(abs(sources.remainder) for sources in found)
+    if not worst <= REMAINDER:
+        raise BundleError(f"{bundle.path}: the parts of residual accounts miss what they are of by {worst:.1e}")
 
 
 def _check_attention_scores(graphs: SourceGraphs, pixels: NDArray[np.float32]) -> None:

@@ -63,6 +63,10 @@ class Settings(BaseSettings):
     sources: bool = Field(
         default=True, description="load the bundle's source graphs, where it has them, for `explain.sources`"
     )
+    residual: bool = Field(
+        default=True,
+        description="load the bundle's residual SAEs, where it has them, for `explain.residual` and circuits by them",
+    )
     gpu_memory_bytes: NonNegativeInt = Field(default=0, description="the most that CUDA may take; 0: no limit")
     tensorrt_cache: Path | None = Field(
         default=None, description="directory where TensorRT keeps its engines, which take minutes to build"

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from vitrine.service.schemas.attention import AttentionAccount, HeadQuestion
 from vitrine.service.schemas.base import AnswerShape, Label, Labels, RequestShape, TimingsMs, Warnings, WithImage
 from vitrine.service.schemas.classify import ClassifyRequest, Prediction
+from vitrine.service.schemas.residual import ResidualFeatures
 from vitrine.service.schemas.sources import SourceAccount
 
 
@@ -18,7 +19,10 @@ class Explain(RequestShape):
     targets: Labels | None = Field(default=None, description="labels to explain; default: the top-1")
     contrast: Label | None = Field(default=None, description="explain each target's logit minus this label's")
     features: int = Field(
-        default=5, ge=0, strict=True, description="features listed per layer, largest contribution first"
+        default=5,
+        ge=0,
+        strict=True,
+        description="features listed per layer, largest contribution first; of `residual` largest activation first",
     )
     heatmap: bool = Field(default=False, description="split each target's attention rows by patch and by head")
     lens: bool = Field(default=False, description="the prediction as it stands after each layer")
@@ -35,6 +39,9 @@ class Explain(RequestShape):
     )
     baseline: Literal["zero", "mean"] = Field(
         default="zero", description="of `sources`: mean says what this picture has that the average one has not"
+    )
+    residual: bool = Field(
+        default=False, description="the most active features of the residual SAEs by layer, at [CLS] and at patches"
     )
     attention: HeadQuestion | None = Field(
         default=None,
@@ -145,6 +152,7 @@ class Attribution(BaseModel):
     lens: list[LensLayer] | None = None
     matrix: Matrix | None = None
     attention: AttentionAccount | None = None
+    residual: ResidualFeatures | None = None
     fidelity: Fidelity
     timings_ms: TimingsMs
 

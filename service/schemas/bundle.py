@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from vitrine.service.schemas.base import Model, Warnings
+from vitrine.service.schemas.circuit import Dictionary
 
 
 class ModelResponse(BaseModel):
@@ -21,6 +22,9 @@ class ModelResponse(BaseModel):
         description="what `explain.baseline` may be; empty where there is no `explain.sources`"
     )
     attention_heads: int = Field(description="of a layer, that `explain.attention` may name; 0 where there is none")
+    circuit_dictionaries: list[Dictionary] = Field(
+        description="what `dictionary` of a circuit may be; without residual there is no `explain.residual`"
+    )
     warnings: Warnings = []
 
 

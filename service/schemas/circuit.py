@@ -9,8 +9,15 @@ from pydantic import BaseModel, Field
 from vitrine.service.schemas.base import AnswerShape, Label, TimingsMs, WithImage
 from vitrine.service.schemas.classify import ClassifyRequest, Prediction
 
+Dictionary = Literal["clt", "residual"]
+
 
 class CircuitRequest(ClassifyRequest):
+    dictionary: Dictionary = Field(
+        default="clt",
+        description="whose features: of the CLT, which any layer below made, or of the residual SAEs, which the one "
+        "layer below made",
+    )
     target: Label | None = Field(default=None, description="the label to explain; default: the top-1")
     contrast: Label | None = Field(default=None, description="explain the target's logit minus this label's")
     nodes: int = Field(
@@ -78,7 +85,9 @@ class CircuitScores(BaseModel):
     """The target's influence by where it ends (the first four sum to 1), and two scores of circuit-tracer."""
 
     embeddings: float
-    errors: float = Field(description="what MLPs wrote and the CLT does not say")
+    errors: float = Field(
+        description="what MLPs wrote and the CLT does not say, or what the stream has and the residual SAEs do not say"
+    )
     left_out: float = Field(description="features that were not followed back")
     constant: float = Field(description="features that biases and constants alone made")
     replacement: float = Field(description="embeddings / (embeddings + errors)")
@@ -86,8 +95,10 @@ class CircuitScores(BaseModel):
 
 
 class CircuitResponse(AnswerShape):
-    """The attribution graph of one logit, pruned. Attention weights and LayerNorms' denominators are held fast."""
+    """The attribution graph of one logit, pruned. Attention weights and LayerNorms' denominators are held fast, by
+    residual SAEs the MLPs' gates, too."""
 
+    dictionary: Dictionary
     predictions: list[Prediction]
     target: str
     contrast: str | None
@@ -100,7 +111,7 @@ class CircuitResponse(AnswerShape):
     active: int = Field(description="active features: (layer, index, token)")
     kept: int = Field(description="features in `nodes`")
     kept_share: float = Field(description="of the active features")
-    layers: int
+    layers: int = Field(description="of the dictionary: those of the CLIP, or one less")
     rows: int = Field(description="of patches")
     columns: int
     timings_ms: TimingsMs

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from vitrine.service.schemas.base import Model, Warnings
-from vitrine.service.schemas.circuit import CircuitScores
+from vitrine.service.schemas.circuit import CircuitScores, Dictionary
 
 
 class GroupToken(BaseModel):
@@ -50,6 +50,7 @@ class GroupedCircuit(BaseModel):
 
     model: Model
     warnings: Warnings = []
+    dictionary: Dictionary
     images: int
     targets: dict[str, int] = Field(description="label that was explained: images; most images first")
     contrast: str | None

@@ -38,7 +38,11 @@
     if (model !== null && chosen.picture !== null) ask(chosen);
   });
   at("contrast").addEventListener("change", (event) => ask({ ...chosen, contrast: event.target.value || null }));
-  at("similar-ask").addEventListener("click", findSimilar);
+  at("similar-ask").addEventListener("click", () => more("similar", "v1/similar", { limit: 5 }, Vitrine.similar.draw));
+  at("residual-ask").addEventListener("click", () => {
+    const request = { explain: { residual: true, features: 4 } };
+    more("residual", "v1/attribute", request, ({ residual }) => Vitrine.residual.draw(residual));
+  });
   start();
 
   async function start() {
@@ -140,6 +144,8 @@
       el("p", { class: "note" }, `Model ${Vitrine.answer.origin(answer)}. Request ${answer.request_id}.`),
     );
     replace(at("similar"));
+    replace(at("residual"));
+    at("stream").hidden = !model.circuit_dictionaries.includes("residual");
     complain("");
     busy(false, Vitrine.answer.spoken(answer));
     requestAnimationFrame(() => setTimeout(() => performance.measure("vitrine:account", "vitrine:answer")));
@@ -153,16 +159,17 @@
     at("contrast").value = contrast ?? "";
   }
 
-  async function findSimilar() {
+  /** What else is asked of the picture: its answer, drawn where `id` is. */
+  async function more(id, path, request, draw) {
     const { picture } = chosen;
     const signal = running?.signal;
-    replace(at("similar"), el("p", { role: "status" }, "Comparing …"));
+    replace(at(id), el("p", { role: "status" }, "Asking …"));
     try {
-      const { answer } = await api.post("v1/similar", picture.blob, picture.name, { limit: 5 }, { signal });
-      replace(at("similar"), Vitrine.similar.draw(answer));
+      const { answer } = await api.post(path, picture.blob, picture.name, request, { signal });
+      replace(at(id), draw(answer));
     } catch (error) {
       if (error.name === "AbortError") return;
-      replace(at("similar"), el("p", { role: "alert", class: "error" }, error.message));
+      replace(at(id), el("p", { role: "alert", class: "error" }, error.message));
     }
   }
 

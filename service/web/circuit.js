@@ -4,27 +4,52 @@
   const { el, replace, percent, plain, scroller } = Vitrine.dom;
   const { strengths, name } = Vitrine.circuitGraph;
   const at = (id) => document.getElementById(id);
-  const { circuit, title, all, image, cards, preprocessing } = JSON.parse(at("data").textContent);
-  const edges = strengths(circuit);
+  const { circuits, image, cards, preprocessing } = JSON.parse(at("data").textContent);
+  const DICTIONARIES = { clt: "what the MLPs write (CLT)", residual: "the stream (residual SAEs)" };
   const picture = el("img", { alt: "The photo that was asked about" });
   const layer = el("div", { class: "layer" });
   const photo = el("div", { class: "photo" }, picture, layer);
-  const placeOf = (number, index) => {
+  const nodes = el("div", {});
+  let circuit, all, edges, graph; // those that are drawn
+
+  at("drawing").after(nodes);
+  if (circuits.length > 1) at("scores").before(el("fieldset", { class: "signs" }, legend(), circuits.map(choice)));
+  if (image === null) at("frame").hidden = true;
+  use(0);
+  if (image !== null) load();
+
+  /** From now on another circuit of the same question. */
+  function use(number) {
+    ({ circuit, all } = circuits[number]);
+    edges = strengths(circuit);
+    at("origin").textContent = `${circuit.model.name} · ${circuit.model.digest.replace("sha256:", "").slice(0, 12)}`;
+    at("question").textContent = circuits[number].title;
+    at("scores").textContent = scores();
+    replace(at("drawing"));
+    graph = Vitrine.circuitGraph.create(at("drawing"), circuit, edges, chosen);
+    const warnings = circuit.warnings.map(({ message }) => el("li", {}, message));
+    replace(nodes, [
+      warnings.length ? el("ul", { class: "warnings" }, warnings) : null,
+      el("details", {}, el("summary", {}, "The nodes as a table"), table()),
+    ]);
+    show(null);
+    map(null);
+  }
+
+  function legend() {
+    return el("legend", {}, "Features of");
+  }
+
+  function choice({ circuit: { dictionary } }, number) {
+    const radio = { type: "radio", name: "dictionary", checked: number === 0, onchange: () => use(number) };
+    return el("label", {}, el("input", radio), el("span", {}, DICTIONARIES[dictionary]));
+  }
+
+  function placeOf(number, index) {
     const isIt = (group) => group.kind === "feature" && group.layer === number && group.index === index;
     const found = circuit.groups.findIndex(isIt);
     return found < 0 ? null : found;
-  };
-
-  at("origin").textContent = `${circuit.model.name} · ${circuit.model.digest.replace("sha256:", "").slice(0, 12)}`;
-  at("question").textContent = title;
-  at("scores").textContent = scores();
-  const warnings = circuit.warnings.map(({ message }) => el("li", {}, message));
-  if (warnings.length) at("scores").after(el("ul", { class: "warnings" }, warnings));
-  const graph = Vitrine.circuitGraph.create(at("drawing"), circuit, edges, chosen);
-  at("drawing").after(el("details", {}, el("summary", {}, "The nodes as a table"), table()));
-  show(null);
-  if (image === null) at("frame").hidden = true;
-  else load();
+  }
 
   function scores() {
     const { embeddings, errors, left_out: left } = circuit.scores;
@@ -90,10 +115,13 @@
     const group = circuit.groups[place];
     const kind = {
       feature: `Layer ${group.layer}, feature #${group.index}`,
-      error: "What an MLP wrote and no feature says",
+      error:
+        circuit.dictionary === "clt"
+          ? "What an MLP wrote and no feature says"
+          : "What the stream has and its autoencoder does not say",
       embedding: "The tokens as they enter the first layer",
     };
-    const card = cards[`${group.layer}/${group.index}`] ?? null;
+    const card = (circuit.dictionary === "clt" && cards[`${group.layer}/${group.index}`]) || null;
     const go = (other) => {
       graph.choose(other);
       at("chosen").focus();

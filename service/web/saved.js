@@ -22,6 +22,8 @@
   });
   document.body.append(Vitrine.waterfall.hatching());
   at("origin").textContent = Vitrine.answer.origin(answer);
+  at("stream").hidden = answer.residual === null;
+  if (answer.residual) at("residual").append(...Vitrine.residual.draw(answer.residual));
   at("take").append(Vitrine.save.json(JSON.stringify(answer, null, 2), "answer"));
   photo.load(image).then(() => answers.show(answer));
 }

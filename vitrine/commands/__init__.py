@@ -34,7 +34,8 @@ EXAMPLES: dict[Callable[..., None], str] = {
     train: "vitrine train --recipe demo --data-root data --out runs/demo",
     evaluate: "vitrine evaluate --checkpoint runs/demo --data-root data --baseline runs/per-layer",
     recipes: "vitrine recipes b32-cifar100-relu_topk",
-    export: "vitrine export --checkpoint runs/demo --data-root data --out bundles/demo",
+    export: "vitrine export --checkpoint runs/demo --data-root data --out bundles/demo; "
+    "vitrine export --bundle bundles/demo --residual runs/demo-residual --data-root data --out bundles/demo-residual",
     cards: "vitrine cards --checkpoint runs/b32 --bundle bundles/b32 --out bundles/b32-cards",
     verify: "vitrine verify models/demo",
     serve: "vitrine serve --bundle models/demo --port 3000",
@@ -42,7 +43,8 @@ EXAMPLES: dict[Callable[..., None], str] = {
     replay: "vitrine replay photos --bundle models/demo --images 200",
     bulk: "vitrine bulk photos --out answers --labels-file names.txt --sources 10",
     attribute: "vitrine attribute photo.jpg --labels cat,dog,truck --contrast dog --sources",
-    circuit: "vitrine circuit photo.jpg --label cat --html cat.html; vitrine circuit photos/cat --images 50",
+    circuit: "vitrine circuit photo.jpg --label cat --html cat.html; vitrine circuit photos/cat --images 50; "
+    "vitrine circuit photo.jpg --dictionary residual",
 }
 for command, example in EXAMPLES.items():
     app.command(epilog=f"Example: {example}")(errors_as_messages(command))

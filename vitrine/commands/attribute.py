@@ -36,6 +36,12 @@ def attribute(
     ] = False,
     source_features: Annotated[int, typer.Option(min=0, help="Features listed by --sources, of all layers.")] = 12,
     baseline: Baseline = SourceBaseline.zero,
+    residual: Annotated[
+        bool,
+        typer.Option(
+            "--residual", help="Also list what the residual SAEs read after each block, where the bundle has them."
+        ),
+    ] = False,
     attention: Annotated[
         str | None,
         typer.Option(
@@ -67,6 +73,7 @@ def attribute(
     fields: dict[str, Any] = {"strict": strict, "top_k": top_k}
     fields["explain"] = {"contrast": contrast, "features": features}
     fields["explain"] |= {"sources": sources, "source_features": source_features, "baseline": baseline.value}
+    fields["explain"]["residual"] = residual
     if attention is not None:
         fields["explain"]["attention"] = _head(attention)
     if (named := chosen_labels(labels, labels_file)) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
     from vitrine.service.schemas.circuit_groups import GroupedCircuit
 
 
+class Choice(StrEnum):
+    """Whose features a circuit has."""
+
+    clt = "clt"
+    residual = "residual"
+
+
 def circuit(
     inputs: Annotated[
         str, typer.Argument(metavar="IMAGE|INPUTS", help=f"One image; or many, for what they have in common. {INPUTS}")
@@ -42,6 +50,10 @@ def circuit(
         ),
     ] = None,
     contrast: Annotated[str | None, typer.Option(help="Explain the target rather than this label.")] = None,
+    dictionary: Annotated[
+        Choice,
+        typer.Option(help="Features of the CLT, or of the residual SAEs, each made by the layer below alone."),
+    ] = Choice.clt,
     nodes: Annotated[
         int, typer.Option(min=0, help="Features followed back at most, the most influential first; in each image.")
     ] = 256,
@@ -62,7 +74,8 @@ def circuit(
         typer.Option("--json", help="Print JSON: the service's answer; of many images, their mean."),
     ] = False,
     html: Annotated[
-        Path | None, typer.Option(help="The circuit drawn, with photo and cards, as one page in this file.")
+        Path | None,
+        typer.Option(help="The circuit drawn, with photo and cards, in this file; of one image by both dictionaries."),
     ] = None,
     graph: Annotated[
         Path | None,
@@ -79,7 +92,7 @@ def circuit(
     from vitrine.service.schemas.circuit import CircuitRequest
 
     fields: dict[str, Any] = {"target": target, "contrast": contrast, "nodes": nodes, "seconds": seconds}
-    fields |= {"node_share": node_share, "edge_share": edge_share, "leaves": leaves}
+    fields |= {"dictionary": dictionary.value, "node_share": node_share, "edge_share": edge_share, "leaves": leaves}
     if (named := chosen_labels(labels, labels_file)) is not None:
         fields["labels"] = named
     if graph is not None:
@@ -93,35 +106,35 @@ def circuit(
             prepare_file(file)
     opened, image = open_bundle_or_default(bundle), None
     if is_one:
-        found, image = _of_one(opened, source, request, graph, as_json)
+        found, image = _of_one(opened, source, request, graph, as_json, every=html is not None)
     else:
-        found = _of_many(opened, source, request, images, seed)
+        found = [_of_many(opened, source, request, images, seed)]
         if as_json:
-            typer.echo(found.model_dump_json(indent=2))
+            typer.echo(found[0].model_dump_json(indent=2))
     if not as_json:
-        print_circuit(found, groups, new_console())
+        print_circuit(found[0], groups, new_console())
     if html is not None:
         write_text(html, circuit_page(opened, found, drawn, image))
 
 
 def _of_one(
-    bundle: Bundle, source: Source, request: CircuitRequest, graph: Path | None, as_json: bool
-) -> tuple[GroupedCircuit, bytes]:
-    """(circuit, image)."""
+    bundle: Bundle, source: Source, request: CircuitRequest, graph: Path | None, as_json: bool, every: bool
+) -> tuple[list[GroupedCircuit], bytes]:
+    """(circuit, and if `every` those by other dictionaries; image)."""
     from vitrine.models.files.writing import write_text
     from vitrine.service.answers.circuit_groups import grouped
-    from vitrine.service.exports.account import circuit_for
+    from vitrine.service.exports.account import circuits_for
     from vitrine.service.exports.circuit_graph import circuit_graph
 
     (item,) = source.reader().items(0, 1)
     image = item.read()
-    answer = asyncio.run(circuit_for(bundle, image, request))
+    answer, *others = asyncio.run(circuits_for(bundle, image, request, every=every))
     if as_json:
         typer.echo(answer.model_dump_json(indent=2))
     if graph is not None:
         name = Path(item.name).name
         write_text(graph, circuit_graph(answer, name, graph.stem, "./data/none").model_dump_json() + "\n")
-    return grouped(answer), image
+    return [grouped(one) for one in (answer, *others)], image
 
 
 def _of_many(bundle: Bundle, source: Source, request: CircuitRequest, images: int | None, seed: int) -> GroupedCircuit:

@@ -145,6 +145,11 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         f"trained on {manifest.data.name}; {', '.join(manifest.precisions)}",
         **plain,
     )
+    if manifest.residual is not None:
+        counts = sorted({f"{count:,}" for count in manifest.residual.features}, key=len)
+        console.print(
+            f"  residual SAEs: {', '.join(counts)} features a layer; {manifest.residual.bytes / 1e6:.1f} MB", **plain
+        )
     if manifest.cards is not None:
         quality = manifest.cards.quality
         checked = (

@@ -1,4 +1,4 @@
-"""`vitrine export`: CLIP and CLT as a bundle."""
+"""`vitrine export`: CLIP and CLT as a bundle, residual SAEs beside them or added to a bundle."""
 
 from __future__ import annotations
 
@@ -20,13 +20,26 @@ from vitrine.commands.common import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vitrine.models.bundle.bundle import Bundle
+    from vitrine.models.bundle.manifest import Data
+    from vitrine.models.clip.loading import Clip
+    from vitrine.models.export.residual import ResidualExport
     from vitrine.models.progress import Progress
+    from vitrine.training.checkpoint import CheckpointMeta
     from vitrine.training.data.held_out import HeldOut
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Option(help="A run's folder (its newest checkpoint) or one checkpoint.")],
     out: Annotated[Path, typer.Option(help="The bundle to write; must not exist.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A CLT's run (its newest checkpoint) or one checkpoint; or --bundle.")
+    ] = None,
+    residual: Annotated[
+        Path | None, typer.Option(help="A run, or one checkpoint, of residual SAEs for the same CLIP, to be added.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Copy this bundle and add --residual, in place of --checkpoint.")
+    ] = None,
     data_root: DataRoot = Path("data"),
     labels: Annotated[
         str | None, typer.Option(help="Of the bundle, comma-separated; default: those of the run.")
@@ -42,11 +55,18 @@ def export(
         ),
     ] = 512,
 ) -> None:
-    """Write CLIP and CLT as a bundle, checked against torch."""
+    """Write CLIP, CLT and residual SAEs as a bundle, checked against torch."""
+    if (checkpoint is None) == (bundle is None):
+        raise typer.BadParameter("give a CLT's --checkpoint, or a --bundle that --residual is added to")
+    if checkpoint is None:
+        if residual is None or labels is not None or labels_file is not None or label_sets is not None:
+            raise typer.BadParameter("--bundle goes with --residual and --out alone: the rest is the bundle's own")
+        assert bundle is not None
+        print_bundle(_added(bundle, residual, out, data_root), new_console())
+        return
     import tomli_w
 
     from vitrine.models.bundle.label_sets import read_label_sets
-    from vitrine.models.bundle.manifest import Data
     from vitrine.models.export.export import Provenance, export_bundle
     from vitrine.models.graph.onnx_file import ExportError
     from vitrine.models.progress import Progress
@@ -67,22 +87,17 @@ def export(
         )
     if meta.metrics.r2 is None:
         console.print(f"[yellow]{newest} is unfinished (step {meta.step} of {meta.steps}): the bundle has no metrics")
-    data = Data(
-        name=recipe.data.name,
-        licence=recipe.data.licence,
-        train_images=meta.train_images,
-        val_images=meta.val_images,
-    )
     provenance = Provenance(
         name=recipe.name,
         description=recipe.bundle.description,
         labels=default,
         templates=recipe.data.templates,
-        data=data,
+        data=_data(meta),
         recipe=tomli_w.dumps(recipe.model_dump(exclude_none=True)),
         metrics=meta.metrics,
         licence=recipe.bundle.licence,
     )
+    added = _residual(residual, clip) if residual else None
     variants = recipe.bundle.variants
     val = (
         held_out(recipe.data, data_root, clip, images=calibration_images, labels=meta.labels or None, batch_size=16)
@@ -91,7 +106,7 @@ def export(
     )
     with Progress(console) as progress:
         images = _read(val, progress) if val else []
-        bundle = export_bundle(
+        written = export_bundle(
             clip,
             clt,
             cls_mean,
@@ -103,10 +118,43 @@ def export(
             images,
             recipe.bundle.replacement,
             recipe.bundle.sources,
+            added,
             lambda message: print_warnings([message], console),
             progress,
         )
-    print_bundle(bundle, console)
+    print_bundle(written, console)
+
+
+def _added(bundle: Path, residual: Path, out: Path, data_root: Path) -> Bundle:
+    """A copy of a bundle, with residual SAEs."""
+    from vitrine.models.bundle.bundle import open_bundle
+    from vitrine.models.export.residual import add_residual
+    from vitrine.training.checkpoint import latest, read_meta
+
+    clip = load_clip_of(read_meta(latest(residual)).recipe, data_root)
+    return add_residual(open_bundle(bundle), clip, _residual(residual, clip), out)
+
+
+def _residual(checkpoint: Path, clip: Clip) -> ResidualExport:
+    """Residual SAEs of this CLIP, as they are to be exported."""
+    import tomli_w
+
+    from vitrine.models.export.residual import ResidualExport
+    from vitrine.training.checkpoint import check_clip, latest, load_residual_saes
+
+    newest = latest(checkpoint)
+    saes, meta = load_residual_saes(newest)
+    check_clip(newest, meta, clip)
+    recipe = tomli_w.dumps(meta.recipe.model_dump(exclude_none=True))
+    return ResidualExport(saes, _data(meta), recipe, meta.metrics)
+
+
+def _data(meta: CheckpointMeta) -> Data:
+    """What a run was trained and measured on."""
+    from vitrine.models.bundle.manifest import Data
+
+    section = meta.recipe.data
+    return Data(name=section.name, licence=section.licence, train_images=meta.train_images, val_images=meta.val_images)
 
 
 def _read(val: HeldOut, progress: Progress) -> list[Tensor]:

@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from vitrine.service.answers.attention import attention_heads
 from vitrine.service.answers.features import card, search
+from vitrine.service.answers.residual import circuit_dictionaries
 from vitrine.service.answers.sources import source_baselines
 from vitrine.service.http.asking import json_response, lease_attributor
 from vitrine.service.http.openapi import errors, query_parameters
@@ -69,6 +70,7 @@ async def model(request: Request) -> Response:
                 manifest=attributor.bundle.manifest.model_dump(mode="json"),
                 source_baselines=source_baselines(attributor.engine),
                 attention_heads=attention_heads(attributor.engine),
+                circuit_dictionaries=circuit_dictionaries(attributor.engine),
             )
         )
 

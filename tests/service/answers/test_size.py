@@ -28,7 +28,7 @@ def count(value):
 )
 def test_the_size_is_known_beforehand(server, bundle, picture, explain, top_k):
     fields = {"labels": LABELS, "top_k": top_k, "explain": explain}
-    expected = attribution_values(bundle.manifest.shape, AttributeRequest.model_validate(fields), len(LABELS))
+    expected = attribution_values(bundle.manifest, AttributeRequest.model_validate(fields), len(LABELS))
     actual = count(server.attribute(picture(), **fields))
     assert actual <= expected * 1.1 + 30
     assert expected <= 2 * actual + 30

@@ -134,6 +134,8 @@ def test_a_label_against_itself_has_an_empty_circuit(server, picture):
         ({"contrast": "unicorn"}, "not among the labels"),
         ({"explain": {}}, "explain"),
         ({"leaves": "yes"}, "leaves"),
+        ({"dictionary": "sae"}, "dictionary"),
+        ({"dictionary": "residual"}, "exported without them"),
     ],
 )
 def test_what_cannot_be_asked(server, picture, request_part, said):

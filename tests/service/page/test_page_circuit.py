@@ -40,7 +40,7 @@ def saved(circuit, photo, bundle, tmp_path_factory):
     first = circuit.groups[place_of(circuit, "feature")]
     cards = {f"{first.layer}/{first.index}": card(first.layer, first.index, label=HOSTILE)}
     path = tmp_path_factory.mktemp("saved") / "circuit.html"
-    text = draw_circuit(circuit, COUNT, photo, cards, bundle.manifest.preprocessing)
+    text = draw_circuit([circuit], COUNT, photo, cards, bundle.manifest.preprocessing)
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -51,7 +51,7 @@ def many(circuit, bundle, tmp_path_factory):
     for _ in range(2):
         total.add(circuit)
     path = tmp_path_factory.mktemp("saved") / "many.html"
-    path.write_text(draw_circuit(total.mean(), COUNT, None, {}, bundle.manifest.preprocessing), encoding="utf-8")
+    path.write_text(draw_circuit([total.mean()], COUNT, None, {}, bundle.manifest.preprocessing), encoding="utf-8")
     return path
 
 
@@ -129,6 +129,37 @@ def test_one_walks_from_node_to_node_by_keyboard(page, circuit):
     assert name.startswith(heading)
     expect(page.locator("#chosen")).to_be_focused()
     assert page.locator("button.box[aria-pressed=true]").count() == 1
+
+
+def test_one_switches_to_the_circuit_of_another_dictionary(browser, circuit, photo, bundle, tmp_path):
+    """By keyboard; cards are of the CLT's features alone."""
+    first = circuit.groups[place_of(circuit, "feature")]
+    cards = {f"{first.layer}/{first.index}": card(first.layer, first.index, label=HOSTILE)}
+    error = circuit.groups[place_of(circuit, "error")]
+    residual = {"dictionary": "residual", "groups": [first, error], "edges": [], "logit": 1.25}
+    circuits = [circuit, circuit.model_copy(update=residual)]
+    path = tmp_path / "both.html"
+    path.write_text(draw_circuit(circuits, COUNT, photo, cards, bundle.manifest.preprocessing), encoding="utf-8")
+    for look in ({}, {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark"}):
+        with visit(browser, path.as_uri(), **look) as page:
+            clt, saes = page.get_by_role("group", name="Features of").get_by_role("radio").all()
+            button(page, circuit, place_of(circuit, "feature")).click()
+            expect(page.locator("#chosen .exemplar")).to_have_count(3)
+            clt.focus()
+            page.keyboard.press("ArrowDown")
+            expect(saes).to_be_checked()
+            expect(page.locator(".box.target")).to_contain_text("1.25")
+            assert page.locator("button.box").count() == 2
+            expect(page.locator("#chosen")).to_contain_text("How to read this")
+            page.locator("button.box.of-feature").click()
+            assert page.locator("#chosen .exemplar").count() == 0
+            page.locator("button.box.of-error").click()
+            expect(page.locator("#chosen .kicker")).to_have_text("What the stream has and its autoencoder does not say")
+            assert not serious_violations(page)
+            width, scrolled = page.evaluate("[innerWidth, document.documentElement.scrollWidth]")
+            assert scrolled <= width
+            clt.check()
+            expect(page.locator(".box.target")).to_contain_text(signed(circuit.logit, 2))
 
 
 def test_the_mean_of_many_images_has_no_photo(browser, many, circuit):

@@ -136,6 +136,27 @@ def test_similar_images_are_shown_layer_by_layer(page, photo):
     assert page.locator(".neighbours img").count() == 4
 
 
+def test_features_of_the_stream_are_listed_layer_by_layer(browser, service, photo):
+    look = {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark"}
+    for options in ({}, look):
+        with open_page(browser, service, **options) as page:
+            upload(page, photo)
+            with page.expect_response("**/v1/attribute") as response:
+                page.get_by_role("button", name="List them, layer by layer").click()
+            layers = response.value.json()["residual"]["layers"]
+            rows = page.locator("#residual tbody tr")
+            expect(rows).to_have_count(11)
+            for row, layer in zip(rows.all(), layers, strict=True):
+                assert row.get_by_role("img").count() == len(layer["patches"]) == 4
+                expect(row).to_contain_text(f"#{layer['cls'][0]['index']}")
+            place = layers[0]["patches"][0]["tokens"].index(layers[0]["patches"][0]["activation"])
+            where = f"strongest in row {place // 8 + 1}, column {place % 8 + 1}"
+            assert rows.first.get_by_role("img").first.get_attribute("aria-label") == where
+            assert not serious_violations(page)
+            width, scrolled = page.evaluate("[innerWidth, document.documentElement.scrollWidth]")
+            assert scrolled <= width
+
+
 # Mistakes and refusals
 
 

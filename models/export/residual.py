@@ -1,0 +1,143 @@
+"""Writes residual SAEs into a bundle: their graphs, checked against torch, and what the manifest says of them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from vitrine.models.account.residual import ResidualTrace
+from vitrine.models.bundle.bundle import Bundle, seal
+from vitrine.models.bundle.layout import (
+    MANIFEST,
+    RESIDUAL,
+    RESIDUAL_OUTPUTS,
+    RESIDUAL_OUTPUTS_EMBEDDINGS,
+    RESIDUAL_STARTS,
+    RESIDUAL_STARTS_LOGIT,
+    RESIDUAL_TRACE,
+    RESIDUAL_TRACE_OUTPUTS,
+    residual_file,
+)
+from vitrine.models.bundle.manifest import Data, Metrics, ResidualSummary
+from vitrine.models.clip.loading import Clip
+from vitrine.models.dictionary.residual_sae import ResidualSaes
+from vitrine.models.export.residual_parity import BlockGraph, check_residual, held_by
+from vitrine.models.files.names import check_name
+from vitrine.models.files.problems import naming
+from vitrine.models.files.writing import move_folder, prepare_folder
+from vitrine.models.graph.gated_trace import GatedTraceGraph
+from vitrine.models.graph.onnx_file import ExportError, save_onnx, to_onnx
+from vitrine.models.graph.residual import FeatureSourcesGraph, LogitSourcesGraph
+
+# Graphs of the bundle that may have the same tensors.
+BESIDE = ("vision.onnx", "replacement.onnx", "trace.onnx", "sources.onnx")
+
+
+@dataclass(frozen=True)
+class ResidualExport:
+    """Trained residual SAEs, and the fields of the manifest that come from their run."""
+
+    saes: ResidualSaes  # in evaluation mode
+    data: Data
+    recipe: str
+    metrics: Metrics
+
+
+def add_residual(bundle: Bundle, clip: Clip, export: ResidualExport, out: Path) -> Bundle:
+    """Write a copy of a bundle with these residual SAEs, in place of those that it may have.
+
+    Raises:
+        ExportError: `out` exists, the bundle has another CLIP, or the graphs differ from torch.
+        FileError: it cannot be written.
+    """
+    check_name(out)
+    if out.exists():
+        raise ExportError(f"{out} exists; a bundle is never changed, choose another place")
+    if bundle.manifest.clip.sha256 != clip.sha256:
+        raise ExportError(f"{bundle.path} has a CLIP with other weights than {clip.name} {clip.weights}")
+    prepare_folder(out.parent)
+    with naming(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=".bundle-") as scratch:
+        partial = Path(scratch) / out.name
+        others = shutil.ignore_patterns(f"{RESIDUAL}*")
+        shutil.copytree(bundle.path, partial, ignore=others, copy_function=shutil.copyfile)
+        partial.chmod(partial.stat().st_mode | 0o700)  # the other one may be read-only
+        summary = write_residual(partial, clip, export, bundle.manifest.tables)
+        sealed = seal(partial, bundle.manifest.model_copy(update={"residual": summary}))
+        move_folder(partial, out, last=MANIFEST)
+    return replace(sealed, path=out)
+
+
+def write_residual(
+    folder: Path, clip: Clip, export: ResidualExport, tables: Literal["float32", "float16"]
+) -> ResidualSummary:
+    """Write the graphs beside those of a bundle, whose tensors they share. tables: precision of the SAEs' weights.
+
+    Raises `ExportError`.
+    """
+    tower = clip.tower
+    if export.saes.layers != tower.layers - 1 or export.saes.width != tower.width:
+        raise ExportError(
+            f"{export.saes.layers} residual SAEs of width {export.saes.width} do not fit a CLIP of "
+            f"{tower.layers} layers and width {tower.width}"
+        )
+    saes = rounded(export.saes, getattr(torch, tables))
+    trace = GatedTraceGraph(tower, saes).eval()
+    pixels = torch.zeros(2, 3, *tower.image_size)
+    beside = [folder / name for name in BESIDE if (folder / name).exists()]
+    save_onnx(to_onnx(trace, {"pixels": pixels}, RESIDUAL_TRACE_OUTPUTS), folder / RESIDUAL_TRACE, beside)
+    with torch.no_grad():
+        outputs = dict(zip(RESIDUAL_TRACE_OUTPUTS, (part.numpy() for part in trace(pixels)), strict=True))
+    image, beside = ResidualTrace.from_batch(outputs, 0), [*beside, folder / RESIDUAL_TRACE]
+    blocks = [_write_block(folder, clip, saes, block, image, beside) for block in range(tower.layers)]
+    check_residual(clip, saes, trace, blocks, folder)
+    architecture = saes.architecture
+    return ResidualSummary(
+        features=architecture.features,
+        k=architecture.k,
+        k_cls=architecture.k_cls,
+        sparsifier=architecture.sparsifier,
+        tables=tables,
+        bytes=sum(file.stat().st_size for file in folder.iterdir() if file.name.startswith(RESIDUAL)),
+        data=export.data,
+        recipe=export.recipe,
+        metrics=export.metrics,
+    )
+
+
+def rounded(saes: ResidualSaes, tables: torch.dtype) -> ResidualSaes:
+    """The SAEs with weights that are exact in `tables`: what a decoder's row loses by that is part of the error."""
+    saes = deepcopy(saes)
+    with torch.no_grad():
+        for part in (*saes.encoders, *saes.decoders):
+            for tensor in (part.weight, part.bias):
+                tensor.copy_(tensor.to(tables))
+    return saes
+
+
+def _write_block(
+    folder: Path, clip: Clip, saes: ResidualSaes, block: int, trace: ResidualTrace, beside: Sequence[Path]
+) -> BlockGraph:
+    """Write what goes back through one block, and return it in torch. trace: any image's."""
+    tower = clip.tower
+    held = {name: torch.from_numpy(part) for name, part in held_by(trace, block).items()}
+    if block == tower.layers - 1:
+        graph: BlockGraph = LogitSourcesGraph(tower, saes).eval()
+        dynamic: Sequence[str] = RESIDUAL_STARTS_LOGIT
+        start = dict.fromkeys(dynamic, torch.zeros(2, tower.width))
+    else:
+        graph = FeatureSourcesGraph(tower, saes, block).eval()
+        dynamic = RESIDUAL_STARTS[:-1]
+        start = {name: torch.zeros(2, dtype=torch.int64) for name in dynamic}
+        start[RESIDUAL_STARTS[-1]] = torch.ones(tower.tokens)
+    directions = torch.export.Dim("directions")
+    outputs = RESIDUAL_OUTPUTS if block else RESIDUAL_OUTPUTS_EMBEDDINGS
+    model = to_onnx(graph, start | held, outputs, dynamic={name: {0: directions} for name in dynamic})
+    save_onnx(model, folder / residual_file(block), beside)
+    return graph

@@ -1,0 +1,42 @@
+"use strict";
+/** What the residual SAEs read in the stream after each block: their features at the class token and at patches. */
+{
+  const { el, plain, scroller } = Vitrine.dom;
+  const NOTE =
+    "After each layer an autoencoder says of which features the stream consists. The most active stand first, with their " +
+    "activation; of those at patches the picture shows where.";
+
+  /** @param {Object} residual the API's ResidualFeatures @returns {HTMLElement[]} */
+  function draw({ layers, rows, columns }) {
+    const head = ["Layer", "At the class token", "At patches"].map((text) => el("th", { scope: "col" }, text));
+    const line = ({ layer, cls, patches }) =>
+      el(
+        "tr",
+        {},
+        el("th", { scope: "row" }, String(layer)),
+        el("td", {}, el("ul", { class: "read" }, cls.map((feature) => el("li", {}, named(feature))))),
+        el("td", {}, el("ul", { class: "read" }, patches.map((feature) => patch(feature, rows, columns)))),
+      );
+    const table = el("table", { class: "list" }, el("thead", {}, el("tr", {}, head)), el("tbody", {}, layers.map(line)));
+    return [el("p", { class: "note" }, NOTE), scroller("Features of the stream", table)];
+  }
+
+  function named({ index, activation, label }) {
+    return `${label ?? ""} #${index} ${plain(activation, 1)}`.trim();
+  }
+
+  function patch(feature, rows, columns) {
+    const { tokens, activation } = feature;
+    const place = tokens.indexOf(activation);
+    const where = `strongest in row ${Math.floor(place / columns) + 1}, column ${(place % columns) + 1}`;
+    const picture = el("canvas", { width: columns, height: rows, role: "img", "aria-label": where, title: where });
+    const drawing = picture.getContext("2d");
+    tokens.forEach((value, token) => {
+      drawing.fillStyle = `rgba(31, 119, 220, ${Math.min(1, Math.abs(value / activation))})`;
+      drawing.fillRect(token % columns, Math.floor(token / columns), 1, 1);
+    });
+    return el("li", {}, picture, named(feature));
+  }
+
+  Vitrine.residual = { draw };
+}
