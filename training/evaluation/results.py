@@ -161,7 +161,7 @@ class Faithfulness(_Part):
 
 
 class NodePoint(_Part):
-    """Means over images, with some features at their means."""
+    """Means over images, with some nodes at their usual values."""
 
     above_mean: Estimate  # top-1's logit less the mean over labels, as a share of its value with nothing taken away
     logit: float  # of the image's own top-1
@@ -170,21 +170,24 @@ class NodePoint(_Part):
 
 
 class NodeCurve(_Part):
-    """One ranking of the features of each image (`training.evaluation.rankings`), by fraction of the active ones."""
+    """One ranking of the nodes of each image (`training.evaluation.rankings` of a CLT's features,
+    `training.evaluation.residual_nodes`), by fraction of the active ones."""
 
     ranking: str
-    deletion: list[NodePoint]  # the best-ranked at their means
-    insertion: list[NodePoint]  # all others at their means
+    active: float  # nodes of an image, mean
+    deletion: list[NodePoint]  # the best-ranked at their usual values
+    insertion: list[NodePoint]  # all others at their usual values
     deletion_area: Estimate  # of `above_mean`, the fractions equally spaced
     insertion_area: Estimate
-    at_nodes: NodePoint  # deletion of so many features
+    regained: Estimate  # by insertion of 2 %: share of the way from everything at its usual value to nothing
+    at_nodes: NodePoint  # deletion of so many nodes
 
 
 class NodeFaithfulness(_Part):
-    """Insertion and deletion of features in the running network (`training.evaluation.curves`)."""
+    """Insertion and deletion of nodes in the running network (`training.evaluation.curves`)."""
 
     images: int
-    active: float  # features (layer, index) of an image, mean
+    medians: int = 0  # images of the medians that are usual; 0: means over the val images are
     fractions: list[float]
     nodes: int
     above_mean: float  # top-1's logit less the mean over labels, with nothing taken away
@@ -249,6 +252,7 @@ class AnyResults(_Part):
     reconstruction: dict[Tokens, TokenFigures]
     baseline: Estimate | None  # zero-shot top-1 of CLIP itself; None: the images have no classes, or no labels
     cascades: list[Cascade]  # [] without labels
+    nodes: NodeFaithfulness | None = None  # None: not asked for, or no labels
 
     def cascade(self, first: int, last: int, tokens: Tokens) -> Cascade:
         return next(c for c in self.cascades if (c.first, c.last, c.tokens) == (first, last, tokens))
@@ -269,7 +273,6 @@ class Results(AnyResults):
     contributions: dict[Tokens, Contributions]
     faithfulness: Faithfulness | None  # None: no labels
     retrieval: Retrieval | None  # None: too few images, or without classes
-    nodes: NodeFaithfulness | None = None  # None: not asked for, or no labels
     comparison: Comparison | None = None
 
 

@@ -42,6 +42,11 @@ _NODE_COLOURS = {
     "gradient": "#7c6bd6",
     "activation": "#4c86c6",
     "random": "#8a8f98",
+    "relevance": "#e07a1f",
+    "through_errors": "#d6457f",
+    "plain": "#b59b2b",
+    "tokens": "#7a4b2a",
+    "neurons": "#2a9d8f",
 }
 _MARKERS = {"all": "o", "cls": "s", "patches": "^", "image": "D"}
 _STYLE: dict[Any, Any] = {
@@ -232,8 +237,8 @@ def _band(axes: Axes, spreads: list[Spread], scale: float) -> None:
         axes.plot(positions, means, linestyle="--", label="random order", color=colour)
 
 
-def nodes(results: Results) -> str:
-    """What is left of the logit by fraction of features deleted, and inserted, with 95 % intervals."""
+def nodes(results: AnyResults) -> str:
+    """What is left of the logit by fraction of nodes deleted, and inserted, with 95 % intervals."""
     measured = results.nodes
     assert measured is not None
     with matplotlib.rc_context(_STYLE):
@@ -251,10 +256,10 @@ def nodes(results: Results) -> str:
             axes.set_xticks(
                 range(len(measured.fractions)), [f"{100 * fraction:g}" for fraction in measured.fractions], fontsize=8
             )
-            axes.set_xlabel(f"active features {'deleted' if way == 'deletion' else 'inserted'}, %")
+            axes.set_xlabel(f"active nodes {'deleted' if way == 'deletion' else 'inserted'}, %")
         panels[0].set_ylabel("share of the logit left")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, fontsize=9)
-        return _svg(figure, "nodes", "Share of the logit by fraction of features deleted, and inserted, by ranking")
+        return _svg(figure, "nodes", "Share of the logit by fraction of nodes deleted, and inserted, by ranking")
 
 
 def retrieval(results: Results) -> str:

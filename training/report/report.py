@@ -65,7 +65,9 @@ DEFINITIONS = {
     "The paper's figures": "arXiv 2604.13304, CLIP B/32 and B/16 on CIFAR-100, COCO and ImageNet-100: lowest to "
     "highest of its cells, for its own CLIPs and data. Accuracies under replacement and R² were read off its charts.",
 }
-SAE_SECTIONS = {name: SECTIONS[name] for name in ("reconstruction", "replacement", "provenance", "definitions")}
+SAE_SECTIONS = {
+    name: SECTIONS[name] for name in ("reconstruction", "replacement", "nodes", "provenance", "definitions")
+}
 SAE_DEFINITIONS = {
     "Residual SAEs": "Sparse autoencoders of the residual stream, one after every block but the last. A token x is "
     "standardised by its own mean and deviation, x′ = (x − m)/s; z = φ(W x′ + b), and the SAE's version is "
@@ -77,6 +79,21 @@ SAE_DEFINITIONS = {
     "Relative error": "Median over tokens of |x′ − x̂′|/|x′|.",
     "Replacement": "The stream after a block is its SAE's version of it. In a window every later block, and SAE, reads "
     "what those before it made.",
+    "Nodes": "A feature of a layer, over all tokens, or the error that its SAE leaves there: the paper's nodes. Token "
+    "by token: each feature, and error, at one token. Neurons: a channel of the stream after a block, over all tokens. "
+    "Active: features that fire in the image, and all errors and neurons.",
+    "Insertion and deletion": "Each image's active nodes are ranked and set to their medians (by token, over train "
+    "images) in the running network: later blocks, and SAEs, read the edited stream; errors stay unless their node is "
+    "set. Deletion: the best-ranked at their medians. Insertion: all nodes but the best-ranked, silent ones too. "
+    "Images that CLIP classifies rightly, where that is known. Area: mean of the curve over the fractions as listed, "
+    "equally spaced; low is good for deletion, high for insertion. Regain: with the best-ranked 2 % inserted, the "
+    "share of the way from all nodes at their medians to none.",
+    "Rankings of nodes": "For the top-1's logit less the mean over labels. Relevance: (z − median) times the gradient "
+    "at z, summed over tokens, with LayerNorms' denominators, attention's weights, the MLPs' gates and the logit's "
+    "divisor held fast (LibraGrad), and errors being leaves, through which no gradient goes on. Through errors: it "
+    "does. Nothing held fast: the plain gradient, errors being leaves. Gradient × activation: z times CLIP's own "
+    "gradient. Activation: z, and of an error its length in units of the tokens' deviations. Neurons: the stream's "
+    "channels less their medians, times LibraGrad's gradient.",
     **{name: DEFINITIONS[name] for name in ("L0, dead features", "Divergence", "Intervals")},
 }
 _TABLE_OF_SECTION = {
@@ -121,7 +138,8 @@ def _drawn_of_clt(results: Results) -> list[str]:
 
 def _drawn_of_saes(results: SaeResults) -> list[str]:
     drawn = ["reconstruction", "sparsity"] + (["singles"] if results.singles else [])
-    return drawn + (["cascades"] if results.baseline else [])
+    drawn += ["cascades"] if results.baseline else []
+    return drawn + (["nodes"] if results.nodes else [])
 
 
 def draw_thumbnails(results: Results, images: HeldOut, clip: Clip) -> dict[int, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vitrine.models.account.windows import TOKENS
 from vitrine.training.evaluation.results import Cascade, SaeResults
-from vitrine.training.report.tables import TOKEN_NAMES, Sheet, of_layer, or_none, percent, points, rows_of
+from vitrine.training.report.tables import TOKEN_NAMES, Sheet, nodes, of_layer, or_none, percent, points, rows_of
 
 
 def of_saes(results: SaeResults) -> dict[str, Sheet]:
@@ -12,6 +12,8 @@ def of_saes(results: SaeResults) -> dict[str, Sheet]:
     tables = {"reconstruction": versions(results)}
     if results.cascades:
         tables |= {"singles": singles(results), "cascades": cascades(results)}
+    if results.nodes:
+        tables["nodes"] = nodes(results.nodes)
     return tables
 
 
