@@ -35,6 +35,7 @@ from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.cascades import Cascades
 from vitrine.training.evaluation.curves import node_faithfulness
 from vitrine.training.evaluation.evaluate import label_embeddings, summary
+from vitrine.training.evaluation.levels import levels
 from vitrine.training.evaluation.measure import AT_ONCE, classifier, sample, tapped
 from vitrine.training.evaluation.medians import medians
 from vitrine.training.evaluation.reconstruction import Reconstruction
@@ -196,6 +197,7 @@ def evaluate(
         singles=measured.singles.figures(bootstrap)[1],
         cascades=cascades,
         nodes=nodes,
+        levels=levels(clip, saes, images, console, seed=seed, training_seed=meta.recipe.training.seed),
     )
 
 

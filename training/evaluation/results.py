@@ -197,6 +197,43 @@ class NodeFaithfulness(_Part):
         return next(curve for curve in self.curves if curve.ranking == ranking)
 
 
+class UnitFigure(_Part):
+    """Of the units of a layer that fire often enough to be counted: shares, as `training.evaluation.unit_statistics`
+    defines them."""
+
+    median: float
+    low: float  # quartiles
+    high: float
+    chance: float  # median of the shuffled figures
+    above: float  # share of units above 95 % of the shuffled figures
+    over_half: float  # share of units above a half
+
+
+class LayerLevels(_Part):
+    """What one layer's units answer to; None: nothing to be said, or no classes."""
+
+    units: int
+    counted: int
+    position: UnitFigure | None
+    of_class: UnitFigure | None
+    colour: UnitFigure | None
+    purity: UnitFigure | None
+    fires: float | None  # medians
+    spread: float | None
+    evenness: float | None
+
+
+class Levels(_Part):
+    """Features of residual SAEs by layer, beside those of the untrained SAEs and the stream's channels
+    (`training.evaluation.levels`)."""
+
+    images: int
+    classes: int
+    features: list[LayerLevels]
+    untrained: list[LayerLevels]
+    neurons: list[LayerLevels]
+
+
 class Neighbours(_Part):
     """An example: the images nearest to a query, by layer. Images are indices into the data set."""
 
@@ -264,6 +301,7 @@ class SaeResults(AnyResults):
     recipe: ResidualSaeRecipe
     raw: dict[Tokens, TokenFigures]  # of the stream itself
     singles: list[Cascade]  # the stream after one block replaced, all tokens; [] without labels
+    levels: Levels
 
 
 class Results(AnyResults):

@@ -113,11 +113,25 @@ def test_the_command_writes_results_tables_and_a_page(results, sae_checkpoint, d
     done = CliRunner().invoke(app, [*map(str, arguments), "--workers", "0", "--device", "cpu", *OF_CURVES])
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(results.model_dump_json())
-    for phrase in ("after block", "explained, [CLS]", "same prediction", "raw cosine", "medians over 20 train images"):
+    for phrase in (
+        "after block",
+        "explained, [CLS]",
+        "same prediction",
+        "raw cosine",
+        "medians over 20 train images",
+        "What features answer to",
+    ):
         assert phrase in done.output
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 5
-    for phrase in ("tiny-sae", 'id="replacement"', "Fraction of variance explained", "residual_sae", 'id="nodes"'):
+    assert page.count("<svg") == 6
+    for phrase in (
+        "tiny-sae",
+        'id="replacement"',
+        "Fraction of variance explained",
+        "residual_sae",
+        'id="nodes"',
+        'id="levels"',
+    ):
         assert phrase in page
     assert "{{" not in page
 
