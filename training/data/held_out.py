@@ -1,4 +1,5 @@
-"""The val images on which a CLT is evaluated, in an order that depends only on a seed, and their classes, if any."""
+"""The val images on which a dictionary is evaluated, in an order that depends only on a seed, and their classes, if
+any; and train images, for what is needed of other images."""
 
 from __future__ import annotations
 
@@ -86,11 +87,25 @@ def held_out(
     """
     data = open_images(section.val, data_root, clip.transform(), section.max_broken, section.classes)
     labels = labels_for(data, labels if labels is not None else recipe_labels(section, data_root))
-    order = list(range(len(data)))
-    if images is not None and images < len(data):
-        shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-        order = sorted(shuffled[:images].tolist())
+    order = _drawn(len(data), images, seed)
     if len(order) < 2:
         raise DataError(f"{len(order)} images of {data.title} are too few to measure anything; two are the least")
     label_of_class = torch.tensor([labels.index(name) for name in data.classes], dtype=torch.int64)
     return HeldOut(data, tuple(order), labels, label_of_class, seed, **options)
+
+
+def train_images(
+    section: DataSection, data_root: Path, clip: Clip, *, images: int, seed: int = 0, **options: int
+) -> HeldOut:
+    """A random sample of a recipe's train images, or all there are, without labels and classes; options: batch_size,
+    workers. Raises `DataError`."""
+    data = open_images(section.train, data_root, clip.transform(), section.max_broken, section.classes)
+    order = tuple(_drawn(len(data), images, seed))
+    return HeldOut(data, order, (), torch.zeros(0, dtype=torch.int64), seed, **options)
+
+
+def _drawn(count: int, images: int | None, seed: int) -> list[int]:
+    """`images` of so many images, in order; None, or more than there are: all."""
+    if images is None or images >= count:
+        return list(range(count))
+    return sorted(torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:images].tolist())

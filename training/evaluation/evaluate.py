@@ -32,6 +32,7 @@ from vitrine.training.evaluation.cascades import Cascades
 from vitrine.training.evaluation.curves import node_faithfulness
 from vitrine.training.evaluation.faithfulness import RANDOM_ORDERS, TOP
 from vitrine.training.evaluation.measure import Measurements, Plan, measure
+from vitrine.training.evaluation.nodes import CltNodes
 from vitrine.training.evaluation.results import (
     Cascade,
     Comparison,
@@ -72,7 +73,8 @@ def evaluate(
     nodes = None
     if curves and images.labels:
         assert measured.mean_codes is not None  # the plan has matrices
-        nodes = node_faithfulness(clip, clt, images, embeddings, measured.mean_codes, curves, console, seed=seed)
+        kinds = [CltNodes(clip, clt, measured.mean_codes, seed)]
+        nodes = node_faithfulness(clip, kinds, images, embeddings, curves, console, seed=seed)
     comparison = None
     if compared:
         path, other_clt, other_meta = compared

@@ -48,6 +48,7 @@ class Medians(NamedTuple):
 
     activations: list[Tensor]  # L - 1 of [T, F]
     errors: Tensor  # [L - 1, T, d]
+    streams: Tensor  # [L - 1, T, d] after the blocks
 
 
 class Kept(NamedTuple):
@@ -114,7 +115,10 @@ class Relevance:
 
 
 class Walk:
-    """One batch on the way back: at `layer`, the last that has an SAE, at first; -1: at the embeddings, all is done."""
+    """One batch on the way back: at `layer`, the last that has an SAE, at first; -1: at the embeddings, all is done.
+
+    `gradient` [B, T, d] is the logit's at the stream after that block.
+    """
 
     @torch.no_grad()
     def __init__(self, of: Relevance, pixels: Tensor, direction: Tensor) -> None:
@@ -128,8 +132,8 @@ class Walk:
         norm = z.norm(dim=-1)
         read = direction @ proj.T / norm[:, None]  # [B, d] at ln_post's output
         self.logits = (z * direction).sum(-1) / norm  # [B]
-        self._gradient = torch.zeros_like(last)
-        self._gradient[:, 0] = through_norm(ln, read, denominator(residual, ln))
+        self.gradient = torch.zeros_like(last)
+        self.gradient[:, 0] = through_norm(ln, read, denominator(residual, ln))
         self._constants, self._leaves = read @ ln.bias, torch.zeros_like(norm)
         self.layer = tower.layers - 1
         self._through_block()
@@ -138,25 +142,25 @@ class Walk:
     def relevance(self) -> LayerRelevance:
         """Of the layer's nodes."""
         assert self._code is not None
-        features, errors, baseline = self._code.relevance(self._gradient)
-        bias = self._code.of_bias(self._gradient)
+        features, errors, baseline = self._code.relevance(self.gradient)
+        bias = self._code.of_bias(self.gradient)
         return LayerRelevance(self.layer, features, errors, bias, baseline, self._constants, self._leaves)
 
     @torch.no_grad()
     def back(self, kept: Kept | None = None) -> None:
         """Go on to the layer below through the nodes `kept`; None: all of them."""
-        code, gradient = self._code, self._gradient
+        code, gradient = self._code, self.gradient
         assert code is not None
         through_error = not self.of.leaf_error and (kept is None or kept.error)
         if kept is not None or not through_error:
             products, bias = code.products(gradient), code.of_bias(gradient)
             passed = products if kept is None else products * kept.features
-            self._gradient, constants = code.through_encoder(passed)
+            self.gradient, constants = code.through_encoder(passed)
             self._constants = self._constants + constants
             self._leaves = self._leaves + ((products - passed) * code.values).sum((1, 2)) + bias
             if through_error:
                 of_error, constants = code.through_error(gradient)
-                self._gradient = self._gradient + of_error
+                self.gradient = self.gradient + of_error
                 self._constants = self._constants + constants
             else:
                 self._leaves = self._leaves + (code.errors * gradient).sum((1, 2))
@@ -169,23 +173,23 @@ class Walk:
         code, block = self._code, self.of.blocks[self.layer]
         assert code is not None
         held, below = self._hold(), self._read(self.layer - 1)
-        products = code.products(self._gradient)
+        products = code.products(self.gradient)
         for node in nodes:
             if node < products.shape[-1]:
                 of_one = torch.zeros_like(products)
                 of_one[..., node] = products[..., node]
                 gradient, _ = code.through_encoder(of_one)
             elif self.of.leaf_error:
-                gradient = torch.zeros_like(self._gradient)
+                gradient = torch.zeros_like(self.gradient)
             else:
-                gradient, _ = code.through_error(self._gradient)
+                gradient, _ = code.through_error(self.gradient)
             gradient, _ = block(gradient, held)
             of_features, errors, _ = below.relevance(gradient)
             yield torch.cat([of_features.sum(1), errors.sum(1, keepdim=True)], dim=1)
 
     def _through_block(self) -> None:
         """Through block `layer`, and on to the SAE that reads the stream before it."""
-        self._gradient, constants = self.of.blocks[self.layer](self._gradient, self._hold())
+        self.gradient, constants = self.of.blocks[self.layer](self.gradient, self._hold())
         self._constants = self._constants + constants
         self.layer -= 1
         self._code = self._read(self.layer) if self.layer >= 0 else None

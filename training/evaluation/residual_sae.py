@@ -10,6 +10,7 @@ L blocks, B images, T tokens, d width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,12 +33,19 @@ from vitrine.training.data.activations import residual_streams
 from vitrine.training.data.held_out import HeldOut
 from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.cascades import Cascades
+from vitrine.training.evaluation.curves import node_faithfulness
 from vitrine.training.evaluation.evaluate import label_embeddings, summary
-from vitrine.training.evaluation.measure import classifier, sample, tapped
+from vitrine.training.evaluation.levels import levels
+from vitrine.training.evaluation.measure import AT_ONCE, classifier, sample, tapped
+from vitrine.training.evaluation.medians import medians
 from vitrine.training.evaluation.reconstruction import Reconstruction
+from vitrine.training.evaluation.relevance import Medians
+from vitrine.training.evaluation.residual_nodes import residual_nodes
 from vitrine.training.evaluation.results import SaeResults, Seeds
 from vitrine.training.evaluation.survey import Surveyor
 from vitrine.training.recipes.recipe import ResidualSaeRecipe
+
+MEDIAN_BYTES = 2**30  # kept on the host meanwhile
 
 
 class Versions(NamedTuple):
@@ -143,8 +151,21 @@ def evaluate_summary(
     return summary(measured.standardised.figures(), baseline, *(cascades or (None, None)))
 
 
-def evaluate(clip: Clip, checkpoint: Path, images: HeldOut, console: Console, *, seed: int = 0) -> SaeResults:
-    """All figures for the SAEs of a checkpoint. Raises `CheckpointError` if they were trained on another CLIP."""
+def evaluate(
+    clip: Clip,
+    checkpoint: Path,
+    images: HeldOut,
+    console: Console,
+    *,
+    seed: int = 0,
+    curves: int = 0,
+    of_medians: HeldOut | None = None,
+) -> SaeResults:
+    """All figures for the SAEs of a checkpoint; curves: so many images have their nodes inserted and deleted
+    (`training.evaluation.curves`), about the medians of the images `of_medians`.
+
+    Raises `CheckpointError` if they were trained on another CLIP.
+    """
     saes, meta = load_residual_saes(checkpoint)
     check_clip(checkpoint, meta, clip)
     assert isinstance(meta.recipe, ResidualSaeRecipe)  # load_residual_saes has seen to it
@@ -153,6 +174,11 @@ def evaluate(clip: Clip, checkpoint: Path, images: HeldOut, console: Console, *,
     singles, windows = [range(layer, layer + 1) for layer in range(saes.layers)], paper_windows(saes.layers)
     measured = measure(clip, saes, images, embeddings, singles, windows, TOKENS, bootstrap, console)
     baseline, cascades = measured.cascades.figures(bootstrap)
+    nodes = None
+    if curves and of_medians and images.labels:
+        kinds = residual_nodes(clip, saes, medians_over(clip, saes, of_medians, console), seed)
+        nodes = node_faithfulness(clip, kinds, images, embeddings, curves, console, seed=seed)
+        nodes = nodes and nodes.model_copy(update={"medians": len(of_medians)})
     return SaeResults(
         recipe=meta.recipe,
         clip=ClipIdentity(name=clip.name, weights=clip.weights, sha256=clip.sha256),
@@ -170,4 +196,23 @@ def evaluate(clip: Clip, checkpoint: Path, images: HeldOut, console: Console, *,
         baseline=baseline,
         singles=measured.singles.figures(bootstrap)[1],
         cascades=cascades,
+        nodes=nodes,
+        levels=levels(clip, saes, images, console, seed=seed, training_seed=meta.recipe.training.seed),
     )
+
+
+def medians_over(clip: Clip, saes: ResidualSaes, images: HeldOut, console: Console) -> Medians:
+    """The medians of `training.evaluation.medians` over some images, in as many passes as MEDIAN_BYTES asks for."""
+    of_token = len(images) * saes.layers * (8 * saes.width + 12 * max(saes.architecture.k + saes.architecture.k_cls))
+    at_once = min(clip.tower.tokens, max(1, MEDIAN_BYTES // of_token))
+    passes = -(-clip.tower.tokens // at_once)
+    with Progress(console) as progress:
+        task = progress.task("medians", passes * len(images), "images")
+
+        def batches() -> Iterator[Tensor]:
+            for pixels, _ in images.batches():
+                for few in pixels.split(AT_ONCE):
+                    yield few
+                    task.advance(len(few))
+
+        return medians(clip.tower, saes, batches, at_once)

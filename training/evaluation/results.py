@@ -161,7 +161,7 @@ class Faithfulness(_Part):
 
 
 class NodePoint(_Part):
-    """Means over images, with some features at their means."""
+    """Means over images, with some nodes at their usual values."""
 
     above_mean: Estimate  # top-1's logit less the mean over labels, as a share of its value with nothing taken away
     logit: float  # of the image's own top-1
@@ -170,21 +170,24 @@ class NodePoint(_Part):
 
 
 class NodeCurve(_Part):
-    """One ranking of the features of each image (`training.evaluation.rankings`), by fraction of the active ones."""
+    """One ranking of the nodes of each image (`training.evaluation.rankings` of a CLT's features,
+    `training.evaluation.residual_nodes`), by fraction of the active ones."""
 
     ranking: str
-    deletion: list[NodePoint]  # the best-ranked at their means
-    insertion: list[NodePoint]  # all others at their means
+    active: float  # nodes of an image, mean
+    deletion: list[NodePoint]  # the best-ranked at their usual values
+    insertion: list[NodePoint]  # all others at their usual values
     deletion_area: Estimate  # of `above_mean`, the fractions equally spaced
     insertion_area: Estimate
-    at_nodes: NodePoint  # deletion of so many features
+    regained: Estimate  # by insertion of 2 %: share of the way from everything at its usual value to nothing
+    at_nodes: NodePoint  # deletion of so many nodes
 
 
 class NodeFaithfulness(_Part):
-    """Insertion and deletion of features in the running network (`training.evaluation.curves`)."""
+    """Insertion and deletion of nodes in the running network (`training.evaluation.curves`)."""
 
     images: int
-    active: float  # features (layer, index) of an image, mean
+    medians: int = 0  # images of the medians that are usual; 0: means over the val images are
     fractions: list[float]
     nodes: int
     above_mean: float  # top-1's logit less the mean over labels, with nothing taken away
@@ -192,6 +195,43 @@ class NodeFaithfulness(_Part):
 
     def curve(self, ranking: str) -> NodeCurve:
         return next(curve for curve in self.curves if curve.ranking == ranking)
+
+
+class UnitFigure(_Part):
+    """Of the units of a layer that fire often enough to be counted: shares, as `training.evaluation.unit_statistics`
+    defines them."""
+
+    median: float
+    low: float  # quartiles
+    high: float
+    chance: float  # median of the shuffled figures
+    above: float  # share of units above 95 % of the shuffled figures
+    over_half: float  # share of units above a half
+
+
+class LayerLevels(_Part):
+    """What one layer's units answer to; None: nothing to be said, or no classes."""
+
+    units: int
+    counted: int
+    position: UnitFigure | None
+    of_class: UnitFigure | None
+    colour: UnitFigure | None
+    purity: UnitFigure | None
+    fires: float | None  # medians
+    spread: float | None
+    evenness: float | None
+
+
+class Levels(_Part):
+    """Features of residual SAEs by layer, beside those of the untrained SAEs and the stream's channels
+    (`training.evaluation.levels`)."""
+
+    images: int
+    classes: int
+    features: list[LayerLevels]
+    untrained: list[LayerLevels]
+    neurons: list[LayerLevels]
 
 
 class Neighbours(_Part):
@@ -249,6 +289,7 @@ class AnyResults(_Part):
     reconstruction: dict[Tokens, TokenFigures]
     baseline: Estimate | None  # zero-shot top-1 of CLIP itself; None: the images have no classes, or no labels
     cascades: list[Cascade]  # [] without labels
+    nodes: NodeFaithfulness | None = None  # None: not asked for, or no labels
 
     def cascade(self, first: int, last: int, tokens: Tokens) -> Cascade:
         return next(c for c in self.cascades if (c.first, c.last, c.tokens) == (first, last, tokens))
@@ -260,6 +301,7 @@ class SaeResults(AnyResults):
     recipe: ResidualSaeRecipe
     raw: dict[Tokens, TokenFigures]  # of the stream itself
     singles: list[Cascade]  # the stream after one block replaced, all tokens; [] without labels
+    levels: Levels
 
 
 class Results(AnyResults):
@@ -269,7 +311,6 @@ class Results(AnyResults):
     contributions: dict[Tokens, Contributions]
     faithfulness: Faithfulness | None  # None: no labels
     retrieval: Retrieval | None  # None: too few images, or without classes
-    nodes: NodeFaithfulness | None = None  # None: not asked for, or no labels
     comparison: Comparison | None = None
 
 

@@ -1,23 +1,13 @@
-"""The report's figures as inline SVG that follows the page's light or dark theme.
-
-Matplotlib writes colours into the SVG; two placeholder colours are replaced afterwards by the page's own: `_INK` by the
-text colour, `_LINE` by `var(--line)`. Text is kept as text. Ids are prefixed with the figure's name, so that several
-figures can be on one page.
-"""
+"""The report's figures of a CLT, and those that either kind of dictionary has (`training.report.drawing`)."""
 
 from __future__ import annotations
 
-import html
-import io
-import re
-from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
-from matplotlib.figure import Figure
 
 from vitrine.models.account.windows import TOKENS, Tokens
 from vitrine.training.evaluation.results import (
@@ -31,10 +21,9 @@ from vitrine.training.evaluation.results import (
     TokenFigures,
 )
 from vitrine.training.report import paper
+from vitrine.training.report.drawing import COLOURS, INK, STYLE, by_layer, changes, errors, line, new_figure, svg
 from vitrine.training.report.tables import NODE_RANKING_NAMES, RANKING_NAMES, TOKEN_NAMES
 
-_INK, _LINE = "#010203", "#fdfcfb"
-_COLOURS = {"all": "#2a9d8f", "cls": "#e07a1f", "patches": "#7c6bd6", "image": "#d6457f", "random": "#8a8f98"}
 _NODE_COLOURS = {
     "sources_mean": "#e07a1f",
     "sources": "#d6457f",
@@ -42,27 +31,11 @@ _NODE_COLOURS = {
     "gradient": "#7c6bd6",
     "activation": "#4c86c6",
     "random": "#8a8f98",
-}
-_MARKERS = {"all": "o", "cls": "s", "patches": "^", "image": "D"}
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _INK,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _LINE,
-    "grid.linewidth": 0.6,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "legend.frameon": False,
-    "figure.facecolor": "none",
+    "relevance": "#e07a1f",
+    "through_errors": "#d6457f",
+    "plain": "#b59b2b",
+    "tokens": "#7a4b2a",
+    "neurons": "#2a9d8f",
 }
 # Transparent at C = 0, so that the page's background is the middle of the scale in both themes.
 _BLUE, _ORANGE = (0.20, 0.45, 0.85), (0.93, 0.52, 0.08)
@@ -73,21 +46,21 @@ _SIGNED = LinearSegmentedColormap.from_list(
 
 def reconstruction(results: AnyResults) -> str:
     """R^2 by layer and token type; those of the comparison are dotted."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(1, height=3.2)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(1, height=3.2)
         for figures, style, suffix in _compared(results):
             for tokens in TOKENS:
                 values = [layer.r2 for layer in figures[tokens].layers]
-                _line(axes[0], values, tokens, TOKEN_NAMES[tokens] + suffix, style)
-        _by_layer(axes[0], results.layers, "R²")
+                line(axes[0], values, tokens, TOKEN_NAMES[tokens] + suffix, style)
+        by_layer(axes[0], results.layers, "R²")
         figure.legend(loc="outside upper left", ncols=3, fontsize=9)
-        return _svg(figure, "reconstruction", "R² by layer for all tokens, [CLS] and patches")
+        return svg(figure, "reconstruction", "R² by layer for all tokens, [CLS] and patches")
 
 
 def outliers(results: Results) -> str:
     """R^2 without outliers, median relative error and share of outliers, by layer and token type."""
-    with matplotlib.rc_context(_STYLE):
-        figure, panels = _figure(3, height=3.0)
+    with matplotlib.rc_context(STYLE):
+        figure, panels = new_figure(3, height=3.0)
         for panel, (name, scale, label) in zip(
             panels,
             (("r2_kept", 1, "R² without outliers"), ("relative_error", 1, "relative error"), ("outliers", 100, "%")),
@@ -97,11 +70,11 @@ def outliers(results: Results) -> str:
                 for tokens in TOKENS:
                     values = [getattr(layer, name) for layer in figures[tokens].layers]
                     shown = [float("nan") if value is None else scale * value for value in values]
-                    _line(panel, shown, tokens, TOKEN_NAMES[tokens] + suffix, style)
+                    line(panel, shown, tokens, TOKEN_NAMES[tokens] + suffix, style)
             panel.set_ylim(bottom=0 if name != "r2_kept" else None)
-            _by_layer(panel, results.layers, label if name != "outliers" else "outlier tokens, %")
+            by_layer(panel, results.layers, label if name != "outliers" else "outlier tokens, %")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, fontsize=9)
-        return _svg(figure, "outliers", "R² without outliers, relative error and outliers by layer and token type")
+        return svg(figure, "outliers", "R² without outliers, relative error and outliers by layer and token type")
 
 
 def _compared(results: AnyResults) -> list[tuple[dict[Tokens, TokenFigures], str, str]]:
@@ -116,42 +89,42 @@ def _compared(results: AnyResults) -> list[tuple[dict[Tokens, TokenFigures], str
 
 def sparsity(results: AnyResults) -> str:
     """L0 and dead features by layer."""
-    with matplotlib.rc_context(_STYLE):
-        figure, (left, right) = _figure(2, height=2.8)
+    with matplotlib.rc_context(STYLE):
+        figure, (left, right) = new_figure(2, height=2.8)
         for tokens in ("cls", "patches"):
             layers = results.reconstruction[tokens].layers
-            _line(left, [layer.l0 for layer in layers], tokens, TOKEN_NAMES[tokens])
+            line(left, [layer.l0 for layer in layers], tokens, TOKEN_NAMES[tokens])
         left.set_ylim(bottom=0)
         left.legend(fontsize=9, loc="lower right")
         dead = [100 * layer.dead_share for layer in results.reconstruction["all"].layers]
-        right.bar(range(results.layers), dead, color=_COLOURS["random"])
+        right.bar(range(results.layers), dead, color=COLOURS["random"])
         right.set_ylim(0, max(5.0, *dead) * 1.05)
-        _by_layer(left, results.layers, "active features a token")
-        _by_layer(right, results.layers, "dead features, %")
-        return _svg(figure, "sparsity", "Active features a token, and share of dead features, by layer")
+        by_layer(left, results.layers, "active features a token")
+        by_layer(right, results.layers, "dead features, %")
+        return svg(figure, "sparsity", "Active features a token, and share of dead features, by layer")
 
 
 def cascades(results: AnyResults) -> str:
     """Change in top-1 under replacement, with paired intervals, and, for a CLT, the paper's range for all tokens."""
-    with matplotlib.rc_context(_STYLE):
-        figure, (axes,) = _figure(1, height=3.8)
-        axes.axhline(0, color=_INK, linewidth=0.8, linestyle=":", label="CLIP itself")
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = new_figure(1, height=3.8)
+        axes.axhline(0, color=INK, linewidth=0.8, linestyle=":", label="CLIP itself")
         windows = list(dict.fromkeys(cascade.window for cascade in results.cascades))
         sets: list[tuple[list[Cascade], list[Estimate], str | None, str]] = []
-        sets.append((results.cascades, _changes(results.cascades), None, ""))
+        sets.append((results.cascades, changes(results.cascades), None, ""))
         comparison = results.comparison if isinstance(results, Results) else None
         if comparison:
-            sets.append((comparison.cascades, _changes(comparison.cascades), "none", f", {comparison.name}"))
-        for shift, (series, changes, face, suffix) in enumerate(sets):
+            sets.append((comparison.cascades, changes(comparison.cascades), "none", f", {comparison.name}"))
+        for shift, (series, of_series, face, suffix) in enumerate(sets):
             for at, tokens in enumerate(TOKENS):
-                shown = [(c, change) for c, change in zip(series, changes, strict=True) if c.tokens == tokens]
+                shown = [(c, change) for c, change in zip(series, of_series, strict=True) if c.tokens == tokens]
                 positions = [windows.index(c.window) + (at - 1) * 0.2 + shift * 0.08 for c, _ in shown]
-                _errors(axes, positions, [change for _, change in shown], tokens, TOKEN_NAMES[tokens] + suffix, face)
+                errors(axes, positions, [change for _, change in shown], tokens, TOKEN_NAMES[tokens] + suffix, face)
         label: str | None = "the paper, all tokens"
         for cascade in results.cascades if isinstance(results, Results) else ():
             change = paper.cascade_change(results.layers, cascade.first, cascade.tokens)
             if change and cascade.tokens == "all":
-                options: dict[str, Any] = {"color": _COLOURS["random"], "alpha": 0.3, "linewidth": 0, "label": label}
+                options: dict[str, Any] = {"color": COLOURS["random"], "alpha": 0.3, "linewidth": 0, "label": label}
                 axes.bar(windows.index(cascade.window) - 0.36, change[1] - change[0], 0.12, change[0], **options)
                 label = None
         axes.set_xticks(range(len(windows)), windows)
@@ -159,30 +132,13 @@ def cascades(results: AnyResults) -> str:
         axes.set(xlabel="layers replaced", ylabel="change of top-1, points")
         axes.grid(axis="x", visible=False)
         figure.legend(loc="outside upper left", ncols=5, fontsize=9)
-        return _svg(figure, "cascades", "Change of zero-shot top-1 by window of replaced layers, and tokens")
-
-
-def singles(results: SaeResults) -> str:
-    """Change in top-1, with paired intervals, and divergence with the stream replaced after one block."""
-    with matplotlib.rc_context(_STYLE):
-        figure, (left, right) = _figure(2, height=2.8)
-        left.axhline(0, color=_INK, linewidth=0.8, linestyle=":")
-        _errors(left, list(range(results.layers)), _changes(results.singles), "all", "all tokens", None)
-        _line(right, [cascade.divergence.value for cascade in results.singles], "all", "all tokens")
-        right.set_ylim(bottom=0)
-        _by_layer(left, results.layers, "change of top-1, points")
-        _by_layer(right, results.layers, "divergence, nats")
-        return _svg(figure, "singles", "Change of top-1, and divergence, with the stream replaced after one block")
-
-
-def _changes(series: list[Cascade]) -> list[Estimate]:
-    return [cascade.difference for cascade in series if cascade.difference is not None]
+        return svg(figure, "cascades", "Change of zero-shot top-1 by window of replaced layers, and tokens")
 
 
 def contributions(results: Results) -> str:
     """Heat maps of C: [CLS] and patches, raw and centred."""
-    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
-        figure, axes = _figure(4, height=8.6, columns=2)
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure, axes = new_figure(4, height=8.6, columns=2)
         figure.set_layout_engine("constrained", hspace=0.06)
         shown: list[tuple[str, Matrix]] = []
         for tokens in ("cls", "patches"):
@@ -190,7 +146,7 @@ def contributions(results: Results) -> str:
             shown += [(f"{TOKEN_NAMES[tokens]}, raw", scores.raw), (f"{TOKEN_NAMES[tokens]}, centred", scores.centred)]
         for panel, (title, matrix) in zip(axes, shown, strict=True):
             _heat_map(panel, np.array(matrix), title)
-        return _svg(figure, "contributions", "Contribution scores of every source layer to every target layer")
+        return svg(figure, "contributions", "Contribution scores of every source layer to every target layer")
 
 
 def faithfulness(results: Results) -> str:
@@ -198,8 +154,8 @@ def faithfulness(results: Results) -> str:
     names = ["keep_divergence", "drop_divergence"]
     if results.baseline:
         names = ["keep", "drop", *names]
-    with matplotlib.rc_context(_STYLE):
-        figure, panels = _figure(len(names), height=1.4 * len(names), columns=2)
+    with matplotlib.rc_context(STYLE):
+        figure, panels = new_figure(len(names), height=1.4 * len(names), columns=2)
         measured = results.faithfulness
         assert measured is not None
         for axes, name in zip(panels, names, strict=True):
@@ -207,10 +163,10 @@ def faithfulness(results: Results) -> str:
             _band(axes, getattr(measured, f"random_{name}"), scale)
             if scale == 100 and results.baseline:
                 own = 100 * results.baseline.value
-                axes.axhline(own, color=_INK, linewidth=0.8, linestyle=":", label="CLIP itself")
+                axes.axhline(own, color=INK, linewidth=0.8, linestyle=":", label="CLIP itself")
             for curve in measured.curves:
                 values = [scale * getattr(point, "value", point) for point in getattr(curve, name)]
-                _line(axes, values, curve.ranking, RANKING_NAMES[curve.ranking])
+                line(axes, values, curve.ranking, RANKING_NAMES[curve.ranking])
             axes.set_xticks(range(results.layers + 1))
             axes.set_xlabel(f"best-ranked source layers {'kept' if name.startswith('keep') else 'dropped'}")
         panels[0].set_ylabel("zero-shot top-1, %")
@@ -218,13 +174,13 @@ def faithfulness(results: Results) -> str:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=5, fontsize=9)
         top1 = "Zero-shot top-1, and divergence" if results.baseline else "Divergence"
         description = f"{top1} from CLIP's prediction, by number of source layers kept, and dropped"
-        return _svg(figure, "faithfulness", description)
+        return svg(figure, "faithfulness", description)
 
 
 def _band(axes: Axes, spreads: list[Spread], scale: float) -> None:
     """Random orders: their mean, and the range from lowest to highest."""
     if spreads:
-        positions, colour = range(len(spreads)), _COLOURS["random"]
+        positions, colour = range(len(spreads)), COLOURS["random"]
         lowest = [scale * spread.lowest for spread in spreads]
         highest = [scale * spread.highest for spread in spreads]
         axes.fill_between(positions, lowest, highest, alpha=0.22, linewidth=0, color=colour)
@@ -232,12 +188,12 @@ def _band(axes: Axes, spreads: list[Spread], scale: float) -> None:
         axes.plot(positions, means, linestyle="--", label="random order", color=colour)
 
 
-def nodes(results: Results) -> str:
-    """What is left of the logit by fraction of features deleted, and inserted, with 95 % intervals."""
+def nodes(results: AnyResults) -> str:
+    """What is left of the logit by fraction of nodes deleted, and inserted, with 95 % intervals."""
     measured = results.nodes
     assert measured is not None
-    with matplotlib.rc_context(_STYLE):
-        figure, panels = _figure(2, height=3.6)
+    with matplotlib.rc_context(STYLE):
+        figure, panels = new_figure(2, height=3.6)
         for axes, way in zip(panels, ("deletion", "insertion"), strict=True):
             for curve in measured.curves:
                 shares = [point.above_mean for point in getattr(curve, way)]
@@ -247,62 +203,30 @@ def nodes(results: Results) -> str:
                 )
                 label = NODE_RANKING_NAMES[curve.ranking]
                 axes.plot(positions, [s.value for s in shares], color=colour, marker="o", markersize=3.5, label=label)
-            axes.axhline(0, color=_INK, linewidth=0.8, linestyle=":")
+            axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
             axes.set_xticks(
                 range(len(measured.fractions)), [f"{100 * fraction:g}" for fraction in measured.fractions], fontsize=8
             )
-            axes.set_xlabel(f"active features {'deleted' if way == 'deletion' else 'inserted'}, %")
+            axes.set_xlabel(f"active nodes {'deleted' if way == 'deletion' else 'inserted'}, %")
         panels[0].set_ylabel("share of the logit left")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, fontsize=9)
-        return _svg(figure, "nodes", "Share of the logit by fraction of features deleted, and inserted, by ranking")
+        return svg(figure, "nodes", "Share of the logit by fraction of nodes deleted, and inserted, by ranking")
 
 
 def retrieval(results: Results) -> str:
     """Share of neighbours with the query's class, by layer."""
     measured = results.retrieval
     assert measured is not None
-    with matplotlib.rc_context(_STYLE):
-        figure, (axes,) = _figure(1, height=2.8)
-        _errors(axes, list(range(results.layers)), measured.layers, "cls", "sparse code at [CLS]", None)
-        axes.plot([100 * share.value for share in measured.layers], color=_COLOURS["cls"], linewidth=1)
-        axes.axhline(100 * measured.embedding.value, color=_COLOURS["all"], linewidth=1.2, label="CLIP's embedding")
-        axes.axhline(100 * measured.chance, color=_COLOURS["random"], linewidth=1.2, linestyle="--", label="chance")
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = new_figure(1, height=2.8)
+        errors(axes, list(range(results.layers)), measured.layers, "cls", "sparse code at [CLS]", None)
+        axes.plot([100 * share.value for share in measured.layers], color=COLOURS["cls"], linewidth=1)
+        axes.axhline(100 * measured.embedding.value, color=COLOURS["all"], linewidth=1.2, label="CLIP's embedding")
+        axes.axhline(100 * measured.chance, color=COLOURS["random"], linewidth=1.2, linestyle="--", label="chance")
         axes.set_ylim(0, 100)
-        _by_layer(axes, results.layers, "same class, %")
+        by_layer(axes, results.layers, "same class, %")
         figure.legend(loc="outside upper left", ncols=3, fontsize=9)
-        return _svg(figure, "retrieval", "Share of the nearest images that have the query's class, by layer")
-
-
-def _figure(panels: int, height: float, columns: int | None = None) -> tuple[Figure, list[Axes]]:
-    columns = columns or panels
-    figure = Figure(figsize=(8.6, height), layout="constrained")
-    axes = figure.subplots(panels // columns, columns, squeeze=False)
-    return figure, list(axes.flat)
-
-
-def _line(axes: Axes, values: Sequence[float], kind: str, label: str, style: str = "-") -> None:
-    marker: dict[str, Any] = {"marker": _MARKERS[kind], "markersize": 4.5}
-    axes.plot(range(len(values)), values, color=_COLOURS[kind], linestyle=style, label=label, **marker)
-
-
-def _errors(
-    axes: Axes, positions: Sequence[float], estimates: list[Estimate], kind: str, label: str, face: str | None
-) -> None:
-    values = np.array([100 * estimate.value for estimate in estimates])
-    reach = [values - [100 * e.low for e in estimates], [100 * e.high for e in estimates] - values]
-    options: dict[str, Any] = {
-        "fmt": _MARKERS[kind],
-        "markersize": 5.5,
-        "markerfacecolor": face,
-        "elinewidth": 1.2,
-        "capsize": 2.5,
-    }
-    axes.errorbar(positions, values, np.maximum(reach, 0), color=_COLOURS[kind], label=label, **options)
-
-
-def _by_layer(axes: Axes, layers: int, label: str) -> None:
-    axes.set_xticks(range(layers))
-    axes.set(xlabel="layer", ylabel=label)
+        return svg(figure, "retrieval", "Share of the nearest images that have the query's class, by layer")
 
 
 def _heat_map(axes: Axes, matrix: np.ndarray, title: str) -> None:
@@ -323,21 +247,3 @@ def _heat_map(axes: Axes, matrix: np.ndarray, title: str) -> None:
     axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=11)
     axes.set(xlabel="source layer", ylabel="target layer")
-
-
-def _svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as an <svg> element."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\1{name}-", svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)  # the page sets the size
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r"font-family: [^;]*; ", "", svg)
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # would apply to the whole page
-    svg = svg.replace(_INK, "currentColor").replace(_LINE, "var(--line)")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)

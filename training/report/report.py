@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,67 +19,11 @@ from vitrine.models.clip.loading import Clip
 from vitrine.models.files.writing import write_text
 from vitrine.training.data.held_out import HeldOut
 from vitrine.training.evaluation.results import AnyResults, Results, SaeResults
-from vitrine.training.report import figures
+from vitrine.training.report import figures, sae_figures
+from vitrine.training.report.definitions import DEFINITIONS, SAE_DEFINITIONS, SAE_SECTIONS, SECTIONS
 from vitrine.training.report.sheets import sheets
 from vitrine.training.report.tables import Sheet, percent, points, signed
 
-SECTIONS = {
-    "reconstruction": "Reconstruction",
-    "replacement": "Replacement",
-    "contributions": "Contributions",
-    "faithfulness": "Faithfulness",
-    "nodes": "Insertion and deletion",
-    "retrieval": "Retrieval",
-    "provenance": "What was measured",
-    "definitions": "Definitions",
-}
-DEFINITIONS = {
-    "Cross-Layer Transcoder (CLT)": "Sparse stand-ins for all MLPs of a transformer at once. The code z_i of source "
-    "layer i is made from what MLP i reads, and adds to the output of every MLP from i on: y_j = b_j + Σ z_i W(i→j).",
-    "R²": "1 − Σ|y − y′|² / Σ|y − mean y|², over tokens and dimensions, for the MLP's output y and the CLT's y′; [CLS] "
-    "and patches about their own means. A CLT's R² is the mean over layers.",
-    "Outlier tokens, R² kept": "An outlier's MLP output is longer than three times the median of its layer's tokens. "
-    "In pretrained ViTs a few are a hundred times as long: they own the variance, and R² with them says little about "
-    "the others. R² kept: over the other tokens, about their own mean.",
-    "Relative error": "Median over tokens of |y − y′|/|y|.",
-    "L0, dead features": "Active features a token; share of features that fired for no token measured here.",
-    "Cascaded replacement": "The MLPs of a window of layers are replaced by the CLT, and every later layer reads the "
-    "replaced stream. Layers before the window read CLIP's own stream and still write into the window.",
-    "Divergence": "Kullback-Leibler, of the zero-shot distribution over the labels from CLIP's own; mean over images.",
-    "Contribution score C(i→j)": "Mean over tokens of ⟨c, y⟩/|y|² with c = z_i W(i→j) and y = Σ c over i ≤ j, without "
-    "the bias. Centred: c and y less their means over the data set, by pair of layers and token type.",
-    "Drop and keep": "The last MLP's output at [CLS] is the bias and what some source layers write, on CLIP's own "
-    "stream. Dropped layers are left out; kept ones alone are left in.",
-    "Insertion and deletion": "Each image's active features, over all tokens, are ranked and set to their means (over "
-    "the val images, at [CLS] and at patches) in the running network: the difference they would have written is added, "
-    "the true MLPs go on. Deletion: the best-ranked at their means. Insertion: all others. Images that CLIP classifies "
-    "rightly, where that is known. Area: mean of the curve over the fractions as listed; low is good for deletion, "
-    "high for insertion.",
-    "Rankings of features": "For the top-1's logit less the mean over labels. Sources: z⟨W, G⟩, G the gradient at what "
-    "each MLP wrote, back through attention alone with its weights and LayerNorms' denominators held fast; about the "
-    "mean: (z − mean z)⟨W, G⟩ over all tokens. Direct: what a feature writes at [CLS], straight to the logit. "
-    "Gradient × activation: the true gradient, through MLPs, attention and norms, in place of G. Activation: z summed "
-    "over tokens.",
-    "Retrieval": "Cosine of the sparse codes at [CLS] of one layer; the query itself is left out.",
-    "Intervals": "Percentile bootstrap over images, 95 %. All figures share the resamples, so that differences are "
-    "paired by image.",
-    "The paper's figures": "arXiv 2604.13304, CLIP B/32 and B/16 on CIFAR-100, COCO and ImageNet-100: lowest to "
-    "highest of its cells, for its own CLIPs and data. Accuracies under replacement and R² were read off its charts.",
-}
-SAE_SECTIONS = {name: SECTIONS[name] for name in ("reconstruction", "replacement", "provenance", "definitions")}
-SAE_DEFINITIONS = {
-    "Residual SAEs": "Sparse autoencoders of the residual stream, one after every block but the last. A token x is "
-    "standardised by its own mean and deviation, x′ = (x − m)/s; z = φ(W x′ + b), and the SAE's version is "
-    "(z V + c) s + m, with rows of V of length 1.",
-    "Fraction of variance explained": "1 − Σ|x − x̂|² / Σ|x − mean x|², over tokens and dimensions; [CLS] and patches "
-    "about their own means. Of standardised tokens, which is what the SAEs are trained on, and of the raw stream, in "
-    "which a few massive tokens may own the variance. Without outliers: tokens not longer than three times the median "
-    "of their layer's tokens, about their own mean.",
-    "Relative error": "Median over tokens of |x′ − x̂′|/|x′|.",
-    "Replacement": "The stream after a block is its SAE's version of it. In a window every later block, and SAE, reads "
-    "what those before it made.",
-    **{name: DEFINITIONS[name] for name in ("L0, dead features", "Divergence", "Intervals")},
-}
 _TABLE_OF_SECTION = {
     "replacement": "cascades",
     "faithfulness": "faithfulness",
@@ -102,7 +47,7 @@ def write_report(results: Results | SaeResults, thumbnails: dict[int, str], path
         results=results,
         sections=[(name, title) for name, title in titles.items() if name not in missing],
         key_figures=_key_figures(results),
-        figures={name: Markup(getattr(figures, name)(results)) for name in drawn},  # noqa: S704  (our own SVG)
+        figures={name: Markup(draw(results)) for name, draw in drawn.items()},  # noqa: S704  (our own SVG)
         tables=tables,
         examples=_examples(results, thumbnails) if isinstance(results, Results) else [],
         recipe=tomli_w.dumps(results.recipe.model_dump(mode="json", exclude_none=True)),
@@ -111,17 +56,21 @@ def write_report(results: Results | SaeResults, thumbnails: dict[int, str], path
     write_text(path, page)
 
 
-def _drawn_of_clt(results: Results) -> list[str]:
+def _drawn_of_clt(results: Results) -> dict[str, Callable[[Any], str]]:
     drawn = ["reconstruction", "outliers", "sparsity", "contributions"]
     drawn += ["cascades"] if results.baseline else []
     drawn += ["faithfulness"] if results.faithfulness else []
     drawn += ["nodes"] if results.nodes else []
-    return drawn + (["retrieval"] if results.retrieval else [])
+    drawn += ["retrieval"] if results.retrieval else []
+    return {name: getattr(figures, name) for name in drawn}
 
 
-def _drawn_of_saes(results: SaeResults) -> list[str]:
-    drawn = ["reconstruction", "sparsity"] + (["singles"] if results.singles else [])
-    return drawn + (["cascades"] if results.baseline else [])
+def _drawn_of_saes(results: SaeResults) -> dict[str, Callable[[Any], str]]:
+    drawn = ["reconstruction", "sparsity"]
+    drawn += ["cascades"] if results.baseline else []
+    drawn += ["nodes"] if results.nodes else []
+    own = ["levels", *(["singles"] if results.singles else [])]
+    return {name: getattr(figures, name) for name in drawn} | {name: getattr(sae_figures, name) for name in own}
 
 
 def draw_thumbnails(results: Results, images: HeldOut, clip: Clip) -> dict[int, str]:

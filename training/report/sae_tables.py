@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vitrine.models.account.windows import TOKENS
-from vitrine.training.evaluation.results import Cascade, SaeResults
-from vitrine.training.report.tables import TOKEN_NAMES, Sheet, of_layer, or_none, percent, points, rows_of
+from vitrine.training.evaluation.results import Cascade, Levels, SaeResults
+from vitrine.training.report.tables import TOKEN_NAMES, Sheet, nodes, of_layer, or_none, percent, points, rows_of
 
 
 def of_saes(results: SaeResults) -> dict[str, Sheet]:
@@ -12,6 +12,9 @@ def of_saes(results: SaeResults) -> dict[str, Sheet]:
     tables = {"reconstruction": versions(results)}
     if results.cascades:
         tables |= {"singles": singles(results), "cascades": cascades(results)}
+    if results.nodes:
+        tables["nodes"] = nodes(results.nodes)
+    tables["levels"] = levels(results.levels)
     return tables
 
 
@@ -65,3 +68,36 @@ def cascades(results: SaeResults) -> Sheet:
         rows,
         text=2,
     )
+
+
+def levels(measured: Levels) -> Sheet:
+    """By SAE: what its features answer to, beside chance, the untrained SAE and the stream's channels."""
+    names = {"position": "position", "of_class": "class", "colour": "colour", "purity": "purity"}
+    columns = ["after block", "counted"]
+    for name in names.values():
+        columns += [f"{name}: above chance", "median", "shuffled", "untrained", "neurons"]
+    columns += ["position over .5", "fires", "spread", "evenness"]
+    rows = []
+    for layer, own in enumerate(measured.features):
+        row = [str(layer), f"{own.counted:,} of {own.units:,}"]
+        for name in names:
+            figures = [getattr(kind[layer], name) for kind in (measured.features, measured.untrained, measured.neurons)]
+            of_features = figures[0]
+            row += (
+                ["–", "–", "–"]
+                if of_features is None
+                else [f"{of_features.above:.0%}", _share(of_features.median), _share(of_features.chance)]
+            )
+            row += [_share(figure and figure.median) for figure in figures[1:]]
+        row.append("–" if own.position is None else f"{own.position.over_half:.1%}")
+        rows.append([*row, *(_share(figure) for figure in (own.fires, own.spread, own.evenness))])
+    return Sheet(
+        f"What features answer to at patches, {measured.images:,} images of {measured.classes:,} classes, medians over "
+        "the features that fire in 16 images or more. Above chance: above 95 % of the shuffled figures.",
+        columns,
+        rows,
+    )
+
+
+def _share(figure: float | None) -> str:
+    return "–" if figure is None else f"{figure:.3f}".removeprefix("0")

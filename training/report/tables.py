@@ -26,6 +26,11 @@ NODE_RANKING_NAMES = {
     "gradient": "gradient × activation",
     "activation": "activation",
     "random": "random",
+    "relevance": "relevance",
+    "through_errors": "relevance, through errors",
+    "plain": "relevance, nothing held fast",
+    "tokens": "relevance, token by token",
+    "neurons": "neurons, relevance",
 }
 
 
@@ -220,18 +225,22 @@ def contributions(results: Results) -> Sheet:
 
 
 def nodes(measured: NodeFaithfulness) -> Sheet:
-    """Insertion and deletion of features in the running network, by ranking."""
+    """Insertion and deletion of nodes in the running network, by ranking."""
     shown = [at for at, fraction in enumerate(measured.fractions) if 0.005 <= fraction <= 0.1]
-    columns = ["ranked by", f"{measured.nodes} deleted", "the same top-1", "deletion area", "insertion area"]
-    columns += [f"{measured.fractions[at]:.1%} inserted" for at in shown]
+    columns = ["ranked by", "nodes", f"{measured.nodes} deleted", "the same top-1", "deletion area", "insertion area"]
+    columns += ["2.0% regain", *(f"{measured.fractions[at]:.1%} inserted" for at in shown)]
     rows = []
     for curve in measured.curves:
-        areas = [_interval(area) for area in (curve.deletion_area, curve.insertion_area)]
-        row = [NODE_RANKING_NAMES[curve.ranking], _interval(curve.at_nodes.above_mean), f"{curve.at_nodes.stays:.0%}"]
-        rows.append([*row, *areas, *(_decimal(curve.insertion[at].above_mean.value) for at in shown)])
+        areas = [_interval(figure) for figure in (curve.deletion_area, curve.insertion_area, curve.regained)]
+        row = [NODE_RANKING_NAMES[curve.ranking], f"{curve.active:,.0f}"]
+        row += [_interval(curve.at_nodes.above_mean), f"{curve.at_nodes.stays:.0%}", *areas]
+        rows.append([*row, *(_decimal(curve.insertion[at].above_mean.value) for at in shown)])
+    none_left = measured.curves[0].insertion[0].above_mean.value
+    usual = f"medians over {measured.medians:,} train images" if measured.medians else "means"
     return Sheet(
-        f"Features set to their means in the running network, {measured.images:,} images with {measured.active:,.0f} "
-        "active features in the mean: what is left of the top-1's logit less the mean over labels, as a share.",
+        f"Active nodes set to their {usual} in the running network, {measured.images:,} images: what is left of the "
+        f"top-1's logit less the mean over labels, as a share; {_decimal(none_left)} with all of them there. "
+        "Regain: of the way from there to all of the logit.",
         columns,
         rows,
     )

@@ -34,6 +34,9 @@ def evaluate(
         int,
         typer.Option(min=0, help="Images whose features are deleted and inserted, as several accounts rank them."),
     ] = 24,
+    medians: Annotated[
+        int, typer.Option(min=1, help="Of residual SAEs: train images whose medians stand in for deleted features.")
+    ] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 50,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the sample, the bootstrap and the random orders.")] = 0,
@@ -41,13 +44,13 @@ def evaluate(
 ) -> None:
     """Measure a CLT, or residual SAEs, as its paper does, on val images: results.json, tables, and a report.
 
-    Of residual SAEs there are no curves and no comparison.
+    Residual SAEs are compared with no other run.
     """
     import torch
 
     from vitrine.models.files.writing import prepare_folder
     from vitrine.training.checkpoint import latest, read_meta
-    from vitrine.training.data.held_out import held_out
+    from vitrine.training.data.held_out import held_out, train_images
     from vitrine.training.evaluation import residual_sae
     from vitrine.training.evaluation.evaluate import evaluate as run
     from vitrine.training.recipes.recipe import ResidualSaeRecipe
@@ -62,6 +65,7 @@ def evaluate(
     out = out or newest / "evaluation"
     prepare_folder(out)
     clip = load_clip_of(recipe, data_root)
+    loading = {"batch_size": batch_size, "workers": workers}
     chosen = held_out(
         recipe.data,
         data_root,
@@ -69,13 +73,15 @@ def evaluate(
         images=images,
         seed=seed,
         labels=named or meta.labels or None,
-        batch_size=batch_size,
-        workers=workers,
+        **loading,
     )
     chosen.data.print_summary(console)
     clip.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(recipe, ResidualSaeRecipe):
-        of_saes = residual_sae.evaluate(clip, newest, chosen, console, seed=seed)
+        of_medians = (
+            train_images(recipe.data, data_root, clip, images=medians, seed=seed, **loading) if curves else None
+        )
+        of_saes = residual_sae.evaluate(clip, newest, chosen, console, seed=seed, curves=curves, of_medians=of_medians)
         _write(of_saes, {}, out, console)
     else:
         results = run(clip, newest, chosen, console, other=other, seed=seed, curves=curves)

@@ -9,6 +9,7 @@ from vitrine.models.dictionary.average import mean_code
 from vitrine.models.dictionary.edited import Edited
 from vitrine.training.data.held_out import held_out
 from vitrine.training.evaluation.curves import FRACTIONS, Curves, _areas, node_faithfulness
+from vitrine.training.evaluation.nodes import CltNodes
 from vitrine.training.evaluation.rankings import NODE_RANKINGS
 
 
@@ -27,7 +28,7 @@ def logits(clip, residual, labels):
 @torch.no_grad()
 def test_points_are_runs_of_the_edited_network(clip, clt, make_pixels, setting):
     labels, mean = setting
-    curves = Curves(clip, clt, labels, mean)
+    curves = Curves(clip, labels, [CltNodes(clip, clt, mean)])
     images = [make_pixels(1, seed=seed) for seed in (2, 3)]
     for pixels in images:
         curves.update(pixels)
@@ -39,7 +40,7 @@ def test_points_are_runs_of_the_edited_network(clip, clt, make_pixels, setting):
         own = logits(clip, clip.tower(pixels).residual_out[:, 0], labels)[0]
         top1 = int(own.argmax())
         whole.append(float(own[top1] - own.mean()))
-        scores, active = curves.rankings(pixels, labels[top1] - labels.mean(0))
+        scores, active = curves.kinds[0].rankings(pixels, labels[top1] - labels.mean(0))
         for name in NODE_RANKINGS[:-1]:  # the random one has another number each time
             nodes = active.flatten().nonzero()[:, 0]
             nodes = nodes[scores[name].flatten()[nodes].argsort(descending=True, stable=True)]
@@ -60,7 +61,8 @@ def test_points_are_runs_of_the_edited_network(clip, clt, make_pixels, setting):
 
 
 def test_nothing_taken_away_is_clip_itself(clip, clt, make_pixels, setting):
-    curves = Curves(clip, clt, *setting)
+    labels, mean = setting
+    curves = Curves(clip, labels, [CltNodes(clip, clt, mean)])
     curves.update(make_pixels(1, seed=2))
     for curve in curves.figures().curves:
         for point in (curve.deletion[0], curve.insertion[-1]):
@@ -81,6 +83,7 @@ def test_images_are_those_that_clip_classifies_rightly(clip, clt, recipe, data_r
         for pixels, truth in images.batches()
     )
     assert 0 < right < len(images)
-    figures = node_faithfulness(clip, clt, images, labels, mean, 100, Console(quiet=True))
+    kinds = [CltNodes(clip, clt, mean)]
+    figures = node_faithfulness(clip, kinds, images, labels, 100, Console(quiet=True))
     assert figures.images == right
-    assert node_faithfulness(clip, clt, images, labels, mean, 1, Console(quiet=True)).images == 1
+    assert node_faithfulness(clip, kinds, images, labels, 1, Console(quiet=True)).images == 1

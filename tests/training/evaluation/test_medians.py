@@ -18,6 +18,7 @@ def test_medians_are_those_over_all_images(clip, make_saes, make_pixels, sparsif
         code = Code(saes, layer, stream)
         torch.testing.assert_close(found.activations[layer], code.values.median(0).values, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.errors[layer], code.errors.median(0).values, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.streams[layer], stream.median(0).values, rtol=1e-4, atol=1e-5)
         assert found.activations[layer].any(), "some features are active in most images"
     if sparsifier == "abs_topk":
         assert any((of_layer < 0).any() for of_layer in found.activations)

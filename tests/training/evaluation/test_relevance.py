@@ -53,7 +53,8 @@ def random_medians(saes, tokens):
     generator = torch.Generator().manual_seed(5)
     shapes = [(tokens, features) for features in saes.architecture.features]
     activations = [torch.rand(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    return Medians(activations, torch.randn(saes.layers, tokens, saes.width, generator=generator, dtype=torch.float64))
+    shape = 2, saes.layers, tokens, saes.width
+    return Medians(activations, *torch.randn(shape, generator=generator, dtype=torch.float64))
 
 
 def check(clip, saes, pixels, *, leaf_error, hierarchical=False, with_medians=True):

@@ -11,11 +11,12 @@ from vitrine.commands import app
 from vitrine.models.dictionary.residual_replacement import ResidualReplacement
 from vitrine.models.dictionary.residual_sae import ResidualSaes, standardise
 from vitrine.training.checkpoint import CheckpointMeta, save_checkpoint
-from vitrine.training.data.held_out import held_out
+from vitrine.training.data.held_out import held_out, train_images
 from vitrine.training.evaluation.residual_sae import evaluate
 from vitrine.training.recipes.recipe import ResidualSaeRecipe, ResidualSaeSection
 
 QUIET = Console(quiet=True)
+OF_CURVES = ("--curves", "2", "--medians", "20")
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +46,9 @@ def images(recipe, clip, data_root):
 
 
 @pytest.fixture(scope="module")
-def results(sae_checkpoint, clip, images):
-    return evaluate(clip, sae_checkpoint[0], images, QUIET)
+def results(sae_checkpoint, clip, images, recipe, data_root):
+    of_medians = train_images(recipe.data, data_root, clip, images=20, workers=0)
+    return evaluate(clip, sae_checkpoint[0], images, QUIET, curves=2, of_medians=of_medians)
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +110,28 @@ def test_predictions_are_those_of_the_replacement_model(results, sae_checkpoint,
 def test_the_command_writes_results_tables_and_a_page(results, sae_checkpoint, data_root, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     arguments = ["evaluate", "--checkpoint", sae_checkpoint[0], "--data-root", data_root, "--out", tmp_path]
-    done = CliRunner().invoke(app, [*map(str, arguments), "--workers", "0", "--device", "cpu"])
+    done = CliRunner().invoke(app, [*map(str, arguments), "--workers", "0", "--device", "cpu", *OF_CURVES])
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(results.model_dump_json())
-    for phrase in ("after block", "explained, [CLS]", "same prediction", "raw cosine"):
+    for phrase in (
+        "after block",
+        "explained, [CLS]",
+        "same prediction",
+        "raw cosine",
+        "medians over 20 train images",
+        "What features answer to",
+    ):
         assert phrase in done.output
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 4
-    for phrase in ("tiny-sae", 'id="replacement"', "Fraction of variance explained", "residual_sae"):
+    assert page.count("<svg") == 6
+    for phrase in (
+        "tiny-sae",
+        'id="replacement"',
+        "Fraction of variance explained",
+        "residual_sae",
+        'id="nodes"',
+        'id="levels"',
+    ):
         assert phrase in page
     assert "{{" not in page
 
