@@ -31,10 +31,11 @@ from vitrine.models.progress import Progress
 from vitrine.training.checkpoint import check_clip, load_residual_saes, weights_file
 from vitrine.training.data.activations import residual_streams
 from vitrine.training.data.held_out import HeldOut
+from vitrine.training.evaluation.beside import with_beside
 from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.cascades import Cascades
 from vitrine.training.evaluation.curves import node_faithfulness
-from vitrine.training.evaluation.evaluate import label_embeddings, summary
+from vitrine.training.evaluation.evaluate import label_embeddings, open_checkpoint, summary
 from vitrine.training.evaluation.levels import levels
 from vitrine.training.evaluation.measure import AT_ONCE, classifier, sample, tapped
 from vitrine.training.evaluation.medians import medians
@@ -160,12 +161,16 @@ def evaluate(
     seed: int = 0,
     curves: int = 0,
     of_medians: HeldOut | None = None,
+    beside: Path | None = None,
 ) -> SaeResults:
     """All figures for the SAEs of a checkpoint; curves: so many images have their nodes inserted and deleted
-    (`training.evaluation.curves`), about the medians of the images `of_medians`.
+    (`training.evaluation.curves`), about the medians of the images `of_medians`; beside: the checkpoint of a CLT, which
+    is measured on the same images.
 
-    Raises `CheckpointError` if they were trained on another CLIP.
+    Raises `CheckpointError` if either was trained on another CLIP.
     """
+    if beside:
+        open_checkpoint(beside, clip)  # before all else is measured
     saes, meta = load_residual_saes(checkpoint)
     check_clip(checkpoint, meta, clip)
     assert isinstance(meta.recipe, ResidualSaeRecipe)  # load_residual_saes has seen to it
@@ -179,7 +184,7 @@ def evaluate(
         kinds = residual_nodes(clip, saes, medians_over(clip, saes, of_medians, console), seed)
         nodes = node_faithfulness(clip, kinds, images, embeddings, curves, console, seed=seed)
         nodes = nodes and nodes.model_copy(update={"medians": len(of_medians)})
-    return SaeResults(
+    results = SaeResults(
         recipe=meta.recipe,
         clip=ClipIdentity(name=clip.name, weights=clip.weights, sha256=clip.sha256),
         checkpoint_sha256=file_sha256(weights_file(checkpoint, meta)),
@@ -199,6 +204,10 @@ def evaluate(
         nodes=nodes,
         levels=levels(clip, saes, images, console, seed=seed, training_seed=meta.recipe.training.seed),
     )
+    if beside:
+        of_curves = of_medians if curves else None
+        return with_beside(results, clip, saes, beside, images, embeddings, of_curves, curves, console)
+    return results
 
 
 def medians_over(clip: Clip, saes: ResidualSaes, images: HeldOut, console: Console) -> Medians:

@@ -265,6 +265,41 @@ class Comparison(_Part):
     gains: list[Estimate | None]  # top-1 of the evaluated CLT minus top-1 of this one, by cascade
 
 
+class CircuitFigures(_Part):
+    """Circuits of single images (`training.evaluation.circuits`), medians over them."""
+
+    images: int
+    followed: float  # features whose sources were looked for
+    nodes: float  # of the pruned circuit
+    edges: float
+    replacement: float  # circuit-tracer's scores
+    completeness: float
+    left_out: float  # share of the influence that ends at features which were not followed
+    seconds: float  # on this machine's CPU, trace, expansion and pruning
+
+
+class Side(_Part):
+    """One of two dictionaries that are compared."""
+
+    name: str
+    checkpoint_sha256: str
+    parameters: int
+    features: int  # of all layers
+    l0: float  # active features per token, mean over layers
+    r2: float  # of what it is trained on, all tokens, mean over layers
+    replaced: Cascade | None  # everything replaced, all tokens; None: no labels
+    inserted: float | None  # nodes that regain 80 % of the logit, by its own account
+    circuits: CircuitFigures | None
+
+
+class Beside(_Part):
+    """Residual SAEs and a CLT on the same images (`training.evaluation.beside`)."""
+
+    saes: Side
+    clt: Side
+    nodes: NodeFaithfulness | None  # of the CLT
+
+
 class Seeds(_Part):
     sample: int
     bootstrap: int
@@ -302,6 +337,7 @@ class SaeResults(AnyResults):
     raw: dict[Tokens, TokenFigures]  # of the stream itself
     singles: list[Cascade]  # the stream after one block replaced, all tokens; [] without labels
     levels: Levels
+    beside: Beside | None = None  # a CLT
 
 
 class Results(AnyResults):

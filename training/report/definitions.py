@@ -46,6 +46,7 @@ DEFINITIONS = {
 SAE_SECTIONS = {
     **{name: SECTIONS[name] for name in ("reconstruction", "replacement", "nodes")},
     "levels": "From low to high level",
+    "beside": "Beside a Cross-Layer Transcoder",
     **{name: SECTIONS[name] for name in ("provenance", "definitions")},
 }
 SAE_DEFINITIONS = {
@@ -83,5 +84,12 @@ SAE_DEFINITIONS = {
     "Shuffled, untrained, neurons": "Shuffled: the same figures with places permuted within each image, and the class "
     "and colours of another image. Untrained: SAEs of the same shape at their first weights. Neurons: channels of the "
     "standardised stream, which fire everywhere.",
+    "Beside a Cross-Layer Transcoder (CLT)": "A CLT stands in for the MLPs: y_j = b_j + Σ z_i W(i→j), its features are "
+    "set to their means over the same train images, and its account is the source account, back through attention "
+    "alone. R² is each dictionary's own, of the standardised stream, or of MLP outputs. Everything replaced: the "
+    "stream after every block but the last, or every MLP. Nodes that regain 80 %: on the line between measured "
+    "fractions. Circuits: as they are served, expanded from the logit and pruned by circuit-tracer's rules; nodes are "
+    "features, and errors, at one token, and embeddings. Replacement score: influence from embeddings ÷ (embeddings + "
+    "errors). Completeness: share of what flows into nodes, by influence, that no error made.",
     **{name: DEFINITIONS[name] for name in ("L0, dead features", "Divergence", "Intervals")},
 }

@@ -29,6 +29,7 @@ _TABLE_OF_SECTION = {
     "faithfulness": "faithfulness",
     "nodes": "nodes",
     "retrieval": "retrieval",
+    "beside": "beside",
 }
 _THUMBNAIL = 96  # pixels
 
@@ -70,6 +71,7 @@ def _drawn_of_saes(results: SaeResults) -> dict[str, Callable[[Any], str]]:
     drawn += ["cascades"] if results.baseline else []
     drawn += ["nodes"] if results.nodes else []
     own = ["levels", *(["singles"] if results.singles else [])]
+    own += ["beside"] if results.beside and results.beside.nodes else []
     return {name: getattr(figures, name) for name in drawn} | {name: getattr(sae_figures, name) for name in own}
 
 
@@ -131,6 +133,8 @@ def _provenance(results: AnyResults) -> Sheet:
     if comparison:
         kind = "cross-layer" if comparison.cross_layer else "per-layer"
         rows.append([f"compared with {comparison.name} ({kind})", comparison.checkpoint_sha256])
+    if isinstance(results, SaeResults) and results.beside:
+        rows.append([f"beside: {results.beside.clt.name}", results.beside.clt.checkpoint_sha256])
     rows += [["left out", reason] for reason in results.left_out]
     return Sheet("What these figures belong to.", ["what", "which"], rows, text=2)
 

@@ -45,6 +45,37 @@ def levels(results: SaeResults) -> str:
         return svg(figure, "levels", "What features answer to by depth: position, class, colour and purity")
 
 
+def beside(results: SaeResults) -> str:
+    """What is left of the logit by number of nodes deleted, and inserted, by both dictionaries' own accounts."""
+    assert results.beside is not None
+    ours, theirs = results.nodes, results.beside.nodes
+    assert ours is not None
+    assert theirs is not None
+    with matplotlib.rc_context(STYLE):
+        figure, panels = new_figure(2, height=3.4)
+        for axes, way in zip(panels, ("deletion", "insertion"), strict=True):
+            for of_nodes, ranking, colour, style, label in (
+                (ours, "relevance", COLOURS["cls"], "-", "residual SAEs, relevance"),
+                (ours, "random", COLOURS["cls"], ":", "residual SAEs, random"),
+                (theirs, "sources_mean", COLOURS["patches"], "-", "CLT, sources about the mean"),
+                (theirs, "random", COLOURS["patches"], ":", "CLT, random"),
+            ):
+                curve = of_nodes.curve(ranking)
+                points = [point.above_mean for point in getattr(curve, way)][1:]
+                counts = [max(1.0, fraction * curve.active) for fraction in of_nodes.fractions[1:]]
+                low, high = [point.low for point in points], [point.high for point in points]
+                axes.fill_between(counts, low, high, color=colour, alpha=0.12, linewidth=0)
+                axes.plot(counts, [p.value for p in points], style, color=colour, marker="o", markersize=3, label=label)
+            axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
+            axes.set_xscale("log")
+            axes.set_xlabel(f"nodes {'deleted' if way == 'deletion' else 'inserted'}")
+        panels[0].set_ylabel("share of the logit left")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=9)
+        return svg(
+            figure, "beside", "Share of the logit by number of nodes deleted, and inserted, of both dictionaries"
+        )
+
+
 def _by_depth(of_layers: list[LayerLevels], name: str, of_figure: str) -> list[float]:
     """NaN where there is no figure."""
     figures = (getattr(of_layer, name) for of_layer in of_layers)

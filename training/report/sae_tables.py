@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from vitrine.models.account.windows import TOKENS
-from vitrine.training.evaluation.results import Cascade, Levels, SaeResults
-from vitrine.training.report.tables import TOKEN_NAMES, Sheet, nodes, of_layer, or_none, percent, points, rows_of
+from vitrine.training.evaluation.results import Beside, Cascade, Levels, SaeResults
+from vitrine.training.report.tables import (
+    TOKEN_NAMES,
+    Sheet,
+    interval,
+    nodes,
+    of_layer,
+    or_none,
+    percent,
+    points,
+    rows_of,
+)
 
 
 def of_saes(results: SaeResults) -> dict[str, Sheet]:
@@ -15,6 +25,8 @@ def of_saes(results: SaeResults) -> dict[str, Sheet]:
     if results.nodes:
         tables["nodes"] = nodes(results.nodes)
     tables["levels"] = levels(results.levels)
+    if results.beside:
+        tables["beside"] = beside(results, results.beside)
     return tables
 
 
@@ -101,3 +113,54 @@ def levels(measured: Levels) -> Sheet:
 
 def _share(figure: float | None) -> str:
     return "–" if figure is None else f"{figure:.3f}".removeprefix("0")
+
+
+def beside(results: SaeResults, measured: Beside) -> Sheet:
+    """The two dictionaries, a column each."""
+    sides = (measured.saes, measured.clt)
+    rows = [
+        ["trained parameters", *(f"{side.parameters:,}" for side in sides)],
+        ["features of all layers", *(f"{side.features:,}" for side in sides)],
+        ["active features a token and layer", *(f"{side.l0:.1f}" for side in sides)],
+        ["R², mean over layers", *(f"{side.r2:.4f}" for side in sides)],
+    ]
+    replaced = [side.replaced for side in sides]
+    if results.baseline:
+        rows.append(["change of top-1, everything replaced", *(points(c.difference if c else None) for c in replaced)])
+    if all(replaced):
+        rows.append(["same prediction, everything replaced", *(percent(c.agreement if c else None) for c in replaced)])
+        rows.append(
+            ["divergence, everything replaced", *("–" if c is None else f"{c.divergence.value:.4f}" for c in replaced)]
+        )
+    if results.nodes and measured.nodes:
+        curves = results.nodes.curve("relevance"), measured.nodes.curve("sources_mean")
+        rows += [
+            ["deletion area", *(interval(curve.deletion_area) for curve in curves)],
+            ["insertion area", *(interval(curve.insertion_area) for curve in curves)],
+            ["regained by 2 % of the nodes", *(interval(curve.regained) for curve in curves)],
+            ["active nodes of an image", *(f"{curve.active:,.0f}" for curve in curves)],
+            [
+                "nodes that regain 80 % of the logit",
+                *("–" if s.inserted is None else f"{s.inserted:,.0f}" for s in sides),
+            ],
+        ]
+    circuits = [side.circuits for side in sides if side.circuits]
+    if len(circuits) == len(sides):
+        rows += [
+            ["circuit: nodes, edges", *(f"{c.nodes:,.0f}, {c.edges:,.0f}" for c in circuits)],
+            ["circuit: left out", *(f"{c.left_out:.0%}" for c in circuits)],
+            ["circuit: replacement score", *(f"{c.replacement:.2f}" for c in circuits)],
+            ["circuit: completeness", *(f"{c.completeness:.2f}" for c in circuits)],
+            ["circuit: seconds on this CPU", *(f"{c.seconds:.1f}" for c in circuits)],
+        ]
+    caption = (
+        "The two dictionaries on the same images. By its own account each: relevance of the SAEs, about medians; "
+        "sources about the mean of the CLT, with means over the same train images."
+    )
+    if circuits:
+        caption += (
+            f" Circuits: medians of {circuits[0].images} images, {circuits[0].followed:,.0f} features followed back, "
+            "pruned to .8 of the influence and .98 of the edges'; nodes token by token."
+        )
+    columns = ["", f"residual SAEs, {measured.saes.name}", f"CLT, {measured.clt.name}"]
+    return Sheet(caption, columns, rows)

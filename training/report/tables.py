@@ -231,9 +231,9 @@ def nodes(measured: NodeFaithfulness) -> Sheet:
     columns += ["2.0% regain", *(f"{measured.fractions[at]:.1%} inserted" for at in shown)]
     rows = []
     for curve in measured.curves:
-        areas = [_interval(figure) for figure in (curve.deletion_area, curve.insertion_area, curve.regained)]
+        areas = [interval(figure) for figure in (curve.deletion_area, curve.insertion_area, curve.regained)]
         row = [NODE_RANKING_NAMES[curve.ranking], f"{curve.active:,.0f}"]
-        row += [_interval(curve.at_nodes.above_mean), f"{curve.at_nodes.stays:.0%}", *areas]
+        row += [interval(curve.at_nodes.above_mean), f"{curve.at_nodes.stays:.0%}", *areas]
         rows.append([*row, *(_decimal(curve.insertion[at].above_mean.value) for at in shown)])
     none_left = measured.curves[0].insertion[0].above_mean.value
     usual = f"medians over {measured.medians:,} train images" if measured.medians else "means"
@@ -246,7 +246,7 @@ def nodes(measured: NodeFaithfulness) -> Sheet:
     )
 
 
-def _interval(estimate: Estimate) -> str:
+def interval(estimate: Estimate) -> str:
     """As in 0.41 [0.33, 0.48]."""
     return f"{_decimal(estimate.value)} [{_decimal(estimate.low)}, {_decimal(estimate.high)}]"
 

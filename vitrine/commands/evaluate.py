@@ -30,6 +30,12 @@ def evaluate(
     baseline: Annotated[
         Path | None, typer.Option(help="Another run on the same CLIP to compare with: per-layer transcoders.")
     ] = None,
+    beside: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of residual SAEs: a run of a Cross-Layer Transcoder on the same CLIP, to be set beside them."
+        ),
+    ] = None,
     curves: Annotated[
         int,
         typer.Option(min=0, help="Images whose features are deleted and inserted, as several accounts rank them."),
@@ -44,7 +50,7 @@ def evaluate(
 ) -> None:
     """Measure a CLT, or residual SAEs, as its paper does, on val images: results.json, tables, and a report.
 
-    Residual SAEs are compared with no other run.
+    Of residual SAEs --baseline has no use, of a CLT --medians and --beside.
     """
     import torch
 
@@ -61,7 +67,9 @@ def evaluate(
     meta, console = read_meta(newest), new_console()
     recipe = meta.recipe
     if other and isinstance(recipe, ResidualSaeRecipe):
-        raise typer.BadParameter("residual SAEs are compared with no other run", param_hint="--baseline")
+        raise typer.BadParameter("residual SAEs are compared by --beside", param_hint="--baseline")
+    if beside and not isinstance(recipe, ResidualSaeRecipe):
+        raise typer.BadParameter("it is set beside residual SAEs: give those as --checkpoint", param_hint="--beside")
     out = out or newest / "evaluation"
     prepare_folder(out)
     clip = load_clip_of(recipe, data_root)
@@ -81,7 +89,16 @@ def evaluate(
         of_medians = (
             train_images(recipe.data, data_root, clip, images=medians, seed=seed, **loading) if curves else None
         )
-        of_saes = residual_sae.evaluate(clip, newest, chosen, console, seed=seed, curves=curves, of_medians=of_medians)
+        of_saes = residual_sae.evaluate(
+            clip,
+            newest,
+            chosen,
+            console,
+            seed=seed,
+            curves=curves,
+            of_medians=of_medians,
+            beside=latest(beside) if beside else None,
+        )
         _write(of_saes, {}, out, console)
     else:
         results = run(clip, newest, chosen, console, other=other, seed=seed, curves=curves)
