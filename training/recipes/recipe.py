@@ -184,6 +184,12 @@ class TrainingSection(Section):
     revive_after: PositiveInt = Field(
         default=200_000, description="tokens without firing after which a feature counts as dead"
     )
+    revive_rate: float = Field(
+        default=1.0,
+        ge=0,
+        description="learning rates a step by which a dead feature's bias rises until it fires; 0: none",
+    )
+    revive_share: Share = Field(default=0.7, description="first share of the run in which dead features are revived")
     precision: Literal["32-true", "bf16-mixed"] = Field(
         default="32-true", description="bf16-mixed: the CLIP's and the encoders' products in bfloat16"
     )
@@ -214,14 +220,6 @@ class CltTrainingSection(TrainingSection):
     cls_weight: PositiveFloat | None = Field(
         default=None,
         description="clt: weight of [CLS]'s unexplained variance; a patch weighs 1; default: root of their number",
-    )
-    revive_rate: float = Field(
-        default=1.0,
-        ge=0,
-        description="clt: learning rates a step by which a dead feature's bias rises until it fires; 0: none",
-    )
-    revive_share: Share = Field(
-        default=0.7, description="clt: first share of the run in which dead features are revived"
     )
 
 

@@ -76,6 +76,26 @@ class Objective(nn.Module, ABC):
         """Called after each step of the optimiser."""
 
 
+@torch.no_grad()
+def revive(
+    dictionary: CrossLayerTranscoder | ResidualSaes, settings: TrainingSection, dead: Tensor, rate: float, done: float
+) -> None:
+    """Raise the bias of each dead feature by `revive_rate` learning rates per step until it fires again.
+
+    Only in the first `revive_share` of the reconstruction: a feature revived later has no time left to learn, and takes
+    places in the code from trained features. Based on the pre-activation loss of "Circuit tracing" (Ameisen et al.
+    2025), but only for the bias. It is not a gradient, because Adam's moments would keep it for thousands of steps,
+    during which the bias of a revived feature could not fall; some then fired on every fifth token for the rest of the
+    run. AuxK (arXiv 2406.04093), a loss that moves dead features towards the unexplained error, reaches none whose
+    pre-activation is negative at every token, and that is what a dead feature's is (training/RESULTS.md).
+    """
+    if done >= settings.revive_share:
+        return
+    for encoder, silent in zip(dictionary.encoders, dead, strict=True):
+        silent = silent[: len(encoder.bias)]  # F may differ by layer
+        encoder.bias.add_(like(settings.revive_rate * rate * silent.to(encoder.bias.dtype), encoder.bias))
+
+
 class Reconstruction(Objective):
     """A CLT's objective: `Activations` -> `Losses`."""
 
@@ -107,22 +127,9 @@ class Reconstruction(Objective):
             torch.stack([fired(code, self.dictionary.features) for code in codes]),
         )
 
-    @torch.no_grad()
     def before_step(self, dead: Tensor, rate: float, done: float) -> None:
-        """Raise the bias of each dead feature by `revive_rate` learning rates per step until it fires again.
-
-        Only in the first `revive_share` of the reconstruction: a feature revived later has no time left to learn, and
-        takes places in the code from trained features. Based on the pre-activation loss of "Circuit tracing" (Ameisen
-        et al. 2025), but only for the bias. It is not a gradient, because Adam's moments would keep it for thousands of
-        steps, during which the bias of a revived feature could not fall; some then fired on every fifth token for the
-        rest of the run. AuxK (arXiv 2406.04093), a loss that moves dead features towards the unexplained error, revived
-        no more features than died in the same time (training/RESULTS.md).
-        """
-        if done >= self.settings.revive_share:
-            return
-        step = self.settings.revive_rate * rate
-        for encoder, silent in zip(self.dictionary.encoders, dead, strict=True):
-            encoder.bias.add_(like(step * silent.to(encoder.bias.dtype), encoder.bias))
+        """As `Objective`."""
+        revive(self.dictionary, self.settings, dead, rate, done)
 
     def weighted(self, error: Tensor, batch: Activations) -> Tensor:
         """This process's part of the step's weighted mean of errors [L, N]."""

@@ -3,7 +3,8 @@
     reconstruction   mean over layers and tokens of |x - x^|^2 / d, [CLS] a token like any other
     dead features    `dead_weight` times the mean over layers and tokens of |(x - x^) - e^|^2 / d, e^ what the
                      `dead_features` dead features with the largest pre-activations write (AuxK, arXiv 2406.04093);
-                     x - x^ is held fast here, so that this loss moves dead features alone
+                     x - x^ is held fast here, so that this loss moves dead features alone. One whose
+                     pre-activations are all negative is beyond its reach: biases are raised, too
     sparsity         jumprelu only, as a CLT's (`training.run.objective`)
 
 Every term is a sum over this process's tokens divided by the number of tokens of the whole step, so that data-parallel
@@ -22,7 +23,7 @@ from torch import Tensor
 from vitrine.models.dictionary.residual_sae import ResidualSaes, standardise
 from vitrine.training.data.activations import Residuals
 from vitrine.training.recipes.recipe import ResidualSaeSection, TrainingSection
-from vitrine.training.run.objective import Losses, Objective, StepSize, excess, fired
+from vitrine.training.run.objective import Losses, Objective, StepSize, excess, fired, revive
 
 
 class SaeReconstruction(Objective):
@@ -64,6 +65,10 @@ class SaeReconstruction(Objective):
             torch.stack([code.active.detach().sum() for code in codes]) / count,
             torch.stack([fired(code, saes.features) for code in codes]),
         )
+
+    def before_step(self, dead: Tensor, rate: float, done: float) -> None:
+        """As a CLT's (`training.run.objective.revive`)."""
+        revive(self.dictionary, self.settings, dead, rate, done)
 
     def after_step(self) -> None:
         """Decoder rows of length 1."""

@@ -318,7 +318,7 @@ def test_a_recipe_of_residual_saes_has_sections_of_its_own(saes):
             "epochs = 4\nstart = 'neurons'",
             'training.start: a key of kind = "clt", which this recipe is not',
         ),
-        ("epochs = 4", "epochs = 4\nrevive_rate = 1", 'training.revive_rate: a key of kind = "clt"'),
+        ("epochs = 4", "epochs = 4\ncls_weight = 1", 'training.cls_weight: a key of kind = "clt"'),
         ("[training]", "[bundle]\nsources = true\n[training]", 'bundle: a key of kind = "clt"'),
         ("[training]", "[cascade]\nsteps = 3\n[training]", 'cascade: a key of kind = "clt"'),
         ("k = 8", "k = 8\ncross_layer = true", "residual_sae.cross_layer: no such key"),

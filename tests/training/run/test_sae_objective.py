@@ -150,3 +150,25 @@ def test_a_step_renormalises_and_counts_only_features_that_exist():
     assert metrics.r2_by_layer == pytest.approx((1 - expected.unexplained / expected.variance).tolist(), abs=1e-5)
     trainer.silent.fill_(100)
     assert trainer.dead.sum(1).tolist() == list(FEATURES)
+
+
+def test_a_feature_that_reads_nothing_at_any_token_is_brought_back():
+    """The loss of dead features does not reach it, as its pre-activations are negative; its bias is raised."""
+
+    def fires(steps, **settings):
+        objective, batch = make(revive_after=1, warmup_steps=0, learning_rate=0.05, decay_share=0.01, **settings)
+        objective = objective.float()
+        objective.variance = objective.variance.float()
+        encoder = objective.dictionary.encoders[0]
+        with torch.no_grad():
+            encoder.bias[2] = -8.0
+        batch = Residuals(batch.stream.float(), batch.is_cls)
+        trainer = Trainer(make_fabric(accelerator="cpu"), objective, objective.settings, 10_000)
+        for _ in range(steps):
+            trainer.train_step(batch)
+        x = standardise(batch.stream).x
+        codes, _ = objective.dictionary(x, batch.is_cls)
+        return bool((codes[0].indices[codes[0].values > 0] == 2).any())
+
+    assert not fires(300, revive_rate=0)
+    assert fires(300)
