@@ -1,4 +1,4 @@
-"""Offline: recipes -> activations -> Cross-Layer Transcoder checkpoints -> metrics. Never imported by serving."""
+"""Offline: recipes -> activations -> checkpoints of CLTs or residual SAEs -> metrics. Never imported by serving."""
 
 from vitrine.telemetry import keep_caches_apart
 

@@ -56,6 +56,14 @@ def test_round_trip(save, meta, clt):
     assert load_tensors(checkpoint / "state.safetensors")["adam.0.step"] == 7
 
 
+def test_checkpoints_from_before_there_were_kinds_are_of_a_clt(save, meta):
+    checkpoint = save(7)
+    recipe = json.loads((checkpoint / "checkpoint.json").read_text())["recipe"]
+    assert recipe.pop("kind") == "clt"
+    edit(checkpoint, recipe=recipe)
+    assert load_clt(checkpoint)[2] == meta
+
+
 def test_only_the_newest_are_kept_in_the_order_of_steps(save, tmp_path):
     for step in (2, 9, 10, 100, 99_999):
         save(step)

@@ -1,4 +1,4 @@
-"""`vitrine evaluate`: how well a CLT stands in for the MLPs, as tables and a report."""
+"""`vitrine evaluate`: how well a CLT stands in for the MLPs, or SAEs for the stream, as tables and a report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vitrine train`: a CLT on a CLIP's activations."""
+"""`vitrine train`: a CLT, or residual SAEs, on a CLIP's activations."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def train(
         int, typer.Option(min=1, help="GPUs (or CPU processes). On several machines start this with torchrun.")
     ] = 1,
     shard: Annotated[
-        bool, typer.Option(help="Share weights out over the devices, for CLTs too large for one.")
+        bool, typer.Option(help="Share weights out over the devices, for dictionaries too large for one.")
     ] = False,
     accelerator: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     skip_broken_shards: SkipBroken = False,
     wandb: Annotated[str | None, typer.Option(help="Log to this Weights & Biases project, too.")] = None,
 ) -> None:
-    """Train a CLT on a CLIP's activations; resumes by itself. Curves: tensorboard --logdir OUT."""
+    """Train a CLT, or residual SAEs, on a CLIP's activations; resumes by itself. Curves: tensorboard --logdir OUT."""
     from vitrine.training.recipes.catalogue import find_recipe
     from vitrine.training.recipes.reading import load_recipe
     from vitrine.training.recipes.reading import skip_broken_shards as skipping

@@ -6,7 +6,6 @@ import torch
 from torchmetrics import R2Score
 
 from vitrine.models.account.windows import TOKENS
-from vitrine.models.clip.tower import Taps
 from vitrine.models.dictionary.replacement import of_type
 from vitrine.models.dictionary.sparse_products import SortedCode
 from vitrine.training.evaluation.bootstrap import Bootstrap
@@ -15,8 +14,8 @@ from vitrine.training.evaluation.survey import Surveyor
 
 
 def surveyed(clt, truth):
-    surveyor = Surveyor(clt)
-    surveyor.add(Taps(None, None, None, truth, None))
+    surveyor = Surveyor(clt.layers, clt.width)
+    surveyor.add(truth)
     return surveyor.survey()
 
 

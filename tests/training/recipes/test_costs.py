@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
+from vitrine.models.dictionary.residual_sae import SaeArchitecture
 from vitrine.training.recipes.catalogue import shipped
 from vitrine.training.recipes.clip_shape import UnknownShape, clip_shape
 from vitrine.training.recipes.costs import (
@@ -161,6 +162,21 @@ def test_sparse_work_follows_the_places_in_use():
     find_too, decode, *_ = dictionary_work(shape, 5, cls=2)
     assert find_too == find
     assert decode.flops == 2 * 4 * (3 * (2 + 2 + 3) + 2 * (1 + 1 + 1))
+
+
+def test_work_and_cache_of_saes_by_hand(tmp_path):
+    """Two SAEs of F = 8 and 16, k = 2 and 3, 1 at [CLS], each with a decoder of its own; 5 tokens, d = 4."""
+    shape = SaeArchitecture(4, (8, 16), (2, 3), (1, 1))
+    find, decode, decode_back, encode_back = dictionary_work(shape, 5, cls=0)
+    gathered, tables = 5 * 4 * (2 + 3), 4 * (8 + 16)
+    assert (find.flops, find.bytes) == (2 * 5 * tables, 4 * (tables + 2 * 5 * 4 + 3 * 5 * (8 + 16)))
+    assert (decode.flops, decode.bytes) == (2 * gathered, 4 * (gathered + 2 * 5 * 4))
+    assert (decode_back.flops, decode_back.bytes) == (4 * gathered, 4 * (2 * gathered + 2 * 5 * 4 + tables))
+    assert (encode_back.flops, encode_back.bytes) == (2 * gathered, 4 * (gathered + tables))
+    assert step_memory(shape, 5) == 4 * 7 * 2 * 5 * 4 + 52 * 5 * (2 + 3) + 2 * 4 * 5 * 16
+    clip = clip_shape(ClipSection(name="ViT-B-32"), tmp_path)
+    saes = SaeArchitecture(768, (8,) * 11, (1,) * 11, (1,) * 11)
+    assert cache_bytes(3, saes, clip, "bfloat16") == 3 * 50 * 11 * 768 * 2
 
 
 # Memory
