@@ -42,7 +42,8 @@ from vitrine.training.evaluation.medians import medians
 from vitrine.training.evaluation.reconstruction import Reconstruction
 from vitrine.training.evaluation.relevance import Medians
 from vitrine.training.evaluation.residual_nodes import residual_nodes
-from vitrine.training.evaluation.results import SaeResults, Seeds
+from vitrine.training.evaluation.results import Seeds
+from vitrine.training.evaluation.sae_results import SaeResults
 from vitrine.training.evaluation.survey import Surveyor
 from vitrine.training.recipes.recipe import ResidualSaeRecipe
 

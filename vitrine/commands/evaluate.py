@@ -12,7 +12,8 @@ from vitrine.commands.common import DataRoot, LabelsFile, chosen_labels, load_cl
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vitrine.training.evaluation.results import Results, SaeResults
+    from vitrine.training.evaluation.results import Results
+    from vitrine.training.evaluation.sae_results import SaeResults
 
 
 def evaluate(
