@@ -42,8 +42,12 @@ def evaluate(
         typer.Option(min=0, help="Images whose features are deleted and inserted, as several accounts rank them."),
     ] = 24,
     medians: Annotated[
-        int, typer.Option(min=1, help="Of residual SAEs: train images whose medians stand in for deleted features.")
-    ] = 1024,
+        int,
+        typer.Option(
+            min=1,
+            help="Of residual SAEs: train images whose medians stand in for deleted features (the paper's: 1,024).",
+        ),
+    ] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 50,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the sample, the bootstrap and the random orders.")] = 0,
