@@ -28,7 +28,8 @@ from vitrine.training.evaluation.curves import Curves, node_faithfulness, rightl
 from vitrine.training.evaluation.evaluate import open_checkpoint
 from vitrine.training.evaluation.measure import AT_ONCE, Plan, measure
 from vitrine.training.evaluation.nodes import CltNodes
-from vitrine.training.evaluation.results import Beside, CircuitFigures, NodeFaithfulness, SaeResults, Side
+from vitrine.training.evaluation.results import NodeFaithfulness
+from vitrine.training.evaluation.sae_results import Beside, CircuitFigures, SaeResults, Side
 
 CIRCUITS = 4  # images
 

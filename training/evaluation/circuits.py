@@ -33,7 +33,7 @@ from vitrine.models.graph.gated_trace import GatedTraceGraph
 from vitrine.models.graph.residual import FeatureSourcesGraph, LogitSourcesGraph
 from vitrine.models.graph.sources import SourcesGraph
 from vitrine.models.graph.trace import TraceGraph
-from vitrine.training.evaluation.results import CircuitFigures
+from vitrine.training.evaluation.sae_results import CircuitFigures
 
 LIMITS = Limits(nodes=256, seconds=60)
 _RESIDUAL_TRACE = (

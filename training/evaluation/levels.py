@@ -25,7 +25,7 @@ from vitrine.training.data.activations import residual_streams
 from vitrine.training.data.held_out import HeldOut
 from vitrine.training.evaluation.code import Code
 from vitrine.training.evaluation.measure import AT_ONCE
-from vitrine.training.evaluation.results import LayerLevels, Levels, UnitFigure
+from vitrine.training.evaluation.sae_results import LayerLevels, Levels, UnitFigure
 from vitrine.training.evaluation.unit_statistics import Batch, UnitStatistics
 
 IMAGES = 512  # at most: chance, of ten classes, is then 2 % of a variance

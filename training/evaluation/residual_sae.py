@@ -3,7 +3,11 @@
 `evaluate_summary` runs at the end of training, `evaluate` implements `vitrine evaluate`. The modules are those of a
 CLT's evaluation (`training.evaluation.evaluate`), with the stream after each block but the last as the target: as the
 tokens are standardised, each by itself, which is what the SAEs are trained on, and raw, where longer tokens count for
-more. R^2 is the fraction of variance explained.
+more. R^2 is the fraction of variance explained. Beside them:
+
+    relevance        of features, followed back              medians         usual values
+    residual_nodes   that curves insert and delete           levels          what features answer to
+    beside           a CLT on the same images                circuits        of single images, by either
 
 L blocks, B images, T tokens, d width.
 """
@@ -42,7 +46,8 @@ from vitrine.training.evaluation.medians import medians
 from vitrine.training.evaluation.reconstruction import Reconstruction
 from vitrine.training.evaluation.relevance import Medians
 from vitrine.training.evaluation.residual_nodes import residual_nodes
-from vitrine.training.evaluation.results import SaeResults, Seeds
+from vitrine.training.evaluation.results import Seeds
+from vitrine.training.evaluation.sae_results import SaeResults
 from vitrine.training.evaluation.survey import Surveyor
 from vitrine.training.recipes.recipe import ResidualSaeRecipe
 

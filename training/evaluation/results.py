@@ -19,11 +19,13 @@ FORMAT = 1
 Matrix = list[list[float]]
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """Of results.json: immutable, and no fields that are not known."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Estimate(_Part):
+class Estimate(Part):
     """A figure and its bootstrap interval."""
 
     value: float
@@ -36,7 +38,7 @@ def if_known(estimate: Estimate) -> Estimate | None:
     return None if math.isnan(estimate.value) else estimate
 
 
-class Spread(_Part):
+class Spread(Part):
     """A figure over several random orders."""
 
     mean: float
@@ -45,7 +47,7 @@ class Spread(_Part):
     highest: float
 
 
-class LayerFigures(_Part):
+class LayerFigures(Part):
     """The CLT's output for one layer compared with the MLP's."""
 
     mse: float  # per token and dimension
@@ -58,7 +60,7 @@ class LayerFigures(_Part):
     dead_share: float  # features that fired for no token of this type
 
 
-class TokenFigures(_Part):
+class TokenFigures(Part):
     """Means over layers (over those that have the figure), and the figures of each layer."""
 
     r2: Estimate
@@ -87,7 +89,7 @@ class TokenFigures(_Part):
         return LayerFigures(**lowest, r2_kept=min(kept, default=None), **highest)
 
 
-class Cascade(_Part):
+class Cascade(Part):
     """Zero-shot top-1 with the MLPs of the layers `first` to `last` replaced."""
 
     first: int
@@ -103,14 +105,14 @@ class Cascade(_Part):
         return f"{self.first}–{self.last}"
 
 
-class Contributions(_Part):
+class Contributions(Part):
     """C_{i->j} as in `training.evaluation.contributions`."""
 
     raw: Matrix
     centred: Matrix
 
 
-class Curve(_Part):
+class Curve(Part):
     """Zero-shot top-1 with the k best-ranked source layers of the last target layer kept, or dropped; k = 0 ... L.
 
     None: the images have no classes.
@@ -126,7 +128,7 @@ class Curve(_Part):
     drop_top1: Estimate | None
 
 
-class Faithfulness(_Part):
+class Faithfulness(Part):
     """The last target layer at [CLS], rebuilt from a subset of its source layers; the bias is always kept.
 
     Without classes of the images there are divergences alone; the other lists are empty.
@@ -160,7 +162,7 @@ class Faithfulness(_Part):
         return _ratio(without_first - full, sum(self.drop_one_divergence) / len(self.drop_one_divergence) - full)
 
 
-class NodePoint(_Part):
+class NodePoint(Part):
     """Means over images, with some nodes at their usual values."""
 
     above_mean: Estimate  # top-1's logit less the mean over labels, as a share of its value with nothing taken away
@@ -169,7 +171,7 @@ class NodePoint(_Part):
     stays: float  # share of images whose top-1 is still the same
 
 
-class NodeCurve(_Part):
+class NodeCurve(Part):
     """One ranking of the nodes of each image (`training.evaluation.rankings` of a CLT's features,
     `training.evaluation.residual_nodes`), by fraction of the active ones."""
 
@@ -183,7 +185,7 @@ class NodeCurve(_Part):
     at_nodes: NodePoint  # deletion of so many nodes
 
 
-class NodeFaithfulness(_Part):
+class NodeFaithfulness(Part):
     """Insertion and deletion of nodes in the running network (`training.evaluation.curves`)."""
 
     images: int
@@ -197,44 +199,7 @@ class NodeFaithfulness(_Part):
         return next(curve for curve in self.curves if curve.ranking == ranking)
 
 
-class UnitFigure(_Part):
-    """Of the units of a layer that fire often enough to be counted: shares, as `training.evaluation.unit_statistics`
-    defines them."""
-
-    median: float
-    low: float  # quartiles
-    high: float
-    chance: float  # median of the shuffled figures
-    above: float  # share of units above 95 % of the shuffled figures
-    over_half: float  # share of units above a half
-
-
-class LayerLevels(_Part):
-    """What one layer's units answer to; None: nothing to be said, or no classes."""
-
-    units: int
-    counted: int
-    position: UnitFigure | None
-    of_class: UnitFigure | None
-    colour: UnitFigure | None
-    purity: UnitFigure | None
-    fires: float | None  # medians
-    spread: float | None
-    evenness: float | None
-
-
-class Levels(_Part):
-    """Features of residual SAEs by layer, beside those of the untrained SAEs and the stream's channels
-    (`training.evaluation.levels`)."""
-
-    images: int
-    classes: int
-    features: list[LayerLevels]
-    untrained: list[LayerLevels]
-    neurons: list[LayerLevels]
-
-
-class Neighbours(_Part):
+class Neighbours(Part):
     """An example: the images nearest to a query, by layer. Images are indices into the data set."""
 
     query: int
@@ -243,7 +208,7 @@ class Neighbours(_Part):
     labels: list[list[str]]  # [L][k]
 
 
-class Retrieval(_Part):
+class Retrieval(Part):
     """Share of the `k` nearest images, by sparse code at [CLS], with the query's class."""
 
     k: int
@@ -254,7 +219,7 @@ class Retrieval(_Part):
     examples: list[Neighbours]
 
 
-class Comparison(_Part):
+class Comparison(Part):
     """Another CLT on the same images: the per-layer transcoders."""
 
     name: str
@@ -265,48 +230,13 @@ class Comparison(_Part):
     gains: list[Estimate | None]  # top-1 of the evaluated CLT minus top-1 of this one, by cascade
 
 
-class CircuitFigures(_Part):
-    """Circuits of single images (`training.evaluation.circuits`), medians over them."""
-
-    images: int
-    followed: float  # features whose sources were looked for
-    nodes: float  # of the pruned circuit
-    edges: float
-    replacement: float  # circuit-tracer's scores
-    completeness: float
-    left_out: float  # share of the influence that ends at features which were not followed
-    seconds: float  # on this machine's CPU, trace, expansion and pruning
-
-
-class Side(_Part):
-    """One of two dictionaries that are compared."""
-
-    name: str
-    checkpoint_sha256: str
-    parameters: int
-    features: int  # of all layers
-    l0: float  # active features per token, mean over layers
-    r2: float  # of what it is trained on, all tokens, mean over layers
-    replaced: Cascade | None  # everything replaced, all tokens; None: no labels
-    inserted: float | None  # nodes that regain 80 % of the logit, by its own account
-    circuits: CircuitFigures | None
-
-
-class Beside(_Part):
-    """Residual SAEs and a CLT on the same images (`training.evaluation.beside`)."""
-
-    saes: Side
-    clt: Side
-    nodes: NodeFaithfulness | None  # of the CLT
-
-
-class Seeds(_Part):
+class Seeds(Part):
     sample: int
     bootstrap: int
     orders: int
 
 
-class AnyResults(_Part):
+class AnyResults(Part):
     """What is measured of a dictionary of either kind."""
 
     format: int = FORMAT
@@ -328,16 +258,6 @@ class AnyResults(_Part):
 
     def cascade(self, first: int, last: int, tokens: Tokens) -> Cascade:
         return next(c for c in self.cascades if (c.first, c.last, c.tokens) == (first, last, tokens))
-
-
-class SaeResults(AnyResults):
-    """Of residual SAEs: `layers` is their number, one less than blocks; `reconstruction`: of standardised tokens."""
-
-    recipe: ResidualSaeRecipe
-    raw: dict[Tokens, TokenFigures]  # of the stream itself
-    singles: list[Cascade]  # the stream after one block replaced, all tokens; [] without labels
-    levels: Levels
-    beside: Beside | None = None  # a CLT
 
 
 class Results(AnyResults):

@@ -18,7 +18,8 @@ from vitrine.models.bundle.model_card import first_labels
 from vitrine.models.clip.loading import Clip
 from vitrine.models.files.writing import write_text
 from vitrine.training.data.held_out import HeldOut
-from vitrine.training.evaluation.results import AnyResults, Results, SaeResults
+from vitrine.training.evaluation.results import AnyResults, Results
+from vitrine.training.evaluation.sae_results import SaeResults
 from vitrine.training.report import figures, sae_figures
 from vitrine.training.report.definitions import DEFINITIONS, SAE_DEFINITIONS, SAE_SECTIONS, SECTIONS
 from vitrine.training.report.sheets import sheets

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import matplotlib
 
-from vitrine.training.evaluation.results import LayerLevels, SaeResults
+from vitrine.training.evaluation.sae_results import LayerLevels, SaeResults
 from vitrine.training.report.drawing import COLOURS, INK, STYLE, by_layer, changes, errors, line, new_figure, svg
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vitrine.models.account.windows import TOKENS
-from vitrine.training.evaluation.results import Beside, Cascade, Levels, SaeResults
+from vitrine.training.evaluation.results import Cascade
+from vitrine.training.evaluation.sae_results import Beside, Levels, SaeResults
 from vitrine.training.report.tables import (
     TOKEN_NAMES,
     Sheet,

@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vitrine.training.evaluation.results import Results, SaeResults
+from vitrine.training.evaluation.results import Results
+from vitrine.training.evaluation.sae_results import SaeResults
 from vitrine.training.report.sae_tables import of_saes
 from vitrine.training.report.tables import Sheet, of_clt
 

@@ -12,7 +12,8 @@ from vitrine.commands.common import DataRoot, LabelsFile, chosen_labels, load_cl
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vitrine.training.evaluation.results import Results, SaeResults
+    from vitrine.training.evaluation.results import Results
+    from vitrine.training.evaluation.sae_results import SaeResults
 
 
 def evaluate(
@@ -41,8 +42,12 @@ def evaluate(
         typer.Option(min=0, help="Images whose features are deleted and inserted, as several accounts rank them."),
     ] = 24,
     medians: Annotated[
-        int, typer.Option(min=1, help="Of residual SAEs: train images whose medians stand in for deleted features.")
-    ] = 1024,
+        int,
+        typer.Option(
+            min=1,
+            help="Of residual SAEs: train images whose medians stand in for deleted features (the paper's: 1,024).",
+        ),
+    ] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 50,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the sample, the bootstrap and the random orders.")] = 0,

@@ -11,7 +11,7 @@ from vitrine.models.account.circuit import Limits, expand
 from vitrine.training.checkpoint import CheckpointMeta, save_checkpoint
 from vitrine.training.evaluation.beside import _inserted
 from vitrine.training.evaluation.circuits import CltCircuits, SaeCircuits, circuit_figures
-from vitrine.training.evaluation.results import SaeResults
+from vitrine.training.evaluation.sae_results import SaeResults
 from vitrine.training.recipes.recipe import ResidualSaeRecipe, ResidualSaeSection
 
 
