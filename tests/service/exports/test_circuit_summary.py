@@ -53,6 +53,7 @@ def answer_of(nodes, edges, **fields):
         "active": 700,
         "kept": 2,
         "kept_share": 2 / 700,
+        "dictionary": "clt",
         "layers": 3,
         "rows": 2,
         "columns": 2,

@@ -1,0 +1,101 @@
+"""Residual SAEs on the command line: exported, listed, followed back."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from vitrine.commands import app
+from vitrine.models.export import residual as export
+from vitrine.training.checkpoint import CheckpointMeta, save_checkpoint
+from vitrine.training.recipes.recipe import ResidualSaeRecipe
+
+
+@pytest.fixture
+def run(monkeypatch, with_residual):
+    """run(*arguments) -> (exit code, output), with the bundle that has residual SAEs."""
+    monkeypatch.setenv("VITRINE_BUNDLE", str(with_residual.path))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def invoke(*arguments):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.output
+
+    return invoke
+
+
+@pytest.fixture
+def photo(picture, tmp_path):
+    path = tmp_path / "photo.png"
+    path.write_bytes(picture())
+    return path
+
+
+@pytest.fixture
+def sae_run(recipe, clip, residual_export, tmp_path):
+    """A run of the residual SAEs that `with_residual` has."""
+    sizes = {"features": (48, 64), "k": (8, 9), "k_cls": (5, 6)}
+    of_saes = ResidualSaeRecipe(
+        kind="residual_sae", name="tiny-sae", clip=recipe.clip, data=recipe.data, residual_sae=sizes
+    )
+    meta = CheckpointMeta(
+        step=1, steps=1, recipe=of_saes, clip_sha256=clip.sha256, layers=3, width=32, train_images=48, val_images=12
+    )
+    save_checkpoint(tmp_path / "run", meta, residual_export.saes, {}, {"step": torch.zeros(1)})
+    return tmp_path / "run"
+
+
+def test_export_adds_them_to_a_copy_of_a_bundle(run, bundle, sae_run, clip, data_root, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(export, "add_residual", lambda *given: asked.append(given) or given[0])
+    code, said = run(
+        *("export", "--bundle", bundle.path, "--residual", sae_run, "--data-root", data_root, "--out", tmp_path / "new")
+    )
+    assert code == 0, said
+    ((opened, loaded, exported, out),) = asked
+    assert (opened.digest, loaded.sha256, out) == (bundle.digest, clip.sha256, tmp_path / "new")
+    assert exported.saes.architecture.features == (48, 64)
+    assert (exported.data.name, exported.data.train_images) == ("drawn shapes", 48)
+    assert 'name = "tiny-sae"' in exported.recipe
+
+
+def test_export_says_what_goes_together(run, bundle, sae_run, checkpoint, data_root, tmp_path):
+    out = ("--out", tmp_path / "new", "--data-root", data_root)
+    for arguments, said in (
+        ((), "a CLT's --checkpoint, or a --bundle"),
+        (("--checkpoint", checkpoint, "--bundle", bundle.path), "a CLT's --checkpoint, or a --bundle"),
+        (("--bundle", bundle.path), "--bundle goes with --residual and --out alone"),
+        (("--bundle", bundle.path, "--residual", sae_run, "--labels", "a"), "--bundle goes with"),
+        (("--bundle", bundle.path, "--residual", checkpoint), "residual SAEs are needed here"),
+        (("--checkpoint", sae_run), "a Cross-Layer Transcoder is needed here"),
+    ):
+        code, output = run("export", *arguments, *out)
+        assert code != 0
+        assert said in " ".join(output.replace("│", " ").split())
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_circuit_by_either_dictionary_and_both_in_one_page(run, photo, tmp_path):
+    page, graph = tmp_path / "circuit.html", tmp_path / "graph.json"
+    asked = ("circuit", photo, "--nodes", "10", "--dictionary", "residual", "--html", page, "--graph", graph)
+    code, said = run(*asked, "--json")
+    assert code == 0, said
+    assert json.loads(said)["dictionary"] == "residual"
+    assert len(json.loads(graph.read_text())["metadata"]["transcoder_list"]) == 2
+    text = page.read_text(encoding="utf-8")
+    assert '"dictionary": "residual"' in text
+    assert '"dictionary": "clt"' in text
+    code, said = run(*asked[:6])
+    assert "by residual SAEs" in said
+
+
+def test_attribute_lists_features_of_the_stream(run, photo):
+    code, said = run("attribute", photo, "--residual", "--features", "2")
+    assert code == 0, said
+    table = said[said.index("What the residual SAEs read after each block") :].splitlines()
+    assert [line.split()[0] for line in table[2:4]] == ["0", "1"]
+    assert table[2].count("#") == 4
