@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vitrine.models.account.windows import TOKENS
 from vitrine.training.evaluation.results import Cascade
-from vitrine.training.evaluation.sae_results import Beside, Levels, SaeResults
+from vitrine.training.evaluation.sae_results import Beside, Levels, SaeResults, UnitFigure
 from vitrine.training.report.tables import (
     TOKEN_NAMES,
     Sheet,
@@ -88,25 +88,26 @@ def levels(measured: Levels) -> Sheet:
     names = {"position": "position", "of_class": "class", "colour": "colour", "purity": "purity"}
     columns = ["after block", "counted"]
     for name in names.values():
-        columns += [f"{name}: above chance", "median", "shuffled", "untrained", "neurons"]
+        columns += [f"{name}, above chance", name]
     columns += ["position over .5", "fires", "spread", "evenness"]
     rows = []
     for layer, own in enumerate(measured.features):
         row = [str(layer), f"{own.counted:,} of {own.units:,}"]
         for name in names:
-            figures = [getattr(kind[layer], name) for kind in (measured.features, measured.untrained, measured.neurons)]
-            of_features = figures[0]
-            row += (
-                ["–", "–", "–"]
-                if of_features is None
-                else [f"{of_features.above:.0%}", _share(of_features.median), _share(of_features.chance)]
-            )
-            row += [_share(figure and figure.median) for figure in figures[1:]]
+            figure: UnitFigure | None = getattr(own, name)
+            beside = (getattr(kind[layer], name) for kind in (measured.untrained, measured.neurons))
+            medians = [
+                figure and figure.median,
+                figure and figure.chance,
+                *(other and other.median for other in beside),
+            ]
+            row += ["–" if figure is None else f"{figure.above:.0%}", " · ".join(map(_share, medians))]
         row.append("–" if own.position is None else f"{own.position.over_half:.1%}")
         rows.append([*row, *(_share(figure) for figure in (own.fires, own.spread, own.evenness))])
     return Sheet(
-        f"What features answer to at patches, {measured.images:,} images of {measured.classes:,} classes, medians over "
-        "the features that fire in 16 images or more. Above chance: above 95 % of the shuffled figures.",
+        f"What features answer to at patches, {measured.images:,} images of {measured.classes:,} classes: medians over "
+        "the features that fire in 16 images or more · shuffled · of the untrained SAE's · of neurons. Above chance: "
+        "above 95 % of the shuffled figures.",
         columns,
         rows,
     )
