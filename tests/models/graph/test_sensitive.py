@@ -28,7 +28,7 @@ def spoiled(model):
     """The model whose second layer's MLP has one hidden channel 5,000 times as large, which it writes out as small."""
     changed = copy.deepcopy(model)
     weights = {tensor.name: tensor for tensor in changed.graph.initializer}
-    (bias,) = (name for name in weights if name.endswith("resblocks.1.mlp.c_fc.bias"))
+    (bias,) = (name for name in weights if name.endswith("blocks.1.mlp.c_fc.bias"))
     (add,) = (node for node in changed.graph.node if bias in node.input)
     (gelu,) = (node for node in changed.graph.node if add.output[0] in node.input)
     (product,) = (node for node in changed.graph.node if gelu.output[0] in node.input)

@@ -43,10 +43,10 @@ def test_every_format_is_answered(server, picture, format):
 def test_answer_has_exactly_the_fields_of_the_contract(server, picture):
     answer = server.attribute(picture())
     assert set(answer) == {
-        "request_id", "model", "warnings", "predictions", "explanations", "lens", "matrix", "attention", "fidelity",
-        "timings_ms",
+        "request_id", "model", "warnings", "predictions", "explanations", "lens", "matrix", "attention", "residual",
+        "fidelity", "timings_ms",
     }  # fmt: skip
-    assert answer["lens"] is answer["matrix"] is answer["explanations"][0]["heatmap"] is None
+    assert answer["lens"] is answer["matrix"] is answer["residual"] is answer["explanations"][0]["heatmap"] is None
     assert set(answer["model"]) == {"name", "digest"}
     assert set(answer["fidelity"]) == {"r2", "cosine", "error_share", "reconstructed_top1_agrees"}
     assert set(answer["timings_ms"]) == {"decode", "labels", "queue", "inference", "ledger"}
@@ -307,11 +307,13 @@ def test_model_is_the_bundle_that_is_served(server, carded, picture):
         "manifest",
         "source_baselines",
         "attention_heads",
+        "circuit_dictionaries",
         "warnings",
     }
     assert answer["digest"] == carded.digest
     assert answer["provider"] == "CPUExecutionProvider"
     assert answer["source_baselines"] == ["zero", "mean"]
     assert answer["attention_heads"] == 4
+    assert answer["circuit_dictionaries"] == ["clt"]
     assert answer["manifest"] == json.loads((carded.path / "manifest.json").read_text())
     assert server.attribute(picture())["model"] == {"name": answer["name"], "digest": answer["digest"]}
