@@ -45,14 +45,18 @@ REPLACEMENT_OUTPUTS = (
 )
 # Of a bundle with sources.onnx: the fields of `models.account.sources.Baseline`.
 BASELINE = ("baseline_activations.npy", "baseline_written.npy")
-# Outputs of trace.onnx for `pixels` [B, 3, H, W], see `models.account.sources.Trace`; the last two only with a CLT.
-TRACE_OUTPUTS = (
+# Outputs of every trace for `pixels` [B, 3, H, W]: `models.account.sources.HeldFast`.
+HELD_FAST = (
     "embedding",  # [B, D]
     "scale",  # [B]
     "norm",  # [B]
     "attention_weights",  # [B, L, H, T, T]
     "before_attention",  # [B, L, T]
     "before_mlp",  # [B, L, T]
+)
+# Outputs of trace.onnx, see `models.account.sources.Trace`; the last two only with a CLT.
+TRACE_OUTPUTS = (
+    *HELD_FAST,
     "embedded",  # [B, T, d]
     "written",  # [B, L, T, d]
     "indices",  # [B, L, T, k] int64
@@ -92,12 +96,7 @@ SCORES_OUTPUTS = (
 RESIDUAL = "residual_"
 RESIDUAL_TRACE = f"{RESIDUAL}trace.onnx"
 RESIDUAL_TRACE_OUTPUTS = (
-    "embedding",  # [B, D]
-    "scale",  # [B]
-    "norm",  # [B]
-    "attention_weights",  # [B, L, H, T, T]
-    "before_attention",  # [B, L, T]
-    "before_mlp",  # [B, L, T]
+    *HELD_FAST,
     "gates",  # [B, L, T, M]
     "streams",  # [B, L, T, d]
     "deviations",  # [B, L - 1, T]

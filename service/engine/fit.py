@@ -83,10 +83,7 @@ def text_graph(manifest: Manifest) -> Graph:
 def replacement_graph(manifest: Manifest) -> Graph:
     """replacement.onnx."""
     layers = manifest.shape.layers
-    inputs: dict[str, tuple[str, Dimensions]] = {
-        "pixels": ("tensor(float)", (None, 3, *manifest.preprocessing.size)),
-        REPLACED_INPUT: ("tensor(bool)", (layers, 2)),
-    }
+    inputs = of_pixels(manifest) | {REPLACED_INPUT: ("tensor(bool)", (layers, 2))}
     outputs: dict[str, Dimensions] = {
         "embedding": (None, manifest.shape.embedding),
         "contributions": (None, 2, layers, layers),
@@ -98,20 +95,32 @@ def trace_graph(manifest: Manifest) -> Graph:
     """trace.onnx."""
     shape = manifest.shape
     layers, tokens, width = shape.layers, shape.tokens, shape.width
-    outputs: dict[str, Dimensions] = {
+    outputs = held_fast(manifest) | {
+        "embedded": (None, tokens, width),
+        "written": (None, layers, tokens, width),
+        "indices": (None, layers, tokens, None),
+        "values": (None, layers, tokens, None),
+    }
+    return Graph("trace.onnx", of_pixels(manifest), outputs, shape.features)
+
+
+def of_pixels(manifest: Manifest) -> dict[str, tuple[str, Dimensions]]:
+    """The input of a graph that takes images alone."""
+    return {"pixels": ("tensor(float)", (None, 3, *manifest.preprocessing.size))}
+
+
+def held_fast(manifest: Manifest) -> dict[str, Dimensions]:
+    """The first outputs of every trace."""
+    shape = manifest.shape
+    layers, tokens = shape.layers, shape.tokens
+    return {
         "embedding": (None, shape.embedding),
         "scale": (None,),
         "norm": (None,),
         "attention_weights": (None, layers, None, tokens, tokens),
         "before_attention": (None, layers, tokens),
         "before_mlp": (None, layers, tokens),
-        "embedded": (None, tokens, width),
-        "written": (None, layers, tokens, width),
-        "indices": (None, layers, tokens, None),
-        "values": (None, layers, tokens, None),
     }
-    inputs: dict[str, tuple[str, Dimensions]] = {"pixels": ("tensor(float)", (None, 3, *manifest.preprocessing.size))}
-    return Graph("trace.onnx", inputs, outputs, shape.features)
 
 
 def sources_graph(manifest: Manifest, heads: int) -> Graph:

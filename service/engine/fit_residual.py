@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vitrine.models.bundle.layout import RESIDUAL_HELD, RESIDUAL_TRACE, residual_file
 from vitrine.models.bundle.manifest import Manifest
-from vitrine.service.engine.fit import Dimensions, Graph
+from vitrine.service.engine.fit import Dimensions, Graph, held_fast, of_pixels
 
 FIELD = "max(residual.features)"
 
@@ -13,21 +13,14 @@ def residual_trace_graph(manifest: Manifest) -> Graph:
     """The trace with the SAEs' codes."""
     shape = manifest.shape
     layers, tokens, saes = shape.layers, shape.tokens, shape.layers - 1
-    outputs: dict[str, Dimensions] = {
-        "embedding": (None, shape.embedding),
-        "scale": (None,),
-        "norm": (None,),
-        "attention_weights": (None, layers, None, tokens, tokens),
-        "before_attention": (None, layers, tokens),
-        "before_mlp": (None, layers, tokens),
+    outputs = held_fast(manifest) | {
         "gates": (None, layers, tokens, None),
         "streams": (None, layers, tokens, shape.width),
         "deviations": (None, saes, tokens),
         "indices": (None, saes, tokens, None),
         "values": (None, saes, tokens, None),
     }
-    inputs: dict[str, tuple[str, Dimensions]] = {"pixels": ("tensor(float)", (None, 3, *manifest.preprocessing.size))}
-    return Graph(RESIDUAL_TRACE, inputs, outputs, _features(manifest), FIELD)
+    return Graph(RESIDUAL_TRACE, of_pixels(manifest), outputs, _features(manifest), FIELD)
 
 
 def residual_block_graph(manifest: Manifest, block: int, heads: int, neurons: int) -> Graph:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -91,16 +92,8 @@ def evaluate(
         )
     return Results(
         recipe=clt_recipe(checkpoint, meta),
-        clip=ClipIdentity(name=clip.name, weights=clip.weights, sha256=clip.sha256),
-        checkpoint_sha256=file_sha256(checkpoint / "clt.safetensors"),
-        step=meta.step,
+        **circumstances(clip, checkpoint / "clt.safetensors", meta, images, bootstrap, seed),
         layers=clt.layers,
-        images=len(images),
-        labels=list(images.labels),
-        left_out=images.left_out,
-        seeds=Seeds(sample=images.seed, bootstrap=seed, orders=seed),
-        resamples=bootstrap.resamples,
-        confidence=bootstrap.confidence,
         reconstruction=measured.reconstruction.figures(),
         baseline=baseline,
         cascades=cascades,
@@ -115,6 +108,23 @@ def evaluate(
         comparison=comparison,
         nodes=nodes,
     )
+
+
+def circumstances(
+    clip: Clip, weights: Path, meta: CheckpointMeta, images: HeldOut, bootstrap: Bootstrap, seed: int
+) -> dict[str, Any]:
+    """The fields of `AnyResults` that say what was measured, and how; weights: the checkpoint's file."""
+    return {
+        "clip": ClipIdentity(name=clip.name, weights=clip.weights, sha256=clip.sha256),
+        "checkpoint_sha256": file_sha256(weights),
+        "step": meta.step,
+        "images": len(images),
+        "labels": list(images.labels),
+        "left_out": images.left_out,
+        "seeds": Seeds(sample=images.seed, bootstrap=seed, orders=seed),
+        "resamples": bootstrap.resamples,
+        "confidence": bootstrap.confidence,
+    }
 
 
 def evaluate_summary(

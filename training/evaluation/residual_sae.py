@@ -24,8 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from vitrine.models.account.windows import TOKENS, Tokens, paper_windows
-from vitrine.models.bundle.bundle import file_sha256
-from vitrine.models.bundle.manifest import ClipIdentity, Metrics
+from vitrine.models.bundle.manifest import Metrics
 from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tower import Taps
 from vitrine.models.dictionary.residual_replacement import ResidualReplacement, mixed
@@ -39,14 +38,13 @@ from vitrine.training.evaluation.beside import with_beside
 from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.cascades import Cascades
 from vitrine.training.evaluation.curves import node_faithfulness
-from vitrine.training.evaluation.evaluate import label_embeddings, open_checkpoint, summary
+from vitrine.training.evaluation.evaluate import circumstances, label_embeddings, open_checkpoint, summary
 from vitrine.training.evaluation.levels import levels
 from vitrine.training.evaluation.measure import AT_ONCE, classifier, sample, tapped
 from vitrine.training.evaluation.medians import medians
 from vitrine.training.evaluation.reconstruction import Reconstruction
 from vitrine.training.evaluation.relevance import Medians
 from vitrine.training.evaluation.residual_nodes import residual_nodes
-from vitrine.training.evaluation.results import Seeds
 from vitrine.training.evaluation.sae_results import SaeResults
 from vitrine.training.evaluation.survey import Surveyor
 from vitrine.training.recipes.recipe import ResidualSaeRecipe
@@ -191,16 +189,8 @@ def evaluate(
         nodes = nodes and nodes.model_copy(update={"medians": len(of_medians)})
     results = SaeResults(
         recipe=meta.recipe,
-        clip=ClipIdentity(name=clip.name, weights=clip.weights, sha256=clip.sha256),
-        checkpoint_sha256=file_sha256(weights_file(checkpoint, meta)),
-        step=meta.step,
+        **circumstances(clip, weights_file(checkpoint, meta), meta, images, bootstrap, seed),
         layers=saes.layers,
-        images=len(images),
-        labels=list(images.labels),
-        left_out=images.left_out,
-        seeds=Seeds(sample=images.seed, bootstrap=seed, orders=seed),
-        resamples=bootstrap.resamples,
-        confidence=bootstrap.confidence,
         reconstruction=measured.standardised.figures(),
         raw=measured.raw.figures(),
         baseline=baseline,

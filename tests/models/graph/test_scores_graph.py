@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_sources_graph import Reference, by_feature, held_ln
+from test_sources_graph import Reference, by_feature
 
 from common import with_stored_decoders
+from libragrad import held_norm
 from vitrine.models.account.attention_score import AttentionScore, feature_parts, largest, pairs
 from vitrine.models.account.sources import Trace
 from vitrine.models.bundle.layout import SCORES_OUTPUTS, SOURCES_OUTPUTS, TRACE_OUTPUTS
@@ -24,7 +25,7 @@ class ScoreReference(Reference):
         """[T, d / H] each, differentiable by what was written before block `layer`."""
         stream = self.embedded if layer == 0 else self.before_mlp[layer - 1] + self.written[layer - 1]
         block = self.tower.blocks[layer]
-        normed = held_ln(stream, block.ln_1)
+        normed = held_norm(stream, block.ln_1)
         q, k, _ = F.linear(normed, block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, -1)
         width = block.attn.head_dim
         return q[:, head * width : (head + 1) * width], k[:, head * width : (head + 1) * width]

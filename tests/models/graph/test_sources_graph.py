@@ -1,45 +1,24 @@
 """The two graphs of the source account against autograd in float64, with what is held fast detached."""
 
-from copy import deepcopy
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from common import with_stored_decoders
+from libragrad import held_attention, held_norm, in_float64
 from vitrine.models.account.sources import Baseline, Trace, about, accounts
 from vitrine.models.bundle.layout import SOURCES_OUTPUTS, TRACE_OUTPUTS
-from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.average import mean_code
 from vitrine.models.graph.sources import SourcesGraph, written_by
 from vitrine.models.graph.trace import TraceGraph
-
-
-def held_ln(x, ln):
-    """A LayerNorm with its denominator held fast."""
-    sigma = (x.var(-1, unbiased=False, keepdim=True) + ln.eps).sqrt().detach()
-    return (x - x.mean(-1, keepdim=True)) / sigma * ln.weight + ln.bias
-
-
-def held_attention(block, x):
-    """A block's attention with its weights held fast."""
-    attn, normed = block.attn, held_ln(x, block.ln_1)
-    q, k, v = F.linear(normed, attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
-
-    def split(t):
-        return t.unflatten(-1, (attn.num_heads, -1)).transpose(0, 1)
-
-    weights = (split(q) @ split(k).transpose(-1, -2) * attn.head_dim**-0.5).softmax(-1).detach()
-    mixed = (weights @ split(v)).transpose(0, 1).flatten(1)
-    return block.ls_1(F.linear(mixed, attn.out_proj.weight, attn.out_proj.bias))
 
 
 class Reference:
     """One image's forward pass in float64 in which only what is written has a gradient."""
 
     def __init__(self, clip, clt, pixels):
-        self.tower, self.clt = Tower(deepcopy(clip.model).double().visual), clt
+        self.tower, self.clt = in_float64(clip), clt
         taps = self.tower(pixels[None].double())
         self.embedded = taps.residual_in[0].detach().requires_grad_()
         self.written = [out[0].detach().requires_grad_() for out in taps.mlp_out]
@@ -56,10 +35,10 @@ class Reference:
 
     def logit(self, label):
         """<label, z / |z|>, with ln_post's denominator and |z| held fast."""
-        return held_ln(self.residual, self.tower.visual.ln_post) @ self.tower.visual.proj @ label / self.z.norm()
+        return held_norm(self.residual, self.tower.visual.ln_post) @ self.tower.visual.proj @ label / self.z.norm()
 
     def preactivation(self, layer, token, feature):
-        x = held_ln(self.before_mlp[layer], self.tower.blocks[layer].ln_2)[token]
+        x = held_norm(self.before_mlp[layer], self.tower.blocks[layer].ln_2)[token]
         encoder = self.clt.encoders[layer]
         return encoder.weight[feature] @ x + encoder.bias[feature]
 
