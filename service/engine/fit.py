@@ -50,7 +50,7 @@ def vision_graph(manifest: Manifest, precision: Precision, with_details: bool) -
     """vision.onnx or one of its variants."""
     shape = manifest.shape
     layers, embedding, k, tokens, rows = shape.layers, shape.embedding, shape.k, shape.tokens, 2 * shape.layers + 3
-    inputs: dict[str, tuple[str, Dimensions]] = {"pixels": ("tensor(float)", (None, 3, *manifest.preprocessing.size))}
+    inputs = of_pixels(manifest)
     outputs: dict[str, Dimensions] = {
         "embedding": (None, embedding),
         "rows": (None, rows, embedding),
