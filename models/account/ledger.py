@@ -53,6 +53,7 @@ class Decomposition:
     r2: float  # of what the MLPs add to the embedding, relative to its mean over the training images
     cosine: float  # of the same quantity, CLT against the true MLPs
     details: Details | None = None
+    components: Array | None = None  # [R, d] the components themselves, in residual space
 
     @classmethod
     def from_batch(cls, outputs: Mapping[str, Array], image: int, with_details: bool = False) -> Decomposition:
@@ -73,6 +74,7 @@ class Decomposition:
             r2=float(part("fidelity")[0]),
             cosine=float(part("fidelity")[1]),
             details=Details(**{field.name: part(field.name) for field in fields(Details)}) if with_details else None,
+            components=part("components") if "components" in outputs else None,
         )
 
     @property

@@ -14,6 +14,7 @@ FLOORS = {
         ("files", "images", "texts"),
         ("inputs",),
         ("account", "bundle"),
+        ("interventions",),
         ("precision",),
         ("clip",),
         ("dictionary",),

@@ -1,0 +1,86 @@
+"""An intervention as a user writes it: what is changed, where, and how. No arrays: `models.interventions.changes`.
+
+Three things can be changed, each at some tokens:
+
+    a feature   `layer` and `index` (of the CLT, or of the residual SAEs): its activation z becomes z'
+    a row       `row` of the ledger, and its `layer`: what attention, the MLP or the CLT's features of a layer write
+    a head      `layer` and `head`: what one attention head writes
+
+    ablate   z' = 0, or with `to: mean` the average picture's activation
+    scale    z' = value * z
+    set      z' = value
+    project  the stream's part along the feature's direction is taken out after its layer and every later one, or with
+             `to: mean` set to the average picture's
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Op = Literal["ablate", "scale", "set", "project"]
+Row = Literal["prior", "attention", "mlp", "clt", "bias", "error"]
+Mode = Literal["direct", "rerun"]
+Dictionary = Literal["clt", "residual"]
+Token = Annotated[int, Field(ge=0, strict=True)]
+Tokens = Literal["all", "cls", "patches"] | Annotated[tuple[Token, ...], Field(min_length=1)]
+
+ROWS_OF_A_LAYER: tuple[Row, ...] = ("attention", "mlp", "clt")
+MAX_VALUE = 1e6  # of `value`: float32 computes with it
+
+
+class Intervention(BaseModel):
+    """One change. Which fields belong together is checked here; whether the bundle has such a feature, later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    op: Op
+    layer: int | None = Field(default=None, ge=0, strict=True, description="of the feature, row or head")
+    index: int | None = Field(default=None, ge=0, strict=True, description="of a feature")
+    dictionary: Dictionary = Field(default="clt", description="whose feature")
+    row: Row | None = Field(default=None, description="a row of the ledger; prior, bias and error have no layer")
+    head: int | None = Field(default=None, ge=0, strict=True, description="of the layer's attention")
+    tokens: Tokens | None = Field(
+        default=None, description="where: all, cls, patches or numbers (0: [CLS]); default: features all, else cls"
+    )
+    to: Literal["zero", "mean"] = Field(
+        default="zero", description="what `ablate` and `project` put in: nothing, or the average picture's"
+    )
+    value: float | None = Field(
+        default=None, ge=-MAX_VALUE, le=MAX_VALUE, allow_inf_nan=False, description="of `scale` (a factor) and `set`"
+    )
+    direction: Literal["decoder", "encoder"] = Field(
+        default="decoder", description="of `project`: what the feature writes, or what it reads"
+    )
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Self:
+        named = [name for name in ("index", "row", "head") if getattr(self, name) is not None]
+        if len(named) != 1:
+            raise ValueError(f"name one of index (a feature), row and head; here are {', '.join(named) or 'none'}")
+        if self.row is None or self.row in ROWS_OF_A_LAYER:
+            if self.layer is None:
+                raise ValueError(f"a {self.row or 'feature or head'} needs its layer")
+        elif self.layer is not None:
+            raise ValueError(f"the row {self.row} has no layer")
+        if self.index is None:
+            if self.op in ("set", "project"):
+                raise ValueError(f"{self.op} is of features; rows and heads can be ablated or scaled")
+            if self.to == "mean":
+                raise ValueError("`to: mean` is of features, whose means the bundle has")
+            if self.dictionary != "clt":
+                raise ValueError("`dictionary` is of features")
+        takes_value = self.op in ("scale", "set")
+        if takes_value != (self.value is not None):
+            raise ValueError(f"{self.op} needs a value" if takes_value else f"{self.op} takes no value")
+        if self.to == "mean" and takes_value:
+            raise ValueError("`to` is of ablate and project")
+        if self.direction == "encoder" and self.op != "project":
+            raise ValueError("`direction` is of project")
+        return self
+
+    @property
+    def where(self) -> Tokens:
+        """The tokens, with the default filled in."""
+        return self.tokens or ("cls" if self.index is None else "all")
