@@ -22,12 +22,12 @@ from torch import Tensor
 from vitrine.models.bundle.bundle import Bundle, seal
 from vitrine.models.bundle.label_sets import NamedLabels
 from vitrine.models.bundle.layout import (
-    DETAILS,
+    ALWAYS,
     DETAILS_INPUT,
     MANIFEST,
+    ON_REQUEST,
     REPLACED_INPUT,
     REPLACEMENT_OUTPUTS,
-    VISION_OUTPUTS,
     Variant,
     vision_file,
 )
@@ -129,7 +129,7 @@ def export_bundle(
         np.save(partial / "fold.npy", torch.cat([graph.fold, graph.beta[None]]).numpy())
         np.save(partial / "attention.npy", clip.tower.attention_fold().numpy())
         pixels = torch.zeros(2, 3, *clip.tower.image_size)
-        vision = to_onnx(graph, {"pixels": pixels}, VISION_OUTPUTS, DETAILS, DETAILS_INPUT)
+        vision = to_onnx(graph, {"pixels": pixels}, ALWAYS, ON_REQUEST, DETAILS_INPUT)
         images = [pixels.numpy() for pixels in calibration]
         variant_models = {variant: make_variant(vision, variant, images) for variant in variants}
         save_onnx(preselect(vision), partial / "vision.onnx")
