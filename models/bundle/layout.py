@@ -119,6 +119,8 @@ SCORES_OUTPUTS = (
 # (`models.graph.residual`), L in all. The names of their files begin with this.
 RESIDUAL = "residual_"
 RESIDUAL_TRACE = f"{RESIDUAL}trace.onnx"
+RESIDUAL_RERUN = f"{RESIDUAL}rerun.onnx"  # interventions in their features: as of `RERUN`
+RESIDUAL_ACTIVATIONS = f"{RESIDUAL}activations.npy"  # [L - 1, 2, F] the average picture's, F the largest of them
 RESIDUAL_TRACE_OUTPUTS = (
     *HELD_FAST,
     "gates",  # [B, L, T, M]
@@ -164,6 +166,11 @@ Precision = Literal["fp32", "int8", "fp16"]
 def residual_file(block: int) -> str:
     """The file of the graph that goes back through a block."""
     return f"{RESIDUAL}block_{block}.onnx"
+
+
+def residual_rows_file(layer: int, kind: str) -> str:
+    """The table [F, d] of what the features of an SAE write (`decoder`) or read (`encoder`)."""
+    return f"{RESIDUAL}{kind}_{layer}.npy"
 
 
 def vision_file(precision: Precision) -> str:

@@ -14,6 +14,8 @@ are places; their pre-activations are then recomputed from their own rows. So th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -116,7 +118,8 @@ class AttributionGraph(nn.Module):
         written, to_last = self.decode(indices, values)
         error = torch.stack(mlp_outs).sum(0) - written.sum(1) - self.bias
         components = self.components(torch.stack(attn_outs, dim=1), written, error)
-        heads = [part.by_head(*of) for part, *of in zip(self.attention, weights, token_values, strict=True)]
+        parts: Any = self.attention
+        heads = [part.by_head(*of) for part, *of in zip(parts, weights, token_values, strict=True)]
         return (
             *self.account(stream[:, 0], components, indices, values, to_last),
             F.normalize(tower.head(torch.stack(residuals, dim=1)), dim=-1),
@@ -129,7 +132,7 @@ class AttributionGraph(nn.Module):
     def components(self, attention: Tensor, written: Tensor, *others: Tensor) -> Tensor:
         """[B, R, d] in the order of `models.account.ledger`: of what attention and the features write [B, L, d], and
         what comes after the biases [B, d] each."""
-        prior, bias = (part.expand(len(written), 1, -1) for part in (self.prior, self.bias))
+        prior, bias = (part.expand(written.shape[0], 1, -1) for part in (self.prior, self.bias))
         return torch.cat([prior, attention, written, bias, *(other[:, None] for other in others)], dim=1)
 
     def account(

@@ -176,7 +176,8 @@ class RerunGraph(nn.Module):
         components = vision.components(attn_outs, written + more, error, added - more.sum(1))
 
         at_place = code_indices[..., None] == indices  # [B, L, k, n]
-        values = values.where(~(at_place & (of_layer > 0)[:, None]).any(-1), 0.0)
+        changed_there = (at_place.to(values.dtype) @ of_layer[..., None])[..., 0]  # also where no feature is changed
+        values = values.where(changed_there == 0, 0.0)
         values = torch.cat([values, activations[:, None] * of_layer + by_layer], dim=-1)
         code_indices = torch.cat([code_indices, indices.expand(*by_layer.shape)], dim=-1)
         return vision.account(residual, components, code_indices, values, to_last)
