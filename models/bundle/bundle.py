@@ -11,6 +11,8 @@
     rerun.onnx           optional, with tensors of those: the network with interventions in it (`models.graph.rerun`)
     baseline_activations.npy, baseline_written.npy, baseline_stream.npy: optional, the average picture, for source
                          accounts about it and interventions that put it in
+    residual_rerun.onnx, residual_encoder_0.npy, residual_decoder_0.npy and on, residual_activations.npy: optional,
+                         interventions in features of residual SAEs, what they read and write, their mean activations
     residual_trace.onnx, residual_block_0.onnx and on, their .data: optional, residual SAEs: accounts and circuits by
                          features of the stream (`models.account.residual`), from the trace back block by block;
                          tensors of the graphs above are read from theirs, so they cannot lie in a folder of their own

@@ -29,7 +29,7 @@ class BundleNetwork:
         """How many features a layer of a dictionary has; 0: it has no such layer."""
         if dictionary == "clt":
             return self.bundle.manifest.shape.features if layer < self.layers else 0
-        residual = self.bundle.manifest.residual
+        residual = self.bundle.manifest.residual if self.bundle.has_residual_rerun else None
         return residual.features[layer] if residual and layer < len(residual.features) else 0
 
     def means(self, dictionary: Dictionary, layer: int, index: int) -> Array:

@@ -86,6 +86,7 @@ def _check_sums(engine: Engine) -> None:
 
 def _check_rerun(graphs: RerunGraphs, pixels: NDArray[np.float32], decompositions: list[Decomposition]) -> None:
     """That with nothing changed the graph is of the same network, and that with something changed its rows add up."""
+    graphs.check()
     network = BundleNetwork(graphs.bundle)
     for items in ([], [Intervention(op="ablate", layer=0, row="clt", tokens="all")]):
         changes = resolve(items, network, "rerun")
