@@ -39,7 +39,9 @@ class ServedClt:
         self.architecture = Architecture(
             self.layers, self.width, self.features, k, k_cls, manifest.sparsifier, shape.cross_layer
         )
-        self.tensors = _tensors(folder / "vision.onnx", ("encoder_biases", "threshold", "bias", "cls_mean"))
+        # Of the biases there is a table too, but what is looked up in a small one is not there by its name.
+        biases = tuple(f"encoders.{layer}.bias" for layer in range(self.layers))
+        self.tensors = _tensors(folder / "vision.onnx", (*biases, "threshold", "bias", "cls_mean"))
         rows = _table(folder / ENCODERS)
         self.encoders = [self._encoder(layer, rows[layer]) for layer in range(self.layers)]
         self._directions = _table(folder / "directions.npy")
@@ -68,7 +70,7 @@ class ServedClt:
             sparsifier.thresholds.fill_(float(self.tensors["threshold"][layer, 0]))
         encoder = Encoder(self.width, sparsifier)
         encoder.weight = nn.Parameter(rows, requires_grad=False)
-        encoder.bias = nn.Parameter(self.tensors["encoder_biases"][layer], requires_grad=False)
+        encoder.bias = nn.Parameter(self.tensors[f"encoders.{layer}.bias"], requires_grad=False)
         return encoder
 
 
