@@ -73,8 +73,9 @@ class Changed(NamedTuple):
         return (lengths * (self.places == place).to(lengths.dtype)) @ self.directions
 
 
-def dense(indices: Tensor, values: Tensor, features: int) -> Tensor:
-    """A code [B, t, k] as activations of all features [B, t, F]."""
+def dense(code: tuple[Tensor, Tensor], features: int) -> Tensor:
+    """A code, (features, activations) [B, t, k] each, as activations of all features [B, t, F]."""
+    indices, values = code
     nothing = values.new_zeros(*values.shape[:-1], features)
     return nothing.scatter(-1, indices, values)
 
@@ -160,7 +161,7 @@ class RerunGraph(nn.Module):
         def features(layer: int, mlp_in: Tensor, stream: Tensor) -> Tensor:
             nonlocal difference, activations
             code = self.codes[layer](self.readers[layer](mlp_in), self.types[: mlp_in.shape[1]])
-            z = dense(*code, self.features).index_select(-1, indices)  # [B, t, n]
+            z = dense(code, self.features).index_select(-1, indices)  # [B, t, n]
             codes.append(tuple(self._of_cls(part) for part in code))
             difference = difference[:, : z.shape[1]] + changed.difference(z, layer)
             activations = activations + z[:, 0] * changed.of_layer(layer)

@@ -67,7 +67,7 @@ class ResidualRerunGraph(nn.Module):
             of_tokens: Any = standardise(stream)
             code = self.codes[layer](self.saes[layer](of_tokens.x), self.types)
             own = indices.clamp_max(self.features[layer] - 1)  # those of larger SAEs are of other layers
-            difference = changed.difference(dense(*code, self.features[layer]).index_select(-1, own), layer)
+            difference = changed.difference(dense(code, self.features[layer]).index_select(-1, own), layer)
             return of_tokens.scale * (difference @ getattr(self, f"decoder_{layer}").index_select(0, own))
 
         vision = self.vision
