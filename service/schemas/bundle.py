@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from vitrine.models.bundle.layout import Dictionary
 from vitrine.service.schemas.base import Model, Warnings
-from vitrine.service.schemas.circuit import Dictionary
 
 
 class ModelResponse(BaseModel):
@@ -25,6 +25,7 @@ class ModelResponse(BaseModel):
     circuit_dictionaries: list[Dictionary] = Field(
         description="what `dictionary` of a circuit may be; without residual there is no `explain.residual`"
     )
+    card_dictionaries: list[Dictionary] = Field(description="of whose features there are cards")
     warnings: Warnings = []
 
 

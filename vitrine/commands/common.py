@@ -150,8 +150,10 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         console.print(
             f"  residual SAEs: {', '.join(counts)} features a layer; {manifest.residual.bytes / 1e6:.1f} MB", **plain
         )
-    if manifest.cards is not None:
-        quality = manifest.cards.quality
+    for of, cards in (("", manifest.cards), (" of residual SAEs", manifest.residual_cards)):
+        if cards is None:
+            continue
+        quality = cards.quality
         checked = (
             ""
             if quality.auroc_share is None
@@ -160,7 +162,7 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
                 f"({quality.auroc_share_shuffled:.1%} shuffled)"
             )
         )
-        console.print(f"  cards: {quality.labelled:,} features have a label{checked}", **plain)
+        console.print(f"  cards: {quality.labelled:,} features{of} have a label{checked}", **plain)
 
 
 def print_skipped(skipped: Skipped, console: Console) -> None:
