@@ -14,7 +14,7 @@ from vitrine.service.answers.explain import account
 from vitrine.service.engine.labels import LabelEncoder, LabelSet
 from vitrine.service.errors import ServiceError
 from vitrine.service.schemas.attribute import Explain
-from vitrine.service.schemas.features import SimilarRequest
+from vitrine.service.schemas.features import FeaturesQuery, SimilarRequest
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +244,8 @@ def test_bad_images_are_refused_as_elsewhere(server, refused):
 
 def test_a_bundle_without_cards_says_so(bundle):
     for call in (
-        lambda: features.card(bundle, None, 0, 0),
-        lambda: features.search(bundle, None, None),
+        lambda: features.card(bundle, None, "clt", 0, 0),
+        lambda: features.search(bundle, None, FeaturesQuery()),
         lambda: similar._check_request(bundle, SimilarRequest()),
     ):
         with pytest.raises(ServiceError, match="vitrine cards") as caught:
