@@ -55,8 +55,7 @@ class ResidualExport:
 
 
 def add_residual(bundle: Bundle, clip: Clip, export: ResidualExport, out: Path) -> Bundle:
-    """Write a copy of a bundle with these residual SAEs, in place of those that it may have, without the cards of
-    these.
+    """Write a copy of a bundle with these residual SAEs, in place of those that it may have, whose cards are left out.
 
     Raises:
         ExportError: `out` exists, the bundle has another CLIP, or the graphs differ from torch.

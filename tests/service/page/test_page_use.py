@@ -171,6 +171,7 @@ def test_features_of_the_stream_open_their_cards_where_there_are_any(page, photo
     if "residual" not in dictionaries:
         assert features.count() == 0
         return
+    assert not serious_violations(page)
     with page.expect_request("**/v1/features/0/*") as request:
         features.first.click()
     address, _, query = request.value.url.partition("?")

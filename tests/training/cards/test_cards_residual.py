@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from vitrine.commands import app
 from vitrine.models.bundle.bundle import BundleError, open_bundle, seal
+from vitrine.models.bundle.cards import Cards, CardsError
 from vitrine.models.bundle.layout import CARD_FILES
 from vitrine.models.dictionary.residual_sae import standardise
 from vitrine.models.export.residual import add_residual, has_saes
@@ -78,6 +79,9 @@ def test_a_direction_is_the_decoders_through_the_last_norm(carded_residual, resi
 def test_each_layer_has_cards_of_its_own_features(carded_residual):
     manifest, cards = carded_residual.manifest, carded_residual.residual_cards
     assert carded_residual.cards is None
+    for features, said in (((64, 48), "features that do not exist: 16"), ((48, 63), "112 rows for 111 features")):
+        with pytest.raises(CardsError, match=said):
+            Cards(carded_residual.path, features, "residual_cards")
     assert manifest.files.keys() >= FILES
     assert cards.card(1, 63).index == 63
     with pytest.raises(KeyError):
