@@ -64,9 +64,11 @@ demo: .venv-dev/installed
 	test $(RUN)/evaluation/results.json -nt $(RUN)/log.jsonl || \
 	  $(VITRINE) evaluate --checkpoint $(RUN) --data-root $(DATA) --out $(RUN)/evaluation
 	$(VITRINE) train --recipe demo-residual --data-root $(DATA) --out $(RUN)-residual
-	rm -rf build/demo-plain build/demo
+	rm -rf build/demo-plain build/demo-clt build/demo
 	$(VITRINE) export --checkpoint $(RUN) --residual $(RUN)-residual --data-root $(DATA) --out build/demo-plain
-	$(VITRINE) cards --checkpoint $(RUN) --bundle build/demo-plain --data-root $(DATA) --out build/demo \
+	$(VITRINE) cards --checkpoint $(RUN) --bundle build/demo-plain --data-root $(DATA) --out build/demo-clt \
+	  --vocabulary training/vocabularies/demo.txt --pictures means
+	$(VITRINE) cards --checkpoint $(RUN)-residual --bundle build/demo-clt --data-root $(DATA) --out build/demo \
 	  --vocabulary training/vocabularies/demo.txt --pictures means
 	$(VITRINE) verify build/demo
 	if cmp -s build/demo/manifest.json models/demo/manifest.json; then echo "models/demo is this very bundle"; else \

@@ -33,6 +33,7 @@ from vitrine.training.cards import labels
 from vitrine.training.cards.build import Options, build_cards
 from vitrine.training.checkpoint import CheckpointMeta, save_checkpoint
 from vitrine.training.recipes.reading import load_recipe
+from vitrine.training.recipes.recipe import ResidualSaeRecipe
 
 torch.set_num_threads(1)  # these matrices are too small to parallelise
 gc.set_threshold(100_000, 20, 100)  # exports create millions of objects: scanning them took a sixth of the time
@@ -309,13 +310,35 @@ def checkpoint(recipe, clip, clt, cls_mean, tmp_path_factory):
 @pytest.fixture(scope="session")
 def carded(checkpoint, bundle, clip, data_root, tmp_path_factory):
     """`bundle` with cards and thumbnails. Label thresholds are off, so that features of random weights get labels."""
-    out = tmp_path_factory.mktemp("carded") / "tiny"
+    return _with_cards(clip, checkpoint, bundle, data_root, tmp_path_factory.mktemp("carded") / "tiny")
+
+
+def _with_cards(clip, checkpoint, bundle, data_root, out):
     options = Options(exemplars=4, shown=3, references=40, workers=0)
     with pytest.MonkeyPatch.context() as patch:
         for name, threshold in (("PRECISION", 0.0), ("MIN_LABELS", 0), ("RANDOM_QUANTILE", 0.0)):
             patch.setattr(labels, name, threshold)
         patch.setattr(labels, "chance", lambda fires, words: np.zeros(fires.shape[1]))
         return build_cards(clip, checkpoint, bundle, data_root, out, options, Console(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def sae_checkpoint(recipe, clip, residual_export, tmp_path_factory):
+    """A finished run's checkpoint of the residual SAEs that `with_residual` has."""
+    sizes = {"features": (48, 64), "k": (8, 9), "k_cls": (5, 6)}
+    of_saes = ResidualSaeRecipe(
+        kind="residual_sae", name="tiny-sae", clip=recipe.clip, data=recipe.data, residual_sae=sizes
+    )
+    meta = CheckpointMeta(
+        step=1, steps=1, recipe=of_saes, clip_sha256=clip.sha256, layers=3, width=32, train_images=48, val_images=12
+    )
+    return save_checkpoint(tmp_path_factory.mktemp("run"), meta, residual_export.saes, {}, {"step": torch.zeros(1)})
+
+
+@pytest.fixture(scope="session")
+def carded_residual(sae_checkpoint, with_residual, clip, data_root, tmp_path_factory):
+    """`with_residual` with cards of its SAEs' features, made as those of `carded`; the CLT's features have none."""
+    return _with_cards(clip, sae_checkpoint, with_residual, data_root, tmp_path_factory.mktemp("carded") / "tiny")
 
 
 # A CLT of every sparsifier, cross-layer and per-layer, with budgets that differ by layer and token type.

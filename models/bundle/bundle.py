@@ -27,6 +27,7 @@
     last_decoders.npy    optional, [(L - 1) F, d], shared in the same way: what a feature writes to the last MLP output
     fold.npy             [d + 1, D]: ln_post and projection as a matrix M [d, D] and a bias beta [D]
     cards/               optional: what features fire on, as labels, numbers and images (`models.bundle.cards`)
+    residual_cards/      optional, with residual SAEs: the same of their features
     label_sets/          optional: NAME.json (`models.bundle.label_sets`) and NAME.npy, unit embeddings [N, D]
     MODEL_CARD.md        generated from the manifest
 
@@ -56,6 +57,7 @@ from vitrine.models.bundle.label_sets import LabelSetError, NamedLabels, parse_l
 from vitrine.models.bundle.layout import (
     BASELINE,
     BASELINE_STREAM,
+    CARD_FILES,
     CARDS,
     ENCODERS,
     MANIFEST,
@@ -65,6 +67,7 @@ from vitrine.models.bundle.layout import (
     RESIDUAL_ACTIVATIONS,
     RESIDUAL_RERUN,
     RESIDUAL_TRACE,
+    Dictionary,
     residual_file,
     residual_rows_file,
     vision_file,
@@ -123,8 +126,9 @@ class Bundle:
 
     def close(self) -> None:
         """Close what is held open for the cards; they cannot be read any more."""
-        if (cards := vars(self).get("cards")) is not None:
-            cards.close()
+        for name in CARDS.values():
+            if (cards := vars(self).get(name)) is not None:
+                cards.close()
 
     @cached_property
     def directions(self) -> NDArray[np.floating]:
@@ -223,13 +227,26 @@ class Bundle:
 
     @cached_property
     def cards(self) -> Cards | None:
-        """The feature cards, or None if the bundle has none. Raises `BundleError` if they cannot be used."""
-        if self.manifest.cards is None:
+        """The cards of the CLT's features, or None if the bundle has none. Raises `BundleError` if they cannot be
+        used."""
+        return self._open_cards("clt")
+
+    @cached_property
+    def residual_cards(self) -> Cards | None:
+        """The same of the residual SAEs' features."""
+        return self._open_cards("residual")
+
+    def cards_of(self, dictionary: Dictionary) -> Cards | None:
+        """One of the two above."""
+        return self.cards if dictionary == "clt" else self.residual_cards
+
+    def _open_cards(self, dictionary: Dictionary) -> Cards | None:
+        if self.manifest.cards_of(dictionary) is None:
             return None
         from vitrine.models.bundle.cards import Cards, CardsError  # imports DuckDB, not needed without cards
 
         try:
-            return Cards(self.path, self.manifest.shape.layers, self.manifest.shape.features, self.open)
+            return Cards(self.path, self.manifest.features_of(dictionary), CARDS[dictionary], self.open)
         except CardsError as error:
             raise BundleError(str(error)) from error
 
@@ -288,7 +305,7 @@ def open_bundle(path: Path) -> Bundle:
     except ValidationError as error:
         raise BundleError(f"{path / MANIFEST}: {_problems(error)}") from error
     variants = [vision_file(precision) for precision in manifest.precisions]
-    cards = CARDS if manifest.cards else ()
+    cards = [f"{CARDS[one]}/{name}" for one in CARDS if manifest.cards_of(one) for name in CARD_FILES]
     saes = [RESIDUAL_TRACE, *map(residual_file, range(manifest.shape.layers))] if manifest.residual else []
     required = dict.fromkeys([*REQUIRED, *variants, *(f"{name}.data" for name in variants), *cards, *saes])
     if missing := [name for name in required if name not in manifest.files]:

@@ -1,13 +1,14 @@
-"""Feature cards: what a feature fires on, as labels, numbers and images. Optional in a bundle, under cards/.
+"""Feature cards: what a feature fires on, as labels, numbers and images. Optional in a bundle, under cards/ for the
+features of the CLT, under residual_cards/ for those of the residual SAEs.
 
     features.parquet   one row per feature, keyed by layer and index: the fields of `Card`
     images.parquet     one row per image used by cards and retrieval: the fields of `CardImage`
     references.npz     for retrieval, codes at [CLS] of the first N of those images: `indices` and `values` [N, L, k],
-                       0 in unused places
+                       0 in unused places; of residual SAEs N is 0
 
 Written by `vitrine cards` (training/cards). The Parquet tables are read with DuckDB, one row at a time, so that the
-tables of a large CLT stay on disk. They stay open, and are read by descriptor: a path may name another file by then.
-No torch.
+tables of a large dictionary stay on disk. They stay open, and are read by descriptor: a path may name another file by
+then. No torch.
 
 A feature is *read* at [CLS], where answers explain it, or, if it hardly ever fires there, at the patches. Its
 activation on an image is the one at [CLS], or the largest over patches. Exemplars, quantiles, histogram and label all
@@ -31,12 +32,12 @@ from numpy.typing import NDArray
 
 from vitrine.models.bundle.cards_check import feature_checks, image_checks
 from vitrine.models.bundle.files import Identity, is_finite
-from vitrine.models.bundle.layout import CARDS
+from vitrine.models.bundle.layout import CARD_FILES, CARDS
 from vitrine.models.errors import VitrineError
 from vitrine.models.files.reading import open_regular
 from vitrine.models.inputs.duck import DESCRIPTORS, connect, literal
 
-FEATURES, IMAGES, REFERENCES = CARDS
+FEATURES, IMAGES, REFERENCES = CARD_FILES
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 16  # in a card's histogram, of equal width from 0 to the largest |activation|
 
@@ -120,37 +121,44 @@ class Cards:
     """The cards of a bundle. Thread-safe. Two files stay open until `close`, or until the object is no longer used.
 
     Args:
-        path: the bundle's directory.
-        layers, features: the bundle's shape. Raises `CardsError` unless there is one row per feature, and every row
-            can be answered with (`cards_check`).
+        bundle: the bundle's directory.
+        features: their numbers by layer. Raises `CardsError` unless there is one row per feature, and every row can be
+            answered with (`cards_check`).
+        folder: of the cards.
         open_file: opens a file of the bundle by its name; default: whatever is at that path.
     """
 
     def __init__(
-        self, path: Path, layers: int, features: int, open_file: Callable[[str], BinaryIO] | None = None
+        self,
+        bundle: Path,
+        features: Sequence[int],
+        folder: str = CARDS["clt"],
+        open_file: Callable[[str], BinaryIO] | None = None,
     ) -> None:
-        self.path, self.layers, self.features = path, layers, features
-        open_file = open_file or (lambda name: open_regular(path / name))  # not kept: it may belong to who keeps us
+        self.path, self.features = bundle / folder, np.array(features)
+        self._offsets = (self.features.cumsum() - self.features).tolist()  # of the layers' first features
+        open_file = open_file or (lambda name: open_regular(bundle / name))  # not kept: it may belong to who keeps us
         self._descriptors: dict[str, int] = {}
         self._closing = weakref.finalize(self, _close, self._descriptors)
         try:
             for name in (FEATURES, IMAGES):
-                with open_file(name) as stream:
+                with open_file(f"{folder}/{name}") as stream:
                     self._descriptors[name] = os.dup(stream.fileno())
-            references = open_file(REFERENCES)
+            references = open_file(f"{folder}/{REFERENCES}")
         except OSError as error:
-            raise CardsError(f"{path / 'cards'} cannot be read: {error}") from error
+            raise CardsError(f"{self.path} cannot be read: {error}") from error
         with references:
-            self._database, self._lock = _connect(path), threading.Lock()
+            self._database, self._lock = _connect(bundle), threading.Lock()
             rows = self._rows(f"SELECT label, label_score FROM {self._table(FEATURES)} ORDER BY layer, index")  # noqa: S608
-            if len(rows) != layers * features:
+            if len(rows) != sum(features):
                 raise CardsError(
-                    f"{path / FEATURES} has {len(rows):,} rows for {layers} layers of {features:,} features"
+                    f"{self.path / FEATURES} has {len(rows):,} rows for {sum(features):,} features in "
+                    f"{len(features)} layers"
                 )
             self.references = self._references(references)
         tables = self._table(FEATURES), self._table(IMAGES)
         self._check(IMAGES, image_checks(tables[1], len(self.references[0])))
-        self._check(FEATURES, feature_checks(*tables, layers, features, BINS, len(QUANTILES)))
+        self._check(FEATURES, feature_checks(*tables, features, BINS, len(QUANTILES)))
         self._labels: list[tuple[str | None, float | None]] = [
             (label, score if label else None) for label, score in rows
         ]
@@ -163,7 +171,7 @@ class Cards:
 
     def label(self, layer: int, index: int) -> tuple[str | None, float | None]:
         """(label, label score) of a feature, from memory."""
-        return self._labels[layer * self.features + index]
+        return self._labels[self._offsets[layer] + index]
 
     def card(self, layer: int, index: int) -> Card:
         """The card of a feature. Raises `KeyError` if there is no such feature."""
@@ -207,7 +215,7 @@ class Cards:
     ) -> NDArray[np.float32]:
         """Cosine [N] between a code at [CLS] (features, activations [k]) and that of each reference image, in one
         layer; 0 for an image without active features."""
-        query = np.zeros(self.features, np.float32)
+        query = np.zeros(self.features[layer], np.float32)
         query[indices[values != 0]] = values[values != 0]
         reference_indices, reference_values = (part[:, layer] for part in self.references)
         reference_values = reference_values.astype(np.float32)
@@ -222,12 +230,12 @@ class Cards:
                 indices, values = stored["indices"], stored["values"]
         except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
             raise CardsError(f"{file} cannot be used: {error}") from error
-        if indices.shape != values.shape or indices.ndim != 3 or indices.shape[1] != self.layers:
+        if indices.shape != values.shape or indices.ndim != 3 or indices.shape[1] != len(self.features):
             raise CardsError(f"{file}: codes {indices.shape}, {values.shape} do not fit")
         if not np.issubdtype(indices.dtype, np.integer) or not np.issubdtype(values.dtype, np.floating):
             raise CardsError(f"{file}: indices are {indices.dtype}, values {values.dtype}")
-        if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.features:
-            raise CardsError(f"{file} names a feature beyond the {self.features:,} there are")
+        if (indices < 0).any() or (indices >= self.features[:, None]).any():
+            raise CardsError(f"{file} names a feature beyond those that there are")
         if not is_finite(values):
             raise CardsError(f"{file} has values that are not finite")
         return indices, values
@@ -261,16 +269,16 @@ class Cards:
                 rows = result.fetchall()
                 names = [column[0] for column in result.description or ()]
         except duckdb.Error as error:
-            raise CardsError(f"{self.path / 'cards'} cannot be read: {error}") from error
+            raise CardsError(f"{self.path} cannot be read: {error}") from error
         return [dict(zip(names, row, strict=True)) for row in rows] if named else rows
 
 
-def _connect(path: Path) -> duckdb.DuckDBPyConnection:
+def _connect(bundle: Path) -> duckdb.DuckDBPyConnection:
     try:
         database = connect()
         database.execute("SET parquet_metadata_cache = true")  # the files never change: halves the time per row
     except duckdb.Error as error:
-        raise CardsError(f"DuckDB, which reads the cards of {path}, cannot be started: {error}") from error
+        raise CardsError(f"DuckDB, which reads the cards of {bundle}, cannot be started: {error}") from error
     return database
 
 

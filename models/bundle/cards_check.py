@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _REQUIRED = ("frequency_cls", "frequency_patches", "largest", "mask_scale")
 _OPTIONAL = ("label_score", "label_margin", "label_clarity", "label_auroc", "writes_score", "writes_margin")
 
 
-def feature_checks(features: str, images: str, layers: int, count: int, bins: int, quantiles: int) -> dict[str, str]:
-    """Problem -> query that counts the rows which have it. features, images: the tables, as SQL; layers, count: the
-    bundle's shape; bins, quantiles: numbers of a card's histogram and quantiles. A column that is missing, or of
-    another type, is an error of the query itself."""
+def feature_checks(features: str, images: str, counts: Sequence[int], bins: int, quantiles: int) -> dict[str, str]:
+    """Problem -> query that counts the rows which have it. features, images: the tables, as SQL; counts: of features by
+    layer; bins, quantiles: numbers of a card's histogram and quantiles. A column that is missing, or of another type,
+    is an error of the query itself."""
     numbers = [f"NOT coalesce(isfinite({name}), false)" for name in _REQUIRED]
     numbers += [f"NOT isfinite({name})" for name in _OPTIONAL]
     numbers.append("len(list_filter(quantiles, lambda q: NOT coalesce(isfinite(q), false))) > 0")
-    place = f"layer NOT BETWEEN 0 AND {layers - 1} OR index NOT BETWEEN 0 AND {count - 1}"
+    # lists count from 1, and from the end with negative numbers; beyond them there is NULL
+    place = f"layer < 0 OR index NOT BETWEEN 0 AND {list(counts)}[layer + 1] - 1"
     rows = f"SELECT count(*) FROM {features} WHERE "  # noqa: S608
     return {
         "features that do not exist": f"{rows} coalesce({place}, true)",

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+Variant = Literal["int8", "fp16"]
+Precision = Literal["fp32", "int8", "fp16"]
+Dictionary = Literal["clt", "residual"]  # whose features
+
 MANIFEST = "manifest.json"
 REQUIRED = (
     "vision.onnx",
@@ -16,7 +20,9 @@ REQUIRED = (
     "MODEL_CARD.md",
 )
 READ_BY_GRAPHS = (".onnx", ".data", ".npy")  # ends of the names of files that a graph may read beside itself
-CARDS = ("cards/features.parquet", "cards/images.parquet", "cards/references.npz")
+# Folders of the cards, each with all of these files; the manifest's fields have the same names.
+CARDS: dict[Dictionary, str] = {"clt": "cards", "residual": "residual_cards"}
+CARD_FILES = ("features.parquet", "images.parquet", "references.npz")
 # Outputs of vision.onnx for `pixels` [B, 3, H, W]; R = 2L + 3 rows, see `models.account.ledger`.
 VISION_OUTPUTS = (
     "embedding",  # [B, D]
@@ -116,7 +122,7 @@ SCORES_OUTPUTS = (
 )
 
 # Of a bundle with residual SAEs: `models.graph.gated_trace`, and what goes back through each block
-# (`models.graph.residual`), L in all. The names of their files begin with this.
+# (`models.graph.residual`), L in all. The names of their files, and of their cards' folder, begin with this.
 RESIDUAL = "residual_"
 RESIDUAL_TRACE = f"{RESIDUAL}trace.onnx"
 RESIDUAL_RERUN = f"{RESIDUAL}rerun.onnx"  # interventions in their features: as of `RERUN`
@@ -158,9 +164,6 @@ RESIDUAL_OUTPUTS_EMBEDDINGS = (
     "embeddings",  # [n, T]
     "constant",  # [n]
 )
-
-Variant = Literal["int8", "fp16"]
-Precision = Literal["fp32", "int8", "fp16"]
 
 
 def residual_file(block: int) -> str:

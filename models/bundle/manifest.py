@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from vitrine.models.bundle.label_sets import Labels, Templates
-from vitrine.models.bundle.layout import Precision, Variant
+from vitrine.models.bundle.layout import Dictionary, Precision, Variant
 from vitrine.models.texts.clean import Clean
 
 FORMAT = 1
@@ -190,7 +190,7 @@ class CardsSummary(_Part):
     thresholds: dict[Literal["cls", "patches"], dict[str, float] | None]
     quality: LabelQuality
     pictures: Literal["thumbnails", "means", "none"]
-    references: int  # images for retrieval
+    references: int  # images for retrieval, by the CLT's features
 
 
 class ResidualSummary(_Part):
@@ -229,9 +229,20 @@ class Manifest(_Part):
     recipe: str  # the text of the recipe, as used
     metrics: Metrics
     licence: str
-    cards: CardsSummary | None = None
+    cards: CardsSummary | None = None  # of the CLT's features
     residual: ResidualSummary | None = None
+    residual_cards: CardsSummary | None = None  # of the residual SAEs' features
     files: dict[str, FileEntry] = {}
+
+    def features_of(self, dictionary: Dictionary) -> tuple[int, ...]:
+        """Features by layer; none where the bundle has no such dictionary."""
+        if dictionary == "clt":
+            return (self.shape.features,) * self.shape.layers
+        return self.residual.features if self.residual else ()
+
+    def cards_of(self, dictionary: Dictionary) -> CardsSummary | None:
+        """The summary of the cards of its features."""
+        return self.cards if dictionary == "clt" else self.residual_cards
 
     @model_validator(mode="after")
     def _square_patches(self) -> Manifest:
@@ -247,6 +258,12 @@ class Manifest(_Part):
             numbers, layers = len(getattr(self.residual, name)), self.shape.layers
             if numbers != layers - 1:
                 raise ValueError(f"residual.{name} has {numbers} numbers; {layers} layers have {layers - 1} SAEs")
+        return self
+
+    @model_validator(mode="after")
+    def _cards_of_saes(self) -> Manifest:
+        if self.residual_cards is not None and self.residual is None:
+            raise ValueError("residual_cards: there are no residual SAEs")
         return self
 
     @field_validator("files")

@@ -19,6 +19,7 @@ def model_card(manifest: Manifest) -> str:
     shape, data, clip = manifest.shape, manifest.data, manifest.clip
     figures = manifest.metrics.model_dump(exclude={"layers"}, exclude_none=True)
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in figures.items())
+    of_saes = _residual(manifest.residual) + _cards("Cards of residual SAEs' features", manifest.residual_cards)
     return f"""# {manifest.name}
 
 {manifest.description}
@@ -43,7 +44,7 @@ never fired on val. zero_shot_top1: the CLIP's own, with the default templates.
 {_by_layer(manifest.metrics)}
 A ledger accounts for what *this CLIP* computed. It does not say that the prediction is right, and its features stand
 in for the MLPs only as well as `fidelity` in every answer says.
-{_cards(manifest.cards)}{_residual(manifest.residual)}
+{_cards("Feature cards", manifest.cards)}{of_saes}
 ## Recipe
 
 ```toml
@@ -85,7 +86,7 @@ such tokens own the variance, so that R² alone says little of the others. relat
 """
 
 
-def _cards(cards: CardsSummary | None) -> str:
+def _cards(title: str, cards: CardsSummary | None) -> str:
     if cards is None:
         return ""
     quality = cards.quality
@@ -97,7 +98,7 @@ def _cards(cards: CardsSummary | None) -> str:
             f"{quality.auroc_share_shuffled:.1%} with the same labels shuffled)"
         )
     return f"""
-## Feature cards
+## {title}
 
 From {cards.images:,} images of {cards.data} and {cards.vocabulary:,} words; pictures: {cards.pictures}.
 {quality.labelled:,} features have a label: {label_check}.

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import onnx
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vitrine.models.account.residual import ResidualTrace
@@ -62,7 +64,7 @@ class ResidualExport:
 
 
 def add_residual(bundle: Bundle, clip: Clip, export: ResidualExport, out: Path) -> Bundle:
-    """Write a copy of a bundle with these residual SAEs, in place of those that it may have.
+    """Write a copy of a bundle with these residual SAEs, in place of those that it may have, whose cards are left out.
 
     Raises:
         ExportError: `out` exists, the bundle has another CLIP, or the graphs differ from torch.
@@ -76,12 +78,12 @@ def add_residual(bundle: Bundle, clip: Clip, export: ResidualExport, out: Path) 
     prepare_folder(out.parent)
     with naming(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=".bundle-") as scratch:
         partial = Path(scratch) / out.name
-        others = shutil.ignore_patterns(f"{RESIDUAL}*")
+        others = shutil.ignore_patterns(f"{RESIDUAL}*")  # with the folder of their cards
         shutil.copytree(bundle.path, partial, ignore=others, copy_function=shutil.copyfile)
         partial.chmod(partial.stat().st_mode | 0o700)  # the other one may be read-only
         vision = vision_of(partial, bundle.manifest, clip.tower) if bundle.encoders is not None else None
         summary = write_residual(partial, clip, export, bundle.manifest.tables, vision)
-        sealed = seal(partial, bundle.manifest.model_copy(update={"residual": summary}))
+        sealed = seal(partial, bundle.manifest.model_copy(update={"residual": summary, "residual_cards": None}))
         move_folder(partial, out, last=MANIFEST)
     return replace(sealed, path=out)
 
@@ -155,6 +157,36 @@ def _write_rows(folder: Path, saes: ResidualSaes, tables: torch.dtype) -> list[P
             files.append(folder / residual_rows_file(layer, kind))
             np.save(files[-1], rows.detach().to(tables).numpy())
     return files
+
+
+def has_saes(bundle: Bundle, saes: ResidualSaes) -> bool:
+    """Whether the residual SAEs of a bundle are these: whether its graphs have their weights."""
+    summary, sizes = bundle.manifest.residual, saes.architecture
+    if summary is None:
+        return False
+    if (summary.features, summary.k, summary.k_cls) != (sizes.features, sizes.k, sizes.k_cls):
+        return False
+    saes = rounded(saes, getattr(torch, summary.tables))
+    for layer, (encoder, decoder) in enumerate(zip(saes.encoders, saes.decoders, strict=True)):
+        of_layer, above = (bundle.path / residual_file(block) for block in (layer, layer + 1))
+        parts = (
+            (of_layer, "rows", encoder.weight),
+            (of_layer, "biases", encoder.bias),
+            (above, "below.weight", decoder.weight),
+        )
+        if not all(_has(file, name, weight) for file, name, weight in parts):
+            return False
+    return True
+
+
+def _has(graph: Path, name: str, weight: Tensor) -> bool:
+    """Whether a graph has this tensor, as it is, in half precision or transposed (`models.graph.onnx_file`)."""
+    for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
+        if tensor.name == name or tensor.name.startswith(f"{name}."):
+            stored: NDArray[np.floating] = onnx.numpy_helper.to_array(tensor, str(graph.parent))
+            stored = stored.T if tensor.name.endswith(".transposed") else stored
+            return np.array_equal(stored.astype(np.float32), weight.detach().cpu().numpy())
+    return False
 
 
 def _write_block(

@@ -19,10 +19,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from vitrine.models.bundle.layout import Dictionary
+
 Op = Literal["ablate", "scale", "set", "project"]
 Row = Literal["prior", "attention", "mlp", "clt", "bias", "error"]
 Mode = Literal["direct", "rerun"]
-Dictionary = Literal["clt", "residual"]
+
 Token = Annotated[int, Field(ge=0, strict=True)]
 Tokens = Literal["all", "cls", "patches"] | Annotated[tuple[Token, ...], Field(min_length=1)]
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.label_sets import DEFAULT, read_label_sets
+from vitrine.models.bundle.layout import CARDS
 from vitrine.models.images.decode import Note
 from vitrine.service.answers.notices import refuse, to_notices
 from vitrine.service.answers.texts import Texts, resolve_texts
@@ -75,7 +76,7 @@ class Attributor:
         self._label_sets = await asyncio.to_thread(read_label_sets, settings.label_sets) if settings.label_sets else {}
         # read now, so that a damaged table fails the start and not the first request; beside the event loop, which
         # answers with the previous bundle meanwhile
-        for table in ("directions", "fold", "attention_fold", "baseline", "cards"):
+        for table in ("directions", "fold", "attention_fold", "baseline", *CARDS.values()):
             await asyncio.to_thread(getattr, self.bundle, table)
         self.engine = await asyncio.to_thread(Engine, self.bundle, settings)
         self.labels = await asyncio.to_thread(LabelEncoder, self.engine, settings.label_cache)

@@ -70,7 +70,7 @@ async def answer_circuit(
                 pruning = partial(prune, graph, request.node_share, request.edge_share, leaves=request.leaves)
                 circuit = await attributor.in_thread(pruning)
                 _check_size(attributor, circuit)
-                cards = bundle.cards if request.dictionary == "clt" else None
+                cards = bundle.cards_of(request.dictionary)
                 answer = await attributor.in_thread(_parts, bundle, cards, graph, circuit, target.logit)
         predictions = await attributor.in_thread(predict, inferred.parts, labels, scale, request.top_k)
     return CircuitResponse(

@@ -10,6 +10,7 @@ import numpy as np
 
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.cards import BINS, QUANTILES, Card, CardImage, Cards
+from vitrine.models.bundle.layout import CARDS, Dictionary
 from vitrine.models.bundle.manifest import patch_grid
 from vitrine.service.errors import ServiceError
 from vitrine.service.schemas.base import Model
@@ -26,26 +27,37 @@ from vitrine.service.schemas.features import (
 )
 
 
-def require_cards(bundle: Bundle) -> Cards:
-    """The bundle's cards. Raises `ServiceError` no_cards."""
-    if bundle.cards is None:
-        name = bundle.manifest.name
-        raise ServiceError("no_cards", f"the bundle {name!r} has no feature cards; `vitrine cards` makes them")
-    return bundle.cards
+def card_dictionaries(bundle: Bundle) -> list[Dictionary]:
+    """Of whose features there are cards."""
+    return [dictionary for dictionary in CARDS if bundle.manifest.cards_of(dictionary)]
 
 
-def card(bundle: Bundle, model: Model, layer: int, index: int) -> CardResponse:
+def require_cards(bundle: Bundle, dictionary: Dictionary = "clt") -> Cards:
+    """The bundle's cards of a dictionary's features. Raises `ServiceError` no_cards."""
+    cards, name = bundle.cards_of(dictionary), bundle.manifest.name
+    if cards is None:
+        missing = "feature cards; `vitrine cards` makes them"
+        if dictionary == "residual":
+            missing = "residual SAEs"
+            if bundle.has_residual:
+                missing = "cards of its residual SAEs' features; `vitrine cards` makes them from the SAEs' checkpoint"
+        raise ServiceError("no_cards", f"the bundle {name!r} has no {missing}")
+    return cards
+
+
+def card(bundle: Bundle, model: Model, dictionary: Dictionary, layer: int, index: int) -> CardResponse:
     """One feature's card. Raises `ServiceError` no_cards, or not_found for a feature that does not exist."""
-    cards, shape = require_cards(bundle), bundle.manifest.shape
-    if not (0 <= layer < shape.layers and 0 <= index < shape.features):
-        raise ServiceError(
-            "not_found", f"there are layers 0 to {shape.layers - 1}, each with features 0 to {shape.features - 1}"
-        )
+    cards, features = require_cards(bundle, dictionary), bundle.manifest.features_of(dictionary)
+    if not 0 <= layer < len(features):
+        raise ServiceError("not_found", f"there is no layer {layer}, only 0 to {len(features) - 1}")
+    if not 0 <= index < features[layer]:
+        raise ServiceError("not_found", f"layer {layer} has no feature {index}, only 0 to {features[layer] - 1}")
     record = cards.card(layer, index)
     images = cards.images([exemplar.image for exemplar in record.exemplars])
-    rows, columns = patch_grid(bundle.manifest.preprocessing, shape.tokens - 1)
+    rows, columns = patch_grid(bundle.manifest.preprocessing, bundle.manifest.shape.tokens - 1)
     return CardResponse(
         model=model,
+        dictionary=dictionary,
         layer=layer,
         index=index,
         label=record.label,
@@ -84,11 +96,13 @@ def card(bundle: Bundle, model: Model, layer: int, index: int) -> CardResponse:
 
 def search(bundle: Bundle, model: Model, query: FeaturesQuery) -> FeaturesResponse:
     """A page of labelled features. Raises `ServiceError` no_cards."""
-    total, lines = require_cards(bundle).search(query.label, query.layer, query.offset, query.limit)
+    cards = require_cards(bundle, query.dictionary)
+    total, lines = cards.search(query.label, query.layer, query.offset, query.limit)
     next_offset = query.offset + len(lines)
     next_query = query.model_copy(update={"offset": next_offset}).model_dump(exclude_none=True)
     return FeaturesResponse(
         model=model,
+        dictionary=query.dictionary,
         total=total,
         offset=query.offset,
         limit=query.limit,

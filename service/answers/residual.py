@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.account.residual import ResidualTrace
 from vitrine.models.bundle.bundle import Bundle
+from vitrine.models.bundle.layout import Dictionary
 from vitrine.models.bundle.manifest import patch_grid
 from vitrine.service.engine.engine import Engine
 from vitrine.service.errors import ServiceError
-from vitrine.service.schemas.circuit import Dictionary
 from vitrine.service.schemas.residual import (
     ResidualFeature,
     ResidualFeatures,
     ResidualLayer,
     ResidualPatchFeature,
 )
+
+if TYPE_CHECKING:
+    from vitrine.models.bundle.cards import Cards
 
 
 def circuit_dictionaries(engine: Engine) -> list[Dictionary]:
@@ -47,11 +50,14 @@ def residual_features(bundle: Bundle, trace: ResidualTrace, count: int) -> Resid
     assert trace.values is not None
     rows, columns = patch_grid(bundle.manifest.preprocessing, trace.values.shape[1] - 1)
     codes = enumerate(zip(trace.indices, trace.values, strict=True))
-    layers = [_layer(layer, indices, values, count) for layer, (indices, values) in codes]
+    cards = bundle.residual_cards
+    layers = [_layer(cards, layer, indices, values, count) for layer, (indices, values) in codes]
     return ResidualFeatures(layers=layers, rows=rows, columns=columns)
 
 
-def _layer(layer: int, indices: NDArray[np.integer], values: NDArray[np.floating], count: int) -> ResidualLayer:
+def _layer(
+    cards: Cards | None, layer: int, indices: NDArray[np.integer], values: NDArray[np.floating], count: int
+) -> ResidualLayer:
     """indices, values [T, k] of one layer."""
     of_cls, at_cls = _largest(indices[:1], values[:1])
     of_patches, at_patches = _largest(indices[1:], values[1:])
@@ -60,18 +66,24 @@ def _layer(layer: int, indices: NDArray[np.integer], values: NDArray[np.floating
         active_cls=len(of_cls),
         active_patches=len(of_patches),
         cls=[
-            ResidualFeature(index=index, activation=activation)
+            ResidualFeature(index=index, activation=activation, **_label(cards, layer, index))
             for index, activation in zip(of_cls[:count].tolist(), at_cls[:count].tolist(), strict=True)
         ],
         patches=[
             ResidualPatchFeature(
                 index=index,
                 activation=activation,
+                **_label(cards, layer, index),
                 tokens=np.where(indices[1:] == index, values[1:], 0).sum(-1).tolist(),
             )
             for index, activation in zip(of_patches[:count].tolist(), at_patches[:count].tolist(), strict=True)
         ],
     )
+
+
+def _label(cards: Cards | None, layer: int, index: int) -> dict[str, Any]:
+    """The fields that come from a feature's card, if there is one."""
+    return dict(zip(("label", "label_score"), cards.label(layer, index), strict=True)) if cards else {}
 
 
 def _largest(

@@ -39,11 +39,11 @@ async def answer_similar(
 
 def _check_request(bundle: Bundle, request: SimilarRequest) -> None:
     """Raise `ServiceError` no_cards, or invalid_request for layers that do not exist or are named twice."""
-    cards, layers = require_cards(bundle), request.layers or []
+    cards, layers, count = require_cards(bundle), request.layers or [], bundle.manifest.shape.layers
     if not len(cards.references[0]):
         raise ServiceError("no_cards", f"the cards of {bundle.manifest.name!r} have no reference images")
-    if unknown := [layer for layer in layers if layer >= cards.layers]:
-        raise ServiceError("invalid_request", f"layers: there is no layer {unknown[0]}, only 0 to {cards.layers - 1}")
+    if unknown := [layer for layer in layers if layer >= count]:
+        raise ServiceError("invalid_request", f"layers: there is no layer {unknown[0]}, only 0 to {count - 1}")
     if len(set(layers)) < len(layers):
         raise ServiceError("invalid_request", "layers must differ from one another")
 

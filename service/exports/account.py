@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrine.models.bundle.bundle import Bundle
+from vitrine.models.bundle.layout import Dictionary
 from vitrine.service.answers.attribute import answer_attribute
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.answers.circuit import answer_circuit
@@ -62,13 +63,15 @@ async def circuits_for(
 
 
 def circuit_page(bundle: Bundle, circuits: Sequence[GroupedCircuit], count: int, image: bytes | None) -> str:
-    """The page of circuits' `count` most influential groups each, with the cards of the CLT's features."""
+    """The page of circuits' `count` most influential groups each, with the cards of their features."""
     model, cards = Model(name=bundle.manifest.name, digest=bundle.digest), {}
     for circuit in circuits:
-        if bundle.cards and circuit.dictionary == "clt":
+        dictionary = circuit.dictionary
+        if bundle.cards_of(dictionary):
             for one in most_influential(circuit, count).groups:
                 if one.layer is not None and one.index is not None:
-                    cards[f"{one.layer}/{one.index}"] = card(bundle, model, one.layer, one.index)
+                    key = _key(dictionary, one.layer, one.index)
+                    cards[key] = card(bundle, model, dictionary, one.layer, one.index)
     return draw_circuit(circuits, count, image, cards, bundle.manifest.preprocessing)
 
 
@@ -79,22 +82,29 @@ async def _page(attributor: Attributor, content: bytes, request: AttributeReques
     if not request.explain.sources and (baselines := source_baselines(attributor.engine)):
         explain |= {"sources": True, "baseline": baselines[-1]}
     answer = await answer_attribute(attributor, content, _with_explain(request, **explain), IDENTITY)
-    keys = sorted(_listed(answer)) if bundle.cards else []
     cards = {
-        f"{layer}/{index}": await attributor.query(card, bundle, attributor.model, layer, index)
-        for layer, index in keys
+        _key(*named): await attributor.query(card, bundle, attributor.model, *named)
+        for named in sorted(_listed(answer))
+        if bundle.cards_of(named[0])
     }
     return draw_page(answer, content, cards, bundle.manifest.preprocessing)
 
 
-def _listed(answer: AttributeResponse) -> set[tuple[int, int]]:
-    """(layer, index) of all features that the answer lists."""
-    listed = set()
+def _listed(answer: AttributeResponse) -> set[tuple[Dictionary, int, int]]:
+    """(dictionary, layer, index) of all features that the answer lists."""
+    listed: set[tuple[Dictionary, int, int]] = set()
     for explanation in answer.explanations:
-        listed |= {(layer.layer, feature.index) for layer in explanation.layers for feature in layer.features}
+        listed |= {("clt", layer.layer, feature.index) for layer in explanation.layers for feature in layer.features}
         if explanation.sources is not None:
-            listed |= {(feature.layer, feature.index) for feature in explanation.sources.features}
+            listed |= {("clt", feature.layer, feature.index) for feature in explanation.sources.features}
+    for of_saes in answer.residual.layers if answer.residual else ():
+        listed |= {("residual", of_saes.layer, feature.index) for feature in (*of_saes.cls, *of_saes.patches)}
     return listed
+
+
+def _key(dictionary: Dictionary, layer: int, index: int) -> str:
+    """By what a page knows a feature's card."""
+    return f"{dictionary}/{layer}/{index}"
 
 
 def _with_explain(request: AttributeRequest, **explain: Any) -> AttributeRequest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from vitrine.models.bundle.layout import Dictionary
 from vitrine.service.exports.circuit_tracer import (
     ERROR,
     ESCAPES,
@@ -18,7 +19,7 @@ from vitrine.service.exports.circuit_tracer import (
     prompt,
     scan,
 )
-from vitrine.service.schemas.circuit import CircuitNode, CircuitResponse, Dictionary
+from vitrine.service.schemas.circuit import CircuitNode, CircuitResponse
 
 DEFINITIONS: dict[Dictionary, str] = {
     "clt": "A link is a direct effect on the logit, in logits, or on a feature's activation, with the attention "

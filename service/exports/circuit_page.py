@@ -31,7 +31,7 @@ def draw_circuit(
     Args:
         circuits: of the same question by one dictionary each, the first of which is shown until another is chosen.
         image: the image file, in any format that the service reads; None for a circuit of many images.
-        cards: of the CLT's features, by "layer/index"; a feature without a card is drawn all the same.
+        cards: of features, by "dictionary/layer/index"; a feature without a card is drawn all the same.
         preprocessing: the bundle's, which determines the part of the photo that the model saw.
 
     Raises `ImageError` for an image that cannot be decoded.

@@ -19,7 +19,7 @@ def draw_page(
     Args:
         answer: with a heat map, if one should be drawn over the photo.
         image: the image file, in any format that the service reads.
-        cards: of features, by "layer/index"; listed features without a card get no button.
+        cards: of features, by "dictionary/layer/index"; listed features without a card get no button.
         preprocessing: the bundle's, which determines the part of the photo that the model saw.
 
     Raises `ImageError` for what cannot be decoded.

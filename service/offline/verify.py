@@ -12,7 +12,7 @@ from vitrine.models.account.circuit import Wanted
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.account.sources import accounts
 from vitrine.models.bundle.bundle import Bundle, BundleError, open_bundle
-from vitrine.models.bundle.layout import RERUN, RESIDUAL_TRACE, vision_file
+from vitrine.models.bundle.layout import CARDS, RERUN, RESIDUAL_TRACE, Dictionary, vision_file
 from vitrine.models.interventions.changes import resolve
 from vitrine.models.interventions.network import BundleNetwork
 from vitrine.models.interventions.spec import Intervention
@@ -50,7 +50,8 @@ def verify(path: Path) -> Bundle:
     file = bundle.path / "text.onnx"
     with session_errors(file):
         check_unit(encoder.encode(text.labels, text.templates), f"{file}: the embedding of a label")
-    _check_cards(bundle)
+    for dictionary in CARDS:
+        _check_cards(bundle, dictionary)
     return bundle
 
 
@@ -153,21 +154,21 @@ def _check_attention_scores(graphs: SourceGraphs, pixels: NDArray[np.float32]) -
                 )
 
 
-def _check_cards(bundle: Bundle) -> None:
+def _check_cards(bundle: Bundle, dictionary: Dictionary) -> None:
     """Read some cards of every layer, with their images, and count the labels."""
-    cards, summary, shape = bundle.cards, bundle.manifest.cards, bundle.manifest.shape
+    cards, summary = bundle.cards_of(dictionary), bundle.manifest.cards_of(dictionary)
     if cards is None or summary is None:
         return
     from vitrine.models.bundle.cards import CardsError  # imports DuckDB, which a bundle without cards does not need
 
     try:
-        for layer in range(shape.layers):
-            for index in range(0, shape.features, max(1, shape.features // CARDS_PER_LAYER)):
+        for layer, features in enumerate(bundle.manifest.features_of(dictionary)):
+            for index in range(0, features, max(1, features // CARDS_PER_LAYER)):
                 cards.images([exemplar.image for exemplar in cards.card(layer, index).exemplars])
         labelled, _ = cards.search(None, None, 0, 1)
     except CardsError as error:
         raise BundleError(str(error)) from error
     if labelled != summary.quality.labelled:
         raise BundleError(
-            f"{bundle.path}: {labelled:,} cards have a label, the manifest says {summary.quality.labelled:,}"
+            f"{cards.path}: {labelled:,} cards have a label, the manifest says {summary.quality.labelled:,}"
         )

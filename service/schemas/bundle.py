@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from vitrine.models.bundle.layout import Dictionary
 from vitrine.models.interventions.spec import Mode
 from vitrine.service.schemas.base import Model, Warnings
-from vitrine.service.schemas.circuit import Dictionary
 
 
 class ModelResponse(BaseModel):
@@ -29,6 +29,7 @@ class ModelResponse(BaseModel):
     interventions: list[Mode] = Field(
         description="what `mode` of interventions may be; empty where the bundle was exported before there were any"
     )
+    card_dictionaries: list[Dictionary] = Field(description="of whose features there are cards")
     warnings: Warnings = []
 
 

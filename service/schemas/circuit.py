@@ -6,10 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from vitrine.models.bundle.layout import Dictionary
 from vitrine.service.schemas.base import AnswerShape, Label, TimingsMs, WithImage
 from vitrine.service.schemas.classify import ClassifyRequest, Prediction
-
-Dictionary = Literal["clt", "residual"]
 
 
 class CircuitRequest(ClassifyRequest):

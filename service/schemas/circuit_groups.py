@@ -6,8 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from vitrine.models.bundle.layout import Dictionary
 from vitrine.service.schemas.base import Model, Warnings
-from vitrine.service.schemas.circuit import CircuitScores, Dictionary
+from vitrine.service.schemas.circuit import CircuitScores
 
 
 class GroupToken(BaseModel):

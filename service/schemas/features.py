@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
+from vitrine.models.bundle.layout import Dictionary
 from vitrine.service.schemas.base import AnswerShape, Model, RequestShape, TimingsMs, Warnings, WithImage
 
 
@@ -19,7 +20,13 @@ class SimilarRequest(RequestShape):
     offset: int = Field(default=0, ge=0, le=10**9, strict=True, description="nearer images that are left out")
 
 
-class FeaturesQuery(RequestShape):
+class CardQuery(RequestShape):
+    """Whose feature."""
+
+    dictionary: Dictionary = Field(default="clt", description="of the CLT, or of the residual SAEs")
+
+
+class FeaturesQuery(CardQuery):
     """A search among labelled features, a page at a time."""
 
     label: str | None = Field(
@@ -80,6 +87,7 @@ class CardResponse(BaseModel):
     """What is known of one feature."""
 
     model: Model
+    dictionary: Dictionary
     layer: int
     index: int
     label: str | None = Field(description="what it fires on; null where that could not be said")
@@ -124,6 +132,7 @@ class FeaturesResponse(BaseModel):
     """Labelled features, best label first."""
 
     model: Model
+    dictionary: Dictionary
     total: int = Field(description="that were found, on all pages")
     offset: int
     limit: int

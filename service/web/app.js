@@ -8,15 +8,16 @@
   const photo = Vitrine.photo.create(at("frame"), at("map"));
   const labels = Vitrine.labels.create(at("labels-form"), () => ask(chosen));
   const cards = Vitrine.cards.create({
-    card: (layer, index) => api.get(`v1/features/${layer}/${index}`),
-    search: (label, next) => api.get(next?.replace(/^\//, "") ?? `v1/features?label=${encodeURIComponent(label)}`),
-    hasCard: () => true,
+    card: (layer, index, dictionary) => api.get(`v1/features/${layer}/${index}?dictionary=${dictionary}`),
+    search: (label, next, dictionary) =>
+      api.get(next?.replace(/^\//, "") ?? `v1/features?dictionary=${dictionary}&label=${encodeURIComponent(label)}`),
+    hasCard,
   });
   const names = ["predictions", "account", "trust", "timings"];
   const answers = Vitrine.answer.create(Object.fromEntries(names.map((name) => [name, at(name)])), photo, {
     preprocessing: () => model?.manifest.preprocessing ?? null,
     onCard: cards.open,
-    hasCard: () => true,
+    hasCard,
     onExplain: (_, label) => () => ask({ ...chosen, target: label }),
   });
 
@@ -41,7 +42,8 @@
   at("similar-ask").addEventListener("click", () => more("similar", "v1/similar", { limit: 5 }, Vitrine.similar.draw));
   at("residual-ask").addEventListener("click", () => {
     const request = { explain: { residual: true, features: 4 } };
-    more("residual", "v1/attribute", request, ({ residual }) => Vitrine.residual.draw(residual));
+    const draw = ({ residual }) => Vitrine.residual.draw(residual, { onCard: cards.open, hasCard });
+    more("residual", "v1/attribute", request, draw);
   });
   start();
 
@@ -52,6 +54,11 @@
     } catch (error) {
       refused(error);
     }
+  }
+
+  /** Features of the CLT have a button in any case: their card says why there is none. */
+  function hasCard(layer, index, dictionary = "clt") {
+    return dictionary === "clt" || model.card_dictionaries.includes(dictionary);
   }
 
   /** What the page needs before any picture: the model and its label sets. */

@@ -6,10 +6,12 @@
 
   /**
    * @param {Object} source where cards come from
-   * @param {function(number, number): Promise<Object>} source.card of (layer, index); its errors' messages are shown
-   * @param {?function(string, ?string): Promise<Object>} source.search features of a label, or the next page of them
-   * @param {function(number, number): boolean} source.hasCard
-   * @returns {{open: function(number, number)}}
+   * @param {function(number, number, string): Promise<Object>} source.card of (layer, index, dictionary); its errors'
+   *   messages are shown
+   * @param {?function(string, ?string, string): Promise<Object>} source.search features of a label, or the next page of
+   *   them, of a dictionary
+   * @param {function(number, number, string): boolean} source.hasCard
+   * @returns {{open: function(number, number, string=)}}
    */
   function create(source) {
     const heading = el("h2", { id: newId(), tabindex: "-1" });
@@ -26,12 +28,12 @@
     const trail = []; // of functions, each of which shows what it showed
     let latest = 0; // of what was asked for: answers that come too late are not shown
 
-    function open(layer, index) {
+    function open(layer, index, dictionary = "clt") {
       if (!dialog.open) {
         trail.length = 0;
         dialog.showModal();
       }
-      go(() => showCard(layer, index));
+      go(() => showCard(layer, index, dictionary));
     }
 
     function go(show) {
@@ -67,25 +69,27 @@
       dialog.scrollTop = 0;
     }
 
-    function showCard(layer, index) {
-      const onLabel = source.search && ((label) => go(() => showLabel(label)));
-      const known = { onCard: open, hasCard: source.hasCard, onLabel };
-      return show(`Layer ${layer}, feature #${index}`, `#${index}`, source.card(layer, index), (card) => {
+    function showCard(layer, index, dictionary) {
+      const onLabel = source.search && ((label) => go(() => showLabel(label, dictionary)));
+      const onCard = (one, other) => open(one, other, dictionary);
+      const known = { onCard, hasCard: (one, other) => source.hasCard(one, other, dictionary), onLabel };
+      const above = `${dictionary === "clt" ? "Layer" : "Stream after layer"} ${layer}, feature #${index}`;
+      return show(above, `#${index}`, source.card(layer, index, dictionary), (card) => {
         heading.textContent = name(card);
         content.replaceChildren(...draw(card, known));
       });
     }
 
-    function showLabel(label) {
+    function showLabel(label, dictionary) {
       const list = el("tbody", {});
       const more = el("button", { type: "button" }, "More");
       const put = (page) => {
-        list.append(...page.features.map(line));
+        list.append(...page.features.map((feature) => line(feature, dictionary)));
         more.hidden = page.next === null;
-        more.onclick = async () => put(await source.search(label, page.next));
+        more.onclick = async () => put(await source.search(label, page.next, dictionary));
       };
       const head = ["Feature", "Score", "AUROC", "Fires on"].map((text) => el("th", { scope: "col" }, text));
-      return show("Features whose label contains", label, source.search(label, null), (page) => {
+      return show("Features whose label contains", label, source.search(label, null, dictionary), (page) => {
         put(page);
         const table = el("table", { class: "list" }, el("thead", {}, el("tr", {}, head)), list);
         const found = `${page.total} found, best label first.`;
@@ -93,9 +97,10 @@
       });
     }
 
-    function line({ layer, index, label, label_score: score, label_auroc: auroc, frequency_cls: often }) {
+    function line({ layer, index, label, label_score: score, label_auroc: auroc, frequency_cls: often }, dictionary) {
       const number = el("span", { class: "index" }, ` layer ${layer} #${index}`);
-      const button = el("button", { type: "button", class: "link", onclick: () => open(layer, index) }, label, number);
+      const press = { type: "button", class: "link", onclick: () => open(layer, index, dictionary) };
+      const button = el("button", press, label, number);
       const cells = [plain(score, 2), auroc === null ? "–" : plain(auroc, 2), percent(often)];
       return el("tr", {}, el("th", { scope: "row" }, button), cells.map((text) => el("td", { class: "value" }, text)));
     }

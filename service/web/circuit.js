@@ -114,14 +114,14 @@
     }
     const group = circuit.groups[place];
     const kind = {
-      feature: `Layer ${group.layer}, feature #${group.index}`,
+      feature: `${circuit.dictionary === "clt" ? "Layer" : "Stream after layer"} ${group.layer}, feature #${group.index}`,
       error:
         circuit.dictionary === "clt"
           ? "What an MLP wrote and no feature says"
           : "What the stream has and its autoencoder does not say",
       embedding: "The tokens as they enter the first layer",
     };
-    const card = (circuit.dictionary === "clt" && cards[`${group.layer}/${group.index}`]) || null;
+    const card = cards[`${circuit.dictionary}/${group.layer}/${group.index}`] ?? null;
     const go = (other) => {
       graph.choose(other);
       at("chosen").focus();

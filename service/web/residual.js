@@ -6,36 +6,51 @@
     "After each layer an autoencoder says of which features the stream consists. The most active stand first, with their " +
     "activation; of those at patches the picture shows where.";
 
-  /** @param {Object} residual the API's ResidualFeatures @returns {HTMLElement[]} */
-  function draw({ layers, rows, columns }) {
+  /**
+   * @param {Object} residual the API's ResidualFeatures
+   * @param {Object} options
+   * @param {function(number, number, string)} options.onCard opens the card of (layer, index, dictionary)
+   * @param {function(number, number, string): boolean} options.hasCard whether there is one
+   * @returns {HTMLElement[]}
+   */
+  function draw({ layers, rows, columns }, options) {
     const head = ["Layer", "At the class token", "At patches"].map((text) => el("th", { scope: "col" }, text));
     const line = ({ layer, cls, patches }) =>
       el(
         "tr",
         {},
         el("th", { scope: "row" }, String(layer)),
-        el("td", {}, el("ul", { class: "read" }, cls.map((feature) => el("li", {}, named(feature))))),
-        el("td", {}, el("ul", { class: "read" }, patches.map((feature) => patch(feature, rows, columns)))),
+        el("td", {}, el("ul", { class: "read" }, cls.map((feature) => el("li", {}, named(feature, layer, options))))),
+        el(
+          "td",
+          {},
+          el(
+            "ul",
+            { class: "read" },
+            patches.map((feature) => el("li", {}, where(feature, rows, columns), named(feature, layer, options))),
+          ),
+        ),
       );
     const table = el("table", { class: "list" }, el("thead", {}, el("tr", {}, head)), el("tbody", {}, layers.map(line)));
     return [el("p", { class: "note" }, NOTE), scroller("Features of the stream", table)];
   }
 
-  function named({ index, activation, label }) {
-    return `${label ?? ""} #${index} ${plain(activation, 1)}`.trim();
+  function named({ index, activation, label }, layer, { onCard, hasCard }) {
+    const name = `${label ?? ""} #${index}`.trim();
+    const press = { type: "button", class: "link", onclick: () => onCard(layer, index, "residual") };
+    return [hasCard(layer, index, "residual") ? el("button", press, name) : name, ` ${plain(activation, 1)}`];
   }
 
-  function patch(feature, rows, columns) {
-    const { tokens, activation } = feature;
+  function where({ tokens, activation }, rows, columns) {
     const place = tokens.indexOf(activation);
-    const where = `strongest in row ${Math.floor(place / columns) + 1}, column ${(place % columns) + 1}`;
-    const picture = el("canvas", { width: columns, height: rows, role: "img", "aria-label": where, title: where });
+    const said = `strongest in row ${Math.floor(place / columns) + 1}, column ${(place % columns) + 1}`;
+    const picture = el("canvas", { width: columns, height: rows, role: "img", "aria-label": said, title: said });
     const drawing = picture.getContext("2d");
     tokens.forEach((value, token) => {
       drawing.fillStyle = `rgba(31, 119, 220, ${Math.min(1, Math.abs(value / activation))})`;
       drawing.fillRect(token % columns, Math.floor(token / columns), 1, 1);
     });
-    return el("li", {}, picture, named(feature));
+    return picture;
   }
 
   Vitrine.residual = { draw };

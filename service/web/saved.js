@@ -4,9 +4,10 @@
   const at = (id) => document.getElementById(id);
   const { answer, image, cards, preprocessing } = JSON.parse(at("data").textContent);
   const photo = Vitrine.photo.create(at("frame"), at("map"));
-  const hasCard = (layer, index) => `${layer}/${index}` in cards;
+  const key = (layer, index, dictionary = "clt") => `${dictionary}/${layer}/${index}`;
+  const hasCard = (...feature) => key(...feature) in cards;
   const dialog = Vitrine.cards.create({
-    card: async (layer, index) => cards[`${layer}/${index}`],
+    card: async (...feature) => cards[key(...feature)],
     search: null, // among all features of a bundle, which only the service has
     hasCard,
   });
@@ -23,7 +24,8 @@
   document.body.append(Vitrine.waterfall.hatching());
   at("origin").textContent = Vitrine.answer.origin(answer);
   at("stream").hidden = answer.residual === null;
-  if (answer.residual) at("residual").append(...Vitrine.residual.draw(answer.residual));
+  const known = { onCard: dialog.open, hasCard };
+  if (answer.residual) at("residual").append(...Vitrine.residual.draw(answer.residual, known));
   at("take").append(Vitrine.save.json(JSON.stringify(answer, null, 2), "answer"));
   photo.load(image).then(() => answers.show(answer));
 }

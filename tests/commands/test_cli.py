@@ -575,7 +575,7 @@ def test_attribute_draws_a_page(run, photo, with_cards, tmp_path):
     assert explanation["sources"]["layers"][0]["silent"] is not None  # about the average picture, which the bundle has
     ledger = {(layer["layer"], feature["index"]) for layer in explanation["layers"] for feature in layer["features"]}
     sources = {(feature["layer"], feature["index"]) for feature in explanation["sources"]["features"]}
-    assert set(data["cards"]) == {f"{layer}/{index}" for layer, index in ledger | sources}
+    assert set(data["cards"]) == {f"clt/{layer}/{index}" for layer, index in ledger | sources}
     assert 3 < len(ledger) <= 9
     assert sources - ledger
     assert data["image"].startswith("data:image/png;base64,")

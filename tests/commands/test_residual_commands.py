@@ -3,13 +3,10 @@
 import json
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from vitrine.commands import app
 from vitrine.models.export import residual as export
-from vitrine.training.checkpoint import CheckpointMeta, save_checkpoint
-from vitrine.training.recipes.recipe import ResidualSaeRecipe
 
 
 @pytest.fixture
@@ -35,25 +32,21 @@ def photo(picture, tmp_path):
     return path
 
 
-@pytest.fixture
-def sae_run(recipe, clip, residual_export, tmp_path):
-    """A run of the residual SAEs that `with_residual` has."""
-    sizes = {"features": (48, 64), "k": (8, 9), "k_cls": (5, 6)}
-    of_saes = ResidualSaeRecipe(
-        kind="residual_sae", name="tiny-sae", clip=recipe.clip, data=recipe.data, residual_sae=sizes
-    )
-    meta = CheckpointMeta(
-        step=1, steps=1, recipe=of_saes, clip_sha256=clip.sha256, layers=3, width=32, train_images=48, val_images=12
-    )
-    save_checkpoint(tmp_path / "run", meta, residual_export.saes, {}, {"step": torch.zeros(1)})
-    return tmp_path / "run"
-
-
-def test_export_adds_them_to_a_copy_of_a_bundle(run, bundle, sae_run, clip, data_root, monkeypatch, tmp_path):
+def test_export_adds_them_to_a_copy_of_a_bundle(run, bundle, sae_checkpoint, clip, data_root, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(export, "add_residual", lambda *given: asked.append(given) or given[0])
     code, said = run(
-        *("export", "--bundle", bundle.path, "--residual", sae_run, "--data-root", data_root, "--out", tmp_path / "new")
+        *(
+            "export",
+            "--bundle",
+            bundle.path,
+            "--residual",
+            sae_checkpoint,
+            "--data-root",
+            data_root,
+            "--out",
+            tmp_path / "new",
+        )
     )
     assert code == 0, said
     ((opened, loaded, exported, out),) = asked
@@ -63,15 +56,15 @@ def test_export_adds_them_to_a_copy_of_a_bundle(run, bundle, sae_run, clip, data
     assert 'name = "tiny-sae"' in exported.recipe
 
 
-def test_export_says_what_goes_together(run, bundle, sae_run, checkpoint, data_root, tmp_path):
+def test_export_says_what_goes_together(run, bundle, sae_checkpoint, checkpoint, data_root, tmp_path):
     out = ("--out", tmp_path / "new", "--data-root", data_root)
     for arguments, said in (
         ((), "a CLT's --checkpoint, or a --bundle"),
         (("--checkpoint", checkpoint, "--bundle", bundle.path), "a CLT's --checkpoint, or a --bundle"),
         (("--bundle", bundle.path), "--bundle goes with --residual and --out alone"),
-        (("--bundle", bundle.path, "--residual", sae_run, "--labels", "a"), "--bundle goes with"),
+        (("--bundle", bundle.path, "--residual", sae_checkpoint, "--labels", "a"), "--bundle goes with"),
         (("--bundle", bundle.path, "--residual", checkpoint), "residual SAEs are needed here"),
-        (("--checkpoint", sae_run), "a Cross-Layer Transcoder is needed here"),
+        (("--checkpoint", sae_checkpoint), "a Cross-Layer Transcoder is needed here"),
     ):
         code, output = run("export", *arguments, *out)
         assert code != 0

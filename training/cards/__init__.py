@@ -1,6 +1,7 @@
-"""Feature cards (`vitrine cards`): what every feature of a CLT fires on.
+"""Feature cards (`vitrine cards`): what every feature of a CLT, or of residual SAEs, fires on.
 
     vocabulary    candidate words for labels, and their embeddings
+    dictionary    the CLT or the SAEs, by one protocol
     survey        a single pass over the images: counts, exemplars, codes; bounded memory, resumable
     labels        choosing words for features, or abstaining
     quality       whether a label predicts on which held-out images its feature fires

@@ -1,4 +1,4 @@
-"""Adds cards to a bundle, from its checkpoint and data: `vitrine cards`.
+"""Adds cards of a dictionary's features to a bundle, from its checkpoint and data: `vitrine cards`.
 
 The exemplars come from the recipe's train images. Its val images are the held-out images: every other one calibrates
 the label thresholds, the rest measure the quality of the labels.
@@ -16,29 +16,24 @@ import torch
 from rich.console import Console
 
 from vitrine.models.bundle.bundle import Bundle, file_sha256, seal
-from vitrine.models.bundle.layout import MANIFEST
+from vitrine.models.bundle.layout import CARDS, MANIFEST
 from vitrine.models.bundle.manifest import CardsSummary
 from vitrine.models.clip.loading import Clip
-from vitrine.models.dictionary.clt import CrossLayerTranscoder
-from vitrine.models.errors import VitrineError
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import move_folder, prepare_folder
 from vitrine.models.progress import Progress
 from vitrine.training.cards.describe import describe_features
+from vitrine.training.cards.dictionary import CardsBuildError, Dictionary, open_dictionary
 from vitrine.training.cards.pictures import Album, Pictures
 from vitrine.training.cards.survey import CLS, PATCHES, Saver, Survey, batches
 from vitrine.training.cards.tables import write_features, write_images
 from vitrine.training.cards.vocabulary import NAMED, embed, read_vocabulary
+from vitrine.training.checkpoint import weights_file
 from vitrine.training.data.images import Images
 from vitrine.training.data.sources import open_images
-from vitrine.training.evaluation.evaluate import open_checkpoint
 
 STATE = "survey.safetensors"
 Order = tuple[Images, list[int]]  # a source and the indices of its images, in order
-
-
-class CardsBuildError(VitrineError, ValueError):
-    """Cards cannot be built from these inputs; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class Options:
     exemplars: int = 16  # per feature, for its label
     shown: int = 8  # exemplars in a card
     codes: int = 10_000  # images on which coactivity is counted
-    references: int = 2_000  # images for retrieval
+    references: int = 2_000  # images for retrieval, by a CLT's features
     coactive: int = 5  # coactive features in a card
     vocabulary: tuple[str, ...] = NAMED
     pictures: Pictures = "thumbnails"
@@ -62,15 +57,15 @@ class Options:
 def build_cards(
     clip: Clip, checkpoint: Path, bundle: Bundle, data_root: Path, out: Path, options: Options, console: Console
 ) -> Bundle:
-    """Write `bundle` with cards to `out`, which must not exist; an interrupted call is resumed from files beside it.
+    """Write `bundle` with cards of the checkpoint's features to `out`, which must not exist; those of the bundle's
+    other dictionary stay. An interrupted call is resumed from files beside it.
 
-    Raises `CardsBuildError` if the bundle was not exported from the checkpoint or `out` exists; `DataError` and
-    `VocabularyError`; `FileError`.
+    Raises `CardsBuildError` if the bundle was not exported from the checkpoint or `out` exists; `CheckpointError`;
+    `DataError` and `VocabularyError`; `FileError`.
     """
     if out.exists():
         raise CardsBuildError(f"{out} is there already; a bundle is never changed, give another --out")
-    clt, meta = open_checkpoint(checkpoint, clip)
-    _check_origin(clip, clt, bundle)
+    dictionary, meta = open_dictionary(checkpoint, clip, bundle)
     words = read_vocabulary(options.vocabulary, bundle.manifest.text.labels)
     section, transform = meta.recipe.data, clip.transform()
     orders = [
@@ -82,25 +77,28 @@ def build_cards(
     work = out.with_name(f"{out.name}.partial")
     prepare_folder(work)
     target = work / "bundle"
+    folder, key = CARDS[dictionary.name], _key(weights_file(checkpoint, meta), orders, options)
     with Progress(console) as progress:
-        survey, album = _survey(clip, clt, bundle, orders, work, options, _key(checkpoint, orders, options), progress)
+        survey, album = _survey(clip, dictionary, bundle, orders, work, options, key, progress)
         embeddings = embed(clip, words, bundle.manifest.text.templates, progress)
         progress.begin("labels of all features")
-        descriptions = describe_features(survey, bundle, embeddings, options.seed)
+        directions = (rows.float().cpu() for rows in dictionary.directions())
+        fold = torch.from_numpy(bundle.fold.astype(np.float32))
+        descriptions = describe_features(survey, directions, fold, embeddings, options.seed)
         shutil.rmtree(target, ignore_errors=True)
         means, thumbnails = (album if options.pictures == kind else None for kind in ("means", "thumbnails"))
-        references = min(options.references, len(survey.code_indices))
+        references = min(options.references, len(survey.code_indices)) if dictionary.name == "clt" else 0
         train, order = orders[0]
         names = [_name(train, index, data_root) for index in order]
         with naming(target):
-            others = shutil.ignore_patterns("cards")
+            others = shutil.ignore_patterns(folder)
             shutil.copytree(bundle.path, target, ignore=others, copy_function=shutil.copyfile)
             target.chmod(target.stat().st_mode | 0o700)  # the other one may be read-only
-            (target / "cards").mkdir()
-            written = write_features(
-                target, survey, descriptions, words, means, options.shown, options.coactive, progress
-            )
-            write_images(target, survey, names, train.classes, written, references, thumbnails)
+            cards = target / folder
+            cards.mkdir()
+            features, shown = dictionary.features, (options.shown, options.coactive)
+            written = write_features(cards, survey, features, descriptions, words, means, *shown, progress)
+            write_images(cards, survey, names, train.classes, written, references, thumbnails)
     summary = CardsSummary(
         data=section.name,
         images=survey.exemplar_images,
@@ -112,7 +110,7 @@ def build_cards(
         references=references,
     )
     with naming(target):
-        sealed = seal(target, bundle.manifest.model_copy(update={"cards": summary}))
+        sealed = seal(target, bundle.manifest.model_copy(update={folder: summary}))
     with naming(out):
         move_folder(target, out, last=MANIFEST)
     shutil.rmtree(work, ignore_errors=True)
@@ -123,20 +121,13 @@ def _finite(threshold: float) -> dict[str, float] | None:
     return {"score": threshold} if np.isfinite(threshold) else None
 
 
-def _check_origin(clip: Clip, clt: CrossLayerTranscoder, bundle: Bundle) -> None:
-    """Raise `CardsBuildError` unless the bundle contains this CLIP and this CLT."""
-    stored, directions = torch.from_numpy(np.array(bundle.directions)), clt.directions()
-    if bundle.manifest.clip.sha256 != clip.sha256 or not torch.equal(directions.to(stored.dtype), stored):
-        raise CardsBuildError(f"{bundle.path} was not exported from this checkpoint: its CLIP or its CLT is another")
-
-
 def _sample(data: Images, count: int, seed: int) -> Order:
     return data, np.random.default_rng(seed).permutation(len(data))[:count].tolist()
 
 
 def _survey(
     clip: Clip,
-    clt: CrossLayerTranscoder,
+    dictionary: Dictionary,
     bundle: Bundle,
     orders: list[Order],
     work: Path,
@@ -147,9 +138,8 @@ def _survey(
     """The finished survey, resumed if an earlier call was interrupted; pictures of its exemplar images."""
     images, held_out = (len(order) for _, order in orders)
     device = next(clip.tower.parameters()).device
-    clt.to(device)
     survey = Survey.load(work / STATE, key)
-    survey = survey or Survey.empty(clip.tower, clt, images, held_out, options.exemplars, options.codes)
+    survey = survey or Survey.empty(clip.tower, dictionary, images, held_out, options.exemplars, options.codes)
     album = None
     if options.pictures != "none":
         album = Album(work / "pictures.npy", bundle.manifest.preprocessing, images, options.pictures)
@@ -158,18 +148,18 @@ def _survey(
     for pixels, classes in batches(orders, int(survey.seen), options.batch_size, options.workers):
         if album:
             album.add(int(survey.seen), pixels)
-        survey.add(clip.tower, clt, pixels.to(device), classes)
+        survey.add(clip.tower, dictionary, pixels.to(device), classes)
         task.advance(len(pixels))
         saver.save_if_due()
     saver.save()
     return survey, album
 
 
-def _key(checkpoint: Path, orders: list[Order], options: Options) -> str:
+def _key(weights: Path, orders: list[Order], options: Options) -> str:
     """Everything a survey depends on: only a survey with the same key is resumed."""
     settings = {name: asdict(options)[name] for name in ("exemplars", "codes", "pictures", "seed")}
     sources = [[data.title, len(data), len(order)] for data, order in orders]
-    return json.dumps([file_sha256(checkpoint / "clt.safetensors"), sources, settings], sort_keys=True)
+    return json.dumps([file_sha256(weights), sources, settings], sort_keys=True)
 
 
 def _name(data: Images, index: int, data_root: Path) -> str:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.manifest import LabelQuality
 from vitrine.training.cards import labels as naming
 from vitrine.training.cards.labels import Labels, Written
@@ -24,7 +23,7 @@ Columns = TypeVar("Columns", Labels, Written)
 
 @dataclass(frozen=True)
 class FeatureDescriptions:
-    """Descriptions of all n = L * F features, layer by layer."""
+    """Descriptions of all n = L * F features, layer by layer; F as in the survey."""
 
     reading: Tensor  # [L, F] CLS, or PATCHES where it hardly ever fires at [CLS]
     exemplars: Tensor  # [L, F, K] image numbers
@@ -40,8 +39,11 @@ class FeatureDescriptions:
     quality: LabelQuality
 
 
-def describe_features(survey: Survey, bundle: Bundle, words: Tensor, seed: int) -> FeatureDescriptions:
-    """words: embeddings from `training.cards.vocabulary.embed`."""
+def describe_features(
+    survey: Survey, directions: Iterable[Tensor], fold: Tensor, words: Tensor, seed: int
+) -> FeatureDescriptions:
+    """directions: of features by layer [F, d], in a smaller layer fewer; fold [d, D]: of ln_post and the projection;
+    words: embeddings from `training.cards.vocabulary.embed`."""
     exemplar_count = survey.values.shape[-1]
     reading = torch.where(survey.fires[CLS] < exemplar_count, PATCHES, CLS)
     pick = reading[None, ..., None].expand(1, -1, -1, exemplar_count)
@@ -69,7 +71,7 @@ def describe_features(survey: Survey, bundle: Bundle, words: Tensor, seed: int) 
     shuffled = label.word.copy()
     shuffled[labelled] = np.random.default_rng(seed).permutation(shuffled[labelled])
     measured = labelled & ~np.isnan(reported)
-    fold = torch.from_numpy(bundle.fold.astype(np.float32))
+    of_features = (F.pad(rows, (0, 0, 0, reading.shape[1] - len(rows))) for rows in directions)
     return FeatureDescriptions(
         reading=reading,
         exemplars=exemplars,
@@ -85,9 +87,7 @@ def describe_features(survey: Survey, bundle: Bundle, words: Tensor, seed: int) 
         labelled=labelled,
         thresholds=(thresholds[CLS], thresholds[PATCHES]),
         auroc=reported,
-        written=_by_layer(
-            naming.written(torch.from_numpy(np.array(rows, np.float32)) @ fold, words) for rows in bundle.directions
-        ),
+        written=_by_layer(naming.written(rows @ fold, words) for rows in of_features),
         written_floor=naming.written_floor(fold, words, seed),
         quality=LabelQuality(
             held_out_images=len(survey.fired_held_out[1::2]),

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vitrine.models.clip.tower import Tower
-from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.files.writing import written
+from vitrine.training.cards.dictionary import Dictionary
 from vitrine.training.data.images import Images, load
 
 # Activations are counted in logarithmic bins, fine enough for quantiles and histograms at any scale; values below the
@@ -36,7 +36,8 @@ SAVE_EVERY_SECONDS = 120.0
 class Survey:
     """Statistics of the exemplar images (first in the order) and of the held-out images (the rest).
 
-    `empty` sets the sizes; R = 2 readings. Image numbers are positions in the order of the survey.
+    `empty` sets the sizes; R = 2 readings, F the features of the largest layer: in smaller ones the last never fire.
+    Image numbers are positions in the order of the survey.
     """
 
     seen: Tensor  # [] number of images processed, exemplar and held-out
@@ -56,12 +57,11 @@ class Survey:
 
     @classmethod
     def empty(
-        cls, tower: Tower, clt: CrossLayerTranscoder, images: int, held_out: int, exemplars: int, codes: int
+        cls, tower: Tower, dictionary: Dictionary, images: int, held_out: int, exemplars: int, codes: int
     ) -> Survey:
         """An empty survey for these numbers of images, exemplars per feature and stored codes."""
-        layers, features, patches = clt.layers, clt.features, tower.tokens - 1
-        k = max(int(encoder.sparsifier.inference_places()) for encoder in clt.encoders)
-        codes = min(codes, images)
+        layers, features, patches = len(dictionary.features), max(dictionary.features), tower.tokens - 1
+        k, codes = dictionary.places, min(codes, images)
         return cls(
             seen=torch.zeros((), dtype=torch.int64),
             fires=torch.zeros(2, layers, features, dtype=torch.int64),
@@ -83,21 +83,19 @@ class Survey:
         return len(self.embeddings) - len(self.fired_held_out)
 
     @torch.no_grad()
-    def add(self, tower: Tower, clt: CrossLayerTranscoder, pixels: Tensor, classes: Tensor) -> None:
-        """Add the next images: normalised pixels [B, 3, H, W] on the device of tower and CLT, and class indices [B].
-        A batch contains either exemplar images or held-out images, not both."""
+    def add(self, tower: Tower, dictionary: Dictionary, pixels: Tensor, classes: Tensor) -> None:
+        """Add the next images: normalised pixels [B, 3, H, W] on the device of tower and dictionary, and class indices
+        [B]. A batch contains either exemplar images or held-out images, not both."""
         taps = tower(pixels)
         start, count = int(self.seen), len(pixels)
         held_out = start >= self.exemplar_images
         embeddings = F.normalize(tower.head(taps.residual_out[:, 0]), dim=-1)
         self.embeddings[start : start + count] = embeddings.float().cpu()
         self.classes[start : start + count] = classes.int()
-        is_cls = torch.zeros(count, tower.tokens, dtype=torch.bool, device=pixels.device)
-        is_cls[:, 0] = True
-        for layer, (encoder, mlp_in) in enumerate(zip(clt.encoders, taps.mlp_in, strict=True)):
-            code = encoder(mlp_in.flatten(0, 1), is_cls.flatten())
-            dense = code.values.new_zeros(len(code.values), clt.features)
-            dense = dense.scatter_(1, code.indices, code.values).view(count, tower.tokens, clt.features)
+        features = self.fires.shape[-1]
+        for layer, code in enumerate(dictionary.codes(taps)):
+            dense = code.values.new_zeros(len(code.values), features)
+            dense = dense.scatter_(1, code.indices, code.values).view(count, tower.tokens, features)
             if held_out:
                 self._pack(self.fired_held_out[start - self.exemplar_images :, :, layer], dense)
             else:

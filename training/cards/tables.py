@@ -47,8 +47,9 @@ _SCHEMA = pa.schema(
 
 
 def write_features(
-    bundle: Path,
+    folder: Path,
     survey: Survey,
+    features: Sequence[int],
     descriptions: FeatureDescriptions,
     words: Sequence[str],
     means: Album | None,
@@ -57,16 +58,15 @@ def write_features(
     progress: Progress,
 ) -> set[int]:
     """Write features.parquet, with `shown` exemplars and `coactive_shown` coactive features per card, and mean pictures
-    if `means` is given; returns the numbers of the exemplar images."""
-    layers, features = survey.fires.shape[1:]
+    if `means` is given; returns the numbers of the exemplar images. features: their numbers by layer."""
     codes = survey.code_indices.numpy(), survey.code_values.numpy()
-    coactive_features = coactive(*codes, features, coactive_shown)
+    coactive_features = coactive(*codes, survey.fires.shape[-1], coactive_shown)
     images: set[int] = set()
-    task = progress.task("cards", layers * features, "features")
-    with pq.ParquetWriter(bundle / FEATURES, _SCHEMA, compression="zstd", compression_level=9) as writer:
-        for layer in range(layers):
+    task = progress.task("cards", sum(features), "features")
+    with pq.ParquetWriter(folder / FEATURES, _SCHEMA, compression="zstd", compression_level=9) as writer:
+        for layer, count in enumerate(features):
             rows = []
-            for row in _rows(survey, descriptions, words, layer, shown, means, coactive_features):
+            for row in _rows(survey, descriptions, words, layer, count, shown, means, coactive_features):
                 images.update(exemplar["image"] for exemplar in row["exemplars"])
                 rows.append(row)
                 task.advance()
@@ -75,7 +75,7 @@ def write_features(
 
 
 def write_images(
-    bundle: Path,
+    folder: Path,
     survey: Survey,
     names: Sequence[str],
     classes: Sequence[str],
@@ -96,11 +96,11 @@ def write_images(
         "class_name": pa.array(names_of_classes, pa.string()),
         "picture": pa.array([thumbnails.picture(n) if thumbnails else None for n in numbers], pa.binary()),
     }
-    pq.write_table(pa.table(table), bundle / IMAGES, compression="zstd", row_group_size=ROWS_A_GROUP)
+    pq.write_table(pa.table(table), folder / IMAGES, compression="zstd", row_group_size=ROWS_A_GROUP)
     indices = survey.code_indices[:references].numpy()
     dtype = np.uint16 if survey.fires.shape[-1] <= 2**16 else np.int32
     values = survey.code_values[:references].numpy()
-    np.savez_compressed(bundle / REFERENCES, indices=indices.astype(dtype), values=values)
+    np.savez_compressed(folder / REFERENCES, indices=indices.astype(dtype), values=values)
 
 
 def _rows(
@@ -108,11 +108,12 @@ def _rows(
     descriptions: FeatureDescriptions,
     words: Sequence[str],
     layer: int,
+    count: int,
     shown: int,
     means: Album | None,
     coactive_features: list[list[CoactiveFeature]],
 ) -> Iterator[dict[str, Any]]:
-    """One layer's rows."""
+    """The rows of a layer's first `count` features."""
     _, features = descriptions.reading.shape
     cls_frequencies = survey.fires[CLS, layer] / survey.exemplar_images
     patch_frequencies = survey.fires[PATCHES, layer] / (survey.exemplar_images * survey.masks.shape[-1])
@@ -121,7 +122,7 @@ def _rows(
     largest = descriptions.values[layer].abs().amax(-1)
     spread, counts = quantiles(bins, QUANTILES), histogram(bins, largest, BINS)
     written = descriptions.written
-    for index in range(features):
+    for index in range(count):
         flat_index = layer * features + index
         fires = bool(largest[index] > 0)
         exemplars, scale = _exemplars(survey, descriptions, layer, index, shown)

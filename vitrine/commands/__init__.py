@@ -36,7 +36,8 @@ EXAMPLES: dict[Callable[..., None], str] = {
     recipes: "vitrine recipes b32-cifar100-relu_topk",
     export: "vitrine export --checkpoint runs/demo --data-root data --out bundles/demo; "
     "vitrine export --bundle bundles/demo --residual runs/demo-residual --data-root data --out bundles/demo-residual",
-    cards: "vitrine cards --checkpoint runs/b32 --bundle bundles/b32 --out bundles/b32-cards",
+    cards: "vitrine cards --checkpoint runs/b32 --bundle bundles/b32 --out bundles/b32-cards; "
+    "vitrine cards --checkpoint runs/b32-sae --bundle bundles/b32-cards --out bundles/b32-all",
     verify: "vitrine verify models/demo",
     serve: "vitrine serve --bundle models/demo --port 3000",
     doctor: "vitrine doctor --bundle bundles/b32",

@@ -1,4 +1,4 @@
-"""`vitrine cards`: cards of what each feature fires on."""
+"""`vitrine cards`: cards of what each feature of a CLT, or of residual SAEs, fires on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from vitrine.commands.common import DataRoot, load_clip_of, new_console, print_b
 
 
 def cards(
-    checkpoint: Annotated[Path, typer.Option(help="A run's folder (its newest checkpoint) or one checkpoint.")],
-    bundle: Annotated[Path, typer.Option(help="The bundle that was exported from it.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Option(help="A run's folder (its newest checkpoint) or one checkpoint, of a CLT or of residual SAEs."),
+    ],
+    bundle: Annotated[
+        Path, typer.Option(help="The bundle that was exported from it; cards of its other features stay.")
+    ],
     out: Annotated[Path, typer.Option(help="The bundle to write, with cards; an interrupted call is taken up.")],
     data_root: DataRoot = Path("data"),
     images: Annotated[int, typer.Option(min=2, help="Train images that exemplars are chosen from.")] = 15_000,
@@ -29,7 +34,9 @@ def cards(
     pictures: Annotated[
         str, typer.Option(help="thumbnails of the images, means of a feature's exemplars, or none: mind their licence.")
     ] = "thumbnails",
-    references: Annotated[int, typer.Option(min=0, help="Images that /v1/similar finds the nearest among.")] = 2_000,
+    references: Annotated[
+        int, typer.Option(min=0, help="Images that /v1/similar finds the nearest among, by a CLT's features.")
+    ] = 2_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the samples and the random sets that labels must beat.")] = 0,

@@ -152,8 +152,10 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         )
     modes = ["direct"] * (bundle.encoders is not None) + ["rerun"] * bundle.has_rerun
     console.print(f"  interventions: {' and '.join(modes) or 'none, which a new export has'}", **plain)
-    if manifest.cards is not None:
-        quality = manifest.cards.quality
+    for of, cards in (("", manifest.cards), (" of residual SAEs", manifest.residual_cards)):
+        if cards is None:
+            continue
+        quality = cards.quality
         checked = (
             ""
             if quality.auroc_share is None
@@ -162,7 +164,7 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
                 f"({quality.auroc_share_shuffled:.1%} shuffled)"
             )
         )
-        console.print(f"  cards: {quality.labelled:,} features have a label{checked}", **plain)
+        console.print(f"  cards: {quality.labelled:,} features{of} have a label{checked}", **plain)
 
 
 def print_skipped(skipped: Skipped, console: Console) -> None:

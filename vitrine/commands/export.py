@@ -38,7 +38,10 @@ def export(
         Path | None, typer.Option(help="A run, or one checkpoint, of residual SAEs for the same CLIP, to be added.")
     ] = None,
     bundle: Annotated[
-        Path | None, typer.Option(help="Copy this bundle and add --residual, in place of --checkpoint.")
+        Path | None,
+        typer.Option(
+            help="Copy this bundle and add --residual, in place of --checkpoint; its cards of SAEs are left out."
+        ),
     ] = None,
     data_root: DataRoot = Path("data"),
     labels: Annotated[

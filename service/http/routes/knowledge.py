@@ -7,18 +7,14 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.responses import Response
 
 from vitrine.service.answers.attention import attention_heads
-from vitrine.service.answers.features import card, search
+from vitrine.service.answers.features import card, card_dictionaries, search
 from vitrine.service.answers.residual import circuit_dictionaries
 from vitrine.service.answers.sources import source_baselines
 from vitrine.service.http.asking import json_response, lease_attributor
 from vitrine.service.http.openapi import errors, query_parameters
 from vitrine.service.schemas.base import validated
 from vitrine.service.schemas.bundle import LabelSetResponse, LabelsResponse, ModelResponse
-from vitrine.service.schemas.features import (
-    CardResponse,
-    FeaturesQuery,
-    FeaturesResponse,
-)
+from vitrine.service.schemas.features import CardQuery, CardResponse, FeaturesQuery, FeaturesResponse
 
 MOST_DIGITS = 9  # of a layer or an index; more name nothing
 
@@ -54,7 +50,8 @@ def add_knowledge(app: FastAPI) -> None:
     app.get(
         "/v1/features/{layer:number}/{index:number}",
         response_model=CardResponse,
-        responses=errors(401, 404, 503),
+        responses=errors(400, 401, 404, 503),
+        openapi_extra=query_parameters(CardQuery),
         tags=["know"],
     )(feature)
 
@@ -72,6 +69,7 @@ async def model(request: Request) -> Response:
                 attention_heads=attention_heads(attributor.engine),
                 circuit_dictionaries=circuit_dictionaries(attributor.engine),
                 interventions=attributor.engine.interventions,
+                card_dictionaries=card_dictionaries(attributor.bundle),
             )
         )
 
@@ -96,4 +94,6 @@ async def features(request: Request) -> Response:
 async def feature(request: Request, layer: int, index: int) -> Response:
     """What is known of one feature: its label, if it earned one, exemplars, statistics."""
     with lease_attributor(request) as attributor:
-        return json_response(await attributor.query(card, attributor.bundle, attributor.model, layer, index))
+        query = validated(CardQuery, dict(request.query_params))
+        found = attributor.query(card, attributor.bundle, attributor.model, query.dictionary, layer, index)
+        return json_response(await found)

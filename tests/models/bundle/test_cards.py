@@ -14,7 +14,7 @@ from vitrine.models.bundle.cards import Cards, CardsError
 
 @pytest.fixture
 def cards(carded):
-    return Cards(carded.path, 3, 64)
+    return Cards(carded.path, (64,) * 3)
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +109,8 @@ def test_threads_may_share_it(cards, table):
 
 
 def test_cards_of_another_shape_are_refused(carded):
-    with pytest.raises(CardsError, match=r"192 rows for 4 layers of 64"):
-        Cards(carded.path, 4, 64)
+    with pytest.raises(CardsError, match=r"192 rows for 256 features in 4 layers"):
+        Cards(carded.path, (64,) * 4)
 
 
 @pytest.mark.parametrize("name", ["features.parquet", "images.parquet", "references.npz"])
@@ -126,7 +126,7 @@ def test_a_damaged_table_is_reported_when_the_bundle_is_opened(carded, tmp_path,
 
 def test_a_path_with_a_quote_in_it(carded, tmp_path):
     copy = shutil.copytree(carded.path, tmp_path / "it's")
-    assert Cards(copy, 3, 64).card(0, 1) == carded.cards.card(0, 1)
+    assert Cards(copy, (64,) * 3).card(0, 1) == carded.cards.card(0, 1)
 
 
 def test_a_bundle_without_cards_has_none(bundle):

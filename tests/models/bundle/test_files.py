@@ -117,10 +117,10 @@ def test_no_file_stays_open(path):
         bundle.cards.card(0, 0)
     bundle.close()  # twice is once
     del bundle
-    Cards(path, 3, 64)  # nobody closes it
+    Cards(path, (64,) * 3)  # nobody closes it
     assert opened() == before
     with pytest.raises(CardsError):
-        Cards(path, 4, 64)
+        Cards(path, (64,) * 4)
     assert opened() == before
 
 

@@ -14,7 +14,7 @@ from vitrine.service.answers.explain import account
 from vitrine.service.engine.labels import LabelEncoder, LabelSet
 from vitrine.service.errors import ServiceError
 from vitrine.service.schemas.attribute import Explain
-from vitrine.service.schemas.features import SimilarRequest
+from vitrine.service.schemas.features import FeaturesQuery, SimilarRequest
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,7 @@ def test_a_card(server, carded, labelled):
     layer, index = labelled
     answer, card = get(server, f"/v1/features/{layer}/{index}"), carded.cards.card(*labelled)
     assert answer["model"]["digest"] == carded.digest
+    assert answer["dictionary"] == "clt"
     for name in ("layer", "index", "label", "abstained", "label_score", "label_margin", "label_clarity", "read_at"):
         assert answer[name] == getattr(card, name), name
     assert answer["frequency"] == {"cls": card.frequency_cls, "patches": card.frequency_patches}
@@ -95,6 +96,18 @@ def test_features_that_do_not_exist(server, refused, place):
     refused(server.http.get(f"/v1/features/{place}"), 404, "not_found")
 
 
+@pytest.mark.parametrize("path", ["/v1/features/0/0?dictionary=residual", "/v1/features?dictionary=residual"])
+def test_a_dictionary_that_the_bundle_lacks(server, refused, path):
+    error = refused(server.http.get(path), 404, "no_cards")
+    assert error["message"] == "the bundle 'tiny' has no residual SAEs"
+
+
+@pytest.mark.parametrize("query", ["dictionary=sae", "dictionary=", "layer=1"])
+def test_cards_that_cannot_be_asked_for(server, refused, query):
+    error = refused(server.http.get(f"/v1/features/0/0?{query}"), 400, "invalid_request")
+    assert query.partition("=")[0] in error["message"]
+
+
 # Search
 
 
@@ -117,6 +130,7 @@ def test_a_search_by_label(server, carded, labelled):
     assert {line["layer"] for line in page["features"]} == {labelled[0]}
     assert get(server, "/v1/features?label=no%20such%20thing") | {"model": 0} == {
         "model": 0,
+        "dictionary": "clt",
         "total": 0,
         "offset": 0,
         "limit": 20,
@@ -230,8 +244,8 @@ def test_bad_images_are_refused_as_elsewhere(server, refused):
 
 def test_a_bundle_without_cards_says_so(bundle):
     for call in (
-        lambda: features.card(bundle, None, 0, 0),
-        lambda: features.search(bundle, None, None),
+        lambda: features.card(bundle, None, "clt", 0, 0),
+        lambda: features.search(bundle, None, FeaturesQuery()),
         lambda: similar._check_request(bundle, SimilarRequest()),
     ):
         with pytest.raises(ServiceError, match="vitrine cards") as caught:

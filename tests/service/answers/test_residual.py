@@ -15,6 +15,7 @@ from vitrine.service.answers.attributor import Attributor
 from vitrine.service.answers.circuit import answer_circuit
 from vitrine.service.answers.circuit_groups import grouped
 from vitrine.service.answers.explain import check_explain
+from vitrine.service.answers.features import card, card_dictionaries, search
 from vitrine.service.answers.residual import circuit_dictionaries
 from vitrine.service.engine.engine import Engine
 from vitrine.service.errors import ServiceError
@@ -23,7 +24,9 @@ from vitrine.service.exports.circuit_graph import circuit_graph
 from vitrine.service.offline.verify import verify
 from vitrine.service.operations.settings import Settings
 from vitrine.service.schemas.attribute import AttributeRequest, Explain
+from vitrine.service.schemas.base import Model
 from vitrine.service.schemas.circuit import CircuitRequest
+from vitrine.service.schemas.features import FeaturesQuery
 
 ALL = {"dictionary": "residual", "nodes": 512, "seconds": 60, "node_share": 1, "edge_share": 1, "leaves": True}
 
@@ -112,6 +115,61 @@ def test_a_bundle_without_them_says_so(engine, with_residual):
         assert "residual" not in circuit_dictionaries(served)
         with pytest.raises(ServiceError, match=f"`explain.residual` needs residual SAEs in the bundle 'tiny'.*{said}"):
             check_explain(Explain(residual=True), ("cat",), 10, served)
+
+
+def test_features_are_named_as_their_cards_do(carded_residual, picture):
+    requests = (AttributeRequest(explain={"residual": True, "features": 100}), CircuitRequest(**ALL))
+    answer, circuit = ask(carded_residual, picture(), *requests)
+    cards, named = carded_residual.residual_cards, 0
+    for layer in answer.residual.layers:
+        for feature in (*layer.cls, *layer.patches):
+            assert (feature.label, feature.label_score) == cards.label(layer.layer, feature.index)
+            named += feature.label is not None
+    assert named
+    found = [node for node in circuit.nodes if node.kind == "feature"]
+    assert [(node.label, node.label_score) for node in found] == [cards.label(one.layer, one.index) for one in found]
+    labels = [node.label for node in found if node.label]
+    assert labels
+    groups = grouped(circuit)
+    assert {group.label for group in groups.groups if group.label} == set(labels)
+    graph = circuit_graph(circuit, "photo.png", "photo", "./data/none")
+    assert {node.clerp for node in graph.nodes} >= set(labels)
+    first = next(group for group in groups.groups if group.kind == "feature")
+    assert f'"residual/{first.layer}/{first.index}": {{"model"' in circuit_page(
+        carded_residual, [groups], 20, picture()
+    )
+
+
+def test_their_cards_are_asked_for_by_dictionary(carded_residual, with_residual):
+    model, cards = Model(name="tiny", digest=carded_residual.digest), carded_residual.residual_cards
+    assert card_dictionaries(carded_residual) == ["residual"]
+    assert card_dictionaries(with_residual) == []
+    best = cards.search(None, None, 0, 3)[1]
+    found = search(carded_residual, model, FeaturesQuery(dictionary="residual", limit=3))
+    assert [(line.layer, line.index, line.label) for line in found.features] == [
+        (line.layer, line.index, line.label) for line in best
+    ]
+    assert "dictionary=residual" in found.next
+    one = card(carded_residual, model, "residual", best[0].layer, best[0].index)
+    assert (one.dictionary, one.label, len(one.exemplars)) == ("residual", best[0].label, 3)
+    for bundle, asked, code, said in (
+        (carded_residual, ("residual", 2, 0), "not_found", "there is no layer 2, only 0 to 1"),
+        (carded_residual, ("residual", 0, 48), "not_found", "layer 0 has no feature 48, only 0 to 47"),
+        (carded_residual, ("clt", 0, 0), "no_cards", "has no feature cards"),
+        (with_residual, ("residual", 0, 0), "no_cards", "has no cards of its residual SAEs' features"),
+    ):
+        with pytest.raises(ServiceError, match=said) as refused:
+            card(bundle, model, *asked)
+        assert refused.value.code == code
+
+
+def test_verify_counts_the_labels_of_their_cards(carded_residual, tmp_path):
+    summary = carded_residual.manifest.residual_cards
+    wrong = summary.model_copy(update={"quality": summary.quality.model_copy(update={"labelled": 1})})
+    copy = shutil.copytree(carded_residual.path, tmp_path / "copy")
+    seal(copy, carded_residual.manifest.model_copy(update={"residual_cards": wrong}))
+    with pytest.raises(BundleError, match=r"residual_cards: \d+ cards have a label, the manifest says 1"):
+        verify(copy)
 
 
 def test_verify_notices_graphs_that_do_not_belong_together(with_residual, tmp_path):

@@ -309,6 +309,7 @@ def test_model_is_the_bundle_that_is_served(server, carded, picture):
         "attention_heads",
         "circuit_dictionaries",
         "interventions",
+        "card_dictionaries",
         "warnings",
     }
     assert answer["digest"] == carded.digest
@@ -317,5 +318,6 @@ def test_model_is_the_bundle_that_is_served(server, carded, picture):
     assert answer["attention_heads"] == 4
     assert answer["circuit_dictionaries"] == ["clt"]
     assert answer["interventions"] == ["direct", "rerun"]
+    assert answer["card_dictionaries"] == ["clt"]
     assert answer["manifest"] == json.loads((carded.path / "manifest.json").read_text())
     assert server.attribute(picture())["model"] == {"name": answer["name"], "digest": answer["digest"]}

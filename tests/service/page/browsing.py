@@ -130,6 +130,7 @@ def card(layer, index, **fields):
     ]
     defaults = {
         "model": {"name": "demo", "digest": "sha256:00"},
+        "dictionary": "clt",
         "layer": layer,
         "index": index,
         "label": "stripes",

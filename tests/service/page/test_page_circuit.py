@@ -38,7 +38,7 @@ def place_of(circuit, kind):
 def saved(circuit, photo, bundle, tmp_path_factory):
     """The file, with the card of the first feature alone."""
     first = circuit.groups[place_of(circuit, "feature")]
-    cards = {f"{first.layer}/{first.index}": card(first.layer, first.index, label=HOSTILE)}
+    cards = {f"clt/{first.layer}/{first.index}": card(first.layer, first.index, label=HOSTILE)}
     path = tmp_path_factory.mktemp("saved") / "circuit.html"
     text = draw_circuit([circuit], COUNT, photo, cards, bundle.manifest.preprocessing)
     path.write_text(text, encoding="utf-8")
@@ -132,9 +132,11 @@ def test_one_walks_from_node_to_node_by_keyboard(page, circuit):
 
 
 def test_one_switches_to_the_circuit_of_another_dictionary(browser, circuit, photo, bundle, tmp_path):
-    """By keyboard; cards are of the CLT's features alone."""
+    """By keyboard; the features of each have cards of their own."""
     first = circuit.groups[place_of(circuit, "feature")]
-    cards = {f"{first.layer}/{first.index}": card(first.layer, first.index, label=HOSTILE)}
+    of_clt = card(first.layer, first.index, label=HOSTILE)
+    of_saes = card(first.layer, first.index, dictionary="residual", exemplars=[])
+    cards = {f"{one.dictionary}/{first.layer}/{first.index}": one for one in (of_clt, of_saes)}
     error = circuit.groups[place_of(circuit, "error")]
     residual = {"dictionary": "residual", "groups": [first, error], "edges": [], "logit": 1.25}
     circuits = [circuit, circuit.model_copy(update=residual)]
@@ -152,7 +154,9 @@ def test_one_switches_to_the_circuit_of_another_dictionary(browser, circuit, pho
             assert page.locator("button.box").count() == 2
             expect(page.locator("#chosen")).to_contain_text("How to read this")
             page.locator("button.box.of-feature").click()
-            assert page.locator("#chosen .exemplar").count() == 0
+            kicker = f"Stream after layer {first.layer}, feature #{first.index}"
+            expect(page.locator("#chosen .kicker")).to_have_text(kicker)
+            expect(page.locator("#chosen .card")).to_contain_text("It fired on none of the images")
             page.locator("button.box.of-error").click()
             expect(page.locator("#chosen .kicker")).to_have_text("What the stream has and its autoencoder does not say")
             assert not serious_violations(page)

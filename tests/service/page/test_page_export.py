@@ -37,8 +37,8 @@ def answer(server, photo):
 def saved(answer, photo, bundle, tmp_path_factory):
     """The file, with cards of all features of the last layer except the second."""
     features = answer.explanations[0].layers[2].features
-    cards = {f"2/{feature.index}": card(2, feature.index, label=HOSTILE) for feature in features}
-    cards.pop(f"2/{features[1].index}")
+    cards = {f"clt/2/{feature.index}": card(2, feature.index, label=HOSTILE) for feature in features}
+    cards.pop(f"clt/2/{features[1].index}")
     path = tmp_path_factory.mktemp("saved") / "account.html"
     path.write_text(draw_page(answer, photo, cards, bundle.manifest.preprocessing), encoding="utf-8")
     return path
@@ -113,7 +113,7 @@ def with_sources(server, photo, bundle, tmp_path_factory):
     for explanation in response["explanations"]:
         explanation["sources"]["features"][0].update(label=HOSTILE, label_score=0.5)
     first = response["explanations"][0]["sources"]["features"][0]
-    cards = {f"{first['layer']}/{first['index']}": card(first["layer"], first["index"], label=HOSTILE)}
+    cards = {f"clt/{first['layer']}/{first['index']}": card(first["layer"], first["index"], label=HOSTILE)}
     path = tmp_path_factory.mktemp("saved") / "sources.html"
     answer = AttributeResponse.model_validate(response)
     path.write_text(draw_page(answer, photo, cards, bundle.manifest.preprocessing), encoding="utf-8")

@@ -23,7 +23,7 @@ def serve_cards(page, **fields):
     """Serve a card for every feature instead of the bundle's cards."""
 
     def answer(route):
-        layer, index = map(int, route.request.url.split("/")[-2:])
+        layer, index = map(int, route.request.url.partition("?")[0].split("/")[-2:])
         route.fulfill(json=card(layer, index, **fields).model_dump(mode="json"))
 
     page.route("**/v1/features/*/*", answer)
@@ -155,6 +155,31 @@ def test_features_of_the_stream_are_listed_layer_by_layer(browser, service, phot
             assert not serious_violations(page)
             width, scrolled = page.evaluate("[innerWidth, document.documentElement.scrollWidth]")
             assert scrolled <= width
+
+
+@pytest.mark.parametrize("dictionaries", [["clt"], ["clt", "residual"]])
+def test_features_of_the_stream_open_their_cards_where_there_are_any(page, photo, dictionaries):
+    serve_cards(page, dictionary="residual")
+    known = {"card_dictionaries": dictionaries}
+    page.route("**/v1/model", lambda route: route.fulfill(json=route.fetch().json() | known))
+    page.reload()
+    expect(page.locator("#model")).not_to_be_empty()
+    upload(page, photo)
+    page.get_by_role("button", name="List them, layer by layer").click()
+    expect(page.locator("#residual tbody tr")).to_have_count(11)
+    features = page.locator("#residual tbody button")
+    if "residual" not in dictionaries:
+        assert features.count() == 0
+        return
+    assert not serious_violations(page)
+    with page.expect_request("**/v1/features/0/*") as request:
+        features.first.click()
+    address, _, query = request.value.url.partition("?")
+    assert query == "dictionary=residual"
+    kicker = page.get_by_role("dialog").locator(".kicker")
+    expect(kicker).to_have_text(f"Stream after layer 0, feature #{address.split('/')[-1]}")
+    page.get_by_role("dialog").get_by_role("button", name="#7 layer 10 #7").click()
+    expect(kicker).to_have_text("Stream after layer 10, feature #7")
 
 
 # Mistakes and refusals

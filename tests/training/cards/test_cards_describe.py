@@ -1,7 +1,5 @@
 """Labels of a survey made by hand: 6 words, 240 features, each firing on the images of one word, or on random ones."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -66,10 +64,8 @@ def survey(words):
 @pytest.fixture(scope="module")
 def described(survey, words):
     generator = np.random.default_rng(1)
-    bundle = SimpleNamespace(
-        fold=np.eye(WIDTH, dtype=np.float32), directions=generator.normal(size=(1, FEATURES, WIDTH)).astype(np.float16)
-    )
-    return describe_features(survey, bundle, words, seed=0)
+    directions = torch.from_numpy(generator.normal(size=(1, FEATURES, WIDTH)).astype(np.float32))
+    return describe_features(survey, directions, torch.eye(WIDTH), words, seed=0)
 
 
 def test_features_are_read_where_they_fire(described):

@@ -5,17 +5,18 @@ import pytest
 import torch
 
 from vitrine.training.cards import survey as module
+from vitrine.training.cards.dictionary import CltFeatures, SaeFeatures
 from vitrine.training.cards.survey import CLS, LOG_BINS, PATCHES, Survey, centres, histogram, quantiles
 
 IMAGES, HELD_OUT, EXEMPLARS, CODES = 23, 9, 4, 10
 
 
-def make_survey(clip, clt, pixels, sizes):
+def make_survey(clip, dictionary, pixels, sizes):
     """A survey of these pixels in batches of these sizes."""
-    survey = Survey.empty(clip.tower, clt, IMAGES, HELD_OUT, EXEMPLARS, CODES)
+    survey = Survey.empty(clip.tower, dictionary, IMAGES, HELD_OUT, EXEMPLARS, CODES)
     for batch in pixels.split(sizes):
         start = int(survey.seen)
-        survey.add(clip.tower, clt, batch, torch.arange(start, start + len(batch)) % 7)
+        survey.add(clip.tower, dictionary, batch, torch.arange(start, start + len(batch)) % 7)
     return survey
 
 
@@ -40,7 +41,7 @@ def dense(clip, any_clt, pixels):
 
 @pytest.fixture(scope="module")
 def survey(clip, any_clt, pixels):
-    return make_survey(clip, any_clt, pixels, [5, 5, 5, 8, 9])
+    return make_survey(clip, CltFeatures(any_clt), pixels, [5, 5, 5, 8, 9])
 
 
 def strongest(dense, reading):
@@ -102,6 +103,32 @@ def test_embeddings_and_codes(survey, clip, pixels, dense):
     assert torch.allclose(codes, dense[:CODES, :, 0], atol=2e-3)
 
 
+@pytest.mark.parametrize("sparsifier", ["relu_topk", "jumprelu"])
+def test_features_of_residual_saes(clip, make_saes, pixels, sparsifier):
+    """Of the stream after each block but the last, by blocks that run one after the other; F differs by layer."""
+    saes = make_saes(clip, k=8, k_cls=5, sparsifier=sparsifier)
+    survey = make_survey(clip, SaeFeatures(saes), pixels, [5, 5, 5, 8, 9])
+    stream, is_cls = clip.tower.embed(pixels), torch.zeros(len(pixels), clip.tower.tokens, dtype=torch.bool)
+    is_cls[:, 0] = True
+    for layer, (count, encoder) in enumerate(zip((48, 64), saes.encoders, strict=True)):
+        stream = clip.tower.blocks[layer](stream)
+        tokens = stream.flatten(0, 1).double()
+        read = (tokens - tokens.mean(1, keepdim=True)) / (tokens.std(1, keepdim=True) + 1e-5)
+        code = encoder.encode_dense(read.float(), is_cls.flatten())
+        dense = torch.zeros(len(tokens), 64).scatter(1, code.indices, code.values).unflatten(0, stream.shape[:2])
+        assert torch.equal(survey.fires[CLS, layer], (dense[:IMAGES, 0] != 0).sum(0))
+        assert torch.equal(survey.fires[PATCHES, layer], (dense[:IMAGES, 1:] != 0).sum((0, 1)))
+        assert torch.allclose(survey.values[CLS, layer, :, 0], dense[:IMAGES, 0].amax(0), atol=1e-4)
+        assert torch.allclose(survey.values[PATCHES, layer, :, 0], dense[:IMAGES, 1:].amax((0, 1)), atol=1e-4)
+        fires = survey.fires_at(layer, torch.full((64,), PATCHES), held_out=True)
+        assert torch.equal(fires, (dense[IMAGES:, 1:] != 0).any(1))
+        kept = torch.zeros(CODES, 64)
+        kept.scatter_add_(1, survey.code_indices[:, layer].long(), survey.code_values[:, layer].float())
+        assert torch.allclose(kept, dense[:CODES, 0], atol=2e-3)
+        assert survey.fires[:, layer, :count].any()
+        assert not survey.fires[:, layer, count:].any()
+
+
 @pytest.mark.parametrize("held_out", [False, True])
 def test_what_fires_in_the_first_images_and_in_the_held_out_ones(survey, dense, held_out):
     """Every feature at its own reading."""
@@ -115,23 +142,24 @@ def test_what_fires_in_the_first_images_and_in_the_held_out_ones(survey, dense, 
 
 
 def test_a_resumed_survey_equals_an_uninterrupted_one(clip, clt, pixels, tmp_path):
-    whole = make_survey(clip, clt, pixels, [5, 5, 5, 8, 9])
-    half = Survey.empty(clip.tower, clt, IMAGES, HELD_OUT, EXEMPLARS, CODES)
+    dictionary = CltFeatures(clt)
+    whole = make_survey(clip, dictionary, pixels, [5, 5, 5, 8, 9])
+    half = Survey.empty(clip.tower, dictionary, IMAGES, HELD_OUT, EXEMPLARS, CODES)
     for batch, classes in ((pixels[:5], torch.arange(5)), (pixels[5:10], torch.arange(5, 10) % 7)):
-        half.add(clip.tower, clt, batch, classes)
+        half.add(clip.tower, dictionary, batch, classes)
     half.save(tmp_path / "state", "mine")
     assert Survey.load(tmp_path / "state", "another's") is None
     assert Survey.load(tmp_path / "nothing", "mine") is None
     resumed = Survey.load(tmp_path / "state", "mine")
     for start, end in ((10, 15), (15, 23), (23, 32)):
-        resumed.add(clip.tower, clt, pixels[start:end], torch.arange(start, end) % 7)
+        resumed.add(clip.tower, dictionary, pixels[start:end], torch.arange(start, end) % 7)
     for name, tensor in vars(whole).items():
         assert torch.equal(tensor, getattr(resumed, name)), name
 
 
 def test_features_beyond_a_multiple_of_eight(clip, clt):
     """F = 64 fills its bytes; 61 does not."""
-    survey = Survey.empty(clip.tower, clt, IMAGES, HELD_OUT, EXEMPLARS, CODES)
+    survey = Survey.empty(clip.tower, CltFeatures(clt), IMAGES, HELD_OUT, EXEMPLARS, CODES)
     dense = torch.zeros(HELD_OUT, clip.tower.tokens, 61)
     dense[2, 0, 60] = dense[3, 5, 7] = 1.0
     survey._pack(survey.fired_held_out[:, :, 1], dense)
