@@ -145,10 +145,10 @@ def _resolved(
     attributor: Attributor, variants: Sequence[Sequence[Intervention]], request: InterveneRequest
 ) -> list[Changes]:
     """Of each variant. Raises `ServiceError` invalid_request that says where."""
-    network, changes = BundleNetwork(attributor.bundle), []
+    changes = []
     for place, edits in enumerate(variants):
         try:
-            changes.append(resolve(edits, network, request.mode))
+            changes.append(resolve(edits, BundleNetwork(attributor.bundle), request.mode))
         except InterventionError as error:
             raise _refused(error, "edits" if request.variants is None else f"variants.{place}") from error
     return changes
