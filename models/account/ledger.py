@@ -53,7 +53,7 @@ class Decomposition:
     """What the vision graph returns for one image: independent of any label."""
 
     embedding: Array  # [D] unit
-    rows: Array  # [R, D], summing to the embedding
+    rows: Array  # [R, D], summing to the embedding; after interventions [R + 1, D]
     sigma: float  # standard deviation of this residual in ln_post
     sigma_without: Array  # [R] the same with component m removed
     norm: float  # |z|, of the embedding before normalisation
@@ -126,7 +126,7 @@ class Ledger:
     bias: float
     error: float
     remainder: float  # logit - sum of all rows: rounding only
-    edit: float = 0.0  # only after interventions in the running network
+    edit: float = 0.0  # only after interventions
 
     @property
     def gross(self) -> float:

@@ -51,7 +51,7 @@ async def answer_attribute(
     texts = _check_request(attributor, request)
     with attributor.admit():
         await attributor.check_labels(texts, request.strict)
-        attribution, inferred = await _attribute(attributor, image, request, *texts)
+        attribution, inferred = await attribute_image(attributor, image, request, *texts)
     fields = dict(attribution) | {"warnings": inferred.warnings}
     return AttributeResponse(request_id=request_id, model=attributor.model, **fields)
 
@@ -70,7 +70,7 @@ async def answer_batch(
         try:
             if isinstance(image, ServiceError):
                 raise image
-            answer, _ = await _attribute(attributor, image, request, *texts)
+            answer, _ = await attribute_image(attributor, image, request, *texts)
             item = BatchItem(status=200, answer=answer, error=None)
         except ServiceError as error:
             metrics.REJECTED.labels(error.code).inc()
@@ -103,17 +103,22 @@ def _check_request(attributor: Attributor, request: AttributeRequest, images: in
     return texts
 
 
-async def _attribute(
-    attributor: Attributor, image: bytes, request: AttributeRequest, labels: tuple[str, ...], templates: tuple[str, ...]
+async def attribute_image(
+    attributor: Attributor,
+    image: bytes,
+    request: AttributeRequest,
+    labels: tuple[str, ...],
+    templates: tuple[str, ...],
+    details: bool = False,
+    components: bool = False,
 ) -> tuple[Attribution, Inferred]:
-    """(the answer, with the image's own warnings; what it was made of)."""
+    """(the answer, with the image's own warnings; what it was made of, with details and components on request)."""
     timings, explain = dict[str, float](), request.explain
-    inferred = await attributor.infer(
-        image, labels, templates, timings, explain.heatmap or explain.lens, explain.matrix
-    )
+    details = details or explain.heatmap or explain.lens
+    inferred = await attributor.infer(image, labels, templates, timings, details, explain.matrix, components)
     with timed_stage("ledger", timings):
         predictions, explanations, lens_layers, fidelity = await attributor.in_thread(
-            _account, attributor.bundle, inferred.parts, inferred.labels, request
+            account_of, attributor.bundle, inferred.parts, inferred.labels, request
         )
     trace = attention = None
     if explain.sources:
@@ -170,9 +175,10 @@ async def _residual(
         return await attributor.in_thread(residual_features, attributor.bundle, trace, explain.features)
 
 
-def _account(
+def account_of(
     bundle: Bundle, parts: Decomposition, labels: LabelSet, request: AttributeRequest
 ) -> tuple[list[Prediction], list[Explanation], list[LensLayer] | None, Fidelity]:
+    """What the answer says of one decomposition: predictions, an explanation per target, lens, fidelity."""
     scale = bundle.manifest.logit_scale
     predictions = predict(parts, labels, scale, request.top_k)
     explanations, fidelity = account(parts, labels, bundle, request.explain)

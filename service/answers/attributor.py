@@ -152,13 +152,14 @@ class Attributor:
         timings: dict[str, float],
         details: bool = False,
         with_matrix: bool = False,
+        components: bool = False,
     ) -> Inferred:
         """What the image's answer is made of. Adds the stages' times to `timings`."""
         with timed_stage("decode", timings):
             pixels, notes = await self.decoded(image)
         with timed_stage("labels", timings):
             label_set = await self.labels.resolve(labels, templates, self.batcher.run_between)
-        parts = await self.submit(pixels, timings, details)
+        parts = await self.submit(pixels, timings, details, components)
         contributions = None
         if with_matrix:
             with timed_stage("matrix", timings):
@@ -166,10 +167,10 @@ class Attributor:
         return Inferred(parts, label_set, pixels, contributions, notes)
 
     async def submit(
-        self, pixels: NDArray[np.float32], timings: dict[str, float], details: bool = False
+        self, pixels: NDArray[np.float32], timings: dict[str, float], details: bool = False, components: bool = False
     ) -> Decomposition:
         """Run one image through the vision graph. Adds the times of queueing and inference to `timings`."""
-        inference = await self.batcher.submit(pixels, details)
+        inference = await self.batcher.submit(pixels, details, components)
         record_stage("queue", inference.queue_ms, timings, ended_ms_ago=inference.inference_ms)
         record_stage("inference", inference.inference_ms, timings)
         return inference.parts

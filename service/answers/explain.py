@@ -121,6 +121,7 @@ def _explanation(parts: Decomposition, labels: LabelSet, bundle: Bundle, explain
             clt=target_ledger.clt.tolist(),
             bias=target_ledger.bias,
             error=target_ledger.error,
+            edit=target_ledger.edit,
             remainder=target_ledger.remainder,
         ),
         layers=layers,

@@ -97,11 +97,13 @@ class Engine:
         }
         return [mode for mode, can in ways.items() if can]
 
-    def explain(self, pixels: NDArray[np.float32], details: Sequence[bool] = ()) -> list[Decomposition]:
+    def explain(
+        self, pixels: NDArray[np.float32], details: Sequence[bool] = (), components: Sequence[bool] = ()
+    ) -> list[Decomposition]:
         """Decompositions of normalised pixels [B, 3, H, W] (`models.account.ledger`), one per image.
 
-        details: for which images to compute `Decomposition.details`, and `components` where the bundle has them
-        (`has_components`); default: none.
+        details: for which images to compute `Decomposition.details`, with what each head wrote where the bundle has it.
+        components: for which images `Decomposition.components` are needed; they come for all or for none.
         """
         count = len(pixels)
         if self.on_gpu and (size := min((size for size in self.batches if size >= count), default=0)):
@@ -111,7 +113,9 @@ class Engine:
             feeds[DETAILS_INPUT] = np.array(any(details))
         if any(details):
             names += DETAILS
-            names += [COMPONENTS, HEAD_COMPONENTS] * self.has_components
+            names += [HEAD_COMPONENTS] * self.has_components
+        if any(components):
+            names.append(COMPONENTS)
         outputs = dict(zip(names, self.vision.run(names, feeds), strict=True))
         with_details = details or [False] * count
         return [Decomposition.from_batch(outputs, image, with_details[image]) for image in range(count)]

@@ -12,6 +12,7 @@ from vitrine.service.answers.attribute import answer_attribute
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.answers.circuit import answer_circuit
 from vitrine.service.answers.features import card
+from vitrine.service.answers.intervene import answer_intervene
 from vitrine.service.answers.residual import circuit_dictionaries
 from vitrine.service.answers.sources import source_baselines
 from vitrine.service.exports.circuit_page import draw_circuit, most_influential
@@ -22,6 +23,7 @@ from vitrine.service.schemas.attribute import AttributeRequest, AttributeRespons
 from vitrine.service.schemas.base import Model
 from vitrine.service.schemas.circuit import CircuitRequest, CircuitResponse
 from vitrine.service.schemas.circuit_groups import GroupedCircuit
+from vitrine.service.schemas.intervene import InterveneRequest, InterveneResponse
 
 IDENTITY = "command-line"
 
@@ -60,6 +62,13 @@ async def circuits_for(
         asked = dict.fromkeys([request.dictionary, *others])
         requests = [request.model_copy(update={"dictionary": dictionary}) for dictionary in asked]
         return [await answer_circuit(attributor, image, one, IDENTITY) for one in requests]
+
+
+async def intervention_for(bundle: Bundle, image: Path, request: InterveneRequest) -> InterveneResponse:
+    """One image with interventions. Raises `ServiceError`."""
+    settings = load_settings().model_copy(update={"decode_threads": 1})
+    async with Attributor(bundle, settings) as attributor:
+        return await answer_intervene(attributor, image.read_bytes(), request, IDENTITY)
 
 
 def circuit_page(bundle: Bundle, circuits: Sequence[GroupedCircuit], count: int, image: bytes | None) -> str:

@@ -66,6 +66,8 @@ def _account(explanation: Explanation) -> Table:
         named = "  ".join(f"{f.label or f'#{f.index}'} {f.contribution:+.2f}" for f in layer.features)
         rows.append((f"CLT {layer.layer}", layer.contribution, named))
     rows += [("bias", ledger.bias, ""), ("error", ledger.error, "")]
+    if ledger.edit:
+        rows.append(("edit", ledger.edit, "taken out by an intervention"))
     title = f"Why {_named(explanation)}: the account of its logit"
     return _table(title, "features (contribution)", rows, ledger.remainder, explanation.logit)
 

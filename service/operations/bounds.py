@@ -25,6 +25,7 @@ MOST: dict[str, tuple[float, str]] = {
     "max_prompts": (2**20, "they are encoded while others wait"),
     "max_targets": (4_096, "each has an account in the answer"),
     "max_circuit_nodes": (65_536, "each takes memory for the edges into it from every active feature"),
+    "max_interventions": (16_384, "each takes memory for every token"),
     "label_cache": (2**22, "each takes 2 to 4 kB"),
     "trace_share": (1, "it is a share"),
     "max_header_bytes": (2**20, "headers are held in memory for each connection"),

@@ -145,6 +145,9 @@ class Settings(BaseSettings):
         default=512,
         description="features followed back in one `/v1/circuit`; its edges take memory, one circuit at a time",
     )
+    max_interventions: PositiveInt = Field(
+        default=256, description="in one `/v1/intervene`; and features or patches of a counterfactual"
+    )
     max_answer_values: PositiveInt = Field(
         default=2_000_000, description="numbers in one answer, about 10 bytes each: images x targets x details; 413"
     )

@@ -59,13 +59,14 @@ class AttributeJson(AttributeRequest, WithImage):
 
 
 class LedgerAccount(BaseModel):
-    """In logits. prior + sum(attention) + sum(clt) + bias + error + remainder = logit."""
+    """In logits. prior + sum(attention) + sum(clt) + bias + error + edit + remainder = logit."""
 
     prior: float
     attention: list[float] = Field(description="one per layer")
     clt: list[float] = Field(description="one per source layer")
     bias: float
     error: float = Field(description="what the MLPs did and the CLT does not say")
+    edit: float = Field(default=0.0, description="only after interventions: what taking directions out wrote")
     remainder: float = Field(description="rounding")
 
 

@@ -14,6 +14,7 @@ from vitrine.commands.common import errors_as_messages
 from vitrine.commands.doctor import doctor
 from vitrine.commands.evaluate import evaluate
 from vitrine.commands.export import export
+from vitrine.commands.intervene import intervene
 from vitrine.commands.pretrain import pretrain
 from vitrine.commands.recipes import recipes
 from vitrine.commands.replay import replay
@@ -46,6 +47,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     attribute: "vitrine attribute photo.jpg --labels cat,dog,truck --contrast dog --sources",
     circuit: "vitrine circuit photo.jpg --label cat --html cat.html; vitrine circuit photos/cat --images 50; "
     "vitrine circuit photo.jpg --dictionary residual",
+    intervene: "vitrine intervene photo.jpg --edit 'ablate 7/123'; vitrine intervene photo.jpg --counterfactual dog",
 }
 for command, example in EXAMPLES.items():
     app.command(epilog=f"Example: {example}")(errors_as_messages(command))

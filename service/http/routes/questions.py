@@ -11,6 +11,7 @@ from vitrine.service.answers.attribute import answer_attribute, answer_batch
 from vitrine.service.answers.circuit import answer_circuit
 from vitrine.service.answers.classify import answer_classify
 from vitrine.service.answers.embed import answer_embed
+from vitrine.service.answers.intervene import answer_intervene
 from vitrine.service.answers.similar import answer_similar
 from vitrine.service.http.asking import PiecesResponse, handle, json_response, large_json_response, log_predictions
 from vitrine.service.http.openapi import errors, multipart_or_json
@@ -26,12 +27,14 @@ from vitrine.service.schemas.features import (
     SimilarRequest,
     SimilarResponse,
 )
+from vitrine.service.schemas.intervene import InterveneJson, InterveneRequest, InterveneResponse
 
 _STATUSES = (400, 401, 413, 415, 429, 500, 503, 504)
 
 
 def add_questions(app: FastAPI, settings: Settings) -> None:
-    """`/v1/attribute`, `/v1/attribute:batch`, `/v1/classify`, `/v1/embed`, `/v1/circuit`, `/v1/similar`."""
+    """`/v1/attribute`, `/v1/attribute:batch`, `/v1/classify`, `/v1/embed`, `/v1/circuit`, `/v1/intervene`,
+    `/v1/similar`."""
     batch_limit = settings.images_per_request
     for path, endpoint, answer, part, json_body, min_images, max_images in (
         ("/v1/attribute", attribute, AttributeResponse, AttributeRequest, AttributeJson, 1, 1),
@@ -39,6 +42,7 @@ def add_questions(app: FastAPI, settings: Settings) -> None:
         ("/v1/classify", classify, ClassifyResponse, ClassifyRequest, ClassifyJson, 1, 1),
         ("/v1/embed", embed, EmbedResponse, EmbedRequest, EmbedJson, 0, 1),
         ("/v1/circuit", circuit, CircuitResponse, CircuitRequest, CircuitJson, 1, 1),
+        ("/v1/intervene", intervene, InterveneResponse, InterveneRequest, InterveneJson, 1, 1),
         ("/v1/similar", similar, SimilarResponse, SimilarRequest, SimilarJson, 1, 1),
     ):
         body = multipart_or_json(part, json_body, min_images, max_images)
@@ -83,6 +87,15 @@ async def circuit(request: Request) -> Response:
     read = partial(read_image, request, CircuitRequest, CircuitJson)
     answer = await handle(request, read, answer_circuit)
     log_predictions(request, answer.predictions)
+    return await large_json_response(answer)
+
+
+async def intervene(request: Request) -> Response:
+    """What the prediction would be with some features, ledger rows or heads changed; or what would have to go for
+    another label to come first."""
+    read = partial(read_image, request, InterveneRequest, InterveneJson)
+    answer = await handle(request, read, answer_intervene)
+    log_predictions(request, answer.before.predictions)
     return await large_json_response(answer)
 
 

@@ -94,7 +94,7 @@ def labels(clip):
 
 def ledger_rows(ledger):
     """The rows of a ledger [R], in order."""
-    return np.concatenate([np.atleast_1d(part) for part in astuple(ledger)[1:-1]])
+    return np.concatenate([np.atleast_1d(part) for part in astuple(ledger)[1:-2]])
 
 
 def test_every_row_is_that_of_the_formulas(tower, references, parts, labels, clip):

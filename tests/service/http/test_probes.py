@@ -87,10 +87,11 @@ def test_openapi_is_a_sound_document_of_every_route(openapi):
         "/v1/labels": {"get"},
         "/v1/model": {"get"},
         "/v1/circuit": {"post"},
+        "/v1/intervene": {"post"},
         "/v1/similar": {"post"},
     }
     operations = [operation for item in openapi["paths"].values() for operation in item.values()]
-    assert len({operation["operationId"] for operation in operations}) == 10
+    assert len({operation["operationId"] for operation in operations}) == 11
     for operation in operations:
         assert all(response["description"] for response in operation["responses"].values())
         assert operation["responses"]["200"]["content"]["application/json"]["schema"]
