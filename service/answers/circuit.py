@@ -65,6 +65,7 @@ async def answer_circuit(
         of = directions(labels, explain, top1)
         async with attributor.one_circuit:  # each takes memory for all edges into every feature that is followed
             with timed_stage("circuit", timings):
+                await attributor.open(graphs)
                 limits = Limits(request.nodes, request.seconds)
                 graph, target = await _followed(attributor, graphs, inferred.pixels, of, limits)
                 pruning = partial(prune, graph, request.node_share, request.edge_share, leaves=request.leaves)

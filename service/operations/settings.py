@@ -61,11 +61,12 @@ class Settings(BaseSettings):
         default=True, description="load the bundle's replacement graph, where it has one, for `explain.matrix`"
     )
     sources: bool = Field(
-        default=True, description="load the bundle's source graphs, where it has them, for `explain.sources`"
+        default=True,
+        description="offer source accounts, where the bundle has their graphs; opened when first needed",
     )
     residual: bool = Field(
         default=True,
-        description="load the bundle's residual SAEs, where it has them, for `explain.residual` and circuits by them",
+        description="offer residual SAEs, where the bundle has them; opened when first needed",
     )
     gpu_memory_bytes: NonNegativeInt = Field(default=0, description="the most that CUDA may take; 0: no limit")
     tensorrt_cache: Path | None = Field(
