@@ -140,7 +140,7 @@ class Settings(BaseSettings):
     max_targets: PositiveInt = Field(default=32, description="labels explained in one request")
     max_circuit_nodes: PositiveInt = Field(
         default=512,
-        description="features of a CLT followed back in one circuit, 4 times as many of residual SAEs; edges take memory",
+        description="features of a CLT followed back in one circuit, of residual SAEs 4 times as many; takes memory",
     )
     max_answer_values: PositiveInt = Field(
         default=2_000_000, description="numbers in one answer, about 10 bytes each: images x targets x details; 413"
