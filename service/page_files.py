@@ -28,9 +28,9 @@ DRAWING_SCRIPTS = (
     "save.js",
 )
 
-# A saved circuit (`service.exports.circuit_page`), which the page does not have.
+# A circuit, which is a page of its own: saved as a file (`service.exports.circuit_page`), or opened from the page.
 CIRCUIT_STYLES = (*STYLES, "circuit.css")
-CIRCUIT_SCRIPTS = (
+CIRCUIT_DRAWING_SCRIPTS = (
     "dom.js",
     "heatmap.js",
     "card-figures.js",
@@ -39,3 +39,5 @@ CIRCUIT_SCRIPTS = (
     "circuit-node.js",
     "circuit.js",
 )
+SAVED_CIRCUIT_SCRIPTS = (*CIRCUIT_DRAWING_SCRIPTS, "circuit-saved.js")
+CIRCUIT_SCRIPTS = (*CIRCUIT_DRAWING_SCRIPTS, "api.js", "still.js", "circuit-groups.js", "circuit-live.js")

@@ -12,7 +12,8 @@ by their sum, A; a node's influence on the target is the sum over all paths, the
 strictly lower-triangular, by layers, so that one substitution gives it.
 
 A graph of all active features has 10^5 nodes and one backward pass for each. It is built from the target instead: the
-features that have most influence by what is known so far are expanded next, in batches, until the budget is spent.
+features that have most influence by what is known so far are expanded next, an eighth of what is known at once, until
+the budget is spent.
 Whatever is not expanded is a leaf, too, and its influence is told as a share. The leaves' influences sum to 1. What is
 listed of such a graph: `models.account.pruning`.
 """
@@ -32,7 +33,8 @@ from vitrine.models.account.edges import GrowingRows, Rows, Shape, Span
 from vitrine.models.account.ledger import Array
 from vitrine.models.account.sources import Sources
 
-BATCH = 16  # features expanded at once: influences are computed anew after each batch
+BATCH = 16  # features expanded at once
+ANEW = 8  # influences are computed anew when an 8th more is expanded, a batch at least: each time costs all edges
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class Expansion:
         self._gross = np.empty(limits.nodes)
         self._expanded = np.empty(limits.nodes, np.int64)
         self._count = 0
-        self._chosen = self._expanded[:0]
+        self._chosen = self._next = self._expanded[:0]  # those being expanded, and those that come after them
         self.graph = self._built()  # as far as it is built
 
     def _built(self) -> AttributionGraph:
@@ -174,15 +176,23 @@ class Expansion:
         left = self._limits.nodes - self._count
         if left <= 0 or perf_counter() - self._begun >= self._limits.seconds:
             return None
+        if not len(self._next):
+            self._next = self._most_influential(min(left, max(BATCH, self._count // ANEW)))
+            if not len(self._next):
+                return None
+        chosen, self._next = self._next[:BATCH], self._next[BATCH:]
+        self._chosen = chosen
+        names = self.shape.layer_of(chosen), self.shape.token_of(chosen), self.indices.ravel()[chosen]
+        return Wanted(*names, self.values.ravel()[chosen])
+
+    def _most_influential(self, most: int) -> NDArray[np.integer]:
+        """Columns of features that were not expanded, at most so many; none if little enough is left out."""
         graph = self.graph
         waiting = np.where(self.values.ravel() != 0, graph.influence[: self.shape.features], 0)
         waiting[graph.expanded] = 0
         if waiting.sum() <= self._limits.left_out:
-            return None
-        count = min(BATCH, left, int((waiting > 0).sum()))
-        self._chosen = chosen = np.argsort(-waiting, kind="stable")[:count]
-        names = self.shape.layer_of(chosen), self.shape.token_of(chosen), self.indices.ravel()[chosen]
-        return Wanted(*names, self.values.ravel()[chosen])
+            return self._expanded[:0]
+        return np.argsort(-waiting, kind="stable")[: min(most, int((waiting > 0).sum()))]
 
     def add(self, accounts: list[Sources]) -> None:
         """accounts: of what was wanted, in that order."""

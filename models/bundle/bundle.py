@@ -122,7 +122,7 @@ class Bundle:
                 raise self._changed(name)
 
     def _changed(self, name: str) -> BundleError:
-        return BundleError(f"{self.path / name} was changed while it was being loaded; load the bundle again")
+        return BundleError(f"{self.path / name} was changed since it was verified; load the bundle again")
 
     def close(self) -> None:
         """Close what is held open for the cards; they cannot be read any more."""

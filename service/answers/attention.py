@@ -23,7 +23,7 @@ BATCH = 16  # directions followed back at once, between other requests' batches
 
 def attention_heads(engine: Engine) -> int:
     """Heads of a layer that `explain.attention` may name; 0: there are no accounts of attention scores."""
-    return engine.sources.heads if engine.sources is not None and engine.sources.has_scores else 0
+    return engine.heads if engine.sources is not None and engine.bundle.has_scores else 0
 
 
 def check_attention(asked: HeadQuestion, engine: Engine) -> None:
@@ -55,6 +55,7 @@ async def attention_account(
     """The account of one score of one image [3, H, W]. trace: the image's, if it is known."""
     graphs, bundle, run_between = attributor.engine.sources, attributor.bundle, attributor.batcher.run_between
     assert graphs is not None  # see `check_attention`
+    await attributor.open(graphs)
     trace = trace or await run_between(graphs.trace, pixels, spent=0.0)
     score, of_query, of_key = await run_between(score_accounts, graphs, trace, asked, spent=0.0)
     found = await _pairs(attributor, graphs, trace, score, _listed(of_query, asked), asked)

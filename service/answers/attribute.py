@@ -155,6 +155,7 @@ async def _with_sources(
     with timed_stage("sources", timings):
         top1 = labels.labels.index(explanations[0].target)
         of = directions(labels, explain, top1)
+        await attributor.open(engine.sources)
         trace, outputs = await attributor.batcher.run_between(engine.sources.run, inferred.pixels, of, spent=0.0)
         accounts = await attributor.in_thread(source_accounts, attributor.bundle, trace, outputs, of, explain)
     explained = [
@@ -171,6 +172,7 @@ async def _residual(
     graphs = attributor.engine.residual
     assert graphs is not None  # see `check_explain`
     with timed_stage("residual", timings):
+        await attributor.open(graphs)
         trace = await attributor.batcher.run_between(graphs.trace, inferred.pixels, spent=0.0)
         return await attributor.in_thread(residual_features, attributor.bundle, trace, explain.features)
 

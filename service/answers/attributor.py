@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
+from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.account.ledger import Decomposition
-from vitrine.models.bundle.bundle import Bundle
+from vitrine.models.bundle.bundle import Bundle, BundleError
 from vitrine.models.bundle.label_sets import DEFAULT, read_label_sets
 from vitrine.models.bundle.layout import CARDS
 from vitrine.models.images.decode import Note
@@ -28,9 +30,11 @@ from vitrine.service.engine.batcher import Batcher
 from vitrine.service.engine.decoders import Decoded, Decoders
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.labels import LabelEncoder, LabelSet
-from vitrine.service.engine.runtime import session_errors
-from vitrine.service.errors import queue_full
+from vitrine.service.engine.on_first_use import GraphsOnFirstUse
+from vitrine.service.engine.runtime import EngineError, session_errors
+from vitrine.service.errors import ServiceError, queue_full
 from vitrine.service.operations import metrics
+from vitrine.service.operations.logs import logger
 from vitrine.service.operations.settings import Settings
 from vitrine.service.operations.stages import record_stage, timed_stage
 from vitrine.service.schemas.base import Model, Notice
@@ -66,6 +70,7 @@ class Attributor:
         self.model = Model(name=bundle.manifest.name, digest=bundle.digest)
         self._no_replacement = np.zeros((bundle.manifest.shape.layers, 2), bool)  # CLIP as it is
         self.one_circuit = asyncio.Semaphore(1)
+        self._openings: dict[str, asyncio.Task[None]] = {}  # of graphs, by their name
         self._in_flight = 0
         self._decoders = Decoders(
             settings.decode_threads, bundle.manifest.preprocessing, settings.image_limits, settings.decode_seconds
@@ -87,6 +92,7 @@ class Attributor:
             for pool in (self._waiters, self._thread, self._queries):
                 stack.push_async_callback(asyncio.to_thread, pool.shutdown)  # waits for what its threads still do
             stack.enter_context(self._decoders)  # left before the threads are, which may wait for a process
+            stack.push_async_callback(self._end_openings)
             await asyncio.to_thread(self._decoders.start)
             self.batcher = await stack.enter_async_context(
                 Batcher(self.engine.explain, settings.batch_size, settings.batch_wait_ms)
@@ -174,6 +180,40 @@ class Attributor:
         record_stage("queue", inference.queue_ms, timings, ended_ms_ago=inference.inference_ms)
         record_stage("inference", inference.inference_ms, timings)
         return inference.parts
+
+    async def open(self, graphs: GraphsOnFirstUse[Any]) -> None:
+        """Open graphs unless they are, once for all that ask meanwhile, in a thread where no inference waits for it.
+
+        A cancelled caller stops no opening. Raises `ServiceError` internal for all that wait; the log says why.
+        """
+        if graphs.is_open:
+            return
+        opening = self._openings.get(graphs.name)
+        if opening is None:
+            opening = self._openings[graphs.name] = asyncio.create_task(self._open(graphs))
+            opening.add_done_callback(partial(self._opened, graphs.name))
+        await asyncio.shield(opening)
+
+    async def _open(self, graphs: GraphsOnFirstUse[Any]) -> None:
+        start = perf_counter()
+        try:
+            await asyncio.to_thread(graphs.open)
+        except (BundleError, EngineError) as error:
+            logger.error("the graphs of %s cannot be opened: %s", graphs.name, error)
+            raise ServiceError(
+                "internal",
+                f"the graphs of {graphs.name} of the bundle {self.model.name!r} cannot be opened: the service's log "
+                "says why; the next request for them tries again",
+            ) from error
+        logger.info("the graphs of %s were opened in %.2f s", graphs.name, perf_counter() - start)
+
+    def _opened(self, name: str, opening: asyncio.Task[None]) -> None:
+        del self._openings[name]
+        if not opening.cancelled():
+            opening.exception()  # was raised where it was waited for, and logged: nobody may wait any more
+
+    async def _end_openings(self) -> None:
+        await asyncio.gather(*self._openings.values(), return_exceptions=True)
 
     def can_decode(self) -> bool:
         """Whether images can be decoded: false while no process can be started for it."""

@@ -21,6 +21,7 @@ from vitrine.service.answers.residual import check_residual
 from vitrine.service.answers.sources import directions
 from vitrine.service.answers.texts import Texts
 from vitrine.service.errors import ServiceError
+from vitrine.service.operations.settings import Settings
 from vitrine.service.operations.stages import timed_stage
 from vitrine.service.schemas.attribute import Explain
 from vitrine.service.schemas.circuit import (
@@ -30,6 +31,7 @@ from vitrine.service.schemas.circuit import (
     CircuitRequest,
     CircuitResponse,
     CircuitScores,
+    Dictionary,
 )
 
 if TYPE_CHECKING:
@@ -47,6 +49,11 @@ class Graphs(Protocol):
 
 
 NODE_VALUES, EDGE_VALUES = 15, 3  # of a node and of an edge in the answer
+# Features followed by default. From a logit to the first residual SAE the way leads through all others: of ViT-Ti/16's
+# eleven, 256 features reach the uppermost three, 2,048 six or seven (loadtests/RESULTS.md).
+FOLLOWED: dict[Dictionary, int] = {"clt": 256, "residual": 2048}
+# What VITRINE_MAX_CIRCUIT_NODES counts for: edges come from the features of all layers below, or of one.
+TIMES_ALLOWED: dict[Dictionary, int] = {"clt": 1, "residual": 4}
 
 
 async def answer_circuit(
@@ -65,7 +72,10 @@ async def answer_circuit(
         of = directions(labels, explain, top1)
         async with attributor.one_circuit:  # each takes memory for all edges into every feature that is followed
             with timed_stage("circuit", timings):
-                limits = Limits(request.nodes, request.seconds)
+                await attributor.open(graphs)
+                allowed = _allowed(attributor.settings, request.dictionary)
+                nodes = min(FOLLOWED[request.dictionary], allowed) if request.nodes is None else request.nodes
+                limits = Limits(nodes, request.seconds)
                 graph, target = await _followed(attributor, graphs, inferred.pixels, of, limits)
                 pruning = partial(prune, graph, request.node_share, request.edge_share, leaves=request.leaves)
                 circuit = await attributor.in_thread(pruning)
@@ -95,11 +105,15 @@ def check_circuit(attributor: Attributor, request: CircuitRequest) -> tuple[Text
     if not by_clt:
         check_residual("`dictionary` residual", attributor.bundle, enabled=attributor.engine.residual is not None)
     check_explain(explain, texts[0], settings.max_targets, attributor.engine)
-    if request.nodes > settings.max_circuit_nodes:
-        raise ServiceError(
-            "invalid_request", f"nodes: {request.nodes:,} features; at most {settings.max_circuit_nodes:,} are followed"
-        )
+    allowed = _allowed(settings, request.dictionary)
+    if request.nodes is not None and request.nodes > allowed:
+        raise ServiceError("invalid_request", f"nodes: {request.nodes:,} features; at most {allowed:,} are followed")
     return texts, explain
+
+
+def _allowed(settings: Settings, dictionary: Dictionary) -> int:
+    """Features that a request may have followed."""
+    return settings.max_circuit_nodes * TIMES_ALLOWED[dictionary]
 
 
 async def _followed(

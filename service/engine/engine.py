@@ -47,12 +47,10 @@ class Engine:
         self.text = open_session(bundle.path / "text.onnx", self.runtime)
         load_replacement = bundle.has_replacement and settings.replacement
         self._replacement = open_session(bundle.path / "replacement.onnx", self.runtime) if load_replacement else None
-        load_sources = bundle.has_sources and settings.sources
-        self.sources = SourceGraphs(bundle, self.runtime) if load_sources else None
-        load_residual = bundle.has_residual and settings.residual
-        self.residual = ResidualGraphs(bundle, self.runtime) if load_residual else None
-        load_rerun = bundle.has_rerun and settings.rerun
-        self.rerun = RerunGraphs(bundle, self.runtime) if load_rerun else None
+        # opened with the first request that needs them
+        self.sources = SourceGraphs(bundle, self.runtime) if bundle.has_sources and settings.sources else None
+        self.residual = ResidualGraphs(bundle, self.runtime) if bundle.has_residual and settings.residual else None
+        self.rerun = RerunGraphs(bundle, self.runtime) if bundle.has_rerun and settings.rerun else None
         self.has_components = COMPONENTS in {output.name for output in self.vision.get_outputs()}
         bundle.check_unchanged()  # ONNX Runtime opens the graphs, and what they refer to, by path
         self._check()
@@ -73,10 +71,6 @@ class Engine:
         check_graph(self.bundle, text_graph(manifest), self.text)
         if self._replacement is not None:
             check_graph(self.bundle, replacement_graph(manifest), self._replacement)
-        if self.sources is not None:
-            self.sources.check()
-        if self.residual is not None:
-            self.residual.check()
 
     @property
     def provider(self) -> str:
@@ -87,6 +81,12 @@ class Engine:
     def has_details(self) -> bool:
         """Whether the bundle provides `Details`; bundles of older versions do not."""
         return self.bundle.attention_fold is not None
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a layer, as the vision graph says; 0: it has no `Details`."""
+        outputs = {output.name: output.shape for output in self.vision.get_outputs()}
+        return int(outputs["attention_weights"][2]) if self.has_details else 0
 
     @property
     def interventions(self) -> list[Mode]:
@@ -150,7 +150,7 @@ class Engine:
     @session_errors("a graph of this bundle, at the largest VITRINE_BATCH_SIZE,")
     def warm_up(self) -> None:
         """Run the graphs once at every relevant size, so that no request pays for it, and learn the text encoder's
-        pace. Raises `EngineError`."""
+        pace; `sources` and `residual` run when they are opened. Raises `EngineError`."""
         manifest = self.bundle.manifest
         for batch in self.batches:
             pixels = np.zeros((batch, 3, *manifest.preprocessing.size), np.float32)

@@ -1,9 +1,8 @@
-"""Runs the graphs of interventions: the network with something changed in it. Opened on first use, since few ask."""
+"""Runs the graphs of interventions: the network with something changed in it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +10,31 @@ from onnxruntime import InferenceSession
 
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
-from vitrine.models.bundle.layout import ALWAYS, RERUN, RESIDUAL_RERUN
+from vitrine.models.bundle.layout import ALWAYS, RERUN, RESIDUAL_RERUN, Dictionary
 from vitrine.models.interventions.batch import stacked
 from vitrine.models.interventions.changes import Changes
 from vitrine.service.engine.fit import check_graph
 from vitrine.service.engine.fit_rerun import rerun_feeds, rerun_graph
+from vitrine.service.engine.on_first_use import GraphsOnFirstUse
 from vitrine.service.engine.runtime import Runtime, open_session
+
+
+class RerunGraph(GraphsOnFirstUse[InferenceSession]):
+    """One of them, by the features that can be changed in it. Thread-safe."""
+
+    def __init__(self, bundle: Bundle, runtime: Runtime, file: str) -> None:
+        super().__init__(bundle, runtime)
+        self.file = file
+        self.name = f"interventions ({file})"
+
+    def open_sessions(self) -> InferenceSession:
+        """As `GraphsOnFirstUse`."""
+        return open_session(self.bundle.path / self.file, self.runtime)
+
+    def check(self) -> None:
+        """As `GraphsOnFirstUse`."""
+        manifest = self.bundle.manifest
+        check_graph(self.bundle, rerun_graph(manifest, self.file), self.open(), rerun_feeds(manifest))
 
 
 class RerunGraphs:
@@ -24,33 +42,30 @@ class RerunGraphs:
     whatever the vision graph's precision."""
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
-        self.bundle, self._runtime = bundle, runtime
-        self._sessions: dict[str, InferenceSession] = {}
-        self._opening = Lock()
+        self._clt = RerunGraph(bundle, runtime, RERUN)
+        self._residual = RerunGraph(bundle, runtime, RESIDUAL_RERUN) if bundle.has_residual_rerun else None
+
+    def of(self, dictionary: Dictionary) -> RerunGraph:
+        """The graph in which a dictionary's features can be changed; `models.interventions.changes.resolve` refuses
+        changes of a dictionary that the bundle has not."""
+        if dictionary == "clt":
+            return self._clt
+        assert self._residual is not None
+        return self._residual
 
     def run(self, pixels: NDArray[np.float32], changes: Sequence[Changes]) -> list[Decomposition]:
         """Decompositions of normalised pixels [B, 3, H, W], each image with its own changes, of the same features and
         directions in all (`models.interventions.batch.stacked`). Their rows are 2L + 4: the last is `edit`.
 
-        Raises `BundleError` or `EngineError` on first use, as `check` does.
+        Raises `BundleError` or `EngineError` if the graph is not open yet and cannot be opened.
         """
         feeds = stacked(changes)
-        file = RESIDUAL_RERUN if changes[0].dictionary == "residual" else RERUN
-        outputs = self._session(file).run(list(ALWAYS), {"pixels": pixels} | feeds)
+        outputs = self.of(changes[0].dictionary).open().run(list(ALWAYS), {"pixels": pixels} | feeds)
         named = dict(zip(ALWAYS, outputs, strict=True))
         return [Decomposition.from_batch(named, image) for image in range(len(pixels))]
 
     def check(self) -> None:
-        """Raise `BundleError` or `EngineError` unless the graphs are what the manifest says, and run."""
-        self._session(RERUN)
-        if self.bundle.has_residual_rerun:
-            self._session(RESIDUAL_RERUN)
-
-    def _session(self, file: str) -> InferenceSession:
-        with self._opening:
-            if file not in self._sessions:
-                session, manifest = open_session(self.bundle.path / file, self._runtime), self.bundle.manifest
-                self.bundle.check_unchanged()  # ONNX Runtime opens graphs by path
-                check_graph(self.bundle, rerun_graph(manifest, file), session, rerun_feeds(manifest))
-                self._sessions[file] = session
-            return self._sessions[file]
+        """Open them. Raises `BundleError` or `EngineError` unless the graphs are what the manifest says, and run."""
+        self._clt.open()
+        if self._residual is not None:
+            self._residual.open()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 
 from vitrine.models.account.circuit import Wanted
 from vitrine.models.account.residual import ResidualTrace, feature_accounts, logit_accounts
 from vitrine.models.account.sources import Sources
-from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.layout import (
     RESIDUAL_HELD,
     RESIDUAL_OUTPUTS,
@@ -23,28 +23,42 @@ from vitrine.models.bundle.layout import (
 )
 from vitrine.service.engine.fit import check_graph
 from vitrine.service.engine.fit_residual import residual_block_graph, residual_trace_graph
-from vitrine.service.engine.runtime import Runtime, open_session
+from vitrine.service.engine.on_first_use import GraphsOnFirstUse
+from vitrine.service.engine.runtime import open_session
 
 
-class ResidualGraphs:
+class Sessions(NamedTuple):
+    """Of a bundle's graphs of residual SAEs."""
+
+    trace: InferenceSession
+    blocks: list[InferenceSession]
+
+
+class ResidualGraphs(GraphsOnFirstUse[Sessions]):
     """The trace with the SAEs' codes, and a graph for each block. Thread-safe. They compute in float32, whatever the
     vision graph's precision."""
 
-    def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
-        self.bundle = bundle
-        self.layers = bundle.manifest.shape.layers  # blocks: one more than SAEs
-        self._trace = open_session(bundle.path / RESIDUAL_TRACE, runtime)
-        files = (bundle.path / residual_file(block) for block in range(self.layers))
-        self._blocks = [open_session(file, runtime) for file in files]
+    name = "residual SAEs"
+
+    @property
+    def layers(self) -> int:
+        """Blocks: one more than SAEs."""
+        return self.bundle.manifest.shape.layers
+
+    def open_sessions(self) -> Sessions:
+        """As `GraphsOnFirstUse`."""
+        path, runtime = self.bundle.path, self.runtime
+        trace = open_session(path / RESIDUAL_TRACE, runtime)
+        return Sessions(trace, [open_session(path / residual_file(block), runtime) for block in range(self.layers)])
 
     def check(self) -> None:
-        """Raise `BundleError` or `EngineError` unless the graphs are what the manifest says, and run."""
-        manifest = self.bundle.manifest
-        check_graph(self.bundle, residual_trace_graph(manifest), self._trace)
+        """As `GraphsOnFirstUse`."""
+        manifest, sessions = self.bundle.manifest, self.open()
+        check_graph(self.bundle, residual_trace_graph(manifest), sessions.trace)
         noise = np.random.default_rng(0).standard_normal((3, *manifest.preprocessing.size)).astype(np.float32)
         trace = self.trace(noise)
         heads, neurons = trace.weights.shape[1], trace.gates.shape[-1]
-        for block, session in enumerate(self._blocks):
+        for block, session in enumerate(sessions.blocks):
             graph = residual_block_graph(manifest, block, heads, neurons)
             feeds = dict(zip(RESIDUAL_STARTS_LOGIT, (np.ones((1, manifest.shape.width), np.float32),), strict=True))
             if block < self.layers - 1:
@@ -53,7 +67,7 @@ class ResidualGraphs:
 
     def trace(self, pixels: NDArray[np.float32]) -> ResidualTrace:
         """Of one image [3, H, W]."""
-        outputs = self._trace.run(list(RESIDUAL_TRACE_OUTPUTS), {"pixels": pixels[None]})
+        outputs = self.open().trace.run(list(RESIDUAL_TRACE_OUTPUTS), {"pixels": pixels[None]})
         return ResidualTrace.from_batch(dict(zip(RESIDUAL_TRACE_OUTPUTS, outputs, strict=True)), 0)
 
     def of_directions(self, trace: ResidualTrace, directions: NDArray[np.floating]) -> list[Sources]:
@@ -83,7 +97,7 @@ class ResidualGraphs:
 
     def _run(self, trace: ResidualTrace, block: int, starts: dict[str, Any]) -> list[Any]:
         names = RESIDUAL_OUTPUTS if block else RESIDUAL_OUTPUTS_EMBEDDINGS
-        return self._blocks[block].run(list(names), starts | _held(trace, block))
+        return self.open().blocks[block].run(list(names), starts | _held(trace, block))
 
 
 def _starts(

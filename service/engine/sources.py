@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 
 from vitrine.models.account.attention_score import AttentionScore, Starts
 from vitrine.models.account.circuit import Wanted
 from vitrine.models.account.sources import Sources, Trace, accounts, feature_accounts
-from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.layout import (
     HEADS,
     HELD,
@@ -21,41 +21,49 @@ from vitrine.models.bundle.layout import (
     TRACE_OUTPUTS,
 )
 from vitrine.service.engine.fit import check_graph, scores_graph, sources_graph, trace_graph
-from vitrine.service.engine.runtime import Runtime, open_session
+from vitrine.service.engine.on_first_use import GraphsOnFirstUse
+from vitrine.service.engine.runtime import open_session
 
 
-class SourceGraphs:
+class Sessions(NamedTuple):
+    """Of a bundle's graphs of source accounts."""
+
+    trace: InferenceSession
+    sources: InferenceSession
+    scores: InferenceSession | None  # if the bundle has that
+
+
+class SourceGraphs(GraphsOnFirstUse[Sessions]):
     """trace.onnx and sources.onnx of a bundle, and scores.onnx if it has that. Thread-safe. They compute in float32,
     whatever the vision graph's precision."""
 
-    def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
-        self.bundle = bundle
-        self._trace = open_session(bundle.path / "trace.onnx", runtime)
-        self._sources = open_session(bundle.path / "sources.onnx", runtime)
-        self._scores = open_session(bundle.path / "scores.onnx", runtime) if bundle.has_scores else None
-        self.heads = 0  # of a layer; see `check`
+    name = "source accounts"
+
+    def open_sessions(self) -> Sessions:
+        """As `GraphsOnFirstUse`."""
+        path, runtime = self.bundle.path, self.runtime
+        return Sessions(
+            open_session(path / "trace.onnx", runtime),
+            open_session(path / "sources.onnx", runtime),
+            open_session(path / "scores.onnx", runtime) if self.bundle.has_scores else None,
+        )
 
     def check(self) -> None:
-        """Raise `BundleError` or `EngineError` unless the graphs are what the manifest says, and run."""
-        manifest = self.bundle.manifest
-        check_graph(self.bundle, trace_graph(manifest), self._trace)
+        """As `GraphsOnFirstUse`."""
+        manifest, sessions = self.bundle.manifest, self.open()
+        check_graph(self.bundle, trace_graph(manifest), sessions.trace)
         noise = np.random.default_rng(0).standard_normal((3, *manifest.preprocessing.size)).astype(np.float32)
         trace = self.trace(noise)
         feeds = self._after_the_last_block(np.ones((1, manifest.shape.width), np.float32)) | _held(trace)
-        self.heads = trace.weights.shape[1]
-        check_graph(self.bundle, sources_graph(manifest, self.heads), self._sources, feeds)
-        if self._scores is not None:
+        heads = trace.weights.shape[1]
+        check_graph(self.bundle, sources_graph(manifest, heads), sessions.sources, feeds)
+        if sessions.scores is not None:
             feeds = _head(0, 0) | {name: feeds[name] for name in SCORES_HELD}
-            check_graph(self.bundle, scores_graph(manifest, self.heads), self._scores, feeds)
-
-    @property
-    def has_scores(self) -> bool:
-        """Whether `attention_score` is available."""
-        return self._scores is not None
+            check_graph(self.bundle, scores_graph(manifest, heads), sessions.scores, feeds)
 
     def trace(self, pixels: NDArray[np.float32]) -> Trace:
         """Of one image [3, H, W]."""
-        outputs = self._trace.run(list(TRACE_OUTPUTS), {"pixels": pixels[None]})
+        outputs = self.open().trace.run(list(TRACE_OUTPUTS), {"pixels": pixels[None]})
         return Trace.from_batch(dict(zip(TRACE_OUTPUTS, outputs, strict=True)), 0)
 
     def of_directions(self, trace: Trace, directions: NDArray[np.floating]) -> dict[str, Any]:
@@ -73,15 +81,16 @@ class SourceGraphs:
     def attention_score(
         self, trace: Trace, layer: int, head: int, query: int, key: int | None, relative: bool
     ) -> AttentionScore:
-        """One head's score; key: None: the token that the query attends to most. Only with `has_scores`."""
-        assert self._scores is not None
+        """One head's score; key: None: the token that the query attends to most. Only if the bundle `has_scores`."""
+        scores = self.open().scores
+        assert scores is not None
         held = _held(trace)
         feeds = _head(layer, head) | {name: held[name] for name in SCORES_HELD}
-        outputs = dict(zip(SCORES_OUTPUTS, self._scores.run(list(SCORES_OUTPUTS), feeds), strict=True))
+        outputs = dict(zip(SCORES_OUTPUTS, scores.run(list(SCORES_OUTPUTS), feeds), strict=True))
         return AttentionScore.of(trace, outputs, layer, head, query, key, relative)
 
     def of_reads(self, trace: Trace, layer: int, starts: Starts) -> dict[str, Any]:
-        """The outputs of sources.onnx for directions that start at LN1 of one layer. Only with `has_scores`."""
+        """The outputs of sources.onnx for directions that start at LN1 of one layer."""
         at = (np.full(len(starts.directions), number, np.int64) for number in (layer, starts.token, -1))
         return self._run(dict(zip(STARTS, (starts.directions.astype(np.float32), *at), strict=True)), trace)
 
@@ -97,7 +106,7 @@ class SourceGraphs:
         return trace, self.of_directions(trace, directions)
 
     def _run(self, starts: dict[str, Any], trace: Trace) -> dict[str, Any]:
-        results = self._sources.run(list(SOURCES_OUTPUTS), starts | _held(trace))
+        results = self.open().sources.run(list(SOURCES_OUTPUTS), starts | _held(trace))
         return dict(zip(SOURCES_OUTPUTS, results, strict=True))
 
     def _after_the_last_block(self, directions: NDArray[np.floating]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from vitrine.models.bundle.manifest import Preprocessing
 from vitrine.service.exports.circuit_summary import question
 from vitrine.service.exports.html_file import html_file, image_url
-from vitrine.service.page_files import CIRCUIT_SCRIPTS, CIRCUIT_STYLES
+from vitrine.service.page_files import CIRCUIT_STYLES, SAVED_CIRCUIT_SCRIPTS
 from vitrine.service.schemas.circuit_groups import GroupedCircuit
 from vitrine.service.schemas.features import CardResponse
 
@@ -50,4 +50,4 @@ def draw_circuit(
         "preprocessing": preprocessing.model_dump(mode="json"),
     }
     title = f"{question(circuits[0])}: a circuit"
-    return html_file(title, "circuit.html", json.dumps(data), CIRCUIT_SCRIPTS, CIRCUIT_STYLES)
+    return html_file(title, "circuit.html", json.dumps(data), SAVED_CIRCUIT_SCRIPTS, CIRCUIT_STYLES)

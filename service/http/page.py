@@ -1,20 +1,21 @@
-"""The page at `/`: a photo in, the prediction and its account on the screen.
+"""The page at `/`: a photo in, the prediction and its account on the screen; and at `/circuit` its circuit, which the
+page opens in a window of its own.
 
-It uses this service only, and its content security policy allows nothing else. Its files are in `service.page_files`.
+They use this service only, and their content security policy allows nothing else. Their files are in
+`service.page_files`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
 from vitrine.service.errors import ServiceError
-from vitrine.service.page_files import FOLDER
+from vitrine.service.page_files import CIRCUIT_SCRIPTS, CIRCUIT_STYLES, FOLDER
 
 TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -31,6 +32,21 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
 }
+_CIRCUIT = """<!DOCTYPE html>
+<html lang="en-GB">
+<head>
+  <meta charset="utf-8">
+  <meta name="viewport" content="width=device-width, initial-scale=1">
+  <meta name="color-scheme" content="light dark">
+  <title>Vitrine: a circuit</title>
+  <link rel="icon" href="web/icon.svg" type="image/svg+xml">
+{links}
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
 
 
 @dataclass(frozen=True)
@@ -41,17 +57,24 @@ class _File:
 
 
 def add_page(app: FastAPI) -> None:
-    """`/`, and its files under `/web/`.
+    """`/` and `/circuit`, and their files under `/web/`.
 
     The files are read once, here: they and their ETags stay the same while the process lives, and no path leads to any
     other file.
     """
-    files = {path.relative_to(FOLDER).as_posix(): _read(path) for path in FOLDER.rglob("*") if path.suffix in TYPES}
-    index = files.pop("index.html")
-    del files["saved.html"], files["circuit.html"]
+    paths = [path for path in FOLDER.rglob("*") if path.suffix in TYPES]
+    files = {path.relative_to(FOLDER).as_posix(): _file(path.read_bytes(), path.suffix) for path in paths}
+    index, body = files.pop("index.html"), files.pop("circuit.html")
+    del files["saved.html"]
+    links = [f'  <link rel="stylesheet" href="web/{name}">' for name in CIRCUIT_STYLES]
+    links += [f'  <script defer src="web/{name}"></script>' for name in CIRCUIT_SCRIPTS]
+    circuit = _file(_CIRCUIT.format(links="\n".join(links), body=body.content.decode()).encode(), ".html")
 
     async def page(request: Request) -> Response:
         return _response(request, index)
+
+    async def circuit_page(request: Request) -> Response:
+        return _response(request, circuit)
 
     async def file(request: Request, path: str) -> Response:
         asset = files.get(path)
@@ -60,12 +83,12 @@ def add_page(app: FastAPI) -> None:
         return _response(request, asset)
 
     app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)(page)
+    app.api_route("/circuit", methods=["GET", "HEAD"], include_in_schema=False)(circuit_page)
     app.api_route("/web/{path:path}", methods=["GET", "HEAD"], include_in_schema=False)(file)
 
 
-def _read(path: Path) -> _File:
-    content = path.read_bytes()
-    return _File(content, TYPES[path.suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+def _file(content: bytes, suffix: str) -> _File:
+    return _File(content, TYPES[suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
 
 
 def _response(request: Request, file: _File) -> Response:

@@ -69,7 +69,7 @@ def _check_sums(engine: Engine) -> None:
         return
     if engine.sources is not None:
         _check_source_accounts(engine.sources, pixels[0], decompositions[0])
-        if engine.sources.has_scores:
+        if bundle.has_scores:
             _check_attention_scores(engine.sources, pixels[0])
     if engine.rerun is not None:
         _check_rerun(engine.rerun, pixels, decompositions)
@@ -134,8 +134,8 @@ def _check_residual_accounts(graphs: ResidualGraphs, pixels: NDArray[np.float32]
 def _check_attention_scores(graphs: SourceGraphs, pixels: NDArray[np.float32]) -> None:
     """That the scores of some heads are those of the trace's attention weights, and their accounts add up."""
     bundle, trace = graphs.bundle, graphs.trace(pixels)
-    layers = bundle.manifest.shape.layers
-    for layer, head in ((0, 0), (layers // 2, graphs.heads // 2), (layers - 1, graphs.heads - 1)):
+    layers, heads = trace.weights.shape[:2]
+    for layer, head in ((0, 0), (layers // 2, heads // 2), (layers - 1, heads - 1)):
         for relative in (False, True):
             asked = HeadQuestion(layer=layer, head=head, relative=relative)
             score, *sides = score_accounts(graphs, trace, asked)

@@ -61,11 +61,12 @@ class Settings(BaseSettings):
         default=True, description="load the bundle's replacement graph, where it has one, for `explain.matrix`"
     )
     sources: bool = Field(
-        default=True, description="load the bundle's source graphs, where it has them, for `explain.sources`"
+        default=True,
+        description="offer source accounts, where the bundle has their graphs; opened when first needed",
     )
     residual: bool = Field(
         default=True,
-        description="load the bundle's residual SAEs, where it has them, for `explain.residual` and circuits by them",
+        description="offer residual SAEs, where the bundle has them; opened when first needed",
     )
     rerun: bool = Field(
         default=True,
@@ -143,7 +144,7 @@ class Settings(BaseSettings):
     max_targets: PositiveInt = Field(default=32, description="labels explained in one request")
     max_circuit_nodes: PositiveInt = Field(
         default=512,
-        description="features followed back in one `/v1/circuit`; its edges take memory, one circuit at a time",
+        description="features of a CLT followed back in one circuit, of residual SAEs 4 times as many; takes memory",
     )
     max_interventions: PositiveInt = Field(
         default=256, description="in one `/v1/intervene`; and features or patches of a counterfactual"

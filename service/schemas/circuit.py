@@ -19,11 +19,12 @@ class CircuitRequest(ClassifyRequest):
     )
     target: Label | None = Field(default=None, description="the label to explain; default: the top-1")
     contrast: Label | None = Field(default=None, description="explain the target's logit minus this label's")
-    nodes: int = Field(
-        default=256,
+    nodes: int | None = Field(
+        default=None,
         ge=0,
         strict=True,
-        description="features at most that are followed back, the most influential first",
+        description="features at most that are followed back, the most influential first; default: 256 of a CLT's, "
+        "2,048 of residual SAEs', or as many as the service allows",
     )
     seconds: float = Field(
         default=5, gt=0, le=600, allow_inf_nan=False, description="for that; what is not reached is told as a share"

@@ -19,9 +19,9 @@
     key = value;
   }
 
-  /** @returns {boolean} whether there is a key */
-  function hasKey() {
-    return key !== null;
+  /** @returns {?string} the key that calls bring along */
+  function currentKey() {
+    return key;
   }
 
   /**
@@ -102,5 +102,5 @@
     });
   }
 
-  Vitrine.api = { get, post, setKey, hasKey, CallError };
+  Vitrine.api = { get, post, setKey, key: currentKey, CallError };
 }

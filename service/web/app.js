@@ -23,6 +23,7 @@
 
   let model = null; // the API's ModelResponse
   let chosen = { picture: null, target: null, contrast: null }; // what was asked last; target null: the top-1
+  let question = null; // of the circuit page: of the answer that is shown
   let running = null; // AbortController of the request in hand
 
   document.body.append(Vitrine.waterfall.hatching());
@@ -44,6 +45,10 @@
     const request = { explain: { residual: true, features: 4 } };
     const draw = ({ residual }) => Vitrine.residual.draw(residual, { onCard: cards.open, hasCard });
     more("residual", "v1/attribute", request, draw);
+  });
+  at("circuit-ask").addEventListener("click", () => {
+    const opened = Vitrine.circuitAsk.open(question);
+    replace(at("circuit-error"), opened ? [] : "The browser opened no window: allow this page to open one.");
   });
   start();
 
@@ -141,7 +146,7 @@
     offerContrasts(explanation);
     Vitrine.save.forget();
     const url = new URL("v1/attribute", document.baseURI).href;
-    const line = Vitrine.reproduce.curl({ url, file: picture.name, request, withKey: api.hasKey() });
+    const line = Vitrine.reproduce.curl({ url, file: picture.name, request, withKey: api.key() !== null });
     const saved = picture.mine ? null : Vitrine.save.file(picture.blob, picture.name, `Save ${picture.name}`);
     replace(
       at("take"),
@@ -152,6 +157,12 @@
     );
     replace(at("similar"));
     replace(at("residual"));
+    const { explain: _, ...named } = request;
+    const { target, contrast } = explanation;
+    question = { picture: picture.blob, name: picture.name, request: { ...named, target, contrast }, key: api.key() };
+    at("circuit").hidden = model.circuit_dictionaries.length === 0;
+    at("circuit-target").textContent = contrast === null ? target : `${target} rather than ${contrast}`;
+    replace(at("circuit-error"));
     at("stream").hidden = !model.circuit_dictionaries.includes("residual");
     complain("");
     busy(false, Vitrine.answer.spoken(answer));

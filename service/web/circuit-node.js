@@ -1,5 +1,5 @@
 "use strict";
-/** What is known of one node of a circuit: numbers, where in the photo, what feeds it, what it feeds, its card. */
+/** What is known of one node of a circuit: numbers, where in the photo, what feeds it, what it feeds. */
 {
   const { el, signed, percent, plain, scroller } = Vitrine.dom;
   const { name, targetName } = Vitrine.circuitGraph;
@@ -10,27 +10,19 @@
    * @param {number} place of the node in `groups`
    * @param {Object} options
    * @param {Object[]} options.edges of `Vitrine.circuitGraph.strengths`
-   * @param {?Object} options.card the API's CardResponse
    * @param {function(number)} options.onChosen goes to another node
-   * @param {function(number, number): ?number} options.placeOf the node of a feature, by layer and index
    * @returns {HTMLElement[]}
    */
-  function draw(circuit, place, { edges, card, onChosen, placeOf }) {
+  function draw(circuit, place, { edges, onChosen }) {
     const group = circuit.groups[place];
     const into = edges.filter(({ target }) => target === place);
     const from = edges.filter(({ source }) => source === place);
-    const known = {
-      onCard: (layer, index) => onChosen(placeOf(layer, index)),
-      hasCard: (layer, index) => placeOf(layer, index) !== null,
-      onLabel: null,
-    };
     return [
       numbers(circuit, group),
       where(circuit, group),
       flows("Fed by", "what feeds it", into, ({ source }) => source, circuit, onChosen),
       group.unfollowed_share === null ? null : unfollowed(group),
       flows("Feeds", "what it feeds", from, ({ target }) => target, circuit, onChosen),
-      card && el("div", { class: "card" }, Vitrine.card.draw(card, known)),
     ].filter(Boolean);
   }
 

@@ -1,30 +1,69 @@
 "use strict";
-/** The start of a saved circuit: the circuit, the photo and the cards are in the file itself. */
-{
+/** Circuits of one question on the screen: one is drawn, with what is chosen of it, beside the photo. */
+Vitrine.circuitPage = (() => {
   const { el, replace, percent, plain, scroller } = Vitrine.dom;
   const { strengths, name } = Vitrine.circuitGraph;
   const at = (id) => document.getElementById(id);
-  const { circuits, image, cards, preprocessing } = JSON.parse(at("data").textContent);
   const DICTIONARIES = { clt: "what the MLPs write (CLT)", residual: "the stream (residual SAEs)" };
   const picture = el("img", { alt: "The photo that was asked about" });
   const layer = el("div", { class: "layer" });
   const photo = el("div", { class: "photo" }, picture, layer);
   const nodes = el("div", {});
+  let circuits, image, preprocessing, card; // of `create`
+  let latest = 0; // of the circuits asked for: one that comes too late is not drawn
   let circuit, all, edges, graph; // those that are drawn
 
-  at("drawing").after(nodes);
-  if (circuits.length > 1) at("scores").before(el("fieldset", { class: "signs" }, legend(), circuits.map(choice)));
-  if (image === null) at("frame").hidden = true;
-  use(0);
-  if (image !== null) load();
+  /**
+   * @param {Object} options
+   * @param {{dictionary: string, get: function(): Promise<Object>}[]} options.circuits the first is shown; `get` gives
+   *   the API's GroupedCircuit as `circuit`, its `title`, and how many groups it has in `all`
+   * @param {?string} options.image URL of the photo; null: of many
+   * @param {Object} options.preprocessing the manifest's
+   * @param {function(number, number, string): Promise<?Object>} options.card the API's CardResponse of (layer, index,
+   *   dictionary)
+   */
+  function create(options) {
+    ({ circuits, image, preprocessing, card } = options);
+    at("drawing").after(nodes);
+    if (circuits.length > 1) at("scores").before(el("fieldset", { class: "signs" }, legend(), circuits.map(choice)));
+    if (image === null) at("frame").hidden = true;
+    else load();
+    use(0);
+  }
 
   /** From now on another circuit of the same question. */
-  function use(number) {
-    ({ circuit, all } = circuits[number]);
+  async function use(number) {
+    latest += 1;
+    const asked = latest;
+    replace(at("problem"));
+    at("scores").textContent = at("status").textContent = "One moment …";
+    at("main").setAttribute("aria-busy", "true");
+    try {
+      const found = await circuits[number].get();
+      if (asked === latest) draw(found);
+    } catch (error) {
+      if (asked === latest) fail(error.message, () => use(number));
+    }
+  }
+
+  /** Nothing is drawn beside what could not be had. */
+  function fail(sentence, again) {
+    for (const part of [at("drawing"), nodes, at("chosen"), at("scores"), layer]) replace(part);
+    at("caption").textContent = at("status").textContent = "";
+    circuit = undefined;
+    replace(at("problem"), [sentence, " ", el("button", { type: "button", onclick: again }, "Ask again")]);
+    at("main").setAttribute("aria-busy", "false");
+  }
+
+  function draw(found) {
+    ({ circuit, all } = found);
     edges = strengths(circuit);
     at("origin").textContent = `${circuit.model.name} · ${circuit.model.digest.replace("sha256:", "").slice(0, 12)}`;
-    at("question").textContent = circuits[number].title;
+    at("question").textContent = found.title;
+    document.title = `${found.title}: a circuit`;
     at("scores").textContent = scores();
+    at("status").textContent = "";
+    at("main").setAttribute("aria-busy", "false");
     replace(at("drawing"));
     graph = Vitrine.circuitGraph.create(at("drawing"), circuit, edges, chosen);
     const warnings = circuit.warnings.map(({ message }) => el("li", {}, message));
@@ -40,7 +79,7 @@
     return el("legend", {}, "Features of");
   }
 
-  function choice({ circuit: { dictionary } }, number) {
+  function choice({ dictionary }, number) {
     const radio = { type: "radio", name: "dictionary", checked: number === 0, onchange: () => use(number) };
     return el("label", {}, el("input", radio), el("span", {}, DICTIONARIES[dictionary]));
   }
@@ -74,7 +113,7 @@
 
   /** Where in the photo a node lies, or all features of the circuit: its influence, patch by patch. */
   function map(place) {
-    if (image === null || picture.naturalWidth === 0) return;
+    if (circuit === undefined || image === null || picture.naturalWidth === 0) return;
     const values = Array(circuit.rows * circuit.columns).fill(0);
     let token = 0; // at the class token, which lies nowhere
     const shown = place === null ? circuit.groups.filter(({ kind }) => kind === "feature") : [circuit.groups[place]];
@@ -121,18 +160,31 @@
           : "What the stream has and its autoencoder does not say",
       embedding: "The tokens as they enter the first layer",
     };
-    const card = cards[`${circuit.dictionary}/${group.layer}/${group.index}`] ?? null;
     const go = (other) => {
       graph.choose(other);
       at("chosen").focus();
     };
+    const known = el("div", {}); // the card, which may come later
     replace(
       at("chosen"),
       el("p", { class: "kicker" }, kind[group.kind]),
       el("h2", {}, name(group)),
-      Vitrine.circuitNode.draw(circuit, place, { edges, card, onChosen: go, placeOf }),
+      Vitrine.circuitNode.draw(circuit, place, { edges, onChosen: go }),
+      known,
       el("p", {}, el("button", { type: "button", onclick: () => graph.choose(null) }, "Show the whole circuit")),
     );
+    if (group.kind === "feature") showCard(known, group, go);
+  }
+
+  async function showCard(frame, { layer: number, index }, go) {
+    const onCard = (...other) => go(placeOf(...other));
+    const hasCard = (...other) => placeOf(...other) !== null;
+    try {
+      const found = await card(number, index, circuit.dictionary);
+      if (found) replace(frame, el("div", { class: "card" }, Vitrine.card.draw(found, { onCard, hasCard, onLabel: null })));
+    } catch (error) {
+      replace(frame, el("p", { role: "alert", class: "error" }, error.message));
+    }
   }
 
   function table() {
@@ -154,4 +206,5 @@
     const body = el("tbody", {}, circuit.groups.map(line));
     return scroller("Nodes", el("table", { class: "list" }, el("thead", {}, top), body));
   }
-}
+  return { create, fail };
+})();

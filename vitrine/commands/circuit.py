@@ -55,8 +55,13 @@ def circuit(
         typer.Option(help="Features of the CLT, or of the residual SAEs, each made by the layer below alone."),
     ] = Choice.clt,
     nodes: Annotated[
-        int, typer.Option(min=0, help="Features followed back at most, the most influential first; in each image.")
-    ] = 256,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Features followed back at most in an image, the most influential first; default: 256 of the CLT's, "
+            "2,048 of residual SAEs'.",
+        ),
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="For that; what is not reached is told as a share.")] = 5,
     node_share: Annotated[float, typer.Option(help="Of all influence that the circuit's nodes have.")] = 0.8,
     edge_share: Annotated[float, typer.Option(help="Of the influence of the edges between them, likewise.")] = 0.98,

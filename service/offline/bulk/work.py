@@ -62,13 +62,15 @@ class _Decoded(NamedTuple):
 
 
 class Worker:
-    """A bundle and its labels, loaded, for the parts of one job. Raises `EngineError`."""
+    """A bundle and its labels, loaded, for the parts of one job. Raises `EngineError`, `BundleError`."""
 
     def __init__(self, bundle: Bundle, work: Work) -> None:
         self.bundle, self.work, job = bundle, work, work.job
         _ = bundle.directions, bundle.fold, bundle.cards  # loaded here, not by several threads at once
-        unused = {"replacement": False, "sources": job.sources > 0}  # graphs that are not run are not loaded
+        unused = {"replacement": False, "sources": job.sources > 0}  # graphs that are not run
         self.engine = Engine(bundle, work.settings.model_copy(update=unused))
+        if self.engine.sources is not None:
+            self.engine.sources.open()  # an error comes before the first image
         encoder = LabelEncoder(self.engine, capacity=len(job.labels))
         self.labels = asyncio.run(encoder.resolve(job.labels, job.templates, _call_directly))
         self.engine.warm_up()

@@ -5,6 +5,7 @@ from itertools import count
 import numpy as np
 import pytest
 
+from vitrine.models.account import circuit
 from vitrine.models.account.circuit import Limits, expand
 from vitrine.models.account.edges import Shape
 from vitrine.models.account.pruning import prune
@@ -93,6 +94,21 @@ def test_influence_is_that_over_all_paths(seed, nodes):
     assert leaves.left_out == pytest.approx(
         sum(influence[column] for column in range(FEATURES) if column not in graph.expanded), abs=1e-6
     )
+
+
+def test_influences_are_computed_anew_when_a_share_more_is_expanded(monkeypatch):
+    ranked, rank = [], circuit.Expansion._most_influential
+    monkeypatch.setattr(circuit, "BATCH", 1)
+    monkeypatch.setattr(circuit, "ANEW", 2)
+    monkeypatch.setattr(
+        circuit.Expansion, "_most_influential", lambda self, most: ranked.append(most) or rank(self, most)
+    )
+    network = Network(0)
+    graph = network.graph(9)
+    assert ranked == [1, 1, 1, 1, 2, 3]  # at 0, 1, 2, 3, 4 and 6 expanded features
+    assert network.asked == graph.expanded.tolist()
+    assert len(set(network.asked)) == 9
+    np.testing.assert_allclose(graph.influence, all_paths(network, graph.expanded), atol=1e-6)
 
 
 def test_scores_are_circuit_tracers():

@@ -66,6 +66,16 @@ def test_what_flows_into_each_node_of_a_circuit_adds_up(circuit):
         assert (source.layer, source.kind) == (target - 1, source.kind) if target else (None, "embedding")
 
 
+def test_more_are_followed_than_of_a_clt_unless_less_is_allowed(with_residual, picture):
+    asked = CircuitRequest(dictionary="residual", seconds=60)
+    (answer,) = ask(with_residual, picture(), asked)
+    assert answer.followed > 4 * 10
+    (answer,) = ask(with_residual, picture(), asked, max_circuit_nodes=10)
+    assert answer.followed == 4 * 10
+    with pytest.raises(ServiceError, match="nodes: 41 features; at most 40 are followed"):
+        ask(with_residual, picture(), CircuitRequest(dictionary="residual", nodes=41), max_circuit_nodes=10)
+
+
 def test_a_circuit_can_be_taken_along(circuit, with_residual, picture):
     graph = circuit_graph(circuit, "photo.png", "photo", "./data/none")
     assert "the MLPs' gates" in graph.metadata.info["description"]

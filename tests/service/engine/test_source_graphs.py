@@ -98,7 +98,7 @@ def test_scores_are_those_of_the_networks_weights(engine, make_pixels):
     """Of every head, for every query; and whoever asks for no key gets the one that it looks at most."""
     graphs = engine.sources
     trace = graphs.trace(make_pixels(1, seed=3).numpy()[0])
-    assert graphs.heads == attention_heads(engine) == 4
+    assert attention_heads(engine) == 4
     for layer, head, query in np.ndindex(3, 4, 17):
         score = graphs.attention_score(trace, layer, head, query, None, True)
         weights = np.exp(score.scores - score.scores.max())
@@ -144,8 +144,11 @@ def test_graphs_of_another_kind_are_refused(change, file, rename, said):
         onnx.save_model(model, path / file)
 
     built = change(edit)
-    with pytest.raises(BundleError, match=rf"{file}.*{said}"):
-        Engine(built, Settings(bundle=built.path))
+    engine = Engine(built, Settings(bundle=built.path))
+    for _ in range(2):  # it stays closed
+        with pytest.raises(BundleError, match=rf"{file}.*{said}"):
+            engine.sources.open()
+    assert not engine.sources.is_open
 
 
 @pytest.mark.parametrize(
