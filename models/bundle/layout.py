@@ -29,6 +29,7 @@ VISION_OUTPUTS = (
     "projection",  # [B, L] summing to 1, or all 0
     "fidelity",  # [B, 2]: r2, cosine
 )
+COMPONENTS = "components"  # [B, R, d] optional: older graphs lack them
 # Computed only where the input `details` is true (else B is 0): see `models.account.ledger.Details`.
 DETAILS_INPUT = "details"  # [] bool
 DETAILS = (

@@ -43,6 +43,7 @@ class Inference(NamedTuple):
 class _QueuedImage:
     pixels: NDArray[np.float32]
     details: bool
+    components: bool
     answer: asyncio.Future[Inference]
     since: float = field(default_factory=perf_counter)
 
@@ -55,14 +56,14 @@ class _Piece:
 
 
 class Batcher:
-    """Calls `explain` ([B, 3, H, W], B flags for details -> B decompositions) in its own thread.
+    """Calls `explain` ([B, 3, H, W], B flags for details, B for components -> B decompositions) in its own thread.
 
     Use as an async context manager; on exit it drains the queue and accepts nothing new.
     """
 
     def __init__(
         self,
-        explain: Callable[[NDArray[np.float32], list[bool]], list[Decomposition]],
+        explain: Callable[[NDArray[np.float32], list[bool], list[bool]], list[Decomposition]],
         batch_size: int,
         wait_ms: float = 0,
     ) -> None:
@@ -95,13 +96,13 @@ class Batcher:
         """Images in the queue."""
         return len(self._queue)
 
-    async def submit(self, pixels: NDArray[np.float32], details: bool = False) -> Inference:
-        """The decomposition of normalised pixels [3, H, W], with `Details` if requested.
+    async def submit(self, pixels: NDArray[np.float32], details: bool = False, components: bool = False) -> Inference:
+        """The decomposition of normalised pixels [3, H, W], with `Details` and with components if requested.
 
         A cancelled caller (at its deadline) leaves the queue unless its inference is already running. Raises
         `ServiceError` not_ready once this batcher is closing.
         """
-        queued = _QueuedImage(pixels, details, self._loop.create_future())
+        queued = _QueuedImage(pixels, details, components, self._loop.create_future())
         with self._condition:
             self._check_open()
             self._queue.append(queued)
@@ -200,7 +201,8 @@ class Batcher:
 
     def _infer(self, batch: list[_QueuedImage]) -> list[Decomposition]:
         pixels = np.stack([queued.pixels for queued in batch])
-        results = self._explain(pixels, [queued.details for queued in batch])
+        details, components = [queued.details for queued in batch], [queued.components for queued in batch]
+        results = self._explain(pixels, details, components)
         if len(results) != len(batch):
             raise RuntimeError(f"the engine gave {len(results)} answers for {len(batch)} images")
         return results

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.layout import (
+    COMPONENTS,
     DETAILS,
     DETAILS_INPUT,
     REPLACED_INPUT,
@@ -18,6 +20,7 @@ from vitrine.models.bundle.layout import (
     VISION_OUTPUTS,
     vision_file,
 )
+from vitrine.models.interventions.changes import Changes
 from vitrine.service.engine.fit import check_graph, replacement_graph, text_graph, vision_graph
 from vitrine.service.engine.precision import check_precision
 from vitrine.service.engine.residual import ResidualGraphs
@@ -25,6 +28,13 @@ from vitrine.service.engine.runtime import PROVIDERS, Runtime, choose, open_sess
 from vitrine.service.engine.sources import SourceGraphs
 from vitrine.service.engine.text_groups import TextGroups
 from vitrine.service.operations.settings import Settings
+
+
+class Rerun(Protocol):
+    """The running network with changes: `service.engine.rerun`."""
+
+    def run(self, pixels: NDArray[np.float32], changes: Sequence[Changes]) -> list[Decomposition]:
+        """Of pixels [B, 3, H, W] and as many changes, all with the same features and directions."""
 
 
 class Engine:
@@ -47,6 +57,7 @@ class Engine:
         self.sources = SourceGraphs(bundle, self.runtime) if load_sources else None
         load_residual = bundle.has_residual and settings.residual
         self.residual = ResidualGraphs(bundle, self.runtime) if load_residual else None
+        self.rerun: Rerun | None = None
         bundle.check_unchanged()  # ONNX Runtime opens the graphs, and what they refer to, by path
         self._check()
         check_precision(bundle, self.vision, self.runtime)
@@ -77,10 +88,18 @@ class Engine:
         """Whether the bundle provides `Details`; bundles of older versions do not."""
         return self.bundle.attention_fold is not None
 
-    def explain(self, pixels: NDArray[np.float32], details: Sequence[bool] = ()) -> list[Decomposition]:
+    @property
+    def has_components(self) -> bool:
+        """Whether the vision graph provides `Decomposition.components`; those of older versions do not."""
+        return COMPONENTS in [output.name for output in self.vision.get_outputs()]
+
+    def explain(
+        self, pixels: NDArray[np.float32], details: Sequence[bool] = (), components: Sequence[bool] = ()
+    ) -> list[Decomposition]:
         """Decompositions of normalised pixels [B, 3, H, W] (`models.account.ledger`), one per image.
 
         details: for which images to compute `Decomposition.details`; default: none.
+        components: for which images `Decomposition.components` are needed; they come for all or for none.
         """
         count = len(pixels)
         if self.on_gpu and (size := min((size for size in self.batches if size >= count), default=0)):
@@ -90,6 +109,8 @@ class Engine:
             feeds[DETAILS_INPUT] = np.array(any(details))
         if any(details):
             names += DETAILS
+        if any(components):
+            names.append(COMPONENTS)
         outputs = dict(zip(names, self.vision.run(names, feeds), strict=True))
         with_details = details or [False] * count
         return [Decomposition.from_batch(outputs, image, with_details[image]) for image in range(count)]

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 
 from vitrine.service.schemas.base import Model, Warnings
 from vitrine.service.schemas.circuit import Dictionary
+from vitrine.service.schemas.edits import EditSummary
 
 
 class ModelResponse(BaseModel):
@@ -25,6 +26,8 @@ class ModelResponse(BaseModel):
     circuit_dictionaries: list[Dictionary] = Field(
         description="what `dictionary` of a circuit may be; without residual there is no `explain.residual`"
     )
+    edits: list[EditSummary] = Field(description="that a request may name under `edit`")
+    default_edit: str | None = Field(description="for requests that name none; null: CLIP as it is")
     warnings: Warnings = []
 
 

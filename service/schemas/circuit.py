@@ -7,12 +7,12 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from vitrine.service.schemas.base import AnswerShape, Label, TimingsMs, WithImage
-from vitrine.service.schemas.classify import ClassifyRequest, Prediction
+from vitrine.service.schemas.classify import LabelsRequest, Prediction
 
 Dictionary = Literal["clt", "residual"]
 
 
-class CircuitRequest(ClassifyRequest):
+class CircuitRequest(LabelsRequest):
     dictionary: Dictionary = Field(
         default="clt",
         description="whose features: of the CLT, which any layer below made, or of the residual SAEs, which the one "

@@ -71,6 +71,8 @@ async def model(request: Request) -> Response:
                 source_baselines=source_baselines(attributor.engine),
                 attention_heads=attention_heads(attributor.engine),
                 circuit_dictionaries=circuit_dictionaries(attributor.engine),
+                edits=[served.summary for served in attributor.edits.named.values()],
+                default_edit=attributor.edits.default,
             )
         )
 

@@ -19,7 +19,7 @@ class Engine:
         self.batches, self.threads, self.fails = [], set(), []
         self.busy, self.gate = threading.Event(), threading.Event()
 
-    def explain(self, pixels, details):
+    def explain(self, pixels, *_):
         self.busy.set()
         assert self.gate.wait(30)
         self.threads.add(threading.get_ident())
@@ -334,7 +334,7 @@ def run_timed(monkeypatch):
         order, gate, held = [], threading.Event(), threading.Event()
         gate.set()
 
-        def explain(pixels, details):
+        def explain(pixels, *_):
             order.append(int(pixels.flat[0]))
             clock.now += 2
             return list(pixels)
@@ -466,7 +466,7 @@ def test_an_error_of_a_piece_reaches_only_its_caller():
 def test_pieces_are_finished_when_the_batcher_closes_and_then_refused():
     async def scene():
         gate = threading.Event()
-        async with Batcher(lambda pixels, details: [], 1) as batcher:
+        async with Batcher(lambda *_: [], 1) as batcher:
             tasks = [asyncio.create_task(batcher.run_between(gate.wait, 30, spent=0)) for _ in range(3)]
             await asyncio.sleep(0)
             threading.Timer(0.1, gate.set).start()

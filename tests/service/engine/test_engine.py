@@ -84,7 +84,7 @@ def test_text_is_the_clips(engine, clip):
 
 def test_warm_up_runs_both_graphs_at_both_batch_sizes(bundle, monkeypatch):
     engine, calls = Engine(bundle, Settings(batch_size=4)), []
-    monkeypatch.setattr(engine, "explain", lambda pixels, details=(): calls.append(("vision", pixels.shape)))
+    monkeypatch.setattr(engine, "explain", lambda pixels, *_: calls.append(("vision", pixels.shape)))
     encode_text = engine.encode_text
     monkeypatch.setattr(
         engine, "encode_text", lambda tokens: calls.append(("text", tokens.shape)) or encode_text(tokens)
