@@ -75,7 +75,7 @@ class Edit(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     name: str
     description: Annotated[str, Field(min_length=1, max_length=2_000)]
     created: datetime

@@ -88,7 +88,7 @@ async def answer_batch(
             item = BatchItem(status=error.status, answer=None, error=problem)
         # Not after the other images: until then these are tens of thousands of objects for the garbage collector.
         text = await attributor.in_thread(json_text, item, in_turn=False)
-        return _Item(text, *((answer.predictions, answer.edit) if (answer := item.answer) else ([], None)))
+        return _Item(text, *((made.predictions, made.edit) if (made := item.answer) else ([], None)))
 
     with attributor.admit(len(images)), attributor.taking_turns():
         await attributor.check_labels(texts, request.strict)

@@ -1,15 +1,15 @@
 """The edits that a bundle is served with, and what each makes of an image.
 
-What the operator names (`VITRINE_EDITS`, `VITRINE_EDIT`) must be usable, or the bundle is refused. What the bundle brings
-along may be out of use here, for a reason that is told to whoever asks for it.
+What the operator names (`VITRINE_EDITS`, `VITRINE_EDIT`) must be usable, or the bundle is refused. What the bundle
+brings along may be out of use here, for a reason that is told to whoever asks for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,11 +153,9 @@ def load_edits(bundle: Bundle, settings: Settings, engine: Engine) -> Edits:
     default one if it cannot be used.
     """
     key = read_key(settings.edit_key_file) if settings.edit_key_file else None
-    network, named = BundleNetwork(bundle), {}
-    for edits, must_work in (
-        (bundle_edits(bundle), False),
-        (read_edits(settings.edits) if settings.edits else {}, True),
-    ):
+    network, named = BundleNetwork(bundle), dict[str, ServedEdit]()
+    from_folder = read_edits(settings.edits) if settings.edits else {}
+    for edits, must_work in ((bundle_edits(bundle), False), (from_folder, True)):
         for name, edit in edits.items():
             served = ServedEdit(edit, changes_of(edit, bundle, network), bundle, _problem(edit, engine, key))
             if must_work and served.problem:
@@ -166,10 +164,8 @@ def load_edits(bundle: Bundle, settings: Settings, engine: Engine) -> Edits:
     default = settings.edit
     if default is not None and default != NONE:
         if default not in named:
-            there_are = ", ".join(named) or "there is none"
-            raise EditError(
-                f"VITRINE_EDIT={default[:100]}: no such edit; of this bundle and VITRINE_EDITS: {there_are}"
-            )
+            names = ", ".join(named) or "none"
+            raise EditError(f"VITRINE_EDIT={default[:100]} is none of the bundle's edits and VITRINE_EDITS': {names}")
         if named[default].problem:
             raise EditError(named[default].problem)
     return Edits(named, None if default == NONE else default)
