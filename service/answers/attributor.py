@@ -81,7 +81,7 @@ class Attributor:
         for table in ("directions", "fold", "attention_fold", "baseline", "cards"):
             await asyncio.to_thread(getattr, self.bundle, table)
         self.engine = await asyncio.to_thread(Engine, self.bundle, settings)
-        self.edits = await asyncio.to_thread(load_edits, self.bundle, settings, self.engine)
+        self.edits = await asyncio.to_thread(load_edits, self.engine, settings)
         self.labels = await asyncio.to_thread(LabelEncoder, self.engine, settings.label_cache)
         async with AsyncExitStack() as stack:  # a failed start leaves no thread behind
             self._waiters = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")

@@ -6,7 +6,7 @@ brings along may be out of use here, for a reason that is told to whoever asks f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vitrine.models.account.ledger import Decomposition, logits
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.interventions import direct
-from vitrine.models.interventions.changes import Changes
+from vitrine.models.interventions.changes import Changes, Network
 from vitrine.models.interventions.edit import NONE, Edit, EditError, check_signature, read_key
 from vitrine.models.interventions.edit_files import bundle_edits, changes_of, read_edits
 from vitrine.models.interventions.network import BundleNetwork
@@ -139,25 +139,37 @@ class Edits:
         if name is None or name == NONE:
             return None
         if (served := self.named.get(name)) is None:
-            names = ", ".join([NONE, *self.named])
-            raise ServiceError("unknown_edit", f"no edit {name[:100]!r}; there are: {names}")
+            raise _unknown(name, self.named)
         if served.problem:
             raise ServiceError("invalid_request", f"edit: {served.problem}")
         return served
 
 
-def load_edits(bundle: Bundle, settings: Settings, engine: Engine) -> Edits:
+def named_edit(bundle: Bundle, settings: Settings, name: str | None) -> Edit | None:
+    """The edit that a request names, else the settings', before any graph is loaded. Raises `ServiceError`,
+    `EditError`."""
+    name = name or settings.edit
+    if name is None or name == NONE:
+        return None
+    named = bundle_edits(bundle) | (read_edits(settings.edits) if settings.edits else {})
+    if name not in named:
+        raise _unknown(name, named)
+    return named[name]
+
+
+def load_edits(engine: Engine, settings: Settings) -> Edits:
     """The bundle's edits and those in the folder that the settings name, which replace the bundle's of the same name.
 
     Raises `EditError` for a file that is no edit, for one that does not fit the bundle, and for the folder's or the
     default one if it cannot be used.
     """
     key = read_key(settings.edit_key_file) if settings.edit_key_file else None
+    bundle = engine.bundle
     network, named = BundleNetwork(bundle), dict[str, ServedEdit]()
     from_folder = read_edits(settings.edits) if settings.edits else {}
     for edits, must_work in ((bundle_edits(bundle), False), (from_folder, True)):
         for name, edit in edits.items():
-            served = ServedEdit(edit, changes_of(edit, bundle, network), bundle, _problem(edit, engine, key))
+            served = serve(edit, engine, network, key)
             if must_work and served.problem:
                 raise EditError(served.problem)
             named[name] = served
@@ -165,10 +177,16 @@ def load_edits(bundle: Bundle, settings: Settings, engine: Engine) -> Edits:
     if default is not None and default != NONE:
         if default not in named:
             names = ", ".join(named) or "none"
-            raise EditError(f"VITRINE_EDIT={default[:100]} is none of the bundle's edits and VITRINE_EDITS': {names}")
+            raise EditError(f"VITRINE_EDIT={default[:100]}: no such edit; there are: {names}")
         if named[default].problem:
             raise EditError(named[default].problem)
     return Edits(named, None if default == NONE else default)
+
+
+def serve(edit: Edit, engine: Engine, network: Network | None = None, key: bytes | None = None) -> ServedEdit:
+    """An edit, ready to be applied unless it has a `problem`. Raises `EditError` if it does not fit the bundle."""
+    changes = changes_of(edit, engine.bundle, network or BundleNetwork(engine.bundle))
+    return ServedEdit(edit, changes, engine.bundle, _problem(edit, engine, key))
 
 
 def run_edited(
@@ -193,6 +211,10 @@ def rerun(engine: Engine, edit: ServedEdit, pixels: NDArray[np.float32]) -> list
     """The running network with the edit, of pixels [B, 3, H, W]."""
     assert engine.rerun is not None  # see `_problem`
     return engine.rerun.run(pixels, [edit.changes] * len(pixels))
+
+
+def _unknown(name: str, named: Iterable[str]) -> ServiceError:
+    return ServiceError("unknown_edit", f"no edit {name[:100]!r}; there are: {', '.join([NONE, *named])}")
 
 
 def _problem(edit: Edit, engine: Engine, key: bytes | None) -> str:

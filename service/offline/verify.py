@@ -13,6 +13,8 @@ from vitrine.models.account.ledger import Decomposition
 from vitrine.models.account.sources import accounts
 from vitrine.models.bundle.bundle import Bundle, BundleError, open_bundle
 from vitrine.models.bundle.layout import RESIDUAL_TRACE, vision_file
+from vitrine.models.interventions.edit_files import bundle_edits, changes_of
+from vitrine.models.interventions.network import BundleNetwork
 from vitrine.service.answers.attention import score_accounts
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.fit import check_unit
@@ -30,7 +32,7 @@ DIRECTIONS = 4  # in embedding space, whose source accounts are checked
 
 
 def verify(path: Path) -> Bundle:
-    """The opened bundle. Raises `BundleError` or `EngineError` for the first error in it."""
+    """The opened bundle. Raises `BundleError`, `EngineError` or `EditError` for the first error in it."""
     bundle = open_bundle(path)
     # before the graphs, whose errors for a damaged table are less clear
     _ = bundle.directions, bundle.fold, bundle.attention_fold, bundle.baseline, bundle.label_sets
@@ -45,6 +47,9 @@ def verify(path: Path) -> Bundle:
     with session_errors(file):
         check_unit(encoder.encode(text.labels, text.templates), f"{file}: the embedding of a label")
     _check_cards(bundle)
+    network = BundleNetwork(bundle)
+    for edit in bundle_edits(bundle).values():
+        changes_of(edit, bundle, network)
     return bundle
 
 

@@ -12,6 +12,8 @@ from vitrine.commands.cards import cards
 from vitrine.commands.circuit import circuit
 from vitrine.commands.common import errors_as_messages
 from vitrine.commands.doctor import doctor
+from vitrine.commands.edit import create, list_edits, show
+from vitrine.commands.edit import verify as verify_edits
 from vitrine.commands.evaluate import evaluate
 from vitrine.commands.export import export
 from vitrine.commands.pretrain import pretrain
@@ -46,8 +48,22 @@ EXAMPLES: dict[Callable[..., None], str] = {
     circuit: "vitrine circuit photo.jpg --label cat --html cat.html; vitrine circuit photos/cat --images 50; "
     "vitrine circuit photo.jpg --dictionary residual",
 }
+EDIT_EXAMPLES: dict[str, tuple[Callable[..., None], str]] = {
+    "create": (
+        create,
+        'vitrine edit create no-snow --description \'snow is no husky\' --edit \'{"op": "ablate", "layer": 9, '
+        '"index": 120}\' --images photos --out edits',
+    ),
+    "show": (show, "vitrine edit show no-snow --edits edits"),
+    "list": (list_edits, "vitrine edit list --bundle bundles/b32 --edits edits"),
+    "verify": (verify_edits, "vitrine edit verify edits/no-snow.json --key-file key --bundle bundles/b32"),
+}
 for command, example in EXAMPLES.items():
     app.command(epilog=f"Example: {example}")(errors_as_messages(command))
+edit = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Interventions that are kept, served by name.")
+for name, (command, example) in EDIT_EXAMPLES.items():
+    edit.command(name, epilog=f"Example: {example}")(errors_as_messages(command))
+app.add_typer(edit, name="edit")
 
 
 def main() -> None:
