@@ -22,6 +22,7 @@
     last_decoders.npy    optional, [(L - 1) F, d], shared in the same way: what a feature writes to the last MLP output
     fold.npy             [d + 1, D]: ln_post and projection as a matrix M [d, D] and a bias beta [D]
     cards/               optional: what features fire on, as labels, numbers and images (`models.bundle.cards`)
+    edits/               optional: NAME.json, interventions that are kept (`models.interventions.edit`)
     label_sets/          optional: NAME.json (`models.bundle.label_sets`) and NAME.npy, unit embeddings [N, D]
     MODEL_CARD.md        generated from the manifest
 

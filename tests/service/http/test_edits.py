@@ -1,22 +1,21 @@
-"""Edits in service: whose answer it is, and that it says so. The network's own re-run is stood in for."""
+"""Edits in service: whose answer it is, and that it says so."""
 
 import asyncio
 import json
 import logging
 from contextlib import contextmanager
-from dataclasses import replace
 
 import httpx
 import numpy as np
 import pytest
 from prometheus_client import REGISTRY
 
+from edited import stand_in
 from vitrine.models.bundle.manifest import graphs_digest
 from vitrine.models.interventions.edit import Condition, EditError, create
 from vitrine.models.interventions.edit_files import add_edits
 from vitrine.models.interventions.spec import Intervention
 from vitrine.service.answers.reload import Serving
-from vitrine.service.engine.engine import Engine
 from vitrine.service.http.application import create_app
 from vitrine.service.operations.logs import logger
 from vitrine.service.operations.settings import Settings
@@ -27,37 +26,7 @@ LABELS = ["red circle", "green square", "blue triangle"]
 
 @pytest.fixture(autouse=True)
 def editable(monkeypatch):
-    """Engines with components and a re-run, whatever the bundle's graphs give.
-
-    Components: of least length that have the image's rows. Re-run: of the picture with red and blue exchanged.
-    """
-    initialise, explain = Engine.__init__, Engine.explain
-
-    class Rerun:
-        def __init__(self, engine):
-            self.engine, self.images = engine, 0
-
-        def run(self, pixels, changes):
-            assert len(pixels) == len(changes)
-            self.images += len(pixels)
-            return self.engine.explain(pixels[:, ::-1].copy())
-
-    def with_rerun(self, *args):
-        initialise(self, *args)
-        self.rerun = Rerun(self)
-
-    def with_components(self, pixels, details=(), components=()):
-        found = explain(self, pixels, details)
-        if not any(components):
-            return found
-        inverse = np.linalg.pinv(self.bundle.fold)
-        constant = np.arange(len(found[0].rows))[:, None] == found[0].bias_row
-        parts = ((one, (one.rows - constant * self.bundle.beta / one.norm) * one.sigma * one.norm) for one in found)
-        return [replace(one, components=rows @ inverse) for one, rows in parts]
-
-    monkeypatch.setattr(Engine, "__init__", with_rerun)
-    monkeypatch.setattr(Engine, "explain", with_components)
-    monkeypatch.setattr(Engine, "has_components", True)
+    stand_in(monkeypatch)
 
 
 @pytest.fixture
