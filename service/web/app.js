@@ -118,7 +118,7 @@
     if (named === null) throw new api.CallError("Name at least one label, or choose a set of them.", "no_labels");
     const known = (label) => label !== null && labels.listed().includes(label);
     const explain = {};
-    if (model.default_edit === null) {
+    if (!model.default_edit) {
       // of an edited network there is the ledger alone
       if (model.manifest.files["attention.npy"]) explain.heatmap = true;
       const baseline = model.source_baselines.at(-1); // the average picture, where the bundle has one

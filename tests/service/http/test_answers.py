@@ -280,7 +280,7 @@ def test_classify_is_attribute_without_the_account(server, picture):
     ):
         assert response.status_code == 200
         answer = response.json()
-        assert set(answer) == {"request_id", "model", "warnings", "predictions", "timings_ms"}
+        assert set(answer) == {"request_id", "model", "edit", "warnings", "predictions", "timings_ms"}
         assert (answer["model"], answer["predictions"]) == (full["model"], full["predictions"])
 
 
