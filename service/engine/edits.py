@@ -135,7 +135,7 @@ class Edits:
     def chosen(self, name: str | None) -> ServedEdit | None:
         """What a request names, else the default one. Raises `ServiceError` if there is none of that name, or if it
         cannot be used here."""
-        name = name or self.default
+        name = self.default if name is None else name
         if name is None or name == NONE:
             return None
         if (served := self.named.get(name)) is None:
@@ -148,7 +148,7 @@ class Edits:
 def named_edit(bundle: Bundle, settings: Settings, name: str | None) -> Edit | None:
     """The edit that a request names, else the settings', before any graph is loaded. Raises `ServiceError`,
     `EditError`."""
-    name = name or settings.edit
+    name = settings.edit if name is None else name
     if name is None or name == NONE:
         return None
     named = bundle_edits(bundle) | (read_edits(settings.edits) if settings.edits else {})

@@ -97,8 +97,8 @@ def log_edit(request: Request, attributor: Attributor, payload: Any) -> None:
     """Add the edit that a request is answered with to its log line, whatever becomes of it; unknown names are not
     logged."""
     if isinstance(payload, ClassifyRequest | EmbedRequest):
-        name = payload.edit or attributor.edits.default
-        if name is not None and (served := attributor.edits.named.get(name)) is not None:
+        name = attributor.edits.default if payload.edit is None else payload.edit
+        if (served := attributor.edits.named.get(name or "")) is not None:
             request.scope.setdefault("vitrine.log", {}).update(edit=name, edit_digest=served.edit.digest)
 
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vitrine.commands.common import INPUTS, BundlePath, LabelsFile, chosen_labels, new_console, open_bundle_or_default
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vitrine.models.bundle.bundle import Bundle
+    from vitrine.models.interventions.edit import Condition, Edit
 
 KeyFile = Annotated[
     Path | None,
@@ -99,7 +105,8 @@ def show(
     bundle: BundlePath = None,
 ) -> None:
     """Print an edit as it is written, with its evidence."""
-    typer.echo(_found([name], bundle, edits)[0].text(), nl=False)
+    (found,) = _found([name], open_bundle_or_default(bundle), edits)
+    typer.echo(found.text(), nl=False)
 
 
 def list_edits(edits: Edits = None, bundle: BundlePath = None) -> None:
@@ -108,7 +115,7 @@ def list_edits(edits: Edits = None, bundle: BundlePath = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    found = _found(None, bundle, edits)
+    found = _found(None, open_bundle_or_default(bundle), edits)
     table = Table("name", "digest", "mode", "changes", "signed", "description", box=box.SIMPLE_HEAD, pad_edge=False)
     for one in found:
         signed, changes = "yes" if one.signature else "no", str(len(one.interventions))
@@ -132,7 +139,7 @@ def verify(
     from vitrine.models.interventions.network import BundleNetwork
 
     key, opened = read_key(key_file) if key_file else None, open_bundle_or_default(bundle)
-    found, console = _found(names or None, bundle, edits), new_console()
+    found, console = _found(names or None, opened, edits), new_console()
     for one in found:
         if key is not None:
             check_signature(one, key)
@@ -142,12 +149,12 @@ def verify(
     console.print(f"[green]{len(found)} as made, of {opened.manifest.name}{signed}", highlight=False)
 
 
-def _found(names: list[str] | None, bundle: Path | None, folder: Path | None) -> list[Any]:
+def _found(names: list[str] | None, bundle: Bundle, folder: Path | None) -> list[Edit]:
     """Edits by name or by file; None: all."""
     from vitrine.models.interventions.edit import EditError, read_edit
     from vitrine.models.interventions.edit_files import bundle_edits, read_edits
 
-    named = {**bundle_edits(open_bundle_or_default(bundle)), **(read_edits(folder) if folder else {})}
+    named = bundle_edits(bundle) | (read_edits(folder) if folder else {})
     if names is None:
         return list(named.values())
     found = []
@@ -158,7 +165,7 @@ def _found(names: list[str] | None, bundle: Path | None, folder: Path | None) ->
     return found
 
 
-def _measured(bundle: Any, edit: Any, images: str, labels: list[str] | None, console: Any) -> dict[str, Any]:
+def _measured(bundle: Bundle, edit: Edit, images: str, labels: list[str] | None, console: Console) -> dict[str, Any]:
     """The effect on images, printed and as JSON."""
     from vitrine.models.inputs.opening import open_inputs
     from vitrine.models.progress import track
@@ -182,7 +189,7 @@ def _measured(bundle: Any, edit: Any, images: str, labels: list[str] | None, con
     return effect.model_dump(mode="json")
 
 
-def _condition(text: str | None) -> Any:
+def _condition(text: str | None) -> Condition | None:
     """NAME or NAME=X as a condition."""
     from pydantic import ValidationError
 
