@@ -43,8 +43,8 @@ def test_every_format_is_answered(server, picture, format):
 def test_answer_has_exactly_the_fields_of_the_contract(server, picture):
     answer = server.attribute(picture())
     assert set(answer) == {
-        "request_id", "model", "warnings", "predictions", "explanations", "lens", "matrix", "attention", "residual",
-        "fidelity", "timings_ms",
+        "request_id", "model", "edit", "warnings", "predictions", "explanations", "lens", "matrix", "attention",
+        "residual", "fidelity", "timings_ms",
     }  # fmt: skip
     assert answer["lens"] is answer["matrix"] is answer["residual"] is answer["explanations"][0]["heatmap"] is None
     assert set(answer["model"]) == {"name", "digest"}
@@ -308,6 +308,8 @@ def test_model_is_the_bundle_that_is_served(server, carded, picture):
         "source_baselines",
         "attention_heads",
         "circuit_dictionaries",
+        "edits",
+        "default_edit",
         "warnings",
     }
     assert answer["digest"] == carded.digest
