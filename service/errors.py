@@ -11,6 +11,7 @@ STATUS = {
     "invalid_image": 400,
     "missing_image": 400,
     "unknown_label_set": 400,
+    "unknown_edit": 400,
     "unauthorized": 401,
     "not_found": 404,
     "no_cards": 404,

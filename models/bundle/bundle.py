@@ -28,6 +28,7 @@
     fold.npy             [d + 1, D]: ln_post and projection as a matrix M [d, D] and a bias beta [D]
     cards/               optional: what features fire on, as labels, numbers and images (`models.bundle.cards`)
     residual_cards/      optional, with residual SAEs: the same of their features
+    edits/               optional: NAME.json, interventions that are kept (`models.interventions.edit`)
     label_sets/          optional: NAME.json (`models.bundle.label_sets`) and NAME.npy, unit embeddings [N, D]
     MODEL_CARD.md        generated from the manifest
 

@@ -12,12 +12,13 @@ from vitrine.models.bundle.bundle import Bundle
 from vitrine.service.answers.answer_size import attribution_values, check_answer_size
 from vitrine.service.answers.attention import attention_account
 from vitrine.service.answers.attributor import Attributor, Inferred
-from vitrine.service.answers.explain import account, check_explain, lens, matrix, predict
+from vitrine.service.answers.explain import account, check_edited, check_explain, lens, matrix, predict
 from vitrine.service.answers.notices import to_notices
 from vitrine.service.answers.residual import residual_features
 from vitrine.service.answers.serialise import json_text
 from vitrine.service.answers.sources import directions, source_accounts
 from vitrine.service.answers.texts import Texts
+from vitrine.service.engine.edits import ServedEdit
 from vitrine.service.engine.labels import LabelSet
 from vitrine.service.errors import ServiceError
 from vitrine.service.operations import metrics
@@ -34,7 +35,16 @@ from vitrine.service.schemas.attribute import (
 from vitrine.service.schemas.base import ItemError
 from vitrine.service.schemas.batch import BatchItem, BatchResponse
 from vitrine.service.schemas.classify import Prediction
+from vitrine.service.schemas.edits import EditUsed
 from vitrine.service.schemas.residual import ResidualFeatures
+
+
+class _Item(NamedTuple):
+    """One image's part of a batch."""
+
+    text: bytes
+    predictions: list[Prediction]
+    edit: EditUsed | None
 
 
 class BatchAnswer(NamedTuple):
@@ -48,10 +58,10 @@ async def answer_attribute(
     attributor: Attributor, image: bytes, request: AttributeRequest, request_id: str
 ) -> AttributeResponse:
     """Predictions and their account. Raises `ServiceError`."""
-    texts = _check_request(attributor, request)
+    texts, edit = _check_request(attributor, request)
     with attributor.admit():
         await attributor.check_labels(texts, request.strict)
-        attribution, inferred = await attribute_image(attributor, image, request, *texts)
+        attribution, inferred = await attribute_image(attributor, image, request, *texts, edit)
     fields = dict(attribution) | {"warnings": inferred.warnings}
     return AttributeResponse(request_id=request_id, model=attributor.model, **fields)
 
@@ -64,13 +74,13 @@ async def answer_batch(
     Raises `ServiceError` for errors of the whole request. The images are admitted together or not at all. Each answer
     becomes JSON as soon as it is complete: as objects, the answers of a batch would take ten times the memory.
     """
-    texts = _check_request(attributor, request, len(images))
+    texts, edit = _check_request(attributor, request, len(images))
 
-    async def answer_one(image: bytes | ServiceError) -> tuple[bytes, list[Prediction]]:
+    async def answer_one(image: bytes | ServiceError) -> _Item:
         try:
             if isinstance(image, ServiceError):
                 raise image
-            answer, _ = await attribute_image(attributor, image, request, *texts)
+            answer, _ = await attribute_image(attributor, image, request, *texts, edit)
             item = BatchItem(status=200, answer=answer, error=None)
         except ServiceError as error:
             metrics.REJECTED.labels(error.code).inc()
@@ -78,7 +88,7 @@ async def answer_batch(
             item = BatchItem(status=error.status, answer=None, error=problem)
         # Not after the other images: until then these are tens of thousands of objects for the garbage collector.
         text = await attributor.in_thread(json_text, item, in_turn=False)
-        return text, item.answer.predictions if item.answer else []
+        return _Item(text, *((made.predictions, made.edit) if (made := item.answer) else ([], None)))
 
     with attributor.admit(len(images)), attributor.taking_turns():
         await attributor.check_labels(texts, request.strict)
@@ -86,21 +96,27 @@ async def answer_batch(
             tasks = [group.create_task(answer_one(image)) for image in images]
         notices = to_notices(await attributor.labels.notices(*texts))
     results = [task.result() for task in tasks]
-    response = BatchResponse(request_id=request_id, model=attributor.model, warnings=notices, results=[])
+    applied = any(item.edit.applied for item in results if item.edit)
+    used = edit.used(applied) if edit else None
+    response = BatchResponse(request_id=request_id, model=attributor.model, edit=used, warnings=notices, results=[])
     head = response.model_dump_json()
     pieces = [head.removesuffix("]}").encode()]
-    for item, _ in results:
-        pieces += (item, b",")
+    for item in results:
+        pieces += (item.text, b",")
     pieces[-1] = b"]}"
-    return BatchAnswer(pieces, [predictions for _, predictions in results if predictions])
+    return BatchAnswer(pieces, [item.predictions for item in results if item.predictions])
 
 
-def _check_request(attributor: Attributor, request: AttributeRequest, images: int = 1) -> Texts:
+def _check_request(
+    attributor: Attributor, request: AttributeRequest, images: int = 1
+) -> tuple[Texts, ServedEdit | None]:
     texts, settings = attributor.texts(request), attributor.settings
+    if (edit := attributor.edits.chosen(request.edit)) is not None:
+        check_edited(request.explain)
     check_explain(request.explain, texts[0], settings.max_targets, attributor.engine)
     values = images * attribution_values(attributor.bundle.manifest, request, len(texts[0]))
     check_answer_size(values, settings.max_answer_values, "send fewer images, or ask for fewer targets or details")
-    return texts
+    return texts, edit
 
 
 async def attribute_image(
@@ -109,13 +125,14 @@ async def attribute_image(
     request: AttributeRequest,
     labels: tuple[str, ...],
     templates: tuple[str, ...],
+    edit: ServedEdit | None = None,
     details: bool = False,
     components: bool = False,
 ) -> tuple[Attribution, Inferred]:
     """(the answer, with the image's own warnings; what it was made of, with details and components on request)."""
     timings, explain = dict[str, float](), request.explain
     details = details or explain.heatmap or explain.lens
-    inferred = await attributor.infer(image, labels, templates, timings, details, explain.matrix, components)
+    inferred = await attributor.infer(image, labels, templates, timings, details, explain.matrix, components, edit)
     with timed_stage("ledger", timings):
         predictions, explanations, lens_layers, fidelity = await attributor.in_thread(
             account_of, attributor.bundle, inferred.parts, inferred.labels, request
@@ -129,6 +146,7 @@ async def attribute_image(
     residual = await _residual(attributor, inferred, explain, timings) if explain.residual else None
     _observe(explanations, fidelity)
     attribution = Attribution(
+        edit=inferred.edit,
         warnings=to_notices(image=inferred.notes),
         predictions=predictions,
         explanations=explanations,

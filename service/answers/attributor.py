@@ -28,6 +28,7 @@ from vitrine.service.answers.notices import refuse, to_notices
 from vitrine.service.answers.texts import Texts, resolve_texts
 from vitrine.service.engine.batcher import Batcher
 from vitrine.service.engine.decoders import Decoded, Decoders
+from vitrine.service.engine.edits import Edited, ServedEdit, load_edits, rerun, rerun_graph
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.labels import LabelEncoder, LabelSet
 from vitrine.service.engine.on_first_use import GraphsOnFirstUse
@@ -38,7 +39,8 @@ from vitrine.service.operations.logs import logger
 from vitrine.service.operations.settings import Settings
 from vitrine.service.operations.stages import record_stage, timed_stage
 from vitrine.service.schemas.base import Model, Notice
-from vitrine.service.schemas.classify import ClassifyRequest
+from vitrine.service.schemas.classify import LabelsRequest
+from vitrine.service.schemas.edits import EditUsed
 
 Result = TypeVar("Result")
 
@@ -53,6 +55,7 @@ class Inferred(NamedTuple):
     pixels: NDArray[np.float32]  # [3, H, W], normalised
     contributions: NDArray[np.floating] | None  # C [2, L, L] (`Engine.replace`), if requested
     notes: tuple[Note, ...]  # of the image
+    edit: EditUsed | None  # what `parts` are of
 
     @property
     def warnings(self) -> list[Notice]:
@@ -62,7 +65,7 @@ class Inferred(NamedTuple):
 
 class Attributor:
     """A bundle, ready to answer. Use as an async context manager; entering it loads the bundle and warms it up, and
-    may raise `BundleError`, `LabelSetError` or `EngineError`."""
+    may raise `BundleError`, `LabelSetError`, `EditError` or `EngineError`."""
 
     def __init__(self, bundle: Bundle, settings: Settings, in_service: Batcher | None = None) -> None:
         """in_service: of the bundle that this one replaces; label sets are encoded between that one's batches."""
@@ -84,6 +87,7 @@ class Attributor:
         for table in ("directions", "fold", "attention_fold", "baseline", *CARDS.values()):
             await asyncio.to_thread(getattr, self.bundle, table)
         self.engine = await asyncio.to_thread(Engine, self.bundle, settings)
+        self.edits = await asyncio.to_thread(load_edits, self.engine, settings)
         self.labels = await asyncio.to_thread(LabelEncoder, self.engine, settings.label_cache)
         async with AsyncExitStack() as stack:  # a failed start leaves no thread behind
             self._waiters = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
@@ -124,11 +128,11 @@ class Attributor:
         """Whether there is no place for another image."""
         return self._in_flight >= self.settings.capacity
 
-    async def label_set(self, request: ClassifyRequest) -> LabelSet:
+    async def label_set(self, request: LabelsRequest) -> LabelSet:
         """The label set of a request. Raises `ServiceError`."""
         return await self.labels.resolve(*self.texts(request), self.batcher.run_between)
 
-    def texts(self, request: ClassifyRequest) -> Texts:
+    def texts(self, request: LabelsRequest) -> Texts:
         """(labels, templates) of a request. Raises `ServiceError`."""
         return resolve_texts(request, self.labels, self.settings)
 
@@ -159,18 +163,48 @@ class Attributor:
         details: bool = False,
         with_matrix: bool = False,
         components: bool = False,
+        edit: ServedEdit | None = None,
     ) -> Inferred:
-        """What the image's answer is made of. Adds the stages' times to `timings`."""
+        """What the image's answer is made of. Adds the stages' times to `timings`. With an edit there are neither
+        details nor matrix (`check_edited`)."""
         with timed_stage("decode", timings):
             pixels, notes = await self.decoded(image)
         with timed_stage("labels", timings):
             label_set = await self.labels.resolve(labels, templates, self.batcher.run_between)
-        parts = await self.submit(pixels, timings, details, components)
-        contributions = None
+        used = contributions = None
+        if edit is None:
+            parts = await self.submit(pixels, timings, details, components)
+        else:
+            parts, used = await self.edited(edit, pixels, label_set, timings)
         if with_matrix:
             with timed_stage("matrix", timings):
                 _, (contributions,) = await self.batcher.run(self.engine.replace, pixels[None], self._no_replacement)
-        return Inferred(parts, label_set, pixels, contributions, notes)
+        return Inferred(parts, label_set, pixels, contributions, notes, used)
+
+    async def edited(
+        self, edit: ServedEdit, pixels: NDArray[np.float32], labels: LabelSet | None, timings: dict[str, float]
+    ) -> tuple[Decomposition, EditUsed]:
+        """One image with an edit. labels: of the request; None: it has none, and where labels decide whether the edit
+        is applied, the bundle's own do."""
+        if labels is None and edit.needs_labels:
+            default = self.labels.named[DEFAULT]
+            templates = default.templates or self.labels.default_templates
+            labels = await self.labels.resolve(default.labels, templates, self.batcher.run_between)
+        embeddings = None if labels is None else labels.embeddings
+        plain = None
+        if edit.needs_plain:
+            plain = await self.submit(pixels, timings, edit.needs_details, edit.is_direct)
+        with timed_stage("edit", timings):
+            if plain is not None and edit.is_direct:
+                found = await self.in_thread(edit.directly, plain, embeddings)
+            elif plain is not None and not edit.may_apply(plain):
+                found = Edited(plain, False)
+            else:
+                await self.open(rerun_graph(self.engine, edit))
+                (parts,) = await self.batcher.run_between(rerun, self.engine, edit, pixels[None], spent=0.0)
+                found = Edited(parts, True) if plain is None else edit.compared(plain, parts, embeddings)
+        metrics.EDITS.labels(edit.edit.name, str(found.applied).lower()).inc()
+        return found.parts, edit.used(found.applied)
 
     async def submit(
         self, pixels: NDArray[np.float32], timings: dict[str, float], details: bool = False, components: bool = False

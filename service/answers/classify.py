@@ -14,15 +14,16 @@ async def answer_classify(
     """Predictions without an account. Raises `ServiceError`."""
     timings: dict[str, float] = {}
     with attributor.admit():
-        texts = attributor.texts(request)
+        texts, edit = attributor.texts(request), attributor.edits.chosen(request.edit)
         await attributor.check_labels(texts, request.strict)
-        inferred = await attributor.infer(image, *texts, timings)
+        inferred = await attributor.infer(image, *texts, timings, edit=edit)
     with timed_stage("predict", timings):
         scale = attributor.bundle.manifest.logit_scale
         predictions = await attributor.in_thread(predict, inferred.parts, inferred.labels, scale, request.top_k)
     return ClassifyResponse(
         request_id=request_id,
         model=attributor.model,
+        edit=inferred.edit,
         warnings=inferred.warnings,
         predictions=predictions,
         timings_ms=timings,

@@ -28,8 +28,9 @@ async def answer_embed(
         check_texts(*texts, attributor.settings)
     values = attributor.bundle.manifest.shape.embedding * ((image is not None) + len(request.texts or ()))
     check_answer_size(values, attributor.settings.max_answer_values, "send fewer texts")
+    edit = attributor.edits.chosen(request.edit)
     timings: dict[str, float] = {}
-    embedding = text_embeddings = None
+    embedding = text_embeddings = used = None
     notices: list[Notice] = []
     with attributor.admit():
         if texts is not None:
@@ -38,7 +39,11 @@ async def answer_embed(
             with timed_stage("decode", timings):
                 pixels, notes = await attributor.decoded(image)
             notices += to_notices(image=notes)
-            embedding = (await attributor.submit(pixels, timings)).embedding
+            if edit is None:
+                parts = await attributor.submit(pixels, timings)
+            else:
+                parts, used = await attributor.edited(edit, pixels, None, timings)
+            embedding = parts.embedding
         if texts is not None:
             with timed_stage("labels", timings):
                 label_set = await attributor.labels.resolve(*texts, attributor.batcher.run_between)
@@ -48,6 +53,7 @@ async def answer_embed(
     return EmbedResponse.model_construct(
         request_id=request_id,
         model=attributor.model,
+        edit=used,
         warnings=notices,
         embedding=vectors[0],
         text_embeddings=vectors[1],

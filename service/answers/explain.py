@@ -12,6 +12,7 @@ from vitrine.models.account.heatmap import heat_map
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.manifest import patch_grid
+from vitrine.models.interventions.edit import NONE
 from vitrine.service.answers.attention import check_attention
 from vitrine.service.answers.residual import check_residual
 from vitrine.service.answers.sources import check_sources
@@ -63,6 +64,17 @@ def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int, e
     known = set(labels)
     if unknown := [label for label in (*(explain.targets or ()), explain.contrast) if label and label not in known]:
         raise ServiceError("invalid_request", f"not among the labels: {', '.join(map(repr, unknown[:5]))}")
+
+
+def check_edited(explain: Explain) -> None:
+    """Raise `ServiceError` invalid_request for what is computed of the network as it is, and so would explain another
+    answer than the edited one."""
+    asked = {name: getattr(explain, name) for name in ("heatmap", "lens", "matrix", "sources", "attention", "residual")}
+    if names := [f"`explain.{name}`" for name, value in asked.items() if value]:
+        raise ServiceError(
+            "invalid_request",
+            f"{', '.join(names)}: of CLIP as it is, not of an edited one; ask with `edit` {NONE}, or without them",
+        )
 
 
 def matrix(contributions: NDArray[np.floating]) -> Matrix:

@@ -60,6 +60,7 @@ async def answer_intervene(
         before, found = Before(answer, inferred.parts, inferred.labels), None
         with timed_stage("interventions", timings):
             if asked.counterfactual is not None:
+                await _open(attributor, asked.counterfactual)
                 found, edits, parts = await search(attributor, inferred, asked.counterfactual)
                 outcomes = [] if parts is None else [(edits, parts)]
             else:
@@ -158,6 +159,16 @@ def _refused(error: InterventionError, field: str) -> ServiceError:
     return ServiceError("invalid_request", f"{field}: {error}", [{"field": field, "problem": str(error)}])
 
 
+async def _open(attributor: Attributor, wanted: Counterfactual) -> None:
+    """Open the graphs that the search needs."""
+    engine = attributor.engine
+    assert engine.sources is not None  # see `_check_counterfactual`
+    await attributor.open(engine.sources)
+    if wanted.of == "features":
+        assert engine.rerun is not None
+        await attributor.open(engine.rerun.of("clt"))
+
+
 async def _after(
     attributor: Attributor,
     parts: Decomposition,
@@ -176,6 +187,7 @@ async def _after(
             else:
                 rerun = attributor.engine.rerun
                 assert rerun is not None  # see `check_rerun`
+                await attributor.open(rerun.of(one.dictionary))
                 found += await attributor.batcher.run_between(rerun.run, pixels[None], [one], spent=float(place))
         except InterventionError as error:
             raise _refused(error, "edits" if request.variants is None else f"variants.{place}") from error

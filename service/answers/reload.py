@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from vitrine.models.bundle.bundle import BundleError, open_bundle
 from vitrine.models.bundle.label_sets import LabelSetError
+from vitrine.models.interventions.edit import EditError
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.engine.runtime import EngineError
 from vitrine.service.errors import ServiceError
@@ -24,7 +25,8 @@ from vitrine.service.operations.logs import logger
 from vitrine.service.operations.settings import Settings, SettingsError
 from vitrine.service.schemas.base import Model
 
-RELOAD_ERRORS = (BundleError, LabelSetError, EngineError, SettingsError)  # errors in a bundle or in the settings
+# errors in a bundle, in what lies beside it, or in the settings
+RELOAD_ERRORS = (BundleError, LabelSetError, EditError, EngineError, SettingsError)
 Result = TypeVar("Result")
 
 
@@ -91,8 +93,9 @@ class Serving:
                 instance.unused.set()
 
     async def reload(self) -> Reloaded:
-        """Load the bundle, label sets and keys that the settings name, as they are now, while the previous ones stay in
-        service; then use them for new requests. Returns (current, previous), closing the latter after its last answer.
+        """Load the bundle, label sets, edits and keys that the settings name, as they are now, while the previous ones
+        stay in service; then use them for new requests. Returns (current, previous), closing the latter after its last
+        answer.
 
         One reload runs at a time. All that are asked for meanwhile are answered by one more: it reads what is there
         after each of them was asked for.

@@ -6,12 +6,12 @@ from vitrine.models.bundle.label_sets import DEFAULT
 from vitrine.service.engine.labels import LabelEncoder
 from vitrine.service.errors import ServiceError
 from vitrine.service.operations.settings import Settings
-from vitrine.service.schemas.classify import ClassifyRequest
+from vitrine.service.schemas.classify import LabelsRequest
 
 Texts = tuple[tuple[str, ...], tuple[str, ...]]  # labels, templates
 
 
-def resolve_texts(request: ClassifyRequest, encoder: LabelEncoder, settings: Settings) -> Texts:
+def resolve_texts(request: LabelsRequest, encoder: LabelEncoder, settings: Settings) -> Texts:
     """(labels, templates) of a request, defaults filled in, within the limits. Raises `ServiceError`."""
     if request.labels is not None and request.label_set is not None:
         raise ServiceError("invalid_request", "give `labels` or `label_set`, not both")

@@ -42,6 +42,7 @@ class RerunGraphs:
     whatever the vision graph's precision."""
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
+        self.bundle = bundle
         self._clt = RerunGraph(bundle, runtime, RERUN)
         self._residual = RerunGraph(bundle, runtime, RESIDUAL_RERUN) if bundle.has_residual_rerun else None
 

@@ -87,8 +87,9 @@ def circuit_page(bundle: Bundle, circuits: Sequence[GroupedCircuit], count: int,
 async def _page(attributor: Attributor, content: bytes, request: AttributeRequest) -> str:
     """The page, with heat map and source account if the bundle provides them, and the cards of all listed features."""
     bundle = attributor.bundle
-    explain: dict[str, Any] = {"heatmap": attributor.engine.has_details, "attention": None}
-    if not request.explain.sources and (baselines := source_baselines(attributor.engine)):
+    edited = attributor.edits.chosen(request.edit) is not None  # then there is the ledger alone
+    explain: dict[str, Any] = {"heatmap": attributor.engine.has_details and not edited, "attention": None}
+    if not edited and not request.explain.sources and (baselines := source_baselines(attributor.engine)):
         explain |= {"sources": True, "baseline": baselines[-1]}
     answer = await answer_attribute(attributor, content, _with_explain(request, **explain), IDENTITY)
     cards = {

@@ -30,6 +30,9 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
         bar = _bar(prediction.probability, 1.0, 20)
         table.add_row(Text(prediction.label), f"{prediction.probability:.1%}", bar, f"{prediction.logit:.2f}")
     console.print(table)
+    if answer.edit is not None:
+        was = "applied" if answer.edit.applied else "not applied: its condition is not met"
+        console.print(Text(f"edit {answer.edit.name} ({answer.edit.digest[:19]}…, {answer.edit.mode}): {was}"))
     for warning in answer.warnings:
         console.print(Text(f"warning: {warning.message}", style="yellow"))
     for explanation in answer.explanations:

@@ -18,7 +18,8 @@ from vitrine.service.answers.reload import Serving
 from vitrine.service.answers.serialise import json_text
 from vitrine.service.errors import ServiceError, queue_full
 from vitrine.service.operations.keys import Keys
-from vitrine.service.schemas.classify import Prediction
+from vitrine.service.schemas.classify import ClassifyRequest, Prediction
+from vitrine.service.schemas.embed import EmbedRequest
 
 Images = TypeVar("Images")
 Payload = TypeVar("Payload")
@@ -34,6 +35,7 @@ async def handle(
     with lease_attributor(request) as attributor:
         async with _deadline(request):
             images, payload = await read()
+            log_edit(request, attributor, payload)
             return await _until_disconnect(request, answer(attributor, images, payload, request.scope["request_id"]))
 
 
@@ -91,10 +93,20 @@ async def _until_disconnect(request: Request, answer: Coroutine[Any, Any, Answer
                     await task
 
 
+def log_edit(request: Request, attributor: Attributor, payload: Any) -> None:
+    """Add the edit that a request is answered with to its log line, whatever becomes of it; unknown names are not
+    logged."""
+    if isinstance(payload, ClassifyRequest | EmbedRequest):
+        name = attributor.edits.default if payload.edit is None else payload.edit
+        if (served := attributor.edits.named.get(name or "")) is not None:
+            request.scope.setdefault("vitrine.log", {}).update(edit=name, edit_digest=served.edit.digest)
+
+
 def log_predictions(request: Request, *predictions: list[Prediction]) -> None:
     """Add the predicted labels to the request's log line, if `log_labels` is set."""
     if request.app.state.settings.log_labels:
-        request.scope["vitrine.log"] = {"predicted": [ranked[0].label for ranked in predictions]}
+        predicted = [ranked[0].label for ranked in predictions]
+        request.scope.setdefault("vitrine.log", {})["predicted"] = predicted
 
 
 def json_response(answer: BaseModel) -> Response:

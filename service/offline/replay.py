@@ -93,7 +93,7 @@ def replay(
     if isinstance(inputs, Files) and inputs.kind == "folder":
         folders, inputs = by_class(inputs)
     labels = list(labels or dict.fromkeys(map(class_label, folders)) or manifest.text.labels)
-    label_of_folder = _labels_of(folders, labels)
+    label_of_folder = labels_of(folders, labels)
     label_set = LabelEncoder(engine, capacity=len(labels)).label_set(labels, manifest.text.templates)
     chosen = list(range(len(inputs)))
     if count is not None and count < len(inputs):
@@ -156,7 +156,7 @@ def replay(
     )
 
 
-def _labels_of(folders: Sequence[str], labels: Sequence[str]) -> dict[str, int]:
+def labels_of(folders: Sequence[str], labels: Sequence[str]) -> dict[str, int]:
     """Of each folder the number of its label. Raises `ReplayError` for those that have none."""
     numbers = {label: number for number, label in enumerate(labels)}
     unknown = [folder for folder in folders if class_label(folder) not in numbers] or unknown_ids(folders)

@@ -14,6 +14,7 @@ from vitrine.models.account.sources import accounts
 from vitrine.models.bundle.bundle import Bundle, BundleError, open_bundle
 from vitrine.models.bundle.layout import CARDS, RERUN, RESIDUAL_TRACE, Dictionary, vision_file
 from vitrine.models.interventions.changes import resolve
+from vitrine.models.interventions.edit_files import bundle_edits, changes_of
 from vitrine.models.interventions.network import BundleNetwork
 from vitrine.models.interventions.spec import Intervention
 from vitrine.service.answers.attention import score_accounts
@@ -34,7 +35,7 @@ DIRECTIONS = 4  # in embedding space, whose source accounts are checked
 
 
 def verify(path: Path) -> Bundle:
-    """The opened bundle. Raises `BundleError` or `EngineError` for the first error in it."""
+    """The opened bundle. Raises `BundleError`, `EngineError` or `EditError` for the first error in it."""
     bundle = open_bundle(path)
     # before the graphs, whose errors for a damaged table are less clear
     _ = bundle.directions, bundle.fold, bundle.attention_fold, bundle.baseline, bundle.label_sets
@@ -52,6 +53,9 @@ def verify(path: Path) -> Bundle:
         check_unit(encoder.encode(text.labels, text.templates), f"{file}: the embedding of a label")
     for dictionary in CARDS:
         _check_cards(bundle, dictionary)
+    network = BundleNetwork(bundle)
+    for edit in bundle_edits(bundle).values():
+        changes_of(edit, bundle, network)
     return bundle
 
 

@@ -69,6 +69,7 @@ BYTES_IN_HAND_LIMIT = Gauge(
     "vitrine_bytes_in_hand_limit", "Bytes that may be in hand; uploads beyond are refused", multiprocess_mode="livesum"
 )
 LABELS = Counter("vitrine_labels_total", "Labels, by where their embeddings came from", ["source"])
+EDITS = Counter("vitrine_edits_total", "Images asked with an edit, by whether it was applied", ["edit", "applied"])
 RELOADS = Counter("vitrine_reloads_total", "Bundles taken over and refused", ["outcome"])
 DECODER_RESTARTS = Counter(
     "vitrine_decoder_restarts_total", "Decoder processes that ended and were replaced", ["reason"]

@@ -50,6 +50,15 @@ class Settings(BaseSettings):
     label_sets: Path | None = Field(
         default=None, description="directory of named label sets, NAME.json each; encoded before the service is ready"
     )
+    edits: Path | None = Field(
+        default=None, description="directory of edits, NAME.json each, beside those that the bundle brings along"
+    )
+    edit: str | None = Field(
+        default=None, description="the edit for requests that name none; it must be there and fit the bundle"
+    )
+    edit_key_file: Path | None = Field(
+        default=None, description="a secret key: edits that are not signed by it are refused; read again by a reload"
+    )
     provider: Literal["cpu", "cuda", "tensorrt"] = Field(
         default="cpu", description="where the graphs run; a provider that is not there stops the start"
     )
@@ -175,7 +184,7 @@ class Settings(BaseSettings):
     def _drop_empty(cls, values: dict[str, Any]) -> dict[str, Any]:
         """An empty path or address, as compose files make them, is none. Keys stay, and are refused: access that should
         be restricted would be open."""
-        defaults = {name: field.default for name, field in cls.model_fields.items() if "keys" not in name}
+        defaults = {name: field.default for name, field in cls.model_fields.items() if "key" not in name}
         absent = {name for name, default in defaults.items() if default is None or isinstance(default, Path)}
         return {name: value for name, value in values.items() if value != "" or name not in absent}
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from vitrine.service.schemas.attention import AttentionAccount, HeadQuestion
 from vitrine.service.schemas.base import AnswerShape, Label, Labels, RequestShape, TimingsMs, Warnings, WithImage
 from vitrine.service.schemas.classify import ClassifyRequest, Prediction
+from vitrine.service.schemas.edits import EditUsed
 from vitrine.service.schemas.residual import ResidualFeatures
 from vitrine.service.schemas.sources import SourceAccount
 
@@ -147,6 +148,7 @@ class Fidelity(BaseModel):
 class Attribution(BaseModel):
     """The prediction of one image, and the account of it."""
 
+    edit: EditUsed | None = None
     warnings: Warnings = []
     predictions: list[Prediction]
     explanations: list[Explanation]

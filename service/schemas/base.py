@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from vitrine.service.errors import ServiceError
+from vitrine.service.schemas.edits import EditUsed
 
 Shape = TypeVar("Shape", bound=BaseModel)
 Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -63,6 +64,7 @@ class AnswerShape(BaseModel):
 
     request_id: str
     model: Model
+    edit: EditUsed | None = Field(default=None, description="null: the answer is CLIP's as it is")
     warnings: Warnings = []
 
 

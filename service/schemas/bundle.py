@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from vitrine.models.bundle.layout import Dictionary
 from vitrine.models.interventions.spec import Mode
 from vitrine.service.schemas.base import Model, Warnings
+from vitrine.service.schemas.edits import EditSummary
 
 
 class ModelResponse(BaseModel):
@@ -30,6 +31,9 @@ class ModelResponse(BaseModel):
         description="what `mode` of interventions may be; empty where the bundle was exported before there were any"
     )
     card_dictionaries: list[Dictionary] = Field(description="of whose features there are cards")
+
+    edits: list[EditSummary] = Field(description="that a request may name under `edit`")
+    default_edit: str | None = Field(description="for requests that name none; null: CLIP as it is")
     warnings: Warnings = []
 
 

@@ -8,10 +8,10 @@ from pydantic import BaseModel, Field
 
 from vitrine.models.bundle.layout import Dictionary
 from vitrine.service.schemas.base import AnswerShape, Label, TimingsMs, WithImage
-from vitrine.service.schemas.classify import ClassifyRequest, Prediction
+from vitrine.service.schemas.classify import LabelsRequest, Prediction
 
 
-class CircuitRequest(ClassifyRequest):
+class CircuitRequest(LabelsRequest):
     dictionary: Dictionary = Field(
         default="clt",
         description="whose features: of the CLT, which any layer below made, or of the residual SAEs, which the one "

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pydantic import BaseModel, Field, field_validator
 
 from vitrine.service.schemas.base import AnswerShape, Labels, RequestShape, Strict, Templates, TimingsMs, WithImage
+from vitrine.service.schemas.edits import EDIT
 
 
-class ClassifyRequest(RequestShape):
+class LabelsRequest(RequestShape):
     """Labels and templates; without either, the bundle's own."""
 
     labels: Labels | None = Field(default=None, examples=[["cat", "dog", "truck"]])
@@ -22,6 +23,12 @@ class ClassifyRequest(RequestShape):
         if labels and len(set(labels)) < len(labels):
             raise ValueError("labels must differ from one another")
         return labels
+
+
+class ClassifyRequest(LabelsRequest):
+    """The same, of CLIP or of an edited one."""
+
+    edit: str | None = Field(default=None, description=EDIT)
 
 
 class ClassifyJson(ClassifyRequest, WithImage):

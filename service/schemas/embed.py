@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from vitrine.service.schemas.base import AnswerShape, Base64, Labels, RequestShape, Strict, TimingsMs
+from vitrine.service.schemas.edits import EDIT
 
 
 class EmbedRequest(RequestShape):
@@ -12,6 +13,7 @@ class EmbedRequest(RequestShape):
 
     texts: Labels | None = Field(default=None, examples=[["a photo of a cat"]], description="embedded as they are")
     strict: Strict = False
+    edit: str | None = Field(default=None, description=f"of the image's embedding: {EDIT}")
 
 
 class EmbedJson(EmbedRequest):

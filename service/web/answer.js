@@ -61,9 +61,10 @@
     return `${best.label}, ${percent(best.probability)}. ${account} Trust: ${trust}.${Vitrine.warnings.spoken(answer.warnings)}`;
   }
 
-  /** Which model answered. @returns {string} */
-  function origin({ model }) {
-    return `${model.name} · ${model.digest.replace("sha256:", "").slice(0, 12)}`;
+  /** Which model answered, and with which edit. @returns {string} */
+  function origin({ model, edit }) {
+    const edited = edit ? ` · edit ${edit.name}, ${edit.applied ? "applied" : "not applied"}` : "";
+    return `${model.name} · ${model.digest.replace("sha256:", "").slice(0, 12)}${edited}`;
   }
 
   Vitrine.answer = { create, spoken, origin };

@@ -104,9 +104,9 @@
       return { found: await api.post("v1/attribute", blob, name, first, options), request: first };
     } catch (error) {
       if (error.code !== "invalid_request") throw error;
-      const { digest } = model;
+      const { digest, default_edit: edit } = model;
       model = await api.get("v1/model");
-      if (model.digest === digest) throw error;
+      if (model.digest === digest && model.default_edit === edit) throw error;
       const request = asked(wanted);
       return { found: await api.post("v1/attribute", blob, name, request, options), request };
     }
@@ -130,9 +130,12 @@
     if (named === null) throw new api.CallError("Name at least one label, or choose a set of them.", "no_labels");
     const known = (label) => label !== null && labels.listed().includes(label);
     const explain = {};
-    if (model.manifest.files["attention.npy"]) explain.heatmap = true;
-    const baseline = model.source_baselines.at(-1); // the average picture, where the bundle has one
-    if (baseline) Object.assign(explain, { sources: true, baseline });
+    if (!model.default_edit) {
+      // of an edited network there is the ledger alone
+      if (model.manifest.files["attention.npy"]) explain.heatmap = true;
+      const baseline = model.source_baselines.at(-1); // the average picture, where the bundle has one
+      if (baseline) Object.assign(explain, { sources: true, baseline });
+    }
     if (known(target)) explain.targets = [target];
     if (known(contrast) && contrast !== target) explain.contrast = contrast;
     return Object.keys(explain).length ? { ...named, explain } : named;

@@ -12,6 +12,8 @@ from vitrine.commands.cards import cards
 from vitrine.commands.circuit import circuit
 from vitrine.commands.common import errors_as_messages
 from vitrine.commands.doctor import doctor
+from vitrine.commands.edit import create, list_edits, show
+from vitrine.commands.edit import verify as verify_edits
 from vitrine.commands.evaluate import evaluate
 from vitrine.commands.export import export
 from vitrine.commands.intervene import intervene
@@ -49,8 +51,22 @@ EXAMPLES: dict[Callable[..., None], str] = {
     "vitrine circuit photo.jpg --dictionary residual",
     intervene: "vitrine intervene photo.jpg --edit 'ablate 7/123'; vitrine intervene photo.jpg --counterfactual dog",
 }
+EDIT_EXAMPLES: dict[str, tuple[Callable[..., None], str]] = {
+    "create": (
+        create,
+        'vitrine edit create no-snow --description \'snow is no husky\' --edit \'{"op": "ablate", "layer": 9, '
+        '"index": 120}\' --images photos --out edits',
+    ),
+    "show": (show, "vitrine edit show no-snow --edits edits"),
+    "list": (list_edits, "vitrine edit list --bundle bundles/b32 --edits edits"),
+    "verify": (verify_edits, "vitrine edit verify edits/no-snow.json --key-file key --bundle bundles/b32"),
+}
 for command, example in EXAMPLES.items():
     app.command(epilog=f"Example: {example}")(errors_as_messages(command))
+edit = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Interventions that are kept, served by name.")
+for name, (command, example) in EDIT_EXAMPLES.items():
+    edit.command(name, epilog=f"Example: {example}")(errors_as_messages(command))
+app.add_typer(edit, name="edit")
 
 
 def main() -> None:

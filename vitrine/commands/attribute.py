@@ -12,6 +12,7 @@ import typer
 from vitrine.commands.common import (
     Baseline,
     BundlePath,
+    EditName,
     LabelsFile,
     LabelsList,
     SourceBaseline,
@@ -49,6 +50,7 @@ def attribute(
             "Tokens count from 0, which is [CLS] and the default query. Default key: where it looks most."
         ),
     ] = None,
+    edit: EditName = None,
     bundle: BundlePath = None,
     as_json: Annotated[bool, typer.Option("--json", help="The service's JSON instead of tables.")] = False,
     svg: Annotated[Path | None, typer.Option(help="The tables as a picture too, in this file.")] = None,
@@ -70,7 +72,7 @@ def attribute(
     for file in (svg, html):
         if file is not None:
             prepare_file(file)
-    fields: dict[str, Any] = {"strict": strict, "top_k": top_k}
+    fields: dict[str, Any] = {"strict": strict, "top_k": top_k, "edit": edit}
     fields["explain"] = {"contrast": contrast, "features": features}
     fields["explain"] |= {"sources": sources, "source_features": source_features, "baseline": baseline.value}
     fields["explain"]["residual"] = residual

@@ -11,6 +11,7 @@ from vitrine.commands.common import (
     INPUTS,
     Baseline,
     BundlePath,
+    EditName,
     LabelsFile,
     LabelsList,
     SkipBroken,
@@ -40,6 +41,7 @@ def bulk(
         int, typer.Option(min=0, help="Features listed of a source account, of all layers; 0: no such account.")
     ] = 0,
     baseline: Baseline = SourceBaseline.zero,
+    edit: EditName = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: VITRINE_BATCH_SIZE.")] = None,
     part_size: Annotated[int, typer.Option(min=1, help="Images in one Parquet file.")] = 512,
     ray: Annotated[int, typer.Option(min=0, help="Processes of Ray's (vitrine[bulk]); 0: this one alone.")] = 0,
@@ -64,7 +66,7 @@ def bulk(
     from vitrine.service.schemas.attribute import AttributeRequest
     from vitrine.service.schemas.base import validated
 
-    fields: dict[str, Any] = {"label_set": label_set, "templates": template, "top_k": top_k}
+    fields: dict[str, Any] = {"label_set": label_set, "templates": template, "top_k": top_k, "edit": edit}
     explain = {"features": features, "sources": sources > 0, "source_features": sources, "baseline": baseline.value}
     fields |= {"explain": explain, "labels": chosen_labels(labels, labels_file)}
     request, settings = validated(AttributeRequest, fields), load_settings()

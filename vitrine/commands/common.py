@@ -59,6 +59,10 @@ BundlePath = Annotated[
     Path | None, typer.Option("--bundle", help="Bundle directory; default: VITRINE_BUNDLE, or the embedded demo.")
 ]
 
+EditName = Annotated[
+    str | None, typer.Option("--edit", help="An edit, by its name; default: VITRINE_EDIT; none: CLIP as it is.")
+]
+
 
 class SourceBaseline(StrEnum):
     zero = "zero"

@@ -70,6 +70,8 @@ async def model(request: Request) -> Response:
                 circuit_dictionaries=circuit_dictionaries(attributor.engine),
                 interventions=attributor.engine.interventions,
                 card_dictionaries=card_dictionaries(attributor.bundle),
+                edits=[served.summary for served in attributor.edits.named.values()],
+                default_edit=attributor.edits.default,
             )
         )
 

@@ -19,7 +19,9 @@ from vitrine.models.files.names import display
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import create, prepare_folder
 from vitrine.models.inputs.source import Source
+from vitrine.service.answers.explain import check_edited
 from vitrine.service.answers.sources import check_sources
+from vitrine.service.engine.edits import named_edit
 from vitrine.service.engine.runtime import choose
 from vitrine.service.errors import ServiceError
 from vitrine.service.offline.bulk.errors import BulkError
@@ -57,6 +59,8 @@ class Job(BaseModel):
     # Absent in folders that were begun before there were source accounts; these are taken up as they are.
     sources: int = 0  # features listed of the source account; 0: none is made
     baseline: Literal["zero", "mean"] = "zero"
+    edit: str | None = None  # its name
+    edit_digest: str | None = None
 
     @property
     def parts(self) -> int:
@@ -80,9 +84,11 @@ def make_job(
 ) -> Job:
     """The job of answering `request` for every image of `source`, which was opened as `path` and `column`.
 
-    Raises `ServiceError` for an unknown label set or for sources that the bundle does not have, `EngineError` for a
-    precision that it does not have.
+    Raises `ServiceError` for an unknown label set or edit, and for sources that the bundle does not have or that an
+    edit excludes, `EngineError` for a precision that it does not have.
     """
+    if (edit := named_edit(bundle, settings, request.edit)) is not None:
+        check_edited(request.explain)
     check_sources(request.explain, bundle, enabled=settings.sources)
     labels, templates = _texts(bundle, settings, request)
     return Job(
@@ -106,6 +112,8 @@ def make_job(
         max_jpeg_pixels=settings.max_jpeg_pixels,
         sources=request.explain.source_features if request.explain.sources else 0,
         baseline=request.explain.baseline,
+        edit=edit.name if edit else None,
+        edit_digest=edit.digest if edit else None,
     )
 
 

@@ -67,6 +67,7 @@ class Row(BaseModel):
     fidelity: Fidelity
     warnings: list[str] = Field(description="codes of what was done to the image that one may not expect")
     sources: Sources | None = Field(default=None, description="no column unless they are asked for")
+    edited: bool | None = Field(default=None, description="whether the run's edit was applied; no column without one")
 
 
 class Problem(BaseModel):
@@ -99,7 +100,13 @@ ROW_TYPES = {
 SOURCES_TYPES = {
     "sources": f"STRUCT(logit DOUBLE, features {_FEATURE}[], error_share DOUBLE, remainder DOUBLE)",
 }
+EDITED_TYPES = {"edited": "BOOLEAN"}
 PROBLEM_TYPES = {"id": "BIGINT", "name": "VARCHAR", "code": "VARCHAR", "message": "VARCHAR"}
+
+
+def row_types(with_sources: bool, with_edit: bool) -> dict[str, str]:
+    """The columns of a run's rows."""
+    return ROW_TYPES | (SOURCES_TYPES if with_sources else {}) | (EDITED_TYPES if with_edit else {})
 
 
 def row(
@@ -112,6 +119,7 @@ def row(
     count: int,
     notes: Sequence[Note] = (),
     sources: Sources | None = None,
+    edited: bool | None = None,
 ) -> str:
     """A `Row` as JSON. count: features listed, over all layers."""
     predictions = predict(parts, labels, bundle.manifest.logit_scale, top_k)
@@ -128,7 +136,8 @@ def row(
         fidelity=fidelity,
         warnings=[note.code for note in notes],
         sources=sources,
-    ).model_dump_json(exclude={"sources"} if sources is None else None)
+        edited=edited,
+    ).model_dump_json(exclude={name for name, value in (("sources", sources), ("edited", edited)) if value is None})
 
 
 def short_sources(account: SourceAccount) -> Sources:
@@ -143,10 +152,12 @@ def short_sources(account: SourceAccount) -> Sources:
     )
 
 
-def write_part(out: Path, part: int, rows: Iterable[str], problems: Iterable[str], with_sources: bool = False) -> None:
+def write_part(
+    out: Path, part: int, rows: Iterable[str], problems: Iterable[str], types: Mapping[str, str] = ROW_TYPES
+) -> None:
     """Write a part from rows and problems as JSON, in the order of their inputs. The part is done afterwards.
 
-    with_sources: whether the rows have `sources`.
+    types: the rows' columns (`row_types`).
     """
     name, problems = f"part-{part:06}.parquet", list(problems)
     errors = out / ERRORS / name
@@ -156,7 +167,7 @@ def write_part(out: Path, part: int, rows: Iterable[str], problems: Iterable[str
         _write(errors, problems, PROBLEM_TYPES)
     else:  # left by a run that was killed between the two writes, and whose images have been repaired since
         errors.unlink(missing_ok=True)
-    _write(out / name, rows, ROW_TYPES | SOURCES_TYPES if with_sources else ROW_TYPES)
+    _write(out / name, rows, types)
 
 
 def done_parts(out: Path) -> set[int]:

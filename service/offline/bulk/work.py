@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,16 @@ from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.images.decode import ImageLimits, Note
 from vitrine.models.inputs.source import Item, Source
+from vitrine.models.interventions.edit import NONE
 from vitrine.service.answers.sources import directions, source_accounts
 from vitrine.service.engine.decoders import Decoders
+from vitrine.service.engine.edits import load_edits, run_edited
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.labels import LabelEncoder
 from vitrine.service.errors import ServiceError
+from vitrine.service.offline.bulk.errors import BulkError
 from vitrine.service.offline.bulk.job import Job
-from vitrine.service.offline.bulk.tables import Problem, Sources, row, short_sources, write_part
+from vitrine.service.offline.bulk.tables import Problem, Sources, row, row_types, short_sources, write_part
 from vitrine.service.offline.failures import failure
 from vitrine.service.operations.settings import Settings
 from vitrine.service.schemas.attribute import Explain
@@ -71,6 +74,9 @@ class Worker:
         self.engine = Engine(bundle, work.settings.model_copy(update=unused))
         if self.engine.sources is not None:
             self.engine.sources.open()  # an error comes before the first image
+        self.edit = load_edits(self.engine, work.settings).chosen(job.edit or NONE)
+        if self.edit is not None and self.edit.edit.digest != job.edit_digest:
+            raise BulkError(f"the edit {job.edit!r} is another one by now than when the run was started")
         encoder = LabelEncoder(self.engine, capacity=len(job.labels))
         self.labels = asyncio.run(encoder.resolve(job.labels, job.templates, _call_directly))
         self.engine.warm_up()
@@ -82,6 +88,7 @@ class Worker:
         items = itertools.chain.from_iterable(self.reader.items(*limits) for limits in bounds.values())
         # two thread pools: one decodes and accounts, one writes
         settings, job = self.work.settings, self.work.job
+        types = row_types(job.sources > 0, job.edit is not None)
         limits = ImageLimits(job.max_image_pixels, job.max_image_side, job.max_jpeg_pixels)
         decoders = Decoders(
             settings.decode_threads, self.bundle.manifest.preprocessing, limits, settings.decode_seconds
@@ -97,7 +104,7 @@ class Worker:
                 yield from self._answer(itertools.islice(decoded, stop - start), pool, rows, problems)
                 if writing is not None:
                     writing.result()  # at most one part is being written while the next is computed
-                writing = writer.submit(_write, self.work.out, part, rows, problems, job.sources > 0)
+                writing = writer.submit(_write, self.work.out, part, rows, problems, types)
             if writing is not None:
                 writing.result()
         finally:
@@ -149,11 +156,13 @@ class Worker:
     def _infer(self, batch: list[_Decoded], pool: ThreadPoolExecutor) -> list[Future[str]]:
         job = self.work.job
         common = (self.labels, self.bundle, job.top_k, job.features)
-        decompositions = self.engine.explain(np.stack([decoded.pixels for decoded in batch]))
-        return [
-            pool.submit(row, item.id, item.name, parts, *common, notes, self._sources(pixels, parts))
-            for (item, pixels, notes), parts in zip(batch, decompositions, strict=True)
-        ]
+        stacked = np.stack([decoded.pixels for decoded in batch])
+        edited = run_edited(self.engine, self.edit, stacked, self.labels.embeddings)
+        rows = []
+        for (item, pixels, notes), (parts, applied) in zip(batch, edited, strict=True):
+            sources, was_edited = self._sources(pixels, parts), None if self.edit is None else applied
+            rows.append(pool.submit(row, item.id, item.name, parts, *common, notes, sources, was_edited))
+        return rows
 
     def _sources(self, pixels: NDArray[np.float32], parts: Decomposition) -> Sources | None:
         """The source account of an image's top-1, if the job asks for it.
@@ -180,9 +189,9 @@ def _decode(item: Item, decoders: Decoders) -> _Decoded | Problem:
     return Problem(id=item.id, name=item.name, code=code, message=message)
 
 
-def _write(out: Path, part: int, rows: list[Future[str]], problems: list[Problem], with_sources: bool) -> None:
+def _write(out: Path, part: int, rows: list[Future[str]], problems: list[Problem], types: Mapping[str, str]) -> None:
     lines = (problem.model_dump_json() for problem in problems)
-    write_part(out, part, (row.result() for row in rows), lines, with_sources)
+    write_part(out, part, (row.result() for row in rows), lines, types)
 
 
 async def _call_directly(function: Callable[..., Any], *arguments: Any, spent: float) -> Any:

@@ -43,8 +43,8 @@ def test_every_format_is_answered(server, picture, format):
 def test_answer_has_exactly_the_fields_of_the_contract(server, picture):
     answer = server.attribute(picture())
     assert set(answer) == {
-        "request_id", "model", "warnings", "predictions", "explanations", "lens", "matrix", "attention", "residual",
-        "fidelity", "timings_ms",
+        "request_id", "model", "edit", "warnings", "predictions", "explanations", "lens", "matrix", "attention",
+        "residual", "fidelity", "timings_ms",
     }  # fmt: skip
     assert answer["lens"] is answer["matrix"] is answer["residual"] is answer["explanations"][0]["heatmap"] is None
     assert set(answer["model"]) == {"name", "digest"}
@@ -280,7 +280,7 @@ def test_classify_is_attribute_without_the_account(server, picture):
     ):
         assert response.status_code == 200
         answer = response.json()
-        assert set(answer) == {"request_id", "model", "warnings", "predictions", "timings_ms"}
+        assert set(answer) == {"request_id", "model", "edit", "warnings", "predictions", "timings_ms"}
         assert (answer["model"], answer["predictions"]) == (full["model"], full["predictions"])
 
 
@@ -310,6 +310,8 @@ def test_model_is_the_bundle_that_is_served(server, carded, picture):
         "circuit_dictionaries",
         "interventions",
         "card_dictionaries",
+        "edits",
+        "default_edit",
         "warnings",
     }
     assert answer["digest"] == carded.digest
