@@ -57,10 +57,11 @@ def _ranking(report: Report) -> Table:
         "feature",
         "label of its card",
         "exemplars",
-        "logits with the cue",
+        "group",
+        "logits in the group",
         "with the label",
         "effect size",
-        left=3,
+        left=4,
     )
     for feature in report.ranking:
         exemplars = ", ".join(map(printable, feature.exemplars[:SHOWN_EXEMPLARS]))
@@ -68,6 +69,7 @@ def _ranking(report: Report) -> Table:
             f"{feature.layer}/{feature.index}",
             feature.label or "",
             exemplars,
+            printable(feature.group),
             interval(feature.logits, 1, 3),
             f"{feature.label_logits:+.3f}",
             f"{feature.size:+.2f}",

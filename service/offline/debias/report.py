@@ -16,7 +16,8 @@ class Ranked(BaseModel):
     layer: int
     index: int
     pair: tuple[str, str] = Field(description="the labels")
-    logits: Estimate = Field(description="how many more the feature gives with the cue than without, within a label")
+    group: str
+    logits: Estimate = Field(description="how many more the feature gives in this group than in others, within a label")
     label_logits: float = Field(description="how many more with the first label than with the second, within a group")
     size: float = Field(description="`logits` over the standard deviation within label and group")
     label: str | None = Field(description="of its card")

@@ -39,6 +39,7 @@ def shown(
                 layer=layer,
                 index=index,
                 pair=(half.label_names[first], half.label_names[second]),
+                group=half.group_names[contrast.group],
                 logits=group_effect(values, some.labels == first, some.groups == contrast.group, bootstrap),
                 label_logits=place.label,
                 size=place.size,
