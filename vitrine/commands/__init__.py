@@ -11,6 +11,7 @@ from vitrine.commands.bulk import bulk
 from vitrine.commands.cards import cards
 from vitrine.commands.circuit import circuit
 from vitrine.commands.common import errors_as_messages
+from vitrine.commands.debias import debias
 from vitrine.commands.doctor import doctor
 from vitrine.commands.evaluate import evaluate
 from vitrine.commands.export import export
@@ -45,6 +46,8 @@ EXAMPLES: dict[Callable[..., None], str] = {
     attribute: "vitrine attribute photo.jpg --labels cat,dog,truck --contrast dog --sources",
     circuit: "vitrine circuit photo.jpg --label cat --html cat.html; vitrine circuit photos/cat --images 50; "
     "vitrine circuit photo.jpg --dictionary residual",
+    debias: "vitrine debias --data waterbirds --groups waterbirds/metadata.csv --labels landbird,waterbird "
+    "--out no-water.json; vitrine debias --data photos --cue 'a red background' --out no-red.json",
 }
 for command, example in EXAMPLES.items():
     app.command(epilog=f"Example: {example}")(errors_as_messages(command))

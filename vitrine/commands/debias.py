@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -49,6 +50,7 @@ def debias(
         typer.Option(help="How groups are found; default: by the table's column, else the cue, else the errors."),
     ] = None,
     cap: Annotated[float, typer.Option(min=0, max=100, help="Points of average accuracy that an edit may cost.")] = 1.0,
+    description: Annotated[str | None, typer.Option(help="Of the edit; default: what was found.")] = None,
     seed: Annotated[int, typer.Option(help="Of drawn halves, resamples and random features.")] = 0,
     report: Annotated[Path | None, typer.Option(help="All figures, as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="What is printed, as a page.")] = None,
@@ -62,10 +64,13 @@ def debias(
     from rich.console import Console
 
     from vitrine.commands.common import new_console
+    from vitrine.models.bundle.manifest import graphs_digest
     from vitrine.models.files.writing import prepare_file, write_text
+    from vitrine.models.interventions.edit import check_edit_name, create
     from vitrine.models.progress import track
     from vitrine.service.engine.engine import Engine
     from vitrine.service.engine.labels import LabelEncoder
+    from vitrine.service.offline.debias.errors import DebiasError
     from vitrine.service.offline.debias.pictures import Pictures
     from vitrine.service.offline.debias.printing import print_report
     from vitrine.service.offline.debias.question import Question
@@ -73,6 +78,7 @@ def debias(
     from vitrine.service.offline.debias.runner import BundleRunner
     from vitrine.service.operations.settings import load_settings
 
+    check_edit_name(out.stem)
     for file in (out, report, html):
         if file is not None:
             prepare_file(file)
@@ -98,3 +104,43 @@ def debias(
     with Pictures(data, opened.manifest.preprocessing, settings) as pictures:
         encoder, runner = LabelEncoder(engine, capacity=1), BundleRunner(engine)
         found = Debias(engine, encoder, runner, pictures, question, shown)(examples)
+    if report is not None:
+        write_text(report, found.model_dump_json(indent=2) + "\n")
+    console = new_console()
+    print_report(found, console)
+    if html is not None:
+        page = Console(record=True, file=io.StringIO(), width=180)
+        print_report(found, page)
+        write_text(html, page.export_html())
+    if found.mode is None:
+        raise DebiasError("no edit was better than none on the finding half; --report has all that was tried")
+    made = create(
+        out.stem,
+        description or found.description,
+        tuple(found.interventions),
+        found.mode,
+        graphs_digest(opened.manifest),
+        evidence=found.evidence(str(groups or data)),
+    )
+    write_text(out, made.text())
+    console.print(f"{made.name} {made.digest}, in {out}", soft_wrap=True, highlight=False)
+
+
+def _examples(
+    data: Path, groups: Path | None, columns: str | None, splits: str | None, labels: list[str] | None, seed: int
+) -> Examples:
+    """The images, with groups if a table has them."""
+    from vitrine.service.offline.debias.examples import of_folders, of_table
+    from vitrine.service.offline.debias.table import parse_columns, read_table
+
+    if groups is None:
+        if columns is not None or splits is not None:
+            raise typer.BadParameter("--columns and --splits are of --groups")
+        return of_folders(data, labels, seed)
+    halves = None
+    if splits is not None:
+        first, comma, second = (part.strip() for part in splits.partition(","))
+        if not (comma and first and second):
+            raise typer.BadParameter("give two values, FIND,HELD_OUT", param_hint="--splits")
+        halves = first, second
+    return of_table(read_table(groups, parse_columns(columns), labels), labels, seed, halves)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, JsonValue
 
 from vitrine.models.bootstrap import Estimate
 from vitrine.models.interventions.spec import Intervention, Mode
@@ -73,3 +73,14 @@ class Report(BaseModel):
     methods: list[Method] = Field(description="zero-shot first, the edit second, if there is one")
     left_out: list[str] = Field(description="baselines that could not be run, and why")
     seconds: float
+
+    @property
+    def description(self) -> str:
+        """Of the edit, in a sentence."""
+        cue = " or ".join(self.cue) if self.cue else ", ".join(self.groups)
+        return f"takes out what tells groups apart beside {', '.join(self.labels)} ({cue}): {self.proposed}"[:2000]
+
+    def evidence(self, data: str) -> dict[str, JsonValue]:
+        """What there is to say for the edit. data: of what images."""
+        fields: dict[str, JsonValue] = self.model_dump(mode="json", exclude={"interventions", "trials", "mode"})
+        return {"data": data} | fields

@@ -1,12 +1,17 @@
 """All of it, on a network whose cue is known: the cue's feature is first, and the edit takes it out."""
 
+import io
+import json
+
 import numpy as np
 import pytest
+from rich.console import Console
 from toy import Encoder, Engine, Runner, picture
 
 from vitrine.service.offline.debias.errors import DebiasError
 from vitrine.service.offline.debias.examples import of_table
 from vitrine.service.offline.debias.pictures import Pictures
+from vitrine.service.offline.debias.printing import print_report
 from vitrine.service.offline.debias.question import Question
 from vitrine.service.offline.debias.run import Debias
 from vitrine.service.offline.debias.table import Row
@@ -96,3 +101,18 @@ def test_nothing_to_repair_is_said(table):
     right = [row._replace(group=("one", "other")[number // 2 % 2]) for number, row in enumerate(right)]
     with pytest.raises(DebiasError, match="there is nothing to repair"):
         ask(folder, right)
+
+
+def test_what_was_found_is_printed_and_kept_as_evidence(report):
+    console = Console(file=io.StringIO(), width=200)
+    print_report(report, console)
+    printed = console.file.getvalue()
+    assert "0/0" in printed
+    for method in report.methods:
+        assert f"{100 * method.accuracy.worst.value:.1f} (" in printed
+    assert report.proposed in printed
+    assert "the toy has no mean activations" in printed
+    evidence = json.loads(json.dumps(report.evidence("toy.csv")))
+    assert evidence["data"] == "toy.csv"
+    assert evidence["methods"][1]["change"]["worst"]["value"] == pytest.approx(report.methods[1].change.worst.value)
+    assert "green" in report.description
