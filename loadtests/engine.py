@@ -59,7 +59,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from vitrine.models.account.ledger import Decomposition
-from vitrine.models.bundle.layout import DETAILS, DETAILS_INPUT, VISION_OUTPUTS
+from vitrine.models.bundle.layout import ALWAYS, DETAILS_INPUT, EVERY_OUTPUT, ON_REQUEST, VISION_OUTPUTS
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import Architecture
 from vitrine.models.dictionary.encoder import Encoder
@@ -167,7 +167,7 @@ def graphs(cache: Path, shape: Shape, features: int, k: int) -> tuple[Path, Path
         np.save(ours / "last_decoders.npy", graph.last_decoders.numpy())
         np.save(ours / "fold.npy", torch.cat([graph.fold, graph.beta[None]]).numpy())
         np.save(ours / "attention.npy", tower.attention_fold().numpy())
-        _write(to_onnx(graph, {"pixels": _example(model)}, VISION_OUTPUTS, DETAILS, DETAILS_INPUT), ours)
+        _write(to_onnx(graph, {"pixels": _example(model)}, ALWAYS, ON_REQUEST, DETAILS_INPUT), ours)
     return plain, ours
 
 
@@ -205,7 +205,7 @@ class ExportedGraph:
         )
 
     def graph(self, details: bool = False) -> list[Decomposition]:
-        names = (*VISION_OUTPUTS, *DETAILS) if details else VISION_OUTPUTS
+        names = EVERY_OUTPUT if details else VISION_OUTPUTS
         feeds = {"pixels": self.pixels, DETAILS_INPUT: np.array(details)}
         outputs = dict(zip(names, self.session.run(names, feeds), strict=True))
         return [Decomposition.from_batch(outputs, image, details) for image in range(len(self.pixels))]

@@ -275,11 +275,12 @@ def picture(draw, encode):
 
 @pytest.fixture(scope="session")
 def bundle(clip, clt, cls_mean, provenance, make_pixels, tmp_path_factory):
-    """The exported and opened bundle of `clip` and `clt`, with the replacement graph, source accounts and the average
-    of four images."""
+    """The exported and opened bundle of `clip` and `clt`, with the replacement graph, source accounts, interventions
+    and the average of four images."""
     out = tmp_path_factory.mktemp("bundles") / "tiny"
     images = [make_pixels(4, seed=11)]
-    return export_bundle(clip, clt, cls_mean, provenance, out, calibration=images, replacement=True, sources=True)
+    every = dict.fromkeys(("replacement", "sources", "rerun"), True)
+    return export_bundle(clip, clt, cls_mean, provenance, out, calibration=images, **every)
 
 
 @pytest.fixture(scope="session")

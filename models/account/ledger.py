@@ -7,6 +7,7 @@ The [CLS] residual before ln_post is a sum of components, r = sum_m c_m, in this
     L+1 .. 2L    clt        what the features of each source layer wrote, sum_{j >= i} z_i W^{i->j}
     2L+1         bias       the CLT's decoder biases, and ln_post's bias beta
     2L+2         error      what the MLPs wrote but the CLT did not: true MLP outputs - CLT outputs
+    2L+3         edit       after interventions in the running network (`models.graph.rerun`): what they added besides
 
 ln_post and the projection are affine once this image's standard deviation sigma is known (`Tower.fold`), and so is
 the division by the norm |z| of the embedding. So each component has a row in embedding space,
@@ -36,6 +37,15 @@ class Details:
     attention_weights: Array  # [L, H, T] of [CLS], over all tokens
     attention_values: Array  # [L, T, d] the values of each token, heads side by side, without the bias
     token_norms: Array  # [T] |residual| before the last block
+    # [L, H, d] what each head writes, values' bias included; with the outputs' biases the attention rows' components.
+    # None in bundles of older versions.
+    head_components: Array | None = None
+
+    @classmethod
+    def from_batch(cls, outputs: Mapping[str, Array], image: int) -> Details:
+        """One image of batched outputs, keyed by `models.bundle.layout.ON_REQUEST`."""
+        names = (field.name for field in fields(cls))
+        return cls(**{name: outputs[name][image] for name in names if name in outputs})
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ class Decomposition:
     r2: float  # of what the MLPs add to the embedding, relative to its mean over the training images
     cosine: float  # of the same quantity, CLT against the true MLPs
     details: Details | None = None
-    components: Array | None = None  # [R, d] the components themselves, in residual space
+    components: Array | None = None  # [R, d] in residual space; only where they are asked for
 
     @classmethod
     def from_batch(cls, outputs: Mapping[str, Array], image: int, with_details: bool = False) -> Decomposition:
@@ -73,7 +83,7 @@ class Decomposition:
             projection=part("projection"),
             r2=float(part("fidelity")[0]),
             cosine=float(part("fidelity")[1]),
-            details=Details(**{field.name: part(field.name) for field in fields(Details)}) if with_details else None,
+            details=Details.from_batch(outputs, image) if with_details else None,
             components=part("components") if "components" in outputs else None,
         )
 
@@ -116,13 +126,13 @@ class Ledger:
     bias: float
     error: float
     remainder: float  # logit - sum of all rows: rounding only
+    edit: float = 0.0  # only after interventions in the running network
 
     @property
     def gross(self) -> float:
         """Sum of |row|: the denominator of shares."""
-        return float(
-            abs(self.prior) + np.abs(self.attention).sum() + np.abs(self.clt).sum() + abs(self.bias) + abs(self.error)
-        )
+        single = abs(self.prior) + abs(self.bias) + abs(self.error) + abs(self.edit)
+        return float(single + np.abs(self.attention).sum() + np.abs(self.clt).sum())
 
 
 def logits(embedding: Array, labels: Array, logit_scale: float) -> Array:
@@ -147,9 +157,10 @@ def ledger(parts: Decomposition, direction: Array, logit_scale: float) -> Ledger
         prior=float(row[0]),
         attention=row[1 : 1 + layers],
         clt=row[1 + layers : 1 + 2 * layers],
-        bias=float(row[-2]),
-        error=float(row[-1]),
+        bias=float(row[parts.bias_row]),
+        error=float(row[parts.error_row]),
         remainder=logit - float(row.sum()),
+        edit=float(row[parts.error_row + 1 :].sum()),
     )
 
 

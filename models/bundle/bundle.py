@@ -8,7 +8,9 @@
     trace.onnx, sources.onnx, their .data: optional, source accounts (`models.account.sources`); tensors of the graphs
                          above are read from theirs
     scores.onnx          optional, with tensors of those: accounts of attention (`models.account.attention_score`)
-    baseline_activations.npy, baseline_written.npy: optional, the average picture, for source accounts about it
+    rerun.onnx           optional, with tensors of those: the network with interventions in it (`models.graph.rerun`)
+    baseline_activations.npy, baseline_written.npy, baseline_stream.npy: optional, the average picture, for source
+                         accounts about it and interventions that put it in
     residual_trace.onnx, residual_block_0.onnx and on, their .data: optional, residual SAEs: accounts and circuits by
                          features of the stream (`models.account.residual`), from the trace back block by block;
                          tensors of the graphs above are read from theirs, so they cannot lie in a folder of their own
@@ -19,6 +21,7 @@
                          graph reads the same file as its external data, so the table is stored once
     attention.npy        [L, d + 1, D]: what attention's value channels and biases add to the embedding, for heat maps;
                          older bundles lack it, and their graph has no input `details`
+    encoders.npy         [L, F, d]: what features read, shared in the same way; older bundles lack it
     last_decoders.npy    optional, [(L - 1) F, d], shared in the same way: what a feature writes to the last MLP output
     fold.npy             [d + 1, D]: ln_post and projection as a matrix M [d, D] and a bias beta [D]
     cards/               optional: what features fire on, as labels, numbers and images (`models.bundle.cards`)
@@ -50,12 +53,18 @@ from vitrine.models.bundle.files import Identity, map_table, sha256_and_identity
 from vitrine.models.bundle.label_sets import LabelSetError, NamedLabels, parse_label_set
 from vitrine.models.bundle.layout import (
     BASELINE,
+    BASELINE_STREAM,
     CARDS,
+    ENCODERS,
     MANIFEST,
     READ_BY_GRAPHS,
     REQUIRED,
+    RERUN,
+    RESIDUAL_ACTIVATIONS,
+    RESIDUAL_RERUN,
     RESIDUAL_TRACE,
     residual_file,
+    residual_rows_file,
     vision_file,
 )
 from vitrine.models.bundle.manifest import FORMAT, FileEntry, Manifest
@@ -149,6 +158,16 @@ class Bundle:
         return self.has_sources and "scores.onnx" in self.manifest.files
 
     @property
+    def has_rerun(self) -> bool:
+        """Whether the bundle has the graph of interventions in the running network."""
+        return RERUN in self.manifest.files
+
+    @property
+    def has_residual_rerun(self) -> bool:
+        """Whether the bundle has the graph of interventions in features of residual SAEs."""
+        return self.has_residual and RESIDUAL_RERUN in self.manifest.files
+
+    @property
     def has_residual(self) -> bool:
         """Whether the bundle has residual SAEs."""
         return self.manifest.residual is not None
@@ -164,6 +183,40 @@ class Bundle:
         return (
             np.array(self._table(activations, (layers, 2, shape.features))),
             np.array(self._table(written, (layers, layers, 2, shape.width))),
+        )
+
+    @cached_property
+    def baseline_stream(self) -> NDArray[np.floating] | None:
+        """[L + 1, 2, d] the average picture's stream before each block and after the last, at [CLS] and over patches;
+        None if the bundle has none."""
+        if BASELINE_STREAM not in self.manifest.files:
+            return None
+        shape = self.manifest.shape
+        return np.array(self._table(BASELINE_STREAM, (shape.layers + 1, 2, shape.width)))
+
+    @cached_property
+    def encoders(self) -> NDArray[np.floating] | None:
+        """[L, F, d] what features read, memory-mapped; None in bundles of older versions."""
+        if ENCODERS not in self.manifest.files:
+            return None
+        shape = self.manifest.shape
+        return self._table(ENCODERS, (shape.layers, shape.features, shape.width))
+
+    @cached_property
+    def residual_activations(self) -> NDArray[np.floating] | None:
+        """[L - 1, 2, F] mean activations of residual SAEs, at [CLS] and over patches, F the largest of them; None if
+        the bundle has none."""
+        if self.manifest.residual is None or RESIDUAL_ACTIVATIONS not in self.manifest.files:
+            return None
+        largest = max(self.manifest.residual.features)
+        return np.array(self._table(RESIDUAL_ACTIVATIONS, (self.manifest.shape.layers - 1, 2, largest)))
+
+    def residual_rows(self, layer: int, kind: str) -> NDArray[np.floating]:
+        """[F, d] what the features of a residual SAE write (`decoder`) or read (`encoder`), memory-mapped. Raises
+        `BundleError` for a bundle of an older version, which has no such table."""
+        assert self.manifest.residual is not None
+        return self._table(
+            residual_rows_file(layer, kind), (self.manifest.residual.features[layer], self.manifest.shape.width)
         )
 
     @cached_property

@@ -29,6 +29,7 @@ VISION_OUTPUTS = (
     "projection",  # [B, L] summing to 1, or all 0
     "fidelity",  # [B, 2]: r2, cosine
 )
+COMPONENTS = "components"  # [B, R, d] in residual space, an output as well; graphs of older bundles have none
 # Computed only where the input `details` is true (else B is 0): see `models.account.ledger.Details`.
 DETAILS_INPUT = "details"  # [] bool
 DETAILS = (
@@ -37,12 +38,35 @@ DETAILS = (
     "attention_values",  # [B, L, T, d]
     "token_norms",  # [B, T]
 )
+HEAD_COMPONENTS = "head_components"  # [B, L, H, d] with them; graphs of older bundles have none
+ALWAYS = (*VISION_OUTPUTS, COMPONENTS)
+ON_REQUEST = (*DETAILS, HEAD_COMPONENTS)
+EVERY_OUTPUT = (*ALWAYS, *ON_REQUEST)
 # Inputs of replacement.onnx besides `pixels`, and its outputs.
 REPLACED_INPUT = "replaced"  # [L, 2] bool: `models.account.windows.replacement_mask`
 REPLACEMENT_OUTPUTS = (
     "embedding",  # [B, D]
     "contributions",  # [B, 2, L, L]: C for [CLS] and its mean over patches; [target, source]
 )
+# Interventions in the running network (`models.graph.rerun`): inputs besides `pixels`, fields of
+# `models.interventions.changes.Changes`, for n features and m directions. Outputs: `ALWAYS`, with R = 2L + 4 rows and
+# k + n places.
+RERUN = "rerun.onnx"
+RERUN_INPUTS = (
+    "layers",  # [n] int64
+    "indices",  # [n] int64
+    "gains",  # [B, n, T]
+    "offsets",  # [B, n, T]
+    "places",  # [m] int64
+    "directions",  # [m, d]
+    "direction_gains",  # [B, m, T]
+    "direction_offsets",  # [B, m, T]
+    "heads",  # [B, L, H, T]
+    "attention",  # [B, L, T]
+    "mlp",  # [B, L, T]
+)
+ENCODERS = "encoders.npy"  # [L, F, d]
+BASELINE_STREAM = "baseline_stream.npy"  # [L + 1, 2, d] the average picture before each block and after the last
 # Of a bundle with sources.onnx: the fields of `models.account.sources.Baseline`.
 BASELINE = ("baseline_activations.npy", "baseline_written.npy")
 # Outputs of every trace for `pixels` [B, 3, H, W]: `models.account.sources.HeldFast`.
@@ -95,6 +119,8 @@ SCORES_OUTPUTS = (
 # (`models.graph.residual`), L in all. The names of their files begin with this.
 RESIDUAL = "residual_"
 RESIDUAL_TRACE = f"{RESIDUAL}trace.onnx"
+RESIDUAL_RERUN = f"{RESIDUAL}rerun.onnx"  # interventions in their features: as of `RERUN`
+RESIDUAL_ACTIVATIONS = f"{RESIDUAL}activations.npy"  # [L - 1, 2, F] the average picture's, F the largest of them
 RESIDUAL_TRACE_OUTPUTS = (
     *HELD_FAST,
     "gates",  # [B, L, T, M]
@@ -140,6 +166,11 @@ Precision = Literal["fp32", "int8", "fp16"]
 def residual_file(block: int) -> str:
     """The file of the graph that goes back through a block."""
     return f"{RESIDUAL}block_{block}.onnx"
+
+
+def residual_rows_file(layer: int, kind: str) -> str:
+    """The table [F, d] of what the features of an SAE write (`decoder`) or read (`encoder`)."""
+    return f"{RESIDUAL}{kind}_{layer}.npy"
 
 
 def vision_file(precision: Precision) -> str:

@@ -68,6 +68,7 @@ class Shape(_Part):
     k_patches: tuple[_Count, ...] | None = None
     cross_layer: bool = True  # False: a feature writes only to the MLP output of its own layer
     tokens: _Count  # [CLS] and patches
+    heads: _Count | None = None  # H, of each layer's attention; None in bundles of older versions
 
     @model_validator(mode="after")
     def _one_budget_per_layer(self) -> Shape:

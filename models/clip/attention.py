@@ -26,6 +26,8 @@ class Attention(nn.Module):
     The weights of a token sum to 1, so the values' bias is merged into the output's bias (`constant`).
     """
 
+    value_biases: Tensor  # [H, 1, d / H]
+
     def __init__(self, block: Any, cls_only: bool = False) -> None:
         super().__init__()
         attn = block.attn
@@ -41,9 +43,10 @@ class Attention(nn.Module):
         else:
             self.query_key_value = linear(weight, biases)
         self.out = linear(attn.out_proj.weight.detach(), constant(attn).to(bias.dtype))
+        self.register_buffer("value_biases", bias[2 * width :].view(self.heads, 1, -1))
 
-    def forward(self, stream: Tensor) -> AttentionOutput:
-        """stream: the residual stream [B, T, d] before the block."""
+    def forward(self, stream: Tensor, factors: Tensor | None = None) -> AttentionOutput:
+        """stream: the residual stream [B, T, d] before the block; factors [B, H, t] of what each head writes."""
         normed = self.ln(stream)
         if self.cls_only:
             query = self.query(normed[:, :1])
@@ -52,12 +55,29 @@ class Attention(nn.Module):
             query, key, values = self.query_key_value(normed).chunk(3, dim=-1)
         scores = self._split(query * self.scale) @ self._split(key).transpose(-1, -2)
         weights = scores.softmax(-1)
-        return AttentionOutput(self.mixed(weights, values), weights, values)
+        return AttentionOutput(self.mixed(weights, values, factors), weights, values)
 
-    def mixed(self, weights: Tensor, values: Tensor) -> Tensor:
-        """What attention adds to the stream [B, t, d], by weights and values as in `AttentionOutput`."""
-        mixed = (weights @ self._split(values)).transpose(1, 2).flatten(2)
-        return self.layer_scale(self.out(mixed))
+    def mixed(self, weights: Tensor, values: Tensor, factors: Tensor | None = None) -> Tensor:
+        """What attention adds to the stream [B, t, d], by weights and values as in `AttentionOutput`.
+
+        factors [B, H, t] of what each head writes. The values' bias, which is part of that, is merged into the output's
+        here: so it is added as often as the factor differs from 1.
+        """
+        mixed = weights @ self._split(values)
+        if factors is not None:
+            factors = factors[..., None]
+            mixed = mixed * factors + (factors - 1) * self.value_biases
+        return self.layer_scale(self.out(mixed.transpose(1, 2).flatten(2)))
+
+    def by_head(self, weights: Tensor, values: Tensor) -> Tensor:
+        """What each head writes to one token [B, H, d], by that token's weights [B, H, T]; with the output's own bias
+        they sum to what attention adds.
+
+        Every head's channels are padded with 0 to all heads', so that the product uses the weight as it is stored.
+        """
+        mixed = weights[:, :, None] @ self._split(values) + self.value_biases  # [B, H, 1, d / H]
+        own = torch.eye(self.heads, dtype=mixed.dtype, device=mixed.device)[..., None]  # [H, H, 1]
+        return self.layer_scale(nn.functional.linear((mixed * own).flatten(2), self.out.weight))
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, tokens, d] -> [B, H, tokens, d / H]"""

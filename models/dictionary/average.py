@@ -1,4 +1,4 @@
-"""The average picture: the mean activation of every feature, at [CLS] and over patches."""
+"""The average picture: the mean activation of every feature, and the mean stream, at [CLS] and over patches."""
 
 from __future__ import annotations
 
@@ -28,3 +28,18 @@ def mean_code(tower: Tower, clt: CrossLayerTranscoder, images: Iterable[Tensor])
         count += len(pixels)
     tokens = torch.tensor([1, tower.tokens - 1], device=device)[:, None] * count
     return (sums / tokens).float().cpu()
+
+
+@torch.no_grad()
+def mean_stream(tower: Tower, images: Iterable[Tensor]) -> Tensor:
+    """Mean stream [L + 1, 2, d] before every block and after the last, over batches of normalised pixels [B, 3, H, W],
+    at [CLS] and over all patches. Computed on the tower's device."""
+    device = next(tower.parameters()).device
+    sums, count = torch.zeros(tower.layers + 1, 2, tower.width, dtype=torch.float64, device=device), 0
+    for pixels in images:
+        taps = tower(pixels.to(device))
+        parts = torch.cat([taps.residual_in[None], taps.attn_out + taps.mlp_out])  # [L + 1, B, T, d]
+        streams = parts.double().cumsum(0)
+        sums += torch.stack([streams[:, :, 0], streams[:, :, 1:].mean(2)], dim=2).sum(1)
+        count += len(pixels)
+    return (sums / count).float().cpu()

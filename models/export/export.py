@@ -22,12 +22,13 @@ from torch import Tensor
 from vitrine.models.bundle.bundle import Bundle, seal
 from vitrine.models.bundle.label_sets import NamedLabels
 from vitrine.models.bundle.layout import (
-    DETAILS,
+    ALWAYS,
     DETAILS_INPUT,
+    ENCODERS,
     MANIFEST,
+    ON_REQUEST,
     REPLACED_INPUT,
     REPLACEMENT_OUTPUTS,
-    VISION_OUTPUTS,
     Variant,
     vision_file,
 )
@@ -36,6 +37,7 @@ from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tokens import Converted, check_tokenizer, convert_tokenizer
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
 from vitrine.models.export.parity import check_replacement, check_text, check_vision, no_replacement
+from vitrine.models.export.rerun import write_rerun
 from vitrine.models.export.residual import ResidualExport, write_residual
 from vitrine.models.export.sources import write_sources
 from vitrine.models.files.names import check_name
@@ -79,6 +81,7 @@ def export_bundle(
     calibration: Sequence[Tensor] = (),
     replacement: bool = False,
     sources: bool = False,
+    rerun: bool = False,
     residual: ResidualExport | None = None,
     log: Callable[[str], object] = print,
     progress: Progress | None = None,
@@ -95,6 +98,7 @@ def export_bundle(
         replacement: also write replacement.onnx, mostly L (L + 1) / 2 decoders at one byte per number.
         sources: also write trace.onnx and sources.onnx, for accounts that go on through attention to the features of
             all tokens, with the same decoders, and the average of the images of `calibration`.
+        rerun: also write rerun.onnx, for interventions in the running network, with the same decoders.
         residual: also write the graphs of these residual SAEs.
         progress: shows what is being done; None: nothing is shown.
 
@@ -126,10 +130,11 @@ def export_bundle(
         np.save(partial / "directions.npy", graph.directions.reshape(clt.layers, clt.features, clt.width).numpy())
         if len(graph.last_decoders):
             np.save(partial / "last_decoders.npy", graph.last_decoders.numpy())
+        np.save(partial / ENCODERS, graph.encoder_rows.reshape(clt.layers, clt.features, clt.width).numpy())
         np.save(partial / "fold.npy", torch.cat([graph.fold, graph.beta[None]]).numpy())
         np.save(partial / "attention.npy", clip.tower.attention_fold().numpy())
         pixels = torch.zeros(2, 3, *clip.tower.image_size)
-        vision = to_onnx(graph, {"pixels": pixels}, VISION_OUTPUTS, DETAILS, DETAILS_INPUT)
+        vision = to_onnx(graph, {"pixels": pixels}, ALWAYS, ON_REQUEST, DETAILS_INPUT)
         images = [pixels.numpy() for pixels in calibration]
         variant_models = {variant: make_variant(vision, variant, images) for variant in variants}
         save_onnx(preselect(vision), partial / "vision.onnx")
@@ -150,6 +155,9 @@ def export_bundle(
         if sources:
             progress.begin("source accounts")
             write_sources(partial, clip, clt, getattr(torch, tables), calibration)
+        if rerun:
+            progress.begin("interventions")
+            write_rerun(partial, clip, clt, graph)
         if residual:
             progress.begin("residual SAEs")
             summary = write_residual(partial, clip, residual, tables)
@@ -236,6 +244,7 @@ def _manifest(
             k_patches=architecture.k,
             cross_layer=architecture.cross_layer,
             tokens=clip.tower.tokens,
+            heads=clip.tower.blocks[0].attn.num_heads,
         ),
         sparsifier=architecture.sparsifier,
         logit_scale=clip.logit_scale,

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitrine.models.bundle.layout import (
-    DETAILS,
     DETAILS_INPUT,
+    EVERY_OUTPUT,
     HEADS,
     HELD,
     REPLACED_INPUT,
@@ -22,7 +22,6 @@ from vitrine.models.bundle.layout import (
     SCORES_HELD,
     SCORES_OUTPUTS,
     STARTS,
-    VISION_OUTPUTS,
 )
 from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tokens import Converted
@@ -51,7 +50,7 @@ def check_vision(clip: Clip, graph: AttributionGraph, path: Path) -> None:
     """
     session = onnxruntime.InferenceSession(path, session_options(), providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(0)
-    names, compared = (*VISION_OUTPUTS, *DETAILS), 0
+    names, compared = EVERY_OUTPUT, 0
     for batch in (1, 5):
         pixels = torch.randn(batch, 3, *clip.tower.image_size, generator=generator)
         with torch.no_grad():

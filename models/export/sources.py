@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitrine.models.bundle.layout import (
     BASELINE,
+    BASELINE_STREAM,
     HEADS,
     HELD,
     SCORES_HELD,
@@ -21,7 +22,7 @@ from vitrine.models.bundle.layout import (
 )
 from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tower import Tower
-from vitrine.models.dictionary.average import mean_code
+from vitrine.models.dictionary.average import mean_code, mean_stream
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.export.parity import check_scores, check_sources
 from vitrine.models.graph.onnx_file import save_onnx, to_onnx
@@ -46,6 +47,7 @@ def write_sources(
         average = mean_code(clip.tower, clt, images)
         for name, table in zip(BASELINE, (average, written_by(clt, average)), strict=True):
             np.save(bundle / name, table.numpy())
+        np.save(bundle / BASELINE_STREAM, mean_stream(clip.tower, images).numpy())
 
 
 def export_graphs(

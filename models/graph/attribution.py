@@ -2,10 +2,10 @@
 
 Only [CLS] is explained at serving time, so the encoder of each layer reads one token. The decoders of a source layer
 are summed over their targets once (`CrossLayerTranscoder.directions`), so decoding reads k rows per layer. Nothing
-here depends on labels. Outputs: `models.bundle.layout.VISION_OUTPUTS`, then `DETAILS`, which the exported graph
-computes only on request (`models.graph.onnx_file`). Mathematics: `models.account.ledger`.
+here depends on labels. Outputs: `models.bundle.layout.EVERY_OUTPUT`; the exported graph computes `ON_REQUEST` only on
+request (`models.graph.onnx_file`). Mathematics: `models.account.ledger`.
 
-All layers are encoded by one top-k, whatever the sparsifier: `_encode` computes what `models.dictionary.sparsify` does
+All layers are encoded by one top-k, whatever the sparsifier: `encode` computes what `models.dictionary.sparsify` does
 for [CLS] outside training, for layers of different budgets at once. It works in two steps, because at batch size 1 the
 cost of an account is reading the encoders. One product over all features selects four times as many candidates as there
 are places; their pre-activations are then recomputed from their own rows. So the first product may be coarse
@@ -13,6 +13,8 @@ are places; their pre-activations are then recomputed from their own rows. So th
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ CANDIDATES = 4  # features whose pre-activation is computed exactly, for each pl
 
 
 class AttributionGraph(nn.Module):
-    """A tower and its CLT as one module: pixels [B, 3, H, W] -> the tensors of `VISION_OUTPUTS` and `DETAILS`.
+    """A tower and its CLT as one module: pixels [B, 3, H, W] -> the tensors of `EVERY_OUTPUT`.
 
     Args:
         tower: the CLIP's vision tower.
@@ -111,38 +113,46 @@ class AttributionGraph(nn.Module):
             residuals.append(stream[:, 0])
             weights.append(attention.weights[:, :, 0])
             token_values.append(attention.values)
-        residual = stream[:, 0]
 
-        indices, values = self._encode(mlp_ins)
-        written = self._decode(self.directions, indices, values)  # [B, L, d]
-        to_last = written[:, -1:]
-        if earlier := len(self.last_decoders) // self.features:  # layers
-            before = self._decode(self.last_decoders, indices[:, :earlier], values[:, :earlier])
-            to_last = torch.cat([before, to_last], dim=1)
-        projection = F.pad(projection_scores(to_last, 1), (self.layers - to_last.shape[1], 0))
-
+        indices, values = self.encode(mlp_ins)
+        written, to_last = self.decode(indices, values)
         error = torch.stack(mlp_outs).sum(0) - written.sum(1) - self.bias
-        batch = pixels.shape[0]
-        components = torch.cat(
-            [
-                self.prior.expand(batch, 1, -1),
-                torch.stack(attn_outs, dim=1),
-                written,
-                self.bias.expand(batch, 1, -1),
-                error[:, None],
-            ],
-            dim=1,
-        )  # [B, R, d]
+        components = self.components(torch.stack(attn_outs, dim=1), written, error)
+        parts: Any = self.attention
+        heads = [part.by_head(*of) for part, *of in zip(parts, weights, token_values, strict=True)]
+        return (
+            *self.account(stream[:, 0], components, indices, values, to_last),
+            F.normalize(tower.head(torch.stack(residuals, dim=1)), dim=-1),
+            torch.stack(weights, dim=1),
+            torch.stack(token_values, dim=1),
+            before_last.norm(dim=-1),
+            torch.stack(heads, dim=1),
+        )
 
-        z = tower.head(residual)
+    def components(self, attention: Tensor, written: Tensor, *others: Tensor) -> Tensor:
+        """[B, R, d] in the order of `models.account.ledger`: of what attention and the features write [B, L, d], and
+        what comes after the biases [B, d] each."""
+        prior, bias = (part.expand(written.shape[0], 1, -1) for part in (self.prior, self.bias))
+        return torch.cat([prior, attention, written, bias, *(other[:, None] for other in others)], dim=1)
+
+    def account(
+        self, residual: Tensor, components: Tensor, indices: Tensor, values: Tensor, to_last: Tensor
+    ) -> tuple[Tensor, ...]:
+        """`ALWAYS` of residuals [B, d] that are the sum of components [B, R, d].
+
+        to_last: as by `decode`.
+        """
+        z = self.tower.head(residual)
         norm = z.norm(dim=-1)
         sigma = self._sigma(residual)
         folded = components @ self.fold  # [B, R, D]
         rows = folded / sigma[:, None, None]
-        rows = torch.cat([rows[:, :-2], rows[:, -2:-1] + self.beta, rows[:, -1:]], dim=1) / norm[:, None, None]
+        bias = 2 * self.layers + 1
+        rows = torch.cat([rows[:, :bias], rows[:, bias : bias + 1] + self.beta, rows[:, bias + 1 :]], dim=1)
+        projection = F.pad(projection_scores(to_last, 1), (self.layers - to_last.shape[1], 0))
         return (
             z / norm[:, None],
-            rows,
+            rows / norm[:, None, None],
             sigma,
             self._sigma(residual[:, None] - components),
             norm,
@@ -150,13 +160,25 @@ class AttributionGraph(nn.Module):
             values,
             projection,
             self._fidelity(folded),
-            F.normalize(tower.head(torch.stack(residuals, dim=1)), dim=-1),
-            torch.stack(weights, dim=1),
-            torch.stack(token_values, dim=1),
-            before_last.norm(dim=-1),
+            components,
         )
 
-    def _encode(self, mlp_in: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def decode(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What a code of [CLS] [B, L, k] writes, by source layer: (to the final residual [B, L, d], to the last MLP
+        output [B, layers that write to it, d])."""
+        written = self._decode(self.directions, indices, values)
+        to_last = written[:, -1:]
+        if self.earlier:
+            before = self._decode(self.last_decoders, indices[:, : self.earlier], values[:, : self.earlier])
+            to_last = torch.cat([before, to_last], dim=1)
+        return written, to_last
+
+    @property
+    def earlier(self) -> int:
+        """How many layers before the last write to the last MLP output."""
+        return len(self.last_decoders) // self.features
+
+    def encode(self, mlp_in: list[Tensor]) -> tuple[Tensor, Tensor]:
         """mlp_in: [CLS] of every layer, L times [B, 1, d]. Returns (features, activations) [B, L, k] each."""
         coarse = torch.cat([encoder(x) for encoder, x in zip(self.encoders, mlp_in, strict=True)], dim=1)
         rank = coarse if self.threshold is None else coarse - self.threshold
@@ -189,7 +211,7 @@ class AttributionGraph(nn.Module):
     def _fidelity(self, folded: Tensor) -> Tensor:
         """(R^2, cosine) [B, 2] of what the CLT adds to the embedding, compared with what the MLPs add."""
         clt = folded[:, 1 + self.layers : 2 + 2 * self.layers].sum(1)  # features and decoder biases
-        error = folded[:, -1]
+        error = folded[:, 2 + 2 * self.layers]
         mlp = clt + error
         r2 = 1 - error.square().sum(-1) / (mlp - self.cls_mean).square().sum(-1)
         return torch.stack([r2, F.cosine_similarity(mlp, clt, dim=-1)], dim=-1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vitrine.models.errors import VitrineError
 
 OPSET = 20
-SHARED = ("directions", "last_decoders")
+SHARED = {"directions": "directions.npy", "last_decoders": "last_decoders.npy", "encoder_rows": "encoders.npy"}
 EXTERNAL_FROM = 1024  # bytes; smaller tensors stay inside the .onnx file
 
 
@@ -69,11 +69,11 @@ def to_onnx(
 
 
 def save_onnx(model: onnx.ModelProto, path: Path, beside: Sequence[Path] = ()) -> None:
-    """Write a model, which is modified. Large tensors go to `path`.data. The tables of `SHARED` are read from NAME.npy
-    next to it, as in every variant of the model; tensors that a model `beside` also has, as they are or transposed,
-    from that model's data."""
+    """Write a model, which is modified. Large tensors go to `path`.data. The tables of `SHARED` are read from
+    their files next to it, as in every variant of the model; tensors that a model `beside` also has, as they are or
+    transposed, from that model's data."""
     for tensor in model.graph.initializer:
-        if tensor.name in SHARED and (file := path.with_name(f"{tensor.name}.npy")).exists():
+        if tensor.name in SHARED and (file := path.with_name(SHARED[tensor.name])).exists():
             _point_at_npy(tensor, file)
     _store_rows_once(model)
     _store_halves_losslessly(model)

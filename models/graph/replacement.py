@@ -112,7 +112,7 @@ class Int8Decoder(nn.Module):
 
     def forward(self, indices: Tensor, values: Tensor) -> Tensor:
         """sum_k z * row[feature]: [B, T, k] each -> [B, T, d]"""
-        rows, scales = self._chosen(indices)
+        rows, scales = self.rows_of(indices)
         return torch.matmul((values * scales)[..., None, :], rows)[..., 0, :]
 
     def products(self, indices: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
@@ -121,11 +121,11 @@ class Int8Decoder(nn.Module):
         A gradient must not come straight from a transposition: ONNX Runtime would make the two one product, which at
         one direction takes three times as long.
         """
-        rows, scales = self._chosen(indices)
+        rows, scales = self.rows_of(indices)
         return torch.matmul(rows, gradient) * (values * scales)[..., None]
 
-    def _chosen(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def rows_of(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """(rows without their scales [..., d], scales [...]) of features [...]."""
         places = indices.flatten()
-        rows = self.rows.index_select(0, places).float().view(*indices.shape, -1)
+        rows = self.rows.index_select(0, places).float().view(*indices.shape, self.rows.shape[-1])
         return rows, self.scales.index_select(0, places).view(indices.shape)

@@ -145,12 +145,15 @@ def _int8(model: onnx.ModelProto, images: Sequence[NDArray[np.float32]]) -> onnx
 def _fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     products: Mapping[str, onnx.NodeProto] = {node.name: node for node in _products(model)}
     weights = {node.input[1] for node in products.values()}
-    for tensor in model.graph.initializer:
-        if tensor.name in weights:
-            with np.errstate(over="ignore"):  # an overflow fails the agreement check
-                tensor.CopyFrom(
-                    numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), f"{tensor.name}.fp16")
-                )
+    branches = [part.g for node in model.graph.node for part in node.attribute if part.HasField("g")]
+    elsewhere = {name for branch in branches for node in branch.node for name in node.input}
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name in weights]:
+        with np.errstate(over="ignore"):  # an overflow fails the agreement check
+            half = numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), f"{tensor.name}.fp16")
+        if tensor.name in elsewhere:
+            model.graph.initializer.append(half)
+        else:
+            tensor.CopyFrom(half)
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         if node.name not in products:

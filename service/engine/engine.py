@@ -11,15 +11,19 @@ from numpy.typing import NDArray
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.layout import (
+    COMPONENTS,
     DETAILS,
     DETAILS_INPUT,
+    HEAD_COMPONENTS,
     REPLACED_INPUT,
     REPLACEMENT_OUTPUTS,
     VISION_OUTPUTS,
     vision_file,
 )
+from vitrine.models.interventions.spec import Mode
 from vitrine.service.engine.fit import check_graph, replacement_graph, text_graph, vision_graph
 from vitrine.service.engine.precision import check_precision
+from vitrine.service.engine.rerun import RerunGraphs
 from vitrine.service.engine.residual import ResidualGraphs
 from vitrine.service.engine.runtime import PROVIDERS, Runtime, choose, open_session, session_errors
 from vitrine.service.engine.sources import SourceGraphs
@@ -47,6 +51,9 @@ class Engine:
         self.sources = SourceGraphs(bundle, self.runtime) if load_sources else None
         load_residual = bundle.has_residual and settings.residual
         self.residual = ResidualGraphs(bundle, self.runtime) if load_residual else None
+        load_rerun = bundle.has_rerun and settings.rerun
+        self.rerun = RerunGraphs(bundle, self.runtime) if load_rerun else None
+        self.has_components = COMPONENTS in {output.name for output in self.vision.get_outputs()}
         bundle.check_unchanged()  # ONNX Runtime opens the graphs, and what they refer to, by path
         self._check()
         check_precision(bundle, self.vision, self.runtime)
@@ -58,7 +65,11 @@ class Engine:
 
     def _check(self) -> None:
         manifest = self.bundle.manifest
-        check_graph(self.bundle, vision_graph(manifest, self.runtime.precision, self.has_details), self.vision)
+        check_graph(
+            self.bundle,
+            vision_graph(manifest, self.runtime.precision, self.has_details, self.has_components),
+            self.vision,
+        )
         check_graph(self.bundle, text_graph(manifest), self.text)
         if self._replacement is not None:
             check_graph(self.bundle, replacement_graph(manifest), self._replacement)
@@ -77,10 +88,20 @@ class Engine:
         """Whether the bundle provides `Details`; bundles of older versions do not."""
         return self.bundle.attention_fold is not None
 
+    @property
+    def interventions(self) -> list[Mode]:
+        """How interventions can be made; empty in bundles of older versions, which are to be exported again."""
+        ways: dict[Mode, bool] = {
+            "direct": self.has_components and self.has_details,
+            "rerun": self.rerun is not None,
+        }
+        return [mode for mode, can in ways.items() if can]
+
     def explain(self, pixels: NDArray[np.float32], details: Sequence[bool] = ()) -> list[Decomposition]:
         """Decompositions of normalised pixels [B, 3, H, W] (`models.account.ledger`), one per image.
 
-        details: for which images to compute `Decomposition.details`; default: none.
+        details: for which images to compute `Decomposition.details`, and `components` where the bundle has them
+        (`has_components`); default: none.
         """
         count = len(pixels)
         if self.on_gpu and (size := min((size for size in self.batches if size >= count), default=0)):
@@ -90,6 +111,7 @@ class Engine:
             feeds[DETAILS_INPUT] = np.array(any(details))
         if any(details):
             names += DETAILS
+            names += [COMPONENTS, HEAD_COMPONENTS] * self.has_components
         outputs = dict(zip(names, self.vision.run(names, feeds), strict=True))
         with_details = details or [False] * count
         return [Decomposition.from_batch(outputs, image, with_details[image]) for image in range(count)]

@@ -17,7 +17,9 @@ from tokenizers import Tokenizer
 
 from vitrine.models.bundle.bundle import Bundle, BundleError
 from vitrine.models.bundle.layout import (
+    COMPONENTS,
     DETAILS_INPUT,
+    HEAD_COMPONENTS,
     HEADS,
     MANIFEST,
     REPLACED_INPUT,
@@ -46,12 +48,30 @@ class Graph:
     field_of_features: str = "shape.features"  # of the manifest, that says so
 
 
-def vision_graph(manifest: Manifest, precision: Precision, with_details: bool) -> Graph:
+def vision_graph(manifest: Manifest, precision: Precision, with_details: bool, with_components: bool) -> Graph:
     """vision.onnx or one of its variants."""
     shape = manifest.shape
-    layers, embedding, k, tokens, rows = shape.layers, shape.embedding, shape.k, shape.tokens, 2 * shape.layers + 3
-    inputs = of_pixels(manifest)
-    outputs: dict[str, Dimensions] = {
+    layers, embedding, tokens, rows = shape.layers, shape.embedding, shape.tokens, 2 * shape.layers + 3
+    inputs, outputs = of_pixels(manifest), accounts(manifest, rows, shape.k)
+    if with_components:
+        outputs[COMPONENTS] = (None, rows, shape.width)
+    if with_details:
+        inputs[DETAILS_INPUT] = ("tensor(bool)", ())
+        outputs |= {
+            "lens": (None, layers, embedding),
+            "attention_weights": (None, layers, None, tokens),
+            "attention_values": (None, layers, tokens, shape.width),
+            "token_norms": (None, tokens),
+        }
+        if with_components:
+            outputs[HEAD_COMPONENTS] = (None, layers, None, shape.width)
+    return Graph(vision_file(precision), inputs, outputs, shape.features)
+
+
+def accounts(manifest: Manifest, rows: int, k: int) -> dict[str, Dimensions]:
+    """The outputs of a graph that accounts for [CLS] by so many rows and places of the code."""
+    layers, embedding = manifest.shape.layers, manifest.shape.embedding
+    return {
         "embedding": (None, embedding),
         "rows": (None, rows, embedding),
         "sigma": (None,),
@@ -62,15 +82,6 @@ def vision_graph(manifest: Manifest, precision: Precision, with_details: bool) -
         "projection": (None, layers),
         "fidelity": (None, 2),
     }
-    if with_details:
-        inputs[DETAILS_INPUT] = ("tensor(bool)", ())
-        outputs |= {
-            "lens": (None, layers, embedding),
-            "attention_weights": (None, layers, None, tokens),
-            "attention_values": (None, layers, tokens, shape.width),
-            "token_norms": (None, tokens),
-        }
-    return Graph(vision_file(precision), inputs, outputs, shape.features)
 
 
 def text_graph(manifest: Manifest) -> Graph:

@@ -12,11 +12,15 @@ from vitrine.models.account.circuit import Wanted
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.account.sources import accounts
 from vitrine.models.bundle.bundle import Bundle, BundleError, open_bundle
-from vitrine.models.bundle.layout import RESIDUAL_TRACE, vision_file
+from vitrine.models.bundle.layout import RERUN, RESIDUAL_TRACE, vision_file
+from vitrine.models.interventions.changes import resolve
+from vitrine.models.interventions.network import BundleNetwork
+from vitrine.models.interventions.spec import Intervention
 from vitrine.service.answers.attention import score_accounts
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.fit import check_unit
 from vitrine.service.engine.labels import LabelEncoder
+from vitrine.service.engine.rerun import RerunGraphs
 from vitrine.service.engine.residual import ResidualGraphs
 from vitrine.service.engine.runtime import choose, session_errors
 from vitrine.service.engine.sources import SourceGraphs
@@ -34,7 +38,9 @@ def verify(path: Path) -> Bundle:
     bundle = open_bundle(path)
     # before the graphs, whose errors for a damaged table are less clear
     _ = bundle.directions, bundle.fold, bundle.attention_fold, bundle.baseline, bundle.label_sets
-    settings = load_settings().model_copy(update={"replacement": True, "sources": True, "residual": True})
+    _ = bundle.encoders, bundle.baseline_stream
+    every = dict.fromkeys(("replacement", "sources", "residual", "rerun"), True)
+    settings = load_settings().model_copy(update=every)
     runtime = choose(bundle, settings.model_copy(update={"provider": "cpu", "precision": "fp32"}))
     for precision in bundle.manifest.precisions:
         engine = Engine(bundle, settings, replace(runtime, precision=precision))
@@ -64,6 +70,8 @@ def _check_sums(engine: Engine) -> None:
         _check_source_accounts(engine.sources, pixels[0], decompositions[0])
         if engine.sources.has_scores:
             _check_attention_scores(engine.sources, pixels[0])
+    if engine.rerun is not None:
+        _check_rerun(engine.rerun, pixels, decompositions)
     if engine.residual is not None:
         _check_residual_accounts(engine.residual, pixels[0], decompositions[0])
     if engine.can_replace:
@@ -74,6 +82,17 @@ def _check_sums(engine: Engine) -> None:
                 f"{bundle.path}: with nothing replaced, replacement.onnx misses vision.onnx's embedding by "
                 f"{deviation:.1e}"
             )
+
+
+def _check_rerun(graphs: RerunGraphs, pixels: NDArray[np.float32], decompositions: list[Decomposition]) -> None:
+    """That with nothing changed the graph is of the same network, and that with something changed its rows add up."""
+    network = BundleNetwork(graphs.bundle)
+    for items in ([], [Intervention(op="ablate", layer=0, row="clt", tokens="all")]):
+        changes = resolve(items, network, "rerun")
+        for parts, own in zip(graphs.run(pixels, [changes] * len(pixels)), decompositions, strict=True):
+            deviation = float(np.abs(parts.rows.sum(0) - (parts if items else own).embedding).max())
+            if not deviation <= TOLERANCE:
+                raise BundleError(f"{graphs.bundle.path}: the rows of {RERUN} miss the embedding by {deviation:.1e}")
 
 
 def _check_source_accounts(graphs: SourceGraphs, pixels: NDArray[np.float32], parts: Decomposition) -> None:

@@ -67,6 +67,10 @@ class Settings(BaseSettings):
         default=True,
         description="load the bundle's residual SAEs, where it has them, for `explain.residual` and circuits by them",
     )
+    rerun: bool = Field(
+        default=True,
+        description="take interventions in the running network, where the bundle has its graph; loaded on first use",
+    )
     gpu_memory_bytes: NonNegativeInt = Field(default=0, description="the most that CUDA may take; 0: no limit")
     tensorrt_cache: Path | None = Field(
         default=None, description="directory where TensorRT keeps its engines, which take minutes to build"

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from vitrine.models.interventions.spec import Mode
 from vitrine.service.schemas.base import Model, Warnings
 from vitrine.service.schemas.circuit import Dictionary
 
@@ -24,6 +25,9 @@ class ModelResponse(BaseModel):
     attention_heads: int = Field(description="of a layer, that `explain.attention` may name; 0 where there is none")
     circuit_dictionaries: list[Dictionary] = Field(
         description="what `dictionary` of a circuit may be; without residual there is no `explain.residual`"
+    )
+    interventions: list[Mode] = Field(
+        description="what `mode` of interventions may be; empty where the bundle was exported before there were any"
     )
     warnings: Warnings = []
 

@@ -253,6 +253,11 @@ class BundleSection(Section):
         description="source accounts: `explain.sources`, `explain.attention`, circuits; the same decoders, stored once "
         "where there are both",
     )
+    rerun: bool = Field(
+        default=True,
+        description="interventions in the running network (`mode: rerun`), if there are source accounts, whose tables "
+        "they share",
+    )
 
 
 class Recipe(Section):

@@ -150,6 +150,8 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         console.print(
             f"  residual SAEs: {', '.join(counts)} features a layer; {manifest.residual.bytes / 1e6:.1f} MB", **plain
         )
+    modes = ["direct"] * (bundle.encoders is not None) + ["rerun"] * bundle.has_rerun
+    console.print(f"  interventions: {' and '.join(modes) or 'none, which a new export has'}", **plain)
     if manifest.cards is not None:
         quality = manifest.cards.quality
         checked = (

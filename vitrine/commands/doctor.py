@@ -42,6 +42,11 @@ def doctor(bundle: BundlePath = None) -> None:
         ),
         ("processors", str(processors), why),
         ("memory", f"{memory / 2**30:.1f} GiB", why_memory),
+        (
+            "interventions",
+            " and ".join(engine.interventions) or "none",
+            "what the bundle has; rerun.onnx is loaded on first use" if engine.rerun else "what the bundle has",
+        ),
         ("threads", str(runtime.threads), runtime.reasons["threads"]),
         ("batches", ", ".join(map(str, engine.batches)), f"warmed up; VITRINE_BATCH_SIZE={settings.batch_size}"),
     ]

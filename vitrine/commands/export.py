@@ -118,6 +118,7 @@ def export(
             images,
             recipe.bundle.replacement,
             recipe.bundle.sources,
+            recipe.bundle.sources and recipe.bundle.rerun,
             added,
             lambda message: print_warnings([message], console),
             progress,

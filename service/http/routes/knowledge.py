@@ -71,6 +71,7 @@ async def model(request: Request) -> Response:
                 source_baselines=source_baselines(attributor.engine),
                 attention_heads=attention_heads(attributor.engine),
                 circuit_dictionaries=circuit_dictionaries(attributor.engine),
+                interventions=attributor.engine.interventions,
             )
         )
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from common import ROOT
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.bundle.label_sets import NamedLabels
-from vitrine.models.bundle.layout import DETAILS, DETAILS_INPUT, VISION_OUTPUTS
+from vitrine.models.bundle.layout import DETAILS, DETAILS_INPUT, EVERY_OUTPUT, VISION_OUTPUTS
 from vitrine.models.clip.tokens import TokenizerMismatch, convert_tokenizer
 from vitrine.models.export import export
 from vitrine.models.export.export import export_bundle
@@ -26,7 +26,7 @@ from vitrine.models.graph.onnx_file import ExportError
 
 def run(path, pixels, details=True):
     session = onnxruntime.InferenceSession(path / "vision.onnx", providers=["CPUExecutionProvider"])
-    names, feeds = (*VISION_OUTPUTS, *DETAILS), {"pixels": pixels.numpy(), DETAILS_INPUT: np.array(details)}
+    names, feeds = EVERY_OUTPUT, {"pixels": pixels.numpy(), DETAILS_INPUT: np.array(details)}
     return dict(zip(names, session.run(names, feeds), strict=True))
 
 

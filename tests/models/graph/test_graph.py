@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from vitrine.models.bundle.layout import DETAILS, VISION_OUTPUTS
+from vitrine.models.bundle.layout import EVERY_OUTPUT
 from vitrine.models.clip.tower import Tower
 from vitrine.models.graph.attribution import AttributionGraph
 
@@ -22,7 +22,7 @@ def taps(clip, make_pixels):
 
 def outputs(clip, clt, make_pixels, cls_mean, tables=torch.float32):
     graph = AttributionGraph(clip.tower, clt, cls_mean, tables).eval()
-    return dict(zip((*VISION_OUTPUTS, *DETAILS), graph(make_pixels(IMAGES, seed=7)), strict=True))
+    return dict(zip(EVERY_OUTPUT, graph(make_pixels(IMAGES, seed=7)), strict=True))
 
 
 def dense(indices, values, features=64):

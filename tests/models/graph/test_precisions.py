@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vitrine.models.bundle.bundle import BundleError, open_bundle, seal
-from vitrine.models.bundle.layout import DETAILS, DETAILS_INPUT, VISION_OUTPUTS
+from vitrine.models.bundle.layout import ALWAYS, DETAILS_INPUT, EVERY_OUTPUT, ON_REQUEST, VISION_OUTPUTS
 from vitrine.models.bundle.manifest import Agreement
 from vitrine.models.export import export
 from vitrine.models.export.export import export_bundle
@@ -21,7 +21,7 @@ from vitrine.models.precision.agreement import measure
 
 @pytest.fixture(scope="module")
 def model(graph):
-    return to_onnx(graph, {"pixels": torch.zeros(2, 3, 32, 32)}, VISION_OUTPUTS, DETAILS, DETAILS_INPUT)
+    return to_onnx(graph, {"pixels": torch.zeros(2, 3, 32, 32)}, ALWAYS, ON_REQUEST, DETAILS_INPUT)
 
 
 @pytest.fixture(scope="module", params=["int8", "fp16"])
@@ -31,7 +31,7 @@ def variant(request, model):
 
 def run(model, pixels, details=False):
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    names = (*VISION_OUTPUTS, *DETAILS) if details else VISION_OUTPUTS
+    names = EVERY_OUTPUT if details else VISION_OUTPUTS
     return dict(zip(names, session.run(names, {"pixels": pixels, DETAILS_INPUT: np.array(details)}), strict=True))
 
 

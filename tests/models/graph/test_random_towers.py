@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vitrine.models.account.heatmap import heat_map
 from vitrine.models.account.ledger import Decomposition, ledger
-from vitrine.models.bundle.layout import DETAILS, VISION_OUTPUTS
+from vitrine.models.bundle.layout import EVERY_OUTPUT
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
 from vitrine.models.graph.attribution import AttributionGraph
@@ -108,7 +108,7 @@ def test_any_tower_has_an_exact_ledger_and_heat_map(config, seed, data):
     clt = data.draw(transcoders(tower.layers, tower.width))
     pixels = torch.randn(2, 3, *tower.image_size, generator=torch.Generator().manual_seed(seed))
     graph = AttributionGraph(tower, clt, torch.zeros(tower.layers, tower.width), torch.float32)
-    outputs = dict(zip((*VISION_OUTPUTS, *DETAILS), (output.numpy() for output in graph(pixels)), strict=True))
+    outputs = dict(zip(EVERY_OUTPUT, (output.numpy() for output in graph(pixels)), strict=True))
     direction = np.random.default_rng(seed).standard_normal(tower.embedding).astype(np.float32)
     direction /= np.linalg.norm(direction)
     fold = tower.attention_fold().numpy()

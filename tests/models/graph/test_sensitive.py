@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from vitrine.models.bundle.layout import DETAILS, DETAILS_INPUT, VISION_OUTPUTS
+from vitrine.models.bundle.layout import ALWAYS, DETAILS_INPUT, ON_REQUEST
 from vitrine.models.graph.onnx_file import to_onnx
 from vitrine.models.graph.sensitive import LOSS, losses
 from vitrine.models.graph.variants import _products, make_variant
@@ -16,7 +16,7 @@ from vitrine.models.graph.variants import _products, make_variant
 
 @pytest.fixture(scope="module")
 def model(graph):
-    return to_onnx(graph, {"pixels": torch.zeros(2, 3, 32, 32)}, VISION_OUTPUTS, DETAILS, DETAILS_INPUT)
+    return to_onnx(graph, {"pixels": torch.zeros(2, 3, 32, 32)}, ALWAYS, ON_REQUEST, DETAILS_INPUT)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vitrine.models.bundle.bundle import seal
-from vitrine.models.bundle.layout import DETAILS, DETAILS_INPUT, VISION_OUTPUTS
+from vitrine.models.bundle.layout import DETAILS, DETAILS_INPUT, EVERY_OUTPUT, VISION_OUTPUTS
 from vitrine.models.graph.onnx_file import save_onnx, to_onnx
 from vitrine.service.engine.engine import Engine, _batches
 from vitrine.service.operations.settings import Settings
@@ -31,7 +31,7 @@ def test_a_batch_of_five_equals_five_alone(engine, make_pixels):
 def test_decompositions_hold_the_graphs_outputs(engine, make_pixels):
     pixels = make_pixels(2, seed=2).numpy()
     feeds = {"pixels": pixels, DETAILS_INPUT: np.array(True)}
-    outputs = dict(zip([*VISION_OUTPUTS, *DETAILS], engine.vision.run([*VISION_OUTPUTS, *DETAILS], feeds), strict=True))
+    outputs = dict(zip(EVERY_OUTPUT, engine.vision.run(EVERY_OUTPUT, feeds), strict=True))
     for index, parts in enumerate(engine.explain(pixels)):
         for name in ("embedding", "rows", "sigma_without", "feature_indices", "feature_values", "projection"):
             assert np.array_equal(getattr(parts, name), outputs[name][index]), name

@@ -308,6 +308,7 @@ def test_model_is_the_bundle_that_is_served(server, carded, picture):
         "source_baselines",
         "attention_heads",
         "circuit_dictionaries",
+        "interventions",
         "warnings",
     }
     assert answer["digest"] == carded.digest
@@ -315,5 +316,6 @@ def test_model_is_the_bundle_that_is_served(server, carded, picture):
     assert answer["source_baselines"] == ["zero", "mean"]
     assert answer["attention_heads"] == 4
     assert answer["circuit_dictionaries"] == ["clt"]
+    assert answer["interventions"] == ["direct", "rerun"]
     assert answer["manifest"] == json.loads((carded.path / "manifest.json").read_text())
     assert server.attribute(picture())["model"] == {"name": answer["name"], "digest": answer["digest"]}
