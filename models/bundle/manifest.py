@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from vitrine.models.bundle.label_sets import Labels, Templates
-from vitrine.models.bundle.layout import Precision, Variant
+from vitrine.models.bundle.layout import READ_BY_GRAPHS, RESIDUAL, Precision, Variant
 from vitrine.models.texts.clean import Clean
 
 FORMAT = 1
@@ -257,3 +259,14 @@ class Manifest(_Part):
             if path.is_absolute() or ".." in path.parts or "\\" in name:
                 raise ValueError(f"file name {name!r} leaves the bundle")
         return files
+
+
+def graphs_digest(manifest: Manifest, residual: bool = False) -> str:
+    """sha256:... of a bundle's graphs and of the tables that they read, whatever cards, label sets and edits lie beside
+    them. residual: with those of the residual SAEs, which may be added to a bundle later."""
+    files = sorted(
+        (name, entry.sha256)
+        for name, entry in manifest.files.items()
+        if name.endswith(READ_BY_GRAPHS) and "/" not in name and (residual or not name.startswith(RESIDUAL))
+    )
+    return "sha256:" + hashlib.sha256(json.dumps(files).encode()).hexdigest()
