@@ -1,4 +1,4 @@
-"""Groups where no table has them: by a cue in words, or by what moves the errors."""
+"""Groups where no table has them: by a cue in words."""
 
 from __future__ import annotations
 

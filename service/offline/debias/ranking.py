@@ -8,8 +8,10 @@ group g, in logits:
     effect size   d = b / s,   s the standard deviation within the cells (label, group), pooled
 
 A cue moves the logit in its groups whatever the label (|b| large), and does not say the label by itself (|a| small);
-what the label's own features do is the other way round. Features are ranked by |b| - |a|: by how many logits more they
-move with the cue than with the label. The size alone would put features first that hardly move anything, but reliably.
+what the label's own features do is the other way round. Features are ranked by |b| * |b| / (|a| + |b|), the logits that
+they move with the cue times the cue's share of all that they move. The size alone would put features first that hardly
+move anything, but reliably; |b| - |a| would leave out those of late layers that the cue and the label share, which move
+most.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ class Effects:
 
     @property
     def score(self) -> Array:
-        """What features are ranked by; 0 or less: the label moves it as much."""
-        score: Array = np.abs(self.group) - np.abs(self.label)
-        return score
+        """What features are ranked by; 0: the groups do not move it."""
+        group, both = np.abs(self.group), np.abs(self.group) + np.abs(self.label)
+        return np.divide(group**2, both, out=np.zeros_like(group), where=both > 0)
 
     @property
     def size(self) -> Array:
@@ -102,7 +104,7 @@ def _differences(present: NDArray[np.integer]) -> tuple[Array, Array]:
 
 
 def rank(of_contrasts: Sequence[Effects], count: int) -> list[Place]:
-    """The first `count` features by their largest score over all contrasts; none whose score is 0 or less."""
+    """The first `count` features by their largest score over all contrasts; none whose score is 0."""
     scores = np.stack([effects.score for effects in of_contrasts])
     contrasts, best = scores.argmax(0), scores.max(0)
     order = np.argsort(-best, kind="stable")[:count]

@@ -27,6 +27,7 @@ from vitrine.service.offline.debias.report import Method, Report, TrialRow
 from vitrine.service.offline.debias.runner import Runner, edited
 from vitrine.service.offline.debias.search import COUNTS, Search, search
 from vitrine.service.offline.debias.shown import shown
+from vitrine.service.offline.debias.unlabelled import by_errors
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 WITH_CUE = ("without the cue", "with the cue")
@@ -64,7 +65,8 @@ class Debias:
         texts = encode(self.encoder, examples.label_names, question)
         embeddings = self._plain(examples.images)
         before = predicted(embeddings, texts.labels)
-        examples = self._grouped(examples, embeddings, before, texts)
+        examples, kept = self._grouped(examples, embeddings, texts)
+        embeddings, before = embeddings[kept], before[kept]
         finding, held_out = np.flatnonzero(examples.finding), np.flatnonzero(~examples.finding)
         half = examples.only(finding)
         if (before[finding] == half.labels).all():
@@ -108,13 +110,31 @@ class Debias:
             rows += [parts.embedding for parts in self.engine.explain(pixels)]
         return np.stack(rows)
 
-    def _grouped(self, examples: Examples, embeddings: Array, before: NDArray[np.integer], texts: Texts) -> Examples:
-        """The images in groups. Raises `DebiasError` where there are none to compare."""
+    def _grouped(self, examples: Examples, embeddings: Array, texts: Texts) -> tuple[Examples, NDArray[np.int64]]:
+        """(images in groups, which these are). Raises `DebiasError` where there are none to compare."""
         if self.question.by == "cue":
             has_cue = in_words(embeddings, examples.labels, texts.cue, texts.others)
-            return examples.with_groups(has_cue.astype(np.int64), WITH_CUE)
+            return examples.with_groups(has_cue.astype(np.int64), WITH_CUE), np.arange(len(examples))
+        if self.question.by == "errors":
+            return self._by_errors(examples, embeddings @ texts.labels.T, texts)
         examples.check_groups()
-        return examples
+        return examples, np.arange(len(examples))
+
+    def _by_errors(self, examples: Examples, logits: Array, texts: Texts) -> tuple[Examples, NDArray[np.int64]]:
+        """Images of the two labels that are mistaken for one another most, in groups by what moves these errors."""
+        predicted, truth = logits.argmax(-1), examples.labels
+        mistaken = np.zeros((len(texts.labels),) * 2)
+        wrong = examples.finding & (predicted != truth)
+        np.add.at(mistaken, (np.minimum(truth, predicted)[wrong], np.maximum(truth, predicted)[wrong]), 1)
+        first, second = divmod(int(mistaken.argmax()), len(mistaken))
+        if not wrong.any():
+            raise DebiasError("no image of the finding half is mistaken: there is nothing to repair")
+        members, given = self._given(examples, (first, second), texts)
+        some = examples.only(members)
+        is_first, predicted_first = some.labels == first, logits[members, first] > logits[members, second]
+        half = np.flatnonzero(some.finding)
+        score = by_errors(given.only(half), is_first[half], predicted_first[half])
+        return some.with_groups(score.has_cue(given, is_first).astype(np.int64), WITH_CUE), members
 
     def _given(self, half: Examples, pair: tuple[int, int], texts: Texts) -> tuple[NDArray[np.int64], Contributions]:
         """(images of a pair of labels, what each feature gave to the first rather than the second)."""

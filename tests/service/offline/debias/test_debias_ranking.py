@@ -6,9 +6,11 @@ import pytest
 from vitrine.models.bootstrap import Bootstrap
 from vitrine.service.offline.debias.contributions import Contributions
 from vitrine.service.offline.debias.cue import in_words, otsu
+from vitrine.service.offline.debias.errors import DebiasError
 from vitrine.service.offline.debias.examples import Examples
 from vitrine.service.offline.debias.firing import of_means
 from vitrine.service.offline.debias.ranking import Contrast, contrasts, effects, group_effect, rank
+from vitrine.service.offline.debias.unlabelled import by_errors
 
 IS_FIRST = np.array([1, 1, 1, 0, 0, 0, 0], bool)
 HAS_CUE = np.array([1, 0, 0, 1, 1, 0, 0], bool)
@@ -44,11 +46,12 @@ def test_effects_are_differences_of_the_cells_means():
     assert found.size[CUE] == pytest.approx(3 / np.sqrt(pooled[CUE]))
 
 
-def test_the_cue_is_first_and_what_says_the_label_is_not_there():
+def test_the_cue_is_first_and_what_says_the_label_is_last():
     compared = effects(sparse(TABLE, 2), IS_FIRST, HAS_CUE)
-    assert [place.key for place in rank([compared], 10)] == [CUE]
+    assert compared.score[[CUE, BOTH]] == pytest.approx([3.0, 1 / 3])
+    assert [place.key for place in rank([compared], 2)] == [CUE, BOTH]
     other = effects(sparse(TABLE[:, ::-1].copy(), 2), IS_FIRST, HAS_CUE)
-    assert [(place.key, place.contrast) for place in rank([compared, other], 10)] == [(CUE, 0), (3 - CUE, 1)]
+    assert [(place.key, place.contrast) for place in rank([compared, other], 2)] == [(CUE, 0), (3 - CUE, 1)]
 
 
 def test_a_group_without_images_of_one_label_is_compared_within_the_other():
@@ -111,3 +114,15 @@ def test_where_a_feature_fires_and_what_lies_between_the_groups():
     first, second = of_means(means)
     assert (first.tokens, first.between) == ((1, 2), 3.5 / 2)
     assert (second.tokens, second.between) == ((2,), -3.0)
+
+
+def test_what_moves_the_errors_is_found_among_images_predicted_alike():
+    generator, count = np.random.default_rng(0), 400
+    is_first, has_cue = generator.random((2, count)) < 0.5
+    own = np.where(is_first, 1.0, -1.0) + 0.5 * generator.standard_normal(count)  # of the label itself
+    cue = 1.4 * has_cue
+    found = by_errors(sparse(np.stack([own, cue], 1), 2), is_first, own + cue > 0.7)
+    assert found.keys.tolist() == [1]
+    assert (found.has_cue(sparse(np.stack([own, cue], 1), 2), is_first) == has_cue).all()
+    with pytest.raises(DebiasError, match=r"all right or all wrong.*--groups.*--cue"):
+        by_errors(sparse(np.stack([own, cue], 1), 2), is_first, is_first)

@@ -84,6 +84,16 @@ def test_the_cue_is_found_in_words(table):
     assert found.groups == ["without the cue", "with the cue"]
 
 
+def test_the_cue_is_found_by_what_moves_the_errors(table):
+    found = ask(*table, by="errors")
+    assert (found.ranking[0].layer, found.ranking[0].index) == (0, 0)
+    edit = next(method for method in found.methods if method.name == "the edit")
+    assert edit.accuracy.average.value == 1.0
+    truth = [row.group for row in table[1]].count("green")
+    cued = [group for group in edit.accuracy.groups if group.group == "with the cue"]
+    assert sum(group.images for group in cued) == truth / 2, "the same images as the table says"
+
+
 def test_images_that_are_not_there_and_those_that_cannot_be_read(table, tmp_path):
     folder, rows = table
     with pytest.raises(DebiasError, match=r"has no missing\.png; images' names are paths below --data"):
