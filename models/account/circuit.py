@@ -156,7 +156,7 @@ class Expansion:
         self._gross = np.empty(limits.nodes)
         self._expanded = np.empty(limits.nodes, np.int64)
         self._count = 0
-        self._chosen = self._expanded[:0]  # those being expanded
+        self._chosen: NDArray[np.integer] = self._expanded[:0]  # those being expanded
         self._next: NDArray[np.integer] = self._expanded[:0]  # those that come after them
         self.graph = self._built()  # as far as it is built
 

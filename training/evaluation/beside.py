@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from vitrine.models.bootstrap import Bootstrap
 from vitrine.models.bundle.bundle import file_sha256
 from vitrine.models.clip.loading import Clip
 from vitrine.models.dictionary.average import mean_code
@@ -22,7 +23,6 @@ from vitrine.models.dictionary.residual_sae import ResidualSaes
 from vitrine.models.progress import Progress
 from vitrine.training.checkpoint import weights_file
 from vitrine.training.data.held_out import HeldOut
-from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.circuits import Circuits, CltCircuits, SaeCircuits, circuit_figures
 from vitrine.training.evaluation.curves import Curves, node_faithfulness, rightly_classified
 from vitrine.training.evaluation.evaluate import open_checkpoint

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vitrine.models.account.windows import TOKENS, Tokens
-from vitrine.training.evaluation.bootstrap import Bootstrap
-from vitrine.training.evaluation.results import Cascade, Estimate, if_known
+from vitrine.models.bootstrap import Bootstrap, Estimate
+from vitrine.training.evaluation.results import Cascade, if_known
 
 Known = TypeVar("Known")  # what a replacement model is told of some images, to save work
 

@@ -29,12 +29,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from vitrine.models.bootstrap import Array, Bootstrap, Estimate
 from vitrine.models.clip.loading import Clip
 from vitrine.models.progress import Progress
 from vitrine.training.data.held_out import HeldOut
-from vitrine.training.evaluation.bootstrap import Array, Bootstrap
 from vitrine.training.evaluation.nodes import Nodes
-from vitrine.training.evaluation.results import Estimate, NodeCurve, NodeFaithfulness, NodePoint
+from vitrine.training.evaluation.results import NodeCurve, NodeFaithfulness, NodePoint
 
 FRACTIONS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 REGAINED = 0.02  # of FRACTIONS

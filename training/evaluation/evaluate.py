@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from vitrine.models.account.windows import TOKENS, Tokens, paper_windows
+from vitrine.models.bootstrap import Bootstrap
 from vitrine.models.bundle.bundle import file_sha256
 from vitrine.models.bundle.manifest import ClipIdentity, LayerMetrics, Metrics
 from vitrine.models.clip.loading import Clip
@@ -28,7 +29,6 @@ from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.progress import track
 from vitrine.training.checkpoint import CheckpointMeta, check_clip, clt_recipe, load_clt
 from vitrine.training.data.held_out import HeldOut
-from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.cascades import Cascades
 from vitrine.training.evaluation.curves import node_faithfulness
 from vitrine.training.evaluation.faithfulness import RANDOM_ORDERS, TOP

@@ -20,10 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vitrine.models.bootstrap import Bootstrap, Estimate
 from vitrine.models.dictionary.projection import projection_scores
-from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.cascades import divergence, is_right
-from vitrine.training.evaluation.results import Curve, Estimate, Faithfulness, Spread, if_known
+from vitrine.training.evaluation.results import Curve, Faithfulness, Spread, if_known
 
 Ranking = Literal["cls", "all"]
 RANKINGS: tuple[Ranking, ...] = ("cls", "all")

@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from vitrine.models.account.windows import TOKENS, Tokens
+from vitrine.models.bootstrap import Bootstrap
 from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tower import Taps
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
@@ -28,7 +29,6 @@ from vitrine.models.dictionary.sparsify import Code
 from vitrine.models.progress import Progress
 from vitrine.training.data.activations import Activations
 from vitrine.training.data.held_out import HeldOut
-from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.cascades import Cascades
 from vitrine.training.evaluation.contributions import ScoreMean, add_codes, by_type, centre_, mean_contributions
 from vitrine.training.evaluation.faithfulness import RANKINGS, Interventions, ranked

@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 from vitrine.models.account.windows import TOKENS, Tokens
+from vitrine.models.bootstrap import Bootstrap
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.dictionary.replacement import of_type
 from vitrine.models.dictionary.residual_sae import ResidualSaes
 from vitrine.models.dictionary.sparse_products import SortedCode
 from vitrine.training.data.normalisation import OUTLIER
-from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.results import LayerFigures, TokenFigures
 from vitrine.training.evaluation.survey import Survey
 

@@ -24,6 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from vitrine.models.account.windows import TOKENS, Tokens, paper_windows
+from vitrine.models.bootstrap import Bootstrap
 from vitrine.models.bundle.manifest import Metrics
 from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tower import Taps
@@ -35,7 +36,6 @@ from vitrine.training.checkpoint import check_clip, load_residual_saes, weights_
 from vitrine.training.data.activations import residual_streams
 from vitrine.training.data.held_out import HeldOut
 from vitrine.training.evaluation.beside import with_beside
-from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.cascades import Cascades
 from vitrine.training.evaluation.curves import node_faithfulness
 from vitrine.training.evaluation.evaluate import circumstances, label_embeddings, open_checkpoint, summary

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from vitrine.models.account.windows import Tokens
+from vitrine.models.bootstrap import Estimate
 from vitrine.models.bundle.manifest import ClipIdentity
 from vitrine.training.recipes.recipe import CltRecipe, ResidualSaeRecipe
 
@@ -23,14 +24,6 @@ class Part(BaseModel):
     """Of results.json: immutable, and no fields that are not known."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Estimate(Part):
-    """A figure and its bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def if_known(estimate: Estimate) -> Estimate | None:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
+from vitrine.models.bootstrap import Bootstrap
 from vitrine.models.dictionary.sparsify import Code
-from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.results import Neighbours, Retrieval
 
 NEAREST = 5

@@ -18,7 +18,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vitrine.training.evaluation.results import Cascade, Estimate
+from vitrine.models.bootstrap import Estimate
+from vitrine.training.evaluation.results import Cascade
 
 INK, _LINE = "#010203", "#fdfcfb"
 COLOURS = {"all": "#2a9d8f", "cls": "#e07a1f", "patches": "#7c6bd6", "image": "#d6457f", "random": "#8a8f98"}

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 
 from vitrine.models.account.windows import TOKENS, Tokens
-from vitrine.training.evaluation.results import AnyResults, Cascade, Estimate, Matrix, Results, Spread, TokenFigures
+from vitrine.models.bootstrap import Estimate
+from vitrine.training.evaluation.results import AnyResults, Cascade, Matrix, Results, Spread, TokenFigures
 from vitrine.training.evaluation.sae_results import SaeResults
 from vitrine.training.report import paper
 from vitrine.training.report.drawing import COLOURS, INK, STYLE, by_layer, changes, errors, line, new_figure, svg

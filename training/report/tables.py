@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vitrine.models.account.windows import TOKENS
+from vitrine.models.bootstrap import Estimate
 from vitrine.training.evaluation.faithfulness import TOP
 from vitrine.training.evaluation.results import (
     AnyResults,
-    Estimate,
     Faithfulness,
     LayerFigures,
     NodeFaithfulness,

@@ -11,6 +11,7 @@ from vitrine.commands.bulk import bulk
 from vitrine.commands.cards import cards
 from vitrine.commands.circuit import circuit
 from vitrine.commands.common import errors_as_messages
+from vitrine.commands.debias import debias
 from vitrine.commands.doctor import doctor
 from vitrine.commands.edit import create, list_edits, show
 from vitrine.commands.edit import verify as verify_edits
@@ -50,6 +51,8 @@ EXAMPLES: dict[Callable[..., None], str] = {
     circuit: "vitrine circuit photo.jpg --label cat --html cat.html; vitrine circuit photos/cat --images 50; "
     "vitrine circuit photo.jpg --dictionary residual",
     intervene: "vitrine intervene photo.jpg --edit 'ablate 7/123'; vitrine intervene photo.jpg --counterfactual dog",
+    debias: "vitrine debias --data waterbirds --groups waterbirds/metadata.csv --labels landbird,waterbird "
+    "--out no-water.json; vitrine debias --data photos --cue 'a red background' --out no-red.json",
 }
 EDIT_EXAMPLES: dict[str, tuple[Callable[..., None], str]] = {
     "create": (

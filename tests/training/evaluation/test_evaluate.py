@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from vitrine.commands import app
 from vitrine.models.account.windows import TOKENS
+from vitrine.models.bootstrap import Bootstrap
 from vitrine.models.dictionary.replacement import Replacement
 from vitrine.training.checkpoint import CheckpointError, CheckpointMeta, latest, save_checkpoint
 from vitrine.training.data.held_out import held_out
 from vitrine.training.data.images import DataError
-from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.evaluate import evaluate, evaluate_summary
 from vitrine.training.evaluation.measure import Plan, measure
 from vitrine.training.evaluation.results import Results

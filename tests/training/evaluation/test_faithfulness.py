@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitrine.training.evaluation.bootstrap import Bootstrap
+from vitrine.models.bootstrap import Bootstrap
 from vitrine.training.evaluation.faithfulness import Interventions, keep_masks, ranked
 
 

@@ -6,9 +6,9 @@ import torch
 from torchmetrics import R2Score
 
 from vitrine.models.account.windows import TOKENS
+from vitrine.models.bootstrap import Bootstrap
 from vitrine.models.dictionary.replacement import of_type
 from vitrine.models.dictionary.sparse_products import SortedCode
-from vitrine.training.evaluation.bootstrap import Bootstrap
 from vitrine.training.evaluation.reconstruction import Reconstruction, median_by_layer, relative_error
 from vitrine.training.evaluation.survey import Surveyor
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vitrine.training.evaluation.bootstrap import Bootstrap
+from vitrine.models.bootstrap import Bootstrap
 
 
 def test_the_interval_of_a_normal_mean_is_the_known_one():

@@ -11,10 +11,19 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-
-from vitrine.training.evaluation.results import Estimate
+from pydantic import BaseModel, ConfigDict
 
 Array = NDArray[np.float64]
+
+
+class Estimate(BaseModel):
+    """A figure and its bootstrap interval."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    value: float
+    low: float
+    high: float
 
 
 class Bootstrap:

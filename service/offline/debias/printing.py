@@ -1,0 +1,116 @@
+"""What was found, as it is printed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from vitrine.models.bootstrap import Estimate
+from vitrine.models.files.names import printable
+from vitrine.service.offline.debias.report import Report
+
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+SHOWN_EXEMPLARS = 3
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Ranking, trials, and accuracies by group before and after; then what could not be done."""
+    console.print(
+        f"{report.finding_images:,} images to find, {report.held_out_images:,} held out to decide; groups by "
+        f"{report.groups_by}: {', '.join(report.groups)}",
+        **PLAIN,
+    )
+    console.print(f"labels: {', '.join(report.labels)}; under {'; '.join(report.templates)}", **PLAIN)
+    if report.cue:
+        console.print(f"the cue: {'; '.join(report.cue)}; instead: {'; '.join(report.others)}", **PLAIN)
+    console.print(_ranking(report))
+    if report.trials:
+        console.print(_trials(report))
+    console.print(_methods(report))
+    console.print(_by_group(report))
+    if report.proposed is None:
+        console.print("no edit was better than none on the finding half: none is proposed", style="yellow", **PLAIN)
+    else:
+        console.print(f"proposed: {report.proposed}", style="green", **PLAIN)
+    for line in (
+        *(f"not tried: {what}: {why}" for what, why in report.refused.items()),
+        *(f"not compared: {line}" for line in report.left_out),
+        *(f"not used: {line}" for line in report.unreadable[:3]),
+    ):
+        console.print(line, style="yellow", **PLAIN)
+    console.print(f"{report.seconds:.0f} s", **PLAIN)
+
+
+def _table(title: str, *columns: str, left: int = 1) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < left else "right")
+    return table
+
+
+def _ranking(report: Report) -> Table:
+    table = _table(
+        "features that tell the groups apart within a label (finding half)",
+        "feature",
+        "label of its card",
+        "exemplars",
+        "group",
+        "logits in the group",
+        "with the label",
+        "effect size",
+        left=4,
+    )
+    for feature in report.ranking:
+        exemplars = ", ".join(map(printable, feature.exemplars[:SHOWN_EXEMPLARS]))
+        table.add_row(
+            f"{feature.layer}/{feature.index}",
+            feature.label or "",
+            exemplars,
+            printable(feature.group),
+            interval(feature.logits, 1, 3),
+            f"{feature.label_logits:+.3f}",
+            f"{feature.size:+.2f}",
+        )
+    return table
+
+
+def _trials(report: Report) -> Table:
+    table = _table("the ten best edits (finding half)", "op", "tokens", "features", "mode", "worst group", "average")
+    for trial in sorted(report.trials, key=lambda trial: -trial.worst)[:10]:
+        table.add_row(
+            trial.op, trial.tokens, str(trial.features), trial.mode, f"{trial.worst:.1%}", f"{trial.average:.1%}"
+        )
+    return table
+
+
+def _methods(report: Report) -> Table:
+    table = _table("held-out half", "method", "worst group, %", "change, points", "average, %", "change, points")
+    for method in report.methods:
+        change = method.change
+        table.add_row(
+            method.name,
+            interval(method.accuracy.worst),
+            "" if change is None else interval(change.worst, signed=True),
+            interval(method.accuracy.average),
+            "" if change is None else interval(change.average, signed=True),
+        )
+    return table
+
+
+def _by_group(report: Report) -> Table:
+    names = [method.name for method in report.methods]
+    table = _table("by group, %", "label", "group", "images", *names, left=2)
+    for number, group in enumerate(report.methods[0].accuracy.groups):
+        figures = [f"{100 * method.accuracy.groups[number].accuracy.value:.1f}" for method in report.methods]
+        table.add_row(group.label, group.group, f"{group.images:,}", *figures)
+    return table
+
+
+def interval(estimate: Estimate, scale: float = 100, places: int = 1, *, signed: bool = False) -> str:
+    """A figure and its interval: "71.2 (65.0 to 77.1)"."""
+    sign = "+" if signed else ""
+    value, low, high = (f"{scale * part:{sign}.{places}f}" for part in (estimate.value, estimate.low, estimate.high))
+    return f"{value} ({low} to {high})"

@@ -1,0 +1,146 @@
+"""`vitrine debias`: a spurious cue found, and an edit proposed that takes it out."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vitrine.commands.common import BundlePath, LabelsFile, LabelsList, chosen_labels, open_bundle_or_default
+
+if TYPE_CHECKING:
+    from vitrine.service.offline.debias.examples import Examples
+
+
+class By(StrEnum):
+    """How the groups are found."""
+
+    table = "table"
+    cue = "cue"
+    errors = "errors"
+
+
+def debias(
+    data: Annotated[Path, typer.Option(help="Folder of the images; without --groups it has one folder a label.")],
+    out: Annotated[Path, typer.Option(help="The proposed edit, NAME.json.")],
+    groups: Annotated[
+        Path | None, typer.Option(help="CSV of images with label and group, as Waterbirds' metadata.csv.")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Of --groups: image=NAME,label=NAME,group=NAME,split=NAME, as far as needed.")
+    ] = None,
+    splits: Annotated[
+        str | None,
+        typer.Option(help="Two values of its column of splits, FIND,HELD_OUT; default: val,test, or drawn halves."),
+    ] = None,
+    labels: LabelsList = None,
+    labels_file: LabelsFile = None,
+    template: Annotated[
+        list[str] | None, typer.Option(help="Sentence with {} (repeatable); default: the bundle's.")
+    ] = None,
+    cue: Annotated[list[str] | None, typer.Option(help="The cue in words: 'a red background' (repeatable).")] = None,
+    other: Annotated[list[str] | None, typer.Option(help="What is there instead: 'a green background'.")] = None,
+    joint: Annotated[str, typer.Option(help="A prompt of label and cue.")] = "{label} with {cue}",
+    by: Annotated[
+        By | None,
+        typer.Option(help="How groups are found; default: by the table's column, else the cue, else the errors."),
+    ] = None,
+    cap: Annotated[float, typer.Option(min=0, max=100, help="Points of average accuracy that an edit may cost.")] = 1.0,
+    description: Annotated[str | None, typer.Option(help="Of the edit; default: what was found.")] = None,
+    seed: Annotated[int, typer.Option(help="Of drawn halves, resamples and random features.")] = 0,
+    report: Annotated[Path | None, typer.Option(help="All figures, as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(help="What is printed, as a page.")] = None,
+    bundle: BundlePath = None,
+) -> None:
+    """Find what a CLIP goes by beside the label, and propose an edit that takes it out, with evidence.
+
+    Features are ranked by how many logits they move with the group rather than with the label. The edit is chosen on
+    one half of the images, and everything said of it is measured on the other. Nothing is trained.
+    """
+    from rich.console import Console
+
+    from vitrine.commands.common import new_console
+    from vitrine.models.bundle.manifest import graphs_digest
+    from vitrine.models.files.writing import prepare_file, write_text
+    from vitrine.models.interventions.edit import check_edit_name, create
+    from vitrine.models.progress import track
+    from vitrine.service.engine.engine import Engine
+    from vitrine.service.engine.labels import LabelEncoder
+    from vitrine.service.offline.debias.errors import DebiasError
+    from vitrine.service.offline.debias.pictures import Pictures
+    from vitrine.service.offline.debias.printing import print_report
+    from vitrine.service.offline.debias.question import Question
+    from vitrine.service.offline.debias.run import Debias
+    from vitrine.service.offline.debias.runner import BundleRunner
+    from vitrine.service.operations.settings import load_settings
+
+    check_edit_name(out.stem)
+    for file in (out, report, html):
+        if file is not None:
+            prepare_file(file)
+    examples = _examples(data, groups, columns, splits, chosen_labels(labels, labels_file), seed)
+    chosen_by = by.value if by else ("table" if len(examples.group_names) > 1 else "cue" if cue else "errors")
+    if chosen_by == "cue" and not cue:
+        raise typer.BadParameter("--by cue needs the cue in words", param_hint="--cue")
+    opened, settings = open_bundle_or_default(bundle), load_settings().model_copy(update={"replacement": False})
+    question = Question(
+        templates=tuple(template or opened.manifest.text.templates),
+        by=chosen_by,
+        cue=tuple(cue or ()),
+        others=tuple(other or ()),
+        joint=joint,
+        cap=cap / 100,
+        seed=seed,
+    )
+    engine, progress = Engine(opened, settings), Console(stderr=True)
+
+    def shown(items: Sequence[Any], title: str) -> Iterable[Any]:
+        return track(items, title, len(items), progress, "")
+
+    with Pictures(data, opened.manifest.preprocessing, settings) as pictures:
+        encoder, runner = LabelEncoder(engine, capacity=1), BundleRunner(engine)
+        found = Debias(engine, encoder, runner, pictures, question, shown)(examples)
+    if report is not None:
+        write_text(report, found.model_dump_json(indent=2) + "\n")
+    console = new_console()
+    print_report(found, console)
+    if html is not None:
+        page = Console(record=True, file=io.StringIO(), width=180)
+        print_report(found, page)
+        write_text(html, page.export_html())
+    if found.mode is None:
+        raise DebiasError("no edit was better than none on the finding half; --report has all that was tried")
+    made = create(
+        out.stem,
+        description or found.description,
+        tuple(found.interventions),
+        found.mode,
+        graphs_digest(opened.manifest),
+        evidence=found.evidence(str(groups or data)),
+    )
+    write_text(out, made.text())
+    console.print(f"{made.name} {made.digest}, in {out}", soft_wrap=True, highlight=False)
+
+
+def _examples(
+    data: Path, groups: Path | None, columns: str | None, splits: str | None, labels: list[str] | None, seed: int
+) -> Examples:
+    """The images, with groups if a table has them."""
+    from vitrine.service.offline.debias.examples import of_folders, of_table
+    from vitrine.service.offline.debias.table import parse_columns, read_table
+
+    if groups is None:
+        if columns is not None or splits is not None:
+            raise typer.BadParameter("--columns and --splits are of --groups")
+        return of_folders(data, labels, seed)
+    halves = None
+    if splits is not None:
+        first, comma, second = (part.strip() for part in splits.partition(","))
+        if not (comma and first and second):
+            raise typer.BadParameter("give two values, FIND,HELD_OUT", param_hint="--splits")
+        halves = first, second
+    return of_table(read_table(groups, parse_columns(columns), labels), labels, seed, halves)
