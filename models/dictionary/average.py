@@ -37,16 +37,16 @@ def mean_residual_code(tower: Tower, saes: ResidualSaes, images: Iterable[Tensor
     0. Computed on the tower's device."""
     device = next(tower.parameters()).device
     sums = torch.zeros(saes.layers, 2, saes.features, dtype=torch.float64, device=device)
-    count, is_cls = 0, torch.arange(tower.tokens, device=device) == 0
+    count = 0
     for pixels in images:
         taps = tower(pixels.to(device))
         streams = taps.residual_in + (taps.attn_out + taps.mlp_out).cumsum(0)  # [L, B, T, d] after each block
+        is_cls = torch.arange(len(pixels) * tower.tokens, device=device) % tower.tokens == 0
         for layer, stream in enumerate(streams[:-1]):
-            for x in stream:
-                code = saes.encoders[layer](standardise(x).x, is_cls)
-                for row, of_type in enumerate((is_cls, ~is_cls)):
-                    places = code.indices[of_type].flatten()
-                    sums[layer, row].index_add_(0, places, code.values[of_type].flatten().double())
+            code = saes.encoders[layer](standardise(stream.flatten(0, 1)).x, is_cls)
+            for row, of_type in enumerate((is_cls, ~is_cls)):
+                places = code.indices[of_type].flatten()
+                sums[layer, row].index_add_(0, places, code.values[of_type].flatten().double())
         count += len(pixels)
     return (sums / (torch.tensor([1, tower.tokens - 1], device=device)[:, None] * count)).float().cpu()
 

@@ -39,7 +39,7 @@ def verify(path: Path) -> Bundle:
     bundle = open_bundle(path)
     # before the graphs, whose errors for a damaged table are less clear
     _ = bundle.directions, bundle.fold, bundle.attention_fold, bundle.baseline, bundle.label_sets
-    _ = bundle.encoders, bundle.baseline_stream
+    _ = bundle.encoders
     every = dict.fromkeys(("replacement", "sources", "residual", "rerun"), True)
     settings = load_settings().model_copy(update=every)
     runtime = choose(bundle, settings.model_copy(update={"provider": "cpu", "precision": "fp32"}))
