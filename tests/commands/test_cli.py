@@ -33,6 +33,7 @@ COMMANDS = (
     "replay",
     "bulk",
     "attribute",
+    "intervene",
 )
 LABELS = ["red circle", "green square", "blue triangle"]
 
