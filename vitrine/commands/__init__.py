@@ -14,6 +14,7 @@ from vitrine.commands.common import errors_as_messages
 from vitrine.commands.doctor import doctor
 from vitrine.commands.evaluate import evaluate
 from vitrine.commands.export import export
+from vitrine.commands.planted import planted
 from vitrine.commands.pretrain import pretrain
 from vitrine.commands.recipes import recipes
 from vitrine.commands.replay import replay
@@ -48,6 +49,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
 }
 for command, example in EXAMPLES.items():
     app.command(epilog=f"Example: {example}")(errors_as_messages(command))
+app.add_typer(planted, name="planted")
 
 
 def main() -> None:
