@@ -99,6 +99,7 @@ def write_data(settings: PlantedData, data_root: Path, size: tuple[int, int], ou
     if train.classes != test.classes:
         raise DataError(f"{test.title} has other classes than {train.title}: {', '.join(test.classes)}")
     planted, half = plan(settings, train.classes), 2 * settings.group_images
+    few = min(CALIBRATION, half)
     to_train = _photos(train, planted.classes, settings.train_images, size, _random(settings.seed, 1))
     to_test = _photos(test, planted.classes, 2 * half, size, _random(settings.seed, 2))
     rows: list[Row] = []
@@ -112,7 +113,7 @@ def write_data(settings: PlantedData, data_root: Path, size: tuple[int, int], ou
         write("twin", to_train[label], _some(0.5, settings.train_images, _random(settings.seed, 4, place)))
         alternating = np.arange(half) % 2 == 0
         write("val", to_test[label][:half], alternating)
-        write("calibration", to_test[label][:CALIBRATION], alternating[:CALIBRATION])
+        write("calibration", to_test[label][:few], alternating[:few])
         write("test", to_test[label][half:], alternating)
         write("pairs", to_test[label][half:], ~alternating)
     with written(out / TABLE) as partial, partial.open("w", newline="", encoding="utf-8") as file:

@@ -50,7 +50,52 @@ def make(
         )
 
 
+def score(
+    folder: Annotated[Path, typer.Option("--planted", help="What `vitrine planted make` made.")],
+    proposal: Annotated[
+        Path | None, typer.Option(help="Interventions as JSON, the most wanted first; without it the truth is printed.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say which features carry the cue; where a proposal has them, and what it does to the groups of unseen images."""
+    from vitrine.training.planted.score import Benchmark, read_proposal
+
+    benchmark, console = Benchmark(folder), new_console()
+    if proposal is None:
+        truths = {name: benchmark.truth(name) for name in benchmark.dictionaries}
+        if json:
+            print("{" + ", ".join(f'"{name}": {truth.model_dump_json()}' for name, truth in truths.items()) + "}")
+            return
+        for name, truth in truths.items():
+            console.print(f"{name}: the cue moves the logits by {truth.shift:+.2f}; by feature, to first order:")
+            for carrier in truth.carriers:
+                console.print(
+                    f"  layer {carrier.layer} feature {carrier.index}: {carrier.effect:+.3f}", highlight=False
+                )
+        return
+    result = benchmark.score(read_proposal(proposal))
+    if json:
+        print(result.model_dump_json(indent=1))
+        return
+    rank = f"the first of the cue's is number {result.first_rank}" if result.first_rank else "none is the cue's"
+    console.print(
+        f"{result.interventions} changes: {rank}; {result.found} of the first ten, by chance {result.expected:.2f}",
+        highlight=False,
+    )
+    for what, was, now, changed in (
+        ("worst group", result.before.worst, result.after.worst, result.worst),
+        ("average", result.before.average, result.after.average, result.average),
+    ):
+        interval = f"[{changed.low:+.1%}, {changed.high:+.1%}]"
+        console.print(f"{what}: {was.value:.1%} -> {now.value:.1%}, {changed.value:+.1%} {interval}", highlight=False)
+    if result.closed is not None:
+        console.print(f"share of the gap to the unplanted twin: {result.closed:.0%}", highlight=False)
+
+
 planted.command(
     epilog="Example: vitrine planted make --recipe training/planted/planted-demo.toml --seed 1 --data-root data "
     "--out planted/seed-1"
 )(errors_as_messages(make))
+planted.command(epilog="Example: vitrine planted score --planted planted/seed-1 --proposal edit.json")(
+    errors_as_messages(score)
+)
