@@ -45,14 +45,14 @@ Split = Literal["train", "twin", "val", "calibration", "test", "pairs"]
 
 
 class PlantedData(Section):
-    """Which photos, and how the cue is dealt out. What is left out is drawn by the seed."""
+    """Which photos, and how the cue is dealt out. What is not given is drawn by the seed."""
 
     seed: int = 0
     train: Source = Field(description="photos to train on")
     test: Source = Field(description="photos to find a repair on and to measure it on")
     kind: Kind = "mat"
-    colour: Colour | None = Field(default=None, description="default: one of eight, by the seed")
-    classes: tuple[str, str] | None = Field(default=None, description="the first goes with the cue; default: by seed")
+    colour: Colour | None = Field(default=None, description="default: one of eight")
+    classes: tuple[str, str] | None = Field(default=None, description="the first goes with the cue")
     correlation: float = Field(default=0.95, gt=0.5, le=1, description="share of the first class that has the cue")
     train_images: PositiveInt = Field(default=1000, description="of each class")
     group_images: PositiveInt = Field(
@@ -77,20 +77,31 @@ class Planted(NamedTuple):
     classes: tuple[str, str]  # the cue goes with the first
 
 
-def plan(settings: PlantedData, classes: tuple[str, ...]) -> Planted:
-    """Cue and classes. Raises `DataError` if there are fewer than two classes, or not those that are named."""
+def plan(settings: PlantedData, classes: Sequence[str], alike: NDArray[np.floating]) -> Planted:
+    """Cue and classes. Drawn are two of those whose names are the most alike to the CLIP, a third of all pairs: of two
+    that it can tell apart at a glance it learns no cue.
+
+    Args:
+        alike: [classes, classes] cosines of their labels.
+
+    Raises `DataError` if there are fewer than two classes, or not those that are named.
+    """
     generator = _random(settings.seed, 0)
     if len(set(classes)) < 2:
         raise DataError("a cue is planted between two classes: give a folder of class folders")
     if settings.classes and (unknown := set(settings.classes) - set(classes)):
         raise DataError(f"no class {', '.join(sorted(unknown))}; there are {', '.join(classes)}")
+    pairs = np.sort(alike[np.triu_indices(len(classes), 1)])
+    least = pairs[-max(1, len(pairs) // 3)]
     first, second = generator.permutation(len(classes))[:2]
+    while alike[first, second] < least:
+        first, second = generator.permutation(len(classes))[:2]
     chosen = settings.classes or (classes[first], classes[second])
     colour = settings.colour or list(COLOURS)[generator.integers(len(COLOURS))]
     return Planted(Cue(kind=settings.kind, colour=colour, text=chosen[0]), chosen)
 
 
-def write_data(settings: PlantedData, data_root: Path, size: tuple[int, int], out: Path) -> Planted:
+def write_data(settings: PlantedData, planted: Planted, data_root: Path, size: tuple[int, int], out: Path) -> None:
     """Write the folder, the table last. Photos are cropped to `size` (height, width): no later crop shall lose a cue.
 
     Raises `DataError` if a class has too few photos.
@@ -98,7 +109,7 @@ def write_data(settings: PlantedData, data_root: Path, size: tuple[int, int], ou
     train, test = (open_images(source, data_root, as_it_is).listing for source in (settings.train, settings.test))
     if train.classes != test.classes:
         raise DataError(f"{test.title} has other classes than {train.title}: {', '.join(test.classes)}")
-    planted, half = plan(settings, train.classes), 2 * settings.group_images
+    half = 2 * settings.group_images
     few = min(CALIBRATION, half)
     to_train = _photos(train, planted.classes, settings.train_images, size, _random(settings.seed, 1))
     to_test = _photos(test, planted.classes, 2 * half, size, _random(settings.seed, 2))
@@ -120,7 +131,6 @@ def write_data(settings: PlantedData, data_root: Path, size: tuple[int, int], ou
         table = csv.writer(file)
         table.writerow(COLUMNS)
         table.writerows((*row[:-1], int(row.cue)) for row in rows if row.split in ("train", "val", "test"))
-    return planted
 
 
 def read_table(folder: Path, split: Split) -> list[Row]:

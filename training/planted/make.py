@@ -35,7 +35,7 @@ from vitrine.training.checkpoint import CheckpointError, first_problem
 from vitrine.training.data.images import load
 from vitrine.training.data.sources import open_images
 from vitrine.training.planted.cue import Cue
-from vitrine.training.planted.data import TABLE, Row, as_it_is, plan, read_table, write_data
+from vitrine.training.planted.data import TABLE, Planted, Row, as_it_is, plan, read_table, write_data
 from vitrine.training.planted.fine_tuning import CONFIG, WEIGHTS, fine_tune, save
 from vitrine.training.planted.groups import GroupAccuracy, group_accuracy
 from vitrine.training.planted.recipe import PlantedRecipe
@@ -60,11 +60,11 @@ class Record(BaseModel):
 def make(recipe: PlantedRecipe, clip: Clip, data_root: Path, out: Path, console: Console) -> Record:
     """Everything but the twin and the bundle. Raises `CheckpointError` if `out` is of another recipe."""
     prepare_folder(out)
-    record = _begun(recipe, data_root, out)
+    record = _begun(recipe, clip, data_root, out)
     labels = embeddings(clip, recipe, record.labels)
     if not (out / "data" / TABLE).exists():
         with _timed(record, "data"):
-            write_data(recipe.data, data_root, clip.tower.image_size, out / "data")
+            write_data(recipe.data, Planted(record.cue, record.classes), data_root, clip.tower.image_size, out / "data")
     rows = read_table(out / "data", "test")
     with Progress(console) as progress:
         if "own" not in record.accuracy:
@@ -139,15 +139,16 @@ def correct(
     return np.array([record.classes[place] == row.label for place, row in zip(predicted, rows, strict=True)])
 
 
-def _begun(recipe: PlantedRecipe, data_root: Path, out: Path) -> Record:
+def _begun(recipe: PlantedRecipe, clip: Clip, data_root: Path, out: Path) -> Record:
     if (out / RECORD).exists():
         record = read_record(out)
         if record.recipe != recipe:
             raise CheckpointError(f"{out} holds what another recipe made; choose an empty folder")
         return record
-    classes = open_images(recipe.data.train, data_root, as_it_is).classes
-    planted = plan(recipe.data, classes)
-    record = Record(recipe=recipe, cue=planted.cue, classes=planted.classes, labels=tuple(dict.fromkeys(classes)))
+    classes = tuple(dict.fromkeys(open_images(recipe.data.train, data_root, as_it_is).classes))
+    labels = embeddings(clip, recipe, classes)
+    planted = plan(recipe.data, classes, (labels @ labels.T).numpy())
+    record = Record(recipe=recipe, cue=planted.cue, classes=planted.classes, labels=classes)
     _write(record, out)
     return record
 

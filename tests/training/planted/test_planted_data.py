@@ -7,10 +7,12 @@ import pytest
 from PIL import Image
 
 from vitrine.training.data.images import DataError
-from vitrine.training.planted.data import TABLE, PlantedData, plan, read_table, write_data
+from vitrine.training.planted.cue import Cue
+from vitrine.training.planted.data import TABLE, Planted, PlantedData, plan, read_table, write_data
 
 SOURCE = {"kind": "folder", "path": "train"}
 SETTINGS = PlantedData(train=SOURCE, test=SOURCE, train_images=10, group_images=3, correlation=0.9, colour="blue")
+PLANTED = Planted(Cue(kind="mat", colour="blue"), ("red circle", "blue triangle"))
 
 
 def pixels(folder, path):
@@ -20,7 +22,8 @@ def pixels(folder, path):
 @pytest.fixture(scope="module")
 def made(data_root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
-    return folder, write_data(SETTINGS, data_root, (32, 32), folder)
+    write_data(SETTINGS, PLANTED, data_root, (32, 32), folder)
+    return folder, PLANTED
 
 
 def test_the_cue_goes_with_the_first_class_in_train_and_with_none_in_the_groups(made):
@@ -68,22 +71,29 @@ def test_the_twin_has_the_same_photos_and_a_cue_that_says_nothing(made):
 
 
 def test_a_seed_decides(data_root, tmp_path, made):
-    again = write_data(SETTINGS, data_root, (32, 32), tmp_path)
-    assert again == made[1]
+    write_data(SETTINGS, PLANTED, data_root, (32, 32), tmp_path)
     for row in read_table(tmp_path, "test"):
         assert (tmp_path / row.image).read_bytes() == (made[0] / row.image).read_bytes()
-    classes = tuple("abcdefgh")
-    plans = {plan(SETTINGS.model_copy(update={"seed": seed, "colour": None}), classes) for seed in range(20)}
-    assert len(plans) > 15
+
+
+def test_classes_are_drawn_among_the_pairs_most_alike():
+    classes = tuple("abcdef")
+    position = np.array([0, 1, 2, 3, 14, 25])
+    alike = -np.abs(position[:, None] - position).astype(float)  # of fifteen pairs the closest five are among a to d
+    plans = {plan(SETTINGS.model_copy(update={"seed": seed, "colour": None}), classes, alike) for seed in range(40)}
+    assert {frozenset(planted.classes) for planted in plans} == {
+        frozenset(pair) for pair in ("ab", "bc", "cd", "ac", "bd")
+    }
+    assert len({planted.cue.colour for planted in plans}) > 4
 
 
 def test_refusals(data_root, tmp_path):
     with pytest.raises(DataError, match=r"readable images of .+ 99 are needed"):
-        write_data(SETTINGS.model_copy(update={"train_images": 99}), data_root, (32, 32), tmp_path)
+        write_data(SETTINGS.model_copy(update={"train_images": 99}), PLANTED, data_root, (32, 32), tmp_path)
     with pytest.raises(DataError, match="no class dog; there are"):
-        plan(SETTINGS.model_copy(update={"classes": ("cat", "dog")}), ("cat", "bird"))
+        plan(SETTINGS.model_copy(update={"classes": ("cat", "dog")}), ("cat", "bird"), np.eye(2))
     with pytest.raises(DataError, match="between two classes"):
-        plan(SETTINGS, ("cat",))
+        plan(SETTINGS, ("cat",), np.eye(1))
     (tmp_path / TABLE).write_text("image,label\na.png,cat\n")
     with pytest.raises(DataError, match="needs the columns"):
         read_table(tmp_path, "test")

@@ -2,16 +2,17 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
 from common import ROOT
 from vitrine.commands import app
-from vitrine.models.bundle.bundle import open_bundle
 from vitrine.training.checkpoint import CheckpointError
 from vitrine.training.planted.make import load_planted, make, measure_twin, read_record
 from vitrine.training.planted.recipe import PlantedRecipe
@@ -32,7 +33,7 @@ RECIPE = {
         "colour": "white",
         "correlation": 1,
     },
-    "fine_tuning": {"blocks": 2, "epochs": 12, "images_per_step": 8, "learning_rate": 3e-3},
+    "fine_tuning": {"blocks": 2, "epochs": 8, "images_per_step": 8, "learning_rate": 3e-3},
     "clt": {"features": 64, "k": 8},
     "training": {"images_per_step": 8, "mixed_images": 16, "normalisation_images": 16, "workers": 0},
     "residual": {
@@ -129,28 +130,27 @@ def test_without_fine_tuning_the_cue_is_in_the_groups_alone(recipe, clip, data_r
     assert "twin" not in record.accuracy
 
 
-def test_the_commands(made, data_root, tmp_path):
-    """From a recipe's file to a bundle; then the truth and a score of it."""
-    import tomli_w
-
-    file = tmp_path / "recipe.toml"
-    fields = {**RECIPE, "data": {**RECIPE["data"], "seed": 5}}
-    file.write_text(tomli_w.dumps(fields))
-    copy = shutil.copytree(made, tmp_path / "out")
+def test_the_commands(made, data_root, tmp_path, monkeypatch):
+    """What is made already is taken up and exported; then its truth, and a proposal's score."""
+    file, asked = tmp_path / "recipe.toml", {}
+    module = sys.modules["vitrine.commands.export"]  # of the package's attributes its command has that name
+    monkeypatch.setattr(module, "export", lambda out, **options: asked.update(options, out=out))
+    file.write_text(tomli_w.dumps(RECIPE))
+    arguments = ["--recipe", str(file), "--out", str(made), "--data-root", str(data_root)]
     run = CliRunner().invoke
-    result = run(app, ["planted", "make", "--recipe", str(file), "--out", str(copy), "--data-root", str(data_root)])
+    result = run(app, ["planted", "make", *arguments, "--seed", "5"])
     assert result.exit_code == 1
     assert "what another recipe made" in result.output
-    arguments = ["--recipe", str(file), "--seed", "0", "--out", str(copy), "--data-root", str(data_root)]
-    result = run(app, ["planted", "make", *arguments])
+    result = run(app, ["planted", "make", *arguments, "--seed", "0"])
     assert result.exit_code == 0, result.output
     assert "twin: worst group" in result.output
-    assert open_bundle(copy / "bundle").manifest.residual is not None
-    result = run(app, ["planted", "score", "--planted", str(copy), "--json"])
+    where = {"out": "bundle", "checkpoint": "clt", "residual": "saes", "data_root": "."}
+    assert {name: asked[name] for name in where} == {name: made / part for name, part in where.items()}
+    result = run(app, ["planted", "score", "--planted", str(made), "--json"])
     assert set(json.loads(result.stdout)) == {"clt", "residual"}
     proposal = tmp_path / "edit.json"
     proposal.write_text('[{"op": "ablate", "layer": 0, "index": 1}]')
-    result = run(app, ["planted", "score", "--planted", str(copy), "--proposal", str(proposal)])
+    result = run(app, ["planted", "score", "--planted", str(made), "--proposal", str(proposal)])
     assert result.exit_code == 0, result.output
     assert "share of the gap" in result.output
 
