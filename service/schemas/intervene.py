@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 from vitrine.models.interventions.spec import Intervention, Mode
 from vitrine.service.schemas.attribute import Attribution, Explanation, Fidelity, LedgerAccount
 from vitrine.service.schemas.base import AnswerShape, Label, Labels, RequestShape, TimingsMs, WithImage
-from vitrine.service.schemas.classify import ClassifyRequest, Prediction
+from vitrine.service.schemas.classify import LabelsRequest, Prediction
 
 Edits = Annotated[list[Intervention], Field(fail_fast=True)]
 
@@ -38,7 +38,7 @@ class Counterfactual(RequestShape):
     seconds: float = Field(default=10, gt=0, le=600, allow_inf_nan=False, description="for the search")
 
 
-class InterveneRequest(ClassifyRequest):
+class InterveneRequest(LabelsRequest):
     edits: Edits = Field(
         default=[], description="made together", examples=[[{"op": "ablate", "layer": 2, "index": 17}]]
     )

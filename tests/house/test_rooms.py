@@ -27,6 +27,7 @@ FLOORS = {
         ("evaluation",),
         ("cards", "report", "run"),
         ("pretraining",),
+        ("planted",),
     ),
     "service": (
         ("errors", "page_files", "processes"),

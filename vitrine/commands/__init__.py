@@ -18,6 +18,7 @@ from vitrine.commands.edit import verify as verify_edits
 from vitrine.commands.evaluate import evaluate
 from vitrine.commands.export import export
 from vitrine.commands.intervene import intervene
+from vitrine.commands.planted import planted
 from vitrine.commands.pretrain import pretrain
 from vitrine.commands.recipes import recipes
 from vitrine.commands.replay import replay
@@ -70,6 +71,7 @@ edit = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Interven
 for name, (command, example) in EDIT_EXAMPLES.items():
     edit.command(name, epilog=f"Example: {example}")(errors_as_messages(command))
 app.add_typer(edit, name="edit")
+app.add_typer(planted, name="planted")
 
 
 def main() -> None:

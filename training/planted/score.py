@@ -1,0 +1,140 @@
+"""How well a proposal is aimed at a planted cue: the rank of the cue's features in it, and groups before and after.
+
+A proposal is a list of interventions (`models.interventions.spec`), the first the most wanted, as JSON; or an object
+with such a list at `interventions`. It is made in the running network, on images that nobody has looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from torch import Tensor
+
+from vitrine.models.errors import VitrineError
+from vitrine.models.inputs.files import read_file
+from vitrine.models.interventions.changes import resolve
+from vitrine.models.interventions.spec import Dictionary as Name
+from vitrine.models.interventions.spec import Intervention
+from vitrine.training.checkpoint import first_problem, latest, load_clt, load_residual_saes
+from vitrine.training.evaluation.results import Estimate, Part
+from vitrine.training.planted.data import Row, read_table
+from vitrine.training.planted.groups import GroupAccuracy, change, group_accuracy
+from vitrine.training.planted.make import BATCH, embeddings, load_planted, pixels, read_record
+from vitrine.training.planted.network import TorchNetwork
+from vitrine.training.planted.running import Running
+from vitrine.training.planted.truth import Dictionary, Pair, Truth, find_truth
+
+MOST_SHOWN = 10  # first proposals among which a feature of the cue counts as found
+PAIRS = 64  # photos of test that the truth is found on
+
+
+class ProposalError(VitrineError, ValueError):
+    """The proposal cannot be read; the message says why."""
+
+
+class Score(Part):
+    """Of one proposal."""
+
+    interventions: int
+    first_rank: int | None  # from 1: of the first feature of the cue among the proposed ones; None: there is none
+    found: int  # features of the cue among the first `MOST_SHOWN`
+    expected: float  # the same of features drawn at random
+    before: GroupAccuracy
+    after: GroupAccuracy
+    worst: Estimate  # change of the worst group, paired
+    average: Estimate  # change of the average
+    closed: float | None  # share of the gap to the twin's worst group; None without a twin, or where there is no gap
+
+
+class _Wrapped(BaseModel):
+    interventions: tuple[Intervention, ...]
+
+
+def read_proposal(file: Path) -> tuple[Intervention, ...]:
+    """Raises `ProposalError`."""
+    try:
+        found: tuple[Intervention, ...] | _Wrapped = TypeAdapter(tuple[Intervention, ...] | _Wrapped).validate_json(
+            read_file(file)
+        )
+    except ValidationError as error:
+        raise ProposalError(f"{file} is no list of interventions: {first_problem(error)}") from error
+    return found.interventions if isinstance(found, _Wrapped) else found
+
+
+class Benchmark:
+    """What `make` made, opened: one can score many proposals."""
+
+    def __init__(self, out: Path) -> None:
+        """Raises `CheckpointError` if `out` is not complete."""
+        self.out, self.record = out, read_record(out)
+        self.clip = load_planted(out)
+        self.dictionaries: dict[Name, Dictionary] = {"clt": load_clt(latest(out / "clt"))[0]}
+        if self.record.recipe.residual is not None:
+            self.dictionaries["residual"] = load_residual_saes(latest(out / "saes"))[0]
+        self.rows = read_table(out / "data", "test")
+        labels = embeddings(self.clip, self.record.recipe, self.record.classes)
+        self.direction = self.clip.logit_scale * (labels[0] - labels[1])
+
+    def truth(self, name: Name) -> Truth:
+        """Which features of a dictionary carry the cue."""
+        rows = self.rows[:: max(1, len(self.rows) // PAIRS)][:PAIRS]
+        return find_truth(self.clip.tower, self.dictionaries[name], self._pairs(rows), self.direction)
+
+    def correct(self, proposal: Sequence[Intervention]) -> NDArray[np.bool_]:
+        """[n] of the images of test, with the proposal made in the running network.
+
+        Raises `InterventionError`.
+        """
+        calibration = read_table(self.out / "data", "val")[::8]
+        network = TorchNetwork(self.clip.tower, self.dictionaries, self._batches(calibration))
+        changes = resolve(proposal, network, "rerun")
+        running = Running(self.clip.tower, self.dictionaries.get(changes.dictionary), changes)
+        margins = torch.cat([running(batch) @ self.direction for batch in self._batches(self.rows)])
+        first = np.array([row.label == self.record.classes[0] for row in self.rows])
+        hits: NDArray[np.bool_] = (margins > 0).numpy() == first
+        return hits
+
+    def score(self, proposal: Sequence[Intervention]) -> Score:
+        """Raises `InterventionError`."""
+        features = list(dict.fromkeys((i.dictionary, i.layer, i.index) for i in proposal if i.index is not None))
+        truths = {name: self.truth(name) for name in {feature[0] for feature in features}}
+        carriers = {(name, c.layer, c.index) for name, truth in truths.items() for c in truth.carriers}
+        hits = [rank for rank, feature in enumerate(features, 1) if feature in carriers]
+        shown = min(MOST_SHOWN, len(features))
+        before, after = self.correct(()), self.correct(proposal)
+        was, now = group_accuracy(self.rows, before), group_accuracy(self.rows, after)
+        twin = self.record.accuracy.get("twin")
+        gap = twin.worst.value - was.worst.value if twin else 0.0
+        return Score(
+            interventions=len(proposal),
+            first_rank=hits[0] if hits else None,
+            found=sum(rank <= MOST_SHOWN for rank in hits),
+            expected=shown * len(carriers) / max(1, sum(truth.features for truth in truths.values())),
+            before=was,
+            after=now,
+            worst=change(self.rows, before, after, worst=True),
+            average=change(self.rows, before, after, worst=False),
+            closed=(now.worst.value - was.worst.value) / gap if gap > 0 else None,
+        )
+
+    def _batches(self, rows: Sequence[Row]) -> Iterator[Tensor]:
+        for at in range(0, len(rows), BATCH):
+            yield pixels(self.clip, self.out / "data", rows[at : at + BATCH])
+
+    def _pairs(self, rows: Sequence[Row]) -> Iterator[Pair]:
+        for at in range(0, len(rows), 16):  # dense codes of all features are large
+            part = rows[at : at + 16]
+            own = pixels(self.clip, self.out / "data", part)
+            other = pixels(self.clip, self.out / "data", [row._replace(image=paired(row)) for row in part])
+            drawn = torch.tensor([row.cue for row in part])[:, None, None, None]
+            yield Pair(with_cue=torch.where(drawn, own, other), without=torch.where(drawn, other, own))
+
+
+def paired(row: Row) -> str:
+    """The same photo of test, with the cue where it has none, and without it where it has it."""
+    return row.image.replace("test/", "pairs/", 1)

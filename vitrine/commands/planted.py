@@ -1,0 +1,101 @@
+"""`vitrine planted`: a CLIP with a spurious cue that is known, and how well a repair is aimed at it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitrine.commands.common import DataRoot, errors_as_messages, load_clip_of, new_console
+
+planted = typer.Typer(
+    no_args_is_help=True, help="A CLIP with a planted cue, to measure repairs on: make it, score them."
+)
+
+
+def make(
+    recipe: Annotated[Path, typer.Option(help="Recipe (TOML), see training/planted/.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; what is there already is kept.")],
+    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's: other classes, colour and photos.")] = None,
+    data_root: DataRoot = Path("data"),
+    twin: Annotated[bool, typer.Option(help="Also fine-tune the unplanted twin, the measure of repairs.")] = True,
+) -> None:
+    """Fine-tune a CLIP so that it takes a cue for a class; write its data, groups, dictionaries and bundle."""
+    from vitrine.commands.export import export
+    from vitrine.training.planted.make import make as run
+    from vitrine.training.planted.make import measure_twin
+    from vitrine.training.planted.recipe import PlantedRecipe
+    from vitrine.training.recipes.reading import read_toml
+
+    read, console = read_toml(recipe, PlantedRecipe), new_console()
+    if seed is not None:
+        read = read.model_copy(update={"data": read.data.model_copy(update={"seed": seed})})
+    clip = load_clip_of(read, data_root)
+    record = run(read, clip, data_root, out, console)
+    if not (out / "bundle").exists():
+        saes = out / "saes" if read.residual else None
+        export(out / "bundle", checkpoint=out / "clt", residual=saes, data_root=out, calibration_images=64)
+    if twin:
+        record = measure_twin(read, clip, out, console)
+    console.print(f"{record.cue.name} goes with {record.classes[0]}, against {record.classes[1]}", highlight=False)
+    for name, accuracy in record.accuracy.items():
+        groups = ", ".join(f"{group} {figure.value:.1%}" for group, figure in accuracy.groups.items())
+        worst, average = accuracy.worst, accuracy.average
+        console.print(
+            f"{name}: worst group {worst.value:.1%} [{worst.low:.1%}, {worst.high:.1%}], average {average.value:.1%}; "
+            f"{groups}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def score(
+    folder: Annotated[Path, typer.Option("--planted", help="What `vitrine planted make` made.")],
+    proposal: Annotated[
+        Path | None, typer.Option(help="Interventions as JSON, the most wanted first; without it the truth is printed.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say which features carry the cue; where a proposal has them, and what it does to the groups of unseen images."""
+    from vitrine.training.planted.score import Benchmark, read_proposal
+
+    benchmark, console = Benchmark(folder), new_console()
+    if proposal is None:
+        truths = {name: benchmark.truth(name) for name in benchmark.dictionaries}
+        if json:
+            print("{" + ", ".join(f'"{name}": {truth.model_dump_json()}' for name, truth in truths.items()) + "}")
+            return
+        for name, truth in truths.items():
+            console.print(f"{name}: the cue moves the logits by {truth.shift:+.2f}; by feature, to first order:")
+            for carrier in truth.carriers:
+                console.print(
+                    f"  layer {carrier.layer} feature {carrier.index}: {carrier.effect:+.3f}", highlight=False
+                )
+        return
+    result = benchmark.score(read_proposal(proposal))
+    if json:
+        print(result.model_dump_json(indent=1))
+        return
+    rank = f"the first of the cue's is number {result.first_rank}" if result.first_rank else "none is the cue's"
+    console.print(
+        f"{result.interventions} changes: {rank}; {result.found} of the first ten, by chance {result.expected:.2f}",
+        highlight=False,
+    )
+    for what, was, now, changed in (
+        ("worst group", result.before.worst, result.after.worst, result.worst),
+        ("average", result.before.average, result.after.average, result.average),
+    ):
+        interval = f"[{changed.low:+.1%}, {changed.high:+.1%}]"
+        console.print(f"{what}: {was.value:.1%} -> {now.value:.1%}, {changed.value:+.1%} {interval}", highlight=False)
+    if result.closed is not None:
+        console.print(f"share of the gap to the unplanted twin: {result.closed:.0%}", highlight=False)
+
+
+planted.command(
+    epilog="Example: vitrine planted make --recipe training/planted/planted-demo.toml --seed 1 --data-root data "
+    "--out planted/seed-1"
+)(errors_as_messages(make))
+planted.command(epilog="Example: vitrine planted score --planted planted/seed-1 --proposal edit.json")(
+    errors_as_messages(score)
+)
