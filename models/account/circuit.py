@@ -156,8 +156,8 @@ class Expansion:
         self._gross = np.empty(limits.nodes)
         self._expanded = np.empty(limits.nodes, np.int64)
         self._count = 0
-        self._chosen: NDArray[np.integer] = self._expanded[:0]  # those being expanded
-        self._next: NDArray[np.integer] = self._expanded[:0]  # those that come after them
+        self._chosen: NDArray[np.integer] = self._expanded[:0]  # being expanded
+        self._next: NDArray[np.integer] = self._expanded[:0]  # to be expanded after them
         self.graph = self._built()  # as far as it is built
 
     def _built(self) -> AttributionGraph:
