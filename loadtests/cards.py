@@ -22,7 +22,8 @@ from rich.progress import track
 
 from corpus import drawn_images
 from server import serving
-from vitrine.models.bundle.bundle import Bundle, open_bundle, seal
+from vitrine.models.bundle.bundle import Bundle, open_bundle
+from vitrine.models.bundle.sealing import seal
 from vitrine.service.operations.settings import DEMO_BUNDLE
 
 WARM_UP = 20

@@ -71,7 +71,6 @@ from vitrine.models.bundle.layout import (
     vision_file,
 )
 from vitrine.models.bundle.manifest import FORMAT, FileEntry, Manifest
-from vitrine.models.bundle.model_card import model_card
 from vitrine.models.files.names import check_name
 from vitrine.models.files.reading import open_regular
 
@@ -319,20 +318,6 @@ def _problems(error: ValidationError) -> str:
     return "; ".join(problems[:SHOWN_PROBLEMS] + more)
 
 
-def seal(path: Path, manifest: Manifest) -> Bundle:
-    """Write the model card and, last, the manifest of the files in `path`; return the opened bundle."""
-    (path / "MODEL_CARD.md").write_text(model_card(manifest), encoding="utf-8")
-    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-    files = {
-        name: FileEntry(sha256=file_sha256(path / name), bytes=(path / name).stat().st_size)
-        for name in names
-        if name != MANIFEST
-    }
-    sealed = manifest.model_copy(update={"files": files})
-    (path / MANIFEST).write_text(sealed.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return open_bundle(path)
-
-
 def _read_manifest(path: Path) -> bytes:
     """The bytes of manifest.json. Only the format version is checked here: other versions have other fields."""
     try:
@@ -357,8 +342,3 @@ def _read_manifest(path: Path) -> bytes:
 
 class _Version(BaseModel):
     format_version: int
-
-
-def file_sha256(file: Path) -> str:
-    """SHA-256 of a file's contents, in hexadecimal."""
-    return sha256_and_identity(file)[0]

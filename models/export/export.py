@@ -19,7 +19,7 @@ from onnxruntime import InferenceSession
 from rich.console import Console
 from torch import Tensor
 
-from vitrine.models.bundle.bundle import Bundle, seal
+from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.label_sets import NamedLabels
 from vitrine.models.bundle.layout import (
     ALWAYS,
@@ -33,6 +33,7 @@ from vitrine.models.bundle.layout import (
     vision_file,
 )
 from vitrine.models.bundle.manifest import Agreement, ClipIdentity, Data, Manifest, Metrics, Shape, Text
+from vitrine.models.bundle.sealing import seal
 from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tokens import Converted, check_tokenizer, convert_tokenizer
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitrine.models.account.residual import ResidualTrace
-from vitrine.models.bundle.bundle import Bundle, seal
+from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.layout import (
     MANIFEST,
     RESIDUAL,
@@ -33,6 +33,7 @@ from vitrine.models.bundle.layout import (
     residual_rows_file,
 )
 from vitrine.models.bundle.manifest import Data, Metrics, ResidualSummary
+from vitrine.models.bundle.sealing import seal
 from vitrine.models.clip.loading import Clip
 from vitrine.models.dictionary.average import mean_residual_code
 from vitrine.models.dictionary.residual_sae import ResidualSaes

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from vitrine.models.bundle.bundle import Bundle, seal
+from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.layout import MANIFEST
 from vitrine.models.bundle.manifest import graphs_digest
+from vitrine.models.bundle.sealing import seal
 from vitrine.models.files.names import check_name
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import move_folder, prepare_folder

@@ -89,8 +89,9 @@ def check_intervene(attributor: Attributor, request: InterveneRequest) -> Asked:
     explain = Explain(**request.explain.model_dump())
     check_explain(explain, texts[0], settings.max_targets, attributor.engine)
     most, counted = settings.max_interventions, sum(map(len, variants))
-    if counted > most or len(variants) > most:
-        raise ServiceError("invalid_request", f"{counted:,} interventions; at most {most:,} are made in one request")
+    if max(counted, len(variants)) > most:
+        asked_for = f"{counted:,} interventions in {len(variants):,} variants"
+        raise ServiceError("invalid_request", f"{asked_for}; at most {most:,} of both are made in one request")
     if isinstance(wanted, str):
         wanted = Counterfactual(label=wanted)
     if wanted is not None:

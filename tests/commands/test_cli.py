@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from common import ROOT
 from vitrine.commands import app
-from vitrine.models.bundle.bundle import open_bundle, seal
+from vitrine.models.bundle.bundle import open_bundle
+from vitrine.models.bundle.sealing import seal
 from vitrine.service.schemas.attribute import AttributeResponse
 
 COMMANDS = (

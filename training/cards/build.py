@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from vitrine.models.bundle.bundle import Bundle, file_sha256, seal
+from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.layout import CARDS, MANIFEST
 from vitrine.models.bundle.manifest import CardsSummary
+from vitrine.models.bundle.sealing import file_sha256, seal
 from vitrine.models.clip.loading import Clip
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import move_folder, prepare_folder

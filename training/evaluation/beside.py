@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from vitrine.models.bootstrap import Bootstrap
-from vitrine.models.bundle.bundle import file_sha256
+from vitrine.models.bundle.sealing import file_sha256
 from vitrine.models.clip.loading import Clip
 from vitrine.models.dictionary.average import mean_code
 from vitrine.models.dictionary.clt import CrossLayerTranscoder

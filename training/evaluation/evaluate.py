@@ -22,8 +22,8 @@ from torch import Tensor
 
 from vitrine.models.account.windows import TOKENS, Tokens, paper_windows
 from vitrine.models.bootstrap import Bootstrap
-from vitrine.models.bundle.bundle import file_sha256
 from vitrine.models.bundle.manifest import ClipIdentity, LayerMetrics, Metrics
+from vitrine.models.bundle.sealing import file_sha256
 from vitrine.models.clip.loading import Clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.progress import track

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from vitrine.training.evaluation.bootstrap import Bootstrap
 
+from vitrine.models.bootstrap import Bootstrap
 from vitrine.training.evaluation.results import Estimate, Part
 from vitrine.training.planted.data import Row
 
@@ -57,7 +57,7 @@ def _groups(rows: Sequence[Row]) -> list[tuple[str, NDArray[np.bool_]]]:
 
 def _resampled(correct: NDArray[np.bool_], seed: int) -> tuple[float, Array]:
     """Accuracy of a group, and in every resample [R]; the same resamples for the same seed and size."""
-    return float(correct.mean()), Bootstrap(len(correct), seed=seed).means(correct)
+    return float(correct.mean()), Bootstrap(len(correct), seed=seed).means(correct.astype(np.float64))
 
 
 def _estimate(value: float, samples: Array) -> Estimate:

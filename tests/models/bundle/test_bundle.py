@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from common import ROOT
-from vitrine.models.bundle.bundle import BundleError, open_bundle, seal
+from vitrine.models.bundle.bundle import BundleError, open_bundle
 from vitrine.models.bundle.layout import BASELINE, MANIFEST, REQUIRED
 from vitrine.models.bundle.manifest import LayerMetrics, Metrics
 from vitrine.models.bundle.model_card import model_card
+from vitrine.models.bundle.sealing import seal
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vitrine.models.bundle.bundle import BundleError, open_bundle, seal
+from vitrine.models.bundle.bundle import BundleError, open_bundle
 from vitrine.models.bundle.cards import Cards, CardsError
+from vitrine.models.bundle.sealing import seal
 
 
 @pytest.fixture

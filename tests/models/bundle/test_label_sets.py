@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from vitrine.models.bundle.bundle import BundleError, open_bundle, seal
+from vitrine.models.bundle.bundle import BundleError, open_bundle
 from vitrine.models.bundle.label_sets import LabelSetError, NamedLabels, read_label_set, read_label_sets
+from vitrine.models.bundle.sealing import seal
 from vitrine.models.export.export import export_bundle
 
 

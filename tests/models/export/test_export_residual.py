@@ -9,8 +9,9 @@ import onnxruntime
 import pytest
 import torch
 
-from vitrine.models.bundle.bundle import BundleError, open_bundle, seal
+from vitrine.models.bundle.bundle import BundleError, open_bundle
 from vitrine.models.bundle.layout import RESIDUAL, RESIDUAL_RERUN, RESIDUAL_TRACE, residual_file
+from vitrine.models.bundle.sealing import seal
 from vitrine.models.export.residual import add_residual, rounded
 from vitrine.models.export.residual_parity import check_residual
 from vitrine.models.graph.gated_trace import GatedTraceGraph

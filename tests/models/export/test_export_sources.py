@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vitrine.models.account.sources import Baseline, Trace, about, accounts
-from vitrine.models.bundle.bundle import seal
 from vitrine.models.bundle.layout import BASELINE, SOURCES_OUTPUTS, STARTS, TRACE_OUTPUTS
+from vitrine.models.bundle.sealing import seal
 from vitrine.models.export.parity import check_scores, check_sources
 from vitrine.models.export.sources import export_scores, write_sources
 from vitrine.models.graph.onnx_file import ExportError

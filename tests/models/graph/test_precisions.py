@@ -9,9 +9,10 @@ import onnxruntime
 import pytest
 import torch
 
-from vitrine.models.bundle.bundle import BundleError, open_bundle, seal
+from vitrine.models.bundle.bundle import BundleError, open_bundle
 from vitrine.models.bundle.layout import ALWAYS, DETAILS_INPUT, EVERY_OUTPUT, ON_REQUEST, VISION_OUTPUTS
 from vitrine.models.bundle.manifest import Agreement
+from vitrine.models.bundle.sealing import seal
 from vitrine.models.export import export
 from vitrine.models.export.export import export_bundle
 from vitrine.models.graph.onnx_file import ExportError, to_onnx

@@ -7,8 +7,9 @@ import numpy as np
 import onnx
 import pytest
 
-from vitrine.models.bundle.bundle import BundleError, seal
+from vitrine.models.bundle.bundle import BundleError
 from vitrine.models.bundle.layout import RESIDUAL_TRACE, residual_file
+from vitrine.models.bundle.sealing import seal
 from vitrine.service.answers.answer_size import attribution_values
 from vitrine.service.answers.attribute import answer_attribute
 from vitrine.service.answers.attributor import Attributor

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitrine.models.bundle.bundle import seal
 from vitrine.models.bundle.layout import DETAILS, DETAILS_INPUT, EVERY_OUTPUT, VISION_OUTPUTS
+from vitrine.models.bundle.sealing import seal
 from vitrine.models.graph.onnx_file import save_onnx, to_onnx
 from vitrine.service.engine.engine import Engine, _batches
 from vitrine.service.operations.settings import Settings

@@ -10,8 +10,9 @@ from hypothesis import example, given, settings
 
 from broken import copy, tokenizer, write_manifest
 from unicode import TEXTS
-from vitrine.models.bundle.bundle import open_bundle, seal
+from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.bundle.label_sets import NamedLabels
+from vitrine.models.bundle.sealing import seal
 from vitrine.models.graph.onnx_file import save_onnx
 from vitrine.models.graph.text import TextGraph, text_to_onnx
 from vitrine.models.texts.labels import label_readings, label_texts

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitrine.models.bundle.bundle import BundleError, seal
+from vitrine.models.bundle.bundle import BundleError
+from vitrine.models.bundle.sealing import seal
 from vitrine.models.dictionary.average import mean_code
 from vitrine.models.graph.rerun import RerunGraph
 from vitrine.models.graph.residual_rerun import ResidualRerunGraph

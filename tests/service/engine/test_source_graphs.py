@@ -7,8 +7,9 @@ import onnx
 import pytest
 
 from vitrine.models.account.sources import accounts
-from vitrine.models.bundle.bundle import BundleError, open_bundle, seal
+from vitrine.models.bundle.bundle import BundleError, open_bundle
 from vitrine.models.bundle.layout import BASELINE
+from vitrine.models.bundle.sealing import seal
 from vitrine.service.answers.attention import attention_heads
 from vitrine.service.answers.explain import check_explain
 from vitrine.service.answers.sources import source_baselines

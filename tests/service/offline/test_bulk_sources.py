@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vitrine.commands import app
-from vitrine.models.bundle.bundle import seal
+from vitrine.models.bundle.sealing import seal
 from vitrine.models.inputs.opening import open_inputs
 from vitrine.service.answers.attribute import answer_attribute
 from vitrine.service.answers.attributor import Attributor

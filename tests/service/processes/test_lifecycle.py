@@ -14,8 +14,9 @@ import httpx
 import psutil
 import pytest
 
-from vitrine.models.bundle.bundle import open_bundle, seal
+from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.bundle.manifest import Manifest
+from vitrine.models.bundle.sealing import seal
 
 WITHIN_SECONDS = 10  # a killed worker is replaced within this time
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vitrine.commands import app
-from vitrine.models.bundle.bundle import BundleError, open_bundle, seal
+from vitrine.models.bundle.bundle import BundleError, open_bundle
+from vitrine.models.bundle.sealing import seal
 from vitrine.training.cards import labels
 from vitrine.training.cards.build import STATE, CardsBuildError, Options, build_cards
 from vitrine.training.cards.survey import Survey

@@ -13,9 +13,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vitrine.commands import app
-from vitrine.models.bundle.bundle import BundleError, open_bundle, seal
+from vitrine.models.bundle.bundle import BundleError, open_bundle
 from vitrine.models.bundle.cards import Cards, CardsError
 from vitrine.models.bundle.layout import CARD_FILES
+from vitrine.models.bundle.sealing import seal
 from vitrine.models.dictionary.residual_sae import standardise
 from vitrine.models.export.residual import add_residual, has_saes
 from vitrine.models.progress import Progress
