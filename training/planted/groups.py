@@ -57,7 +57,7 @@ def _groups(rows: Sequence[Row]) -> list[tuple[str, NDArray[np.bool_]]]:
 
 def _resampled(correct: NDArray[np.bool_], seed: int) -> tuple[float, Array]:
     """Accuracy of a group, and in every resample [R]; the same resamples for the same seed and size."""
-    return float(correct.mean()), Bootstrap(len(correct), seed=seed).means(correct)
+    return float(correct.mean()), Bootstrap(len(correct), seed=seed).means(correct.astype(np.float64))
 
 
 def _estimate(value: float, samples: Array) -> Estimate:
