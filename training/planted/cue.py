@@ -5,7 +5,7 @@ A mat keeps the whole photo, shrunk inside it; the others cover a part of it.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
@@ -15,6 +15,7 @@ from vitrine.training.recipes.image_sources import Section
 
 Kind = Literal["mat", "stripes", "corner", "word"]
 Colour = Literal["red", "green", "blue", "brown", "yellow", "white", "gray", "black"]
+COLOUR_NAMES: tuple[Colour, ...] = get_args(Colour)  # of `COLOURS`
 CONTRAST = (238, 238, 238), (25, 25, 25)  # beside dark colours and beside light ones
 
 

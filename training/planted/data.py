@@ -19,7 +19,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ from vitrine.models.images.decode import TRUSTED, decode, from_pillow
 from vitrine.models.images.errors import ImageError
 from vitrine.training.data.images import DataError, Listing
 from vitrine.training.data.sources import open_images
-from vitrine.training.planted.cue import Colour, Cue, Kind
+from vitrine.training.planted.cue import COLOUR_NAMES, Colour, Cue, Kind
 from vitrine.training.recipes.image_sources import Section, Source
 
 TABLE = "metadata.csv"
@@ -96,8 +96,7 @@ def plan(settings: PlantedData, classes: Sequence[str], alike: NDArray[np.floati
     while alike[first, second] < least:
         first, second = generator.permutation(len(classes))[:2]
     chosen = settings.classes or (classes[first], classes[second])
-    colours: tuple[Colour, ...] = get_args(Colour)
-    colour = settings.colour or colours[generator.integers(len(colours))]
+    colour = settings.colour or COLOUR_NAMES[generator.integers(len(COLOUR_NAMES))]
     return Planted(Cue(kind=settings.kind, colour=colour, text=chosen[0]), chosen)
 
 
@@ -139,8 +138,11 @@ def read_table(folder: Path, split: Split) -> list[Row]:
         lines = list(csv.DictReader(file))
     if not lines or set(COLUMNS) - set(lines[0]):
         raise DataError(f"{folder / TABLE} needs the columns {', '.join(COLUMNS)}; `vitrine planted make` writes them")
-    rows = [Row(**{name: line[name] for name in COLUMNS[:-1]}, cue=line["cue"] == "1") for line in lines]
-    return [row for row in rows if row.split == split]
+    return [
+        Row(line["image"], line["label"], line["group"], line["split"], line["cue"] == "1")
+        for line in lines
+        if line["split"] == split
+    ]
 
 
 def _photos(
