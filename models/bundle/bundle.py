@@ -11,6 +11,8 @@
     rerun.onnx           optional, with tensors of those: the network with interventions in it (`models.graph.rerun`)
     baseline_activations.npy, baseline_written.npy, baseline_stream.npy: optional, the average picture, for source
                          accounts about it and interventions that put it in
+    residual_rerun.onnx, residual_encoder_0.npy, residual_decoder_0.npy and on, residual_activations.npy: optional,
+                         interventions in features of residual SAEs, what they read and write, their mean activations
     residual_trace.onnx, residual_block_0.onnx and on, their .data: optional, residual SAEs: accounts and circuits by
                          features of the stream (`models.account.residual`), from the trace back block by block;
                          tensors of the graphs above are read from theirs, so they cannot lie in a folder of their own
@@ -53,18 +55,15 @@ from vitrine.models.bundle.files import Identity, map_table, sha256_and_identity
 from vitrine.models.bundle.label_sets import LabelSetError, NamedLabels, parse_label_set
 from vitrine.models.bundle.layout import (
     BASELINE,
-    BASELINE_STREAM,
     CARDS,
     ENCODERS,
     MANIFEST,
     READ_BY_GRAPHS,
     REQUIRED,
     RERUN,
-    RESIDUAL_ACTIVATIONS,
     RESIDUAL_RERUN,
     RESIDUAL_TRACE,
     residual_file,
-    residual_rows_file,
     vision_file,
 )
 from vitrine.models.bundle.manifest import FORMAT, FileEntry, Manifest
@@ -128,14 +127,14 @@ class Bundle:
     def directions(self) -> NDArray[np.floating]:
         """[L, F, d], memory-mapped."""
         shape = self.manifest.shape
-        return self._table("directions.npy", (shape.layers, shape.features, shape.width))
+        return self.table("directions.npy", (shape.layers, shape.features, shape.width))
 
     @cached_property
     def _folded(self) -> NDArray[np.floating]:
-        return np.array(self._table("fold.npy", (self.manifest.shape.width + 1, self.manifest.shape.embedding)))
+        return np.array(self.table("fold.npy", (self.manifest.shape.width + 1, self.manifest.shape.embedding)))
 
-    def _table(self, name: str, shape: tuple[int, ...]) -> NDArray[np.floating]:
-        """A .npy file, memory-mapped. Raises `BundleError` unless it holds finite floats of this shape."""
+    def table(self, name: str, shape: tuple[int, ...]) -> NDArray[np.floating]:
+        """One of its .npy files, memory-mapped. Raises `BundleError` unless it holds finite floats of this shape."""
         with self.open(name) as stream:
             try:
                 return map_table(stream, shape)
@@ -181,18 +180,9 @@ class Bundle:
         activations, written = BASELINE
         layers = shape.layers
         return (
-            np.array(self._table(activations, (layers, 2, shape.features))),
-            np.array(self._table(written, (layers, layers, 2, shape.width))),
+            np.array(self.table(activations, (layers, 2, shape.features))),
+            np.array(self.table(written, (layers, layers, 2, shape.width))),
         )
-
-    @cached_property
-    def baseline_stream(self) -> NDArray[np.floating] | None:
-        """[L + 1, 2, d] the average picture's stream before each block and after the last, at [CLS] and over patches;
-        None if the bundle has none."""
-        if BASELINE_STREAM not in self.manifest.files:
-            return None
-        shape = self.manifest.shape
-        return np.array(self._table(BASELINE_STREAM, (shape.layers + 1, 2, shape.width)))
 
     @cached_property
     def encoders(self) -> NDArray[np.floating] | None:
@@ -200,24 +190,7 @@ class Bundle:
         if ENCODERS not in self.manifest.files:
             return None
         shape = self.manifest.shape
-        return self._table(ENCODERS, (shape.layers, shape.features, shape.width))
-
-    @cached_property
-    def residual_activations(self) -> NDArray[np.floating] | None:
-        """[L - 1, 2, F] mean activations of residual SAEs, at [CLS] and over patches, F the largest of them; None if
-        the bundle has none."""
-        if self.manifest.residual is None or RESIDUAL_ACTIVATIONS not in self.manifest.files:
-            return None
-        largest = max(self.manifest.residual.features)
-        return np.array(self._table(RESIDUAL_ACTIVATIONS, (self.manifest.shape.layers - 1, 2, largest)))
-
-    def residual_rows(self, layer: int, kind: str) -> NDArray[np.floating]:
-        """[F, d] what the features of a residual SAE write (`decoder`) or read (`encoder`), memory-mapped. Raises
-        `BundleError` for a bundle of an older version, which has no such table."""
-        assert self.manifest.residual is not None
-        return self._table(
-            residual_rows_file(layer, kind), (self.manifest.residual.features[layer], self.manifest.shape.width)
-        )
+        return self.table(ENCODERS, (shape.layers, shape.features, shape.width))
 
     @cached_property
     def cards(self) -> Cards | None:
@@ -237,7 +210,7 @@ class Bundle:
         if "attention.npy" not in self.manifest.files:
             return None
         shape = self.manifest.shape
-        return self._table("attention.npy", (shape.layers, shape.width + 1, shape.embedding))
+        return self.table("attention.npy", (shape.layers, shape.width + 1, shape.embedding))
 
     @cached_property
     def label_sets(self) -> dict[str, tuple[NamedLabels, NDArray[np.floating]]]:
@@ -252,7 +225,7 @@ class Bundle:
                 except (LabelSetError, OSError) as error:
                     raise BundleError(str(error)) from error
                 shape = (len(labels.labels), self.manifest.shape.embedding)
-                label_sets[path.stem] = labels, np.array(self._table(f"label_sets/{path.stem}.npy", shape))
+                label_sets[path.stem] = labels, np.array(self.table(f"label_sets/{path.stem}.npy", shape))
         return label_sets
 
     @property

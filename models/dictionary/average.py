@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.dictionary.residual_sae import ResidualSaes, standardise
 
 
 @torch.no_grad()
@@ -28,6 +29,26 @@ def mean_code(tower: Tower, clt: CrossLayerTranscoder, images: Iterable[Tensor])
         count += len(pixels)
     tokens = torch.tensor([1, tower.tokens - 1], device=device)[:, None] * count
     return (sums / tokens).float().cpu()
+
+
+@torch.no_grad()
+def mean_residual_code(tower: Tower, saes: ResidualSaes, images: Iterable[Tensor]) -> Tensor:
+    """Mean activations [L - 1, 2, F] of residual SAEs, as of `mean_code`; F is the largest of them, the others end in
+    0. Computed on the tower's device."""
+    device = next(tower.parameters()).device
+    sums = torch.zeros(saes.layers, 2, saes.features, dtype=torch.float64, device=device)
+    count = 0
+    for pixels in images:
+        taps = tower(pixels.to(device))
+        streams = taps.residual_in + (taps.attn_out + taps.mlp_out).cumsum(0)  # [L, B, T, d] after each block
+        is_cls = torch.arange(len(pixels) * tower.tokens, device=device) % tower.tokens == 0
+        for layer, stream in enumerate(streams[:-1]):
+            code = saes.encoders[layer](standardise(stream.flatten(0, 1)).x, is_cls)
+            for row, of_type in enumerate((is_cls, ~is_cls)):
+                places = code.indices[of_type].flatten()
+                sums[layer, row].index_add_(0, places, code.values[of_type].flatten().double())
+        count += len(pixels)
+    return (sums / (torch.tensor([1, tower.tokens - 1], device=device)[:, None] * count)).float().cpu()
 
 
 @torch.no_grad()

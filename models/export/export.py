@@ -160,7 +160,7 @@ def export_bundle(
             write_rerun(partial, clip, clt, graph)
         if residual:
             progress.begin("residual SAEs")
-            summary = write_residual(partial, clip, residual, tables)
+            summary = write_residual(partial, clip, replace(residual, images=calibration), tables, graph)
             manifest = manifest.model_copy(update={"residual": summary})
         progress.begin("checking the graphs against torch")
         check_vision(clip, graph, partial / "vision.onnx")

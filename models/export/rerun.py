@@ -18,6 +18,7 @@ from vitrine.models.export.parity import TOLERANCE, check_close
 from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.onnx_file import save_onnx, to_onnx
 from vitrine.models.graph.rerun import RerunGraph
+from vitrine.models.graph.variants import preselect
 from vitrine.models.precision.sessions import session_options
 
 BESIDE = ("vision.onnx", "replacement.onnx", "trace.onnx", "sources.onnx")  # graphs that may have the same tensors
@@ -46,7 +47,7 @@ def export_rerun(
     dynamic |= {name: {0: direction} for name in ("places", "directions")}
     dynamic |= {name: {0: batch, 1: direction} for name in ("direction_gains", "direction_offsets")}
     inputs = random_changes(vision, features, 2)
-    model = to_onnx(graph, inputs, ALWAYS, dynamic=dynamic)
+    model = preselect(to_onnx(graph, inputs, ALWAYS, dynamic=dynamic))
     save_onnx(model, file, [other for other in beside if other.exists()])
 
 

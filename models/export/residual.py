@@ -10,31 +10,41 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from vitrine.models.account.residual import ResidualTrace
 from vitrine.models.bundle.bundle import Bundle, seal
 from vitrine.models.bundle.layout import (
     MANIFEST,
     RESIDUAL,
+    RESIDUAL_ACTIVATIONS,
     RESIDUAL_OUTPUTS,
     RESIDUAL_OUTPUTS_EMBEDDINGS,
+    RESIDUAL_RERUN,
     RESIDUAL_STARTS,
     RESIDUAL_STARTS_LOGIT,
     RESIDUAL_TRACE,
     RESIDUAL_TRACE_OUTPUTS,
     residual_file,
+    residual_rows_file,
 )
 from vitrine.models.bundle.manifest import Data, Metrics, ResidualSummary
 from vitrine.models.clip.loading import Clip
+from vitrine.models.dictionary.average import mean_residual_code
 from vitrine.models.dictionary.residual_sae import ResidualSaes
+from vitrine.models.export.rerun import check_rerun, export_rerun
 from vitrine.models.export.residual_parity import BlockGraph, check_residual, held_by
+from vitrine.models.export.served_clt import vision_of
 from vitrine.models.files.names import check_name
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import move_folder, prepare_folder
+from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.gated_trace import GatedTraceGraph
 from vitrine.models.graph.onnx_file import ExportError, save_onnx, to_onnx
 from vitrine.models.graph.residual import FeatureSourcesGraph, LogitSourcesGraph
+from vitrine.models.graph.residual_rerun import ResidualRerunGraph
 
 # Graphs of the bundle that may have the same tensors.
 BESIDE = ("vision.onnx", "replacement.onnx", "trace.onnx", "sources.onnx")
@@ -48,6 +58,7 @@ class ResidualExport:
     data: Data
     recipe: str
     metrics: Metrics
+    images: Sequence[Tensor] = ()  # batches of normalised pixels: the average picture
 
 
 def add_residual(bundle: Bundle, clip: Clip, export: ResidualExport, out: Path) -> Bundle:
@@ -68,16 +79,23 @@ def add_residual(bundle: Bundle, clip: Clip, export: ResidualExport, out: Path) 
         others = shutil.ignore_patterns(f"{RESIDUAL}*")
         shutil.copytree(bundle.path, partial, ignore=others, copy_function=shutil.copyfile)
         partial.chmod(partial.stat().st_mode | 0o700)  # the other one may be read-only
-        summary = write_residual(partial, clip, export, bundle.manifest.tables)
+        vision = vision_of(partial, bundle.manifest, clip.tower) if bundle.encoders is not None else None
+        summary = write_residual(partial, clip, export, bundle.manifest.tables, vision)
         sealed = seal(partial, bundle.manifest.model_copy(update={"residual": summary}))
         move_folder(partial, out, last=MANIFEST)
     return replace(sealed, path=out)
 
 
 def write_residual(
-    folder: Path, clip: Clip, export: ResidualExport, tables: Literal["float32", "float16"]
+    folder: Path,
+    clip: Clip,
+    export: ResidualExport,
+    tables: Literal["float32", "float16"],
+    vision: AttributionGraph | None,
 ) -> ResidualSummary:
     """Write the graphs beside those of a bundle, whose tensors they share. tables: precision of the SAEs' weights.
+
+    vision: the bundle's vision graph, for interventions; None: the bundle is from before there were any, and has none.
 
     Raises `ExportError`.
     """
@@ -88,15 +106,23 @@ def write_residual(
             f"{tower.layers} layers and width {tower.width}"
         )
     saes = rounded(export.saes, getattr(torch, tables))
+    files = _write_rows(folder, saes, getattr(torch, tables))
     trace = GatedTraceGraph(tower, saes).eval()
     pixels = torch.zeros(2, 3, *tower.image_size)
-    beside = [folder / name for name in BESIDE if (folder / name).exists()]
+    beside = [*files, *(folder / name for name in BESIDE if (folder / name).exists())]
     save_onnx(to_onnx(trace, {"pixels": pixels}, RESIDUAL_TRACE_OUTPUTS), folder / RESIDUAL_TRACE, beside)
     with torch.no_grad():
         outputs = dict(zip(RESIDUAL_TRACE_OUTPUTS, (part.numpy() for part in trace(pixels)), strict=True))
     image, beside = ResidualTrace.from_batch(outputs, 0), [*beside, folder / RESIDUAL_TRACE]
     blocks = [_write_block(folder, clip, saes, block, image, beside) for block in range(tower.layers)]
     check_residual(clip, saes, trace, blocks, folder)
+    if vision is not None and saes.layers:
+        rerun, file = ResidualRerunGraph(vision, saes).eval(), folder / RESIDUAL_RERUN
+        features = list(saes.architecture.features)
+        export_rerun(rerun, vision, features, file, beside)
+        check_rerun(clip, rerun, features, file)
+    if export.images and saes.layers:
+        np.save(folder / RESIDUAL_ACTIVATIONS, mean_residual_code(tower, saes, export.images).numpy())
     architecture = saes.architecture
     return ResidualSummary(
         features=architecture.features,
@@ -119,6 +145,16 @@ def rounded(saes: ResidualSaes, tables: torch.dtype) -> ResidualSaes:
             for tensor in (part.weight, part.bias):
                 tensor.copy_(tensor.to(tables))
     return saes
+
+
+def _write_rows(folder: Path, saes: ResidualSaes, tables: torch.dtype) -> list[Path]:
+    """Write the tables of what features read and write, from which the graphs read them too."""
+    files = []
+    for layer, (encoder, decoder) in enumerate(zip(saes.encoders, saes.decoders, strict=True)):
+        for kind, rows in (("encoder", encoder.weight), ("decoder", decoder.weight)):
+            files.append(folder / residual_rows_file(layer, kind))
+            np.save(files[-1], rows.detach().to(tables).numpy())
+    return files
 
 
 def _write_block(

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -70,8 +70,8 @@ def to_onnx(
 
 def save_onnx(model: onnx.ModelProto, path: Path, beside: Sequence[Path] = ()) -> None:
     """Write a model, which is modified. Large tensors go to `path`.data. The tables of `SHARED` are read from
-    their files next to it, as in every variant of the model; tensors that a model `beside` also has, as they are or
-    transposed, from that model's data."""
+    their files next to it, as in every variant of the model; tensors that a model or .npy file `beside` also
+    has, as they are or transposed, from there."""
     for tensor in model.graph.initializer:
         if tensor.name in SHARED and (file := path.with_name(SHARED[tensor.name])).exists():
             _point_at_npy(tensor, file)
@@ -202,15 +202,13 @@ def _point_at_npy(tensor: TensorProto, file: Path) -> None:
 
 
 def _read_from(model: onnx.ModelProto, other: Path) -> None:
-    """Make tensors read their bytes from the data of another model in the same folder, if it has the same bytes, or
-    those of the transposed matrix: a Transpose, folded at session creation, is added then."""
-    entries: dict[bytes, ExternalDataInfo] = {}
-    for tensor in onnx.load(other, load_external_data=False).graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            entry = ExternalDataInfo(tensor)
-            with (other.parent / entry.location).open("rb") as file:
-                file.seek(entry.offset or 0)
-                entries[hashlib.sha256(file.read(entry.length or -1)).digest()] = entry
+    """Make tensors read their bytes from the data of another model in the same folder, or from a .npy file there, if it
+    has the same bytes, or those of the transposed matrix: a Transpose, folded at session creation, is added then."""
+    entries: dict[bytes, _Place] = {}
+    for entry in _places_in(other):
+        with (other.parent / entry.location).open("rb") as file:
+            file.seek(entry.offset or 0)
+            entries[hashlib.sha256(file.read(entry.length or -1)).digest()] = entry
     turns = []
     for tensor in model.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
@@ -228,6 +226,26 @@ def _read_from(model: onnx.ModelProto, other: Path) -> None:
     nodes = [*turns, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+
+
+class _Place(NamedTuple):
+    """Where a tensor's bytes lie."""
+
+    location: str  # name of the file
+    offset: int | None
+    length: int | None
+
+
+def _places_in(other: Path) -> Iterator[_Place]:
+    """The tensors of a model that lie in files of their own, or the one of a .npy file."""
+    if other.suffix == ".npy":
+        mapped = np.load(other, mmap_mode="r")
+        yield _Place(other.name, mapped.offset, mapped.nbytes)
+        return
+    for tensor in onnx.load(other, load_external_data=False).graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            entry = ExternalDataInfo(tensor)
+            yield _Place(entry.location, entry.offset, entry.length)
 
 
 @contextmanager

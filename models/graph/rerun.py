@@ -73,6 +73,13 @@ class Changed(NamedTuple):
         return (lengths * (self.places == place).to(lengths.dtype)) @ self.directions
 
 
+def dense(code: tuple[Tensor, Tensor], features: int) -> Tensor:
+    """A code, (features, activations) [B, t, k] each, as activations of all features [B, t, F]."""
+    indices, values = code
+    nothing = values.new_zeros(*values.shape[:-1], features)
+    return nothing.scatter(-1, indices, values)
+
+
 def run_changed(
     vision: AttributionGraph, pixels: Tensor, changed: Changed, after: Callable[[int, Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
@@ -122,7 +129,7 @@ class RerunGraph(nn.Module):
     def __init__(self, vision: AttributionGraph, clt: CrossLayerTranscoder, tables: torch.dtype) -> None:
         super().__init__()
         self.vision, self.layers, self.features = vision, clt.layers, clt.features
-        self.encoders = served_encoders(clt, tables)
+        self.readers = served_encoders(clt, tables)  # of all tokens, and exact: `variants.preselect` is of `encoders`
         self.codes = nn.ModuleList(TokenCode(encoder.sparsifier, tables) for encoder in clt.encoders)
         self.sources = [clt.architecture.sources(target) for target in range(clt.layers)]
         self.decoders = nn.ModuleList(nn.ModuleList(map(Int8Decoder, decoder.weights)) for decoder in clt.decoders)
@@ -153,8 +160,8 @@ class RerunGraph(nn.Module):
 
         def features(layer: int, mlp_in: Tensor, stream: Tensor) -> Tensor:
             nonlocal difference, activations
-            code = self.codes[layer](self.encoders[layer](mlp_in), self.types[: mlp_in.shape[1]])
-            z = self._dense(*code).index_select(-1, indices)  # [B, t, n]
+            code = self.codes[layer](self.readers[layer](mlp_in), self.types[: mlp_in.shape[1]])
+            z = dense(code, self.features).index_select(-1, indices)  # [B, t, n]
             codes.append(tuple(self._of_cls(part) for part in code))
             difference = difference[:, : z.shape[1]] + changed.difference(z, layer)
             activations = activations + z[:, 0] * changed.of_layer(layer)
@@ -181,11 +188,6 @@ class RerunGraph(nn.Module):
         values = torch.cat([values, activations[:, None] * of_layer + by_layer], dim=-1)
         code_indices = torch.cat([code_indices, indices.expand(*by_layer.shape)], dim=-1)
         return vision.account(residual, components, code_indices, values, to_last)
-
-    def _dense(self, indices: Tensor, values: Tensor) -> Tensor:
-        """A code [B, t, k] as activations of all features [B, t, F]."""
-        nothing = values.new_zeros(*values.shape[:-1], self.features)
-        return nothing.scatter(-1, indices, values)
 
     def _of_cls(self, part: Tensor) -> Tensor:
         """What a token code has at [CLS] [B, k of the vision graph]."""

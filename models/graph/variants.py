@@ -58,7 +58,7 @@ def preselect(model: onnx.ModelProto) -> onnx.ModelProto:
     encoders = {
         node.input[0] if node.input[1] == name else node.input[1]
         for name, node in adds.items()
-        if re.fullmatch(r"encoders\.\d+\.bias", name)
+        if re.fullmatch(r"(vision\.)?encoders\.\d+\.bias", name)
     }
     if not encoders:
         return model

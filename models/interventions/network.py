@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.bundle.bundle import Bundle
+from vitrine.models.bundle.layout import BASELINE, BASELINE_STREAM, RESIDUAL_ACTIVATIONS, residual_rows_file
 from vitrine.models.interventions.changes import InterventionError
 from vitrine.models.interventions.spec import Dictionary
 
@@ -29,15 +32,12 @@ class BundleNetwork:
         """How many features a layer of a dictionary has; 0: it has no such layer."""
         if dictionary == "clt":
             return self.bundle.manifest.shape.features if layer < self.layers else 0
-        residual = self.bundle.manifest.residual
+        residual = self.bundle.manifest.residual if self.bundle.has_residual_rerun else None
         return residual.features[layer] if residual and layer < len(residual.features) else 0
 
     def means(self, dictionary: Dictionary, layer: int, index: int) -> Array:
         """[2] mean activation at [CLS] and over patches."""
-        if dictionary == "clt":
-            table = None if self.bundle.baseline is None else self.bundle.baseline[0]
-        else:
-            table = self.bundle.residual_activations
+        table = self._activations if dictionary == "clt" else self._residual_activations
         if table is None:
             raise self._no_average("activations")
         mean: Array = table[layer, :, index]
@@ -50,15 +50,35 @@ class BundleNetwork:
             assert table is not None
             row = table[layer, index]
         else:
-            row = self.bundle.residual_rows(layer, kind)[index]
+            shape = self.features(dictionary, layer), self.width
+            row = self.bundle.table(residual_rows_file(layer, kind), shape)[index]
         return np.asarray(row, np.float32)
 
     def mean_stream(self, at: int) -> Array:
         """[2, d] the average picture's stream before block `at` (L: after the last) at [CLS] and over patches."""
-        if self.bundle.baseline_stream is None:
+        if self._stream is None:
             raise self._no_average("stream")
-        mean: Array = self.bundle.baseline_stream[at]
+        mean: Array = self._stream[at]
         return mean
+
+    @cached_property
+    def _stream(self) -> Array | None:
+        """[L + 1, 2, d]; None: the bundle has none."""
+        return self._average(BASELINE_STREAM, (self.layers + 1, 2, self.width))
+
+    @cached_property
+    def _activations(self) -> Array | None:
+        """[L, 2, F] of the CLT."""
+        return self._average(BASELINE[0], (self.layers, 2, self.bundle.manifest.shape.features))
+
+    @cached_property
+    def _residual_activations(self) -> Array | None:
+        """[L - 1, 2, F] of the residual SAEs, F the largest of them."""
+        residual = self.bundle.manifest.residual
+        return self._average(RESIDUAL_ACTIVATIONS, (self.layers - 1, 2, max(residual.features))) if residual else None
+
+    def _average(self, file: str, shape: tuple[int, ...]) -> Array | None:
+        return self.bundle.table(file, shape) if file in self.bundle.manifest.files else None
 
     def _no_average(self, what: str) -> InterventionError:
         return InterventionError(

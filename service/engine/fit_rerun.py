@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitrine.models.bundle.layout import COMPONENTS, RERUN_INPUTS
+from vitrine.models.bundle.layout import COMPONENTS, RERUN, RERUN_INPUTS
 from vitrine.models.bundle.manifest import Manifest
 from vitrine.service.engine.fit import Dimensions, Graph, accounts, of_pixels
 
@@ -25,7 +25,8 @@ def rerun_graph(manifest: Manifest, file: str) -> Graph:
     for name, dimensions in zip(RERUN_INPUTS, numbers, strict=True):
         whole = name in ("layers", "indices", "places")
         inputs[name] = ("tensor(int64)" if whole else "tensor(float)", dimensions)
-    outputs = accounts(manifest, rows, shape.k + 1) | {COMPONENTS: (None, rows, shape.width)}
+    places = shape.k + (file == RERUN)  # changed features of the CLT are listed besides
+    outputs = accounts(manifest, rows, places) | {COMPONENTS: (None, rows, shape.width)}
     return Graph(file, inputs, outputs, shape.features)
 
 

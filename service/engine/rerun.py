@@ -11,7 +11,7 @@ from onnxruntime import InferenceSession
 
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.bundle import Bundle
-from vitrine.models.bundle.layout import ALWAYS, RERUN
+from vitrine.models.bundle.layout import ALWAYS, RERUN, RESIDUAL_RERUN
 from vitrine.models.interventions.batch import stacked
 from vitrine.models.interventions.changes import Changes
 from vitrine.service.engine.fit import check_graph
@@ -20,7 +20,8 @@ from vitrine.service.engine.runtime import Runtime, open_session
 
 
 class RerunGraphs:
-    """rerun.onnx of a bundle. Thread-safe. It computes in float32, whatever the vision graph's precision."""
+    """rerun.onnx of a bundle, and that of its residual SAEs if it has any. Thread-safe. They compute in float32,
+    whatever the vision graph's precision."""
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
         self.bundle, self._runtime = bundle, runtime
@@ -34,13 +35,16 @@ class RerunGraphs:
         Raises `BundleError` or `EngineError` on first use, as `check` does.
         """
         feeds = stacked(changes)
-        outputs = self._session(RERUN).run(list(ALWAYS), {"pixels": pixels} | feeds)
+        file = RESIDUAL_RERUN if changes[0].dictionary == "residual" else RERUN
+        outputs = self._session(file).run(list(ALWAYS), {"pixels": pixels} | feeds)
         named = dict(zip(ALWAYS, outputs, strict=True))
         return [Decomposition.from_batch(named, image) for image in range(len(pixels))]
 
     def check(self) -> None:
-        """Raise `BundleError` or `EngineError` unless the graph is what the manifest says, and runs."""
+        """Raise `BundleError` or `EngineError` unless the graphs are what the manifest says, and run."""
         self._session(RERUN)
+        if self.bundle.has_residual_rerun:
+            self._session(RESIDUAL_RERUN)
 
     def _session(self, file: str) -> InferenceSession:
         with self._opening:

@@ -38,7 +38,7 @@ def verify(path: Path) -> Bundle:
     bundle = open_bundle(path)
     # before the graphs, whose errors for a damaged table are less clear
     _ = bundle.directions, bundle.fold, bundle.attention_fold, bundle.baseline, bundle.label_sets
-    _ = bundle.encoders, bundle.baseline_stream
+    _ = bundle.encoders
     every = dict.fromkeys(("replacement", "sources", "residual", "rerun"), True)
     settings = load_settings().model_copy(update=every)
     runtime = choose(bundle, settings.model_copy(update={"provider": "cpu", "precision": "fp32"}))
@@ -86,6 +86,7 @@ def _check_sums(engine: Engine) -> None:
 
 def _check_rerun(graphs: RerunGraphs, pixels: NDArray[np.float32], decompositions: list[Decomposition]) -> None:
     """That with nothing changed the graph is of the same network, and that with something changed its rows add up."""
+    graphs.check()
     network = BundleNetwork(graphs.bundle)
     for items in ([], [Intervention(op="ablate", layer=0, row="clt", tokens="all")]):
         changes = resolve(items, network, "rerun")

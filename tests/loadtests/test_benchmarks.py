@@ -57,3 +57,11 @@ def test_source_benchmark_writes_a_row_for_every_variant(tmp_path):
         "plain", "trace", *(f"{part}, {count}" for part in ("sources", "account") for count in counts)
     }  # fmt: skip
     assert all(row["median_ms"] > 0 for row in rows)
+
+
+def test_intervention_benchmark_runs(tmp_path):
+    command = [sys.executable, ROOT / "loadtests/rerun.py", "--quick", "--pairs", "1", "--cache", tmp_path / "cache"]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    for variant in ("vision and components", "rerun, nothing", "rerun, 10 features", "rerun, a row"):
+        assert variant in finished.stdout

@@ -8,7 +8,7 @@ import torch
 
 from vitrine.models.account.heatmap import heat_map, outliers
 from vitrine.models.account.ledger import Decomposition, Details, ledger
-from vitrine.models.bundle.layout import DETAILS, EVERY_OUTPUT
+from vitrine.models.bundle.layout import EVERY_OUTPUT, ON_REQUEST
 from vitrine.models.clip.tower import Tower
 from vitrine.models.graph.attribution import AttributionGraph
 
@@ -28,7 +28,7 @@ def parts(any_clip, make_clt, pixels):
     """The graph's decomposition of each image, including details."""
     graph = AttributionGraph(any_clip.tower, make_clt(any_clip), torch.zeros(3, 32), torch.float32)
     outputs = dict(zip(EVERY_OUTPUT, (output.numpy() for output in graph(pixels)), strict=True))
-    details, fidelity = {name: outputs.pop(name) for name in DETAILS}, outputs.pop("fidelity")
+    details, fidelity = {name: outputs.pop(name) for name in ON_REQUEST}, outputs.pop("fidelity")
     return [
         Decomposition(
             **{name: value[image] for name, value in outputs.items()},

@@ -21,7 +21,7 @@ from vitrine.models.account.ledger import (
     logits,
     probabilities,
 )
-from vitrine.models.bundle.layout import DETAILS, EVERY_OUTPUT
+from vitrine.models.bundle.layout import EVERY_OUTPUT, ON_REQUEST
 from vitrine.models.clip.tower import Tower
 from vitrine.models.graph.attribution import AttributionGraph
 
@@ -70,7 +70,7 @@ def _reference(layers, clt, residual_in, mlp_in, attn_out, mlp_out, residual_out
 def decompositions(graph, pixels):
     """`graph`'s decomposition of each image."""
     outputs = dict(zip(EVERY_OUTPUT, (output.numpy() for output in graph(pixels)), strict=True))
-    details, fidelity = {name: outputs.pop(name) for name in DETAILS}, outputs.pop("fidelity")
+    details, fidelity = {name: outputs.pop(name) for name in ON_REQUEST}, outputs.pop("fidelity")
     return [
         Decomposition(
             **{name: value[image] for name, value in outputs.items()},

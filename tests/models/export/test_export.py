@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from common import ROOT
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.bundle.label_sets import NamedLabels
-from vitrine.models.bundle.layout import DETAILS, DETAILS_INPUT, EVERY_OUTPUT, VISION_OUTPUTS
+from vitrine.models.bundle.layout import ALWAYS, DETAILS_INPUT, EVERY_OUTPUT, ON_REQUEST
 from vitrine.models.clip.tokens import TokenizerMismatch, convert_tokenizer
 from vitrine.models.export import export
 from vitrine.models.export.export import export_bundle
@@ -34,7 +34,8 @@ def run(path, pixels, details=True):
 def test_vision_graph_takes_any_batch(bundle, graph, make_pixels, batch):
     outputs, pixels = run(bundle.path, make_pixels(batch)), make_pixels(batch)
     assert [outputs[name].shape[1:] for name in outputs] == [
-        (24,), (9, 24), (), (9,), (), (3, 8), (3, 8), (3,), (2,), (3, 24), (3, 4, 17), (3, 17, 32), (17,)
+        (24,), (9, 24), (), (9,), (), (3, 8), (3, 8), (3,), (2,), (9, 32),
+        (3, 24), (3, 4, 17), (3, 17, 32), (17,), (3, 4, 32)
     ]  # fmt: skip
     for name, expected in zip(outputs, graph(pixels), strict=True):
         assert len(outputs[name]) == batch
@@ -44,21 +45,21 @@ def test_vision_graph_takes_any_batch(bundle, graph, make_pixels, batch):
 
 def test_details_are_left_out_where_nobody_asks(bundle, make_pixels):
     detailed, plain = (run(bundle.path, make_pixels(2), details) for details in (True, False))
-    for name in VISION_OUTPUTS:
+    for name in ALWAYS:
         assert np.array_equal(plain[name], detailed[name]), name
-    assert [plain[name].shape[0] for name in DETAILS] == [0] * len(DETAILS)
+    assert [plain[name].shape[0] for name in ON_REQUEST] == [0] * len(ON_REQUEST)
 
 
 def test_details_are_computed_in_a_branch_of_their_own(bundle):
     """Nodes outside the branch run for every request."""
     graph = onnx.load(bundle.path / "vision.onnx", load_external_data=False).graph
     (choice,) = (node for node in graph.node if node.op_type == "If")
-    assert list(choice.output) == list(DETAILS)
+    assert list(choice.output) == list(ON_REQUEST)
     read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
     branch = choice.attribute[0].g if choice.attribute[0].name == "then_branch" else choice.attribute[1].g
     read |= {name for node in branch.node for name in node.input}
     assert [node.name for node in graph.node if read.isdisjoint(node.output)] == []
-    needed = set(VISION_OUTPUTS)
+    needed = set(ALWAYS)
     for node in reversed(graph.node):
         if node is not choice and not needed.isdisjoint(node.output):
             needed.update(node.input)

@@ -9,6 +9,7 @@ import torch
 from vitrine.models.bundle.bundle import BundleError, seal
 from vitrine.models.dictionary.average import mean_code
 from vitrine.models.graph.rerun import RerunGraph
+from vitrine.models.graph.residual_rerun import ResidualRerunGraph
 from vitrine.models.interventions.batch import stacked
 from vitrine.models.interventions.changes import InterventionError, resolve
 from vitrine.models.interventions.network import BundleNetwork
@@ -47,6 +48,32 @@ def test_engine_makes_them_as_torch_does(engine, bundle, graph, clt, make_pixels
         for found, own in zip(parts, engine.explain(pixels.numpy(), [True, True]), strict=True):
             np.testing.assert_allclose(found.rows[:-1], own.rows, atol=1e-5)
             np.testing.assert_allclose(found.components[:-1], own.components, atol=1e-4)
+
+
+def test_features_of_residual_saes(with_residual, graph, residual_export, make_pixels):
+    """Exported beside a bundle whose CLT is read back from its files."""
+    bundle, pixels = with_residual, make_pixels(2, seed=3)
+    engine = Engine(bundle, Settings())
+    items = [
+        {"op": "set", "layer": layer, "index": index, "value": 2, "dictionary": "residual"}
+        for layer, index in ((0, 47), (1, 63))
+    ]
+    changes = resolved(bundle, *items, {"op": "project", "layer": 0, "index": 3, "dictionary": "residual"})
+    found = engine.rerun.run(pixels.numpy(), [changes, changes])
+    with torch.no_grad():
+        expected = ResidualRerunGraph(graph, residual_export.saes)(
+            pixels, *(torch.from_numpy(np.ascontiguousarray(part)) for part in stacked([changes, changes]).values())
+        )
+    for image, parts in enumerate(found):
+        np.testing.assert_allclose(parts.embedding, expected[0][image], atol=1e-5)
+        np.testing.assert_allclose(parts.components, expected[-1][image], atol=1e-4)
+    network = BundleNetwork(bundle)
+    assert [network.features("residual", layer) for layer in range(3)] == [48, 64, 0]
+    row = network.direction("residual", 1, 3, "encoder")
+    np.testing.assert_allclose(row, residual_export.saes.encoders[1].weight[3], rtol=1e-6)
+    with pytest.raises(InterventionError, match="no mean activations"):
+        network.means("residual", 1, 3)
+    assert verify(bundle.path).digest == bundle.digest
 
 
 def test_images_of_a_batch_change_the_same_features(bundle):
