@@ -14,6 +14,7 @@ from vitrine.commands.common import BundlePath, LabelsFile, LabelsList, chosen_l
 
 if TYPE_CHECKING:
     from vitrine.service.offline.debias.examples import Examples
+    from vitrine.service.offline.debias.question import By as Choice
 
 
 class By(StrEnum):
@@ -83,7 +84,8 @@ def debias(
         if file is not None:
             prepare_file(file)
     examples = _examples(data, groups, columns, splits, chosen_labels(labels, labels_file), seed)
-    chosen_by = by.value if by else ("table" if len(examples.group_names) > 1 else "cue" if cue else "errors")
+    default: Choice = "table" if len(examples.group_names) > 1 else "cue" if cue else "errors"
+    chosen_by = by.value if by else default
     if chosen_by == "cue" and not cue:
         raise typer.BadParameter("--by cue needs the cue in words", param_hint="--cue")
     opened, settings = open_bundle_or_default(bundle), load_settings().model_copy(update={"replacement": False})

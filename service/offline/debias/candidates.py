@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from vitrine.models.interventions.spec import Intervention, Mode, Tokens
 from vitrine.service.offline.debias.firing import Firing
 
 
-class Feature(NamedTuple):
+@dataclass(frozen=True)
+class Feature:
     """Of the CLT."""
 
     layer: int

@@ -8,10 +8,13 @@ group g, in logits:
     effect size   d = b / s,   s the standard deviation within the cells (label, group), pooled
 
 A cue moves the logit in its groups whatever the label (|b| large), and does not say the label by itself (|a| small);
-what the label's own features do is the other way round. Features are ranked by |b| * |b| / (|a| + |b|), the logits that
-they move with the cue times the cue's share of all that they move. The size alone would put features first that hardly
-move anything, but reliably; |b| - |a| would leave out those of late layers that the cue and the label share, which move
-most.
+what the label's own features do is the other way round. Features are ranked by
+
+    |b| (|b| / (|a| + |b|))^2
+
+the logits that they move with the cue, the less the more they move with the label. The effect size alone would put
+features first that hardly move anything, but reliably; |b| - |a| would leave out those of late layers that cue and
+label share, which move most; and of |b| alone an edit costs more of the label.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from vitrine.models.bootstrap import Bootstrap, Estimate
 from vitrine.service.offline.debias.contributions import Contributions
 from vitrine.service.offline.debias.examples import Examples
 
+SHARPNESS = 2  # 1 puts those first that carry most of a cue, 3 makes edits that cost the label least
+
 
 @dataclass(frozen=True)
 class Effects:
@@ -41,7 +46,9 @@ class Effects:
     def score(self) -> Array:
         """What features are ranked by; 0: the groups do not move it."""
         group, both = np.abs(self.group), np.abs(self.group) + np.abs(self.label)
-        return np.divide(group**2, both, out=np.zeros_like(group), where=both > 0)
+        share = np.divide(group, both, out=np.zeros_like(group), where=both > 0)
+        score: Array = group * share**SHARPNESS
+        return score
 
     @property
     def size(self) -> Array:

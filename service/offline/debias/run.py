@@ -30,6 +30,8 @@ from vitrine.service.offline.debias.shown import shown
 from vitrine.service.offline.debias.unlabelled import by_errors
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
+# of each pair of labels the finding half's images that are of it, and their contributions
+Given = dict[tuple[int, int], tuple[NDArray[np.int64], Contributions]]
 WITH_CUE = ("without the cue", "with the cue")
 NO_CUE = "Orth-Proj and Orth-Cali need the cue in words: --cue"
 
@@ -79,7 +81,7 @@ class Debias:
         found = self._search(half, before[finding], texts, features, firings)
         chosen = found.best.candidate if found.best else None
         others = held_out, embeddings[held_out], before[held_out]
-        methods, left_out = self._compare(examples, others, texts, chosen, features, firings)
+        methods, left_out = self._compare(examples, others, texts, chosen, features, firings, given)
         return Report(
             bundle=self.engine.bundle.digest,
             labels=list(examples.label_names),
@@ -148,7 +150,7 @@ class Debias:
         self,
         half: Examples,
         compared: Sequence[Contrast],
-        given: dict[tuple[int, int], tuple[NDArray[np.int64], Contributions]],
+        given: Given,
     ) -> list[Place]:
         of_contrasts = []
         for contrast in compared:
@@ -158,13 +160,14 @@ class Debias:
         return rank(of_contrasts, max(self.question.shown, COUNTS[-1]))
 
     def _feature(self, key: int) -> Feature:
-        return Feature(*divmod(key, self.engine.bundle.manifest.shape.features))
+        layer, index = divmod(key, self.engine.bundle.manifest.shape.features)
+        return Feature(layer, index)
 
     def _firings(self, half: Examples, features: Sequence[Feature]) -> list[Firing]:
         if not features:
             return []
         images = self.track(half.images, "where features fire")
-        return firing(self.sources, self.pictures, images, half.cells, features)
+        return firing(self.sources, self.pictures, images, half.cells, [(one.layer, one.index) for one in features])
 
     def _search(
         self,
@@ -198,6 +201,7 @@ class Debias:
         chosen: Candidate | None,
         features: Sequence[Feature],
         firings: Sequence[Firing],
+        given: Given,
     ) -> tuple[list[Method], list[str]]:
         """(each method on the held-out half, what could not be compared). held_out: numbers of its images, their
         embeddings, and what is predicted of them."""
@@ -212,7 +216,7 @@ class Debias:
                 return self._under(interventions, mode, others.images, texts)
 
             methods += comparison.edits(run, chosen, features, firings)
-            drawn = self._drawn(examples.only(examples.finding), features[: chosen.count])
+            drawn = self._drawn(examples.only(examples.finding), features[: chosen.count], given)
             methods += comparison.random(run, chosen, drawn)
         if question.cue:
             methods += comparison.projections(embeddings, texts, question)
@@ -220,14 +224,14 @@ class Debias:
             left_out.append(NO_CUE)
         return methods, left_out
 
-    def _drawn(self, half: Examples, features: Sequence[Feature]) -> list[tuple[Sequence[Feature], Sequence[Firing]]]:
-        """For each draw as many other features of the same layers, and where they fire."""
-        generator, count = np.random.default_rng(self.question.seed), self.engine.bundle.manifest.shape.features
-        draws = []
-        for _ in range(self.question.draws):
-            taken = set(features)
-            while len(taken) < 2 * len(features):
-                taken.add(Feature(features[len(taken) - len(features)].layer, int(generator.integers(count))))
-            chosen = sorted(taken - set(features))
-            draws.append((chosen, self._firings(half, chosen)))
-        return draws
+    def _drawn(
+        self, half: Examples, taken: Sequence[Feature], given: Given
+    ) -> list[tuple[Sequence[Feature], Sequence[Firing]]]:
+        """For each draw as many other features that are active in the finding half, and where they fire."""
+        active = {key for _, of_images in given.values() for keys in of_images.keys for key in keys.tolist()}
+        pool = [feature for feature in map(self._feature, sorted(active)) if feature not in set(taken)]
+        generator, count = np.random.default_rng(self.question.seed), min(len(taken), len(pool))
+        draws = [generator.choice(len(pool), count, replace=False).tolist() for _ in range(self.question.draws)]
+        drawn = sorted(set().union(*draws))
+        firings = dict(zip(drawn, self._firings(half, [pool[place] for place in drawn]), strict=True))
+        return [([pool[place] for place in draw], [firings[place] for place in draw]) for draw in draws]

@@ -17,7 +17,7 @@ from vitrine.models.interventions.spec import Mode
 from vitrine.service.offline.debias.accuracy import by_cell
 from vitrine.service.offline.debias.candidates import OPS, Candidate
 
-COUNTS = (1, 2, 4, 8, 16, 32)
+COUNTS = (1, 4, 16, 64, 256)
 
 
 @dataclass(frozen=True)

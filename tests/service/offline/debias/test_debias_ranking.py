@@ -48,7 +48,7 @@ def test_effects_are_differences_of_the_cells_means():
 
 def test_the_cue_is_first_and_what_says_the_label_is_last():
     compared = effects(sparse(TABLE, 2), IS_FIRST, HAS_CUE)
-    assert compared.score[[CUE, BOTH]] == pytest.approx([3.0, 1 / 3])
+    assert compared.score[[CUE, BOTH]] == pytest.approx([3.0, 1 / 3**2])
     assert [place.key for place in rank([compared], 2)] == [CUE, BOTH]
     other = effects(sparse(TABLE[:, ::-1].copy(), 2), IS_FIRST, HAS_CUE)
     assert [(place.key, place.contrast) for place in rank([compared, other], 2)] == [(CUE, 0), (3 - CUE, 1)]

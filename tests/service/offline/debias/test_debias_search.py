@@ -29,10 +29,10 @@ def test_the_best_worst_group_within_the_cap_is_chosen():
     outcomes = {"ablate": wrong(b=1, a=4), "project": wrong(a=2, b=2, c=2, d=2), "ablate to mean": wrong(b=3)}
 
     def predict(candidate):
-        return outcomes.get(candidate.op, wrong(b=6)) if candidate.count == 2 else wrong(b=6)
+        return outcomes.get(candidate.op, wrong(b=6)) if candidate.count == 4 else wrong(b=6)
 
     found = run(predict)
-    assert found.best.candidate == Candidate("ablate to mean", 2, "rerun"), "of equals, the first"
+    assert found.best.candidate == Candidate("ablate to mean", 4, "rerun"), "of equals, the first"
     assert (found.best.worst, found.best.average) == (0.7, 37 / 40)
     assert run(predict, cap=0.05).best.candidate.op == "project"
 
@@ -62,7 +62,7 @@ def test_every_candidate_is_a_valid_intervention(op):
     features, firings = [Feature(3, 7), Feature(1, 2)], [Firing((1, 4), 0.5), Firing((0,), -1.0)]
     for tokens in (None, "cls"):
         made = Candidate(op, 2, "rerun", tokens).interventions(features, firings)
-        assert [(item.layer, item.index) for item in made] == features
+        assert [Feature(item.layer, item.index) for item in made] == features
         assert all(isinstance(item, Intervention) for item in made)
     if op.startswith("set"):
         assert Candidate(op, 1, "rerun").interventions(features, firings)[0].where == (1, 4)
