@@ -185,7 +185,7 @@ def _has(graph: Path, name: str, weight: Tensor) -> bool:
     for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
         if tensor.name == name or tensor.name.startswith(f"{name}."):
             stored: NDArray[np.floating] = onnx.numpy_helper.to_array(tensor, str(graph.parent))
-            stored = stored.T if tensor.name.endswith(".transposed") else stored
+            stored = stored.T if tensor.name.count(".transposed") % 2 else stored
             return np.array_equal(stored.astype(np.float32), weight.detach().cpu().numpy())
     return False
 
