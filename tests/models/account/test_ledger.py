@@ -93,8 +93,8 @@ def labels(clip):
 
 
 def ledger_rows(ledger):
-    """The rows of a ledger [R], in order."""
-    return np.concatenate([np.atleast_1d(part) for part in astuple(ledger)[1:-2]])
+    """The rows of a ledger [R], in order: between the logit and the remainder."""
+    return np.concatenate([np.atleast_1d(part) for part in astuple(ledger)[1:6]])
 
 
 def test_every_row_is_that_of_the_formulas(tower, references, parts, labels, clip):

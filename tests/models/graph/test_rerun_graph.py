@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitrine.models.account.ledger import Decomposition
+from vitrine.models.account.ledger import Decomposition, ledger
 from vitrine.models.bundle.layout import ALWAYS, EVERY_OUTPUT
 from vitrine.models.dictionary.average import mean_code
 from vitrine.models.dictionary.edited import Edited
@@ -161,7 +161,9 @@ def check_by_hand(graph, tower, clt, pixels, changes):
         torch.testing.assert_close(components.sum(0), residual, rtol=0, atol=1e-5 * float(components.abs().max()))
         z = exact.head(residual)
         torch.testing.assert_close(torch.from_numpy(parts.embedding).double(), z / z.norm(), rtol=0, atol=1e-5)
-        np.testing.assert_allclose(parts.rows.sum(0), parts.embedding, atol=1e-5)
+        account = ledger(parts, np.eye(len(parts.embedding))[0], 100.0)
+        assert abs(account.remainder) < 1e-3
+        assert account.edit == pytest.approx(100 * parts.rows[-1, 0])
     return found
 
 
