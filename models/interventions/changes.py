@@ -105,7 +105,7 @@ class _Draft:
         self.features: dict[tuple[int, int], tuple[Array, Array]] = {}  # (layer, index): gain, offset [T]
         self.projections: list[tuple[Intervention, NDArray[np.bool_]]] = []
         self.dictionary: Dictionary | None = None
-        self.changed: set[tuple[object, ...]] = set()
+        self.changed: dict[tuple[object, ...], NDArray[np.bool_]] = {}  # at which tokens
 
     def add(self, item: Intervention, name: str) -> None:
         """name: of the intervention, for errors."""
@@ -171,10 +171,10 @@ class _Draft:
 
     def _claim(self, what: tuple[object, ...], at: NDArray[np.bool_], name: str) -> None:
         """Raise `InterventionError` if this is changed already at one of these tokens."""
-        for token in np.flatnonzero(at).tolist():
-            if (*what, token) in self.changed:
-                raise InterventionError(f"{name} changes what an earlier one changes, at token {token}")
-            self.changed.add((*what, token))
+        before = self.changed.get(what)
+        if before is not None and (twice := np.flatnonzero(before & at)).size:
+            raise InterventionError(f"{name} changes what an earlier one changes, at token {twice[0]}")
+        self.changed[what] = at if before is None else before | at
 
     def _feature(self, item: Intervention, at: NDArray[np.bool_], factor: float, name: str) -> None:
         assert item.layer is not None
