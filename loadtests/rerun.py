@@ -9,6 +9,7 @@ order; figures are medians, ratios are medians of the rounds' ratios to plain CL
     plain                     CLIP's image encoder as an ONNX graph
     vision                    the graph of every prediction, with its account
     vision and components     what interventions in direct mode need of it besides
+    an edit in direct mode    that, and n of the features active at [CLS] set to their mean
     rerun, n features         the network with n features of random layers changed at all tokens
     rerun, a row              with all features of a layer
     rerun, n directions       with n directions taken out after every block
@@ -22,6 +23,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import vitrine  # noqa: F401  # first: it stops the libraries' telemetry
@@ -37,6 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import Case, Shape, load, plain_graphs, rounds, rows, session
+from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.layout import (
     ALWAYS,
     DETAILS_INPUT,
@@ -53,6 +56,8 @@ from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.onnx_file import save_onnx, to_onnx
 from vitrine.models.graph.rerun import RerunGraph
 from vitrine.models.graph.variants import preselect
+from vitrine.models.interventions import direct
+from vitrine.models.interventions.changes import Changes
 from vitrine.service.engine.processors import available_processors
 
 
@@ -91,6 +96,28 @@ def changed(tower: Tower, features: int, edited: int = 0, directions: int = 0, r
     return dict(zip(RERUN_INPUTS, parts, strict=True))
 
 
+def direct_edit(
+    vision: onnxruntime.InferenceSession, feeds: dict[str, Any], case: Case, tower: Tower, edited: int
+) -> Callable[[], object]:
+    """The vision graph, and `edited` of the features that are active changed in what it gives."""
+    generator, (layers, width, tokens) = np.random.default_rng(0), (tower.layers, tower.width, tower.tokens)
+    fold, beta = (part.detach().numpy() for part in tower.fold())
+    directions = generator.standard_normal((layers, case.features, width)).astype(np.float16)
+    tables = SimpleNamespace(directions=directions, fold=fold, beta=beta)
+
+    def parts() -> Decomposition:
+        return Decomposition.from_batch(dict(zip(ALWAYS, vision.run(list(ALWAYS), feeds), strict=True)), 0)
+
+    plain = parts()
+    active = generator.choice(np.flatnonzero(plain.feature_values), edited, replace=False)
+    of = active // plain.feature_values.shape[1]
+    indices = plain.feature_indices.ravel()[active]
+    inputs = changed(tower, case.features, edited) | {"layers": of, "indices": indices}
+    one = {name: part[0] if part.shape[-1] == tokens else part for name, part in inputs.items()}
+    changes = Changes(dictionary="clt", clt=np.ones(layers, np.float32), **one)
+    return lambda: direct.changed(parts(), changes, tables)
+
+
 def variants(folder: Path, plain: Path, case: Case, threads: int, edited: int) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
     tower = Tower(load(case.shape).visual)
@@ -107,6 +134,7 @@ def variants(folder: Path, plain: Path, case: Case, threads: int, edited: int) -
         "plain": run(baseline, ("embedding",), {}),
         "vision": run(vision, VISION_OUTPUTS, asked),
         "vision and components": run(vision, ALWAYS, asked),
+        "an edit in direct mode": direct_edit(vision, pixels | asked, case, tower, edited),
         "vision, components, heads": run(vision, (*ALWAYS, HEAD_COMPONENTS), direct),
         "rerun, nothing": run(rerun, ALWAYS, changed(tower, case.features)),
         f"rerun, {edited} features": run(rerun, ALWAYS, changed(tower, case.features, edited)),

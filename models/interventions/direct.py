@@ -63,8 +63,10 @@ def changed(parts: Decomposition, changes: Changes, tables: Tables) -> Decomposi
     before, rows = (_with_edit(parts, table.astype(np.float64)) for table in (parts.components, parts.rows))
     factors, (written, indices, values) = _factors(parts, changes), _features(parts, changes, tables)
     written[1 : parts.clt_row(0)] += _heads(parts, changes)
-    after = factors[:, None] * (before + written)
+    written *= factors[:, None]
+    after = factors[:, None] * before + written
     edit = _directions(parts, changes, after.sum(0))
+    written[-1] += edit
     after[-1] += edit
     if np.array_equal(after, before):
         return parts
@@ -73,17 +75,16 @@ def changed(parts: Decomposition, changes: Changes, tables: Tables) -> Decomposi
     epsilon = max(parts.sigma**2 - float(residual.var()), SMALLEST)
     residual = residual + difference
     sigma = float(np.sqrt(residual.var() + epsilon))
-    fold, beta = tables.fold.astype(np.float64), tables.beta.astype(np.float64)
-    z = ((parts.embedding.astype(np.float64) * parts.norm - beta) * parts.sigma + difference @ fold) / sigma + beta
+    beta = tables.beta.astype(np.float64)
+    folded = _folded(np.concatenate([difference[None], written]), tables.fold)
+    z = ((parts.embedding.astype(np.float64) * parts.norm - beta) * parts.sigma + folded[0]) / sigma + beta
     norm = float(np.linalg.norm(z))
     if norm < LEAST_LEFT * parts.norm:
         raise InterventionError("these interventions leave nothing of the image: change less")
 
     scale, constant = parts.sigma * parts.norm / (sigma * norm), np.zeros_like(rows)
     constant[parts.bias_row] = beta  # part of the bias row, but not of the residual
-    written = factors[:, None] * written
-    written[-1] += edit
-    rows = factors[:, None] * (rows - constant / parts.norm) * scale + written @ fold / (sigma * norm) + constant / norm
+    rows = factors[:, None] * (rows - constant / parts.norm) * scale + folded[1:] / (sigma * norm) + constant / norm
     of_features = factors[parts.clt_row(0) : parts.bias_row, None]
     return replace(
         parts,
@@ -96,6 +97,15 @@ def changed(parts: Decomposition, changes: Changes, tables: Tables) -> Decomposi
         feature_values=(values * of_features).astype(parts.feature_values.dtype),
         components=after.astype(parts.components.dtype),
     )
+
+
+def _folded(components: Array, fold: Array) -> Array:
+    """[n, d] -> [n, D]. In the precision of M, which is by far the largest table here; rows of nothing but 0 are most,
+    and stay so."""
+    found = np.zeros((len(components), fold.shape[1]))
+    some = components.any(-1)
+    found[some] = components[some].astype(fold.dtype) @ fold
+    return found
 
 
 def _with_edit(parts: Decomposition, table: Array) -> Array:
