@@ -3,6 +3,7 @@
 {
   const { el, replace } = Vitrine.dom;
   const MODES = { rerun: "in the running network", direct: "in the last residual alone" };
+  const LISTED = 4; // by their names
 
   /**
    * @param {Map} off of `Vitrine.switches`: by key {kind, name, edit, modes}
@@ -78,7 +79,8 @@
   }
 
   function names(all) {
-    return all.map(({ name }) => name).join(", ");
+    const listed = all.slice(0, LISTED).map(({ name }) => name);
+    return [...listed, ...(all.length > LISTED ? [`${all.length - LISTED} more`] : [])].join(", ");
   }
 
   /** The command that makes an edit of it, to be served by its name. */
