@@ -10,6 +10,7 @@
    *   numbers are shown in the place of bars, which account is shown
    * @property {?function(number, number)} onCard opens the card of (layer, index)
    * @property {function(number, number): boolean} [hasCard] whether there is one; default: always
+   * @property {function(Object): ?HTMLElement} [offer] a row's switch; default: none has one
    * @property {?Object} maps of `Vitrine.photo`: draws a row's map on the photo
    */
 
@@ -122,15 +123,15 @@
    * @param {*} name
    * @param {Object} axis
    * @param {string[]} cells of the columns that are shown with the numbers alone, after the running total
-   * @param {{text?: string, attributes?: Object}} [how]
+   * @param {{text?: string, attributes?: Object, offer?: function(Object): ?HTMLElement}} [how]
    * @returns {HTMLElement}
    */
-  function line(row, name, axis, cells, { text = signed(row.value), attributes = {} } = {}) {
+  function line(row, name, axis, cells, { text = signed(row.value), attributes = {}, offer } = {}) {
     const id = row.layer === null ? row.kind : `${row.kind}.${row.layer}`;
     return el(
       "tr",
       { class: `row-${row.kind}`, "data-row": id, ...attributes },
-      el("th", { scope: "row" }, name),
+      el("th", { scope: "row" }, offer?.(row), name),
       el("td", { class: "chart" }, bar(row, axis)),
       el("td", { class: "value" }, text),
       [signed(row.end), ...cells].map((cell) => el("td", { class: "more" }, cell)),

@@ -8,6 +8,7 @@
    * @param {Object} explanation the API's Explanation
    * @param {Object} options of `Vitrine.accountTable`, and
    * @param {?number} options.probability of the target, if it is known
+   * @param {string} options.edited which edit is in force, after other words
    * @param {function(string)} options.onAccount told which account is shown from now on
    * @returns {HTMLElement[]}
    */
@@ -23,7 +24,7 @@
     return explanation?.sources ? state.kind : null;
   }
 
-  function title(explanation, { probability }) {
+  function title(explanation, { probability, edited }) {
     const { target, contrast, logit } = explanation;
     const rather = contrast === null ? "" : [" rather than ", el("em", {}, contrast)];
     const what = contrast === null ? "Logit " : "Logit difference ";
@@ -32,7 +33,7 @@
       "div",
       { class: "question" },
       el("h2", { id: "why" }, "Why ", el("em", {}, target), rather, "?"),
-      el("p", { class: "result" }, what, el("strong", {}, plain(logit)), share),
+      el("p", { class: "result" }, what, el("strong", {}, plain(logit)), share, edited),
     );
   }
 

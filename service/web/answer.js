@@ -10,6 +10,7 @@
    * @param {?Object} options.preprocessing the manifest's
    * @param {function(number, number)} options.onCard
    * @param {function(number, number): boolean} options.hasCard
+   * @param {function(Object): ?HTMLElement} [options.offer] a row's switch
    * @param {function(Object, string): ?function()} options.onExplain of (answer, label): explains it, null if it cannot
    * @returns {{show: function(Object, ?Object, ?number)}} show: an answer, one of its explanations (default: the
    *   first), and the milliseconds that it took as seen from here
@@ -33,10 +34,12 @@
         sections.account,
         Vitrine.account.draw(explanation, {
           probability: found?.probability ?? null,
+          edited: edited(answer.edit),
           state,
           onAccount: (kind) => photo.goHome(home(kind)),
           onCard: options.onCard,
           hasCard: options.hasCard,
+          offer: options.offer,
           maps: mapped ? photo : null,
         }),
       );
@@ -63,9 +66,13 @@
 
   /** Which model answered, and with which edit. @returns {string} */
   function origin({ model, edit }) {
-    const edited = edit ? ` · edit ${edit.name}, ${edit.applied ? "applied" : "not applied"}` : "";
-    return `${model.name} · ${model.digest.replace("sha256:", "").slice(0, 12)}${edited}`;
+    return `${model.name} · ${model.digest.replace("sha256:", "").slice(0, 12)}${edited(edit)}`;
   }
 
-  Vitrine.answer = { create, spoken, origin };
+  /** Of an answer's edit, after other words. @returns {string} */
+  function edited(edit) {
+    return edit ? ` · edit ${edit.name}, ${edit.applied ? "applied" : "not applied"}` : "";
+  }
+
+  Vitrine.answer = { create, spoken, origin, edited };
 }

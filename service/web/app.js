@@ -18,12 +18,17 @@
     preprocessing: () => model?.manifest.preprocessing ?? null,
     onCard: cards.open,
     hasCard,
+    offer: (row) => switches.offer(row),
     onExplain: (_, label) => () => ask({ ...chosen, target: label }),
   });
+  const switches = Vitrine.switches.create(
+    (off) => Vitrine.without.create(off, at("without"), at("compared"), intervene),
+    refused,
+  );
 
   let model = null; // the API's ModelResponse
   let chosen = { picture: null, target: null, contrast: null }; // what was asked last; target null: the top-1
-  let question = null; // of the circuit page: of the answer that is shown
+  let question = null; // of the answer that is shown, for what else is asked about it
   let running = null; // AbortController of the request in hand
 
   document.body.append(Vitrine.waterfall.hatching());
@@ -40,7 +45,13 @@
     if (model !== null && chosen.picture !== null) ask(chosen);
   });
   at("contrast").addEventListener("change", (event) => ask({ ...chosen, contrast: event.target.value || null }));
-  at("similar-ask").addEventListener("click", () => more("similar", "v1/similar", { limit: 5 }, Vitrine.similar.draw));
+  at("similar-ask").addEventListener("click", () => {
+    const draw = async (answer) => {
+      await import("./similar.js");
+      return Vitrine.similar.draw(answer);
+    };
+    more("similar", "v1/similar", { limit: 5 }, draw);
+  });
   at("residual-ask").addEventListener("click", () => {
     const request = { explain: { residual: true, features: 4 } };
     const draw = ({ residual }) => Vitrine.residual.draw(residual, { onCard: cards.open, hasCard });
@@ -70,7 +81,8 @@
   async function know() {
     const [served, { label_sets: sets }] = await Promise.all([api.get("v1/model"), api.get("v1/labels")]);
     model = served;
-    at("model").textContent = `${model.name} · ${model.precision}`;
+    const { name, precision, default_edit: edit } = model;
+    at("model").textContent = [name, precision, ...(edit ? [`edit ${edit}`] : [])].join(" · ");
     labels.offer(sets);
   }
 
@@ -145,6 +157,7 @@
     const [explanation] = answer.explanations;
     at("answer").hidden = at("predictions").hidden = false;
     at("welcome").hidden = true;
+    switches.start(answer.edit?.applied ? [] : model.interventions, question?.picture !== picture.blob);
     answers.show(answer, explanation, ms);
     offerContrasts(explanation);
     Vitrine.save.forget();
@@ -172,6 +185,20 @@
     requestAnimationFrame(() => setTimeout(() => performance.measure("vitrine:account", "vitrine:answer")));
   }
 
+  /** What the answer that is shown would be with these edits: the API's InterveneResponse. */
+  async function intervene(edits) {
+    const { picture, name, request } = question;
+    const { target, contrast, ...named } = request;
+    const mine = running;
+    busy(true, "Asking …");
+    try {
+      const asked = { ...named, ...edits, explain: { targets: [target], contrast } };
+      return (await api.post("v1/intervene", picture, name, asked, { signal: mine.signal })).answer;
+    } finally {
+      if (mine === running) busy(false, "");
+    }
+  }
+
   /** Every other label may be what the explained one is compared with; the likeliest stand first. */
   function offerContrasts({ target, contrast }) {
     const others = labels.listed().filter((label) => label !== target);
@@ -187,7 +214,7 @@
     replace(at(id), el("p", { role: "status" }, "Asking …"));
     try {
       const { answer } = await api.post(path, picture.blob, picture.name, request, { signal });
-      replace(at(id), draw(answer));
+      replace(at(id), await draw(answer));
     } catch (error) {
       if (error.name === "AbortError") return;
       replace(at(id), el("p", { role: "alert", class: "error" }, error.message));

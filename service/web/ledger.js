@@ -12,6 +12,7 @@
     Features: "What each layer's sparse features (its cross-layer transcoder, CLT) wrote, in the place of its MLP.",
     Bias: "Constants of the transcoder and of the last normalisation.",
     Error: "What the MLPs did and no feature says. It is shown, never spread over other rows.",
+    Edit: "What an edit wrote by itself: directions that it takes out of the stream.",
     Remainder: "Rounding: what is left when all rows are taken from the logit.",
   };
 
@@ -21,13 +22,14 @@
    * @returns {HTMLElement[]}
    */
   function draw(explanation, options) {
-    const { prior, attention, clt, bias, error } = explanation.ledger;
+    const { prior, attention, clt, bias, error, edit } = explanation.ledger;
     const terms = [
       ["prior", prior],
       ["attention", sum(attention)],
       ["features", sum(clt)],
       ["bias", bias],
       ["error", error],
+      ...(edit ? [["edit", edit]] : []),
     ];
     return [equation(explanation, explanation.logit, terms), table(explanation, options), glossary(MEANING)];
   }
@@ -42,7 +44,7 @@
     function draw(row, name, text) {
       const share = row.kind === "remainder" ? "" : percent(gross ? Math.abs(row.value) / gross : 0);
       const effect = row.account ? `${signed(100 * row.account.drop_effect, 1)} points` : "";
-      return line(row, name, axis, [share, effect], { text });
+      return line(row, name, axis, [share, effect], { text, offer: options.offer });
     }
 
     /** A layer's clt row, and its features. */
@@ -63,6 +65,7 @@
       of("clt").map(layer),
       body(of("bias").map((row) => draw(row, "Bias"))),
       body(of("error").map((row) => draw(row, "Error"))),
+      body(of("edit").map((row) => draw(row, "Edit"))),
       body(of("remainder").map((row) => draw(row, "Remainder", tiny(row.value)))),
     ];
     const { target, contrast, logit } = explanation;

@@ -29,8 +29,8 @@
     return ["curl", ...key, `-F ${quoted(filePart(file))}`, ...body, quoted(url)].join(" ");
   }
 
-  /** The line, and a button that copies it. @returns {HTMLElement} */
-  function line(command) {
+  /** A command, and a button that copies it. @returns {HTMLElement} */
+  function line(command, name = "curl line") {
     const code = el("code", {}, command);
     const said = el("span", { role: "status" });
     const copy = async () => {
@@ -45,10 +45,10 @@
     return el(
       "div",
       { class: "curl" },
-      el("pre", { tabindex: "0", role: "region", "aria-label": "curl line" }, code),
+      el("pre", { tabindex: "0", role: "region", "aria-label": name }, code),
       el("p", {}, el("button", { type: "button", "data-key": "copy", onclick: copy }, "Copy"), " ", said),
     );
   }
 
-  Vitrine.reproduce = { curl, line };
+  Vitrine.reproduce = { curl, line, quoted };
 }

@@ -147,7 +147,7 @@
     const name = el("div", {}, feature(row.feature, layer, options, [`layer ${layer}`]));
     const cell = el("div", { class: "source-name" }, drawn && el("button", press, "◎"), name);
     const [token, ...patches] = tokens;
-    return line(row, cell, axis, [signed(token), signed(sum(patches))], { attributes });
+    return line(row, cell, axis, [signed(token), signed(sum(patches))], { attributes, offer: options.offer });
   }
 
   Vitrine.sources = { draw };

@@ -5,7 +5,7 @@
 
   /**
    * @typedef {Object} Row
-   * @property {string} kind prior, attention, clt, bias, error, remainder
+   * @property {string} kind prior, attention, clt, bias, error, edit, remainder
    * @property {number|null} layer
    * @property {number} value in logits
    * @property {number} start the running total before it
@@ -15,16 +15,23 @@
 
   /** The account's rows in order, as the API's Explanation has them. @returns {Row[]} */
   function rows(explanation) {
-    const { prior, attention, clt, bias, error, remainder } = explanation.ledger;
+    const { prior, attention, clt, bias, error, edit, remainder } = explanation.ledger;
     const listed = [
       { kind: "prior", value: prior },
       ...attention.map((value, layer) => ({ kind: "attention", layer, value })),
       ...clt.map((value, layer) => ({ kind: "clt", layer, value, account: explanation.layers[layer] })),
       { kind: "bias", value: bias },
       { kind: "error", value: error },
+      ...(edit ? [{ kind: "edit", value: edit }] : []), // only of an edited network
       { kind: "remainder", value: remainder },
     ];
     return running(listed, 0);
+  }
+
+  /** A row's name, given its kind and layer. @returns {string} */
+  function name({ kind, layer }) {
+    const title = kind === "clt" ? "CLT" : kind[0].toUpperCase() + kind.slice(1);
+    return layer === null ? title : `${title} ${layer}`;
   }
 
   /**
@@ -121,5 +128,5 @@
     return svg("svg", { class: "patterns", "aria-hidden": "true", width: 0, height: 0 }, svg("defs", {}, pattern));
   }
 
-  Vitrine.waterfall = { rows, featureRows, running, scale, bar, ruler, hatching };
+  Vitrine.waterfall = { rows, name, featureRows, running, scale, bar, ruler, hatching };
 }
