@@ -48,7 +48,7 @@ class BundleRunner:
             assert self.engine.rerun is not None
             found = self.engine.rerun.run(pixels, [changes] * count)
         else:
-            plain = self.engine.explain(pixels, [True] * count)
+            plain = self.engine.explain(pixels, components=[True] * count)
             found = [changed(parts, changes, self.engine.bundle) for parts in plain]
         return np.stack([parts.embedding for parts in found])
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.interventions.changes import InterventionError
-from vitrine.models.interventions.spec import Mode
+from vitrine.models.interventions.spec import Mode, Tokens
 from vitrine.service.offline.debias.accuracy import by_cell
 from vitrine.service.offline.debias.candidates import OPS, Candidate
 
@@ -71,7 +71,9 @@ def search(
                     refused[what] = str(error)
 
     counts = [count for count in COUNTS if count < features] + [features]
-    attempt([Candidate(op, count, mode) for mode in modes for op in OPS for count in counts if count <= COUNTS[-1]])
+    where: dict[Mode, Tokens | None] = {"direct": "cls", "rerun": None}  # direct mode changes nothing else
+    counts = [count for count in counts if count <= COUNTS[-1]]
+    attempt([Candidate(op, count, mode, where[mode]) for mode in modes for op in OPS for count in counts])
     none = judged(Candidate("ablate", 0, "rerun"), before)
     if (found := best(trials, none, cap)) is not None and found.candidate.mode == "rerun":
         attempt([replace(found.candidate, tokens=tokens) for tokens in ("patches", "cls")])
