@@ -171,10 +171,12 @@ def load_edits(engine: Engine, settings: Settings) -> Edits:
     """
     key = read_key(settings.edit_key_file) if settings.edit_key_file else None
     bundle = engine.bundle
-    network, named = BundleNetwork(bundle), dict[str, ServedEdit]()
+    network: Network | None = None  # a bundle from before interventions has none, and needs none without edits
+    named = dict[str, ServedEdit]()
     from_folder = read_edits(settings.edits) if settings.edits else {}
     for edits, must_work in ((bundle_edits(bundle), False), (from_folder, True)):
         for name, edit in edits.items():
+            network = network or BundleNetwork(bundle)
             served = serve(edit, engine, network, key)
             if must_work and served.problem:
                 raise EditError(served.problem)

@@ -265,6 +265,12 @@ def test_what_does_not_fit_stops_the_start(bundle_path, make, tmp_path, case):
         start(Settings(bundle=bundle_path, edits=folder, **options))
 
 
+def test_a_bundle_from_before_interventions_is_served_without_edits(export_variant):
+    _, older = export_variant("relu_topk")
+    assert older.encoders is None
+    start(Settings(bundle=older.path))
+
+
 def test_what_a_bundle_brings_unsigned_is_out_of_use_where_a_key_is_asked_for(bundle, make, tmp_path, picture):
     edits = {"signed": make("signed", key=KEY), "unsigned": make("unsigned")}
     served = add_edits(bundle, edits, tmp_path / "tiny")
