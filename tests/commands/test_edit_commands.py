@@ -7,7 +7,6 @@ import pytest
 from typer.testing import CliRunner
 
 from common import LABELS
-from edited import stand_in
 from vitrine.commands import app
 from vitrine.models.interventions.edit import read_edit
 from vitrine.models.interventions.edit_files import bundle_edits
@@ -18,7 +17,6 @@ ALL = json.dumps([{"op": "ablate", "layer": 1, "index": index} for index in rang
 
 @pytest.fixture(autouse=True)
 def editable(monkeypatch, bundle_path):
-    stand_in(monkeypatch)
     monkeypatch.setenv("VITRINE_BUNDLE", str(bundle_path))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("NO_COLOR", "1")

@@ -10,23 +10,19 @@ import numpy as np
 import pytest
 from prometheus_client import REGISTRY
 
-from edited import stand_in
+from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.manifest import graphs_digest
 from vitrine.models.interventions.edit import Condition, EditError, create
 from vitrine.models.interventions.edit_files import add_edits
 from vitrine.models.interventions.spec import Intervention
 from vitrine.service.answers.reload import Serving
+from vitrine.service.engine.rerun import RerunGraphs
 from vitrine.service.http.application import create_app
 from vitrine.service.operations.logs import logger
 from vitrine.service.operations.settings import Settings
 
 KEY = b"a secret of sixteen bytes"
 LABELS = ["red circle", "green square", "blue triangle"]
-
-
-@pytest.fixture(autouse=True)
-def editable(monkeypatch):
-    stand_in(monkeypatch)
 
 
 @pytest.fixture
@@ -166,8 +162,9 @@ def test_the_default_edit_is_every_answers_unless_none_is_asked_for(bundle, make
     assert talk(Settings(bundle=bundle.path), plain) == without
 
 
-def test_conditions_choose_the_images(bundle_path, make, tmp_path, picture):
-    image = picture()
+def test_conditions_choose_the_images(bundle_path, make, tmp_path, picture, monkeypatch):
+    image, run, runs = picture(), RerunGraphs.run, []
+    monkeypatch.setattr(RerunGraphs, "run", lambda *arguments: runs.append(1) or run(*arguments))
 
     async def effect(client, app):
         """(largest activation at [CLS] of layer 1, change of the lead, whether the top-1 changes), by mode."""
@@ -201,14 +198,13 @@ def test_conditions_choose_the_images(bundle_path, make, tmp_path, picture):
         for name in effects:
             always[name] = (await ask(client, "classify", image, edit=name))["predictions"]
         plain = (await ask(client, "classify", image))["predictions"]
-        graphs = app.state.serving.attributor.engine.rerun
         for name, applied in expected.items():
-            runs, counts = graphs.images, counted(name, str(applied).lower())
+            before, counts = len(runs), counted(name, str(applied).lower())
             answer = await ask(client, "classify", image, edit=name)
             assert answer["edit"]["applied"] is applied, name
             assert answer["predictions"] == (always[name.split("-")[0]] if applied else plain), name
             assert counted(name, str(applied).lower()) == counts + 1
-            assert (graphs.images > runs) == (name.startswith("rerun") and name != "rerun-inactive")
+            assert (len(runs) > before) == (name.startswith("rerun") and name != "rerun-inactive")
         embedded = await ask(client, "embed", image, edit="rerun-moved")  # by the bundle's own labels
         assert embedded["edit"]["applied"] is True
         alone = await ask(client, "classify", image, edit="direct-moved", labels=["cat"])  # there is no runner-up
@@ -265,10 +261,9 @@ def test_what_does_not_fit_stops_the_start(bundle_path, make, tmp_path, case):
         start(Settings(bundle=bundle_path, edits=folder, **options))
 
 
-def test_a_bundle_from_before_interventions_is_served_without_edits(export_variant):
-    _, older = export_variant("relu_topk")
-    assert older.encoders is None
-    start(Settings(bundle=older.path))
+def test_a_bundle_from_before_interventions_is_served_without_edits(bundle_path, monkeypatch):
+    monkeypatch.setattr(Bundle, "encoders", None)
+    start(Settings(bundle=bundle_path))
 
 
 def test_what_a_bundle_brings_unsigned_is_out_of_use_where_a_key_is_asked_for(bundle, make, tmp_path, picture):
