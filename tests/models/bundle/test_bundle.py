@@ -11,7 +11,7 @@ import pytest
 
 from common import ROOT
 from vitrine.models.bundle.bundle import BundleError, open_bundle
-from vitrine.models.bundle.layout import BASELINE, MANIFEST, REQUIRED
+from vitrine.models.bundle.layout import BASELINE, BASELINE_STREAM, ENCODERS, MANIFEST, REQUIRED, RERUN
 from vitrine.models.bundle.manifest import LayerMetrics, Metrics
 from vitrine.models.bundle.model_card import model_card
 from vitrine.models.bundle.sealing import seal
@@ -54,6 +54,7 @@ def test_round_trip(bundle, clip, clt, provenance):
 OPTIONAL = (
     *("attention.npy", "last_decoders.npy", "replacement.onnx", "replacement.onnx.data"),
     *("trace.onnx", "sources.onnx", "sources.onnx.data", "scores.onnx", *BASELINE),
+    *(RERUN, ENCODERS, BASELINE_STREAM),
 )
 
 
