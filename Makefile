@@ -58,6 +58,7 @@ audit: .venv-dev/installed
 
 # Pretraining and training take up what they find, and do nothing where they are done. The new bundle is made beside
 # the old one, which only moves away (to build/demo-before) once the new one is verified.
+# An edit belongs to the graphs that it was made for: models/demo/edits are to be made anew (training/RESULTS.md).
 demo: .venv-dev/installed
 	$(VITRINE) pretrain --recipe training/recipes/clip/demo.toml --data-root $(DATA) --out $(DATA)/demo-clip
 	$(VITRINE) train --recipe demo --data-root $(DATA) --out $(RUN)
