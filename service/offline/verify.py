@@ -53,9 +53,10 @@ def verify(path: Path) -> Bundle:
         check_unit(encoder.encode(text.labels, text.templates), f"{file}: the embedding of a label")
     for dictionary in CARDS:
         _check_cards(bundle, dictionary)
-    network = BundleNetwork(bundle)
-    for edit in bundle_edits(bundle).values():
-        changes_of(edit, bundle, network)
+    if edits := bundle_edits(bundle):
+        network = BundleNetwork(bundle)
+        for edit in edits.values():
+            changes_of(edit, bundle, network)
     return bundle
 
 

@@ -246,8 +246,8 @@ def test_verify_refuses_what_is_no_bundle(refused, photo, tmp_path):
 
 def reseal(path):
     """Rewrites the manifest for changed files, as someone who damages a bundle on purpose would."""
-    from vitrine.models.bundle.bundle import seal
     from vitrine.models.bundle.manifest import Manifest
+    from vitrine.models.bundle.sealing import seal
 
     raw = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").unlink()

@@ -84,16 +84,11 @@ def test_without_a_clt_the_mlps_outputs_take_the_features_place(clip, bundle, ma
 
 
 def test_without_images_there_is_no_average_picture(bundle, clip, make_clt, tmp_path):
-    """Of per-layer transcoders, written beside the graphs of another CLT, with which they share the tower."""
-    for name in bundle.manifest.files.keys() - {
-        "trace.onnx",
-        "sources.onnx",
-        "sources.onnx.data",
-        "scores.onnx",
-        *BASELINE,
-    }:
-        shutil.copyfile(bundle.path / name, tmp_path / name)
+    """Of per-layer transcoders, written before the other graphs of a bundle."""
+    of_sources = {"trace.onnx", "sources.onnx", "sources.onnx.data", "scores.onnx", *BASELINE}
     write_sources(tmp_path, clip, make_clt(clip, seed=2, cross_layer=False), torch.float32, [])
+    for name in bundle.manifest.files.keys() - of_sources:
+        shutil.copyfile(bundle.path / name, tmp_path / name)
     built = seal(tmp_path, bundle.manifest)
     assert built.has_sources
     assert built.baseline is None

@@ -46,7 +46,7 @@ def test_engine_makes_them_as_torch_does(engine, bundle, graph, clt, make_pixels
         np.testing.assert_allclose(found.embedding, expected[0][image], atol=1e-5)
         np.testing.assert_allclose(found.components, expected[-1][image], atol=1e-4)
     if not items:
-        for found, own in zip(parts, engine.explain(pixels.numpy(), [True, True]), strict=True):
+        for found, own in zip(parts, engine.explain(pixels.numpy(), components=[True, True]), strict=True):
             np.testing.assert_allclose(found.rows[:-1], own.rows, atol=1e-5)
             np.testing.assert_allclose(found.components[:-1], own.components, atol=1e-4)
 
@@ -84,7 +84,7 @@ def test_images_of_a_batch_change_the_same_features(bundle):
 
 
 def test_components_come_with_details(engine, make_pixels):
-    plain, detailed = engine.explain(make_pixels(2).numpy(), [False, True])
+    plain, detailed = engine.explain(make_pixels(2).numpy(), [False, True], [False, True])
     assert plain.details is None
     (alone,) = engine.explain(make_pixels(1).numpy())
     assert alone.components is None

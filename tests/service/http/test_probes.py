@@ -108,7 +108,7 @@ def test_openapi_references_exist(openapi):
 def test_openapi_describes_both_kinds_of_request(openapi, path, has_explain):
     body = openapi["paths"][path]["post"]["requestBody"]
     assert body["required"]
-    fields = {"labels", "label_set", "templates", "top_k", "strict"} | ({"explain"} if has_explain else set())
+    fields = {"labels", "label_set", "templates", "top_k", "strict", "edit"} | ({"explain"} if has_explain else set())
     multipart = body["content"]["multipart/form-data"]["schema"]
     assert multipart["required"] == ["image"]
     assert set(multipart["properties"]["request"]["properties"]) == fields

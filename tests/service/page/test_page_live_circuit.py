@@ -96,5 +96,6 @@ def test_circuits_are_summed_over_tokens_as_elsewhere(browser, service, photo):
         for one, other in zip(found.pop(part), expected.pop(part), strict=True):
             assert one.pop("where", []) == other.pop("where", [])
             assert one == pytest.approx(other)
+    assert found.pop("edit") is None
     assert found == {name: expected[name] for name in found}
     assert expected.keys() - found.keys() == {"failed", "unreadable", "skipped"}

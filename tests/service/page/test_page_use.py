@@ -339,6 +339,7 @@ def test_everything_is_done_with_the_keyboard(page):
     expect(page.get_by_role("tab", name="Direct ledger")).to_be_focused()
     tab_to("CLT 11")
     page.keyboard.press("Enter")
+    page.keyboard.press("Tab")  # the switch
     page.keyboard.press("Tab")
     opener = page.evaluate("document.activeElement.dataset.key")
     page.keyboard.press("Enter")
