@@ -48,6 +48,7 @@ import vitrine  # noqa: F401  # first: it stops the libraries' telemetry
 import numpy as np
 import onnxruntime
 import open_clip
+import psutil
 import torch
 import typer
 from captum.attr import InputXGradient, IntegratedGradients
@@ -358,6 +359,15 @@ def show(console: Console, results: list[dict[str, Any]]) -> None:
         numbers = (f"{row['features']:,}", str(row["k"]), str(row["batch"]), f"{row['median_ms']:.2f}")
         table.add_row(row["variant"], row["shape"], *numbers, f"{row['ratio_to_plain']:.3f}")
     console.print(table)
+
+
+def report(found: list[dict[str, Any]], threads: int, json_file: Path | None) -> None:
+    """Print rows with what they took, and write them to a file if there is one."""
+    console = Console()
+    show(console, found)
+    console.print(f"{threads} threads; resident memory {psutil.Process().memory_info().rss / 1e9:.2f} GB")
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=1))
 
 
 def main(

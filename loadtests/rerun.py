@@ -19,7 +19,6 @@ Graphs are kept in --cache between runs. The training environment is needed ('.[
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,14 +30,11 @@ import vitrine  # noqa: F401  # first: it stops the libraries' telemetry
 # isort: split
 import numpy as np
 import onnxruntime
-import psutil
 import torch
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
-from engine import Case, Shape, load, plain_graphs, rounds, rows, session
+from engine import Case, Shape, load, plain_graphs, report, rounds, rows, session
 from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.layout import (
     ALWAYS,
@@ -164,14 +160,7 @@ def main(
     case = Case(shape, features, k, 1)
     runs = variants(folder, plain, case, threads, edited)
     found = list(rows(case, rounds(runs, pairs, f"{shape}, F = {features:,}")))
-    table = Table("variant", "median ms", "to plain", box=None)
-    for row in found:
-        table.add_row(row["variant"], f"{row['median_ms']:.1f}", f"{row['ratio_to_plain']:.2f}")
-    console = Console()
-    console.print(table)
-    console.print(f"{threads} threads; resident memory {psutil.Process().memory_info().rss / 1e9:.2f} GB")
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=1))
+    report(found, threads, json_file)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ Graphs are kept in --cache between runs. The training environment is needed ('.[
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,13 +27,10 @@ import vitrine  # noqa: F401  # first: it stops the libraries' telemetry
 
 # isort: split
 import numpy as np
-import psutil
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from engine import LOGIT_SCALE, Case, Shape, load, plain_graphs, rounds, rows, session
+from engine import LOGIT_SCALE, Case, Shape, load, plain_graphs, report, rounds, rows, session
 from vitrine.models.account.sources import accounts
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
@@ -120,14 +116,7 @@ def main(
         export(folder, shape, features, k)
     case = Case(shape, features, k, 1)
     found = list(rows(case, rounds(variants(folder, plain, shape, threads), pairs, f"{shape}, F = {features:,}")))
-    table = Table("variant", "median ms", "to plain", box=None)
-    for row in found:
-        table.add_row(row["variant"], f"{row['median_ms']:.1f}", f"{row['ratio_to_plain']:.2f}")
-    console = Console()
-    console.print(table)
-    console.print(f"{threads} threads; resident memory {psutil.Process().memory_info().rss / 1e9:.2f} GB")
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=1))
+    report(found, threads, json_file)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ operator of the service may add a folder of others. `default` is the bundle's ow
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated, BinaryIO
@@ -14,6 +13,7 @@ from typing import Annotated, BinaryIO
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from vitrine.models.errors import VitrineError
+from vitrine.models.files.listing import json_files
 from vitrine.models.files.reading import open_regular
 
 DEFAULT = "default"
@@ -54,13 +54,7 @@ class NamedLabels(BaseModel):
 
 def read_label_sets(folder: Path) -> dict[str, NamedLabels]:
     """Every NAME.json in a folder, by name. Raises `LabelSetError`."""
-    try:  # not by glob, which passes over a folder that may not be read
-        files = [folder / name for name in sorted(os.listdir(folder)) if name.endswith(".json")]
-    except OSError as error:
-        raise LabelSetError(f"{folder} is no directory of label sets: {error.strerror}") from error
-    if len(files) > MAX_SETS:
-        raise LabelSetError(f"{folder} has {len(files):,} label sets; at most {MAX_SETS:,} are taken")
-    return {file.stem: read_label_set(file) for file in files}
+    return {file.stem: read_label_set(file) for file in json_files(folder, "label sets", MAX_SETS, LabelSetError)}
 
 
 def read_label_set(file: Path) -> NamedLabels:

@@ -115,25 +115,16 @@ def run_changed(
     return (stream + edit)[:, 0], *parts, mlp_ins
 
 
-class RerunGraph(nn.Module):
-    """(pixels [B, 3, H, W], the parts of `Changed`) -> the tensors of `models.bundle.layout.ALWAYS`.
+class ChangedGraph(nn.Module):
+    """(pixels [B, 3, H, W], the parts of `Changed`) -> the tensors of `models.bundle.layout.ALWAYS`. Subclasses say
+    whose features are changed."""
 
-    Features are of the CLT.
+    types: Tensor  # [T] 0: [CLS], 1: patches
 
-    Args:
-        tables: precision of the encoders, as of `vision`'s.
-    """
-
-    types: Tensor
-
-    def __init__(self, vision: AttributionGraph, clt: CrossLayerTranscoder, tables: torch.dtype) -> None:
+    def __init__(self, vision: AttributionGraph) -> None:
         super().__init__()
-        self.vision, self.layers, self.features = vision, clt.layers, clt.features
-        self.readers = served_encoders(clt, tables)  # of all tokens, and exact: `variants.preselect` is of `encoders`
-        self.codes = nn.ModuleList(TokenCode(encoder.sparsifier, tables) for encoder in clt.encoders)
-        self.sources = [clt.architecture.sources(target) for target in range(clt.layers)]
-        self.decoders = nn.ModuleList(nn.ModuleList(map(Int8Decoder, decoder.weights)) for decoder in clt.decoders)
-        self.register_buffer("types", torch.arange(vision.tower.tokens).clamp_max(1))  # [T] 0: [CLS], 1: patches
+        self.vision = vision
+        self.register_buffer("types", torch.arange(vision.tower.tokens).clamp_max(1))
 
     def forward(
         self,
@@ -154,9 +145,34 @@ class RerunGraph(nn.Module):
             *(layers, indices, gains, offsets, places, directions),
             *(direction_gains, direction_offsets, heads, attention, mlp),
         )
+        return self.run(pixels, changed)
+
+    def run(self, pixels: Tensor, changed: Changed) -> tuple[Tensor, ...]:
+        """What `forward` returns."""
+        raise NotImplementedError
+
+
+class RerunGraph(ChangedGraph):
+    """Features are of the CLT.
+
+    Args:
+        tables: precision of the encoders, as of `vision`'s.
+    """
+
+    def __init__(self, vision: AttributionGraph, clt: CrossLayerTranscoder, tables: torch.dtype) -> None:
+        super().__init__(vision)
+        self.layers, self.features = clt.layers, clt.features
+        self.readers = served_encoders(clt, tables)  # of all tokens, and exact: `variants.preselect` is of `encoders`
+        self.codes = nn.ModuleList(TokenCode(encoder.sparsifier, tables) for encoder in clt.encoders)
+        self.sources = [clt.architecture.sources(target) for target in range(clt.layers)]
+        self.decoders = nn.ModuleList(nn.ModuleList(map(Int8Decoder, decoder.weights)) for decoder in clt.decoders)
+
+    def run(self, pixels: Tensor, changed: Changed) -> tuple[Tensor, ...]:
+        """As `ChangedGraph`."""
+        layers, indices = changed.layers, changed.indices
         vision, codes = self.vision, []
-        difference = torch.zeros_like(gains).transpose(1, 2)  # [B, T, n] of the layers so far
-        activations = torch.zeros_like(gains[..., 0])  # [B, n] z of [CLS]
+        difference = torch.zeros_like(changed.gains).transpose(1, 2)  # [B, T, n] of the layers so far
+        activations = torch.zeros_like(changed.gains[..., 0])  # [B, n] z of [CLS]
 
         def features(layer: int, mlp_in: Tensor, stream: Tensor) -> Tensor:
             nonlocal difference, activations

@@ -20,53 +20,33 @@ from vitrine.models.clip.attention import linear
 from vitrine.models.dictionary.residual_sae import ResidualSaes, standardise
 from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.replacement import TokenCode
-from vitrine.models.graph.rerun import Changed, dense, run_changed
+from vitrine.models.graph.rerun import Changed, ChangedGraph, dense, run_changed
 
 
-class ResidualRerunGraph(nn.Module):
-    """(pixels [B, 3, H, W], the parts of `Changed`) -> the tensors of `models.bundle.layout.ALWAYS`.
+class ResidualRerunGraph(ChangedGraph):
+    """Features are of residual SAEs.
 
     Args:
         saes: in evaluation mode; at least one.
     """
 
-    types: Tensor
-
     def __init__(self, vision: AttributionGraph, saes: ResidualSaes) -> None:
-        super().__init__()
-        self.vision, self.features = vision, saes.architecture.features
+        super().__init__(vision)
+        self.features = saes.architecture.features
         self.saes = nn.ModuleList(linear(e.weight.detach(), e.bias.detach()) for e in saes.encoders)
         self.codes = nn.ModuleList(TokenCode(e.sparsifier, vision.fold.dtype) for e in saes.encoders)
         for layer, decoder in enumerate(saes.decoders):
             self.register_buffer(f"decoder_{layer}", decoder.weight.detach())
-        self.register_buffer("types", torch.arange(vision.tower.tokens).clamp_max(1))  # [T] 0: [CLS], 1: patches
 
-    def forward(
-        self,
-        pixels: Tensor,
-        layers: Tensor,
-        indices: Tensor,
-        gains: Tensor,
-        offsets: Tensor,
-        places: Tensor,
-        directions: Tensor,
-        direction_gains: Tensor,
-        direction_offsets: Tensor,
-        heads: Tensor,
-        attention: Tensor,
-        mlp: Tensor,
-    ) -> tuple[Tensor, ...]:
-        changed = Changed(
-            *(layers, indices, gains, offsets, places, directions),
-            *(direction_gains, direction_offsets, heads, attention, mlp),
-        )
+    def run(self, pixels: Tensor, changed: Changed) -> tuple[Tensor, ...]:
+        """As `ChangedGraph`."""
 
         def features(layer: int, mlp_in: Tensor, stream: Tensor) -> Tensor:
             if layer == len(self.features):  # the last block, after which there is no SAE
                 return torch.zeros_like(stream)
             of_tokens: Any = standardise(stream)
             code = self.codes[layer](self.saes[layer](of_tokens.x), self.types)
-            own = indices.clamp_max(self.features[layer] - 1)  # those of larger SAEs are of other layers
+            own = changed.indices.clamp_max(self.features[layer] - 1)  # those of larger SAEs are of other layers
             difference = changed.difference(dense(code, self.features[layer]).index_select(-1, own), layer)
             return of_tokens.scale * (difference @ getattr(self, f"decoder_{layer}").index_select(0, own))
 

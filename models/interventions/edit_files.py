@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.layout import MANIFEST
 from vitrine.models.bundle.manifest import graphs_digest
 from vitrine.models.bundle.sealing import seal
+from vitrine.models.files.listing import json_files
 from vitrine.models.files.names import check_name
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import move_folder, prepare_folder
@@ -25,13 +25,7 @@ MAX_EDITS = 1_000  # in a folder: they are read before the service is ready
 
 def read_edits(folder: Path) -> dict[str, Edit]:
     """Every NAME.json in a folder, by name. Raises `EditError`."""
-    try:  # not by glob, which passes over a folder that may not be read
-        files = [folder / name for name in sorted(os.listdir(folder)) if name.endswith(".json")]
-    except OSError as error:
-        raise EditError(f"{folder} is no directory of edits: {error.strerror}") from error
-    if len(files) > MAX_EDITS:
-        raise EditError(f"{folder} has {len(files):,} edits; at most {MAX_EDITS:,} are taken")
-    return {file.stem: read_edit(file) for file in files}
+    return {file.stem: read_edit(file) for file in json_files(folder, "edits", MAX_EDITS, EditError)}
 
 
 def bundle_edits(bundle: Bundle) -> dict[str, Edit]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import partial
+from functools import cached_property, partial
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,6 +24,7 @@ from vitrine.models.bundle.bundle import Bundle, BundleError
 from vitrine.models.bundle.label_sets import DEFAULT, read_label_sets
 from vitrine.models.bundle.layout import CARDS
 from vitrine.models.images.decode import Note
+from vitrine.models.interventions.network import BundleNetwork
 from vitrine.service.answers.notices import refuse, to_notices
 from vitrine.service.answers.texts import Texts, resolve_texts
 from vitrine.service.engine.batcher import Batcher
@@ -122,6 +123,12 @@ class Attributor:
     def withdraw(self) -> None:
         """Report in /metrics that this bundle is no longer in service."""
         metrics.BUNDLE.labels(self.model.name, self.model.digest, self.engine.provider).set(0)
+
+    @cached_property
+    def network(self) -> BundleNetwork:
+        """What interventions have to know; its tables are read once. Raises `InterventionError` for a bundle from
+        before interventions."""
+        return BundleNetwork(self.bundle)
 
     @property
     def is_full(self) -> bool:

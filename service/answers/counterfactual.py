@@ -24,10 +24,8 @@ from vitrine.models.account.sources import Trace, accounts
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.manifest import patch_grid
 from vitrine.models.interventions.changes import resolve
-from vitrine.models.interventions.network import BundleNetwork
 from vitrine.models.interventions.spec import Intervention
 from vitrine.service.answers.attributor import Attributor, Inferred
-from vitrine.service.engine.engine import Engine
 from vitrine.service.schemas.intervene import Counterfactual, CounterfactualAnswer, Member, Step
 
 FROM_ONE_ACCOUNT = 4  # members taken out before the next account
@@ -52,8 +50,8 @@ class Kind(Protocol):
 class Features:
     """Of the CLT."""
 
-    def __init__(self, engine: Engine, pixels: NDArray[np.float32]) -> None:
-        self.engine, self.pixels, self.network = engine, pixels, BundleNetwork(engine.bundle)
+    def __init__(self, attributor: Attributor, pixels: NDArray[np.float32]) -> None:
+        self.engine, self.pixels, self.network = attributor.engine, pixels, attributor.network
         self.trace: Trace | None = None
 
     def ranked(self, out: Sequence[Key], direction: NDArray[np.floating]) -> list[Key]:
@@ -79,9 +77,9 @@ class Features:
 class Patches:
     """Of the picture."""
 
-    def __init__(self, engine: Engine, pixels: NDArray[np.float32]) -> None:
-        self.engine, self.pixels = engine, pixels
-        manifest = engine.bundle.manifest
+    def __init__(self, attributor: Attributor, pixels: NDArray[np.float32]) -> None:
+        self.engine, self.pixels = attributor.engine, pixels
+        manifest = attributor.bundle.manifest
         self.grid = patch_grid(manifest.preprocessing, manifest.shape.tokens - 1)
 
     def ranked(self, out: Sequence[Key], direction: NDArray[np.floating]) -> list[Key]:
@@ -127,7 +125,7 @@ class _Search:
     def __init__(self, attributor: Attributor, inferred: Inferred, asked: Counterfactual) -> None:
         self.attributor, self.asked, self.labels = attributor, asked, inferred.labels
         kind = Features if asked.of == "features" else Patches
-        self.kind: Kind = kind(attributor.engine, inferred.pixels)
+        self.kind: Kind = kind(attributor, inferred.pixels)
         self.wanted = self.labels.labels.index(asked.label)
         self.parts, self.members, self.path = inferred.parts, list[Key](), list[Step]()
         self.until, self.spent = monotonic() + asked.seconds, 0.0

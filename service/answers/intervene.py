@@ -12,7 +12,6 @@ from vitrine.models.account.ledger import Decomposition
 from vitrine.models.bundle.layout import RERUN, RESIDUAL
 from vitrine.models.interventions import direct
 from vitrine.models.interventions.changes import Changes, InterventionError, resolve
-from vitrine.models.interventions.network import BundleNetwork
 from vitrine.models.interventions.spec import Intervention
 from vitrine.service.answers.answer_size import attribution_values, check_answer_size
 from vitrine.service.answers.attribute import attribute_image
@@ -150,7 +149,7 @@ def _resolved(
     changes = []
     for place, edits in enumerate(variants):
         try:
-            changes.append(resolve(edits, BundleNetwork(attributor.bundle), request.mode))
+            changes.append(resolve(edits, attributor.network, request.mode))
         except InterventionError as error:
             raise _refused(error, "edits" if request.variants is None else f"variants.{place}") from error
     return changes
