@@ -120,6 +120,8 @@ class _Draft:
         factor = 0.0 if item.value is None else item.value
         if item.index is not None:
             self._feature(item, at, factor, name)
+        elif item.vector is not None:
+            self._vector(item, at, name)
         elif item.head is not None:
             self._claim(("head", item.layer, item.head), at, name)
             if item.head >= self.network.heads:
@@ -199,6 +201,14 @@ class _Draft:
         elif item.to == "mean":
             offset[at] = self.network.means(item.dictionary, item.layer, item.index)[self.types[at]]
 
+    def _vector(self, item: Intervention, at: NDArray[np.bool_], name: str) -> None:
+        assert item.vector is not None
+        if len(item.vector) != self.network.width:
+            raise InterventionError(
+                f"{name}: the stream has {self.network.width} components, and the vector has {len(item.vector)}"
+            )
+        self.projections.append((item, at))
+
     def _row_of_features(self, item: Intervention, at: NDArray[np.bool_], factor: float, name: str) -> None:
         """A row of the CLT is all features of a layer."""
         assert item.layer is not None
@@ -234,35 +244,34 @@ def _bases(
 ) -> tuple[NDArray[np.int64], Array, Array, Array]:
     """Of what is taken out, (places, directions, gains, offsets) of `Changes`.
 
-    At each place tokens with the same directions have an orthonormal basis of them.
+    At each place tokens with the same directions have an orthonormal basis of them. What is put in is the shortest
+    vector whose part along each direction is what is asked for.
     """
     places: list[int] = []
     directions: list[Array] = []
     gains: list[Array] = []
     offsets: list[Array] = []
-    written = [
-        network.direction(item.dictionary, item.layer or 0, item.index or 0, item.direction).astype(np.float64)
-        for item, _ in projections
-    ]
+    units = [_unit(item, network) for item, _ in projections]
     for place in range(1, network.layers + 1):
-        here = [number for number, (item, _) in enumerate(projections) if (item.layer or 0) < place]
+        here = [number for number, (item, _) in enumerate(projections) if _holds(item, place)]
         if not here:
             continue
         masks = np.stack([projections[number][1] for number in here])  # [projections, T]
         for group in np.unique(masks[:, masks.any(0)], axis=1).T:
             at = (masks == group[:, None]).all(0)
             chosen = [number for number, used in zip(here, group, strict=True) if used]
-            basis = _orthonormal(np.stack([written[number] for number in chosen]))
-            to_mean = {projections[number][0].to for number in chosen}
-            if len(to_mean) > 1:
-                raise InterventionError("projections at the same tokens must all be `to: zero` or all `to: mean`")
-            offset: Array = np.zeros((len(basis), len(types)), np.float32)
-            if to_mean == {"mean"}:
-                offset = (basis @ network.mean_stream(place).T)[:, types]
+            rows = np.stack([units[number] for number in chosen])
+            basis = _orthonormal(rows)
+            wanted = np.stack([_put_in(projections[number][0], units[number], place, network) for number in chosen])
+            offset = basis @ np.linalg.pinv(rows, rcond=PARALLEL) @ wanted  # [r, 2] at [CLS] and at patches
+            if not np.allclose(rows @ basis.T @ offset, wanted, rtol=1e-4, atol=1e-4):
+                raise InterventionError(
+                    "projections along the same direction at the same tokens put in different values"
+                )
             places += [place] * len(basis)
             directions.append(basis)
             gains.append(np.broadcast_to(-at.astype(np.float32), (len(basis), len(types))))
-            offsets.append(offset * at)
+            offsets.append(offset[:, types] * at)
     if not places:
         nothing = np.zeros((0, len(types)), np.float32)
         return np.zeros(0, np.int64), np.zeros((0, network.width), np.float32), nothing, nothing
@@ -270,9 +279,32 @@ def _bases(
     return np.array(places, np.int64), basis, gain, offset
 
 
+def _holds(item: Intervention, place: int) -> bool:
+    """Whether a projection is made before block `place`."""
+    after = (item.layer or 0) + 1
+    return place == after if item.vector is not None else place >= after
+
+
+def _unit(item: Intervention, network: Network) -> Array:
+    """[d] the direction of a projection, of length 1; zeros where a feature has none."""
+    if item.vector is not None:
+        row = np.array(item.vector, np.float64)
+    else:
+        row = network.direction(item.dictionary, item.layer or 0, item.index or 0, item.direction).astype(np.float64)
+    length = np.linalg.norm(row)
+    return row / length if length else row
+
+
+def _put_in(item: Intervention, unit: Array, place: int, network: Network) -> Array:
+    """[2] the stream's part along a direction after the projection, at [CLS] and at patches."""
+    if item.to == "mean":
+        mean: Array = network.mean_stream(place).astype(np.float64) @ unit
+        return mean
+    return np.full(2, item.value or 0.0)
+
+
 def _orthonormal(rows: Array) -> Array:
-    """A basis [r, d] of what rows [n, d] span."""
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    _, sizes, basis = np.linalg.svd(rows / np.where(lengths == 0, 1, lengths), full_matrices=False)
+    """A basis [r, d] of what rows [n, d], of length 1 or 0, span."""
+    _, sizes, basis = np.linalg.svd(rows, full_matrices=False)
     found: Array = basis[sizes > PARALLEL]
     return found

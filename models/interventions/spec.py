@@ -1,6 +1,6 @@
 """An intervention as a user writes it: what is changed, where, and how. No arrays: `models.interventions.changes`.
 
-Three things can be changed, each at some tokens:
+Four things can be changed, each at some tokens:
 
     a feature   `layer` and `index` (of the CLT, or of the residual SAEs): its activation z becomes z'
     a row       `row` of the ledger, and its `layer`: what attention, the MLP or the CLT's features of a layer write
@@ -9,8 +9,8 @@ Three things can be changed, each at some tokens:
     ablate   z' = 0, or with `to: mean` the average picture's activation
     scale    z' = value * z
     set      z' = value
-    project  the stream's part along the feature's direction is taken out after its layer and every later one, or with
-             `to: mean` set to the average picture's
+    project  the stream's part along the feature's direction is taken out after its layer and every later one, or along
+             the vector after its layer alone; with `to: mean` it is set to the average picture's, with `value` to that
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ Tokens = Literal["all", "cls", "patches"] | Annotated[tuple[Token, ...], Field(m
 
 ROWS_OF_A_LAYER: tuple[Row, ...] = ("attention", "mlp", "clt")
 MAX_VALUE = 1e6  # of `value`: float32 computes with it
+MAX_WIDTH = 16_384  # numbers of a `vector`
+
+Number = Annotated[float, Field(ge=-MAX_VALUE, le=MAX_VALUE, allow_inf_nan=False)]
 
 
 class Intervention(BaseModel):
@@ -43,14 +46,17 @@ class Intervention(BaseModel):
     dictionary: Dictionary = Field(default="clt", description="whose feature")
     row: Row | None = Field(default=None, description="a row of the ledger; prior, bias and error have no layer")
     head: int | None = Field(default=None, ge=0, strict=True, description="of the layer's attention")
+    vector: Annotated[tuple[Number, ...], Field(min_length=1, max_length=MAX_WIDTH)] | None = Field(
+        default=None, description="a direction of the stream, of any length, for `project`"
+    )
     tokens: Tokens | None = Field(
         default=None, description="where: all, cls, patches or numbers (0: [CLS]); default: features all, else cls"
     )
     to: Literal["zero", "mean"] = Field(
         default="zero", description="what `ablate` and `project` put in: nothing, or the average picture's"
     )
-    value: float | None = Field(
-        default=None, ge=-MAX_VALUE, le=MAX_VALUE, allow_inf_nan=False, description="of `scale` (a factor) and `set`"
+    value: Number | None = Field(
+        default=None, description="of `scale` (a factor), `set`, and what `project` puts in along the direction"
     )
     direction: Literal["decoder", "encoder"] = Field(
         default="decoder", description="of `project`: what the feature writes, or what it reads"
@@ -58,28 +64,38 @@ class Intervention(BaseModel):
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:
-        named = [name for name in ("index", "row", "head") if getattr(self, name) is not None]
+        named = [name for name in ("index", "row", "head", "vector") if getattr(self, name) is not None]
         if len(named) != 1:
-            raise ValueError(f"name one of index (a feature), row and head; here are {', '.join(named) or 'none'}")
+            raise ValueError(
+                f"name one of index (a feature), row, head and vector; here are {', '.join(named) or 'none'}"
+            )
         if self.row is None or self.row in ROWS_OF_A_LAYER:
             if self.layer is None:
-                raise ValueError(f"a {self.row or 'feature or head'} needs its layer")
+                raise ValueError(f"a {self.row or 'feature, head or vector'} needs its layer")
         elif self.layer is not None:
             raise ValueError(f"the row {self.row} has no layer")
-        if self.index is None:
+        if self.vector is not None:
+            if self.op != "project":
+                raise ValueError(f"{self.op} is not of vectors; `project` takes one out, or puts in a `value`")
+            if not any(self.vector):
+                raise ValueError("a vector of zeros has no direction")
+        elif self.index is None:
             if self.op in ("set", "project"):
                 raise ValueError(f"{self.op} is of features; rows and heads can be ablated or scaled")
             if self.to == "mean":
                 raise ValueError("`to: mean` is of features, whose means the bundle has")
-            if self.dictionary != "clt":
-                raise ValueError("`dictionary` is of features")
-        takes_value = self.op in ("scale", "set")
-        if takes_value != (self.value is not None):
-            raise ValueError(f"{self.op} needs a value" if takes_value else f"{self.op} takes no value")
-        if self.to == "mean" and takes_value:
+        if self.index is None and self.dictionary != "clt":
+            raise ValueError("`dictionary` is of features")
+        if self.op in ("scale", "set") and self.value is None:
+            raise ValueError(f"{self.op} needs a value")
+        if self.op == "ablate" and self.value is not None:
+            raise ValueError("ablate takes no value")
+        if self.to == "mean" and self.op in ("scale", "set"):
             raise ValueError("`to` is of ablate and project")
-        if self.direction == "encoder" and self.op != "project":
-            raise ValueError("`direction` is of project")
+        if self.to == "mean" and self.value is not None:
+            raise ValueError("give `to: mean` or a value")
+        if self.direction == "encoder" and (self.op != "project" or self.index is None):
+            raise ValueError("`direction` is of features that are projected")
         return self
 
     @property

@@ -10,7 +10,7 @@ from onnxruntime import InferenceSession
 
 from vitrine.models.account.attention_score import AttentionScore, Starts
 from vitrine.models.account.circuit import Wanted
-from vitrine.models.account.sources import Sources, Trace, accounts, feature_accounts
+from vitrine.models.account.sources import Sources, Trace, accounts, accounts_of, feature_accounts
 from vitrine.models.bundle.layout import (
     HEADS,
     HELD,
@@ -70,6 +70,13 @@ class SourceGraphs(GraphsOnFirstUse[Sessions]):
         """The outputs of sources.onnx for directions in embedding space [n, D] (`models.account.sources.accounts`)."""
         starts = trace.starts(directions, self.bundle.fold, self.bundle.manifest.logit_scale)
         return self._run(self._after_the_last_block(starts), trace)
+
+    def of_stream(self, trace: Trace, vector: NDArray[np.floating]) -> Sources:
+        """The account of the stream's part along a vector [d], at [CLS] after the last block, but for its embedding and
+        constants: features and errors."""
+        outputs = self._run(self._after_the_last_block(vector[None]), trace)
+        (account,) = accounts_of(trace, outputs, np.zeros(1), np.zeros(1))
+        return account
 
     def of_features(self, trace: Trace, wanted: Wanted) -> list[Sources]:
         """The accounts of features' pre-activations."""

@@ -59,8 +59,9 @@ def debias(
 ) -> None:
     """Find what a CLIP goes by beside the label, and propose an edit that takes it out, with evidence.
 
-    Features are ranked by how many logits they move with the group rather than with the label. The edit is chosen on
-    one half of the images, and everything said of it is measured on the other. Nothing is trained.
+    Features are ranked by how many logits they move with the group rather than with the label; and a direction is found
+    in which the groups differ. The edit is chosen on one half of the images, and everything said of it is measured on
+    the other. Nothing is trained.
     """
     from rich.console import Console
 
@@ -122,6 +123,7 @@ def debias(
         tuple(found.interventions),
         found.mode,
         graphs_digest(opened.manifest),
+        condition=found.condition,
         evidence=found.evidence(str(groups or data)),
     )
     write_text(out, made.text())

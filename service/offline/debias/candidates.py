@@ -1,11 +1,14 @@
-"""Edits that may be proposed for some features: what is done to them, and at which tokens."""
+"""Edits that may be proposed: what is done to some features, and at which tokens; or to the groups' directions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from vitrine.models.account.ledger import Array
+from vitrine.models.interventions.edit import Condition
 from vitrine.models.interventions.spec import Intervention, Mode, Tokens
+from vitrine.service.offline.debias.directions import Direction
 from vitrine.service.offline.debias.firing import Firing
 
 
@@ -15,6 +18,17 @@ class Feature:
 
     layer: int
     index: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the edits are made of, the most wanted first."""
+
+    features: Sequence[Feature]
+    firings: Sequence[Firing]  # of each feature
+    directions: Sequence[Direction]
+    middle: Array  # [d] the mean stream at [CLS] after the last block, every cell counted alike
+    layers: int  # of the CLIP
 
 
 Make = Callable[[Feature, Firing, Tokens | None], Intervention]
@@ -53,24 +67,43 @@ OPS: dict[str, Make] = {
     "project to mean": _project_to_mean,
     "project what they read": _project_reading,
 }
+DIRECTION = "set the groups' direction between them"  # at [CLS] after the last layer
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """The first `count` features of a ranking, all changed in one way."""
+    """The first `count` features of a ranking, or directions, all changed in one way."""
 
-    op: str  # of `OPS`
+    op: str  # of `OPS`, or `DIRECTION`
     count: int
     mode: Mode
     tokens: Tokens | None = None  # None: what the op does by itself
+    moves_logit: float | None = None  # applied only where it moves the lead by as many logits; None: always
 
-    def interventions(self, features: Sequence[Feature], firings: Sequence[Firing]) -> tuple[Intervention, ...]:
-        """features, firings: in the ranking's order; at least `count` of each."""
+    def interventions(self, found: Found) -> tuple[Intervention, ...]:
+        """found: at least `count` features, or directions."""
+        if self.op == DIRECTION:
+            return tuple(
+                Intervention(op="project", layer=found.layers - 1, vector=one.vector, value=one.between, tokens="cls")
+                for one in found.directions[: self.count]
+            )
         make = OPS[self.op]
-        some = zip(features[: self.count], firings[: self.count], strict=True)
+        some = zip(found.features[: self.count], found.firings[: self.count], strict=True)
         return tuple(make(feature, firing, self.tokens) for feature, firing in some)
+
+    @property
+    def condition(self) -> Condition | None:
+        """Of the edit."""
+        return None if self.moves_logit is None else Condition(moves_logit=self.moves_logit)
+
+    @property
+    def of_features(self) -> bool:
+        """Whether features are changed."""
+        return self.op != DIRECTION
 
     @property
     def title(self) -> str:
         tokens = "" if self.tokens is None else f" at {self.tokens}"
-        return f"{self.op}{tokens}, {self.count} features, {self.mode}"
+        what = f"{self.count} {'feature' if self.of_features else 'direction'}{'' if self.count == 1 else 's'}"
+        where = "" if self.moves_logit is None else f", where that moves {self.moves_logit:.2f} logits"
+        return f"{self.op}{tokens}, {what}, {self.mode}{where}"

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.account.ledger import Array
-from vitrine.models.interventions.spec import Intervention
 from vitrine.service.offline.debias.accuracy import Judge
-from vitrine.service.offline.debias.candidates import Candidate, Feature
-from vitrine.service.offline.debias.firing import Firing
 from vitrine.service.offline.debias.projections import calibrated, orthogonal, projected
 from vitrine.service.offline.debias.question import Question, Texts
 from vitrine.service.offline.debias.report import Method
@@ -47,33 +44,9 @@ class Comparison:
             )
         ]
 
-    def edits(
-        self,
-        run: Callable[[Sequence[Intervention]], NDArray[np.integer]],
-        chosen: Candidate,
-        features: Sequence[Feature],
-        firings: Sequence[Firing],
-    ) -> list[Method]:
-        """The edit, and where it does not that itself, zero-ablation of the same features. run: predictions under
-        interventions."""
-        methods = [self.method("the edit", chosen.title, run(chosen.interventions(features, firings)))]
-        if (plain := Candidate("ablate", chosen.count, chosen.mode)) != chosen:
-            methods.append(
-                self.method("zero-ablation", "of the same features", run(plain.interventions(features, firings)))
-            )
-        return methods
-
-    def random(
-        self,
-        run: Callable[[Sequence[Intervention]], NDArray[np.integer]],
-        chosen: Candidate,
-        draws: Sequence[tuple[Sequence[Feature], Sequence[Firing]]],
-    ) -> list[Method]:
-        """The same done to features drawn at random; of the draws the one with the best worst group."""
-        methods = [
-            self.method("random features", f"the best of {len(draws)} draws", run(chosen.interventions(*draw)))
-            for draw in draws
-        ]
+    def random(self, name: str, predicted: Sequence[NDArray[np.integer]]) -> list[Method]:
+        """Of several draws the one with the best worst group."""
+        methods = [self.method(name, f"the best of {len(predicted)} draws", one) for one in predicted]
         return [max(methods, key=lambda method: method.accuracy.worst.value)] if methods else []
 
 

@@ -1,4 +1,5 @@
-"""What every feature gave to one label rather than to another, image by image, by source accounts.
+"""What every feature gave to one label rather than to another, or along a direction of the final stream, image by
+image, by source accounts.
 
 Kept by image as the features that are active, since most are not: B/32 with 6,144 features a layer would take 300 kB
 an image if all were kept. Features of all layers are numbered through: key = layer * F + index.
@@ -13,17 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.account.ledger import Array
-from vitrine.models.account.sources import accounts
+from vitrine.models.account.sources import Sources
+from vitrine.models.bundle.bundle import Bundle
 from vitrine.service.engine.sources import SourceGraphs
 from vitrine.service.offline.debias.pictures import Pictures
 
 
 @dataclass(frozen=True)
 class Contributions:
-    """Of n images to one logit difference each."""
+    """Of n images, to one logit difference or along one direction each."""
 
     keys: list[NDArray[np.int64]]  # [active] of each image
-    values: list[Array]  # [active] logits
+    values: list[Array]  # [active] logits, or the stream's units
     features: int  # of a layer
     layers: int
 
@@ -66,13 +68,23 @@ def contributions(
     graphs: SourceGraphs, pictures: Pictures, images: Iterable[str], directions: Sequence[Array]
 ) -> Contributions:
     """directions: [D] of each image, in embedding space: a label's embedding less another's."""
-    bundle = graphs.bundle
-    shape, scale = bundle.manifest.shape, bundle.manifest.logit_scale
-    keys, values = [], []
-    for image, direction in zip(images, directions, strict=True):
-        trace, outputs = graphs.run(pictures.pixels(image), direction[None])
-        (sources,) = accounts(trace, outputs, direction[None], bundle.beta, scale)
+    each = zip(images, directions, strict=True)
+    return _of((graphs.target(pictures.pixels(image), direction[None])[1] for image, direction in each), graphs.bundle)
+
+
+def contributions_along(
+    graphs: SourceGraphs, pictures: Pictures, images: Iterable[str], vector: Sequence[float]
+) -> Contributions:
+    """vector: [d] of the stream at [CLS] after the last block."""
+    row = np.array(vector)
+    traces = (graphs.trace(pictures.pixels(image)) for image in images)
+    return _of((graphs.of_stream(trace, row) for trace in traces), graphs.bundle)
+
+
+def _of(found: Iterable[Sources], bundle: Bundle) -> Contributions:
+    features, keys, values = bundle.manifest.shape.features, [], []
+    for sources in found:
         layers, indices, totals = sources.by_feature()
-        keys.append((layers * shape.features + indices).astype(np.int64))
+        keys.append((layers * features + indices).astype(np.int64))
         values.append(totals)
-    return Contributions(keys, values, shape.features, shape.layers)
+    return Contributions(keys, values, features, bundle.manifest.shape.layers)

@@ -13,6 +13,7 @@ from vitrine.models.account.sources import Trace
 from vitrine.service.engine.sources import SourceGraphs
 from vitrine.service.offline.debias.pictures import Pictures
 
+IMAGES = 32  # of each cell, the first ones: means of what fires are known well enough
 SHARE = 0.5  # of the tokens' largest mean activation, from which on a token is one of those where a feature fires
 
 
@@ -41,7 +42,7 @@ def firing(
     cells: NDArray[np.int64],
     features: Sequence[tuple[int, int]],
 ) -> list[Firing]:
-    """Of each of the features (layer, index), over images with their cells [n]."""
+    """Of each of the features (layer, index), over images with their cells [n]; there is at least one."""
     present, inverse, counts = np.unique(cells, return_inverse=True, return_counts=True)
     sums: Array | None = None
     for image, cell in zip(images, inverse.tolist(), strict=True):
@@ -61,3 +62,8 @@ def of_means(means: Array) -> list[Firing]:
         tokens = np.flatnonzero(strongest >= SHARE * strongest.max()) if strongest.max() > 0 else np.zeros(1, int)
         found.append(Firing(tuple(tokens.tolist()), float(means[:, feature, tokens].mean())))
     return found
+
+
+def some_of_each(cells: NDArray[np.int64], count: int = IMAGES) -> NDArray[np.int64]:
+    """Which of n images, with their cells [n], are the first of theirs."""
+    return np.sort(np.concatenate([np.flatnonzero(cells == cell)[:count] for cell in np.unique(cells)]))

@@ -14,6 +14,7 @@ from vitrine.service.offline.debias.report import Report
 
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 SHOWN_EXEMPLARS = 3
+SHOWN_WRITERS = 5
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -27,6 +28,8 @@ def print_report(report: Report, console: Console) -> None:
     if report.cue:
         console.print(f"the cue: {'; '.join(report.cue)}; instead: {'; '.join(report.others)}", **PLAIN)
     console.print(_ranking(report))
+    if report.directions:
+        console.print(_directions(report))
     if report.trials:
         console.print(_trials(report))
     console.print(_methods(report))
@@ -77,12 +80,31 @@ def _ranking(report: Report) -> Table:
     return table
 
 
+def _directions(report: Report) -> Table:
+    table = _table(
+        "directions in which a group differs, and the features that write along them (finding half)",
+        "group",
+        "written by",
+        "by features",
+        "of",
+        "logits in the group",
+        left=2,
+    )
+    for direction in report.directions:
+        written = ", ".join(f"{one.layer}/{one.index} {one.along:+.2f}" for one in direction.written_by[:SHOWN_WRITERS])
+        figures = f"{direction.by_features:+.2f}", f"{direction.along:.2f}", interval(direction.logits, 1, 3)
+        table.add_row(printable(direction.group), written, *figures)
+    return table
+
+
 def _trials(report: Report) -> Table:
-    table = _table("the ten best edits (finding half)", "op", "tokens", "features", "mode", "worst group", "average")
+    rounds = ", ".join(map(str, report.tried))
+    title = f"the best edits on the whole finding half (tried, round by round: {rounds})"
+    table = _table(title, "op", "tokens", "features", "mode", "moves the lead by", "worst group", "average", left=2)
     for trial in sorted(report.trials, key=lambda trial: -trial.worst)[:10]:
-        table.add_row(
-            trial.op, trial.tokens, str(trial.features), trial.mode, f"{trial.worst:.1%}", f"{trial.average:.1%}"
-        )
+        moves = "" if trial.moves_logit is None else f"{trial.moves_logit:.2f}"
+        shares = f"{trial.worst:.1%}", f"{trial.average:.1%}"
+        table.add_row(trial.op, trial.tokens, str(trial.features), trial.mode, moves, *shares)
     return table
 
 

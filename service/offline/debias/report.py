@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, Field, JsonValue
 
 from vitrine.models.bootstrap import Estimate
+from vitrine.models.interventions.edit import Condition
 from vitrine.models.interventions.spec import Intervention, Mode
 from vitrine.service.offline.debias.accuracy import Accuracy, Change
 from vitrine.service.offline.debias.search import Trial
@@ -24,22 +25,52 @@ class Ranked(BaseModel):
     exemplars: list[str] = Field(description="names of images on its card")
 
 
+class Writer(BaseModel):
+    """A feature that writes along a direction."""
+
+    layer: int
+    index: int
+    along: float = Field(description="how much more in this group than in others, within a label; the stream's units")
+    label: str | None = Field(description="of its card")
+
+
+class RankedDirection(BaseModel):
+    """A direction of the stream at [CLS] after the last layer, in which a group differs from the others."""
+
+    group: str
+    pair: tuple[str, str] = Field(description="labels")
+    logits: Estimate = Field(
+        description="how many more of the first label less the second it gives in this group, within a label"
+    )
+    along: float = Field(description="how much more of the stream is along it in this group; the stream's units")
+    by_features: float = Field(description="of that, what features wrote, at any token")
+    written_by: list[Writer] = Field(description="by their source accounts, the largest first")
+
+
 class TrialRow(BaseModel):
     """A candidate on the finding half."""
 
     op: str
-    features: int
+    features: int = Field(description="or directions")
     mode: Mode
     tokens: str
+    moves_logit: float | None = Field(description="applied only where it moves the lead by as much")
     worst: float
     average: float
 
     @classmethod
     def of(cls, trial: Trial) -> TrialRow:
         candidate, tokens = trial.candidate, trial.candidate.tokens
-        where = "its own" if tokens is None else str(tokens)
+        where = "its own" if tokens is None and candidate.of_features else str(tokens or "cls")
         figures = {"worst": trial.worst, "average": trial.average}
-        return cls(op=candidate.op, features=candidate.count, mode=candidate.mode, tokens=where, **figures)
+        return cls(
+            op=candidate.op,
+            features=candidate.count,
+            mode=candidate.mode,
+            tokens=where,
+            moves_logit=candidate.moves_logit,
+            **figures,
+        )
 
 
 class Method(BaseModel):
@@ -65,10 +96,13 @@ class Report(BaseModel):
     held_out_images: int
     unreadable: list[str]
     ranking: list[Ranked]
+    directions: list[RankedDirection]
     interventions: list[Intervention] = Field(description="proposed; empty: nothing was better than no edit")
+    condition: Condition | None = Field(description="of the proposed edit")
     mode: Mode | None
     proposed: str | None = Field(description="the op, how many features, and the mode")
-    trials: list[TrialRow]
+    tried: list[int] = Field(description="how many edits were tried in each round, on more images each time")
+    trials: list[TrialRow] = Field(description="of the last round, on all images of the finding half")
     refused: dict[str, str] = Field(description="what this bundle cannot do, and why")
     methods: list[Method] = Field(description="zero-shot first, the edit second, if there is one")
     left_out: list[str] = Field(description="baselines that could not be run, and why")
@@ -82,5 +116,7 @@ class Report(BaseModel):
 
     def evidence(self, data: str) -> dict[str, JsonValue]:
         """What there is to say for the edit. data: of what images."""
-        fields: dict[str, JsonValue] = self.model_dump(mode="json", exclude={"interventions", "trials", "mode"})
+        fields: dict[str, JsonValue] = self.model_dump(
+            mode="json", exclude={"interventions", "trials", "mode", "condition"}
+        )
         return {"data": data} | fields

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -13,20 +14,21 @@ from vitrine.models.account.ledger import Array
 from vitrine.models.interventions.spec import Intervention, Mode
 from vitrine.service.engine.engine import Engine
 from vitrine.service.offline.debias.accuracy import Judge
-from vitrine.service.offline.debias.candidates import Candidate, Feature
+from vitrine.service.offline.debias.candidates import DIRECTION, Candidate, Feature, Found
 from vitrine.service.offline.debias.comparison import Comparison, predicted
-from vitrine.service.offline.debias.contributions import Contributions, contributions
+from vitrine.service.offline.debias.contributions import Contributions, contributions, contributions_along
 from vitrine.service.offline.debias.cue import in_words
+from vitrine.service.offline.debias.directions import cell_mean, directions, drawn
 from vitrine.service.offline.debias.errors import DebiasError
 from vitrine.service.offline.debias.examples import Examples, check_halves
-from vitrine.service.offline.debias.firing import Firing, firing
+from vitrine.service.offline.debias.firing import Firing, firing, some_of_each
 from vitrine.service.offline.debias.pictures import Pictures
 from vitrine.service.offline.debias.question import Encoder, Question, Texts, encode
 from vitrine.service.offline.debias.ranking import Contrast, Place, contrasts, effects, rank
-from vitrine.service.offline.debias.report import Method, Report, TrialRow
+from vitrine.service.offline.debias.report import Method, RankedDirection, Report, TrialRow
 from vitrine.service.offline.debias.runner import Runner, edited
-from vitrine.service.offline.debias.search import COUNTS, Search, search
-from vitrine.service.offline.debias.shown import shown
+from vitrine.service.offline.debias.search import COUNTS, Half, Search, candidates, conditioned, search
+from vitrine.service.offline.debias.shown import direction_shown, shown
 from vitrine.service.offline.debias.unlabelled import by_errors
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -73,15 +75,15 @@ class Debias:
         half = examples.only(finding)
         if (before[finding] == half.labels).all():
             raise DebiasError(f"all {len(half):,} images of the finding half are right: there is nothing to repair")
-        compared = contrasts(half, embeddings[finding] @ texts.labels.T)
+        logits = self._logits(embeddings, texts)
+        compared = contrasts(half, logits[finding])
         given = {contrast.pair: self._given(half, contrast.pair, texts) for contrast in compared}
         ranking = self._rank(half, compared, given)
-        features = [self._feature(place.key) for place in ranking]
-        firings = self._firings(half, features)
-        found = self._search(half, before[finding], texts, features, firings)
-        chosen = found.best.candidate if found.best else None
-        others = held_out, embeddings[held_out], before[held_out]
-        methods, left_out = self._compare(examples, others, texts, chosen, features, firings, given)
+        found = self._found(half, compared, ranking)
+        sought = self._search(half, logits[finding], texts, found)
+        others = examples.only(held_out)
+        methods, left_out = self._compare(half, others, embeddings[held_out], texts, sought, found, given)
+        chosen = sought.best.candidate if sought.best else None
         return Report(
             bundle=self.engine.bundle.digest,
             labels=list(examples.label_names),
@@ -94,11 +96,14 @@ class Debias:
             held_out_images=len(held_out),
             unreadable=unreadable,
             ranking=shown(self.engine.bundle, ranking[: question.shown], half, compared, given, question.seed),
-            interventions=list(chosen.interventions(features, firings)) if chosen else [],
+            directions=self._directions(half, compared, logits[finding], texts, found),
+            interventions=list(chosen.interventions(found)) if chosen else [],
+            condition=chosen.condition if chosen else None,
             mode=chosen.mode if chosen else None,
             proposed=chosen.title if chosen else None,
-            trials=[TrialRow.of(trial) for trial in found.trials],
-            refused=found.refused,
+            tried=sought.tried,
+            trials=[TrialRow.of(trial) for trial in sought.trials],
+            refused=sought.refused,
             methods=methods,
             left_out=left_out,
             seconds=perf_counter() - start,
@@ -163,75 +168,115 @@ class Debias:
         layer, index = divmod(key, self.engine.bundle.manifest.shape.features)
         return Feature(layer, index)
 
+    def _found(self, half: Examples, compared: Sequence[Contrast], ranking: Sequence[Place]) -> Found:
+        """What edits can be made of."""
+        features = [self._feature(place.key) for place in ranking]
+        groups = list(dict.fromkeys(contrast.group for contrast in compared))
+        pictures = self.track(list(self.pictures.batches(half.images, self.batch)), "directions")
+        streams = np.concatenate([self.runner.streams(pixels) for pixels in pictures])
+        return Found(
+            features=features,
+            firings=self._firings(half, features),
+            directions=directions(streams, half.labels, half.groups, groups),
+            middle=cell_mean(streams, half.labels, half.groups),
+            layers=self.engine.bundle.manifest.shape.layers,
+        )
+
     def _firings(self, half: Examples, features: Sequence[Feature]) -> list[Firing]:
         if not features:
             return []
-        images = self.track(half.images, "where features fire")
-        return firing(self.sources, self.pictures, images, half.cells, [(one.layer, one.index) for one in features])
+        some = half.only(some_of_each(half.cells))
+        images = self.track(some.images, "where features fire")
+        return firing(self.sources, self.pictures, images, some.cells, [(one.layer, one.index) for one in features])
 
-    def _search(
-        self,
-        half: Examples,
-        before: NDArray[np.integer],
-        texts: Texts,
-        features: Sequence[Feature],
-        firings: Sequence[Firing],
-    ) -> Search:
-        def predict(candidate: Candidate) -> NDArray[np.integer]:
-            return self._under(candidate.interventions(features, firings), candidate.mode, half.images, texts)
+    def _search(self, half: Examples, before: Array, texts: Texts, found: Found) -> Search:
+        def logits(candidate: Candidate, images: NDArray[np.int64]) -> Array:
+            return self._under(candidate.interventions(found), candidate.mode, half.only(images).images, texts)
 
-        def track(candidates: Sequence[Candidate]) -> Iterable[Candidate]:
-            return self.track(candidates, "edits")
+        def track(some: Sequence[Candidate]) -> Iterable[Candidate]:
+            return self.track(some, "edits")
 
-        modes = self.runner.modes if features else ()
-        return search(predict, before, half.labels, half.cells, modes, len(features), self.question.cap, track)
+        tried = candidates(self.runner.modes, len(found.features), len(found.directions))
+        return search(logits, Half(half.labels, half.cells, before), tried, self.question.cap, track)
 
-    def _under(
-        self, interventions: Sequence[Intervention], mode: Mode, images: Sequence[str], texts: Texts
-    ) -> NDArray[np.integer]:
-        """[n] predicted labels under an edit."""
-        embeddings = edited(self.runner, self.pictures, images, interventions, mode, self.batch)
-        return predicted(embeddings, texts.labels)
+    def _directions(
+        self, half: Examples, compared: Sequence[Contrast], before: Array, texts: Texts, found: Found
+    ) -> list[RankedDirection]:
+        """What the directions do to the logits, and what writes along them."""
+        rows, pairs = [], {contrast.group: contrast.pair for contrast in compared}
+        for one in found.directions:
+            edit = Candidate(DIRECTION, 1, "direct").interventions(replace(found, directions=[one]))
+            taken, pair = before - self._under(edit, "direct", half.images, texts), pairs[one.group]
+            of_pair = half.only(np.isin(half.labels, pair))
+            some = of_pair.only(some_of_each(of_pair.cells))
+            images = self.track(some.images, f"what writes along the direction of {half.group_names[one.group]}")
+            written = some, contributions_along(self.sources, self.pictures, images, one.vector)
+            rows.append(direction_shown(self.engine.bundle, one, half, pair, taken, written, self.question.seed))
+        return rows
+
+    def _logits(self, embeddings: Array, texts: Texts) -> Array:
+        """[n, N]"""
+        logits: Array = self.engine.bundle.manifest.logit_scale * (embeddings @ texts.labels.T)
+        return logits
+
+    def _under(self, interventions: Sequence[Intervention], mode: Mode, images: Sequence[str], texts: Texts) -> Array:
+        """Logits [n, N] under an edit."""
+        return self._logits(edited(self.runner, self.pictures, images, interventions, mode, self.batch), texts)
 
     def _compare(
         self,
-        examples: Examples,
-        held_out: tuple[NDArray[np.int64], Array, NDArray[np.integer]],
+        half: Examples,
+        others: Examples,
+        embeddings: Array,
         texts: Texts,
-        chosen: Candidate | None,
-        features: Sequence[Feature],
-        firings: Sequence[Firing],
+        sought: Search,
+        found: Found,
         given: Given,
     ) -> tuple[list[Method], list[str]]:
-        """(each method on the held-out half, what could not be compared). held_out: numbers of its images, their
-        embeddings, and what is predicted of them."""
-        numbers, embeddings, before = held_out
-        others, question = examples.only(numbers), self.question
-        comparison = Comparison(Judge(others, question.seed), before)
+        """(each method on the held-out half, what could not be compared). embeddings: of its images."""
+        question, before = self.question, self._logits(embeddings, texts)
+        comparison = Comparison(Judge(others, question.seed), before.argmax(-1))
         methods, left_out = [comparison.zero_shot()], list[str]()
-        if chosen is not None:
-            mode = chosen.mode
 
-            def run(interventions: Sequence[Intervention]) -> NDArray[np.integer]:
-                return self._under(interventions, mode, others.images, texts)
+        def run(candidate: Candidate, found: Found = found) -> NDArray[np.integer]:
+            after = self._under(candidate.interventions(found), candidate.mode, others.images, texts)
+            return conditioned(before, after, candidate.moves_logit).argmax(-1)
 
-            methods += comparison.edits(run, chosen, features, firings)
-            drawn = self._drawn(examples.only(examples.finding), features[: chosen.count], given)
-            methods += comparison.random(run, chosen, drawn)
+        if sought.best is not None:
+            chosen = sought.best.candidate
+            methods.append(comparison.method("the edit", chosen.title, run(chosen)))
+            plain = Candidate("ablate", chosen.count, chosen.mode)
+            if not chosen.of_features:
+                plain = Candidate("ablate", min(question.shown, len(found.features)), self.runner.modes[-1])
+                generator = np.random.default_rng(question.seed)
+                of_draws = [drawn(chosen.count, found.middle, generator) for _ in range(question.draws)]
+                results = [run(chosen, replace(found, directions=one)) for one in of_draws]
+                methods += comparison.random("random directions", results)
+                if of_features := [trial for trial in sought.trials if trial.candidate.of_features]:
+                    best = max(of_features, key=lambda trial: (trial.worst, trial.average)).candidate
+                    methods.append(comparison.method("features alone", best.title, run(best)))
+            if plain.count and plain != chosen:
+                methods.append(comparison.method("zero-ablation", plain.title, run(plain)))
+            if plain.count:
+                done = chosen if chosen.of_features else plain
+                results = [run(done, one) for one in self._drawn(half, done.count, found, given)]
+                methods += comparison.random("random features", results)
         if question.cue:
             methods += comparison.projections(embeddings, texts, question)
         else:
             left_out.append(NO_CUE)
         return methods, left_out
 
-    def _drawn(
-        self, half: Examples, taken: Sequence[Feature], given: Given
-    ) -> list[tuple[Sequence[Feature], Sequence[Firing]]]:
+    def _drawn(self, half: Examples, count: int, found: Found, given: Given) -> list[Found]:
         """For each draw as many other features that are active in the finding half, and where they fire."""
         active = {key for _, of_images in given.values() for keys in of_images.keys for key in keys.tolist()}
-        pool = [feature for feature in map(self._feature, sorted(active)) if feature not in set(taken)]
-        generator, count = np.random.default_rng(self.question.seed), min(len(taken), len(pool))
+        taken = set(found.features[:count])
+        pool = [feature for feature in map(self._feature, sorted(active)) if feature not in taken]
+        generator, count = np.random.default_rng(self.question.seed), min(count, len(pool))
         draws = [generator.choice(len(pool), count, replace=False).tolist() for _ in range(self.question.draws)]
-        drawn = sorted(set().union(*draws))
-        firings = dict(zip(drawn, self._firings(half, [pool[place] for place in drawn]), strict=True))
-        return [([pool[place] for place in draw], [firings[place] for place in draw]) for draw in draws]
+        places = sorted(set().union(*draws))
+        firings = dict(zip(places, self._firings(half, [pool[place] for place in places]), strict=True))
+        return [
+            replace(found, features=[pool[one] for one in draw], firings=[firings[one] for one in draw])
+            for draw in draws
+        ]

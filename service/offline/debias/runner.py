@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vitrine.models.account.ledger import Array
+from vitrine.models.account.ledger import Array, Decomposition
 from vitrine.models.interventions.changes import Changes, Network, resolve
 from vitrine.models.interventions.direct import changed
 from vitrine.models.interventions.network import BundleNetwork
@@ -31,6 +31,9 @@ class Runner(Protocol):
     def embeddings(self, pixels: NDArray[np.float32], changes: Changes, mode: Mode) -> Array:
         """Unit embeddings [B, D] of normalised pixels [B, 3, H, W], all with the same changes."""
 
+    def streams(self, pixels: NDArray[np.float32]) -> Array:
+        """[B, d] the stream at [CLS] after the last block."""
+
 
 class BundleRunner:
     """By an engine. Raises `InterventionError` for a bundle from before interventions."""
@@ -43,14 +46,23 @@ class BundleRunner:
         return self.engine.interventions
 
     def embeddings(self, pixels: NDArray[np.float32], changes: Changes, mode: Mode) -> Array:
-        count = len(pixels)
         if mode == "rerun":
             assert self.engine.rerun is not None
-            found = self.engine.rerun.run(pixels, [changes] * count)
+            found = self.engine.rerun.run(pixels, [changes] * len(pixels))
         else:
-            plain = self.engine.explain(pixels, components=[True] * count)
-            found = [changed(parts, changes, self.engine.bundle) for parts in plain]
+            found = [changed(parts, changes, self.engine.bundle) for parts in self._explained(pixels)]
         return np.stack([parts.embedding for parts in found])
+
+    def streams(self, pixels: NDArray[np.float32]) -> Array:
+        """[B, d] the stream at [CLS] after the last block: the sum of the ledger's rows before they are folded."""
+        found = []
+        for parts in self._explained(pixels):
+            assert parts.components is not None
+            found.append(parts.components.astype(np.float64).sum(0))
+        return np.stack(found)
+
+    def _explained(self, pixels: NDArray[np.float32]) -> list[Decomposition]:
+        return self.engine.explain(pixels, components=[True] * len(pixels))
 
 
 def edited(

@@ -1,4 +1,5 @@
-"""The first features of a ranking, with what their cards say of them, and intervals of what they give."""
+"""The first features of a ranking, with what their cards say of them, and intervals of what they give; and directions,
+with the features that write along them."""
 
 from __future__ import annotations
 
@@ -7,14 +8,17 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from vitrine.models.account.ledger import Array
 from vitrine.models.bootstrap import Bootstrap
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.service.offline.debias.contributions import Contributions
+from vitrine.service.offline.debias.directions import Direction
 from vitrine.service.offline.debias.examples import Examples
-from vitrine.service.offline.debias.ranking import Contrast, Place, group_effect
-from vitrine.service.offline.debias.report import Ranked
+from vitrine.service.offline.debias.ranking import Contrast, Place, effects, group_effect
+from vitrine.service.offline.debias.report import Ranked, RankedDirection, Writer
 
 EXEMPLARS = 3
+WRITERS = 10
 
 
 def shown(
@@ -48,6 +52,41 @@ def shown(
             )
         )
     return found
+
+
+def direction_shown(
+    bundle: Bundle,
+    direction: Direction,
+    half: Examples,
+    pair: tuple[int, int],
+    taken: Array,
+    written: tuple[Examples, Contributions],
+    seed: int,
+) -> RankedDirection:
+    """
+    Args:
+        pair: labels.
+        taken: [n, N] how many logits less each of the half's images has without it.
+        written: some of its images, and what each feature gives along the direction in these.
+    """
+    members = np.flatnonzero(np.isin(half.labels, pair))
+    of_pair, margins = half.only(members), (taken[:, pair[0]] - taken[:, pair[1]])[members]
+    is_first, has_cue = of_pair.labels == pair[0], of_pair.groups == direction.group
+    some, given = written
+    along = effects(given, some.labels == pair[0], some.groups == direction.group).group
+    order = np.argsort(-np.abs(along), kind="stable")[:WRITERS]
+    return RankedDirection(
+        group=half.group_names[direction.group],
+        pair=(half.label_names[pair[0]], half.label_names[pair[1]]),
+        logits=group_effect(margins, is_first, has_cue, Bootstrap(len(of_pair), seed=seed)),
+        along=direction.length,
+        by_features=float(along.sum()),
+        written_by=[
+            Writer(layer=layer, index=index, along=float(along[key]), label=_card(bundle, layer, index)[0])
+            for key, (layer, index) in ((key, divmod(key, given.features)) for key in order.tolist())
+            if along[key]
+        ],
+    )
 
 
 def _card(bundle: Bundle, layer: int, index: int) -> tuple[str | None, list[str]]:

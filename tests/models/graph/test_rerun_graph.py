@@ -136,6 +136,11 @@ OF_EACH_KIND = {
 }
 EVERYTHING = list(chain.from_iterable(OF_EACH_KIND.values()))
 ALONE = {
+    "vectors": [
+        {"op": "project", "layer": 1, "vector": (1.0, -2.0) + (0.5,) * 30, "value": 1.5, "tokens": (0, 3)},
+        {"op": "project", "layer": 2, "vector": (1.0,) * 32, "to": "mean", "tokens": "cls"},
+        feature("project", 1, 2, tokens="all"),
+    ],
     "project to mean": [feature("project", 0, 2, to="mean", tokens="patches")],
     "a whole row of features": [{"op": "ablate", "layer": 1, "row": "clt", "tokens": "all"}],
 }

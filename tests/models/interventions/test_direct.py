@@ -1,5 +1,6 @@
 """Interventions in direct mode, in float64, against the residual with the change made and its head computed anew."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -212,6 +213,59 @@ def test_a_projection_leaves_nothing_along_its_directions(kind, to):
     account = ledger(found, case.labels[1], SCALE)
     assert account.edit == pytest.approx(SCALE * found.rows[-1] @ case.labels[1])
     assert account.remainder == pytest.approx(0, abs=1e-9)
+
+
+def test_the_stream_is_given_a_value_along_a_vector_whatever_the_others_are():
+    """Vectors of any length that are not orthogonal, beside a feature that is set to the mean."""
+    case, draw = Case(), np.random.default_rng(3)
+    first, second = draw.normal(size=(2, WIDTH)) * 5
+    found = case.changed(
+        {"op": "project", "layer": LAYERS - 1, "vector": tuple(first), "value": 1.5, "tokens": "cls"},
+        {"op": "project", "layer": LAYERS - 1, "vector": tuple(second)},
+        {"op": "project", "layer": 0, "index": 1, "to": "mean"},
+    )
+    feature = case.direction("clt", 0, 1, "decoder")
+    units = np.stack([row / np.linalg.norm(row) for row in (first, second, feature)])
+    after, before = found.components.sum(0), case.components.sum(0)
+    np.testing.assert_allclose(units @ after, [1.5, 0, units[2] @ case.stream[0]], atol=1e-5)
+    beside = np.linalg.svd(units)[2][3:]
+    np.testing.assert_allclose(beside @ after, beside @ before, atol=1e-5)
+
+
+def test_a_vector_of_an_earlier_layer_is_no_part_of_the_final_residual():
+    case = Case()
+    vector = tuple(np.random.default_rng(3).normal(size=WIDTH))
+    assert case.changed({"op": "project", "layer": 0, "vector": vector, "tokens": "cls"}) is case.parts
+
+
+def test_vectors_that_do_not_fit_are_refused():
+    case, along = Case(), {"op": "project", "layer": LAYERS - 1, "vector": (1.0,) * WIDTH}
+    with pytest.raises(InterventionError, match=r"intervention 0: the stream has 8 components, and the vector has 3"):
+        case.changed(along | {"vector": (1, 2, 3)})
+    with pytest.raises(InterventionError, match="along one direction at the same tokens put in different values"):
+        case.changed(along | {"value": 1}, along | {"value": 2})
+    twice = case.changed(along | {"value": 2}, along | {"value": 2, "vector": (3.0,) * WIDTH})
+    np.testing.assert_allclose(twice.components, case.changed(along | {"value": 2}).components, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"op": "ablate"}, "ablate is not of vectors"),
+        ({"op": "set", "value": 1}, "set is not of vectors"),
+        ({"vector": (0.0, 0.0)}, "a vector of zeros has no direction"),
+        ({"vector": (float("nan"),)}, "finite"),
+        ({"vector": ()}, "at least 1 item"),
+        ({"layer": None}, "needs its layer"),
+        ({"index": 3}, "name one of index (a feature), row, head and vector; here are index, vector"),
+        ({"value": 1, "to": "mean"}, "give `to: mean` or a value"),
+        ({"direction": "encoder"}, "`direction` is of features that are projected"),
+        ({"dictionary": "residual"}, "`dictionary` is of features"),
+    ],
+)
+def test_what_cannot_be_said_of_a_vector(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Intervention.model_validate({"op": "project", "layer": 1, "vector": (1.0, 2.0)} | fields)
 
 
 def test_edits_of_an_edited_account_are_edits_of_both():

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from vitrine.models.account.sources import Trace
+from vitrine.models.account.sources import Sources, Trace
 from vitrine.models.bundle.manifest import Preprocessing
 from vitrine.models.interventions.changes import InterventionError
 
@@ -48,7 +48,7 @@ def embedding(z):
     return written / np.linalg.norm(written), np.linalg.norm(written)
 
 
-class Sources:
+class Graphs:
     """`SourceGraphs`; every feature has a place, used or not."""
 
     def __init__(self, bundle):
@@ -63,12 +63,14 @@ class Sources:
             unit, norm, norm, nothing, nothing, nothing, nothing[0], nothing[..., None], indices, z.transpose(0, 2, 1)
         )
 
-    def run(self, pixels, directions):
+    def target(self, pixels, direction):
         trace = self.trace(pixels)
-        given = np.einsum("ltf,lfd,nd->nltf", trace.values, WRITES, directions) * SCALE / trace.norm
-        nothing = np.zeros((len(directions), LAYERS, TOKENS))
-        outputs = {"features": given, "errors": nothing, "embeddings": nothing[:, 0], "constants": nothing[:, 0, 0]}
-        return trace, outputs
+        return trace, self.of_stream(trace, direction[0] * SCALE / trace.norm)
+
+    def of_stream(self, trace, vector):
+        given = np.einsum("ltf,lfd,d->ltf", trace.values, WRITES, vector)
+        nothing = np.zeros((LAYERS, TOKENS))
+        return Sources(0.0, nothing[0], given, nothing[:, 0], nothing, 0.0, trace.indices)
 
 
 class Engine:
@@ -83,7 +85,7 @@ class Engine:
         self.bundle = SimpleNamespace(
             manifest=manifest, beta=np.zeros(3), cards=None, digest="sha256:toy", path="toy bundle"
         )
-        self.sources = Sources(self.bundle)
+        self.sources = Graphs(self.bundle)
 
     def explain(self, pixels):
         return [SimpleNamespace(embedding=embedding(activations(one))[0]) for one in pixels]
@@ -113,6 +115,9 @@ class Network:
 class Runner:
     modes, network = ("rerun",), Network()
 
+    def streams(self, pixels):
+        return np.stack([np.einsum("lft,lfd->d", activations(one), WRITES) for one in pixels])
+
     def embeddings(self, pixels, changes, mode):
         found = []
         for one in pixels:
@@ -122,8 +127,11 @@ class Runner:
             ):
                 z[layer, index] += gain * z[layer, index] + offset
             written = np.einsum("lft,lfd->d", z, WRITES)
-            for place, direction, gain in zip(changes.places, changes.directions, changes.direction_gains, strict=True):
+            directed = zip(
+                changes.places, changes.directions, changes.direction_gains, changes.direction_offsets, strict=True
+            )
+            for place, direction, gain, offset in directed:
                 if place == LAYERS:
-                    written = written + gain[0] * (written @ direction) * direction
+                    written = written + (gain[0] * (written @ direction) + offset[0]) * direction
             found.append(written)
         return np.stack(found)
