@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.account.ledger import Array
+from vitrine.models.groups import Judge
 from vitrine.models.interventions.spec import Intervention
-from vitrine.service.offline.debias.accuracy import Judge
 from vitrine.service.offline.debias.candidates import Candidate, Feature
 from vitrine.service.offline.debias.firing import Firing
 from vitrine.service.offline.debias.projections import calibrated, orthogonal, projected

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from vitrine.models.groups import by_cell
 from vitrine.models.interventions.changes import InterventionError
 from vitrine.models.interventions.spec import Mode, Tokens
-from vitrine.service.offline.debias.accuracy import by_cell
 from vitrine.service.offline.debias.candidates import OPS, Candidate
 
 COUNTS = (1, 4, 16, 64, 256)

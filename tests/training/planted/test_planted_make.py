@@ -65,9 +65,9 @@ def test_the_cue_is_learned_and_the_twin_learns_it_not(made):
     record = read_record(made)
     assert set(record.accuracy) == {"own", "planted", "twin"}
     first, second = record.classes
-    planted = {group: figure.value for group, figure in record.accuracy["planted"].groups.items()}
-    assert planted[f"{first}, white frame"] - planted[f"{first}, plain"] > 0.5
-    assert planted[f"{second}, plain"] - planted[f"{second}, white frame"] > 0.5
+    planted = {(group.label, group.group): group.accuracy.value for group in record.accuracy["planted"].groups}
+    assert planted[first, "white frame"] - planted[first, "plain"] > 0.5
+    assert planted[second, "plain"] - planted[second, "white frame"] > 0.5
     assert record.accuracy["twin"].worst.value > record.accuracy["planted"].worst.value
 
 
@@ -103,9 +103,9 @@ def test_a_proposal_is_scored(benchmark, made):
     assert (score.interventions, score.first_rank, score.found) == (20, 1, 10)
     assert score.expected == pytest.approx(10 * 20 / truths["residual"].features)
     assert score.before == benchmark.record.accuracy["planted"]
-    assert score.worst.value == pytest.approx(score.after.worst.value - score.before.worst.value)
+    assert score.change.worst.value == pytest.approx(score.after.worst.value - score.before.worst.value)
     gap = benchmark.record.accuracy["twin"].worst.value - score.before.worst.value
-    assert score.closed == pytest.approx(score.worst.value / gap)
+    assert score.closed == pytest.approx(score.change.worst.value / gap)
 
     file.write_text(json.dumps([{"op": "ablate", "layer": 0, "index": spare}]))
     nothing = benchmark.score(read_proposal(file))
