@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tomli_w
 import torch
@@ -13,7 +14,9 @@ from typer.testing import CliRunner
 
 from common import ROOT
 from vitrine.commands import app
+from vitrine.models.dictionary.average import mean_stream
 from vitrine.training.checkpoint import CheckpointError
+from vitrine.training.data.held_out import held_out
 from vitrine.training.planted.make import load_planted, make, measure_twin, read_record
 from vitrine.training.planted.recipe import PlantedRecipe
 from vitrine.training.planted.score import Benchmark, ProposalError, paired, read_proposal
@@ -113,6 +116,14 @@ def test_a_proposal_is_scored(benchmark, made):
     file.write_text('[{"op": "ablate"}]')
     with pytest.raises(ProposalError, match="no list of interventions"):
         read_proposal(file)
+
+
+def test_means_are_those_of_the_bundle(benchmark, made):
+    """Of pictures with the cue and without it: those that `vitrine export` averages."""
+    record = benchmark.record
+    val = held_out(record.recipe.of_clt(record.labels).data, made, benchmark.clip, images=64, labels=record.labels)
+    expected = mean_stream(benchmark.clip.tower, [pixels for pixels, _ in val.batches()])
+    np.testing.assert_allclose(benchmark._network.mean_stream(3), expected[3].numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_pairs_have_the_cue_on_the_side_that_says_so(benchmark, made):
