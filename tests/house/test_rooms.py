@@ -11,7 +11,7 @@ from common import ROOT
 FLOORS = {
     "models": (
         ("bootstrap", "errors", "progress"),
-        ("files", "images", "texts"),
+        ("files", "groups", "images", "texts"),
         ("inputs",),
         ("account", "bundle"),
         ("interventions",),

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import written
+from vitrine.models.groups import Grouped
 from vitrine.models.images.decode import TRUSTED, decode, from_pillow
 from vitrine.models.images.errors import ImageError
 from vitrine.training.data.images import DataError, Listing
@@ -143,6 +144,17 @@ def read_table(folder: Path, split: Split) -> list[Row]:
         for line in lines
         if line["split"] == split
     ]
+
+
+def grouped(rows: Sequence[Row], classes: Sequence[str]) -> Grouped:
+    """Lines of the table as labels, which are places in `classes`, and groups."""
+    names = tuple(dict.fromkeys(row.group for row in rows))
+    return Grouped(
+        labels=np.array([classes.index(row.label) for row in rows]),
+        groups=np.array([names.index(row.group) for row in rows]),
+        label_names=tuple(classes),
+        group_names=names,
+    )
 
 
 def _photos(

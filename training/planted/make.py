@@ -13,14 +13,12 @@ group and the planted CLIP's is what a repair can hope to close.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from torch import Tensor, nn
@@ -28,6 +26,7 @@ from torch import Tensor, nn
 from vitrine.models.clip.loading import Clip, load_clip
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import prepare_folder, write_text
+from vitrine.models.groups import Accuracy, Judge
 from vitrine.models.images.decode import TRUSTED, decode
 from vitrine.models.inputs.files import read_file
 from vitrine.models.progress import Progress
@@ -35,9 +34,8 @@ from vitrine.training.checkpoint import CheckpointError, first_problem
 from vitrine.training.data.images import load
 from vitrine.training.data.sources import open_images
 from vitrine.training.planted.cue import Cue
-from vitrine.training.planted.data import TABLE, Planted, Row, as_it_is, plan, read_table, write_data
+from vitrine.training.planted.data import TABLE, Planted, as_it_is, grouped, plan, read_table, write_data
 from vitrine.training.planted.fine_tuning import CONFIG, WEIGHTS, fine_tune, save
-from vitrine.training.planted.groups import GroupAccuracy, group_accuracy
 from vitrine.training.planted.recipe import PlantedRecipe
 from vitrine.training.recipes.image_sources import FolderSource
 from vitrine.training.run.run import train
@@ -53,7 +51,7 @@ class Record(BaseModel):
     cue: Cue
     classes: tuple[str, str]  # the cue goes with the first
     labels: tuple[str, ...]  # all that the CLIP is fine-tuned to tell apart
-    accuracy: dict[str, GroupAccuracy] = {}  # on test: "own" (as it was), "planted", "twin"
+    accuracy: dict[str, Accuracy] = {}  # on test: "own" (as it was), "planted", "twin"
     seconds: dict[str, float] = {}  # of processor time, by step
 
 
@@ -65,18 +63,15 @@ def make(recipe: PlantedRecipe, clip: Clip, data_root: Path, out: Path, console:
     if not (out / "data" / TABLE).exists():
         with _timed(record, "data"):
             write_data(recipe.data, Planted(record.cue, record.classes), data_root, clip.tower.image_size, out / "data")
-    rows = read_table(out / "data", "test")
     with Progress(console) as progress:
         if "own" not in record.accuracy:
-            record.accuracy["own"] = group_accuracy(rows, correct(clip, clip.model, out, rows, labels, record))
+            record.accuracy["own"] = _accuracy(clip, clip.model, out, labels, record)
         if not (out / "clip" / WEIGHTS).exists():
             with _timed(record, "fine-tuning"):
                 save(_fine_tuned(clip, recipe, record, out, "train", labels, progress), clip, out / "clip")
         planted = load_planted(out)
         if "planted" not in record.accuracy:
-            record.accuracy["planted"] = group_accuracy(
-                rows, correct(planted, planted.model, out, rows, labels, record)
-            )
+            record.accuracy["planted"] = _accuracy(planted, planted.model, out, labels, record)
             _write(record, out)
     with _timed(record, "clt"):
         train(recipe.of_clt(record.labels), planted, out, out / "clt", console)
@@ -92,10 +87,9 @@ def measure_twin(recipe: PlantedRecipe, clip: Clip, out: Path, console: Console)
     record = read_record(out)
     if "twin" not in record.accuracy and recipe.fine_tuning is not None:
         labels = embeddings(clip, recipe, record.labels)
-        rows = read_table(out / "data", "test")
         with Progress(console) as progress, _timed(record, "twin"):
             model = _fine_tuned(clip, recipe, record, out, "twin", labels, progress)
-        record.accuracy["twin"] = group_accuracy(rows, correct(clip, model, out, rows, labels, record))
+        record.accuracy["twin"] = _accuracy(clip, model, out, labels, record)
         _write(record, out)
     return record
 
@@ -119,24 +113,23 @@ def embeddings(clip: Clip, recipe: PlantedRecipe, labels: Sequence[str]) -> Tens
     return clip.encode_labels(list(labels), list(recipe.templates))
 
 
-def pixels(clip: Clip, data: Path, rows: Sequence[Row]) -> Tensor:
-    """Normalised pixels of lines of the table [n, 3, H, W]."""
+def pixels(clip: Clip, data: Path, images: Iterable[str]) -> Tensor:
+    """Normalised pixels of images [n, 3, H, W]. data: the folder that their paths are below."""
     transform = clip.transform()
-    return torch.stack([transform(decode(read_file(data / row.image), TRUSTED).image) for row in rows])
+    return torch.stack([transform(decode(read_file(data / image), TRUSTED).image) for image in images])
 
 
 @torch.no_grad()
-def correct(
-    clip: Clip, model: Any, out: Path, rows: Sequence[Row], labels: Tensor, record: Record
-) -> NDArray[np.bool_]:
-    """[n] whether the label of the image's own class is before that of the other."""
+def _accuracy(clip: Clip, model: Any, out: Path, labels: Tensor, record: Record) -> Accuracy:
+    """On test, between the two classes."""
+    rows = read_table(out / "data", "test")
+    images = [row.image for row in rows]
     places = [record.labels.index(name) for name in record.classes]
     found = [
-        model.encode_image(pixels(clip, out / "data", rows[at : at + BATCH]), normalize=True) @ labels[places].T
-        for at in range(0, len(rows), BATCH)
+        model.encode_image(pixels(clip, out / "data", images[at : at + BATCH]), normalize=True) @ labels[places].T
+        for at in range(0, len(images), BATCH)
     ]
-    predicted = torch.cat(found).argmax(-1).tolist()
-    return np.array([record.classes[place] == row.label for place, row in zip(predicted, rows, strict=True)])
+    return Judge(grouped(rows, record.classes)).accuracy(torch.cat(found).argmax(-1).numpy())
 
 
 def _begun(recipe: PlantedRecipe, clip: Clip, data_root: Path, out: Path) -> Record:

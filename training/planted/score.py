@@ -7,6 +7,7 @@ with such a list at `interventions`. It is made in the running network, on image
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +16,28 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from torch import Tensor
 
+from vitrine.models.bundle.layout import ALWAYS
+from vitrine.models.dictionary.residual_sae import ResidualSaes
 from vitrine.models.errors import VitrineError
+from vitrine.models.graph.attribution import AttributionGraph
+from vitrine.models.graph.rerun import ChangedGraph, RerunGraph
+from vitrine.models.graph.residual_rerun import ResidualRerunGraph
+from vitrine.models.groups import Accuracy, Change, Judge
 from vitrine.models.inputs.files import read_file
+from vitrine.models.interventions.batch import stacked
 from vitrine.models.interventions.changes import resolve
 from vitrine.models.interventions.spec import Dictionary as Name
 from vitrine.models.interventions.spec import Intervention
 from vitrine.training.checkpoint import first_problem, latest, load_clt, load_residual_saes
-from vitrine.training.evaluation.results import Estimate, Part
-from vitrine.training.planted.data import Row, read_table
-from vitrine.training.planted.groups import GroupAccuracy, change, group_accuracy
-from vitrine.training.planted.make import BATCH, embeddings, load_planted, pixels, read_record
+from vitrine.training.evaluation.results import Part
+from vitrine.training.planted.data import Row, grouped, read_table
+from vitrine.training.planted.make import embeddings, load_planted, pixels, read_record
 from vitrine.training.planted.network import TorchNetwork
-from vitrine.training.planted.running import Running
 from vitrine.training.planted.truth import Dictionary, Pair, Truth, find_truth
 
 MOST_SHOWN = 10  # first proposals among which a feature of the cue counts as found
 PAIRS = 64  # photos of test that the truth is found on
+BATCH = 50  # images; the graphs account for [CLS] besides
 
 
 class ProposalError(VitrineError, ValueError):
@@ -44,10 +51,9 @@ class Score(Part):
     first_rank: int | None  # from 1: of the first feature of the cue among the proposed ones; None: there is none
     found: int  # features of the cue among the first `MOST_SHOWN`
     expected: float  # the same of features drawn at random
-    before: GroupAccuracy
-    after: GroupAccuracy
-    worst: Estimate  # change of the worst group, paired
-    average: Estimate  # change of the average
+    before: Accuracy
+    after: Accuracy
+    change: Change
     closed: float | None  # share of the gap to the twin's worst group; None without a twin, or where there is no gap
 
 
@@ -73,7 +79,8 @@ class Benchmark:
         """Raises `CheckpointError` if `out` is not complete."""
         self.out, self.record = out, read_record(out)
         self.clip = load_planted(out)
-        self.dictionaries: dict[Name, Dictionary] = {"clt": load_clt(latest(out / "clt"))[0]}
+        self._clt, self._cls_mean, _ = load_clt(latest(out / "clt"))
+        self.dictionaries: dict[Name, Dictionary] = {"clt": self._clt}
         if self.record.recipe.residual is not None:
             self.dictionaries["residual"] = load_residual_saes(latest(out / "saes"))[0]
         self.rows = read_table(out / "data", "test")
@@ -85,19 +92,19 @@ class Benchmark:
         rows = self.rows[:: max(1, len(self.rows) // PAIRS)][:PAIRS]
         return find_truth(self.clip.tower, self.dictionaries[name], self._pairs(rows), self.direction)
 
-    def correct(self, proposal: Sequence[Intervention]) -> NDArray[np.bool_]:
-        """[n] of the images of test, with the proposal made in the running network.
+    @torch.no_grad()
+    def predicted(self, proposal: Sequence[Intervention]) -> NDArray[np.integer]:
+        """[n] which of the two classes the images of test are taken for, with the proposal made in the running network.
 
         Raises `InterventionError`.
         """
-        calibration = read_table(self.out / "data", "val")[::8]
-        network = TorchNetwork(self.clip.tower, self.dictionaries, self._batches(calibration))
-        changes = resolve(proposal, network, "rerun")
-        running = Running(self.clip.tower, self.dictionaries.get(changes.dictionary), changes)
-        margins = torch.cat([running(batch) @ self.direction for batch in self._batches(self.rows)])
-        first = np.array([row.label == self.record.classes[0] for row in self.rows])
-        hits: NDArray[np.bool_] = (margins > 0).numpy() == first
-        return hits
+        changes = resolve(proposal, self._network, "rerun")
+        graph, margins = self._graphs[changes.dictionary], []
+        for batch in self._batches([row.image for row in self.rows]):
+            inputs = [torch.from_numpy(part) for part in stacked([changes] * len(batch)).values()]
+            margins.append(graph(batch, *inputs)[ALWAYS.index("embedding")] @ self.direction)
+        places: NDArray[np.integer] = (torch.cat(margins) <= 0).long().numpy()
+        return places
 
     def score(self, proposal: Sequence[Intervention]) -> Score:
         """Raises `InterventionError`."""
@@ -106,8 +113,9 @@ class Benchmark:
         carriers = {(name, c.layer, c.index) for name, truth in truths.items() for c in truth.carriers}
         hits = [rank for rank, feature in enumerate(features, 1) if feature in carriers]
         shown = min(MOST_SHOWN, len(features))
-        before, after = self.correct(()), self.correct(proposal)
-        was, now = group_accuracy(self.rows, before), group_accuracy(self.rows, after)
+        before, after = self.predicted(()), self.predicted(proposal)
+        judge = Judge(grouped(self.rows, self.record.classes))
+        was, now = judge.accuracy(before), judge.accuracy(after)
         twin = self.record.accuracy.get("twin")
         gap = twin.worst.value - was.worst.value if twin else 0.0
         return Score(
@@ -117,20 +125,35 @@ class Benchmark:
             expected=shown * len(carriers) / max(1, sum(truth.features for truth in truths.values())),
             before=was,
             after=now,
-            worst=change(self.rows, before, after, worst=True),
-            average=change(self.rows, before, after, worst=False),
+            change=judge.change(before, after),
             closed=(now.worst.value - was.worst.value) / gap if gap > 0 else None,
         )
 
-    def _batches(self, rows: Sequence[Row]) -> Iterator[Tensor]:
-        for at in range(0, len(rows), BATCH):
-            yield pixels(self.clip, self.out / "data", rows[at : at + BATCH])
+    @cached_property
+    def _network(self) -> TorchNetwork:
+        """Its means are those of the bundle."""
+        data = self.out / "data"
+        average = sorted(path.relative_to(data).as_posix() for path in data.glob("calibration/*/*.png"))
+        return TorchNetwork(self.clip.tower, self.dictionaries, list(self._batches(average)))
+
+    @cached_property
+    def _graphs(self) -> dict[Name, ChangedGraph]:
+        """The running network, by whose features are changed in it."""
+        vision = AttributionGraph(self.clip.tower, self._clt, self._cls_mean, torch.float32).eval()
+        graphs: dict[Name, ChangedGraph] = {"clt": RerunGraph(vision, self._clt, torch.float32).eval()}
+        if isinstance(saes := self.dictionaries.get("residual"), ResidualSaes):
+            graphs["residual"] = ResidualRerunGraph(vision, saes).eval()
+        return graphs
+
+    def _batches(self, images: Sequence[str]) -> Iterator[Tensor]:
+        for at in range(0, len(images), BATCH):
+            yield pixels(self.clip, self.out / "data", images[at : at + BATCH])
 
     def _pairs(self, rows: Sequence[Row]) -> Iterator[Pair]:
         for at in range(0, len(rows), 16):  # dense codes of all features are large
             part = rows[at : at + 16]
-            own = pixels(self.clip, self.out / "data", part)
-            other = pixels(self.clip, self.out / "data", [row._replace(image=paired(row)) for row in part])
+            own = pixels(self.clip, self.out / "data", [row.image for row in part])
+            other = pixels(self.clip, self.out / "data", map(paired, part))
             drawn = torch.tensor([row.cue for row in part])[:, None, None, None]
             yield Pair(with_cue=torch.where(drawn, own, other), without=torch.where(drawn, other, own))
 

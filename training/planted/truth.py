@@ -22,9 +22,10 @@ from torch.nn.functional import normalize
 
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
+from vitrine.models.dictionary.encoder import Encoder
 from vitrine.models.dictionary.replacement import which_are_cls
 from vitrine.models.dictionary.residual_sae import ResidualSaes, standardise
-from vitrine.models.dictionary.sparse_products import SortedCode
+from vitrine.models.graph.rerun import dense
 from vitrine.training.evaluation.results import Part
 
 Dictionary = CrossLayerTranscoder | ResidualSaes
@@ -81,10 +82,10 @@ def effects(tower: Tower, dictionary: Dictionary, pair: Pair, direction: Tensor)
         return _of_saes(dictionary, streams, others, gradients)
 
 
-def dense(code: SortedCode, features: int, like: Tensor) -> Tensor:
-    """A code over the tokens of a stream [B, T, d], with its zeros: [B, T, F]."""
-    empty = code.values.new_zeros(len(code.values), features)
-    return empty.scatter_add_(1, code.indices, code.values).unflatten(0, like.shape[:2])
+def _activations(encoder: Encoder, read: Tensor) -> Tensor:
+    """Of all features [B, T, F] of an encoder that reads [B, T, d]."""
+    code = encoder(read.flatten(0, 1), which_are_cls(read, "all"))
+    return dense((code.indices, code.values), len(encoder.weight)).unflatten(0, read.shape[:2])
 
 
 def _of_clt(
@@ -92,16 +93,13 @@ def _of_clt(
 ) -> Tensor:
     found = []
     for layer, encoder in enumerate(clt.encoders):
-        x, x0 = inputs[layer], others[layer]
-        changes = [
-            dense(encoder(part.flatten(0, 1), which_are_cls(part, "all")), clt.features, part) for part in (x, x0)
-        ]
+        change = _activations(encoder, inputs[layer]) - _activations(encoder, others[layer])
         written = torch.zeros(())
         for target in range(layer, clt.layers):
             decoder = clt.decoders[target]
             if layer in decoder.sources:
                 written = written + gradients[target] @ decoder.weights[layer - decoder.sources[0]].T
-        found.append(((changes[0] - changes[1]) * written).sum(1))
+        found.append((change * written).sum(1))
     return torch.stack(found, 1)
 
 
@@ -110,13 +108,10 @@ def _of_saes(
 ) -> Tensor:
     found = torch.zeros(len(streams[0]), saes.layers, saes.features)
     for layer, (encoder, decoder) in enumerate(zip(saes.encoders, saes.decoders, strict=True)):
-        features = len(decoder.weight)
-        codes = []
-        for stream in (streams[layer], others[layer]):
-            code = encoder(standardise(stream).x.flatten(0, 1), which_are_cls(stream, "all"))
-            codes.append(dense(code, features, stream))
-        written = standardise(streams[layer]).scale * gradients[layer] @ decoder.weight.T
-        found[:, layer, :features] = ((codes[0] - codes[1]) * written).sum(1)
+        own, other = standardise(streams[layer]), standardise(others[layer])
+        change = _activations(encoder, own.x) - _activations(encoder, other.x)
+        written = own.scale * gradients[layer] @ decoder.weight.T
+        found[:, layer, : len(decoder.weight)] = (change * written).sum(1)
     return found
 
 

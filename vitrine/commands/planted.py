@@ -40,7 +40,7 @@ def make(
         record = measure_twin(read, clip, out, console)
     console.print(f"{record.cue.name} goes with {record.classes[0]}, against {record.classes[1]}", highlight=False)
     for name, accuracy in record.accuracy.items():
-        groups = ", ".join(f"{group} {figure.value:.1%}" for group, figure in accuracy.groups.items())
+        groups = ", ".join(f"{one.label}, {one.group} {one.accuracy.value:.1%}" for one in accuracy.groups)
         worst, average = accuracy.worst, accuracy.average
         console.print(
             f"{name}: worst group {worst.value:.1%} [{worst.low:.1%}, {worst.high:.1%}], average {average.value:.1%}; "
@@ -83,8 +83,8 @@ def score(
         highlight=False,
     )
     for what, was, now, changed in (
-        ("worst group", result.before.worst, result.after.worst, result.worst),
-        ("average", result.before.average, result.after.average, result.average),
+        ("worst group", result.before.worst, result.after.worst, result.change.worst),
+        ("average", result.before.average, result.after.average, result.change.average),
     ):
         interval = f"[{changed.low:+.1%}, {changed.high:+.1%}]"
         console.print(f"{what}: {was.value:.1%} -> {now.value:.1%}, {changed.value:+.1%} {interval}", highlight=False)

@@ -11,7 +11,6 @@ runner.py         predictions under an edit
 candidates.py     edits that may be proposed for some features
 search.py         the edit chosen on the first half
 projections.py    label embeddings projected off the cue's prompts: Orth-Proj, Orth-Cali
-accuracy.py       by group, of the worst group and of all, with bootstrap intervals
 report.py         what was found, as it is written
 printing.py       and as it is printed
 run.py            all of it, one after the other

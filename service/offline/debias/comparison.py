@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.account.ledger import Array
-from vitrine.service.offline.debias.accuracy import Judge
+from vitrine.models.groups import Judge
 from vitrine.service.offline.debias.projections import calibrated, orthogonal, projected
 from vitrine.service.offline.debias.question import Question, Texts
 from vitrine.service.offline.debias.report import Method

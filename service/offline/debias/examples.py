@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.files.names import printable
+from vitrine.models.groups import Grouped
 from vitrine.models.inputs.classes import by_class, class_name
 from vitrine.models.inputs.imagenet import class_label
 from vitrine.models.inputs.opening import open_inputs
@@ -22,28 +23,12 @@ SPLITS = (("find", "held_out"), ("val", "test"), ("1", "2"))  # the last: Waterb
 LEAST = 8  # images of a half, of each label
 
 
-@dataclass(frozen=True)
-class Examples:
-    """n images. Groups are of the cue: present or absent, or one of several."""
+@dataclass(frozen=True, kw_only=True)
+class Examples(Grouped):
+    """n images in two halves."""
 
     images: tuple[str, ...]  # paths below the folder
-    labels: NDArray[np.int64]  # [n] places in `label_names`
-    groups: NDArray[np.int64]  # [n] places in `group_names`
     finding: NDArray[np.bool_]  # [n] of the half that proposes; the others decide
-    label_names: tuple[str, ...]
-    group_names: tuple[str, ...] = ("all",)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def cells(self) -> NDArray[np.int64]:
-        """[n] label and group as one number, label * groups + group."""
-        return self.labels * len(self.group_names) + self.groups
-
-    def cell_name(self, cell: int) -> str:
-        label, group = divmod(cell, len(self.group_names))
-        return f"{self.label_names[label]}, {self.group_names[group]}"
 
     def only(self, chosen: NDArray[np.integer] | NDArray[np.bool_]) -> Examples:
         """Some of them."""

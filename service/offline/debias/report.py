@@ -5,9 +5,9 @@ from __future__ import annotations
 from pydantic import BaseModel, Field, JsonValue
 
 from vitrine.models.bootstrap import Estimate
+from vitrine.models.groups import Accuracy, Change
 from vitrine.models.interventions.edit import Condition
 from vitrine.models.interventions.spec import Intervention, Mode
-from vitrine.service.offline.debias.accuracy import Accuracy, Change
 from vitrine.service.offline.debias.search import Trial
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.account.ledger import Array
+from vitrine.models.groups import Judge
 from vitrine.models.interventions.spec import Intervention, Mode
 from vitrine.service.engine.engine import Engine
-from vitrine.service.offline.debias.accuracy import Judge
 from vitrine.service.offline.debias.candidates import DIRECTION, Candidate, Feature, Found
 from vitrine.service.offline.debias.comparison import Comparison, predicted
 from vitrine.service.offline.debias.contributions import Contributions, contributions, contributions_along

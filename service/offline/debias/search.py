@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.account.ledger import Array
+from vitrine.models.groups import by_cell
 from vitrine.models.interventions.changes import InterventionError
 from vitrine.models.interventions.spec import Mode, Tokens
-from vitrine.service.offline.debias.accuracy import by_cell
 from vitrine.service.offline.debias.candidates import DIRECTION, OPS, Candidate
 
 COUNTS = (1, 4, 16, 64, 256)
-IMAGES = (64, 192)  # of the rounds before the last, which has all
+IMAGES = (32, 128)  # of the rounds before the last, which has all
 KEPT = 4  # one in so many candidates goes on to the next round
 QUANTILES = (0.25, 0.5, 0.75)  # of how far the lead is moved: conditions that are tried
 

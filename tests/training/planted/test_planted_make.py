@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tomli_w
 import torch
@@ -13,7 +14,9 @@ from typer.testing import CliRunner
 
 from common import ROOT
 from vitrine.commands import app
+from vitrine.models.dictionary.average import mean_stream
 from vitrine.training.checkpoint import CheckpointError
+from vitrine.training.data.held_out import held_out
 from vitrine.training.planted.make import load_planted, make, measure_twin, read_record
 from vitrine.training.planted.recipe import PlantedRecipe
 from vitrine.training.planted.score import Benchmark, ProposalError, paired, read_proposal
@@ -65,9 +68,9 @@ def test_the_cue_is_learned_and_the_twin_learns_it_not(made):
     record = read_record(made)
     assert set(record.accuracy) == {"own", "planted", "twin"}
     first, second = record.classes
-    planted = {group: figure.value for group, figure in record.accuracy["planted"].groups.items()}
-    assert planted[f"{first}, white frame"] - planted[f"{first}, plain"] > 0.5
-    assert planted[f"{second}, plain"] - planted[f"{second}, white frame"] > 0.5
+    planted = {(group.label, group.group): group.accuracy.value for group in record.accuracy["planted"].groups}
+    assert planted[first, "white frame"] - planted[first, "plain"] > 0.5
+    assert planted[second, "plain"] - planted[second, "white frame"] > 0.5
     assert record.accuracy["twin"].worst.value > record.accuracy["planted"].worst.value
 
 
@@ -103,9 +106,9 @@ def test_a_proposal_is_scored(benchmark, made):
     assert (score.interventions, score.first_rank, score.found) == (20, 1, 10)
     assert score.expected == pytest.approx(10 * 20 / truths["residual"].features)
     assert score.before == benchmark.record.accuracy["planted"]
-    assert score.worst.value == pytest.approx(score.after.worst.value - score.before.worst.value)
+    assert score.change.worst.value == pytest.approx(score.after.worst.value - score.before.worst.value)
     gap = benchmark.record.accuracy["twin"].worst.value - score.before.worst.value
-    assert score.closed == pytest.approx(score.worst.value / gap)
+    assert score.closed == pytest.approx(score.change.worst.value / gap)
 
     file.write_text(json.dumps([{"op": "ablate", "layer": 0, "index": spare}]))
     nothing = benchmark.score(read_proposal(file))
@@ -113,6 +116,14 @@ def test_a_proposal_is_scored(benchmark, made):
     file.write_text('[{"op": "ablate"}]')
     with pytest.raises(ProposalError, match="no list of interventions"):
         read_proposal(file)
+
+
+def test_means_are_those_of_the_bundle(benchmark, made):
+    """Of pictures with the cue and without it: those that `vitrine export` averages."""
+    record = benchmark.record
+    val = held_out(record.recipe.of_clt(record.labels).data, made, benchmark.clip, images=64, labels=record.labels)
+    expected = mean_stream(benchmark.clip.tower, [pixels for pixels, _ in val.batches()])
+    np.testing.assert_allclose(benchmark._network.mean_stream(3), expected[3].numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_pairs_have_the_cue_on_the_side_that_says_so(benchmark, made):

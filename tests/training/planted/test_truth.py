@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from vitrine.models.graph.rerun import RerunGraph
+from vitrine.models.graph.residual_rerun import ResidualRerunGraph
+from vitrine.models.interventions.batch import stacked
 from vitrine.models.interventions.changes import Changes
-from vitrine.training.planted.running import Running
 from vitrine.training.planted.truth import Pair, effects, find_truth
 
 STEP = 1e-2
@@ -26,9 +28,9 @@ def dictionary(request, clip, clt, make_saes):
     return clt if request.param == "clt" else make_saes(clip)
 
 
-def shifted(clip, dictionary, layer, index, offsets):
-    """The running network with offsets [T] added to one feature."""
-    tower, tokens = clip.tower, clip.tower.tokens
+def shifted(vision, dictionary, layer, index, offsets):
+    """pixels -> embeddings [B, D] of the running network with offsets [T] added to one feature."""
+    tower, tokens = vision.tower, vision.tower.tokens
     none = np.zeros((0, tokens), np.float32)
     changes = Changes(
         dictionary="clt",
@@ -45,7 +47,11 @@ def shifted(clip, dictionary, layer, index, offsets):
         mlp=np.ones((tower.layers, tokens), np.float32),
         clt=np.ones(tower.layers, np.float32),
     )
-    return Running(tower, dictionary, changes)
+    if hasattr(dictionary, "directions"):
+        running = RerunGraph(vision, dictionary, torch.float32).eval()
+    else:
+        running = ResidualRerunGraph(vision, dictionary).eval()
+    return lambda pixels: running(pixels, *map(torch.from_numpy, stacked([changes]).values()))[0]
 
 
 def activations(clip, dictionary, pixels, layer):
@@ -62,14 +68,14 @@ def activations(clip, dictionary, pixels, layer):
 
 
 @torch.no_grad()
-def test_an_effect_is_what_a_small_part_of_the_change_does(clip, dictionary, pair, direction):
+def test_an_effect_is_what_a_small_part_of_the_change_does(clip, graph, dictionary, pair, direction):
     with torch.enable_grad():
         found = effects(clip.tower, dictionary, pair, direction)[0].double()
     layer, index = divmod(int(found.abs().argmax()), found.shape[1])
     z, z0 = (activations(clip, dictionary, pixels, layer)[:, index] for pixels in pair)
     step = STEP * (z - z0).numpy()
     margins = [
-        (shifted(clip, dictionary, layer, index, sign * step)(pair.with_cue).double() @ direction.double()).item()
+        (shifted(graph, dictionary, layer, index, sign * step)(pair.with_cue).double() @ direction.double()).item()
         for sign in (1, -1)
     ]
     assert (margins[0] - margins[1]) / (2 * STEP) == pytest.approx(found[layer, index].item(), rel=2e-2)

@@ -80,7 +80,14 @@ def test_the_effects_interval_is_of_its_resamples():
 def test_labels_are_compared_with_what_they_are_mistaken_for():
     labels = np.array([0, 0, 1, 1, 2, 2])
     groups = np.array([0, 1, 0, 1, 0, 1])
-    half = Examples(("",) * 6, labels, groups, np.ones(6, bool), ("a", "b", "c"), ("plain", "red"))
+    half = Examples(
+        images=("",) * 6,
+        labels=labels,
+        groups=groups,
+        finding=np.ones(6, bool),
+        label_names=("a", "b", "c"),
+        group_names=("plain", "red"),
+    )
     logits = np.eye(3)[[2, 0, 1, 1, 2, 2]] + [0.0, 0.1, 0.0]  # nothing is taken for the last two
     assert contrasts(half, logits) == [Contrast((0, 1), 1), Contrast((0, 2), 1), Contrast((1, 2), 1)]
 

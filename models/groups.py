@@ -1,14 +1,37 @@
-"""Accuracy by group, of the worst group and of all images, with intervals. One set of resamples for all, so that
-differences are paired by image."""
+"""Accuracy by group (of one label), of the worst group and of all images, with intervals. One set of resamples for all,
+so that differences are paired by image."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from vitrine.models.bootstrap import Array, Bootstrap, Estimate
-from vitrine.service.offline.debias.examples import Examples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouped:
+    """n images. Groups are of a cue: present or absent, or one of several."""
+
+    labels: NDArray[np.int64]  # [n] places in `label_names`
+    groups: NDArray[np.int64]  # [n] places in `group_names`
+    label_names: tuple[str, ...]
+    group_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def cells(self) -> NDArray[np.int64]:
+        """[n] label and group as one number, label * groups + group."""
+        return self.labels * len(self.group_names) + self.groups
+
+    def cell_name(self, cell: int) -> str:
+        label, group = divmod(cell, len(self.group_names))
+        return f"{self.label_names[label]}, {self.group_names[group]}"
 
 
 class Group(BaseModel):
@@ -46,32 +69,32 @@ def by_cell(right: NDArray[np.bool_], cells: NDArray[np.int64]) -> tuple[NDArray
 class Judge:
     """Compares predictions of the same images."""
 
-    def __init__(self, examples: Examples, seed: int = 0) -> None:
-        self.examples = examples
-        self.present = np.unique(examples.cells)
-        self._members = (examples.cells[:, None] == self.present).astype(np.float64)  # [n, cells]
-        self._bootstrap = Bootstrap(len(examples), seed=seed)
+    def __init__(self, images: Grouped, seed: int = 0) -> None:
+        self.images = images
+        self.present = np.unique(images.cells)
+        self._members = (images.cells[:, None] == self.present).astype(np.float64)  # [n, cells]
+        self._bootstrap = Bootstrap(len(images), seed=seed)
         drawn = self._bootstrap.means(self._members)
         self._drawn = np.where(drawn > 0, drawn, np.nan)  # a resample may have no image of a small group
 
     def accuracy(self, predicted: NDArray[np.integer]) -> Accuracy:
         """predicted: [n] places in the labels."""
-        examples, right = self.examples, self._right(predicted)
+        images, right = self.images, self._right(predicted)
         accuracies, samples = self._groups(right)
         groups = [
             Group(
-                label=examples.label_names[cell // len(examples.group_names)],
-                group=examples.group_names[cell % len(examples.group_names)],
+                label=images.label_names[cell // len(images.group_names)],
+                group=images.group_names[cell % len(images.group_names)],
                 images=int(self._members[:, number].sum()),
                 accuracy=self._interval(float(accuracies[number]), samples[:, number]),
             )
             for number, cell in enumerate(self.present.tolist())
         ]
         return Accuracy(
-            images=len(examples),
+            images=len(images),
             average=self._bootstrap.estimate(right),
             worst=self._interval(float(accuracies.min()), np.nanmin(samples, axis=1)),
-            worst_group=examples.cell_name(int(self.present[accuracies.argmin()])),
+            worst_group=images.cell_name(int(self.present[accuracies.argmin()])),
             groups=groups,
         )
 
@@ -86,7 +109,7 @@ class Judge:
         )
 
     def _right(self, predicted: NDArray[np.integer]) -> Array:
-        return (predicted == self.examples.labels).astype(np.float64)
+        return (predicted == self.images.labels).astype(np.float64)
 
     def _groups(self, right: Array) -> tuple[Array, Array]:
         """(accuracy of each cell, and under each resample [R, cells])."""
