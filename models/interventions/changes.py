@@ -265,9 +265,7 @@ def _bases(
             wanted = np.stack([_put_in(projections[number][0], units[number], place, network) for number in chosen])
             offset = basis @ np.linalg.pinv(rows, rcond=PARALLEL) @ wanted  # [r, 2] at [CLS] and at patches
             if not np.allclose(rows @ basis.T @ offset, wanted, rtol=1e-4, atol=1e-4):
-                raise InterventionError(
-                    "projections along the same direction at the same tokens put in different values"
-                )
+                raise InterventionError("projections along one direction at the same tokens put in different values")
             places += [place] * len(basis)
             directions.append(basis)
             gains.append(np.broadcast_to(-at.astype(np.float32), (len(basis), len(types))))

@@ -18,6 +18,7 @@ from vitrine.models.account.ledger import Decomposition, logits
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.interventions import direct
 from vitrine.models.interventions.changes import Changes, Network
+from vitrine.models.interventions.conditions import applied
 from vitrine.models.interventions.edit import NONE, Edit, EditError, check_signature, read_key
 from vitrine.models.interventions.edit_files import bundle_edits, changes_of, read_edits
 from vitrine.models.interventions.network import BundleNetwork
@@ -86,8 +87,11 @@ class ServedEdit:
         if not self.needs_labels:
             return Edited(edited, True)
         assert labels is not None
-        applied = self._moves(plain, edited, labels)
-        return Edited(edited if applied else plain, applied)
+        assert self.edit.condition is not None
+        scale = self.bundle.manifest.logit_scale
+        before, after = (logits(parts.embedding, labels, scale)[None] for parts in (plain, edited))
+        made = bool(applied(self.edit.condition, before, after)[0])
+        return Edited(edited if made else plain, made)
 
     def used(self, applied: bool) -> EditUsed:
         """As answers name it."""
@@ -117,18 +121,6 @@ class ServedEdit:
             for item in self.edit.interventions
             if item.layer is not None and item.index is not None and item.dictionary == "clt"
         ]
-
-    def _moves(self, plain: Decomposition, edited: Decomposition, labels: NDArray[np.floating]) -> bool:
-        condition, scale = self.edit.condition, self.bundle.manifest.logit_scale
-        assert condition is not None
-        before, after = (logits(parts.embedding, labels, scale) for parts in (plain, edited))
-        first, *others = np.argsort(-before, kind="stable").tolist()
-        if condition.moves_logit is None:
-            return bool(after.argmax() != first)
-        if not others:  # there is no runner-up
-            return False
-        lead = (values[first] - values[others[0]] for values in (after, before))
-        return abs(float(next(lead) - next(lead))) >= condition.moves_logit
 
 
 class Edits:

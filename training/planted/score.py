@@ -1,7 +1,8 @@
 """How well a proposal is aimed at a planted cue: the rank of the cue's features in it, and groups before and after.
 
-A proposal is a list of interventions (`models.interventions.spec`), the first the most wanted, as JSON; or an object
-with such a list at `interventions`. It is made in the running network, on images that nobody has looked at.
+A proposal is a list of interventions (`models.interventions.spec`), the first the most wanted, as JSON; or an edit or
+a report of `vitrine debias`, whose ranking is compared with the cue's features then. It is made as it says, else in the
+running network, on images that nobody has looked at.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +18,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from torch import Tensor
 
-from vitrine.models.bundle.layout import ALWAYS
+from vitrine.models.account.ledger import Decomposition
+from vitrine.models.bundle.layout import ALWAYS, EVERY_OUTPUT
 from vitrine.models.dictionary.residual_sae import ResidualSaes
 from vitrine.models.errors import VitrineError
 from vitrine.models.graph.attribution import AttributionGraph
@@ -25,9 +28,12 @@ from vitrine.models.graph.residual_rerun import ResidualRerunGraph
 from vitrine.models.groups import Accuracy, Change, Judge
 from vitrine.models.inputs.files import read_file
 from vitrine.models.interventions.batch import stacked
-from vitrine.models.interventions.changes import resolve
+from vitrine.models.interventions.changes import Changes, resolve
+from vitrine.models.interventions.conditions import applied
+from vitrine.models.interventions.direct import changed
+from vitrine.models.interventions.edit import Condition
 from vitrine.models.interventions.spec import Dictionary as Name
-from vitrine.models.interventions.spec import Intervention
+from vitrine.models.interventions.spec import Intervention, Mode
 from vitrine.training.checkpoint import first_problem, latest, load_clt, load_residual_saes
 from vitrine.training.evaluation.results import Part
 from vitrine.training.planted.data import Row, grouped, read_table
@@ -57,19 +63,59 @@ class Score(Part):
     closed: float | None  # share of the gap to the twin's worst group; None without a twin, or where there is no gap
 
 
-class _Wrapped(BaseModel):
+class DirectTables(NamedTuple):
+    """`models.interventions.direct.Tables`."""
+
+    directions: NDArray[np.floating]
+    fold: NDArray[np.floating]
+    beta: NDArray[np.floating]
+
+
+class Named(BaseModel):
+    """A feature."""
+
+    layer: int
+    index: int
+    dictionary: Name = "clt"
+
+
+class _Evidence(BaseModel):
+    ranking: tuple[Named, ...] = ()
+
+
+class Proposal(BaseModel):
+    """What is scored; fields of an edit or a report that are not here do not matter."""
+
     interventions: tuple[Intervention, ...]
+    mode: Mode = "rerun"
+    condition: Condition | None = None
+    ranking: tuple[Named, ...] = ()
+    evidence: _Evidence = _Evidence()
+
+    @property
+    def features(self) -> list[tuple[Name, int, int]]:
+        """Each once, the most wanted first: those of a ranking, or else those that are changed."""
+        ranked = [(one.dictionary, one.layer, one.index) for one in self.ranking or self.evidence.ranking]
+        changed = [
+            (item.dictionary, item.layer, item.index)
+            for item in self.interventions
+            if item.layer is not None and item.index is not None
+        ]
+        return list(dict.fromkeys(ranked or changed))
 
 
-def read_proposal(file: Path) -> tuple[Intervention, ...]:
+def read_proposal(file: Path) -> Proposal:
     """Raises `ProposalError`."""
     try:
-        found: tuple[Intervention, ...] | _Wrapped = TypeAdapter(tuple[Intervention, ...] | _Wrapped).validate_json(
+        found: tuple[Intervention, ...] | Proposal = TypeAdapter(tuple[Intervention, ...] | Proposal).validate_json(
             read_file(file)
         )
     except ValidationError as error:
         raise ProposalError(f"{file} is no list of interventions: {first_problem(error)}") from error
-    return found.interventions if isinstance(found, _Wrapped) else found
+    proposal = found if isinstance(found, Proposal) else Proposal(interventions=found)
+    if proposal.condition is not None and not proposal.condition.compares:
+        raise ProposalError(f"{file} has a condition on activations: only those on predictions are scored")
+    return proposal
 
 
 class Benchmark:
@@ -85,41 +131,47 @@ class Benchmark:
             self.dictionaries["residual"] = load_residual_saes(latest(out / "saes"))[0]
         self.rows = read_table(out / "data", "test")
         labels = embeddings(self.clip, self.record.recipe, self.record.classes)
-        self.direction = self.clip.logit_scale * (labels[0] - labels[1])
+        self.labels = (self.clip.logit_scale * labels).numpy()  # [2, D]
 
     def truth(self, name: Name) -> Truth:
         """Which features of a dictionary carry the cue."""
         rows = self.rows[:: max(1, len(self.rows) // PAIRS)][:PAIRS]
-        return find_truth(self.clip.tower, self.dictionaries[name], self._pairs(rows), self.direction)
+        return find_truth(
+            self.clip.tower,
+            self.dictionaries[name],
+            self._pairs(rows),
+            torch.from_numpy(self.labels[0] - self.labels[1]),
+        )
 
-    @torch.no_grad()
-    def predicted(self, proposal: Sequence[Intervention]) -> NDArray[np.integer]:
-        """[n] which of the two classes the images of test are taken for, with the proposal made in the running network.
+    def changes(self, proposal: Proposal) -> Changes:
+        """Raises `InterventionError`."""
+        return resolve(proposal.interventions, self._network, proposal.mode)
+
+    def predicted(self, proposal: Proposal) -> NDArray[np.integer]:
+        """[n] which of the two classes the images of test are taken for under a proposal.
 
         Raises `InterventionError`.
         """
-        changes = resolve(proposal, self._network, "rerun")
-        graph, margins = self._graphs[changes.dictionary], []
-        for batch in self._batches([row.image for row in self.rows]):
-            inputs = [torch.from_numpy(part) for part in stacked([changes] * len(batch)).values()]
-            margins.append(graph(batch, *inputs)[ALWAYS.index("embedding")] @ self.direction)
-        places: NDArray[np.integer] = (torch.cat(margins) <= 0).long().numpy()
+        logits = self._logits(self.changes(proposal), proposal.mode)
+        if proposal.condition is not None:
+            logits = np.where(applied(proposal.condition, self._plain, logits)[:, None], logits, self._plain)
+        places: NDArray[np.integer] = logits.argmax(-1)
         return places
 
-    def score(self, proposal: Sequence[Intervention]) -> Score:
+    def score(self, proposal: Proposal) -> Score:
         """Raises `InterventionError`."""
-        features = list(dict.fromkeys((i.dictionary, i.layer, i.index) for i in proposal if i.index is not None))
+        features = proposal.features
         truths = {name: self.truth(name) for name in {feature[0] for feature in features}}
         carriers = {(name, c.layer, c.index) for name, truth in truths.items() for c in truth.carriers}
         hits = [rank for rank, feature in enumerate(features, 1) if feature in carriers]
         shown = min(MOST_SHOWN, len(features))
-        before, after = self.predicted(()), self.predicted(proposal)
+        before, after = self._plain.argmax(-1), self.predicted(proposal)
         judge = Judge(grouped(self.rows, self.record.classes))
         was, now = judge.accuracy(before), judge.accuracy(after)
         twin = self.record.accuracy.get("twin")
         gap = twin.worst.value - was.worst.value if twin else 0.0
         return Score(
-            interventions=len(proposal),
+            interventions=len(proposal.interventions),
             first_rank=hits[0] if hits else None,
             found=sum(rank <= MOST_SHOWN for rank in hits),
             expected=shown * len(carriers) / max(1, sum(truth.features for truth in truths.values())),
@@ -128,6 +180,42 @@ class Benchmark:
             change=judge.change(before, after),
             closed=(now.worst.value - was.worst.value) / gap if gap > 0 else None,
         )
+
+    @torch.no_grad()
+    def _logits(self, changes: Changes, mode: Mode) -> NDArray[np.floating]:
+        """[n, 2] of the images of test, with changes made."""
+        run = self._directly if mode == "direct" else self._rerun
+        batches = self._batches([row.image for row in self.rows])
+        found: NDArray[np.floating] = np.concatenate([run(batch, changes) for batch in batches]) @ self.labels.T
+        return found
+
+    def _rerun(self, batch: Tensor, changes: Changes) -> NDArray[np.floating]:
+        """Unit embeddings [B, D] of normalised pixels."""
+        inputs = [torch.from_numpy(part) for part in stacked([changes] * len(batch)).values()]
+        found: NDArray[np.floating] = self._graphs[changes.dictionary](batch, *inputs)[
+            ALWAYS.index("embedding")
+        ].numpy()
+        return found
+
+    def _directly(self, batch: Tensor, changes: Changes) -> NDArray[np.floating]:
+        """Unit embeddings [B, D] of normalised pixels."""
+        outputs = dict(zip(EVERY_OUTPUT, map(np.asarray, self._vision(batch)), strict=True))
+        parts = [Decomposition.from_batch(outputs, image, with_details=True) for image in range(len(batch))]
+        return np.stack([changed(one, changes, self._tables).embedding for one in parts])
+
+    @cached_property
+    def _plain(self) -> NDArray[np.floating]:
+        """[n, 2] logits of the images of test."""
+        return self._logits(resolve((), self._network, "rerun"), "rerun")
+
+    @cached_property
+    def _vision(self) -> AttributionGraph:
+        return AttributionGraph(self.clip.tower, self._clt, self._cls_mean, torch.float32).eval()
+
+    @cached_property
+    def _tables(self) -> DirectTables:
+        fold, beta = self.clip.tower.fold()
+        return DirectTables(self._clt.directions().numpy(), fold.numpy(), beta.numpy())
 
     @cached_property
     def _network(self) -> TorchNetwork:
@@ -139,7 +227,7 @@ class Benchmark:
     @cached_property
     def _graphs(self) -> dict[Name, ChangedGraph]:
         """The running network, by whose features are changed in it."""
-        vision = AttributionGraph(self.clip.tower, self._clt, self._cls_mean, torch.float32).eval()
+        vision = self._vision
         graphs: dict[Name, ChangedGraph] = {"clt": RerunGraph(vision, self._clt, torch.float32).eval()}
         if isinstance(saes := self.dictionaries.get("residual"), ResidualSaes):
             graphs["residual"] = ResidualRerunGraph(vision, saes).eval()

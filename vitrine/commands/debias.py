@@ -50,6 +50,9 @@ def debias(
         By | None,
         typer.Option(help="How groups are found; default: by the table's column, else the cue, else the errors."),
     ] = None,
+    op: Annotated[
+        list[str] | None, typer.Option(help="An edit to try, as the printed trials name it (repeatable); default: all.")
+    ] = None,
     cap: Annotated[float, typer.Option(min=0, max=100, help="Points of average accuracy that an edit may cost.")] = 1.0,
     description: Annotated[str | None, typer.Option(help="Of the edit; default: what was found.")] = None,
     seed: Annotated[int, typer.Option(help="Of drawn halves, resamples and random features.")] = 0,
@@ -96,6 +99,7 @@ def debias(
         cue=tuple(cue or ()),
         others=tuple(other or ()),
         joint=joint,
+        ops=_ops(op),
         cap=cap / 100,
         seed=seed,
     )
@@ -128,6 +132,15 @@ def debias(
     )
     write_text(out, made.text())
     console.print(f"{made.name} {made.digest}, in {out}", soft_wrap=True, highlight=False)
+
+
+def _ops(asked: list[str] | None) -> tuple[str, ...]:
+    from vitrine.service.offline.debias.candidates import EDITS
+
+    for name in asked or ():
+        if name not in EDITS:
+            raise typer.BadParameter(f"{name!r} is none of {'; '.join(EDITS)}", param_hint="--op")
+    return tuple(asked or EDITS)
 
 
 def _examples(

@@ -68,6 +68,7 @@ OPS: dict[str, Make] = {
     "project what they read": _project_reading,
 }
 DIRECTION = "set the groups' direction between them"  # at [CLS] after the last layer
+EDITS = (*OPS, DIRECTION)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.account.ledger import Array
+from vitrine.service.offline.debias.candidates import EDITS
 
 By = Literal["table", "cue", "errors"]
 AS_IT_IS = ("{}",)
@@ -29,6 +30,7 @@ class Question:
     cue: tuple[str, ...] = ()  # prompts: "a red background"
     others: tuple[str, ...] = ()  # of what is there instead: "a green background"
     joint: str = "{label} with {cue}"  # a prompt of both
+    ops: tuple[str, ...] = EDITS  # that are tried
     cap: float = 0.01  # of the average accuracy: what an edit may cost
     draws: int = 5  # of random features
     shown: int = 10  # features of the ranking

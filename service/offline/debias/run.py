@@ -196,7 +196,7 @@ class Debias:
         def track(some: Sequence[Candidate]) -> Iterable[Candidate]:
             return self.track(some, "edits")
 
-        tried = candidates(self.runner.modes, len(found.features), len(found.directions))
+        tried = candidates(self.runner.modes, len(found.features), len(found.directions), self.question.ops)
         return search(logits, Half(half.labels, half.cells, before), tried, self.question.cap, track)
 
     def _directions(
@@ -240,7 +240,7 @@ class Debias:
 
         def run(candidate: Candidate, found: Found = found) -> NDArray[np.integer]:
             after = self._under(candidate.interventions(found), candidate.mode, others.images, texts)
-            return conditioned(before, after, candidate.moves_logit).argmax(-1)
+            return conditioned(before, after, candidate.condition).argmax(-1)
 
         if sought.best is not None:
             chosen = sought.best.candidate

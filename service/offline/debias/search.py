@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from vitrine.models.account.ledger import Array
 from vitrine.models.groups import by_cell
 from vitrine.models.interventions.changes import InterventionError
+from vitrine.models.interventions.conditions import applied, moved
+from vitrine.models.interventions.edit import Condition
 from vitrine.models.interventions.spec import Mode, Tokens
-from vitrine.service.offline.debias.candidates import DIRECTION, OPS, Candidate
+from vitrine.service.offline.debias.candidates import DIRECTION, EDITS, OPS, Candidate
 
 COUNTS = (1, 4, 16, 64, 256)
 IMAGES = (32, 128)  # of the rounds before the last, which has all
@@ -66,25 +68,25 @@ class Search:
     best: Trial | None  # None: none was better than no edit, within the cap
 
 
-def moved(before: Array, after: Array) -> Array:
-    """[n] by how much the lead of the first label over its runner-up changes; of logits [n, N] before and after. What
-    an edit's `moves_logit` is compared with."""
-    order = np.argsort(-before, axis=1, kind="stable")[:, :2]
-    leads = (np.take_along_axis(part, order, 1) for part in (after, before))
-    return np.abs(np.subtract(*(lead[:, 0] - lead[:, -1] for lead in leads)))
-
-
-def conditioned(before: Array, after: Array, moves_logit: float | None) -> Array:
+def conditioned(before: Array, after: Array, condition: Condition | None) -> Array:
     """Logits [n, N] under an edit with this condition."""
-    return after if moves_logit is None else np.where((moved(before, after) >= moves_logit)[:, None], after, before)
+    return after if condition is None else np.where(applied(condition, before, after)[:, None], after, before)
 
 
-def candidates(modes: Sequence[Mode], features: int, directions: int) -> list[Candidate]:
-    """All that are tried first."""
+def candidates(modes: Sequence[Mode], features: int, directions: int, ops: Sequence[str] = EDITS) -> list[Candidate]:
+    """All that are tried first: each op of `ops`."""
     counts = [count for count in COUNTS if count < features] + [min(features, COUNTS[-1])] * (features > 0)
     where: dict[Mode, Tokens | None] = {"direct": "cls", "rerun": None}  # direct mode changes nothing else
-    made = [Candidate(op, count, mode, where[mode]) for mode in modes for op in OPS for count in dict.fromkeys(counts)]
-    return made + [Candidate(DIRECTION, directions, "direct")] * (directions > 0 and "direct" in modes)
+    made = [
+        Candidate(op, count, mode, where[mode])
+        for mode in modes
+        for op in OPS
+        if op in ops
+        for count in dict.fromkeys(counts)
+    ]
+    return made + [Candidate(DIRECTION, directions, "direct")] * (
+        directions > 0 and "direct" in modes and DIRECTION in ops
+    )
 
 
 def search(
@@ -137,7 +139,7 @@ def search(
         for value in dict.fromkeys(np.quantile(moved(half.logits, edited), QUANTILES).round(3).tolist()):
             if value > 0:
                 candidate = replace(found.candidate, moves_logit=value)
-                trials.append(judged(candidate, conditioned(half.logits, edited, value), rounds[-1]))
+                trials.append(judged(candidate, conditioned(half.logits, edited, candidate.condition), rounds[-1]))
     return Search(trials, sizes, refused, best(trials, none, cap))
 
 

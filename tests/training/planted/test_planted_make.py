@@ -113,6 +113,26 @@ def test_a_proposal_is_scored(benchmark, made):
     file.write_text(json.dumps([{"op": "ablate", "layer": 0, "index": spare}]))
     nothing = benchmark.score(read_proposal(file))
     assert (nothing.first_rank, nothing.found) == (None, 0)
+    ranking = [{"layer": c.layer, "index": c.index} for c in truths["clt"].carriers[:2]]
+    vector = {"op": "project", "layer": 2, "vector": [1.0, -1.0] * 16, "value": 3.0, "tokens": "cls"}
+    edit = {"interventions": [vector], "mode": "direct", "evidence": {"ranking": ranking}}
+    file.write_text(json.dumps(edit))
+    direct = read_proposal(file)
+    assert [(layer, index) for _, layer, index in direct.features] == [(c["layer"], c["index"]) for c in ranking]
+    assert benchmark.score(direct).first_rank == 1
+    file.write_text(json.dumps(edit | {"mode": "rerun"}))
+    after = [benchmark._logits(benchmark.changes(one), one.mode) for one in (direct, read_proposal(file))]
+    np.testing.assert_allclose(*after, atol=1e-3)
+    assert np.abs(after[0] - benchmark._plain).max() > 1e-2
+
+    moved = float(np.quantile(np.abs(np.diff(after[0] - benchmark._plain)), 0.5))
+    file.write_text(json.dumps(edit | {"condition": {"moves_logit": moved}}))
+    expected = np.where(np.abs(np.diff(after[0] - benchmark._plain)) >= moved, after[0], benchmark._plain)
+    assert (benchmark.predicted(read_proposal(file)) == expected.argmax(-1)).all()
+    file.write_text(json.dumps(edit | {"condition": {"activation_at_least": 1.0}}))
+    with pytest.raises(ProposalError, match="a condition on activations"):
+        read_proposal(file)
+
     file.write_text('[{"op": "ablate"}]')
     with pytest.raises(ProposalError, match="no list of interventions"):
         read_proposal(file)

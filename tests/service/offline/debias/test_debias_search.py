@@ -6,12 +6,11 @@ import pytest
 from vitrine.models.interventions.changes import InterventionError
 from vitrine.models.interventions.edit import Condition
 from vitrine.models.interventions.spec import Intervention
-from vitrine.service.engine.edits import ServedEdit
 from vitrine.service.offline.debias import search as search_module
 from vitrine.service.offline.debias.candidates import DIRECTION, OPS, Candidate, Feature, Found
 from vitrine.service.offline.debias.directions import Direction
 from vitrine.service.offline.debias.firing import Firing
-from vitrine.service.offline.debias.search import Half, candidates, conditioned, moved, search
+from vitrine.service.offline.debias.search import Half, candidates, search
 
 CELLS = np.repeat([0, 1, 2, 3], 10)
 LABELS = CELLS // 2
@@ -94,6 +93,11 @@ def test_a_direction_is_tried_in_direct_mode_alone():
     assert [one.op for one in candidates(("direct",), 0, 2)] == [DIRECTION]
 
 
+def test_only_what_is_asked_for_is_tried():
+    assert {one.op for one in candidates(("direct", "rerun"), 4, 1, ("project", DIRECTION))} == {"project", DIRECTION}
+    assert {one.op for one in candidates(("rerun",), 4, 1, ("project",))} == {"project"}
+
+
 def test_an_edit_that_moves_images_a_little_for_the_worse_is_made_conditional():
     """All of b move by 3 logits, and are right then; half of d move by 0.4, and are wrong then."""
     before, after = wrong(), wrong()
@@ -104,22 +108,6 @@ def test_an_edit_that_moves_images_a_little_for_the_worse_is_made_conditional():
     assert found.best.candidate.moves_logit == pytest.approx(0.4 + 0.25 * 2.6), "a quarter moves as much"
     assert found.best.candidate.condition == Condition(moves_logit=found.best.candidate.moves_logit)
     assert "where that moves" in found.best.candidate.title
-
-
-def test_the_lead_is_what_the_service_compares():
-    """As `ServedEdit` decides it, image by image."""
-    generator = np.random.default_rng(0)
-    before, after = generator.standard_normal((2, 50, 3))
-    leads = moved(before, after)
-    for number in range(50):
-        first, second = np.argsort(-before[number])[:2]
-        lead = (after[number, first] - after[number, second]) - (before[number, first] - before[number, second])
-        assert leads[number] == pytest.approx(abs(lead))
-    middle = float(np.median(leads))
-    applied = (conditioned(before, after, middle) == after).all(1)
-    assert applied.sum() == 25
-    assert hasattr(ServedEdit, "_moves"), "where the same is said of one image"
-    assert (conditioned(before, after, None) == after).all()
 
 
 @pytest.mark.parametrize("op", OPS)
