@@ -79,13 +79,20 @@ class Candidate:
     count: int
     mode: Mode
     tokens: Tokens | None = None  # None: what the op does by itself
+    shift: float = 0.0  # of directions: how far beyond the middle, as a share of the difference between the groups
     moves_logit: float | None = None  # applied only where it moves the lead by as many logits; None: always
 
     def interventions(self, found: Found) -> tuple[Intervention, ...]:
         """found: at least `count` features, or directions."""
         if self.op == DIRECTION:
             return tuple(
-                Intervention(op="project", layer=found.layers - 1, vector=one.vector, value=one.between, tokens="cls")
+                Intervention(
+                    op="project",
+                    layer=found.layers - 1,
+                    vector=one.vector,
+                    value=one.between + self.shift * one.length,
+                    tokens="cls",
+                )
                 for one in found.directions[: self.count]
             )
         make = OPS[self.op]
@@ -105,6 +112,7 @@ class Candidate:
     @property
     def title(self) -> str:
         tokens = "" if self.tokens is None else f" at {self.tokens}"
+        tokens += f", {self.shift:+.1f} of their distance from the middle" if self.shift else ""
         what = f"{self.count} {'feature' if self.of_features else 'direction'}{'' if self.count == 1 else 's'}"
         where = "" if self.moves_logit is None else f", where that moves {self.moves_logit:.2f} logits"
         return f"{self.op}{tokens}, {what}, {self.mode}{where}"

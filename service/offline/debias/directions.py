@@ -5,9 +5,9 @@ Of each group, with m[y, g] the mean stream of label y with the cue and without,
     v       = mean over labels of m[y, with] - m[y, without]        the group's direction, of length 1 then
     between = <mean over the cells (label, group) of m[y, g], v>
 
-An edit sets the stream's part along v to `between`, in every image: the means of the groups are then the same along
-every direction (mean projection; Haghighatkhah et al. 2022, arXiv 2206.12447), whether the cue's presence or its
-absence counts. What writes along v is said by its source account.
+An edit sets the stream's part along v to `between`, or a little beyond, in every image: the means of the groups are
+then the same along every direction (mean projection; Haghighatkhah et al., EMNLP 2022), whether the cue's presence or
+its absence counts. What writes along v is said by its source account.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Direction:
     vector: tuple[float, ...]  # [d] of length 1
     between: float
     group: int  # -1: of none
-    length: float = 0.0  # of the difference of means
+    length: float  # of the difference of means
 
 
 def cell_mean(streams: Array, labels: NDArray[np.int64], groups: NDArray[np.int64]) -> Array:
@@ -61,9 +61,13 @@ def directions(
     return found
 
 
-def drawn(count: int, middle: Array, generator: np.random.Generator) -> list[Direction]:
-    """As many directions drawn at random, which are set to what the mean stream [d] has along them."""
-    return [_along(row, middle, -1) for row in generator.standard_normal((count, len(middle)))]
+def drawn(directions: Sequence[Direction], middle: Array, generator: np.random.Generator) -> list[Direction]:
+    """As many directions drawn at random, of the same lengths, which are set to what the mean stream [d] has along
+    them."""
+    rows = generator.standard_normal((len(directions), len(middle)))
+    lengths = np.array([one.length for one in directions])
+    rows *= (lengths / np.linalg.norm(rows, axis=1))[:, None]
+    return [_along(row, middle, -1) for row in rows]
 
 
 def _along(row: Array, middle: Array, group: int) -> Direction:

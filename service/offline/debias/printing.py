@@ -104,7 +104,8 @@ def _trials(report: Report) -> Table:
     for trial in sorted(report.trials, key=lambda trial: -trial.worst)[:10]:
         moves = "" if trial.moves_logit is None else f"{trial.moves_logit:.2f}"
         shares = f"{trial.worst:.1%}", f"{trial.average:.1%}"
-        table.add_row(trial.op, trial.tokens, str(trial.features), trial.mode, moves, *shares)
+        op = f"{trial.op}, {trial.shift:+.1f}" if trial.shift else trial.op
+        table.add_row(op, trial.tokens, str(trial.features), trial.mode, moves, *shares)
     return table
 
 

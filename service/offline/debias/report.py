@@ -54,6 +54,7 @@ class TrialRow(BaseModel):
     features: int = Field(description="or directions")
     mode: Mode
     tokens: str
+    shift: float = Field(description="of directions: beyond the middle, as a share of the groups' difference")
     moves_logit: float | None = Field(description="applied only where it moves the lead by as much")
     worst: float
     average: float
@@ -68,6 +69,7 @@ class TrialRow(BaseModel):
             features=candidate.count,
             mode=candidate.mode,
             tokens=where,
+            shift=candidate.shift,
             moves_logit=candidate.moves_logit,
             **figures,
         )

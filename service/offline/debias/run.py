@@ -249,7 +249,7 @@ class Debias:
             if not chosen.of_features:
                 plain = Candidate("ablate", min(question.shown, len(found.features)), self.runner.modes[-1])
                 generator = np.random.default_rng(question.seed)
-                of_draws = [drawn(chosen.count, found.middle, generator) for _ in range(question.draws)]
+                of_draws = [drawn(found.directions, found.middle, generator) for _ in range(question.draws)]
                 results = [run(chosen, replace(found, directions=one)) for one in of_draws]
                 methods += comparison.random("random directions", results)
                 if of_features := [trial for trial in sought.trials if trial.candidate.of_features]:

@@ -26,6 +26,7 @@ from vitrine.service.offline.debias.candidates import DIRECTION, EDITS, OPS, Can
 COUNTS = (1, 4, 16, 64, 256)
 IMAGES = (32, 128)  # of the rounds before the last, which has all
 KEPT = 4  # one in so many candidates goes on to the next round
+SHIFTS = (0.0, -0.1, 0.1, -0.2, 0.2)  # of directions: what the middle is for the means need not be for the decision
 QUANTILES = (0.25, 0.5, 0.75)  # of how far the lead is moved: conditions that are tried
 
 
@@ -84,9 +85,9 @@ def candidates(modes: Sequence[Mode], features: int, directions: int, ops: Seque
         if op in ops
         for count in dict.fromkeys(counts)
     ]
-    return made + [Candidate(DIRECTION, directions, "direct")] * (
-        directions > 0 and "direct" in modes and DIRECTION in ops
-    )
+    if directions and "direct" in modes and DIRECTION in ops:
+        made += [Candidate(DIRECTION, directions, "direct", shift=shift) for shift in SHIFTS]
+    return made
 
 
 def search(

@@ -3,7 +3,8 @@
 import pytest
 
 LABELS = ["red circle", "green square", "blue triangle"]  # the tiny bundle's
-LAYERS, PATCHES, FEATURES, K = 3, 16, 64, 8
+LAYERS, PATCHES, FEATURES, K, WIDTH = 3, 16, 64, 8, 32
+MODES = ("direct", "rerun")
 
 
 def ask(server, image, **request):
@@ -35,7 +36,7 @@ def active(answer, layer):
         [{"op": "scale", "layer": 1, "head": 0, "value": 1}, {"op": "scale", "row": "bias", "value": 1}],
     ],
 )
-@pytest.mark.parametrize("mode", ["direct", "rerun"])
+@pytest.mark.parametrize("mode", MODES)
 def test_what_changes_nothing_leaves_the_answer_of_attribute(server, picture, edits, mode):
     if mode == "rerun":
         edits = [item for item in edits if "row" not in item]
@@ -130,6 +131,17 @@ def test_in_the_running_network_later_layers_see_it(server, picture):
     assert abs(change["logit"] - direct["results"][0]["difference"]["explanations"][0]["logit"]) > 1e-3
     (gone,) = [feature for feature in change["features"] if (feature["layer"], feature["index"]) == (0, index)]
     assert (gone["activation_before"] > 0, gone["activation_after"]) == (True, 0)
+
+
+def test_a_direction_after_the_last_layer_is_the_same_in_both_modes(server, picture):
+    vector = [(-1.0) ** number * (1 + number % 5) for number in range(WIDTH)]
+    edits = [{"op": "project", "layer": LAYERS - 1, "vector": vector, "value": 2.0, "tokens": "cls"}]
+    answers = [ask(server, picture(), edits=edits, mode=mode, explain={"targets": LABELS}) for mode in MODES]
+    direct, rerun = ([one["logit"] for one in part["results"][0]["after"]["explanations"]] for part in answers)
+    assert direct == pytest.approx(rerun, abs=1e-3)
+    before = [one["logit"] for one in answers[0]["before"]["explanations"]]
+    assert direct != pytest.approx(before, abs=1e-2)
+    assert answers[0]["results"][0]["after"]["explanations"][0]["ledger"]["edit"] != 0
 
 
 @pytest.mark.parametrize("of", ["features", "patches"])

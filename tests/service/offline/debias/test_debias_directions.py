@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vitrine.service.offline.debias.directions import cell_mean, directions, drawn
+from vitrine.service.offline.debias.directions import Direction, cell_mean, directions, drawn
 
 LABELS = np.array([0, 0, 0, 0, 1, 1, 1])
 GROUPS = np.array([0, 0, 1, 1, 0, 0, 1])
@@ -45,7 +45,9 @@ def test_a_group_that_no_label_has_beside_others_has_no_direction():
 
 def test_directions_drawn_at_random_are_set_to_the_mean():
     middle = np.array([1.0, 2.0, 3.0, 4.0])
-    found = drawn(3, middle, np.random.default_rng(0))
+    like = [Direction((1.0, 0.0, 0.0, 0.0), 0.0, 0, length) for length in (1.0, 2.0, 3.0)]
+    found = drawn(like, middle, np.random.default_rng(0))
+    assert [one.length for one in found] == pytest.approx([1, 2, 3])
     assert len({one.vector for one in found}) == 3
     for one in found:
         assert one.between == pytest.approx(middle @ one.vector, abs=1e-4)

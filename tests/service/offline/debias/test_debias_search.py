@@ -10,7 +10,7 @@ from vitrine.service.offline.debias import search as search_module
 from vitrine.service.offline.debias.candidates import DIRECTION, OPS, Candidate, Feature, Found
 from vitrine.service.offline.debias.directions import Direction
 from vitrine.service.offline.debias.firing import Firing
-from vitrine.service.offline.debias.search import Half, candidates, search
+from vitrine.service.offline.debias.search import SHIFTS, Half, candidates, search
 
 CELLS = np.repeat([0, 1, 2, 3], 10)
 LABELS = CELLS // 2
@@ -88,9 +88,9 @@ def test_a_rare_cell_is_in_every_round_whole(monkeypatch):
 
 
 def test_a_direction_is_tried_in_direct_mode_alone():
-    assert run(lambda one: wrong(b=1), modes=("direct",), directions=1).tried[0] == 13
+    assert run(lambda one: wrong(b=1), modes=("direct",), directions=1).tried[0] == 12 + len(SHIFTS)
     assert DIRECTION not in {one.op for one in candidates(("rerun",), 4, 1)}
-    assert [one.op for one in candidates(("direct",), 0, 2)] == [DIRECTION]
+    assert {one.op for one in candidates(("direct",), 0, 2)} == {DIRECTION}
 
 
 def test_only_what_is_asked_for_is_tried():
@@ -123,6 +123,8 @@ def test_every_candidate_is_a_valid_intervention(op):
 
 
 def test_directions_are_set_after_the_last_layer_at_cls():
-    found = Found([], [], [Direction((0.6, 0.8), 1.5, 0)], np.zeros(2), 4)
+    found = Found([], [], [Direction((0.6, 0.8), 1.5, 0, 5.0)], np.zeros(2), 4)
     (made,) = Candidate(DIRECTION, 1, "direct").interventions(found)
     assert (made.op, made.layer, made.vector, made.value, made.where) == ("project", 3, (0.6, 0.8), 1.5, "cls")
+    (beyond,) = Candidate(DIRECTION, 1, "direct", shift=-0.1).interventions(found)
+    assert beyond.value == pytest.approx(1.0)
