@@ -16,7 +16,9 @@ from starlette.routing import Match
 from vitrine.service.answers.reload import RELOAD_ERRORS, Serving
 from vitrine.service.engine.processors import memory_limit
 from vitrine.service.errors import ServiceError
-from vitrine.service.http.errors import on_disconnect, on_http_error, on_service_error
+from vitrine.service.http.compression import CompressionMiddleware
+from vitrine.service.http.cors import CorsMiddleware
+from vitrine.service.http.errors import ErrorShapes, on_disconnect, on_http_error, on_service_error
 from vitrine.service.http.middleware import RequestMiddleware
 from vitrine.service.http.openapi import add_docs, document_keys
 from vitrine.service.http.page import add_page
@@ -52,8 +54,11 @@ def create_app(settings: Settings) -> FastAPI:
             yield
 
     app = FastAPI(title="Vitrine", lifespan=lifespan, docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
-    app.state.serving, app.state.settings = serving, settings
+    app.state.serving, app.state.settings, app.state.error_shapes = serving, settings, ErrorShapes()
     app.add_middleware(RequestMiddleware, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(CompressionMiddleware)
+    if settings.origins:  # the outermost, so that a page can read refusals, too
+        app.add_middleware(CorsMiddleware, origins=settings.origins)
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ClientDisconnect, on_disconnect)
@@ -62,7 +67,11 @@ def create_app(settings: Settings) -> FastAPI:
     add_operations(app, serving)
     add_docs(app)
     add_page(app)
-    protected = [path for path in app.openapi()["paths"] if path.startswith("/admin/") or serving.api_keys]
+    protected = [
+        path
+        for path in app.openapi()["paths"]
+        if path.startswith("/admin/") or (serving.api_keys and not path.startswith("/v2/health/"))
+    ]
     document_keys(app, protected)
     app.add_route("/{path:path}", _no_route, methods=_METHODS, include_in_schema=False)
     return app
