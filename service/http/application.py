@@ -22,6 +22,9 @@ from vitrine.service.http.errors import ErrorShapes, on_disconnect, on_http_erro
 from vitrine.service.http.middleware import RequestMiddleware
 from vitrine.service.http.openapi import add_docs, document_keys
 from vitrine.service.http.page import add_page
+from vitrine.service.http.protocols.kserve_v1 import add_kserve_v1
+from vitrine.service.http.protocols.open_inference import add_open_inference
+from vitrine.service.http.protocols.openai import add_openai
 from vitrine.service.http.routes.knowledge import add_knowledge
 from vitrine.service.http.routes.operations import add_operations
 from vitrine.service.http.routes.questions import add_questions
@@ -64,6 +67,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(ClientDisconnect, on_disconnect)
     add_questions(app, settings)
     add_knowledge(app)
+    add_openai(app)
+    add_kserve_v1(app)
+    add_open_inference(app)
     add_operations(app, serving)
     add_docs(app)
     add_page(app)

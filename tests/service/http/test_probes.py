@@ -89,6 +89,20 @@ def test_openapi_is_a_sound_document_of_every_route(openapi):
         "/v1/circuit": {"post"},
         "/v1/intervene": {"post"},
         "/v1/similar": {"post"},
+        "/v1/embeddings": {"post"},
+        "/v1/models": {"get"},
+        "/v1/models/{name}": {"get"},
+        "/v1/models/{name}:predict": {"post"},
+        "/v1/models/{name}:explain": {"post"},
+        "/v2": {"get"},
+        "/v2/health/live": {"get"},
+        "/v2/health/ready": {"get"},
+        "/v2/models/{name}": {"get"},
+        "/v2/models/{name}/ready": {"get"},
+        "/v2/models/{name}/infer": {"post"},
+        "/v2/models/{name}/versions/{version}": {"get"},
+        "/v2/models/{name}/versions/{version}/ready": {"get"},
+        "/v2/models/{name}/versions/{version}/infer": {"post"},
     }
     operations = [operation for item in openapi["paths"].values() for operation in item.values()]
     assert len({operation["operationId"] for operation in operations}) == len(operations)
