@@ -69,7 +69,7 @@ class InferRequest(RequestShape):
     )
     inputs: list[InputTensor] = Field(min_length=1, max_length=3)
     outputs: list[OutputAsked] | None = Field(
-        default=None, max_length=5, description="default: label, probability, logit, cosine"
+        default=None, min_length=1, max_length=5, description="default: label, probability, logit, cosine"
     )
 
 

@@ -58,23 +58,27 @@ def add_open_inference(app: FastAPI) -> None:
     """Everything below `/v2`. Health is asked for without a key, as probes are."""
     app.state.error_shapes.add(_PATHS, error_shape)
 
-    def get(path: str, endpoint: Any, answer: type[BaseModel], *statuses: int) -> None:
-        app.get(path, response_model=answer, responses=errors_of(PlainError, *statuses), tags=[_TAG])(endpoint)
+    def get(path: str, endpoint: Any, answer: type[BaseModel], *statuses: int, **more: Any) -> None:
+        app.get(path, response_model=answer, responses=errors_of(PlainError, *statuses), tags=[_TAG], **more)(endpoint)
 
     get("/v2/health/live", live, Live)
     get("/v2/health/ready", ready, Ready, 503)
     get("/v2", server, ServerMetadata, 401, 503)
     # The paths with a version first: a model's name may have slashes.
-    for model in ("/v2/models/{name:path}/versions/{version}", "/v2/models/{name:path}"):
-        get(f"{model}/ready", model_ready, ModelReady, 401, 404, 503)
+    version = {"parameters": [{"name": "version", "in": "path", "required": True, "schema": {"type": "string"}}]}
+    for path, whole, more in (
+        ("/v2/models/{name:path}/versions/{version}", "/v2/models/{name:path}/versions/{version}", version),
+        ("/v2/models/{name:path}", "/v2/models/{name:model}", {}),
+    ):
+        get(f"{path}/ready", model_ready, ModelReady, 401, 404, 503, openapi_extra=more)
         app.post(
-            f"{model}/infer",
+            f"{path}/infer",
             response_model=InferResponse,
             responses=errors_of(PlainError, 400, 401, 404, 413, 415, 429, 500, 503, 504),
-            openapi_extra=json_body(InferRequest),
+            openapi_extra=json_body(InferRequest) | more,
             tags=[_TAG],
         )(infer)
-        get(model, metadata, ModelMetadata, 401, 404, 503)
+        get(whole, metadata, ModelMetadata, 401, 404, 503, openapi_extra=more)
 
 
 async def live() -> Response:
@@ -97,17 +101,17 @@ async def server(request: Request) -> Response:
         return json_response(ServerMetadata(name="vitrine", version=request.app.version, extensions=extensions))
 
 
-async def model_ready(request: Request, name: str, version: str | None = None) -> Response:
+async def model_ready(request: Request, name: str) -> Response:
     """The bundle in service, by its name, is ready."""
     with lease_attributor(request) as attributor:
-        _check(attributor, name, version)
+        _check(attributor, request)
         return json_response(ModelReady(name=name, ready=attributor.can_decode()))
 
 
-async def metadata(request: Request, name: str, version: str | None = None) -> Response:
+async def metadata(request: Request, name: str) -> Response:
     """The tensors that the bundle in service takes and gives."""
     with lease_attributor(request) as attributor:
-        _check(attributor, name, version)
+        _check(attributor, request)
         inputs = [TensorMetadata(name=it, datatype="BYTES", shape=[-1]) for it in ("image", *_TEXTS)]
         outputs = [TensorMetadata(name="label", datatype="BYTES", shape=[-1, -1])]
         outputs += [TensorMetadata(name=it, datatype="FP32", shape=[-1, -1]) for it in _NUMBERS]
@@ -119,7 +123,7 @@ async def metadata(request: Request, name: str, version: str | None = None) -> R
         )
 
 
-async def infer(request: Request, name: str, version: str | None = None) -> Response:
+async def infer(request: Request, name: str) -> Response:
     """Zero-shot predictions of images, as tensors; as bytes after the JSON where the request has its so, or asks."""
     asked: list[InferRequest] = []
     outputs: dict[str, bool] = {}  # whether each follows as bytes
@@ -137,7 +141,7 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
     async def answer(
         attributor: Attributor, images: list[bytes], options: ClassifyRequest, _: str
     ) -> tuple[bytes, int | None, list[Classified]]:
-        _check(attributor, name, version)
+        _check(attributor, request)
         found = await classify(attributor, images, options, [f"image[{place}]" for place in range(len(images))])
         head = {"model_name": name, "model_version": _version(attributor)}
         head |= {"id": asked[0].id} if asked[0].id is not None else {}
@@ -150,7 +154,9 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
     return Response(body, media_type=BINARY_TYPE, headers={LENGTH_HEADER: str(length)})
 
 
-def _check(attributor: Attributor, name: str, version: str | None) -> None:
+def _check(attributor: Attributor, request: Request) -> None:
+    """Raise `ServiceError` for a path of another model, or of another version."""
+    name, version = request.path_params["name"], request.path_params.get("version")
     check_model(attributor, name)
     if version is not None and version != (served := _version(attributor)):
         message = f"{name!r} has no version {version[:100]!r}; the one in service is {served!r}"

@@ -52,7 +52,7 @@ def add_openai(app: FastAPI) -> None:
     known = errors_of(OpenAIError, 401, 503)
     app.get("/v1/models", response_model=ServedModels, responses=known, tags=["OpenAI", "KServe V1"])(models)
     app.get(
-        "/v1/models/{name:path}",
+        "/v1/models/{name:model}",
         response_model=ServedModel,
         responses=known | errors_of(OpenAIError, 404),
         tags=["OpenAI", "KServe V1"],

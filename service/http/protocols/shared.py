@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 
 from vitrine.service.answers.attributor import Attributor
@@ -13,6 +14,22 @@ from vitrine.service.http.requests import load_json, media_type
 
 # `curl -d`, as in KServe's documentation, says of JSON that it is a form
 JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")
+
+
+class ModelConvertor(Convertor[str]):
+    """A model's name in a path that ends with it. It may have slashes, but is not what other paths end with: to those
+    GET is the wrong method, and not the name of a model that is not there."""
+
+    regex = r"(?!.*(?::predict|:explain|/infer|/ready)$).+"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("model", ModelConvertor())
 
 
 async def read_json(request: Request) -> Any:

@@ -117,7 +117,17 @@ def test_another_model_is_not_found(server, picture):
         response = server.http.post(f"/v1/models/resnet:{verb}", json={"instances": [text(picture())]})
         assert response.status_code == 404
         assert response.json()["error"].startswith("model_not_found: there is no model 'resnet'")
-    assert server.http.put("/v1/models/resnet:predict").status_code == 405
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+@pytest.mark.parametrize(
+    "path", ["/v1/models/a:predict", "/v1/models/a:explain", "/v2/models/a/infer", "/v2/models/a/b/infer"]
+)
+def test_another_method_is_not_allowed(server, method, path):
+    response = server.http.request(method, path)
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
+    assert response.json()["error"].startswith("method_not_allowed: ")
 
 
 def test_a_key_is_asked_for(door, picture):

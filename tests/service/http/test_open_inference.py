@@ -158,6 +158,7 @@ def test_options_of_classify_are_parameters(client, name, picture):
             400,
             "invalid_request: the input 'image' has `data` and",
         ),
+        ({"inputs": [image_input()], "outputs": []}, 400, "invalid_request: outputs: "),
         ({"inputs": [image_input()], "outputs": [{"name": "x"}]}, 400, "invalid_request: outputs.0.name: "),
         ({"inputs": [image_input()], "parameters": {"top_k": 0}}, 400, "invalid_request: top_k: "),
         ({"inputs": [image_input()], "parameters": {"priority": 1}}, 400, "invalid_request: priority: "),
@@ -233,3 +234,10 @@ def test_any_bytes_are_read_or_refused(data, size):
 def test_a_wrong_length_of_the_json_is_refused(length):
     with pytest.raises(ServiceError, match="is no number up to the body's 2 bytes"):
         parse_infer(b"{}", length)
+
+
+def test_bytes_that_are_no_inputs_are_refused():
+    text = json.dumps({"inputs": [image_input()]}).encode()
+    assert parse_infer(text, None).elements == parse_infer(text, str(len(text))).elements
+    with pytest.raises(ServiceError, match="1 bytes follow the JSON that are no input's"):
+        parse_infer(text + b"x", str(len(text)))
