@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, RootModel
 
-from vitrine.service.schemas.base import RequestShape
+from vitrine.service.schemas.base import RequestShape, Warnings
+from vitrine.service.schemas.classify import Verdict
+from vitrine.service.schemas.edits import EditUsed
 
 Datatype = Literal["BYTES", "FP32"]
 
@@ -81,8 +83,25 @@ class OutputTensor(BaseModel):
     data: list[Any] | None = Field(default=None, description="row by row; absent where it follows as bytes")
 
 
+class Note(BaseModel):
+    """What is to be said of one image beside its tensors."""
+
+    edit: EditUsed | None
+    verdict: Verdict | None
+    warnings: Warnings
+
+
+class Notes(RootModel[list[Note]]):
+    """One per image, in their order."""
+
+
+class ResponseParameters(BaseModel):
+    notes: str = Field(description="JSON, since parameters are texts: of each image `edit`, `verdict` and `warnings`")
+
+
 class InferResponse(BaseModel):
     model_name: str
     model_version: str
     id: str | None = None
+    parameters: ResponseParameters
     outputs: list[OutputTensor]

@@ -40,6 +40,8 @@ from vitrine.service.schemas.open_inference import (
     Live,
     ModelMetadata,
     ModelReady,
+    Note,
+    Notes,
     Ready,
     ServerMetadata,
     TensorMetadata,
@@ -203,6 +205,10 @@ def _outputs(asked: InferRequest) -> dict[str, bool]:
 
 
 def _written(head: dict[str, Any], outputs: dict[str, bool], found: list[Classified]) -> tuple[bytes, int | None]:
+    notes = Notes(
+        [Note(edit=one.inferred.edit, verdict=one.verdict, warnings=one.inferred.warnings) for one in found]
+    ).model_dump_json()
+    head = head | {"parameters": {"notes": notes}}
     return write_infer(head, [Output(name, _values(name, found), as_bytes) for name, as_bytes in outputs.items()])
 
 

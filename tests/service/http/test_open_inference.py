@@ -9,6 +9,7 @@ import pytest
 import tritonclient.http as triton
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from raw_http import KEY
@@ -34,6 +35,14 @@ def tensor(name, elements, shape=None, **options):
     found = triton.InferInput(name, shape or [len(elements)], "BYTES")
     found.set_data_from_numpy(np.array(elements, object).reshape(shape or -1), **options)
     return found
+
+
+def test_warnings_are_notes_of_each_image(client, name, picture, encode):
+    transparent = encode(Image.new("RGBA", (50, 40)), "PNG")
+    inputs = [tensor("image", [picture(), transparent]), tensor("labels", ["Cat", "cat"])]
+    notes = json.loads(client.infer(name, inputs).get_response()["parameters"]["notes"])
+    codes = [[warning["code"] for warning in note["warnings"]] for note in notes]
+    assert codes == [["labels_same"], ["labels_same", "image_transparent"]]
 
 
 def image_input(**fields):
@@ -106,7 +115,7 @@ def test_outputs_by_default(client, server, name, picture):
         answer = server.http.post(f"/v2/models/{name}{version}/infer", json=body)
         assert answer.headers["content-type"] == "application/json"
         assert "inference-header-content-length" not in answer.headers
-        assert set(answer.json()) == {"model_name", "model_version", "outputs"}
+        assert set(answer.json()) == {"model_name", "model_version", "parameters", "outputs"}
         for output in answer.json()["outputs"]:
             assert output["shape"] == [1, 3]
             assert len(output["data"]) == 3
@@ -120,6 +129,9 @@ def test_options_of_classify_are_parameters(client, name, picture):
     parameters = {"label_set": "pets", "scoring": "independent", "threshold": -1.0}
     result = client.infer(name, [tensor("image", [picture()])], parameters=parameters)
     assert result.as_numpy("label").shape == (1, 2)
+    (note,) = json.loads(result.get_response()["parameters"]["notes"])
+    assert note["edit"] is None
+    assert sorted(note["verdict"]["above"]) == ["cat", "dog"]
     assert (result.as_numpy("probability") > 0.5).all()
 
 
