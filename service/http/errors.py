@@ -38,7 +38,7 @@ def error_response(request: Request, error: ServiceError) -> Response:
     metrics.REJECTED.labels(error.code).inc()
     request.scope.setdefault("vitrine.log", {})["error"] = error.code
     shapes: ErrorShapes = request.app.state.error_shapes
-    shape = shapes.of(request.url.path)
+    shape = shapes.of(request.scope["path"])
     body = shape(error) if shape else _envelope(error, request.scope.get("request_id", ""))
     return JSONResponse(body, status_code=error.status, headers=error.headers)
 
