@@ -14,6 +14,7 @@ STATUS = {
     "unknown_edit": 400,
     "unauthorized": 401,
     "not_found": 404,
+    "model_not_found": 404,
     "no_cards": 404,
     "method_not_allowed": 405,
     "request_timeout": 408,

@@ -20,7 +20,7 @@ Removing a component is exact too (`without`): sigma and |z| are recomputed for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -178,12 +178,20 @@ def feature_contributions(
     return logit_scale / (parts.sigma * parts.norm) * parts.feature_values * per_unit
 
 
-def drop_effects(parts: Decomposition, labels: Array, target: int, beta: Array, logit_scale: float) -> Array:
+def drop_effects(
+    parts: Decomposition,
+    labels: Array,
+    target: int,
+    beta: Array,
+    logit_scale: float,
+    score: Callable[[Array], Array] = probabilities,
+) -> Array:
     """Change of the target's probability [L] when a source layer's component is removed from the final residual.
 
-    Direct effects only: ln_post, projection and norm are recomputed, later layers are not.
+    Direct effects only: ln_post, projection and norm are recomputed, later layers are not. score: from logits [..., N]
+    to probabilities [..., N].
     """
     rows = parts.clt_row(0) + np.arange(parts.layers)
-    before = probabilities(logits(parts.embedding, labels, logit_scale))[target]
-    after = probabilities(logits(parts.without(rows, beta), labels, logit_scale))[:, target]
+    before = score(logits(parts.embedding, labels, logit_scale))[target]
+    after = score(logits(parts.without(rows, beta), labels, logit_scale))[:, target]
     return after - before

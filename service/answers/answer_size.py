@@ -36,7 +36,8 @@ def attribution_values(manifest: Manifest, request: AttributeRequest, labels: in
     if explain.sources:
         active = layers * min(shape.features, shape.tokens * shape.k)
         per_explanation += min(explain.source_features, active) * (shape.tokens + 7) + 6 * layers + 2 * shape.tokens
-    values = 3 * min(request.top_k, labels) + len(explain.targets or (None,)) * per_explanation
+    values = 4 * min(request.top_k, labels) + (labels if request.scoring != "softmax" else 0)
+    values += len(explain.targets or (None,)) * per_explanation
     if explain.lens:
         values += 4 * layers
     if (asked := explain.attention) is not None:

@@ -13,8 +13,10 @@ from vitrine.service.answers.answer_size import attribution_values, check_answer
 from vitrine.service.answers.attention import attention_account
 from vitrine.service.answers.attributor import Attributor, Inferred
 from vitrine.service.answers.explain import account, check_edited, check_explain, lens, matrix, predict
+from vitrine.service.answers.many import all_of
 from vitrine.service.answers.notices import to_notices
 from vitrine.service.answers.residual import residual_features
+from vitrine.service.answers.scoring import scoring_of, verdict
 from vitrine.service.answers.serialise import json_text
 from vitrine.service.answers.sources import directions, source_accounts
 from vitrine.service.answers.texts import Texts
@@ -34,7 +36,7 @@ from vitrine.service.schemas.attribute import (
 )
 from vitrine.service.schemas.base import ItemError
 from vitrine.service.schemas.batch import BatchItem, BatchResponse
-from vitrine.service.schemas.classify import Prediction
+from vitrine.service.schemas.classify import Prediction, Verdict
 from vitrine.service.schemas.edits import EditUsed
 from vitrine.service.schemas.residual import ResidualFeatures
 
@@ -107,6 +109,25 @@ async def answer_batch(
     return BatchAnswer(pieces, [item.predictions for item in results if item.predictions])
 
 
+async def attribute_each(
+    attributor: Attributor, images: Sequence[bytes], request: AttributeRequest, names: Sequence[str]
+) -> list[tuple[bytes, list[Prediction]]]:
+    """(JSON of the `Attribution`, predictions) of each image. names: of the images, for errors.
+
+    Raises `ServiceError`, also if one of the images cannot be answered.
+    """
+    texts, edit = _check_request(attributor, request, len(images))
+
+    async def one(image: bytes) -> tuple[bytes, list[Prediction]]:
+        answer, inferred = await attribute_image(attributor, image, request, *texts, edit)
+        answer = answer.model_copy(update={"warnings": inferred.warnings})
+        return await attributor.in_thread(json_text, answer, in_turn=False), answer.predictions
+
+    with attributor.admit(len(images)), attributor.taking_turns():
+        await attributor.check_labels(texts, request.strict)
+        return await all_of(images, one, names)
+
+
 def _check_request(
     attributor: Attributor, request: AttributeRequest, images: int = 1
 ) -> tuple[Texts, ServedEdit | None]:
@@ -114,6 +135,9 @@ def _check_request(
     if (edit := attributor.edits.chosen(request.edit)) is not None:
         check_edited(request.explain)
     check_explain(request.explain, texts[0], settings.max_targets, attributor.engine)
+    if request.scoring != "softmax" and request.explain.lens:
+        raise ServiceError("invalid_request", "`explain.lens` is of the softmax; ask for it with `scoring` softmax")
+    scoring_of(request, texts[0], attributor.bundle.manifest.logit_scale)  # refuses before anything is computed
     values = images * attribution_values(attributor.bundle.manifest, request, len(texts[0]))
     check_answer_size(values, settings.max_answer_values, "send fewer images, or ask for fewer targets or details")
     return texts, edit
@@ -134,7 +158,7 @@ async def attribute_image(
     details = details or explain.heatmap or explain.lens
     inferred = await attributor.infer(image, labels, templates, timings, details, explain.matrix, components, edit)
     with timed_stage("ledger", timings):
-        predictions, explanations, lens_layers, fidelity = await attributor.in_thread(
+        predictions, judged, explanations, lens_layers, fidelity = await attributor.in_thread(
             account_of, attributor.bundle, inferred.parts, inferred.labels, request
         )
     trace = attention = None
@@ -149,6 +173,7 @@ async def attribute_image(
         edit=inferred.edit,
         warnings=to_notices(image=inferred.notes),
         predictions=predictions,
+        verdict=judged,
         explanations=explanations,
         lens=lens_layers,
         matrix=None if inferred.contributions is None else matrix(inferred.contributions),
@@ -197,12 +222,13 @@ async def _residual(
 
 def account_of(
     bundle: Bundle, parts: Decomposition, labels: LabelSet, request: AttributeRequest
-) -> tuple[list[Prediction], list[Explanation], list[LensLayer] | None, Fidelity]:
-    """What the answer says of one decomposition: predictions, an explanation per target, lens, fidelity."""
+) -> tuple[list[Prediction], Verdict | None, list[Explanation], list[LensLayer] | None, Fidelity]:
+    """What the answer says of one decomposition: predictions, verdict, an explanation per target, lens, fidelity."""
     scale = bundle.manifest.logit_scale
-    predictions = predict(parts, labels, scale, request.top_k)
-    explanations, fidelity = account(parts, labels, bundle, request.explain)
-    return predictions, explanations, lens(parts, labels, scale) if request.explain.lens else None, fidelity
+    scoring = scoring_of(request, labels.labels, scale)
+    predictions, judged = predict(parts, labels, scale, request.top_k, scoring), verdict(parts, labels, scale, scoring)
+    explanations, fidelity = account(parts, labels, bundle, request.explain, scoring)
+    return predictions, judged, explanations, lens(parts, labels, scale) if request.explain.lens else None, fidelity
 
 
 def _observe(explanations: list[Explanation], fidelity: Fidelity) -> None:

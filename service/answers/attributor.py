@@ -8,12 +8,12 @@ beside this one: `attribute`, `classify`, `embed`, `similar`. Used by both the H
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cached_property, partial
-from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -76,6 +76,7 @@ class Attributor:
         self.one_circuit = asyncio.Semaphore(1)
         self._openings: dict[str, asyncio.Task[None]] = {}  # of graphs, by their name
         self._in_flight = 0
+        self.since = int(time.time())  # when it came into service, or began to
         self._decoders = Decoders(
             settings.decode_threads, bundle.manifest.preprocessing, settings.image_limits, settings.decode_seconds
         )
@@ -236,7 +237,7 @@ class Attributor:
         await asyncio.shield(opening)
 
     async def _open(self, graphs: GraphsOnFirstUse[Any]) -> None:
-        start = perf_counter()
+        start = time.perf_counter()
         try:
             await asyncio.to_thread(graphs.open)
         except (BundleError, EngineError) as error:
@@ -246,7 +247,7 @@ class Attributor:
                 f"the graphs of {graphs.name} of the bundle {self.model.name!r} cannot be opened: the service's log "
                 "says why; the next request for them tries again",
             ) from error
-        logger.info("the graphs of %s were opened in %.2f s", graphs.name, perf_counter() - start)
+        logger.info("the graphs of %s were opened in %.2f s", graphs.name, time.perf_counter() - start)
 
     def _opened(self, name: str, opening: asyncio.Task[None]) -> None:
         del self._openings[name]

@@ -31,7 +31,7 @@ def compared(
     """What is said of changed `parts`, with the targets of `before`, and by how much it differs."""
     targets = [explanation.target for explanation in before.answer.explanations]
     asked = request.model_copy(update={"explain": request.explain.model_copy(update={"targets": targets})})
-    predictions, explanations, _, fidelity = account_of(bundle, parts, before.labels, asked)
+    predictions, _, explanations, _, fidelity = account_of(bundle, parts, before.labels, asked)
     after = After(predictions=predictions, explanations=explanations, fidelity=fidelity)
     of = directions(before.labels, asked.explain, 0)  # [targets, D]
     return after, Difference(

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from vitrine.models.account import ledger
 from vitrine.models.account.heatmap import heat_map
 from vitrine.models.account.ledger import Decomposition
+from vitrine.models.account.scoring import SOFTMAX, Scoring
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.manifest import patch_grid
 from vitrine.models.interventions.edit import NONE
@@ -83,34 +84,44 @@ def matrix(contributions: NDArray[np.floating]) -> Matrix:
     return Matrix(cls=of_cls, patches=of_patches)
 
 
-def predict(parts: Decomposition, labels: LabelSet, logit_scale: float, top_k: int) -> list[Prediction]:
-    """The `top_k` labels with the largest logits; probabilities are over all labels."""
+def predict(
+    parts: Decomposition, labels: LabelSet, logit_scale: float, top_k: int, scoring: Scoring = SOFTMAX
+) -> list[Prediction]:
+    """The first `top_k` labels, by logits or by what is above their thresholds; a softmax is over all labels."""
     values = ledger.logits(parts.embedding, labels.embeddings, logit_scale)
-    shares = ledger.probabilities(values)
-    order = np.argsort(-values, kind="stable")[:top_k]
-    return [Prediction(label=labels.labels[i], probability=float(shares[i]), logit=float(values[i])) for i in order]
+    shares = scoring.probabilities(values)
+    order = np.argsort(-scoring.margins(values), kind="stable")[:top_k]
+    cosines = values.astype(np.float64) / logit_scale
+    return [
+        Prediction(
+            label=labels.labels[i], probability=float(shares[i]), logit=float(values[i]), cosine=float(cosines[i])
+        )
+        for i in order
+    ]
 
 
 def account(
-    parts: Decomposition, labels: LabelSet, bundle: Bundle, explain: Explain
+    parts: Decomposition, labels: LabelSet, bundle: Bundle, explain: Explain, scoring: Scoring = SOFTMAX
 ) -> tuple[list[Explanation], Fidelity]:
     """One explanation per target, and the fidelity of the account."""
     scale = bundle.manifest.logit_scale
     values = ledger.logits(parts.embedding, labels.embeddings, scale)
-    top1 = int(values.argmax())
+    top1 = int(scoring.margins(values).argmax())
     targets = [labels.labels.index(target) for target in explain.targets or [labels.labels[top1]]]
-    explanations = [_explanation(parts, labels, bundle, explain, target) for target in targets]
-    return explanations, _fidelity(parts, labels, bundle, top1)
+    explanations = [_explanation(parts, labels, bundle, explain, scoring, target) for target in targets]
+    return explanations, _fidelity(parts, labels, bundle, scoring, top1)
 
 
-def _explanation(parts: Decomposition, labels: LabelSet, bundle: Bundle, explain: Explain, target: int) -> Explanation:
+def _explanation(
+    parts: Decomposition, labels: LabelSet, bundle: Bundle, explain: Explain, scoring: Scoring, target: int
+) -> Explanation:
     scale = bundle.manifest.logit_scale
     direction = labels.embeddings[target]
     if explain.contrast is not None:
         direction = direction - labels.embeddings[labels.labels.index(explain.contrast)]
     target_ledger = ledger.ledger(parts, direction, scale)
     contributions = ledger.feature_contributions(parts, bundle.directions, bundle.fold, direction, scale)
-    effects = ledger.drop_effects(parts, labels.embeddings, target, bundle.beta, scale)
+    effects = ledger.drop_effects(parts, labels.embeddings, target, bundle.beta, scale, scoring.probabilities)
     gross = target_ledger.gross
     layers = [
         LayerAccount(
@@ -189,13 +200,14 @@ def _features(
     return features
 
 
-def _fidelity(parts: Decomposition, labels: LabelSet, bundle: Bundle, top1: int) -> Fidelity:
-    top1_ledger = ledger.ledger(parts, labels.embeddings[top1], bundle.manifest.logit_scale)
+def _fidelity(parts: Decomposition, labels: LabelSet, bundle: Bundle, scoring: Scoring, top1: int) -> Fidelity:
+    scale = bundle.manifest.logit_scale
+    top1_ledger = ledger.ledger(parts, labels.embeddings[top1], scale)
     gross = top1_ledger.gross
     reconstructed = parts.without(np.array([parts.error_row]), bundle.beta)[0]
     return Fidelity(
         r2=parts.r2,
         cosine=parts.cosine,
         error_share=abs(top1_ledger.error) / gross if gross else 0.0,
-        reconstructed_top1_agrees=int((labels.embeddings @ reconstructed).argmax()) == top1,
+        reconstructed_top1_agrees=int(scoring.margins(scale * (labels.embeddings @ reconstructed)).argmax()) == top1,
     )

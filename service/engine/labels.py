@@ -206,6 +206,10 @@ class LabelEncoder:
         self._named_sets[key] = replace(self._named_sets[key], notices=notices)
         return self._named_sets[key]
 
+    async def count_tokens(self, texts: Sequence[str]) -> int:
+        """How many tokens the CLIP reads of texts, each with its start and end."""
+        return sum(len(ids) for ids, _ in await self._tokens(texts))
+
     def encode(self, labels: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
         """Unit embeddings [N, D], computed here and now: for use without a service."""
         return self.label_set(labels, templates).embeddings
@@ -223,11 +227,15 @@ class LabelEncoder:
         self, labels: Sequence[str], templates: Sequence[str]
     ) -> tuple[list[list[int]], list[LabelReading]]:
         """`label_readings`, a piece of the work at a time: other requests take turns."""
+        tokens = await self._tokens(label_texts(labels, templates))
+        return label_readings(self.reader, tokens, templates)
+
+    async def _tokens(self, texts: Sequence[str]) -> list[Tokens]:
         tokens: list[Tokens] = []
-        for piece in _pieces(label_texts(labels, templates)):
+        for piece in _pieces(texts):
             async with self._tokenising:
                 tokens += await asyncio.to_thread(self.reader.read, piece)
-        return label_readings(self.reader, tokens, templates)
+        return tokens
 
     def _empty(self, rows: int) -> NDArray[np.float32]:
         return np.empty((rows, self.engine.bundle.manifest.shape.embedding), np.float32)

@@ -16,10 +16,15 @@ from starlette.routing import Match
 from vitrine.service.answers.reload import RELOAD_ERRORS, Serving
 from vitrine.service.engine.processors import memory_limit
 from vitrine.service.errors import ServiceError
-from vitrine.service.http.errors import on_disconnect, on_http_error, on_service_error
+from vitrine.service.http.compression import CompressionMiddleware
+from vitrine.service.http.cors import CorsMiddleware
+from vitrine.service.http.errors import ErrorShapes, on_disconnect, on_http_error, on_service_error
 from vitrine.service.http.middleware import RequestMiddleware
 from vitrine.service.http.openapi import add_docs, document_keys
 from vitrine.service.http.page import add_page
+from vitrine.service.http.protocols.kserve_v1 import add_kserve_v1
+from vitrine.service.http.protocols.open_inference import add_open_inference
+from vitrine.service.http.protocols.openai import add_openai
 from vitrine.service.http.routes.knowledge import add_knowledge
 from vitrine.service.http.routes.operations import add_operations
 from vitrine.service.http.routes.questions import add_questions
@@ -52,17 +57,27 @@ def create_app(settings: Settings) -> FastAPI:
             yield
 
     app = FastAPI(title="Vitrine", lifespan=lifespan, docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
-    app.state.serving, app.state.settings = serving, settings
+    app.state.serving, app.state.settings, app.state.error_shapes = serving, settings, ErrorShapes()
     app.add_middleware(RequestMiddleware, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(CompressionMiddleware)
+    if settings.origins:  # the outermost, so that a page can read refusals, too
+        app.add_middleware(CorsMiddleware, origins=settings.origins)
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ClientDisconnect, on_disconnect)
     add_questions(app, settings)
     add_knowledge(app)
+    add_openai(app)
+    add_kserve_v1(app)
+    add_open_inference(app)
     add_operations(app, serving)
     add_docs(app)
     add_page(app)
-    protected = [path for path in app.openapi()["paths"] if path.startswith("/admin/") or serving.api_keys]
+    protected = [
+        path
+        for path in app.openapi()["paths"]
+        if path.startswith("/admin/") or (serving.api_keys and not path.startswith("/v2/health/"))
+    ]
     document_keys(app, protected)
     app.add_route("/{path:path}", _no_route, methods=_METHODS, include_in_schema=False)
     return app

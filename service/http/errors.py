@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any
 
@@ -15,12 +16,30 @@ from starlette.responses import JSONResponse, Response
 from vitrine.service.errors import ServiceError
 from vitrine.service.operations import metrics
 
+Shape = Callable[[ServiceError], dict[str, Any]]  # an error's body, as another protocol has it
+
+
+class ErrorShapes:
+    """Which paths have errors in the shape of another protocol. A path decides: some errors come before a route."""
+
+    def __init__(self) -> None:
+        self._shapes: list[tuple[re.Pattern[str], Shape]] = []
+
+    def add(self, paths: str, shape: Shape) -> None:
+        """paths: a regular expression for the whole of a path. The first one added that matches decides."""
+        self._shapes.append((re.compile(paths), shape))
+
+    def of(self, path: str) -> Shape | None:
+        return next((shape for paths, shape in self._shapes if paths.fullmatch(path)), None)
+
 
 def error_response(request: Request, error: ServiceError) -> Response:
-    """The envelope, with the status of the code."""
+    """The envelope, or another protocol's error, with the status of the code."""
     metrics.REJECTED.labels(error.code).inc()
     request.scope.setdefault("vitrine.log", {})["error"] = error.code
-    body = _envelope(error, request.scope.get("request_id", ""))
+    shapes: ErrorShapes = request.app.state.error_shapes
+    shape = shapes.of(request.scope["path"])
+    body = shape(error) if shape else _envelope(error, request.scope.get("request_id", ""))
     return JSONResponse(body, status_code=error.status, headers=error.headers)
 
 

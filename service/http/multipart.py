@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Part:
-    """One part: its name, whether it was sent as a file, and its contents."""
+    """One part: its name, whether it was sent as a file, its declared type in lower case, and its contents."""
 
     name: str = ""
     is_file: bool = False
+    media_type: str = ""
     data: bytearray = field(default_factory=bytearray)
 
 
@@ -55,6 +56,8 @@ def parse_multipart(content_type: str, body: bytes, max_parts: int) -> list[Part
         nonlocal disposition
         if header_name.lower() == b"content-disposition":
             disposition = bytes(header_value)
+        elif header_name.lower() == b"content-type":
+            parts[-1].media_type = header_value.partition(b";")[0].decode("latin-1").strip().lower()
         header_name.clear()
         header_value.clear()
 

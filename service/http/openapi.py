@@ -16,6 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
+from vitrine.service.http.query import kinds
+from vitrine.service.http.requests import RAW_TYPES
 from vitrine.service.schemas.base import ErrorResponse
 
 PAGE_HEADERS = {
@@ -36,7 +38,18 @@ _START = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", deepLinki
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Error responses, for a route's `responses`."""
-    return {status: {"model": ErrorResponse} for status in statuses}
+    return errors_of(ErrorResponse, *statuses)
+
+
+def errors_of(shape: type[BaseModel], *statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The same, in another protocol's shape."""
+    return {status: {"model": shape} for status in statuses}
+
+
+def json_body(shape: type[BaseModel]) -> dict[str, Any]:
+    """A route's `openapi_extra`: a body of JSON alone."""
+    content = {"application/json": {"schema": _inlined(shape.model_json_schema())}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def multipart_or_json(
@@ -64,7 +77,23 @@ def multipart_or_json(
     types = {"image": "application/octet-stream", "request": "application/json"}
     encoding = {name: {"contentType": kind} for name, kind in types.items()}
     content = {"multipart/form-data": {"schema": multipart, "encoding": encoding}, "application/json": {"schema": body}}
-    return {"requestBody": {"required": True, "content": content}}
+    content |= {kind: {"schema": {"type": "string", "format": "binary"}} for kind in RAW_TYPES}
+    return {"requestBody": {"required": True, "content": content}, "parameters": _fields_in_query(part)}
+
+
+def _fields_in_query(shape: type[BaseModel]) -> list[dict[str, Any]]:
+    """The fields of a request as query parameters (`http.query`): texts, repeated for a list of them, or JSON."""
+    properties, parameters = _inlined(shape.model_json_schema())["properties"], []
+    for name, kind in kinds(shape).items():
+        schema = {key: value for key, value in properties[name].items() if key not in ("title", "description")}
+        parameter = {"name": name, "in": "query", "description": properties[name].get("description", "")}
+        if kind == "json":
+            parameter["content"] = {"application/json": {"schema": schema}}
+        else:
+            options = schema.pop("anyOf", [schema])
+            parameter["schema"] = next(option for option in options if option.get("type") != "null")
+        parameters.append(parameter)
+    return parameters
 
 
 def query_parameters(shape: type[BaseModel]) -> dict[str, Any]:

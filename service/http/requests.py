@@ -1,36 +1,35 @@
-"""Reading the bodies of requests: multipart or JSON, into image bytes and a validated payload.
+"""Reading the bodies of requests: multipart, JSON or an image as it is, into image bytes and a validated payload.
 
 Bodies are parsed in a thread if they are large; whatever the client sends, the time is proportional to its length.
 """
 
 from __future__ import annotations
 
-import asyncio
-import binascii
 import json
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request
 
 from vitrine.service.errors import ServiceError
-from vitrine.service.http.multipart import TooManyParts, parse_multipart
+from vitrine.service.http.content import check_coding, parse_body
+from vitrine.service.http.image_text import image_of_text, is_data_url
+from vitrine.service.http.multipart import Part, TooManyParts, parse_multipart
+from vitrine.service.http.query import merged, query_fields
 from vitrine.service.schemas.attribute import AttributeRequest
 from vitrine.service.schemas.base import validated
 from vitrine.service.schemas.batch import BatchJson
 
 Payload = TypeVar("Payload", bound=BaseModel)
-Parsed = TypeVar("Parsed")
 
-# One thread: each step of parsing holds the GIL for up to 50 ms, and several threads would take turns with each other
-# before the event loop had one.
-_PARSER = ThreadPoolExecutor(1, thread_name_prefix="parse")
-LARGE_BYTES = 256 * 2**10  # a body of this size takes a millisecond to parse
 # Values in one JSON body: far more than the largest request has. The parser holds the GIL, which stops the event loop
 # even from another thread: 100 ms for a million values.
 MAX_JSON_VALUES = 200_000
+# `image[]` is how PHP, Rails and jQuery name the files of a list, `image[0]` how axios may.
+_IMAGE = re.compile(r"image(?:\[(\d{0,6})\])?")
+RAW_TYPES = ("image/*", "application/octet-stream")
 
 
 async def read_image(request: Request, shape: type[Payload], json_shape: type[BaseModel]) -> tuple[bytes, Payload]:
@@ -45,52 +44,52 @@ async def read_optional_image(
     request: Request, shape: type[Payload], json_shape: type[BaseModel]
 ) -> tuple[bytes | None, Payload]:
     """The same, where the image is optional."""
-    if _is_json(request):
-        return await _parse_body(request, _parse_image, json_shape)
-    images, payload = await _parse_body(request, _parse_parts, _content_type(request), shape, 1)
+    kind, query = _kind(request), query_fields(request, shape)
+    if kind == "json":
+        return await parse_body(request, _parse_image, json_shape, query)
+    if kind == "raw":
+        return await parse_body(request, bytes), validated(shape, query)
+    images, payload = await parse_body(request, _parse_parts, _content_type(request), shape, query, 1)
     return images[0] if images else None, payload
 
 
 async def read_batch(request: Request, max_images: int) -> tuple[list[bytes | ServiceError], AttributeRequest]:
     """(at most `max_images` images, each one or its error, and the payload for all of them)."""
-    if _is_json(request):
-        return await _parse_body(request, _parse_batch, max_images)
-    images, payload = await _parse_body(
-        request, _parse_parts, _content_type(request), AttributeRequest, max_images, many=True
+    kind, query = _kind(request), query_fields(request, AttributeRequest)
+    if kind == "json":
+        return await parse_body(request, _parse_batch, query, max_images)
+    if kind == "raw":
+        return [await parse_body(request, bytes)], validated(AttributeRequest, query)
+    images, payload = await parse_body(
+        request, _parse_parts, _content_type(request), AttributeRequest, query, max_images, many=True
     )
     if not images:
         raise ServiceError("missing_image", "send at least one file part `image`")
     return images, payload
 
 
-async def _parse_body(request: Request, parse: Callable[..., Parsed], *args: Any, **options: Any) -> Parsed:
-    """parse(body, *args, **options), in a thread if that is slow enough to delay other requests."""
-    chunks = [chunk async for chunk in request.stream()]
-    if sum(map(len, chunks)) > LARGE_BYTES:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(_PARSER, lambda: parse(b"".join(chunks), *args, **options))
-    return parse(b"".join(chunks), *args, **options)
+def _parse_image(body: bytes, json_shape: type[BaseModel], query: dict[str, Any]) -> tuple[bytes | None, Any]:
+    payload: Any = validated(json_shape, merged(query, load_json(body, "the body")))
+    return None if payload.image_base64 is None else image_of_text(payload.image_base64, "image_base64"), payload
 
 
-def _parse_image(body: bytes, json_shape: type[BaseModel]) -> tuple[bytes | None, Any]:
-    payload: Any = validated(json_shape, _load_json(body, "the body"))
-    return None if payload.image_base64 is None else _image(payload.image_base64, "image_base64"), payload
-
-
-def _parse_batch(body: bytes, max_images: int) -> tuple[list[bytes | ServiceError], AttributeRequest]:
-    payload = validated(BatchJson, _load_json(body, "the body"))
+def _parse_batch(
+    body: bytes, query: dict[str, Any], max_images: int
+) -> tuple[list[bytes | ServiceError], AttributeRequest]:
+    payload = validated(BatchJson, merged(query, load_json(body, "the body")))
     if len(payload.images_base64) > max_images:
-        raise _too_many(max_images)
+        raise too_many(max_images)
     images: list[bytes | ServiceError] = []
     for number, text in enumerate(payload.images_base64):
         try:
-            images.append(_image(text, f"images_base64[{number}]"))
+            images.append(image_of_text(text, f"images_base64[{number}]"))
         except ServiceError as error:
             images.append(error)
     return images, payload
 
 
-def _load_json(text: bytes, where: str) -> Any:
+def load_json(text: bytes, where: str) -> Any:
+    """Parsed JSON. Raises `ServiceError` for what is none, or has too many values."""
     if len(text) > MAX_JSON_VALUES and sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
         raise ServiceError("invalid_request", f"{where} has more than {MAX_JSON_VALUES:,} JSON values")
     try:
@@ -99,30 +98,37 @@ def _load_json(text: bytes, where: str) -> Any:
         raise ServiceError("invalid_request", f"{where} is not JSON: {error}") from error
 
 
-def _is_json(request: Request) -> bool:
-    kind = _content_type(request).partition(";")[0].strip().lower()
-    if kind not in ("multipart/form-data", "application/json"):
-        raise ServiceError(
-            "unsupported_media_type",
-            f"content type {kind[:100] or '(none)'!r}: send multipart/form-data with a file part `image`, "
-            "or application/json with `image_base64`",
-        )
-    return kind == "application/json"
+def _kind(request: Request) -> str:
+    """`multipart`, `json` or `raw`. What cannot be read is refused before any of it is."""
+    check_coding(request)
+    kind = media_type(request)
+    if kind in ("multipart/form-data", "application/json"):
+        return kind.partition("/")[0].replace("application", "json")
+    if kind.startswith("image/") or kind in RAW_TYPES:
+        return "raw"
+    raise ServiceError(
+        "unsupported_media_type",
+        f"content type {kind[:100] or '(none)'!r}: send multipart/form-data with a file part `image`, "
+        "application/json with `image_base64`, or an image as it is, as image/jpeg or whatever it is",
+    )
+
+
+def media_type(request: Request) -> str:
+    """The body's Content-Type without its parameters."""
+    return _content_type(request).partition(";")[0].strip().lower()
 
 
 def _content_type(request: Request) -> str:
     return request.headers.get("content-type", "")
 
 
-def _image(text: str, field: str) -> bytes:
-    try:
-        return binascii.a2b_base64(text.encode().translate(None, b" \t\r\n"), strict_mode=True)
-    except (binascii.Error, UnicodeEncodeError) as error:
-        raise ServiceError("invalid_image", f"{field} is not base64: {error}") from error
-
-
 def _parse_parts(
-    body: bytes, content_type: str, shape: type[Payload], max_images: int, many: bool = False
+    body: bytes,
+    content_type: str,
+    shape: type[Payload],
+    query: dict[str, Any],
+    max_images: int,
+    many: bool = False,
 ) -> tuple[list[Any], Payload]:
     """(bytes of each part `image`, part `request` as `shape`). many: whether there may be several images."""
     try:
@@ -130,20 +136,44 @@ def _parse_parts(
             content_type, body, max_images + 2
         )  # two `request`, one of them too many, are seen below
     except TooManyParts as error:
-        raise (_too_many(max_images) if many else error) from error
-    if unknown := sorted({part.name for part in parts} - {"image", "request"}):
+        raise (too_many(max_images) if many else error) from error
+    if unknown := sorted(part.name for part in parts if part.name != "request" and not _IMAGE.fullmatch(part.name)):
         raise ServiceError("invalid_request", f"unknown part {unknown[0][:100]!r}; parts are `image` and `request`")
-    images = [part for part in parts if part.name == "image"]
     requests = [part for part in parts if part.name == "request"]
-    if repeated := [found[0].name for found in (requests, () if many else images) if len(found) > 1]:
+    images = _in_order([part for part in parts if part.name != "request"])
+    if repeated := [
+        name for name, found in (("request", requests), ("image", () if many else images)) if len(found) > 1
+    ]:
         raise ServiceError("invalid_request", f"part {repeated[0]!r} is there more than once")
-    if not all(part.is_file for part in images):
-        raise ServiceError("missing_image", "`image` must be a file part (curl: -F image=@photo.jpg)")
+    contents = [_image_of_part(part) for part in images]
     if len(images) > max_images:
-        raise _too_many(max_images)
+        raise too_many(max_images)
     text = bytes(requests[0].data) if requests else b"{}"
-    return [bytes(part.data) for part in images], validated(shape, _load_json(text or b"{}", "part `request`"))
+    return contents, validated(shape, merged(query, load_json(text or b"{}", "part `request`")))
 
 
-def _too_many(max_images: int) -> ServiceError:
+def _in_order(images: Sequence[Part]) -> list[Part]:
+    """Numbered parts (`image[1]`) by their numbers, all others as they came."""
+    numbers = [int(found[1]) if (found := _IMAGE.fullmatch(part.name)) and found[1] else 0 for part in images]
+    return [images[place] for place in sorted(range(len(images)), key=numbers.__getitem__)]
+
+
+def _image_of_part(part: Part) -> bytes:
+    """An image's bytes. A part without a file name is a file, too, unless it is text."""
+    data = bytes(part.data)
+    if part.is_file or part.media_type.startswith("image/") or part.media_type in RAW_TYPES:
+        return data
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:  # as every JPEG, PNG and WebP is
+        return data
+    if is_data_url(text):  # of a form's field, into which a script wrote what a canvas drew
+        return image_of_text(text, "part `image`")
+    raise ServiceError(
+        "missing_image", "`image` must be a file part (curl: -F image=@photo.jpg), or a data URL; no URL is fetched"
+    )
+
+
+def too_many(max_images: int) -> ServiceError:
+    """The error for more images than one request may have."""
     return ServiceError("batch_too_large", f"more than {max_images} images; send them in several requests")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,8 @@ OTHER_VARIABLES = (
     "REQUIRE_PROMETHEUS",
     "REQUIRE_STRACE",
 )  # variables with our prefix that belong to training and to the tests
+# scheme, host (a name or an address) and port, as browsers write them in the header Origin (RFC 6454, 6.2)
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:\d{1,5})?")
 DEMO_BUNDLE = Path(__file__).resolve().parents[2] / "models" / "demo"
 
 
@@ -168,6 +171,10 @@ class Settings(BaseSettings):
     api_keys_file: Path | None = Field(default=None, description="more of them, one a line; read again by a reload")
     admin_keys: SecretStr | None = Field(default=None, description="keys for `/admin/`, which is not there without")
     admin_keys_file: Path | None = Field(default=None, description="more of them, likewise")
+    cors_origins: str | None = Field(
+        default=None,
+        description="origins whose pages may ask, separated by commas: `https://app.example`; none without",
+    )
     log_format: Literal["json", "text"] = Field(default="json", description="of the log lines on standard output")
     log_labels: bool = Field(default=False, description="log what was predicted; images are never logged")
     trace_endpoint: str | None = Field(
@@ -202,6 +209,17 @@ class Settings(BaseSettings):
             raise ValueError(f"a body may have {body:,} bytes ({PREFIX}MAX_BODY_BYTES), which would be refused forever")
         return limit
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: str | None) -> str | None:
+        for origin in _listed(origins):
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin: write `https://app.example` or `http://localhost:8080`, in lower case, "
+                    "without a path or a final slash; `*` is not taken, name them"
+                )
+        return origins
+
     @field_validator("trace_endpoint")
     @classmethod
     def _check_exporter(cls, endpoint: str | None) -> str | None:
@@ -217,6 +235,11 @@ class Settings(BaseSettings):
     def capacity(self) -> int:
         """Most images in flight: being decoded, waiting or inferred."""
         return self.queue_size + self.batch_size
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """The origins whose pages may ask, as browsers send them."""
+        return _listed(self.cors_origins)
 
     @property
     def image_limits(self) -> ImageLimits:
@@ -249,6 +272,10 @@ def write_paths_to_environment(settings: Settings) -> None:
     """So that child processes read the same paths, wherever they run."""
     for name, path in _paths(settings):
         os.environ[f"{PREFIX}{name.upper()}"] = str(path.absolute())
+
+
+def _listed(text: str | None) -> tuple[str, ...]:
+    return tuple(filter(None, (entry.strip() for entry in (text or "").split(","))))
 
 
 def _paths(settings: Settings) -> list[tuple[str, Path]]:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from vitrine.service.schemas.attention import AttentionAccount, HeadQuestion
 from vitrine.service.schemas.base import AnswerShape, Label, Labels, RequestShape, TimingsMs, Warnings, WithImage
-from vitrine.service.schemas.classify import ClassifyRequest, Prediction
+from vitrine.service.schemas.classify import ClassifyRequest, Prediction, Verdict
 from vitrine.service.schemas.edits import EditUsed
 from vitrine.service.schemas.residual import ResidualFeatures
 from vitrine.service.schemas.sources import SourceAccount
@@ -151,6 +151,7 @@ class Attribution(BaseModel):
     edit: EditUsed | None = None
     warnings: Warnings = []
     predictions: list[Prediction]
+    verdict: Verdict | None = Field(default=None, description="only with `scoring` independent")
     explanations: list[Explanation]
     lens: list[LensLayer] | None = None
     matrix: Matrix | None = None

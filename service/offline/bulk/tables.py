@@ -80,6 +80,7 @@ class Problem(BaseModel):
 
 
 _PREDICTION = "STRUCT(label VARCHAR, probability DOUBLE, logit DOUBLE)"
+_NO_COLUMN: dict[str, Any] = {"predictions": {"__all__": {"cosine"}}}  # it is the logit by the bundle's logit scale
 _LEDGER = (
     "STRUCT(target VARCHAR, logit DOUBLE, prior DOUBLE, attention DOUBLE[], clt DOUBLE[], bias DOUBLE, error DOUBLE, "
     "remainder DOUBLE)"
@@ -122,6 +123,7 @@ def row(
     edited: bool | None = None,
 ) -> str:
     """A `Row` as JSON. count: features listed, over all layers."""
+    optional = {"sources": sources, "edited": edited}
     predictions = predict(parts, labels, bundle.manifest.logit_scale, top_k)
     (explanation,), fidelity = account(parts, labels, bundle, Explain(features=count))
     # the first `count` of all layers are among the first `count` of each
@@ -137,7 +139,7 @@ def row(
         warnings=[note.code for note in notes],
         sources=sources,
         edited=edited,
-    ).model_dump_json(exclude={name for name, value in (("sources", sources), ("edited", edited)) if value is None})
+    ).model_dump_json(exclude=_NO_COLUMN | {name: True for name, value in optional.items() if value is None})
 
 
 def short_sources(account: SourceAccount) -> Sources:

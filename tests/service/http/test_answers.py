@@ -43,14 +43,21 @@ def test_every_format_is_answered(server, picture, format):
 def test_answer_has_exactly_the_fields_of_the_contract(server, picture):
     answer = server.attribute(picture())
     assert set(answer) == {
-        "request_id", "model", "edit", "warnings", "predictions", "explanations", "lens", "matrix", "attention",
-        "residual", "fidelity", "timings_ms",
+        "request_id", "model", "edit", "warnings", "predictions", "verdict", "explanations", "lens", "matrix",
+        "attention", "residual", "fidelity", "timings_ms",
     }  # fmt: skip
-    assert answer["lens"] is answer["matrix"] is answer["residual"] is answer["explanations"][0]["heatmap"] is None
+    assert (
+        answer["verdict"]
+        is answer["lens"]
+        is answer["matrix"]
+        is answer["residual"]
+        is answer["explanations"][0]["heatmap"]
+        is None
+    )
     assert set(answer["model"]) == {"name", "digest"}
     assert set(answer["fidelity"]) == {"r2", "cosine", "error_share", "reconstructed_top1_agrees"}
     assert set(answer["timings_ms"]) == {"decode", "labels", "queue", "inference", "ledger"}
-    assert all(set(prediction) == {"label", "probability", "logit"} for prediction in answer["predictions"])
+    assert all(set(prediction) == {"label", "probability", "logit", "cosine"} for prediction in answer["predictions"])
     (explanation,) = answer["explanations"]
     assert set(explanation) == {"target", "contrast", "logit", "ledger", "layers", "heatmap", "sources"}
     assert explanation["sources"] is None
@@ -280,7 +287,7 @@ def test_classify_is_attribute_without_the_account(server, picture):
     ):
         assert response.status_code == 200
         answer = response.json()
-        assert set(answer) == {"request_id", "model", "edit", "warnings", "predictions", "timings_ms"}
+        assert set(answer) == {"request_id", "model", "edit", "warnings", "predictions", "verdict", "timings_ms"}
         assert (answer["model"], answer["predictions"]) == (full["model"], full["predictions"])
 
 

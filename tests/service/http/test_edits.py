@@ -1,6 +1,7 @@
 """Edits in service: whose answer it is, and that it says so."""
 
 import asyncio
+import base64
 import json
 import logging
 from contextlib import contextmanager
@@ -130,6 +131,20 @@ def test_all_that_is_answered_is_the_edited_networks(bundle_path, make, tmp_path
         for path in ("circuit", "attribute"):  # a circuit is of CLIP as it is
             assert (await ask(client, path, image))["edit"] is None
         assert counted(edit.name, "true") - before == 4
+        text, model = base64.b64encode(image).decode(), f"/v1/models/{attributor.model.name}"
+        asked = {"instances": [text], "parameters": {"edit": edit.name}}
+        for verb, name in (("predict", "predictions"), ("explain", "explanations")):
+            (found,) = (await client.post(f"{model}:{verb}", json=asked)).json()[name]
+            assert (found["predictions"], found["edit"]) == (edited["predictions"], named)
+        asked = {"model": attributor.model.name, "input": [f"data:;base64,{text}"], "edit": edit.name}
+        found = (await client.post("/v1/embeddings", json=asked)).json()
+        assert (found["data"][0]["embedding"], found["edit"]) == (embedded["embedding"], named)
+        tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [text]}
+        asked = {"inputs": [tensor], "parameters": {"edit": edit.name}, "outputs": [{"name": "logit"}]}
+        found = (await client.post(f"{model.replace('v1', 'v2')}/infer", json=asked)).json()
+        assert found["outputs"][0]["data"] == [one["logit"] for one in edited["predictions"]]
+        assert json.loads(found["parameters"]["notes"])[0]["edit"] == named
+        assert counted(edit.name, "true") - before == 8
 
     talk(settings, conversation)
 

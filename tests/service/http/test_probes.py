@@ -89,9 +89,23 @@ def test_openapi_is_a_sound_document_of_every_route(openapi):
         "/v1/circuit": {"post"},
         "/v1/intervene": {"post"},
         "/v1/similar": {"post"},
+        "/v1/embeddings": {"post"},
+        "/v1/models": {"get"},
+        "/v1/models/{name}": {"get"},
+        "/v1/models/{name}:predict": {"post"},
+        "/v1/models/{name}:explain": {"post"},
+        "/v2": {"get"},
+        "/v2/health/live": {"get"},
+        "/v2/health/ready": {"get"},
+        "/v2/models/{name}": {"get"},
+        "/v2/models/{name}/ready": {"get"},
+        "/v2/models/{name}/infer": {"post"},
+        "/v2/models/{name}/versions/{version}": {"get"},
+        "/v2/models/{name}/versions/{version}/ready": {"get"},
+        "/v2/models/{name}/versions/{version}/infer": {"post"},
     }
     operations = [operation for item in openapi["paths"].values() for operation in item.values()]
-    assert len({operation["operationId"] for operation in operations}) == 11
+    assert len({operation["operationId"] for operation in operations}) == len(operations)
     for operation in operations:
         assert all(response["description"] for response in operation["responses"].values())
         assert operation["responses"]["200"]["content"]["application/json"]["schema"]
@@ -108,7 +122,9 @@ def test_openapi_references_exist(openapi):
 def test_openapi_describes_both_kinds_of_request(openapi, path, has_explain):
     body = openapi["paths"][path]["post"]["requestBody"]
     assert body["required"]
-    fields = {"labels", "label_set", "templates", "top_k", "strict", "edit"} | ({"explain"} if has_explain else set())
+    fields = {"labels", "label_set", "templates", "top_k", "strict", "edit", "scoring", "threshold"} | (
+        {"explain"} if has_explain else set()
+    )
     multipart = body["content"]["multipart/form-data"]["schema"]
     assert multipart["required"] == ["image"]
     assert set(multipart["properties"]["request"]["properties"]) == fields

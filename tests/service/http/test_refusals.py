@@ -77,7 +77,9 @@ def test_classify_refuses_alike(server, refused):
     refused(server.post_json("/v1/classify", b"no image"), 415, "unsupported_image")
 
 
-@pytest.mark.parametrize("content_type", [None, "", "text/plain", "image/png", "application/x-www-form-urlencoded"])
+@pytest.mark.parametrize(
+    "content_type", [None, "", "text/plain", "image", "video/mp4", "application/x-www-form-urlencoded"]
+)
 def test_other_content_types_are_refused(server, picture, refused, content_type):
     headers = {} if content_type is None else {"content-type": content_type}
     refused(server.http.post("/v1/attribute", content=picture(), headers=headers), 415, "unsupported_media_type")
@@ -253,7 +255,18 @@ def test_many_mistakes_are_answered_in_brief(server, picture, refused, fields):
 
 
 @pytest.mark.parametrize(
-    "text", ["not base64!", "ab", "data:image/png;base64,iVBORw0KGgo=", "\u00e9\u00e9\u00e9\u00e9"]
+    "text",
+    [
+        "not base64!",
+        "abcde",
+        "ab=c",
+        "\u00e9\u00e9\u00e9\u00e9",
+        "data:image/png;base64",
+        "data:image/png,iVBORw0KGgo=",
+        "data:image/png;base64,iVBOR!0KGgo=",
+        "data:image/png;base64,iVBORw0KGgo=",  # of an image that ends there
+        "data:" + "x" * 2_000 + ",",
+    ],
 )
 def test_bad_base64_is_refused(server, refused, text):
     refused(server.http.post("/v1/attribute", json={"image_base64": text}), 400, "invalid_image")
