@@ -22,16 +22,19 @@
    * @returns {HTMLElement[]}
    */
   function draw(explanation, options) {
-    const { prior, attention, clt, bias, error, edit } = explanation.ledger;
+    const { prior, attention, clt, mlp, bias, error, edit } = explanation.ledger;
+    const { Features, Error, ...always } = MEANING;
+    const MLPs = "What each layer's MLP wrote to the class token.";
     const terms = [
       ["prior", prior],
       ["attention", sum(attention)],
-      ["features", sum(clt)],
+      clt.length ? ["features", sum(clt)] : ["MLPs", sum(mlp)],
       ["bias", bias],
-      ["error", error],
+      ...(clt.length ? [["error", error]] : []),
       ...(edit ? [["edit", edit]] : []),
     ];
-    return [equation(explanation, explanation.logit, terms), table(explanation, options), glossary(MEANING)];
+    const meaning = clt.length ? MEANING : { ...always, MLPs };
+    return [equation(explanation, explanation.logit, terms), table(explanation, options), glossary(meaning)];
   }
 
   function table(explanation, options) {
@@ -57,12 +60,17 @@
       return fold((name) => draw(row, name), what, options.state.open);
     }
 
+    /** Without a CLT. */
+    function mlps() {
+      const all = of("mlp");
+      return [group("MLPs, by layer", all, axis, MORE.length), body(all.map((row) => draw(row, `MLP ${row.layer}`)))];
+    }
+
     const bodies = [
       body(of("prior").map((row) => draw(row, "Prior"))),
       group("Attention, by layer", of("attention"), axis, MORE.length),
       body(of("attention").map((row) => draw(row, attentionName(row, options)))),
-      group("Features, by layer", of("clt"), axis, MORE.length),
-      of("clt").map(layer),
+      ...(of("clt").length ? [group("Features, by layer", of("clt"), axis, MORE.length), of("clt").map(layer)] : mlps()),
       body(of("bias").map((row) => draw(row, "Bias"))),
       body(of("error").map((row) => draw(row, "Error"))),
       body(of("edit").map((row) => draw(row, "Edit"))),

@@ -59,8 +59,9 @@
     return LEVELS.findLast((name) => MEASURES.some((measure) => level(measure, fidelity) === name));
   }
 
-  /** @param {Object} fidelity the API's @returns {HTMLElement[]} */
+  /** @param {?Object} fidelity the API's; null: no CLT @returns {HTMLElement[]} */
   function draw(fidelity) {
+    if (!fidelity) return [el("p", {}, "This model has no features (no CLT): the rows are the MLPs' own, and exact.")];
     const verdict = overall(fidelity);
     const line = (measure) => {
       const found = level(measure, fidelity);

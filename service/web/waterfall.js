@@ -5,23 +5,24 @@
 
   /**
    * @typedef {Object} Row
-   * @property {string} kind prior, attention, clt, bias, error, edit, remainder
+   * @property {string} kind prior, attention, clt (mlp without a CLT), bias, error, edit, remainder
    * @property {number|null} layer
    * @property {number} value in logits
    * @property {number} start the running total before it
    * @property {number} end and after it
-   * @property {?Object} account of a clt row: its `LayerAccount`
+   * @property {?Object} account of a clt or mlp row: its `LayerAccount`
    */
 
   /** The account's rows in order, as the API's Explanation has them. @returns {Row[]} */
   function rows(explanation) {
     const { prior, attention, clt, bias, error, edit, remainder } = explanation.ledger;
+    const kind = clt.length ? "clt" : "mlp";
     const listed = [
       { kind: "prior", value: prior },
       ...attention.map((value, layer) => ({ kind: "attention", layer, value })),
-      ...clt.map((value, layer) => ({ kind: "clt", layer, value, account: explanation.layers[layer] })),
+      ...explanation.layers.map((account, layer) => ({ kind, layer, value: account.contribution, account })),
       { kind: "bias", value: bias },
-      { kind: "error", value: error },
+      ...(clt.length ? [{ kind: "error", value: error }] : []),
       ...(edit ? [{ kind: "edit", value: edit }] : []), // only of an edited network
       { kind: "remainder", value: remainder },
     ];
@@ -30,7 +31,7 @@
 
   /** A row's name, given its kind and layer. @returns {string} */
   function name({ kind, layer }) {
-    const title = kind === "clt" ? "CLT" : kind[0].toUpperCase() + kind.slice(1);
+    const title = /clt|mlp/.test(kind) ? kind.toUpperCase() : kind[0].toUpperCase() + kind.slice(1);
     return layer === null ? title : `${title} ${layer}`;
   }
 

@@ -49,6 +49,8 @@ class Debias:
         track: Track,
     ) -> None:
         """track: yields what it is given, and may show progress under a title. Raises `DebiasError`."""
+        if not engine.bundle.manifest.has_features:
+            raise DebiasError(f"debiasing edits features: {engine.bundle.manifest.why_no_features}")
         if engine.sources is None:
             raise DebiasError(
                 f"{engine.bundle.path} has no source accounts, by which features are ranked: export it with "
