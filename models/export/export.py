@@ -109,9 +109,7 @@ def export_bundle(
             parity check failed.
         FileError: it cannot be written.
     """
-    check_name(out)
-    if out.exists():
-        raise ExportError(f"{out} exists; a bundle is never changed, choose another place")
+    check_new(out)
     if variants and not calibration:
         raise ExportError(f"{', '.join(variants)} must be checked against float32: give images for it")
     prepare_folder(out.parent)
@@ -175,6 +173,14 @@ def export_bundle(
         sealed = seal(partial, manifest)
         move_folder(partial, out, last=MANIFEST)
     return replace(sealed, path=out)
+
+
+def check_new(out: Path) -> None:
+    """Raise `ExportError` if there is something where a bundle is to be written, `FileError` for a name that is no
+    UTF-8."""
+    check_name(out)
+    if out.exists():
+        raise ExportError(f"{out} exists; a bundle is never changed, choose another place")
 
 
 def _write_variant(
