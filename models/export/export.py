@@ -163,7 +163,7 @@ def export_bundle(
         progress.begin("checking the graphs against torch")
         check_vision(clip, graph, partial / "vision.onnx")
         check_text(clip, text, tokens, texts, partial / "text.onnx")
-        default = clip.encode_labels(list(provenance.labels), list(provenance.templates)).numpy()
+        default = _default_labels(clip, provenance) if variants else np.zeros((0, clip.tower.embedding), np.float32)
         agreement = {
             variant: result
             for variant, model in variant_models.items()
@@ -181,6 +181,11 @@ def check_new(out: Path) -> None:
     check_name(out)
     if out.exists():
         raise ExportError(f"{out} exists; a bundle is never changed, choose another place")
+
+
+def _default_labels(clip: Clip, provenance: Provenance) -> NDArray[np.float32]:
+    """Unit embeddings [N, D]."""
+    return clip.encode_labels(list(provenance.labels), list(provenance.templates)).numpy()
 
 
 def _write_variant(

@@ -58,8 +58,7 @@
   /** What a listener is told of an answer. @returns {string} */
   function spoken(answer, explanation = answer.explanations[0]) {
     const [best] = answer.predictions;
-    const { fidelity } = answer;
-    const trust = fidelity ? ` Trust: ${Vitrine.trust.overall(fidelity)}.` : "";
+    const trust = answer.fidelity ? ` Trust: ${Vitrine.trust.overall(answer.fidelity)}.` : "";
     const rather = explanation.contrast === null ? "" : ` rather than ${explanation.contrast}`;
     const account = `The account says why ${explanation.target}${rather}.`;
     return `${best.label}, ${percent(best.probability)}. ${account}${trust}${Vitrine.warnings.spoken(answer.warnings)}`;

@@ -18,7 +18,10 @@ from vitrine.commands.common import (
     print_warnings,
 )
 
+BYTES = 4.3  # of a bundle a parameter: weights in float32, and tables; a half of it for weights that are float16's
+
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import Tensor
 
     from vitrine.models.bundle.bundle import Bundle
@@ -178,11 +181,30 @@ def _alone(
     def log(message: str) -> None:
         print_warnings([message], console)
 
+    _announce(name, weights, console)
     with Progress(console) as progress:
         progress.begin(f"loading {name}, downloading it if it is not there yet")
         clip = load_clip(name, weights)
         pixels = read_images(inputs, count, clip, log, progress) if inputs is not None else []
         return export_clip(clip, out, labels, named, pixels, log, progress)
+
+
+def _announce(name: str, weights: str | None, console: Console) -> None:
+    """Print what it will take, of a CLIP whose size is known before it is loaded."""
+    from vitrine.training.recipes.clip_shape import UnknownShape, clip_shape
+    from vitrine.training.recipes.recipe import ClipSection
+
+    try:
+        parameters = clip_shape(ClipSection(name=name, weights=weights), Path()).parameters / 1e6
+    except UnknownShape:  # it brings its own configuration, or is refused below with the reason
+        return
+    console.print(
+        f"{name}: {parameters:,.0f} million parameters, so {4 * parameters:,.0f} MB of weights to download unless they "
+        f"are in the hub's cache, and a bundle of up to {BYTES * parameters:,.0f} MB",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _added(bundle: Path, residual: Path, out: Path, data_root: Path) -> Bundle:
