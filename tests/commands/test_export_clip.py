@@ -148,12 +148,17 @@ def test_labels_are_imagenets_and_variants_are_checked_on_images(hub, data_root,
         (("--clip", NAME, "--checkpoint", "runs/x"), "give a CLT's --checkpoint, a --clip, or a --bundle"),
         (("--checkpoint", "runs/x", "--weights", "openai"), "--weights and --images are of --clip"),
         (("--clip", NAME, "--residual", "runs/x"), "--residual is added to a bundle of the CLIP"),
-        (("--clip", "ViT-B-32", "--weights", "nobody"), "weights 'nobody' are neither a file nor a tag of open_clip's"),
         (("--clip", NAME, "--images", "nowhere"), "nowhere"),
     ],
 )
 def test_wrong_use_is_refused(hub, tmp_path, arguments, message):
     assert message in refused("export", *arguments, "--out", tmp_path / "out").replace("│ ", "").replace(" │", "")
+
+
+def test_the_size_is_said_first_and_wrong_weights_are_refused(hub, tmp_path):
+    said = refused("export", "--clip", "ViT-B-32", "--weights", "nobody", "--out", tmp_path / "out")
+    assert said.startswith("ViT-B-32: 151 million parameters, so 605 MB of weights to download unless")
+    assert "weights 'nobody' are neither a file nor a tag of open_clip's" in said
 
 
 def test_nothing_is_overwritten(hub, tmp_path):
