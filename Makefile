@@ -3,6 +3,11 @@ PYTHON ?= python3
 # cpu, or gpu on a machine with CUDA: `make serve RUNTIME=gpu`
 RUNTIME ?= cpu
 PORT ?= 3000
+# `make serve CLIP=ViT-B-32/openai`: a CLIP of open_clip's, NAME/TAG or hf-hub:ORG/MODEL, exported once. IMAGES: a folder
+# on which int8 must agree with float32, else there is no int8; LABELS: a file with one a line, else ImageNet's classes.
+CLIP ?=
+IMAGES ?=
+LABELS ?=
 # Data root of `make demo`: torchvision puts CIFAR-10 there, unless it has class folders cifar10/{train,val}/<class>/.
 DATA ?= data
 RUN ?= runs/demo
@@ -15,10 +20,17 @@ PIP = -m pip install --quiet --disable-pip-version-check --constraint constraint
 PHOTO = build/cat.png
 VITRINE = .venv-dev/bin/vitrine
 
-.PHONY: help serve test test-image audit demo loadtest clean
+# hf-hub:ORG/MODEL has no tag.
+ON_HUB = $(filter hf-hub:%,$(CLIP))
+CLIP_NAME = $(or $(ON_HUB),$(firstword $(subst /, ,$(CLIP))))
+CLIP_TAG = $(if $(ON_HUB),,$(word 2,$(subst /, ,$(CLIP))))
+CLIP_BUNDLE = build/clip/$(subst :,-,$(subst /,-,$(CLIP)))
+
+.PHONY: announce clip-bundle help serve test test-image audit demo loadtest clean
 
 help:
 	@echo "make serve   the service on the embedded bundle, http://127.0.0.1:$(PORT)  (light environment, no torch)"
+	@echo "make serve CLIP=ViT-B-32/openai   the same on a CLIP of open_clip's, as it is  (needs the full environment once)"
 	@echo "make test    ruff, mypy, pytest  (full environment: torch and open_clip, about 5 GB)"
 	@echo "make test-image  the Dockerfile's steps in a clean Debian root (as root; needs debootstrap, 5 minutes)"
 	@echo "make loadtest  users on a service of their own, and a report: LOAD=step RATE=150 MIX=attribute"
@@ -27,13 +39,24 @@ help:
 	@echo "             (DATA=$(DATA): where CIFAR-10 and the CLIP are put; RUN=$(RUN): the CLT's run, beside it the SAEs')"
 	@echo "make clean   remove both environments and build/"
 
-serve: .venv/installed $(PHOTO)
+serve: $(if $(CLIP),announce) .venv/installed $(PHOTO) $(if $(CLIP),clip-bundle)
 	@echo
 	@echo "In another terminal, with this photo or one of yours:"
 	@echo
 	@echo "  curl --retry 9 --retry-connrefused -F image=@$(PHOTO) http://127.0.0.1:$(PORT)/v1/attribute"
 	@echo
-	@VITRINE_LOG_FORMAT=$${VITRINE_LOG_FORMAT:-text} .venv/bin/vitrine serve --port $(PORT)
+	@VITRINE_LOG_FORMAT=$${VITRINE_LOG_FORMAT:-text} .venv/bin/vitrine serve --port $(PORT) $(if $(CLIP),--bundle $(CLIP_BUNDLE))
+
+announce:
+	@test -e $(CLIP_BUNDLE) || { \
+	  echo "Once: the full environment (about 5 GB), the weights of $(CLIP), and their export to $(CLIP_BUNDLE)."; \
+	  echo "ViT-B-32: 0.6 GB of weights, a bundle as large, and some minutes. Interrupted, it goes on when run again."; }
+
+# A bundle is there as a whole or not at all. Downloads lie in the hub's cache.
+clip-bundle: $(if $(wildcard $(CLIP_BUNDLE)),,.venv-dev/installed)
+	@if [ -e $(CLIP_BUNDLE) ]; then echo "$(CLIP_BUNDLE) is there, and is served as it is: remove it to export it anew"; \
+	else mkdir -p build/clip && $(VITRINE) export --clip $(CLIP_NAME) $(if $(CLIP_TAG),--weights $(CLIP_TAG)) \
+	  $(if $(IMAGES),--images $(IMAGES)) $(if $(LABELS),--labels-file $(LABELS)) --out $(CLIP_BUNDLE); fi
 
 # A process a core, four at most (each needs 2 GB): tests compute on one thread. A file's tests stay together, for their
 # fixtures' sake.

@@ -42,11 +42,9 @@ def main(
     print(f"{len(images)} images: " + ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items())))
     remainder = max(abs(e["ledger"]["remainder"]) for _, answer in good for e in answer["explanations"])
     difference = max(abs(_sum_of_rows(e["ledger"]) - e["logit"]) for _, answer in good for e in answer["explanations"])
-    r2 = sorted(answer["fidelity"]["r2"] for _, answer in good)
-    print(
-        f"largest |remainder| {remainder:.1e}, largest |sum of rows - logit| {difference:.1e}, "
-        f"median R2 {r2[len(r2) // 2]:.3f}"
-    )
+    r2 = sorted(answer["fidelity"]["r2"] for _, answer in good if answer["fidelity"])  # none without a CLT
+    fidelity = f", median R2 {r2[len(r2) // 2]:.3f}" if r2 else ""
+    print(f"largest |remainder| {remainder:.1e}, largest |sum of rows - logit| {difference:.1e}{fidelity}")
     if classes:
         correct = sum(answer["predictions"][0]["label"] == class_label(path.parent.name) for path, answer in good)
         print(f"zero-shot top-1 {correct / len(good):.4f}")
@@ -55,7 +53,8 @@ def main(
 
 
 def _sum_of_rows(ledger: dict[str, Any]) -> float:
-    rows = (ledger["prior"], *ledger["attention"], *ledger["clt"], ledger["bias"], ledger["error"])
+    written = ledger["clt"] or ledger["mlp"]  # without a CLT
+    rows = (ledger["prior"], *ledger["attention"], *written, ledger["bias"], ledger["error"])
     return math.fsum(rows)
 
 

@@ -7,6 +7,7 @@ parameter is moved away from its initial value.
 import gc
 import io
 import json
+from dataclasses import replace
 from functools import cache
 
 import vitrine  # noqa: F401  # first: it stops the libraries' telemetry
@@ -282,6 +283,14 @@ def bundle(clip, clt, cls_mean, provenance, make_pixels, tmp_path_factory):
     images = [make_pixels(4, seed=11)]
     every = dict.fromkeys(("replacement", "sources", "rerun"), True)
     return export_bundle(clip, clt, cls_mean, provenance, out, calibration=images, **every)
+
+
+@pytest.fixture(scope="session")
+def plain_bundle(clip, provenance, tmp_path_factory):
+    """The exported and opened bundle of `clip` without a CLT, with source accounts and interventions."""
+    of_none = replace(provenance, name="plain", data=None, recipe="", metrics=Metrics())
+    out = tmp_path_factory.mktemp("bundles") / "plain"
+    return export_bundle(clip, None, None, of_none, out, sources=True, rerun=True)
 
 
 @pytest.fixture(scope="session")

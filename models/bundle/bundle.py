@@ -19,11 +19,11 @@
     text.onnx, .data     `tokens` [N, T] -> `text_embedding` [N, D], unit; T: any length of text, or (in older bundles,
                          and for towers that attend to the padding) the context alone
     tokenizer.json       Hugging Face `tokenizers`, for texts cleaned as the manifest says (`models.texts`)
-    directions.npy       [L, F, d]: what one unit of a feature adds to the [CLS] residual, memory-mapped; the vision
-                         graph reads the same file as its external data, so the table is stored once
+    directions.npy       with a CLT, [L, F, d]: what one unit of a feature adds to the [CLS] residual, memory-mapped;
+                         the vision graph reads the same file as its external data, so the table is stored once
     attention.npy        [L, d + 1, D]: what attention's value channels and biases add to the embedding, for heat maps;
                          older bundles lack it, and their graph has no input `details`
-    encoders.npy         [L, F, d]: what features read, shared in the same way; older bundles lack it
+    encoders.npy         with a CLT, [L, F, d]: what features read, shared in the same way; older bundles lack it
     last_decoders.npy    optional, [(L - 1) F, d], shared in the same way: what a feature writes to the last MLP output
     fold.npy             [d + 1, D]: ln_post and projection as a matrix M [d, D] and a bias beta [D]
     cards/               optional: what features fire on, as labels, numbers and images (`models.bundle.cards`)
@@ -31,6 +31,8 @@
     edits/               optional: NAME.json, interventions that are kept (`models.interventions.edit`)
     label_sets/          optional: NAME.json (`models.bundle.label_sets`) and NAME.npy, unit embeddings [N, D]
     MODEL_CARD.md        generated from the manifest
+
+Without a CLT (`Manifest.has_features`) accounts have the MLPs' rows in the place of the features'.
 
 (The first design had directions in embedding space, [L, F, D]. The exact effect of removing a row needs residual
 space, and together with `fold.npy` it also gives the contribution to any label.)
@@ -63,6 +65,7 @@ from vitrine.models.bundle.layout import (
     MANIFEST,
     READ_BY_GRAPHS,
     REQUIRED,
+    REQUIRED_WITH_FEATURES,
     RERUN,
     RESIDUAL_RERUN,
     RESIDUAL_TRACE,
@@ -129,8 +132,10 @@ class Bundle:
 
     @cached_property
     def directions(self) -> NDArray[np.floating]:
-        """[L, F, d], memory-mapped."""
+        """[L, F, d], memory-mapped; F is 0 without a CLT."""
         shape = self.manifest.shape
+        if not self.manifest.has_features:
+            return np.zeros((shape.layers, 0, shape.width), np.float32)
         return self.table("directions.npy", (shape.layers, shape.features, shape.width))
 
     @cached_property
@@ -190,7 +195,7 @@ class Bundle:
 
     @cached_property
     def encoders(self) -> NDArray[np.floating] | None:
-        """[L, F, d] what features read, memory-mapped; None in bundles of older versions."""
+        """[L, F, d] what features read, memory-mapped; None in bundles of older versions and without a CLT."""
         if ENCODERS not in self.manifest.files:
             return None
         shape = self.manifest.shape
@@ -278,7 +283,8 @@ def open_bundle(path: Path) -> Bundle:
     variants = [vision_file(precision) for precision in manifest.precisions]
     cards = [f"{CARDS[one]}/{name}" for one in CARDS if manifest.cards_of(one) for name in CARD_FILES]
     saes = [RESIDUAL_TRACE, *map(residual_file, range(manifest.shape.layers))] if manifest.residual else []
-    required = dict.fromkeys([*REQUIRED, *variants, *(f"{name}.data" for name in variants), *cards, *saes])
+    tables = REQUIRED_WITH_FEATURES if manifest.has_features else ()
+    required = dict.fromkeys([*REQUIRED, *tables, *variants, *(f"{name}.data" for name in variants), *cards, *saes])
     if missing := [name for name in required if name not in manifest.files]:
         raise BundleError(f"{path / MANIFEST} does not list {', '.join(missing)}")
     identities = {name: _verify(path / name, entry) for name, entry in manifest.files.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 Variant = Literal["int8", "fp16"]
@@ -15,15 +16,16 @@ REQUIRED = (
     "text.onnx",
     "text.onnx.data",
     "tokenizer.json",
-    "directions.npy",
     "fold.npy",
     "MODEL_CARD.md",
 )
+REQUIRED_WITH_FEATURES = ("directions.npy",)
 READ_BY_GRAPHS = (".onnx", ".data", ".npy")  # ends of the names of files that a graph may read beside itself
 # Folders of the cards, each with all of these files; the manifest's fields have the same names.
 CARDS: dict[Dictionary, str] = {"clt": "cards", "residual": "residual_cards"}
 CARD_FILES = ("features.parquet", "images.parquet", "references.npz")
-# Outputs of vision.onnx for `pixels` [B, 3, H, W]; R = 2L + 3 rows, see `models.account.ledger`.
+# Outputs of vision.onnx for `pixels` [B, 3, H, W]; R = 2L + 3 rows, see `models.account.ledger`. Without a CLT a graph
+# has some of the outputs and inputs in this file, see `given`.
 VISION_OUTPUTS = (
     "embedding",  # [B, D]
     "rows",  # [B, R, D]
@@ -36,6 +38,8 @@ VISION_OUTPUTS = (
     "fidelity",  # [B, 2]: r2, cosine
 )
 COMPONENTS = "components"  # [B, R, d] in residual space, an output as well; graphs of older bundles have none
+# [B, L, D] the MLPs' rows, an output as well; graphs of older bundles have none. Without a CLT `rows` has them.
+MLP_ROWS = "mlp_rows"
 # Computed only where the input `details` is true (else B is 0): see `models.account.ledger.Details`.
 DETAILS_INPUT = "details"  # [] bool
 DETAILS = (
@@ -45,7 +49,7 @@ DETAILS = (
     "token_norms",  # [B, T]
 )
 HEAD_COMPONENTS = "head_components"  # [B, L, H, d] with them; graphs of older bundles have none
-ALWAYS = (*VISION_OUTPUTS, COMPONENTS)
+ALWAYS = (*VISION_OUTPUTS, COMPONENTS, MLP_ROWS)
 ON_REQUEST = (*DETAILS, HEAD_COMPONENTS)
 EVERY_OUTPUT = (*ALWAYS, *ON_REQUEST)
 # Inputs of replacement.onnx besides `pixels`, and its outputs.
@@ -84,7 +88,7 @@ HELD_FAST = (
     "before_attention",  # [B, L, T]
     "before_mlp",  # [B, L, T]
 )
-# Outputs of trace.onnx, see `models.account.sources.Trace`; the last two only with a CLT.
+# Outputs of trace.onnx, see `models.account.sources.Trace`.
 TRACE_OUTPUTS = (
     *HELD_FAST,
     "embedded",  # [B, T, d]
@@ -104,7 +108,7 @@ SOURCES_OUTPUTS = (
     "embeddings",  # [n, T]
     "errors",  # [n, L, T]
     "constants",  # [n]
-    "features",  # [n, L, T, k]; this and what follows only with a CLT
+    "features",  # [n, L, T, k]
     "biases",  # [n, L]
     "gradients",  # [n, L, 2, d] at the MLPs' outputs: at [CLS], and summed over patches
 )
@@ -119,6 +123,14 @@ SCORES_OUTPUTS = (
     "keys",  # [n, T, d / H]
     "rows",  # [n, 2, d / H, d] of W_Q and W_K
     "biases",  # [n, 2, d / H]
+)
+
+# Outputs and inputs of the graphs above that only a bundle with a CLT has.
+OF_FEATURES = frozenset(
+    {
+        *("feature_indices", "feature_values", "projection", "fidelity", MLP_ROWS),
+        *("indices", "values", "features", "biases", "gradients"),
+    }
 )
 
 # Of a bundle with residual SAEs: `models.graph.gated_trace`, and what goes back through each block
@@ -164,6 +176,11 @@ RESIDUAL_OUTPUTS_EMBEDDINGS = (
     "embeddings",  # [n, T]
     "constant",  # [n]
 )
+
+
+def given(names: Sequence[str], features: bool) -> tuple[str, ...]:
+    """Those of a graph's outputs or inputs that it has in a bundle with a CLT, or in one without."""
+    return tuple(name for name in names if features or name not in OF_FEATURES)
 
 
 def residual_file(block: int) -> str:

@@ -19,6 +19,7 @@ _Side = Annotated[int, Field(gt=0, le=16_384)]  # pixels
 _Layers = Annotated[int, Field(gt=0, le=1_024)]
 _Width = Annotated[int, Field(gt=0, le=65_536)]
 _Count = Annotated[int, Field(gt=0, le=2**24)]  # of features, of tokens
+_Some = Annotated[int, Field(ge=0, le=2**24)]  # or none
 _Mean = Annotated[float, Field(ge=-1e3, le=1e3)]
 _Deviation = Annotated[float, Field(ge=1e-3, le=1e3)]  # below, one of 256 shades is more than a whole deviation
 # Logits are float32: beyond 10,000 a ledger's remainder is no longer below 1e-3, much later they overflow.
@@ -62,8 +63,8 @@ class Shape(_Part):
     layers: _Layers  # L
     width: _Width  # d
     embedding: _Width  # D
-    features: _Count  # F, per layer
-    k: _Count  # places of a served code: the most features per layer that can be active on [CLS]
+    features: _Some  # F, per layer; 0: the bundle has no CLT
+    k: _Some  # places of a served code: the most features per layer that can be active on [CLS]; 0 without a CLT
     # Budgets of the sparsifier, one per layer (jumprelu, batch_topk: means). None, as in bundles from before these
     # fields: k in every layer.
     k_cls: tuple[_Count, ...] | None = None
@@ -74,6 +75,8 @@ class Shape(_Part):
 
     @model_validator(mode="after")
     def _one_budget_per_layer(self) -> Shape:
+        if bool(self.features) != bool(self.k):
+            raise ValueError(f"features is {self.features}, k is {self.k}: without a CLT both are 0")
         for name in ("k_cls", "k_patches"):
             budgets = getattr(self, name)
             if budgets is not None and len(budgets) != self.layers:
@@ -151,7 +154,8 @@ class Agreement(_Part):
     images: int
     top1: float  # share of images with the same top-1 among the default labels
     ledger_cosine: float  # between the two accounts of the top-1 logit, mean over images
-    top_features: float  # share of the ten largest feature contributions that agree, mean over images
+    # Share of the ten largest feature contributions that agree, mean over images; None: the bundle has no CLT.
+    top_features: float | None
     # Where and how it was exported, for other machines to compare with; None in bundles of older versions.
     drawn_cosine: float | None = None  # of embeddings, on drawn pictures (`models.precision.agreement`)
     instructions: str | None = None  # of the processor, for int8 (`models.precision.instructions`); or "none"
@@ -159,14 +163,16 @@ class Agreement(_Part):
     @property
     def is_sufficient(self) -> bool:
         """Whether the variant may be written. False if any value is NaN."""
-        return self.top1 >= TOP1 and self.ledger_cosine >= LEDGER_COSINE and self.top_features >= TOP_FEATURES
+        features = 1.0 if self.top_features is None else self.top_features
+        return self.top1 >= TOP1 and self.ledger_cosine >= LEDGER_COSINE and features >= TOP_FEATURES
 
     @property
     def beside_the_least(self) -> str:
-        """The three figures, and in brackets the least of each that is enough."""
+        """The figures, and in brackets the least of each that is enough."""
+        features = "" if self.top_features is None else f", top features {self.top_features:.1%} ({TOP_FEATURES:.0%})"
         return (
             f"on {self.images:,} images top-1 {self.top1:.1%} (at least {TOP1:.0%}), cosine of the ledgers "
-            f"{self.ledger_cosine:.4f} ({LEDGER_COSINE}), top features {self.top_features:.1%} ({TOP_FEATURES:.0%})"
+            f"{self.ledger_cosine:.4f} ({LEDGER_COSINE}){features}"
         )
 
 
@@ -221,14 +227,14 @@ class Manifest(_Part):
     clip: ClipIdentity
     preprocessing: Preprocessing
     shape: Shape
-    sparsifier: Literal["relu_topk", "abs_topk", "jumprelu", "batch_topk"]
+    sparsifier: Literal["relu_topk", "abs_topk", "jumprelu", "batch_topk"] | None = None  # None: no CLT
     logit_scale: _LogitScale
     text: Text
     precisions: tuple[Precision, ...] = ("fp32",)  # of the vision graph; all except fp32 in vision.<precision>.onnx
     agreement: dict[Variant, Agreement] = {}  # of each variant with fp32
     tables: Literal["float32", "float16"]  # precision of directions and of the CLT's weights in the graph
-    data: Data
-    recipe: str  # the text of the recipe, as used
+    data: Data | None = None  # that the CLT was trained on; None: no CLT
+    recipe: str  # the text of the recipe, as used; of a bundle without a CLT, empty
     metrics: Metrics
     licence: str
     cards: CardsSummary | None = None  # of the CLT's features
@@ -236,10 +242,23 @@ class Manifest(_Part):
     residual_cards: CardsSummary | None = None  # of the residual SAEs' features
     files: dict[str, FileEntry] = {}
 
+    @property
+    def has_features(self) -> bool:
+        """Whether there is a CLT. Without one, accounts have the MLPs' rows in the place of its features'."""
+        return self.shape.features > 0
+
+    @property
+    def why_no_features(self) -> str:
+        """Of a bundle without a CLT: a clause for errors about what it has not."""
+        return (
+            f"the bundle {self.name!r} has no CLT, and so no features; `vitrine train` makes one, and `vitrine export "
+            "--checkpoint` a bundle with it"
+        )
+
     def features_of(self, dictionary: Dictionary) -> tuple[int, ...]:
         """Features by layer; none where the bundle has no such dictionary."""
         if dictionary == "clt":
-            return (self.shape.features,) * self.shape.layers
+            return (self.shape.features,) * self.shape.layers if self.has_features else ()
         return self.residual.features if self.residual else ()
 
     def cards_of(self, dictionary: Dictionary) -> CardsSummary | None:
@@ -252,6 +271,17 @@ class Manifest(_Part):
         rows, columns = patch_grid(self.preprocessing, patches)
         if not patches or rows * columns != patches:
             raise ValueError(f"shape.tokens: {patches} patches do not fill an image of preprocessing.size")
+        return self
+
+    @model_validator(mode="after")
+    def _of_the_clt(self) -> Manifest:
+        """What a CLT brings along is there with one, and not without."""
+        for name in ("sparsifier", "data"):
+            if (getattr(self, name) is not None) != self.has_features:
+                has = "it is missing, and there are some" if self.has_features else "it is given, and there are none"
+                raise ValueError(f"{name}: it is of the CLT's features: {has} (shape.features)")
+        if self.cards is not None and not self.has_features:
+            raise ValueError("cards: there is no CLT (shape.features)")
         return self
 
     @model_validator(mode="after")

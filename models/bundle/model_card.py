@@ -16,25 +16,50 @@ LABELS_NAMED = 50  # of many
 
 def model_card(manifest: Manifest) -> str:
     """The text of the card, generated from the manifest."""
-    shape, data, clip = manifest.shape, manifest.data, manifest.clip
-    figures = manifest.metrics.model_dump(exclude={"layers"}, exclude_none=True)
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in figures.items())
+    clip = manifest.clip
     of_saes = _residual(manifest.residual) + _cards("Cards of residual SAEs' features", manifest.residual_cards)
     return f"""# {manifest.name}
 
 {manifest.description}
 
 - **CLIP**: {clip.name}, weights {clip.weights} (sha256 {clip.sha256})
-- **CLT**: {shape.layers} layers x {shape.features:,} features, {_decoder_targets(shape)};
+{_clt(manifest)}- **Precisions**: fp32{"".join(map(_agreement, manifest.agreement.items()))}
+{_trained(manifest)}- **Default labels**: {first_labels(manifest.text.labels)}
+- **Licence of this bundle**: {manifest.licence}
+{_measured(manifest)}{_cards("Feature cards", manifest.cards)}{of_saes}{_recipe(manifest)}"""
+
+
+def _clt(manifest: Manifest) -> str:
+    shape = manifest.shape
+    if not manifest.has_features:
+        return f"""- **CLT**: none, so that accounts have the MLPs' rows and no features; {shape.layers} layers,
+  width {shape.width}, embedding {shape.embedding}
+"""
+    return f"""- **CLT**: {shape.layers} layers x {shape.features:,} features, {_decoder_targets(shape)};
   width {shape.width}, embedding {shape.embedding}, tables in {manifest.tables}
 - **Sparsifier**: {manifest.sparsifier}; active features a token and layer{_budget_note(manifest)}:
   {_budget(shape.k_cls, shape.k)} on [CLS], {_budget(shape.k_patches, shape.k)} on patches
-- **Precisions**: fp32{"".join(map(_agreement, manifest.agreement.items()))}
-- **Trained on**: {data.name}, {data.train_images:,} images; licence of the data: {data.licence}
-- **Measured on**: {data.name}, {data.val_images:,} held-out images
-- **Default labels**: {first_labels(manifest.text.labels)}
-- **Licence of this bundle**: {manifest.licence}
+"""
 
+
+def _trained(manifest: Manifest) -> str:
+    data = manifest.data
+    if data is None:
+        return ""
+    return f"""- **Trained on**: {data.name}, {data.train_images:,} images; licence of the data: {data.licence}
+- **Measured on**: {data.name}, {data.val_images:,} held-out images
+"""
+
+
+def _measured(manifest: Manifest) -> str:
+    """Figures of the CLT, and what they say."""
+    if not manifest.has_features:
+        return """
+A ledger accounts for what *this CLIP* computed. It does not say that the prediction is right.
+"""
+    figures = manifest.metrics.model_dump(exclude={"layers"}, exclude_none=True)
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in figures.items())
+    return f"""
 | metric (val) | value |
 |---|---|
 {rows}
@@ -44,7 +69,13 @@ never fired on val. zero_shot_top1: the CLIP's own, with the default templates.
 {_by_layer(manifest.metrics)}
 A ledger accounts for what *this CLIP* computed. It does not say that the prediction is right, and its features stand
 in for the MLPs only as well as `fidelity` in every answer says.
-{_cards("Feature cards", manifest.cards)}{of_saes}
+"""
+
+
+def _recipe(manifest: Manifest) -> str:
+    if not manifest.has_features:
+        return ""
+    return f"""
 ## Recipe
 
 ```toml
@@ -139,9 +170,10 @@ the stream; {residual.bytes / 1e6:.1f} MB of this bundle, tables in {residual.ta
 
 def _agreement(variant: tuple[Variant, Agreement]) -> str:
     name, result = variant
+    features = "" if result.top_features is None else f" and {result.top_features:.1%} of the ten top features"
     return (
-        f"; {name}, which agrees with it on {result.images:,} held-out images in {result.top1:.1%} of the top-1 and "
-        f"{result.top_features:.1%} of the ten top features (cosine of the ledgers {result.ledger_cosine:.4f})"
+        f"; {name}, which agrees with it on {result.images:,} held-out images in {result.top1:.1%} of the top-1"
+        f"{features} (cosine of the ledgers {result.ledger_cosine:.4f})"
     )
 
 

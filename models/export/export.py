@@ -1,4 +1,4 @@
-"""Export a CLIP and its CLT as a bundle: ONNX graphs, tables, tokenizer, manifest, and a parity check.
+"""Export a CLIP, with its CLT if there is one: ONNX graphs, tables, tokenizer, manifest, and a parity check.
 
 A bundle is written next to its destination and then moved there as a whole, so a failed export leaves nothing behind.
 """
@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -22,7 +22,6 @@ from torch import Tensor
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.label_sets import NamedLabels
 from vitrine.models.bundle.layout import (
-    ALWAYS,
     DETAILS_INPUT,
     ENCODERS,
     MANIFEST,
@@ -49,6 +48,7 @@ from vitrine.models.graph.onnx_file import ExportError, save_onnx, to_onnx
 from vitrine.models.graph.replacement import ReplacementGraph
 from vitrine.models.graph.text import TextGraph, text_to_onnx
 from vitrine.models.graph.variants import make_variant, preselect
+from vitrine.models.graph.vision import VisionGraph
 from vitrine.models.precision.agreement import measure
 from vitrine.models.precision.sessions import session_options
 from vitrine.models.progress import Progress
@@ -58,13 +58,13 @@ from vitrine.models.texts.reader import TextReader
 
 @dataclass(frozen=True)
 class Provenance:
-    """The manifest fields that come from neither the CLIP nor the CLT."""
+    """The manifest fields that come from neither the CLIP nor the CLT; without one, `data` is None, `recipe` empty."""
 
     name: str
     description: str
     labels: Sequence[str]
     templates: Sequence[str]
-    data: Data
+    data: Data | None
     recipe: str
     metrics: Metrics
     licence: str
@@ -72,8 +72,8 @@ class Provenance:
 
 def export_bundle(
     clip: Clip,
-    clt: CrossLayerTranscoder,
-    cls_mean: Tensor,
+    clt: CrossLayerTranscoder | None,
+    cls_mean: Tensor | None,
     provenance: Provenance,
     out: Path,
     tables: Literal["float32", "float16"] = "float32",
@@ -90,7 +90,8 @@ def export_bundle(
     """Write the bundle `out` after checking it against torch at batch sizes 1 and 5.
 
     Args:
-        clt: on raw activations; cls_mean: mean [CLS] MLP output [L, d], see `AttributionGraph`.
+        clt: on raw activations; cls_mean: mean [CLS] MLP output [L, d], see `AttributionGraph`. None: a bundle without
+            features, whose accounts have the MLPs' rows in their place.
         tables: precision of the CLT's weights in the bundle.
         label_sets: by name; their embeddings are computed here, so that the service need not.
         variants: of the vision graph; one that does not agree with float32 on the images of `calibration` (batches of
@@ -108,9 +109,7 @@ def export_bundle(
             parity check failed.
         FileError: it cannot be written.
     """
-    check_name(out)
-    if out.exists():
-        raise ExportError(f"{out} exists; a bundle is never changed, choose another place")
+    check_new(out)
     if variants and not calibration:
         raise ExportError(f"{', '.join(variants)} must be checked against float32: give images for it")
     prepare_folder(out.parent)
@@ -119,23 +118,21 @@ def export_bundle(
     with naming(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=".bundle-") as scratch:
         partial = Path(scratch) / out.name
         partial.mkdir()
-        graph = AttributionGraph(clip.tower, clt, cls_mean, getattr(torch, tables)).eval()
+        graph = _vision(clip, clt, cls_mean, getattr(torch, tables))
         texts = [template.replace("{}", label) for label in provenance.labels for template in provenance.templates]
         tokens = convert_tokenizer(clip.tokenizer)
-        manifest = _manifest(clip, clt.architecture, graph, provenance, tables, tokens)
+        manifest = _manifest(clip, clt.architecture if clt else None, graph, provenance, tables, tokens)
         check_tokenizer(clip.tokenizer, tokens, texts)
         for message in _label_warnings(tokens.reader(), provenance, label_sets or {}):
             log(message)
         tokens.tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
 
-        np.save(partial / "directions.npy", graph.directions.reshape(clt.layers, clt.features, clt.width).numpy())
-        if len(graph.last_decoders):
-            np.save(partial / "last_decoders.npy", graph.last_decoders.numpy())
-        np.save(partial / ENCODERS, graph.encoder_rows.reshape(clt.layers, clt.features, clt.width).numpy())
+        if isinstance(graph, AttributionGraph):
+            _write_tables(graph, partial)
         np.save(partial / "fold.npy", torch.cat([graph.fold, graph.beta[None]]).numpy())
         np.save(partial / "attention.npy", clip.tower.attention_fold().numpy())
         pixels = torch.zeros(2, 3, *clip.tower.image_size)
-        vision = to_onnx(graph, {"pixels": pixels}, ALWAYS, ON_REQUEST, DETAILS_INPUT)
+        vision = to_onnx(graph, {"pixels": pixels}, graph.always, ON_REQUEST, DETAILS_INPUT)
         images = [pixels.numpy() for pixels in calibration]
         variant_models = {variant: make_variant(vision, variant, images) for variant in variants}
         save_onnx(preselect(vision), partial / "vision.onnx")
@@ -145,7 +142,7 @@ def export_bundle(
         for name, labels in (label_sets or {}).items():
             _write_label_set(clip, labels, provenance.templates, partial / "label_sets" / name)
 
-        if replacement:
+        if replacement and clt is not None:
             replacement_graph, mask = (
                 ReplacementGraph(clip.tower, clt, getattr(torch, tables)).eval(),
                 no_replacement(clt.layers),
@@ -166,7 +163,7 @@ def export_bundle(
         progress.begin("checking the graphs against torch")
         check_vision(clip, graph, partial / "vision.onnx")
         check_text(clip, text, tokens, texts, partial / "text.onnx")
-        default = clip.encode_labels(list(provenance.labels), list(provenance.templates)).numpy()
+        default = _default_labels(clip, provenance) if variants else np.zeros((0, clip.tower.embedding), np.float32)
         agreement = {
             variant: result
             for variant, model in variant_models.items()
@@ -176,6 +173,19 @@ def export_bundle(
         sealed = seal(partial, manifest)
         move_folder(partial, out, last=MANIFEST)
     return replace(sealed, path=out)
+
+
+def check_new(out: Path) -> None:
+    """Raise `ExportError` if there is something where a bundle is to be written, `FileError` for a name that is no
+    UTF-8."""
+    check_name(out)
+    if out.exists():
+        raise ExportError(f"{out} exists; a bundle is never changed, choose another place")
+
+
+def _default_labels(clip: Clip, provenance: Provenance) -> NDArray[np.float32]:
+    """Unit embeddings [N, D]."""
+    return clip.encode_labels(list(provenance.labels), list(provenance.templates)).numpy()
 
 
 def _write_variant(
@@ -190,7 +200,8 @@ def _write_variant(
     """Write a variant next to vision.onnx and measure it. If its agreement is too low, remove it and return None."""
     path = bundle / vision_file(variant)
     save_onnx(model, path, beside=[bundle / "vision.onnx"])
-    tables = np.load(bundle / "directions.npy", mmap_mode="r"), np.load(bundle / "fold.npy")[:-1]
+    directions, fold = bundle / "directions.npy", np.load(bundle / "fold.npy")[:-1]
+    tables = np.load(directions, mmap_mode="r") if directions.exists() else fold[:0], fold
     reference, session = (
         InferenceSession(graph, session_options(), providers=["CPUExecutionProvider"])
         for graph in (bundle / "vision.onnx", path)
@@ -222,10 +233,40 @@ def _write_label_set(clip: Clip, labels: NamedLabels, templates: Sequence[str], 
     path.with_name(f"{path.name}.json").write_text(labels.model_dump_json(exclude_none=True), encoding="utf-8")
 
 
+def _vision(clip: Clip, clt: CrossLayerTranscoder | None, cls_mean: Tensor | None, tables: torch.dtype) -> VisionGraph:
+    if clt is None:
+        return VisionGraph(clip.tower).eval()
+    assert cls_mean is not None
+    return AttributionGraph(clip.tower, clt, cls_mean, tables).eval()
+
+
+def _write_tables(graph: AttributionGraph, folder: Path) -> None:
+    """Of the features, as `models.bundle.bundle` has them."""
+    layers, features = graph.layers, graph.features
+    np.save(folder / "directions.npy", graph.directions.reshape(layers, features, -1).numpy())
+    if len(graph.last_decoders):
+        np.save(folder / "last_decoders.npy", graph.last_decoders.numpy())
+    np.save(folder / ENCODERS, graph.encoder_rows.reshape(layers, features, -1).numpy())
+
+
+def _of_features(architecture: Architecture | None, graph: VisionGraph) -> dict[str, Any]:
+    """The fields of `Shape` that come from the CLT."""
+    if architecture is None:
+        return {"features": 0, "k": 0}
+    assert isinstance(graph, AttributionGraph)
+    return {
+        "features": architecture.features,
+        "k": graph.k,
+        "k_cls": architecture.k_cls,
+        "k_patches": architecture.k,
+        "cross_layer": architecture.cross_layer,
+    }
+
+
 def _manifest(
     clip: Clip,
-    architecture: Architecture,
-    graph: AttributionGraph,
+    architecture: Architecture | None,
+    graph: VisionGraph,
     provenance: Provenance,
     tables: str,
     tokens: Converted,
@@ -236,18 +277,14 @@ def _manifest(
         clip=ClipIdentity(name=clip.name, weights=clip.weights, sha256=clip.sha256),
         preprocessing=clip.preprocessing,
         shape=Shape(
-            layers=architecture.layers,
-            width=architecture.width,
+            layers=clip.tower.layers,
+            width=clip.tower.width,
             embedding=clip.tower.embedding,
-            features=architecture.features,
-            k=graph.k,
-            k_cls=architecture.k_cls,
-            k_patches=architecture.k,
-            cross_layer=architecture.cross_layer,
             tokens=clip.tower.tokens,
             heads=clip.tower.blocks[0].attn.num_heads,
+            **_of_features(architecture, graph),
         ),
-        sparsifier=architecture.sparsifier,
+        sparsifier=architecture.sparsifier if architecture else None,
         logit_scale=clip.logit_scale,
         text=Text(
             context=clip.context,

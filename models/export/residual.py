@@ -43,11 +43,11 @@ from vitrine.models.export.served_clt import vision_of
 from vitrine.models.files.names import check_name
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import move_folder, prepare_folder
-from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.gated_trace import GatedTraceGraph
 from vitrine.models.graph.onnx_file import ExportError, save_onnx, to_onnx
 from vitrine.models.graph.residual import FeatureSourcesGraph, LogitSourcesGraph
 from vitrine.models.graph.residual_rerun import ResidualRerunGraph
+from vitrine.models.graph.vision import VisionGraph
 
 # Graphs of the bundle that may have the same tensors.
 BESIDE = ("vision.onnx", "replacement.onnx", "trace.onnx", "sources.onnx")
@@ -82,7 +82,8 @@ def add_residual(bundle: Bundle, clip: Clip, export: ResidualExport, out: Path) 
         others = shutil.ignore_patterns(f"{RESIDUAL}*")  # with the folder of their cards
         shutil.copytree(bundle.path, partial, ignore=others, copy_function=shutil.copyfile)
         partial.chmod(partial.stat().st_mode | 0o700)  # the other one may be read-only
-        vision = vision_of(partial, bundle.manifest, clip.tower) if bundle.encoders is not None else None
+        has_rows = bundle.encoders is not None or not bundle.manifest.has_features
+        vision = vision_of(partial, bundle.manifest, clip.tower) if has_rows else None
         summary = write_residual(partial, clip, export, bundle.manifest.tables, vision)
         sealed = seal(partial, bundle.manifest.model_copy(update={"residual": summary, "residual_cards": None}))
         move_folder(partial, out, last=MANIFEST)
@@ -94,7 +95,7 @@ def write_residual(
     clip: Clip,
     export: ResidualExport,
     tables: Literal["float32", "float16"],
-    vision: AttributionGraph | None,
+    vision: VisionGraph | None,
 ) -> ResidualSummary:
     """Write the graphs beside those of a bundle, whose tensors they share. tables: precision of the SAEs' weights.
 

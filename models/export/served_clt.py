@@ -18,10 +18,13 @@ from vitrine.models.dictionary.clt import Architecture
 from vitrine.models.dictionary.encoder import Encoder
 from vitrine.models.dictionary.sparsify import BatchTopK, JumpReLU, make_sparsifier
 from vitrine.models.graph.attribution import AttributionGraph
+from vitrine.models.graph.vision import VisionGraph
 
 
-def vision_of(folder: Path, manifest: Manifest, tower: Tower) -> AttributionGraph:
-    """The vision graph of a bundle with a table of encoders, and that tower's."""
+def vision_of(folder: Path, manifest: Manifest, tower: Tower) -> VisionGraph:
+    """The vision graph of a bundle with a table of encoders, or without a CLT, and that tower's."""
+    if not manifest.has_features:
+        return VisionGraph(tower).eval()
     clt: Any = ServedClt(folder, manifest)
     nothing = torch.zeros(tower.layers, tower.width)
     graph = AttributionGraph(tower, clt, nothing, getattr(torch, manifest.tables)).eval()
@@ -36,6 +39,7 @@ class ServedClt:
         shape = manifest.shape
         self.layers, self.width, self.features = shape.layers, shape.width, shape.features
         k, k_cls = (budgets or (shape.k,) * shape.layers for budgets in (shape.k_patches, shape.k_cls))
+        assert manifest.sparsifier is not None  # there is a table of encoders
         self.architecture = Architecture(
             self.layers, self.width, self.features, k, k_cls, manifest.sparsifier, shape.cross_layer
         )

@@ -19,6 +19,7 @@ from vitrine.models.bundle.layout import (
     SOURCES_OUTPUTS,
     STARTS,
     TRACE_OUTPUTS,
+    given,
 )
 from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tower import Tower
@@ -56,7 +57,7 @@ def export_graphs(
     """Write trace.onnx and sources.onnx, unchecked, and return them in torch. beside: models to share tensors with."""
     trace, sources = TraceGraph(tower, clt, tables).eval(), SourcesGraph(tower, clt, tables).eval()
     pixels = torch.zeros(2, 3, *tower.image_size)
-    outputs = TRACE_OUTPUTS if clt else TRACE_OUTPUTS[:-2]
+    outputs = given(TRACE_OUTPUTS, features=clt is not None)
     save_onnx(to_onnx(trace, {"pixels": pixels}, outputs), folder / "trace.onnx", beside)
 
     with torch.no_grad():
@@ -67,7 +68,7 @@ def export_graphs(
     exported = to_onnx(
         sources,
         dict(zip(STARTS, start, strict=True)) | held,
-        SOURCES_OUTPUTS if clt else SOURCES_OUTPUTS[:3],
+        given(SOURCES_OUTPUTS, features=clt is not None),
         dynamic={name: {0: directions} for name in STARTS},
     )
     save_onnx(exported, folder / "sources.onnx", [*beside, folder / "trace.onnx"])

@@ -1,9 +1,8 @@
 """The fused vision graph: CLIP's prediction and its account in one pass, for export to ONNX.
 
 Only [CLS] is explained at serving time, so the encoder of each layer reads one token. The decoders of a source layer
-are summed over their targets once (`CrossLayerTranscoder.directions`), so decoding reads k rows per layer. Nothing
-here depends on labels. Outputs: `models.bundle.layout.EVERY_OUTPUT`; the exported graph computes `ON_REQUEST` only on
-request (`models.graph.onnx_file`). Mathematics: `models.account.ledger`.
+are summed over their targets once (`CrossLayerTranscoder.directions`), so decoding reads k rows per layer. All else is
+`models.graph.vision`'s.
 
 All layers are encoded by one top-k, whatever the sparsifier: `encode` computes what `models.dictionary.sparsify` does
 for [CLS] outside training, for layers of different budgets at once. It works in two steps, because at batch size 1 the
@@ -14,21 +13,23 @@ are places; their pre-activations are then recomputed from their own rows. So th
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrine.models.clip.attention import Attention, linear
+from vitrine.models.bundle.layout import ALWAYS
+from vitrine.models.clip.attention import linear
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.dictionary.projection import projection_scores
+from vitrine.models.graph.vision import VisionGraph
 
 CANDIDATES = 4  # features whose pre-activation is computed exactly, for each place of a code
 
 
-class AttributionGraph(nn.Module):
+class AttributionGraph(VisionGraph):
     """A tower and its CLT as one module: pixels [B, 3, H, W] -> the tensors of `EVERY_OUTPUT`.
 
     Args:
@@ -39,36 +40,27 @@ class AttributionGraph(nn.Module):
             the error row contains whatever the CLT does not write.
     """
 
-    fold: Tensor
-    beta: Tensor
-    prior: Tensor
+    always = ALWAYS
     threshold: Tensor | None  # [L, F]; None if features are chosen by rank
     usable: Tensor | None  # [L, k] bool; None if every layer uses all k places
     directions: Tensor
     last_decoders: Tensor
-    bias: Tensor
     cls_mean: Tensor
     offsets: Tensor
     encoder_rows: Tensor  # [L * F, d], in `tables`
     encoder_biases: Tensor
 
     def __init__(self, tower: Tower, clt: CrossLayerTranscoder, cls_mean: Tensor, tables: torch.dtype) -> None:
-        super().__init__()
+        super().__init__(tower)
         if (clt.layers, clt.width) != (tower.layers, tower.width):
             raise ValueError(
                 f"the CLT has {clt.layers} layers of width {clt.width}, the tower {tower.layers} of {tower.width}"
             )
         sparsifiers = [encoder.sparsifier for encoder in clt.encoders]
-        self.tower, self.layers, self.features, self.signed = tower, clt.layers, clt.features, sparsifiers[0].signed
+        self.features, self.signed = clt.features, sparsifiers[0].signed
         self.places = tuple(int(sparsifier.inference_places()) for sparsifier in sparsifiers)  # of each layer
         self.k = max(self.places)
         thresholds = [sparsifier.inference_threshold() for sparsifier in sparsifiers]
-        last = clt.layers - 1  # after the last attention only [CLS] is read
-        self.attention = nn.ModuleList(Attention(block, layer == last) for layer, block in enumerate(tower.blocks))
-        fold, beta = tower.fold()
-        self.register_buffer("fold", fold)
-        self.register_buffer("beta", beta)
-        self.register_buffer("prior", tower.prior().detach())
         self.encoders = served_encoders(clt, tables)
         self.candidates = min(self.features, CANDIDATES * self.k)
         encoders = clt.encoders
@@ -84,7 +76,7 @@ class AttributionGraph(nn.Module):
         earlier = clt.writers(clt.layers - 1)[: clt.layers - 1 if clt.architecture.cross_layer else 0]
         self.register_buffer("last_decoders", earlier.to(tables).flatten(0, 1))  # [(L - 1) * F, d], or [0, d]
         self.register_buffer("bias", clt.decoder_biases().sum(0))
-        self.register_buffer("cls_mean", cls_mean.sum(0) @ fold)
+        self.register_buffer("cls_mean", cls_mean.sum(0) @ self.fold)
         self.register_buffer("offsets", torch.arange(clt.layers)[:, None] * clt.features)
 
     def _keep(self, name: str, tensor: Tensor | None) -> None:
@@ -95,73 +87,29 @@ class AttributionGraph(nn.Module):
         else:
             self.register_buffer(name, tensor)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        tower = self.tower
-        stream = before_last = tower.embed(pixels)
-        mlp_ins, attn_outs, mlp_outs, residuals, weights, token_values = [], [], [], [], [], []
-        for layer in range(self.layers):
-            last = layer == self.layers - 1
-            if last:
-                before_last = stream
-            attention = self.attention[layer](stream)
-            stream = (stream[:, :1] if last else stream) + attention.out
-            mlp_in, mlp_out = tower.mlp(layer, stream)
-            stream = stream + mlp_out
-            mlp_ins.append(mlp_in[:, :1])
-            attn_outs.append(attention.out[:, 0])
-            mlp_outs.append(mlp_out[:, 0])
-            residuals.append(stream[:, 0])
-            weights.append(attention.weights[:, :, 0])
-            token_values.append(attention.values)
-
-        indices, values = self.encode(mlp_ins)
+    def explain(
+        self, residual: Tensor, attention: Tensor, mlp: Tensor, mlp_in: Sequence[Tensor], *edit: Tensor
+    ) -> tuple[Tensor, ...]:
+        """As `VisionGraph`, by the features of this code."""
+        indices, values = self.encode(mlp_in)
         written, to_last = self.decode(indices, values)
-        error = torch.stack(mlp_outs).sum(0) - written.sum(1) - self.bias
-        components = self.components(torch.stack(attn_outs, dim=1), written, error)
-        parts: Any = self.attention
-        heads = [part.by_head(*of) for part, *of in zip(parts, weights, token_values, strict=True)]
-        return (
-            *self.account(stream[:, 0], components, indices, values, to_last),
-            F.normalize(tower.head(torch.stack(residuals, dim=1)), dim=-1),
-            torch.stack(weights, dim=1),
-            torch.stack(token_values, dim=1),
-            before_last.norm(dim=-1),
-            torch.stack(heads, dim=1),
-        )
-
-    def components(self, attention: Tensor, written: Tensor, *others: Tensor) -> Tensor:
-        """[B, R, d] in the order of `models.account.ledger`: of what attention and the features write [B, L, d], and
-        what comes after the biases [B, d] each."""
-        prior, bias = (part.expand(written.shape[0], 1, -1) for part in (self.prior, self.bias))
-        return torch.cat([prior, attention, written, bias, *(other[:, None] for other in others)], dim=1)
+        error = mlp.sum(1) - written.sum(1) - self.bias
+        components = self.components(attention, written, error, *edit)
+        return self.account(residual, components, mlp, indices, values, to_last)
 
     def account(
-        self, residual: Tensor, components: Tensor, indices: Tensor, values: Tensor, to_last: Tensor
+        self, residual: Tensor, components: Tensor, mlp: Tensor, indices: Tensor, values: Tensor, to_last: Tensor
     ) -> tuple[Tensor, ...]:
         """`ALWAYS` of residuals [B, d] that are the sum of components [B, R, d].
 
-        to_last: as by `decode`.
+        mlp: what the MLPs wrote [B, L, d]; to_last: as by `decode`.
         """
-        z = self.tower.head(residual)
-        norm = z.norm(dim=-1)
-        sigma = self._sigma(residual)
         folded = components @ self.fold  # [B, R, D]
-        rows = folded / sigma[:, None, None]
-        bias = 2 * self.layers + 1
-        rows = torch.cat([rows[:, :bias], rows[:, bias : bias + 1] + self.beta, rows[:, bias + 1 :]], dim=1)
+        parts = self.rows(residual, components, folded)
         projection = F.pad(projection_scores(to_last, 1), (self.layers - to_last.shape[1], 0))
-        return (
-            z / norm[:, None],
-            rows / norm[:, None, None],
-            sigma,
-            self._sigma(residual[:, None] - components),
-            norm,
-            indices,
-            values,
-            projection,
-            self._fidelity(folded),
-            components,
-        )
+        _, _, sigma, _, norm = parts
+        mlp_rows = mlp @ self.fold / (sigma * norm)[:, None, None]
+        return *parts, indices, values, projection, self._fidelity(folded), components, mlp_rows
 
     def decode(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """What a code of [CLS] [B, L, k] writes, by source layer: (to the final residual [B, L, d], to the last MLP
@@ -178,13 +126,13 @@ class AttributionGraph(nn.Module):
         """How many layers before the last write to the last MLP output."""
         return len(self.last_decoders) // self.features
 
-    def encode(self, mlp_in: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def encode(self, mlp_in: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """mlp_in: [CLS] of every layer, L times [B, 1, d]. Returns (features, activations) [B, L, k] each."""
         coarse = torch.cat([encoder(x) for encoder, x in zip(self.encoders, mlp_in, strict=True)], dim=1)
         rank = coarse if self.threshold is None else coarse - self.threshold
         candidates = (rank.abs() if self.signed else rank).topk(self.candidates, dim=-1).indices  # [B, L, C]
         rows = self._rows(self.encoder_rows, candidates)  # [B, L, C, d]
-        exact = torch.matmul(rows, torch.cat(mlp_in, dim=1)[..., None])[..., 0]
+        exact = torch.matmul(rows, torch.cat(list(mlp_in), dim=1)[..., None])[..., 0]
 
         def at_candidates(table: Tensor) -> Tensor:
             """[L, F] -> [B, L, C]"""
@@ -204,10 +152,6 @@ class AttributionGraph(nn.Module):
         places = (indices + self.offsets[: indices.shape[1]]).flatten()
         return table.index_select(0, places).float().view(*indices.shape, -1)
 
-    def _sigma(self, residual: Tensor) -> Tensor:
-        """Standard deviation of residuals [..., d] as in ln_post."""
-        return denominator(residual, self.tower.visual.ln_post)
-
     def _fidelity(self, folded: Tensor) -> Tensor:
         """(R^2, cosine) [B, 2] of what the CLT adds to the embedding, compared with what the MLPs add."""
         clt = folded[:, 1 + self.layers : 2 + 2 * self.layers].sum(1)  # features and decoder biases
@@ -215,11 +159,6 @@ class AttributionGraph(nn.Module):
         mlp = clt + error
         r2 = 1 - error.square().sum(-1) / (mlp - self.cls_mean).square().sum(-1)
         return torch.stack([r2, F.cosine_similarity(mlp, clt, dim=-1)], dim=-1)
-
-
-def denominator(stream: Tensor, ln: nn.LayerNorm) -> Tensor:
-    """Standard deviation [...] of a stream [..., d] as in a LayerNorm."""
-    return (stream.var(dim=-1, unbiased=False) + ln.eps).sqrt()
 
 
 def served_encoders(clt: CrossLayerTranscoder, tables: torch.dtype) -> nn.ModuleList:

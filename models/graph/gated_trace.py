@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from vitrine.models.clip.attention import Attention, linear
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.residual_sae import ResidualSaes, standardise
-from vitrine.models.graph.attribution import denominator
 from vitrine.models.graph.gated import Held, gates
 from vitrine.models.graph.replacement import TokenCode
+from vitrine.models.graph.vision import denominator
 
 
 def hold(block: Any, attention: nn.Module, stream: Tensor, *, cls_only: bool = False) -> tuple[Held, Tensor]:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.graph.attribution import AttributionGraph, served_encoders
 from vitrine.models.graph.replacement import Int8Decoder, TokenCode
+from vitrine.models.graph.vision import VisionGraph
 
 
 class Changed(NamedTuple):
@@ -81,7 +82,7 @@ def dense(code: tuple[Tensor, Tensor], features: int) -> Tensor:
 
 
 def run_changed(
-    vision: AttributionGraph, pixels: Tensor, changed: Changed, after: Callable[[int, Tensor, Tensor], Tensor]
+    vision: VisionGraph, pixels: Tensor, changed: Changed, after: Callable[[int, Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Run the tower, changed. after: (layer, ln_2 output, stream after the block) [B, t, d] -> what features add to it.
 
@@ -116,12 +117,12 @@ def run_changed(
 
 
 class ChangedGraph(nn.Module):
-    """(pixels [B, 3, H, W], the parts of `Changed`) -> the tensors of `models.bundle.layout.ALWAYS`. Subclasses say
-    whose features are changed."""
+    """(pixels [B, 3, H, W], the parts of `Changed`) -> the tensors `vision.always`, with the row of edits. Subclasses
+    say whose features are changed; without a CLT there are none."""
 
     types: Tensor  # [T] 0: [CLS], 1: patches
 
-    def __init__(self, vision: AttributionGraph) -> None:
+    def __init__(self, vision: VisionGraph) -> None:
         super().__init__()
         self.vision = vision
         self.register_buffer("types", torch.arange(vision.tower.tokens).clamp_max(1))
@@ -149,7 +150,12 @@ class ChangedGraph(nn.Module):
 
     def run(self, pixels: Tensor, changed: Changed) -> tuple[Tensor, ...]:
         """What `forward` returns."""
-        raise NotImplementedError
+
+        def features(layer: int, mlp_in: Tensor, stream: Tensor) -> Tensor:
+            return torch.zeros_like(stream)
+
+        residual, attn_outs, mlp_outs, added, mlp_ins = run_changed(self.vision, pixels, changed, features)
+        return self.vision.explain(residual, attn_outs, mlp_outs, mlp_ins, added)
 
 
 class RerunGraph(ChangedGraph):
@@ -158,6 +164,8 @@ class RerunGraph(ChangedGraph):
     Args:
         tables: precision of the encoders, as of `vision`'s.
     """
+
+    vision: AttributionGraph
 
     def __init__(self, vision: AttributionGraph, clt: CrossLayerTranscoder, tables: torch.dtype) -> None:
         super().__init__(vision)
@@ -203,7 +211,7 @@ class RerunGraph(ChangedGraph):
         values = values.where(changed_there == 0, 0.0)
         values = torch.cat([values, activations[:, None] * of_layer + by_layer], dim=-1)
         code_indices = torch.cat([code_indices, indices.expand(*by_layer.shape)], dim=-1)
-        return vision.account(residual, components, code_indices, values, to_last)
+        return vision.account(residual, components, mlp_outs, code_indices, values, to_last)
 
     def _of_cls(self, part: Tensor) -> Tensor:
         """What a token code has at [CLS] [B, k of the vision graph]."""

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from vitrine.models.clip.attention import linear
 from vitrine.models.dictionary.residual_sae import ResidualSaes, standardise
-from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.replacement import TokenCode
 from vitrine.models.graph.rerun import Changed, ChangedGraph, dense, run_changed
+from vitrine.models.graph.vision import VisionGraph
 
 
 class ResidualRerunGraph(ChangedGraph):
@@ -30,7 +30,7 @@ class ResidualRerunGraph(ChangedGraph):
         saes: in evaluation mode; at least one.
     """
 
-    def __init__(self, vision: AttributionGraph, saes: ResidualSaes) -> None:
+    def __init__(self, vision: VisionGraph, saes: ResidualSaes) -> None:
         super().__init__(vision)
         self.features = saes.architecture.features
         self.saes = nn.ModuleList(linear(e.weight.detach(), e.bias.detach()) for e in saes.encoders)
@@ -50,10 +50,5 @@ class ResidualRerunGraph(ChangedGraph):
             difference = changed.difference(dense(code, self.features[layer]).index_select(-1, own), layer)
             return of_tokens.scale * (difference @ getattr(self, f"decoder_{layer}").index_select(0, own))
 
-        vision = self.vision
-        residual, attn_outs, mlp_outs, added, mlp_ins = run_changed(vision, pixels, changed, features)
-        code_indices, values = vision.encode(mlp_ins)
-        written, to_last = vision.decode(code_indices, values)
-        error = mlp_outs.sum(1) - written.sum(1) - vision.bias
-        components = vision.components(attn_outs, written, error, added)
-        return vision.account(residual, components, code_indices, values, to_last)
+        residual, attn_outs, mlp_outs, added, mlp_ins = run_changed(self.vision, pixels, changed, features)
+        return self.vision.explain(residual, attn_outs, mlp_outs, mlp_ins, added)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from vitrine.models.clip.attention import Attention
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
-from vitrine.models.graph.attribution import denominator, served_encoders
+from vitrine.models.graph.attribution import served_encoders
 from vitrine.models.graph.replacement import TokenCode
+from vitrine.models.graph.vision import denominator
 
 
 class TraceGraph(nn.Module):

@@ -21,6 +21,11 @@ def class_label(name: str) -> str:
     return _names().get(name, name) if _ID.fullmatch(name) else name
 
 
+def class_labels() -> tuple[str, ...]:
+    """ImageNet's classes, by names that differ from one another: 998."""
+    return tuple(dict.fromkeys(_names().values()))
+
+
 def unknown_ids(names: Iterable[str]) -> list[str]:
     """The WordNet ids among `names` that are of none of the 1,000 classes (ImageNet-21k has 20,000 more)."""
     return [name for name in names if _ID.fullmatch(name) and name not in _names()]

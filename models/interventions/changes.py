@@ -185,8 +185,10 @@ class _Draft:
             raise InterventionError(f"{name}: features of the CLT and of residual SAEs cannot be changed at once")
         if self.mode == "direct" and item.dictionary == "residual":
             raise InterventionError(f"{name}: features of residual SAEs are changed in `mode: rerun` alone")
-        self.dictionary = item.dictionary
         count = self.network.features(item.dictionary, item.layer)
+        if not count and item.dictionary == "clt":
+            raise self._no_features(name)
+        self.dictionary = item.dictionary
         if item.index >= count:
             has = f"features 0 to {count - 1}" if count else "no features"
             raise InterventionError(f"{name}: layer {item.layer} of {item.dictionary} has {has}, not {item.index}")
@@ -212,6 +214,8 @@ class _Draft:
     def _row_of_features(self, item: Intervention, at: NDArray[np.bool_], factor: float, name: str) -> None:
         """A row of the CLT is all features of a layer."""
         assert item.layer is not None
+        if not self.network.features("clt", item.layer):
+            raise self._no_features(name)
         if self.mode == "direct":
             self._claim(("clt", item.layer), at, name)
             self.clt[item.layer] = factor
@@ -227,12 +231,20 @@ class _Draft:
     def _row_of_none(self, item: Intervention, at: NDArray[np.bool_], factor: float, name: str) -> None:
         """Rows that are of no layer."""
         assert item.row is not None
+        if item.row == "error" and not self.network.features("clt", 0):
+            raise self._no_features(name)
         if self.mode == "rerun":
             raise InterventionError(
                 f"{name}: nothing in the running network computes the row {item.row}; `mode: direct` changes it"
             )
         self._claim((item.row,), at, name)
         self.others[item.row] = factor
+
+    def _no_features(self, name: str) -> InterventionError:
+        return InterventionError(
+            f"{name}: this bundle has no CLT, and so neither features nor rows clt and error; the rows attention, mlp, "
+            "prior and bias and the heads can be changed; `vitrine train` makes a CLT"
+        )
 
     def _of_feature(self, layer: int, index: int) -> tuple[Array, Array]:
         nothing = np.zeros(self.tokens, np.float32), np.zeros(self.tokens, np.float32)

@@ -11,7 +11,8 @@ no inference. What later layers would have made of a change is left out; `mode: 
     sigma'^2 = sigma^2 + var(r') - var(r)
     z'       = ((z - beta) sigma + (r' - r) M) / sigma' + beta
 
-A row that nothing changed is only rescaled, by sigma |z| / (sigma' |z'|).
+A row that nothing changed is only rescaled, by sigma |z| / (sigma' |z'|); so are, with a CLT, the MLPs' rows, which are
+of the network as it ran.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def changed(parts: Decomposition, changes: Changes, tables: Tables) -> Decomposi
         feature_indices=indices,
         feature_values=(values * of_features).astype(parts.feature_values.dtype),
         components=after.astype(parts.components.dtype),
+        mlp_rows=None if parts.mlp_rows is None else (parts.mlp_rows * scale).astype(parts.mlp_rows.dtype),
     )
 
 
@@ -114,8 +116,9 @@ def _with_edit(parts: Decomposition, table: Array) -> Array:
 
 
 def _factors(parts: Decomposition, changes: Changes) -> Array:
-    """[R + 1] by which each row is multiplied. Raises `InterventionError` for the row of an MLP."""
-    if layers := np.flatnonzero(changes.mlp[:, 0] != 1).tolist():
+    """[R + 1] by which each row is multiplied. Raises `InterventionError` for the row of an MLP, with a CLT."""
+    mlp = changes.mlp[:, 0]
+    if parts.has_features and (layers := np.flatnonzero(mlp != 1).tolist()):
         raise InterventionError(
             f"the row mlp of layer {layers[0]} is no part of the ledger, which has its features and the error: "
             "`mode: rerun` changes it"
@@ -123,7 +126,7 @@ def _factors(parts: Decomposition, changes: Changes) -> Array:
     factors = np.ones(parts.error_row + 2)
     factors[0] = changes.prior
     factors[1 : parts.clt_row(0)] = changes.attention[:, 0]
-    factors[parts.clt_row(0) : parts.bias_row] = changes.clt
+    factors[parts.clt_row(0) : parts.bias_row] = changes.clt if parts.has_features else mlp
     factors[parts.bias_row], factors[parts.error_row] = changes.bias, changes.error
     return factors
 

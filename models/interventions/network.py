@@ -21,7 +21,7 @@ class BundleNetwork:
 
     def __init__(self, bundle: Bundle) -> None:
         shape = bundle.manifest.shape
-        if shape.heads is None or bundle.encoders is None:
+        if shape.heads is None or (bundle.manifest.has_features and bundle.encoders is None):
             raise InterventionError(
                 f"the bundle {bundle.manifest.name!r} was exported before there were interventions: export it again"
             )

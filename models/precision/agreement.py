@@ -31,26 +31,22 @@ def measure(
     labels: unit embeddings [N, D] of the labels to predict; directions [L, F, d], fold [d, D]: the bundle's tables;
     done: called after every image.
     """
-    same_top1, cosines, overlaps = [], [], []
+    same_top1, cosines, overlaps = [], [], list[float]()
     for pixels in images:
         for expected, actual in zip(_run(reference, pixels), _run(variant, pixels), strict=True):
             top1 = int(logits(expected.embedding, labels, 1.0).argmax())
             same_top1.append(int(logits(actual.embedding, labels, 1.0).argmax()) == top1)
             ours, theirs = actual.rows @ labels[top1], expected.rows @ labels[top1]
             cosines.append(float(ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs))))
-            overlaps.append(
-                len(
-                    _top_features(actual, directions, fold, labels[top1])
-                    & _top_features(expected, directions, fold, labels[top1])
-                )
-                / TOP_FEATURES
-            )
+            if expected.has_features:
+                found = [_top_features(parts, directions, fold, labels[top1]) for parts in (actual, expected)]
+                overlaps.append(len(found[0] & found[1]) / TOP_FEATURES)
             done()
     return Agreement(
         images=len(cosines),
         top1=float(np.mean(same_top1)),
         ledger_cosine=float(np.mean(cosines)),
-        top_features=float(np.mean(overlaps)),
+        top_features=float(np.mean(overlaps)) if overlaps else None,
         drawn_cosine=drawn_cosine(reference, variant),
         instructions=int8_instructions() or "none",
     )
@@ -79,7 +75,9 @@ def _run(session: InferenceSession, pixels: NDArray[np.float32]) -> Iterator[Dec
     feeds: dict[str, NDArray[np.generic]] = {"pixels": pixels}
     if any(given.name == DETAILS_INPUT for given in session.get_inputs()):  # not in bundles of older versions
         feeds[DETAILS_INPUT] = np.array(False)
-    outputs = dict(zip(VISION_OUTPUTS, session.run(VISION_OUTPUTS, feeds), strict=True))
+    has = {output.name for output in session.get_outputs()}
+    names = [name for name in VISION_OUTPUTS if name in has]  # without a CLT not all of them
+    outputs = dict(zip(names, session.run(names, feeds), strict=True))
     return (Decomposition.from_batch(outputs, image) for image in range(len(pixels)))
 
 

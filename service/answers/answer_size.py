@@ -29,7 +29,7 @@ def attribution_values(manifest: Manifest, request: AttributeRequest, labels: in
     """About how many values the answer for one image has, among `labels` labels."""
     shape = manifest.shape
     explain, layers, patches = request.explain, shape.layers, shape.tokens - 1
-    per_explanation = 2 * layers + 6 + layers * (5 + 5 * min(explain.features, shape.k))  # ledger, layers, features
+    per_explanation = 3 * layers + 6 + layers * (5 + 5 * min(explain.features, shape.k))  # ledger, layers, features
     if explain.heatmap:
         heads = max(1, shape.width // _HEAD_WIDTH)
         per_explanation += (layers + 1) * patches + layers * (heads + 2)

@@ -222,7 +222,7 @@ async def _residual(
 
 def account_of(
     bundle: Bundle, parts: Decomposition, labels: LabelSet, request: AttributeRequest
-) -> tuple[list[Prediction], Verdict | None, list[Explanation], list[LensLayer] | None, Fidelity]:
+) -> tuple[list[Prediction], Verdict | None, list[Explanation], list[LensLayer] | None, Fidelity | None]:
     """What the answer says of one decomposition: predictions, verdict, an explanation per target, lens, fidelity."""
     scale = bundle.manifest.logit_scale
     scoring = scoring_of(request, labels.labels, scale)
@@ -231,12 +231,13 @@ def account_of(
     return predictions, judged, explanations, lens(parts, labels, scale) if request.explain.lens else None, fidelity
 
 
-def _observe(explanations: list[Explanation], fidelity: Fidelity) -> None:
-    """Record in the metrics what the account says about the bundle."""
-    metrics.FIDELITY_R2.observe(fidelity.r2)
-    metrics.ERROR_SHARE.observe(fidelity.error_share)
-    metrics.AGREES.labels(str(fidelity.reconstructed_top1_agrees).lower()).inc()
-    if (sources := explanations[0].sources) is not None:
+def _observe(explanations: list[Explanation], fidelity: Fidelity | None) -> None:
+    """Record in the metrics what the account says about the bundle; without a CLT, the layers' shares alone."""
+    if fidelity is not None:
+        metrics.FIDELITY_R2.observe(fidelity.r2)
+        metrics.ERROR_SHARE.observe(fidelity.error_share)
+        metrics.AGREES.labels(str(fidelity.reconstructed_top1_agrees).lower()).inc()
+    if fidelity is not None and (sources := explanations[0].sources) is not None:
         metrics.SOURCE_ERROR_SHARE.observe(sources.error_share)
     for layer in explanations[0].layers:  # first target only: one series per layer is enough
         metrics.LAYER_SHARE.labels(layer.layer).observe(layer.share)

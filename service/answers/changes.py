@@ -69,6 +69,7 @@ def _ledgers(old: Explanation, new: Explanation) -> LedgerAccount:
         prior=after.prior - before.prior,
         attention=[b - a for a, b in zip(before.attention, after.attention, strict=True)],
         clt=[b - a for a, b in zip(before.clt, after.clt, strict=True)],
+        mlp=_between(before.mlp, after.mlp),
         bias=after.bias - before.bias,
         error=after.error - before.error,
         edit=after.edit - before.edit,
@@ -76,9 +77,17 @@ def _ledgers(old: Explanation, new: Explanation) -> LedgerAccount:
     )
 
 
+def _between(before: list[float] | None, after: list[float] | None) -> list[float] | None:
+    if before is None or after is None:
+        return None
+    return [b - a for a, b in zip(before, after, strict=True)]
+
+
 def _features(
     bundle: Bundle, old: Decomposition, new: Decomposition, direction: NDArray[np.floating], per_layer: int
 ) -> list[FeatureChange]:
+    if not bundle.manifest.has_features:
+        return []
     tables = []
     for parts in (old, new):
         table = np.zeros((2, parts.layers, bundle.manifest.shape.features))  # activations, contributions

@@ -102,6 +102,9 @@ def check_circuit(attributor: Attributor, request: CircuitRequest) -> tuple[Text
     settings, texts = attributor.settings, attributor.texts(request)
     by_clt, targets = request.dictionary == "clt", [request.target] if request.target else None
     explain = Explain(targets=targets, contrast=request.contrast, sources=by_clt)
+    if by_clt and not attributor.bundle.manifest.has_features:
+        why = attributor.bundle.manifest.why_no_features
+        raise ServiceError("invalid_request", f"a circuit is of the CLT's features: {why}")
     if not by_clt:
         check_residual("`dictionary` residual", attributor.bundle, enabled=attributor.engine.residual is not None)
     check_explain(explain, texts[0], settings.max_targets, attributor.engine)

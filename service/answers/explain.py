@@ -47,9 +47,11 @@ def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int, e
             f"the bundle {bundle.manifest.name!r} is older than heat maps and the lens: export it again",
         )
     if explain.matrix and not engine.can_replace:
-        reason = (
-            "VITRINE_REPLACEMENT=false" if bundle.has_replacement else "its recipe has no `bundle.replacement = true`"
-        )
+        reason = "its recipe has no `bundle.replacement = true`"
+        if bundle.has_replacement:
+            reason = "VITRINE_REPLACEMENT=false"
+        elif not bundle.manifest.has_features:
+            reason = bundle.manifest.why_no_features
         raise ServiceError(
             "invalid_request", f"`explain.matrix` needs the replacement graph of {bundle.manifest.name!r}: {reason}"
         )
@@ -102,8 +104,8 @@ def predict(
 
 def account(
     parts: Decomposition, labels: LabelSet, bundle: Bundle, explain: Explain, scoring: Scoring = SOFTMAX
-) -> tuple[list[Explanation], Fidelity]:
-    """One explanation per target, and the fidelity of the account."""
+) -> tuple[list[Explanation], Fidelity | None]:
+    """One explanation per target, and the fidelity of the account; None without a CLT."""
     scale = bundle.manifest.logit_scale
     values = ledger.logits(parts.embedding, labels.embeddings, scale)
     top1 = int(scoring.margins(values).argmax())
@@ -126,9 +128,9 @@ def _explanation(
     layers = [
         LayerAccount(
             layer=layer,
-            contribution=float(target_ledger.clt[layer]),
-            share=float(abs(target_ledger.clt[layer]) / gross) if gross else 0.0,
-            projection=float(parts.projection[layer]),
+            contribution=float(target_ledger.by_layer[layer]),
+            share=float(abs(target_ledger.by_layer[layer]) / gross) if gross else 0.0,
+            projection=None if parts.projection is None else float(parts.projection[layer]),
             drop_effect=float(effects[layer]),
             features=_features(bundle.cards, parts, layer, contributions[layer], explain.features),
         )
@@ -142,6 +144,7 @@ def _explanation(
             prior=target_ledger.prior,
             attention=target_ledger.attention.tolist(),
             clt=target_ledger.clt.tolist(),
+            mlp=None if target_ledger.mlp is None else target_ledger.mlp.tolist(),
             bias=target_ledger.bias,
             error=target_ledger.error,
             edit=target_ledger.edit,
@@ -200,7 +203,9 @@ def _features(
     return features
 
 
-def _fidelity(parts: Decomposition, labels: LabelSet, bundle: Bundle, scoring: Scoring, top1: int) -> Fidelity:
+def _fidelity(parts: Decomposition, labels: LabelSet, bundle: Bundle, scoring: Scoring, top1: int) -> Fidelity | None:
+    if parts.r2 is None or parts.cosine is None:  # no CLT
+        return None
     scale = bundle.manifest.logit_scale
     top1_ledger = ledger.ledger(parts, labels.embeddings[top1], scale)
     gross = top1_ledger.gross

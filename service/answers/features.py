@@ -37,6 +37,8 @@ def require_cards(bundle: Bundle, dictionary: Dictionary = "clt") -> Cards:
     cards, name = bundle.cards_of(dictionary), bundle.manifest.name
     if cards is None:
         missing = "feature cards; `vitrine cards` makes them"
+        if dictionary == "clt" and not bundle.manifest.has_features:
+            raise ServiceError("no_cards", f"there are no feature cards: {bundle.manifest.why_no_features}")
         if dictionary == "residual":
             missing = "residual SAEs"
             if bundle.has_residual:

@@ -132,6 +132,9 @@ def _check_counterfactual(attributor: Attributor, wanted: Counterfactual, texts:
         raise ServiceError("invalid_request", f"counterfactual: not among the labels: {wanted.label!r}")
     if wanted.members > most:
         raise ServiceError("invalid_request", f"counterfactual.members: {wanted.members:,}; at most {most:,}")
+    if wanted.of == "features" and not attributor.bundle.manifest.has_features:
+        why = attributor.bundle.manifest.why_no_features
+        raise ServiceError("invalid_request", f"a `counterfactual` of features (`of`: patches needs none): {why}")
     if attributor.engine.sources is None:
         raise ServiceError(
             "invalid_request",

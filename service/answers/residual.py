@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 def circuit_dictionaries(engine: Engine) -> list[Dictionary]:
     """By whose features circuits can be had; empty: there are none."""
-    graphs: dict[Dictionary, Any] = {"clt": engine.sources, "residual": engine.residual}
+    by_clt = engine.sources if engine.bundle.manifest.has_features else None
+    graphs: dict[Dictionary, Any] = {"clt": by_clt, "residual": engine.residual}
     return [dictionary for dictionary, loaded in graphs.items() if loaded is not None]
 
 

@@ -39,6 +39,9 @@ def check_sources(explain: Explain, bundle: Bundle, *, enabled: bool) -> None:
     if explain.sources and not (bundle.has_sources and enabled):
         reason = "VITRINE_SOURCES=false" if bundle.has_sources else "it was exported without them (`bundle.sources`)"
         raise ServiceError("invalid_request", f"`explain.sources` needs source graphs in the bundle {name!r}: {reason}")
+    if explain.baseline == "mean" and not bundle.manifest.has_features:
+        why = bundle.manifest.why_no_features
+        raise ServiceError("invalid_request", f"`explain.baseline` mean is of the average picture's features: {why}")
     if explain.baseline == "mean" and bundle.baseline is None:
         raise ServiceError("invalid_request", f"the bundle {name!r} has no average picture: export it with images")
 
@@ -96,7 +99,8 @@ def source_answer(sources: Sources, trace: Trace, bundle: Bundle, count: int, la
 
 
 def _features(sources: Sources, trace: Trace, cards: Cards | None, count: int) -> list[SourceFeature]:
-    assert trace.values is not None
+    if trace.values is None:  # no CLT
+        return []
     features = []
     for layer, index, contribution in zip(*(part[:count].tolist() for part in sources.by_feature()), strict=True):
         here = np.where(sources.indices[layer] == index, trace.values[layer], 0).ravel()

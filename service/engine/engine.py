@@ -15,9 +15,11 @@ from vitrine.models.bundle.layout import (
     DETAILS,
     DETAILS_INPUT,
     HEAD_COMPONENTS,
+    MLP_ROWS,
     REPLACED_INPUT,
     REPLACEMENT_OUTPUTS,
     VISION_OUTPUTS,
+    given,
     vision_file,
 )
 from vitrine.models.interventions.spec import Mode
@@ -51,7 +53,10 @@ class Engine:
         self.sources = SourceGraphs(bundle, self.runtime) if bundle.has_sources and settings.sources else None
         self.residual = ResidualGraphs(bundle, self.runtime) if bundle.has_residual and settings.residual else None
         self.rerun = RerunGraphs(bundle, self.runtime) if bundle.has_rerun and settings.rerun else None
-        self.has_components = COMPONENTS in {output.name for output in self.vision.get_outputs()}
+        outputs = {output.name for output in self.vision.get_outputs()}
+        self.has_components = COMPONENTS in outputs
+        always = (*VISION_OUTPUTS, MLP_ROWS) if MLP_ROWS in outputs else VISION_OUTPUTS
+        self._always = given(always, bundle.manifest.has_features)
         bundle.check_unchanged()  # ONNX Runtime opens the graphs, and what they refer to, by path
         self._check()
         check_precision(bundle, self.vision, self.runtime)
@@ -65,7 +70,9 @@ class Engine:
         manifest = self.bundle.manifest
         check_graph(
             self.bundle,
-            vision_graph(manifest, self.runtime.precision, self.has_details, self.has_components),
+            vision_graph(
+                manifest, self.runtime.precision, self.has_details, self.has_components, MLP_ROWS in self._always
+            ),
             self.vision,
         )
         check_graph(self.bundle, text_graph(manifest), self.text)
@@ -108,7 +115,7 @@ class Engine:
         count = len(pixels)
         if self.on_gpu and (size := min((size for size in self.batches if size >= count), default=0)):
             pixels = np.concatenate([pixels, np.zeros((size - count, *pixels.shape[1:]), np.float32)])
-        names, feeds = [*VISION_OUTPUTS], {"pixels": pixels}
+        names, feeds = [*self._always], {"pixels": pixels}
         if self.has_details:
             feeds[DETAILS_INPUT] = np.array(any(details))
         if any(details):

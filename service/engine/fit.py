@@ -22,9 +22,11 @@ from vitrine.models.bundle.layout import (
     HEAD_COMPONENTS,
     HEADS,
     MANIFEST,
+    MLP_ROWS,
     REPLACED_INPUT,
     SCORES_HELD,
     Precision,
+    given,
     vision_file,
 )
 from vitrine.models.bundle.manifest import Manifest
@@ -48,13 +50,17 @@ class Graph:
     field_of_features: str = "shape.features"  # of the manifest, that says so
 
 
-def vision_graph(manifest: Manifest, precision: Precision, with_details: bool, with_components: bool) -> Graph:
+def vision_graph(
+    manifest: Manifest, precision: Precision, with_details: bool, with_components: bool, with_mlp: bool
+) -> Graph:
     """vision.onnx or one of its variants."""
     shape = manifest.shape
     layers, embedding, tokens, rows = shape.layers, shape.embedding, shape.tokens, 2 * shape.layers + 3
     inputs, outputs = of_pixels(manifest), accounts(manifest, rows, shape.k)
     if with_components:
         outputs[COMPONENTS] = (None, rows, shape.width)
+    if with_mlp:
+        outputs[MLP_ROWS] = (None, layers, embedding)
     if with_details:
         inputs[DETAILS_INPUT] = ("tensor(bool)", ())
         outputs |= {
@@ -71,7 +77,7 @@ def vision_graph(manifest: Manifest, precision: Precision, with_details: bool, w
 def accounts(manifest: Manifest, rows: int, k: int) -> dict[str, Dimensions]:
     """The outputs of a graph that accounts for [CLS] by so many rows and places of the code."""
     layers, embedding = manifest.shape.layers, manifest.shape.embedding
-    return {
+    outputs: dict[str, Dimensions] = {
         "embedding": (None, embedding),
         "rows": (None, rows, embedding),
         "sigma": (None,),
@@ -82,6 +88,12 @@ def accounts(manifest: Manifest, rows: int, k: int) -> dict[str, Dimensions]:
         "projection": (None, layers),
         "fidelity": (None, 2),
     }
+    return _given(outputs, manifest)
+
+
+def _given(dimensions: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """Those of these inputs or outputs that there are in this bundle."""
+    return {name: dimensions[name] for name in given([*dimensions], manifest.has_features)}
 
 
 def text_graph(manifest: Manifest) -> Graph:
@@ -112,7 +124,7 @@ def trace_graph(manifest: Manifest) -> Graph:
         "indices": (None, layers, tokens, None),
         "values": (None, layers, tokens, None),
     }
-    return Graph("trace.onnx", of_pixels(manifest), outputs, shape.features)
+    return Graph("trace.onnx", of_pixels(manifest), _given(outputs, manifest), shape.features)
 
 
 def of_pixels(manifest: Manifest) -> dict[str, tuple[str, Dimensions]]:
@@ -157,7 +169,7 @@ def sources_graph(manifest: Manifest, heads: int) -> Graph:
         "biases": (None, layers),
         "gradients": (None, layers, 2, width),
     }
-    return Graph("sources.onnx", inputs, outputs, shape.features)
+    return Graph("sources.onnx", _given(inputs, manifest), _given(outputs, manifest), shape.features)
 
 
 def scores_graph(manifest: Manifest, heads: int) -> Graph:

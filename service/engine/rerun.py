@@ -61,8 +61,9 @@ class RerunGraphs:
         Raises `BundleError` or `EngineError` if the graph is not open yet and cannot be opened.
         """
         feeds = stacked(changes)
-        outputs = self.of(changes[0].dictionary).open().run(list(ALWAYS), {"pixels": pixels} | feeds)
-        named = dict(zip(ALWAYS, outputs, strict=True))
+        session = self.of(changes[0].dictionary).open()
+        names = [output.name for output in session.get_outputs() if output.name in ALWAYS]
+        named = dict(zip(names, session.run(names, {"pixels": pixels} | feeds), strict=True))
         return [Decomposition.from_batch(named, image) for image in range(len(pixels))]
 
     def check(self) -> None:

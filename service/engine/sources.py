@@ -19,6 +19,7 @@ from vitrine.models.bundle.layout import (
     SOURCES_OUTPUTS,
     STARTS,
     TRACE_OUTPUTS,
+    given,
 )
 from vitrine.service.engine.fit import check_graph, scores_graph, sources_graph, trace_graph
 from vitrine.service.engine.on_first_use import GraphsOnFirstUse
@@ -63,8 +64,9 @@ class SourceGraphs(GraphsOnFirstUse[Sessions]):
 
     def trace(self, pixels: NDArray[np.float32]) -> Trace:
         """Of one image [3, H, W]."""
-        outputs = self.open().trace.run(list(TRACE_OUTPUTS), {"pixels": pixels[None]})
-        return Trace.from_batch(dict(zip(TRACE_OUTPUTS, outputs, strict=True)), 0)
+        names = given(TRACE_OUTPUTS, self._has_features)
+        outputs = self.open().trace.run(names, {"pixels": pixels[None]})
+        return Trace.from_batch(dict(zip(names, outputs, strict=True)), 0)
 
     def of_directions(self, trace: Trace, directions: NDArray[np.floating]) -> dict[str, Any]:
         """The outputs of sources.onnx for directions in embedding space [n, D] (`models.account.sources.accounts`)."""
@@ -113,8 +115,12 @@ class SourceGraphs(GraphsOnFirstUse[Sessions]):
         return trace, self.of_directions(trace, directions)
 
     def _run(self, starts: dict[str, Any], trace: Trace) -> dict[str, Any]:
-        results = self.open().sources.run(list(SOURCES_OUTPUTS), starts | _held(trace))
-        return dict(zip(SOURCES_OUTPUTS, results, strict=True))
+        names = given(SOURCES_OUTPUTS, self._has_features)
+        return dict(zip(names, self.open().sources.run(names, starts | _held(trace)), strict=True))
+
+    @property
+    def _has_features(self) -> bool:
+        return self.bundle.manifest.has_features
 
     def _after_the_last_block(self, directions: NDArray[np.floating]) -> dict[str, Any]:
         """Starts of directions of the residual [n, d], at [CLS]."""
@@ -131,4 +137,5 @@ def _head(layer: int, head: int) -> dict[str, Any]:
 
 def _held(trace: Trace) -> dict[str, Any]:
     """A trace as inputs of sources.onnx."""
-    return {"attention_weights": trace.weights} | {name: getattr(trace, name) for name in HELD[1:]}
+    names = given(HELD, features=trace.indices is not None)
+    return {"attention_weights": trace.weights} | {name: getattr(trace, name) for name in names[1:]}

@@ -16,7 +16,7 @@ from vitrine.service.answers.intervene import answer_intervene
 from vitrine.service.answers.residual import circuit_dictionaries
 from vitrine.service.answers.sources import source_baselines
 from vitrine.service.exports.circuit_page import draw_circuit, most_influential
-from vitrine.service.exports.circuit_tracer import write_graphs
+from vitrine.service.exports.circuit_tracer import CircuitError, write_graphs
 from vitrine.service.exports.page import draw_page
 from vitrine.service.operations.settings import load_settings
 from vitrine.service.schemas.attribute import AttributeRequest, AttributeResponse
@@ -42,6 +42,8 @@ async def account_for(
         answer = await answer_attribute(attributor, content, request, IDENTITY)
         page = await _page(attributor, content, request) if with_page else ""
         if graph is not None:
+            if not bundle.manifest.has_features:
+                raise CircuitError(f"a graph for circuit-tracer is of features: {bundle.manifest.why_no_features}")
             labels = await attributor.label_set(request)
             full_request = _with_explain(request, heatmap=True, attention=None, features=bundle.manifest.shape.k)
             # all labels, so that the targets are among the predictions

@@ -50,7 +50,8 @@ def _changes(change: ExplanationChange, features: int) -> Table:
     ledger = change.ledger
     rows = [("prior", ledger.prior)]
     rows += [(f"attention {layer}", value) for layer, value in enumerate(ledger.attention)]
-    rows += [(f"CLT {layer}", value) for layer, value in enumerate(ledger.clt)]
+    written, by_layer = ("CLT", ledger.clt) if ledger.clt else ("MLP", ledger.mlp or [])
+    rows += [(f"{written} {layer}", value) for layer, value in enumerate(by_layer)]
     rows += [("bias", ledger.bias), ("error", ledger.error), ("edit", ledger.edit)]
     contrast = f" rather than {change.contrast}" if change.contrast else ""
     title = Text(f"{change.target}{contrast}: its logit changes by {change.logit:+.3f}")

@@ -45,7 +45,8 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
         _print_residual(answer.residual, console)
     if answer.attention is not None:
         _print_attention(answer.attention, console)
-    fidelity = answer.fidelity
+    if (fidelity := answer.fidelity) is None:
+        return
     agrees = "stays" if fidelity.reconstructed_top1_agrees else "[bold]changes[/bold]"
     console.print(
         f"\nFidelity: R² {fidelity.r2:.3f}, error row {fidelity.error_share:.1%} of the account; "
@@ -63,12 +64,15 @@ def draw_answer(answer: AttributeResponse) -> str:
 
 def _account(explanation: Explanation) -> Table:
     ledger = explanation.ledger
+    written = "CLT" if ledger.clt else "MLP"
     rows = [("prior", ledger.prior, "")]
     rows += [(f"attention {layer}", value, "") for layer, value in enumerate(ledger.attention)]
     for layer in explanation.layers:
         named = "  ".join(f"{f.label or f'#{f.index}'} {f.contribution:+.2f}" for f in layer.features)
-        rows.append((f"CLT {layer.layer}", layer.contribution, named))
-    rows += [("bias", ledger.bias, ""), ("error", ledger.error, "")]
+        rows.append((f"{written} {layer.layer}", layer.contribution, named))
+    rows.append(("bias", ledger.bias, ""))
+    if ledger.clt:
+        rows.append(("error", ledger.error, ""))
     if ledger.edit:
         rows.append(("edit", ledger.edit, "taken out by an intervention"))
     title = f"Why {_named(explanation)}: the account of its logit"

@@ -87,6 +87,8 @@ def replay(
         InputError: what is read proves to be damaged.
     """
     manifest = engine.bundle.manifest
+    if not manifest.has_features:
+        raise ReplayError(f"replay runs CLIP with its MLPs replaced by features: {manifest.why_no_features}")
     if not engine.can_replace:
         raise ReplayError(f"{engine.bundle.path} has no replacement graph: export it with `bundle.replacement = true`")
     folders: tuple[str, ...] = ()

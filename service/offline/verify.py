@@ -16,7 +16,7 @@ from vitrine.models.bundle.layout import CARDS, RERUN, RESIDUAL_TRACE, Dictionar
 from vitrine.models.interventions.changes import resolve
 from vitrine.models.interventions.edit_files import bundle_edits, changes_of
 from vitrine.models.interventions.network import BundleNetwork
-from vitrine.models.interventions.spec import Intervention
+from vitrine.models.interventions.spec import Intervention, Row
 from vitrine.service.answers.attention import score_accounts
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.fit import check_unit
@@ -94,7 +94,8 @@ def _check_rerun(graphs: RerunGraphs, pixels: NDArray[np.float32], decomposition
     """That with nothing changed the graph is of the same network, and that with something changed its rows add up."""
     graphs.check()
     network = BundleNetwork(graphs.bundle)
-    for items in ([], [Intervention(op="ablate", layer=0, row="clt", tokens="all")]):
+    row: Row = "clt" if graphs.bundle.manifest.has_features else "mlp"
+    for items in ([], [Intervention(op="ablate", layer=0, row=row, tokens="all")]):
         changes = resolve(items, network, "rerun")
         for parts, own in zip(graphs.run(pixels, [changes] * len(pixels)), decompositions, strict=True):
             deviation = float(np.abs(parts.rows.sum(0) - (parts if items else own).embedding).max())

@@ -60,13 +60,21 @@ class AttributeJson(AttributeRequest, WithImage):
 
 
 class LedgerAccount(BaseModel):
-    """In logits. prior + sum(attention) + sum(clt) + bias + error + edit + remainder = logit."""
+    """In logits. prior + sum(attention) + sum(clt) + bias + error + edit + remainder = logit.
+
+    In a bundle without a CLT, prior + sum(attention) + sum(mlp) + bias + edit + remainder = logit.
+    """
 
     prior: float
     attention: list[float] = Field(description="one per layer")
-    clt: list[float] = Field(description="one per source layer")
+    clt: list[float] = Field(description="one per source layer; empty in a bundle without a CLT")
+    mlp: list[float] | None = Field(
+        default=None,
+        description="one per layer, what its MLP wrote; with a CLT sum(mlp) = sum(clt) + error + the decoders' biases, "
+        "unless something is edited; null in bundles of older versions",
+    )
     bias: float
-    error: float = Field(description="what the MLPs did and the CLT does not say")
+    error: float = Field(description="what the MLPs did and the CLT does not say; 0 without a CLT")
     edit: float = Field(default=0.0, description="only after interventions: what taking directions out wrote")
     remainder: float = Field(description="rounding")
 
@@ -81,9 +89,11 @@ class Feature(BaseModel):
 
 class LayerAccount(BaseModel):
     layer: int
-    contribution: float = Field(description="the layer's clt row, in logits")
+    contribution: float = Field(description="the layer's clt row, in logits; without a CLT its mlp row")
     share: float = Field(description="|contribution| as a part of the sum of all |rows|")
-    projection: float = Field(description="C_{i->L-1} on [CLS] (arXiv 2604.13304); the layers sum to 1, or are all 0")
+    projection: float | None = Field(
+        description="C_{i->L-1} on [CLS] (arXiv 2604.13304); the layers sum to 1, or are all 0; null without a CLT"
+    )
     drop_effect: float = Field(description="change of the target's probability when this row is taken out")
     features: list[Feature]
 
@@ -157,7 +167,7 @@ class Attribution(BaseModel):
     matrix: Matrix | None = None
     attention: AttentionAccount | None = None
     residual: ResidualFeatures | None = None
-    fidelity: Fidelity
+    fidelity: Fidelity | None = Field(description="null in a bundle without a CLT")
     timings_ms: TimingsMs
 
 

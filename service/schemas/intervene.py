@@ -72,7 +72,7 @@ class After(BaseModel):
 
     predictions: list[Prediction]
     explanations: list[Explanation]
-    fidelity: Fidelity
+    fidelity: Fidelity | None = Field(description="null in a bundle without a CLT")
 
 
 class ProbabilityChange(BaseModel):

@@ -58,10 +58,10 @@
   /** What a listener is told of an answer. @returns {string} */
   function spoken(answer, explanation = answer.explanations[0]) {
     const [best] = answer.predictions;
-    const trust = Vitrine.trust.overall(answer.fidelity);
+    const trust = answer.fidelity ? ` Trust: ${Vitrine.trust.overall(answer.fidelity)}.` : "";
     const rather = explanation.contrast === null ? "" : ` rather than ${explanation.contrast}`;
     const account = `The account says why ${explanation.target}${rather}.`;
-    return `${best.label}, ${percent(best.probability)}. ${account} Trust: ${trust}.${Vitrine.warnings.spoken(answer.warnings)}`;
+    return `${best.label}, ${percent(best.probability)}. ${account}${trust}${Vitrine.warnings.spoken(answer.warnings)}`;
   }
 
   /** Which model answered, and with which edit. @returns {string} */

@@ -2,18 +2,19 @@
 /** The direct ledger: what each layer wrote to the class token, as a sum in one line and as a waterfall. */
 {
   const { el, signed, tiny, percent, sum } = Vitrine.dom;
-  const { rows, featureRows, scale } = Vitrine.waterfall;
+  const { rows, name, featureRows, scale } = Vitrine.waterfall;
   const { figure, equation, body, group, line, fold, feature, glossary } = Vitrine.accountTable;
 
   const MORE = ["Running total", "Share of all rows", "Probability, if taken out"];
   const MEANING = {
     Prior: "What the class token and its position bring: the same for every image.",
     Attention: "What each layer's attention wrote to the class token: what was read from the image, and where.",
-    Features: "What each layer's sparse features (its cross-layer transcoder, CLT) wrote, in the place of its MLP.",
+    Features: "What each layer's features (its cross-layer transcoder, CLT) wrote, in the place of its MLP.",
+    MLPs: "What each layer's MLP wrote, without a CLT.",
     Bias: "Constants of the transcoder and of the last normalisation.",
     Error: "What the MLPs did and no feature says. It is shown, never spread over other rows.",
     Edit: "What an edit wrote by itself: directions that it takes out of the stream.",
-    Remainder: "Rounding: what is left when all rows are taken from the logit.",
+    Remainder: "Rounding: the logit less all rows.",
   };
 
   /**
@@ -22,13 +23,13 @@
    * @returns {HTMLElement[]}
    */
   function draw(explanation, options) {
-    const { prior, attention, clt, bias, error, edit } = explanation.ledger;
+    const { prior, attention, clt, mlp, bias, error, edit } = explanation.ledger;
     const terms = [
       ["prior", prior],
       ["attention", sum(attention)],
-      ["features", sum(clt)],
+      clt.length ? ["features", sum(clt)] : ["MLPs", sum(mlp)],
       ["bias", bias],
-      ["error", error],
+      ...(clt.length ? [["error", error]] : []),
       ...(edit ? [["edit", edit]] : []),
     ];
     return [equation(explanation, explanation.logit, terms), table(explanation, options), glossary(MEANING)];
@@ -47,7 +48,6 @@
       return line(row, name, axis, [share, effect], { text, offer: options.offer });
     }
 
-    /** A layer's clt row, and its features. */
     function layer(row) {
       const lines = parts.get(row.layer).map((part) => {
         if (part.kind === "others") return draw(part, "all other features");
@@ -61,8 +61,9 @@
       body(of("prior").map((row) => draw(row, "Prior"))),
       group("Attention, by layer", of("attention"), axis, MORE.length),
       body(of("attention").map((row) => draw(row, attentionName(row, options)))),
-      group("Features, by layer", of("clt"), axis, MORE.length),
+      group(`${parts.size ? "Features" : "MLPs"}, by layer`, parts.size ? of("clt") : of("mlp"), axis, MORE.length),
       of("clt").map(layer),
+      body(of("mlp").map((row) => draw(row, name(row)))),
       body(of("bias").map((row) => draw(row, "Bias"))),
       body(of("error").map((row) => draw(row, "Error"))),
       body(of("edit").map((row) => draw(row, "Edit"))),

@@ -3,7 +3,7 @@
 {
   const { el } = Vitrine.dom;
   const DIRECT = ["prior", "bias", "error"]; // rows that nothing in the running network computes
-  const KINDS = ["attention", "clt", "feature", "source", ...DIRECT]; // that have a switch
+  const KINDS = ["attention", "clt", "mlp", "feature", "source", ...DIRECT]; // that have a switch
 
   /**
    * @param {function(Map): Object} ask makes `Vitrine.without`, once that is loaded, of what is off:

@@ -13,8 +13,8 @@
       say: (value) => plain(value),
       rule: "good from 0.9, fair from 0.6",
       meaning:
-        "How much of what the MLPs add to this image's embedding the features reproduce. 1 is all of it; below 0 is " +
-        "worse than taking the average image's.",
+        "How much of what the MLPs add to this image's embedding the features reproduce. 1 is all; below 0 is worse " +
+        "than the average image's.",
     },
     {
       name: "Cosine",
@@ -59,8 +59,9 @@
     return LEVELS.findLast((name) => MEASURES.some((measure) => level(measure, fidelity) === name));
   }
 
-  /** @param {Object} fidelity the API's @returns {HTMLElement[]} */
+  /** @param {?Object} fidelity the API's @returns {HTMLElement[]} */
   function draw(fidelity) {
+    if (!fidelity) return [el("p", {}, "There are no features (no CLT): the rows are the MLPs' own, and exact.")];
     const verdict = overall(fidelity);
     const line = (measure) => {
       const found = level(measure, fidelity);

@@ -5,23 +5,24 @@
 
   /**
    * @typedef {Object} Row
-   * @property {string} kind prior, attention, clt, bias, error, edit, remainder
+   * @property {string} kind prior, attention, clt (or mlp), bias, error, edit, remainder
    * @property {number|null} layer
    * @property {number} value in logits
    * @property {number} start the running total before it
    * @property {number} end and after it
-   * @property {?Object} account of a clt row: its `LayerAccount`
+   * @property {?Object} account of such a row: its `LayerAccount`
    */
 
   /** The account's rows in order, as the API's Explanation has them. @returns {Row[]} */
   function rows(explanation) {
     const { prior, attention, clt, bias, error, edit, remainder } = explanation.ledger;
+    const kind = clt.length ? "clt" : "mlp";
     const listed = [
       { kind: "prior", value: prior },
       ...attention.map((value, layer) => ({ kind: "attention", layer, value })),
-      ...clt.map((value, layer) => ({ kind: "clt", layer, value, account: explanation.layers[layer] })),
+      ...explanation.layers.map((account, layer) => ({ kind, layer, value: account.contribution, account })),
       { kind: "bias", value: bias },
-      { kind: "error", value: error },
+      ...(clt.length ? [{ kind: "error", value: error }] : []),
       ...(edit ? [{ kind: "edit", value: edit }] : []), // only of an edited network
       { kind: "remainder", value: remainder },
     ];
@@ -30,15 +31,11 @@
 
   /** A row's name, given its kind and layer. @returns {string} */
   function name({ kind, layer }) {
-    const title = kind === "clt" ? "CLT" : kind[0].toUpperCase() + kind.slice(1);
+    const title = /clt|mlp/.test(kind) ? kind.toUpperCase() : kind[0].toUpperCase() + kind.slice(1);
     return layer === null ? title : `${title} ${layer}`;
   }
 
-  /**
-   * A clt row's features and, last, all others of that layer: they add up to the row.
-   * @param {Row} row
-   * @returns {Row[]} of kind feature (with `feature`) and others
-   */
+  /** A clt row's features and, last, all others of that layer. @returns {Row[]} of kind feature, others */
   function featureRows(row) {
     const features = row.account.features.map((feature) => ({ kind: "feature", feature, value: feature.contribution }));
     const others = { kind: "others", value: row.value - sum(features.map(({ value }) => value)) };
@@ -72,15 +69,14 @@
     return { at: (value) => (100 * (value - from)) / (to - from), ticks };
   }
 
-  /** 1, 2 or 5 times a power of ten, so that there are 3 to 6 ticks. */
+  /** 1, 2 or 5 times a power of ten: 3 to 6 ticks. */
   function niceStep(span) {
     const power = 10 ** Math.floor(Math.log10(span / 3));
     return [5, 2, 1].map((factor) => factor * power).find((step) => span / step >= 3) ?? power;
   }
 
   /**
-   * A row's bar: from its start to its end, joined to the rows above and below it. Positive rows are filled, negative
-   * ones hatched, so that the sign is told without colour.
+   * A row's bar, joined to the rows above and below it. Negative rows are hatched: the sign is told without colour.
    * @param {?{start: number, end: number}} row null: the ticks alone
    * @param {{at: function(number): number, ticks: number[]}} axis
    * @param {string} [kind] more class names
@@ -111,7 +107,7 @@
     return svg("line", { x1: `${percent}%`, x2: `${percent}%`, y1: from, y2: to, class: kind });
   }
 
-  /** The ticks' numbers, for the head of the bars' column. @returns {SVGElement} */
+  /** The ticks' numbers. @returns {SVGElement} */
   function ruler(axis) {
     const text = (tick) => String(Number(tick.toPrecision(2))).replace("-", "−");
     const numbers = axis.ticks.map((tick) =>
@@ -120,7 +116,7 @@
     return svg("svg", { class: "ruler", "aria-hidden": "true", focusable: "false" }, numbers);
   }
 
-  /** The hatching that all bars share; once a page. @returns {SVGElement} */
+  /** The hatching, once a page. @returns {SVGElement} */
   function hatching() {
     const size = { width: 5, height: 5, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" };
     const stroke = svg("line", { x1: 0, y1: 0, x2: 0, y2: 5, class: "hatch" });

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitrine.models.clip.attention import Attention
 from vitrine.models.clip.tower import Tower
-from vitrine.models.graph.attribution import denominator
+from vitrine.models.graph.vision import denominator
 
 
 class Backward(NamedTuple):

@@ -23,7 +23,7 @@ from torch import Tensor
 from vitrine.models.clip.loading import Clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.dictionary.sparse_products import Order, SortedCode
-from vitrine.models.graph.attribution import denominator
+from vitrine.models.graph.vision import denominator
 from vitrine.training.evaluation.gradients import written_gradients
 
 NodeRanking = Literal["sources_mean", "sources", "direct", "gradient", "activation", "random"]

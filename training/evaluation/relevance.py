@@ -36,10 +36,10 @@ from torch import Tensor
 from vitrine.models.clip.attention import Attention
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.residual_sae import ResidualSaes
-from vitrine.models.graph.attribution import denominator
 from vitrine.models.graph.back import through_norm
 from vitrine.models.graph.gated import GatedBlock, Held
 from vitrine.models.graph.gated_trace import hold
+from vitrine.models.graph.vision import denominator
 from vitrine.training.evaluation.code import Code
 
 

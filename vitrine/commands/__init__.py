@@ -40,6 +40,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     evaluate: "vitrine evaluate --checkpoint runs/demo --data-root data --baseline runs/per-layer",
     recipes: "vitrine recipes b32-cifar100-relu_topk",
     export: "vitrine export --checkpoint runs/demo --data-root data --out bundles/demo; "
+    "vitrine export --clip ViT-B-32 --weights openai --out bundles/b32; "
     "vitrine export --bundle bundles/demo --residual runs/demo-residual --data-root data --out bundles/demo-residual",
     cards: "vitrine cards --checkpoint runs/b32 --bundle bundles/b32 --out bundles/b32-cards; "
     "vitrine cards --checkpoint runs/b32-sae --bundle bundles/b32-cards --out bundles/b32-all",

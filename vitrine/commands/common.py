@@ -143,10 +143,15 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
     manifest, shape = bundle.manifest, bundle.manifest.shape
     plain: dict[str, Any] = {"soft_wrap": True, "highlight": False, "markup": False}
     console.print(f"{manifest.name} {bundle.digest[:19]}…  {bundle.path}", style="bold", **plain)
+    clt = "no CLT: accounts have the MLPs' rows, and no features"
+    if manifest.data is not None:
+        clt = (
+            f"CLT {shape.features:,} features a layer, at most {shape.k} active ({manifest.sparsifier}); "
+            f"trained on {manifest.data.name}"
+        )
     console.print(
-        f"  CLIP {manifest.clip.name} ({manifest.clip.weights}), {shape.layers} layers; "
-        f"CLT {shape.features:,} features a layer, at most {shape.k} active ({manifest.sparsifier}); "
-        f"trained on {manifest.data.name}; {', '.join(manifest.precisions)}",
+        f"  CLIP {manifest.clip.name} ({manifest.clip.weights}), {shape.layers} layers; {clt}; "
+        f"{', '.join(manifest.precisions)}",
         **plain,
     )
     if manifest.residual is not None:
@@ -154,7 +159,8 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         console.print(
             f"  residual SAEs: {', '.join(counts)} features a layer; {manifest.residual.bytes / 1e6:.1f} MB", **plain
         )
-    modes = ["direct"] * (bundle.encoders is not None) + ["rerun"] * bundle.has_rerun
+    has_direct = bundle.encoders is not None or not manifest.has_features
+    modes = ["direct"] * has_direct + ["rerun"] * bundle.has_rerun
     console.print(f"  interventions: {' and '.join(modes) or 'none, which a new export has'}", **plain)
     for of, cards in (("", manifest.cards), (" of residual SAEs", manifest.residual_cards)):
         if cards is None:

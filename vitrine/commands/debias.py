@@ -79,7 +79,7 @@ def debias(
     from vitrine.service.offline.debias.pictures import Pictures
     from vitrine.service.offline.debias.printing import print_report
     from vitrine.service.offline.debias.question import Question
-    from vitrine.service.offline.debias.run import Debias
+    from vitrine.service.offline.debias.run import Debias, check_features
     from vitrine.service.offline.debias.runner import BundleRunner
     from vitrine.service.operations.settings import load_settings
 
@@ -87,12 +87,13 @@ def debias(
     for file in (out, report, html):
         if file is not None:
             prepare_file(file)
+    opened, settings = open_bundle_or_default(bundle), load_settings().model_copy(update={"replacement": False})
+    check_features(opened)
     examples = _examples(data, groups, columns, splits, chosen_labels(labels, labels_file), seed)
     default: Choice = "table" if len(examples.group_names) > 1 else "cue" if cue else "errors"
     chosen_by = by.value if by else default
     if chosen_by == "cue" and not cue:
         raise typer.BadParameter("--by cue needs the cue in words", param_hint="--cue")
-    opened, settings = open_bundle_or_default(bundle), load_settings().model_copy(update={"replacement": False})
     question = Question(
         templates=tuple(template or opened.manifest.text.templates),
         by=chosen_by,

@@ -1,4 +1,4 @@
-"""`vitrine export`: CLIP and CLT as a bundle, residual SAEs beside them or added to a bundle."""
+"""`vitrine export`: CLIP and CLT as a bundle, or CLIP alone; residual SAEs beside them or added to a bundle."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vitrine.commands.common import (
+    INPUTS,
     DataRoot,
     LabelsFile,
     chosen_labels,
@@ -17,7 +18,10 @@ from vitrine.commands.common import (
     print_warnings,
 )
 
+BYTES = 4.3  # of a bundle a parameter: weights in float32, and tables; a half of it for weights that are float16's
+
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import Tensor
 
     from vitrine.models.bundle.bundle import Bundle
@@ -32,7 +36,21 @@ if TYPE_CHECKING:
 def export(
     out: Annotated[Path, typer.Option(help="The bundle to write; must not exist.")],
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A CLT's run (its newest checkpoint) or one checkpoint; or --bundle.")
+        Path | None, typer.Option(help="A CLT's run (its newest checkpoint) or one checkpoint; or --clip or --bundle.")
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of --checkpoint a CLIP alone, without features: open_clip's name (ViT-B-32), or "
+            "hf-hub:org/model."
+        ),
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Of --clip: open_clip's tag (openai), or a file.")] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --clip: what int8 and fp16 must agree with float32 on; without them they are left out. " + INPUTS
+        ),
     ] = None,
     residual: Annotated[
         Path | None, typer.Option(help="A run, or one checkpoint, of residual SAEs for the same CLIP, to be added.")
@@ -45,7 +63,8 @@ def export(
     ] = None,
     data_root: DataRoot = Path("data"),
     labels: Annotated[
-        str | None, typer.Option(help="Of the bundle, comma-separated; default: those of the run.")
+        str | None,
+        typer.Option(help="Of the bundle, comma-separated; default: those of the run; of --clip, ImageNet's classes."),
     ] = None,
     labels_file: LabelsFile = None,
     label_sets: Annotated[
@@ -54,13 +73,23 @@ def export(
     calibration_images: Annotated[
         int,
         typer.Option(
-            min=2, help="Val images on which int8 and fp16 must agree with float32; their average is the baseline."
+            min=2,
+            help="Val images, or --images, on which int8 and fp16 must agree with float32; val images' average is the "
+            "baseline.",
         ),
     ] = 512,
 ) -> None:
     """Write CLIP, CLT and residual SAEs as a bundle, checked against torch."""
-    if (checkpoint is None) == (bundle is None):
-        raise typer.BadParameter("give a CLT's --checkpoint, or a --bundle that --residual is added to")
+    if [checkpoint, clip, bundle].count(None) != 2:
+        raise typer.BadParameter("give a CLT's --checkpoint, a --clip, or a --bundle that --residual is added to")
+    if clip is None and (weights is not None or images is not None):
+        raise typer.BadParameter("--weights and --images are of --clip")
+    if clip is not None:
+        if residual is not None:
+            raise typer.BadParameter("--residual is added to a bundle of the CLIP: export it first, then use --bundle")
+        names = chosen_labels(labels, labels_file)
+        print_bundle(_alone(clip, weights, out, names, label_sets, images, calibration_images), new_console())
+        return
     if checkpoint is None:
         if residual is None or labels is not None or labels_file is not None or label_sets is not None:
             raise typer.BadParameter("--bundle goes with --residual and --out alone: the rest is the bundle's own")
@@ -80,8 +109,8 @@ def export(
     newest = latest(checkpoint)
     clt, cls_mean, meta = load_clt(newest)
     recipe, console = clt_recipe(newest, meta), new_console()
-    clip = load_clip_of(recipe, data_root)
-    check_clip(newest, meta, clip)
+    loaded = load_clip_of(recipe, data_root)
+    check_clip(newest, meta, loaded)
     default = default or list(meta.labels or recipe.data.labels or ())
     if not default:
         raise ExportError(
@@ -100,17 +129,16 @@ def export(
         metrics=meta.metrics,
         licence=recipe.bundle.licence,
     )
-    added = _residual(residual, clip) if residual else None
+    added = _residual(residual, loaded) if residual else None
     variants = recipe.bundle.variants
     val = (
-        held_out(recipe.data, data_root, clip, images=calibration_images, labels=meta.labels or None, batch_size=16)
+        held_out(recipe.data, data_root, loaded, images=calibration_images, labels=meta.labels or None, batch_size=16)
         if variants or recipe.bundle.sources
         else None
     )
     with Progress(console) as progress:
-        images = _read(val, progress) if val else []
         written = export_bundle(
-            clip,
+            loaded,
             clt,
             cls_mean,
             provenance,
@@ -118,7 +146,7 @@ def export(
             recipe.bundle.tables,
             named,
             variants,
-            images,
+            _read(val, progress) if val else [],
             recipe.bundle.replacement,
             recipe.bundle.sources,
             recipe.bundle.sources and recipe.bundle.rerun,
@@ -127,6 +155,56 @@ def export(
             progress,
         )
     print_bundle(written, console)
+
+
+def _alone(
+    name: str,
+    weights: str | None,
+    out: Path,
+    labels: list[str] | None,
+    label_sets: Path | None,
+    images: str | None,
+    count: int,
+) -> Bundle:
+    """Of a CLIP without a CLT."""
+    from vitrine.models.bundle.label_sets import read_label_sets
+    from vitrine.models.clip.loading import load_clip
+    from vitrine.models.export.clip_alone import export_clip, read_images
+    from vitrine.models.export.export import check_new
+    from vitrine.models.inputs.opening import open_inputs
+    from vitrine.models.progress import Progress
+
+    check_new(out)
+    console, named = new_console(), read_label_sets(label_sets) if label_sets else {}
+    inputs = open_inputs(images) if images is not None else None
+
+    def log(message: str) -> None:
+        print_warnings([message], console)
+
+    _announce(name, weights, console)
+    with Progress(console) as progress:
+        progress.begin(f"loading {name}, downloading it if it is not there yet")
+        clip = load_clip(name, weights)
+        pixels = read_images(inputs, count, clip, log, progress) if inputs is not None else []
+        return export_clip(clip, out, labels, named, pixels, log, progress)
+
+
+def _announce(name: str, weights: str | None, console: Console) -> None:
+    """Print what it will take, of a CLIP whose size is known before it is loaded."""
+    from vitrine.training.recipes.clip_shape import UnknownShape, clip_shape
+    from vitrine.training.recipes.recipe import ClipSection
+
+    try:
+        parameters = clip_shape(ClipSection(name=name, weights=weights), Path()).parameters / 1e6
+    except UnknownShape:  # it brings its own configuration, or is refused below with the reason
+        return
+    console.print(
+        f"{name}: {parameters:,.0f} million parameters, so {4 * parameters:,.0f} MB of weights to download unless they "
+        f"are in the hub's cache, and a bundle of up to {BYTES * parameters:,.0f} MB",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _added(bundle: Path, residual: Path, out: Path, data_root: Path) -> Bundle:

@@ -64,7 +64,7 @@ class Row(BaseModel):
     predictions: list[Prediction]
     ledger: Ledger
     features: list[LayerFeature] = Field(description="of all layers, largest |contribution| first")
-    fidelity: Fidelity
+    fidelity: Fidelity | None = Field(description="null in a bundle without a CLT")
     warnings: list[str] = Field(description="codes of what was done to the image that one may not expect")
     sources: Sources | None = Field(default=None, description="no column unless they are asked for")
     edited: bool | None = Field(default=None, description="whether the run's edit was applied; no column without one")
@@ -82,8 +82,8 @@ class Problem(BaseModel):
 _PREDICTION = "STRUCT(label VARCHAR, probability DOUBLE, logit DOUBLE)"
 _NO_COLUMN: dict[str, Any] = {"predictions": {"__all__": {"cosine"}}}  # it is the logit by the bundle's logit scale
 _LEDGER = (
-    "STRUCT(target VARCHAR, logit DOUBLE, prior DOUBLE, attention DOUBLE[], clt DOUBLE[], bias DOUBLE, error DOUBLE, "
-    "remainder DOUBLE)"
+    "STRUCT(target VARCHAR, logit DOUBLE, prior DOUBLE, attention DOUBLE[], clt DOUBLE[], mlp DOUBLE[], bias DOUBLE, "
+    "error DOUBLE, remainder DOUBLE)"
 )
 _FEATURE = (
     'STRUCT(layer INTEGER, "index" INTEGER, activation DOUBLE, contribution DOUBLE, label VARCHAR, label_score DOUBLE)'

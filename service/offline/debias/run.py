@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitrine.models.account.ledger import Array
+from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.groups import Judge
 from vitrine.models.interventions.spec import Intervention, Mode
 from vitrine.service.engine.engine import Engine
@@ -38,6 +39,12 @@ WITH_CUE = ("without the cue", "with the cue")
 NO_CUE = "Orth-Proj and Orth-Cali need the cue in words: --cue"
 
 
+def check_features(bundle: Bundle) -> None:
+    """Raise `DebiasError` for a bundle without a CLT."""
+    if not bundle.manifest.has_features:
+        raise DebiasError(f"debiasing edits features: {bundle.manifest.why_no_features}")
+
+
 class Debias:
     """A question about a bundle's CLIP."""
 
@@ -51,6 +58,7 @@ class Debias:
         track: Track,
     ) -> None:
         """track: yields what it is given, and may show progress under a title. Raises `DebiasError`."""
+        check_features(engine.bundle)
         if engine.sources is None:
             raise DebiasError(
                 f"{engine.bundle.path} has no source accounts, by which features are ranked: export it with "

@@ -61,7 +61,8 @@ def test_answer_has_exactly_the_fields_of_the_contract(server, picture):
     (explanation,) = answer["explanations"]
     assert set(explanation) == {"target", "contrast", "logit", "ledger", "layers", "heatmap", "sources"}
     assert explanation["sources"] is None
-    assert set(explanation["ledger"]) == {"prior", "attention", "clt", "bias", "error", "edit", "remainder"}
+    assert set(explanation["ledger"]) == {"prior", "attention", "clt", "mlp", "bias", "error", "edit", "remainder"}
+    assert len(explanation["ledger"]["mlp"]) == LAYERS
     assert len(explanation["ledger"]["attention"]) == len(explanation["ledger"]["clt"]) == LAYERS
     for layer in explanation["layers"]:
         assert set(layer) == {"layer", "contribution", "share", "projection", "drop_effect", "features"}
