@@ -30,6 +30,7 @@ from vitrine.service.schemas.attribute import AttributeRequest
 
 FILE = "job.json"
 FORMAT = 2  # of job.json, and of how images are numbered; 1: links were left out, rows had no warnings
+COLUMNS = 2  # of rows; 1: predictions had no cosine, ledgers neither `mlp` nor `edit`
 _SHOWN_CHARACTERS = 60  # characters shown of a differing value
 
 
@@ -61,6 +62,7 @@ class Job(BaseModel):
     baseline: Literal["zero", "mean"] = "zero"
     edit: str | None = None  # its name
     edit_digest: str | None = None
+    columns: int = 1  # see `COLUMNS`; a folder keeps those that it was begun with
 
     @property
     def parts(self) -> int:
@@ -114,15 +116,16 @@ def make_job(
         baseline=request.explain.baseline,
         edit=edit.name if edit else None,
         edit_digest=edit.digest if edit else None,
+        columns=COLUMNS,
     )
 
 
 @contextmanager
-def lock_output(out: Path, job: Job) -> Iterator[bool]:
+def lock_output(out: Path, job: Job) -> Iterator[tuple[bool, Job]]:
     """Lock `out` for this job, exclusively. It is created if it does not exist, else resumed.
 
-    Yields False where the file system has no locks. Another run may then write there, too: of the same job, so that
-    its parts are the same, but its unfinished files must be left alone.
+    Yields (whether it is locked, the job as it was begun). Where the file system has no locks another run may write
+    there, too: of the same job, so that its parts are the same, but its unfinished files must be left alone.
 
     Raises:
         BulkError: it was started with other options, another run is using it, or it contains something else.
@@ -141,13 +144,13 @@ def lock_output(out: Path, job: Job) -> Iterator[bool]:
                 locked = lock(file)
             except BlockingIOError as error:
                 raise BulkError(f"another run writes to {out}; wait for it, or write elsewhere") from error
-        _create_or_resume(out / FILE, job)
-        yield locked
+        yield locked, _create_or_resume(out / FILE, job)
 
 
-def _create_or_resume(file: Path, job: Job) -> None:
+def _create_or_resume(file: Path, job: Job) -> Job:
+    """The job as it was begun, with the columns of then."""
     if not file.exists() and create(file, job.model_dump_json(indent=2) + "\n"):
-        return
+        return job
     try:
         existing = Job.model_validate_json(file.read_bytes())
     except ValidationError as error:
@@ -157,11 +160,13 @@ def _create_or_resume(file: Path, job: Job) -> None:
             f"{file.parent} was begun by another version of Vitrine, which numbered images otherwise; "
             "finish it with that one, or write elsewhere"
         )
+    job = job.model_copy(update={"columns": min(existing.columns, COLUMNS)})
     if differences := _differences(_flat(existing), _flat(job)):
         raise BulkError(
             f"{file.parent} was begun with other options: {'; '.join(differences)}. "
             "Give the same ones to take it up, or write elsewhere"
         )
+    return existing
 
 
 def _flat(job: Job) -> dict[str, Any]:

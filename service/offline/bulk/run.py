@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from typing import NamedTuple
 
 from rich.console import Console
@@ -35,7 +36,8 @@ def bulk(bundle: Bundle, work: Work, console: Console, ray_workers: int = 0) -> 
 
     Raises `BulkError`, `FileError`, `EngineError`, `BundleError`. However it ends, the same call resumes it.
     """
-    with lock_output(work.out, work.job) as locked:
+    with lock_output(work.out, work.job) as (locked, job):
+        work = replace(work, job=job)
         if locked:
             remove_partial_files(work.out)
         else:

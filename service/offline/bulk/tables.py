@@ -79,12 +79,15 @@ class Problem(BaseModel):
     message: str
 
 
-_PREDICTION = "STRUCT(label VARCHAR, probability DOUBLE, logit DOUBLE)"
-_NO_COLUMN: dict[str, Any] = {"predictions": {"__all__": {"cosine"}}}  # it is the logit by the bundle's logit scale
+_PREDICTION = "STRUCT(label VARCHAR, probability DOUBLE, logit DOUBLE, cosine DOUBLE)"
 _LEDGER = (
     "STRUCT(target VARCHAR, logit DOUBLE, prior DOUBLE, attention DOUBLE[], clt DOUBLE[], mlp DOUBLE[], bias DOUBLE, "
-    "error DOUBLE, remainder DOUBLE)"
+    "error DOUBLE, edit DOUBLE, remainder DOUBLE)"
 )
+# Of folders that were begun when there were fewer (`job.COLUMNS`).
+_FIRST_PREDICTION, _FIRST_LEDGER = _PREDICTION.replace(", cosine DOUBLE", ""), _LEDGER
+for _later in (" mlp DOUBLE[],", " edit DOUBLE,"):
+    _FIRST_LEDGER = _FIRST_LEDGER.replace(_later, "")
 _FEATURE = (
     'STRUCT(layer INTEGER, "index" INTEGER, activation DOUBLE, contribution DOUBLE, label VARCHAR, label_score DOUBLE)'
 )
@@ -102,12 +105,14 @@ SOURCES_TYPES = {
     "sources": f"STRUCT(logit DOUBLE, features {_FEATURE}[], error_share DOUBLE, remainder DOUBLE)",
 }
 EDITED_TYPES = {"edited": "BOOLEAN"}
+FIRST_TYPES = {"predictions": f"{_FIRST_PREDICTION}[]", "ledger": _FIRST_LEDGER}
 PROBLEM_TYPES = {"id": "BIGINT", "name": "VARCHAR", "code": "VARCHAR", "message": "VARCHAR"}
 
 
-def row_types(with_sources: bool, with_edit: bool) -> dict[str, str]:
-    """The columns of a run's rows."""
-    return ROW_TYPES | (SOURCES_TYPES if with_sources else {}) | (EDITED_TYPES if with_edit else {})
+def row_types(with_sources: bool, with_edit: bool, columns: int) -> dict[str, str]:
+    """The columns of a run's rows. columns: of its job."""
+    first = FIRST_TYPES if columns == 1 else {}
+    return ROW_TYPES | first | (SOURCES_TYPES if with_sources else {}) | (EDITED_TYPES if with_edit else {})
 
 
 def row(
@@ -139,7 +144,7 @@ def row(
         warnings=[note.code for note in notes],
         sources=sources,
         edited=edited,
-    ).model_dump_json(exclude=_NO_COLUMN | {name: True for name, value in optional.items() if value is None})
+    ).model_dump_json(exclude={name for name, value in optional.items() if value is None})
 
 
 def short_sources(account: SourceAccount) -> Sources:

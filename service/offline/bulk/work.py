@@ -88,7 +88,7 @@ class Worker:
         items = itertools.chain.from_iterable(self.reader.items(*limits) for limits in bounds.values())
         # two thread pools: one decodes and accounts, one writes
         settings, job = self.work.settings, self.work.job
-        types = row_types(job.sources > 0, job.edit is not None)
+        types = row_types(job.sources > 0, job.edit is not None, job.columns)
         limits = ImageLimits(job.max_image_pixels, job.max_image_side, job.max_jpeg_pixels)
         decoders = Decoders(
             settings.decode_threads, self.bundle.manifest.preprocessing, limits, settings.decode_seconds

@@ -17,11 +17,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from vitrine.models.bundle.manifest import graphs_digest
 from vitrine.models.files.errors import FileError
 from vitrine.models.inputs import shards
 from vitrine.models.inputs import source as sources
 from vitrine.models.inputs.errors import InputError
 from vitrine.models.inputs.opening import open_inputs
+from vitrine.models.interventions.edit import create
+from vitrine.models.interventions.spec import Intervention
 from vitrine.service.answers.attribute import answer_attribute
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.errors import ServiceError
@@ -542,6 +545,50 @@ def test_a_folder_begun_by_another_version_is_refused(start, photos, tmp_path):
     (tmp_path / "out" / "job.json").write_text(json.dumps(job))
     with pytest.raises(BulkError, match="was begun by another version of Vitrine, which numbered images otherwise"):
         start(photos, tmp_path / "out")
+
+
+def test_a_folder_keeps_the_columns_that_it_was_begun_with(start, photos, found, tmp_path):
+    """Parts of one folder have the same columns, whichever version wrote them."""
+    out = tmp_path / "out"
+    start(photos, out)
+    job = json.loads((out / "job.json").read_text())
+    assert job.pop("columns") == 2
+    (out / "job.json").write_text(json.dumps(job))
+    for part in out.glob("part-*.parquet"):
+        part.unlink()
+    assert start(photos, out) == Summary(COUNT, 0)
+    for row, now in zip(read(out), found, strict=True):
+        assert {**now["ledger"], "mlp": 0, "edit": 0} == {**row["ledger"], "mlp": 0, "edit": 0}
+        assert "mlp" not in row["ledger"]
+        assert "edit" not in row["ledger"]
+        assert [set(one) for one in row["predictions"]] == [{"label", "probability", "logit"}] * len(row["predictions"])
+    job["columns"] = 3
+    (out / "job.json").write_text(json.dumps(job))
+    with pytest.raises(BulkError, match="columns was 3 and is 2"):
+        start(photos, out)
+
+
+def test_the_rows_of_an_edited_ledger_add_up(start, photos, bundle, tmp_path):
+    """With what the edit wrote, which is a row of its own."""
+    width, last = bundle.manifest.shape.width, bundle.manifest.shape.layers - 1
+    vector = {
+        "op": "project",
+        "layer": last,
+        "vector": [(-1.0) ** n for n in range(width)],
+        "value": 3,
+        "tokens": "cls",
+    }
+    edits, out = tmp_path / "edits", tmp_path / "out"
+    edits.mkdir()
+    edit = create("zigzag", "a test", (Intervention(**vector),), "direct", graphs_digest(bundle.manifest))
+    (edits / "zigzag.json").write_text(edit.text())
+    start(photos, out, settings=SETTINGS.model_copy(update={"edits": edits}), edit="zigzag")
+    for row in read(out):
+        ledger = row["ledger"]
+        assert row["edited"]
+        assert abs(ledger["edit"]) > 1e-2
+        single = sum(ledger[name] for name in ("prior", "bias", "error", "edit", "remainder"))
+        assert single + sum(ledger["attention"]) + sum(ledger["clt"]) == pytest.approx(ledger["logit"], abs=1e-4)
 
 
 def test_compressed_tars_are_read_in_one_pass_over_all_parts(start, photos, found, tmp_path, monkeypatch):
