@@ -78,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
             asked = json.loads(self.body)
             name = f"{asked['organization']}/{asked['name']}"
             if name in hub.made or name in hub.branches:
-                return self.refuse(409, "")
+                return self.json({"url": f"{hub.url}/{name}", "name": name}, 409)
             hub.made[name] = asked
             hub.commit(name, {})
             self.json({"url": f"{hub.url}/{name}", "name": name})
@@ -100,8 +100,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.refuse(404, "")
 
-    def json(self, content):
-        self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    def json(self, content, status=200):
+        self.answer(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def resolve(self, hub, repository, revision, name):
         if repository not in hub.commits:

@@ -13,6 +13,7 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         for name, value in {
             "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_CACHE": str(tmp_path / "cache"),
             "HF_HUB_OFFLINE": False,
             "HF_HUB_DISABLE_XET": True,  # a protocol of its own, with servers of its own

@@ -16,6 +16,8 @@ from vitrine.models.hub.address import Address, HubError
 from vitrine.models.hub.pull import pull
 from vitrine.models.hub.push import upload, write_folder
 
+# huggingface_hub's own way to upload to LFS
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 TINY = Address("org/tiny")
 
 
