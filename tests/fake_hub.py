@@ -13,11 +13,10 @@ class FakeHub:
     """Repositories of models in memory. `requests`: (method, path) of what was asked.
 
     answers: path in a repository -> (status, X-Error-Code) in place of the file.
-    short: paths whose files end after half of what was promised.
     """
 
     def __init__(self, url):
-        self.url, self.requests, self.answers, self.short = url, [], {}, set()
+        self.url, self.requests, self.answers = url, [], {}
         self.commits, self.branches, self.lfs, self.made = {}, {}, {}, {}
 
     def commit(self, repository, files, branch="main"):
@@ -53,16 +52,14 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = do_HEAD
 
-    def answer(self, status=200, body=b"", headers=(), length=None):
+    def answer(self, status=200, body=b"", headers=()):
         self.send_response(status)
         for name, value in dict(headers).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-        if length not in (None, len(body)):
-            self.close_connection = True
 
     def refuse(self, status, code, **headers):
         self.answer(status, b"{}", {"X-Error-Code": code, **{k.replace("_", "-"): v for k, v in headers.items()}})
@@ -116,8 +113,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "EntryNotFound", X_Repo_Commit=commit)
         data = files[name]
         tag = hashlib.sha256(data).hexdigest()
-        sent = data[: len(data) // 2] if name in hub.short and self.command == "GET" else data
-        self.answer(200, sent, {"ETag": f'"{tag}"', "X-Repo-Commit": commit}, len(data))
+        self.answer(200, data, {"ETag": f'"{tag}"', "X-Repo-Commit": commit})
 
     def preupload(self, hub, repository, revision):
         if revision not in hub.branches.get(repository, {}):
