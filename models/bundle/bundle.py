@@ -42,7 +42,6 @@ No torch here: the service reads bundles with numpy and pydantic.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -52,7 +51,6 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ValidationError
 
 from vitrine.models.bundle.files import BundleError as BundleError
 from vitrine.models.bundle.files import Identity, map_table, sha256_and_identity
@@ -73,15 +71,13 @@ from vitrine.models.bundle.layout import (
     residual_file,
     vision_file,
 )
-from vitrine.models.bundle.manifest import FORMAT, FileEntry, Manifest
+from vitrine.models.bundle.manifest import FileEntry, Manifest
+from vitrine.models.bundle.manifest_file import read_manifest
 from vitrine.models.files.names import check_name
 from vitrine.models.files.reading import open_regular
 
 if TYPE_CHECKING:
     from vitrine.models.bundle.cards import Cards
-
-MAX_MANIFEST_BYTES = 2**26
-SHOWN_PROBLEMS = 5  # of a manifest
 
 
 @dataclass(frozen=True)
@@ -275,11 +271,7 @@ def open_bundle(path: Path) -> Bundle:
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a NUL in the name
         raise BundleError(f"{path} cannot be opened: {error}") from error
     check_name(path)
-    raw = _read_manifest(path)
-    try:
-        manifest = Manifest.model_validate_json(raw)
-    except ValidationError as error:
-        raise BundleError(f"{path / MANIFEST}: {_problems(error)}") from error
+    manifest, digest = read_manifest(path)
     variants = [vision_file(precision) for precision in manifest.precisions]
     cards = [f"{CARDS[one]}/{name}" for one in CARDS if manifest.cards_of(one) for name in CARD_FILES]
     saes = [RESIDUAL_TRACE, *map(residual_file, range(manifest.shape.layers))] if manifest.residual else []
@@ -289,7 +281,7 @@ def open_bundle(path: Path) -> Bundle:
         raise BundleError(f"{path / MANIFEST} does not list {', '.join(missing)}")
     identities = {name: _verify(path / name, entry) for name, entry in manifest.files.items()}
     _refuse_unlisted(path, manifest)
-    return Bundle(path, manifest, "sha256:" + hashlib.sha256(raw).hexdigest(), identities)
+    return Bundle(path, manifest, digest, identities)
 
 
 def _verify(file: Path, entry: FileEntry) -> Identity:
@@ -315,36 +307,3 @@ def _refuse_unlisted(path: Path, manifest: Manifest) -> None:
         raise BundleError(f"{path} cannot be read: {error}") from error
     if unlisted := [name for name in names if name not in manifest.files]:
         raise BundleError(f"{path / MANIFEST} does not list {', '.join(unlisted)}, which lies beside it")
-
-
-def _problems(error: ValidationError) -> str:
-    """Field and problem, of the first few."""
-    problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-    more = [f"and {len(problems) - SHOWN_PROBLEMS:,} more"] if len(problems) > SHOWN_PROBLEMS else []
-    return "; ".join(problems[:SHOWN_PROBLEMS] + more)
-
-
-def _read_manifest(path: Path) -> bytes:
-    """The bytes of manifest.json. Only the format version is checked here: other versions have other fields."""
-    try:
-        if not path.is_dir():
-            raise BundleError(f"{path} is no directory")
-        with open_regular(path / MANIFEST) as stream:
-            raw = stream.read(MAX_MANIFEST_BYTES + 1)
-    except FileNotFoundError as error:
-        raise BundleError(f"{path / MANIFEST} is missing: {path} is no bundle") from error
-    except OSError as error:
-        raise BundleError(f"{path / MANIFEST} cannot be read: {error}") from error
-    if len(raw) > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{path / MANIFEST} is larger than {MAX_MANIFEST_BYTES:,} bytes: that is no manifest")
-    try:
-        version = _Version.model_validate_json(raw).format_version
-    except ValidationError as error:
-        raise BundleError(f"{path / MANIFEST} is not a JSON object with a format_version") from error
-    if version != FORMAT:
-        raise BundleError(f"{path} has bundle format {version}; this version of Vitrine reads format {FORMAT}")
-    return raw
-
-
-class _Version(BaseModel):
-    format_version: int

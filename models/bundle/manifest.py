@@ -305,6 +305,8 @@ class Manifest(_Part):
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\\" in name:
                 raise ValueError(f"file name {name!r} leaves the bundle")
+            if not path.parts or str(path) != name or not name.isprintable():
+                raise ValueError(f"file name {name!r} is no plain path")
         return files
 
 

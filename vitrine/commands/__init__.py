@@ -20,6 +20,8 @@ from vitrine.commands.export import export
 from vitrine.commands.intervene import intervene
 from vitrine.commands.planted import planted
 from vitrine.commands.pretrain import pretrain
+from vitrine.commands.pull import pull
+from vitrine.commands.push import push
 from vitrine.commands.recipes import recipes
 from vitrine.commands.replay import replay
 from vitrine.commands.serve import serve
@@ -45,6 +47,8 @@ EXAMPLES: dict[Callable[..., None], str] = {
     cards: "vitrine cards --checkpoint runs/b32 --bundle bundles/b32 --out bundles/b32-cards; "
     "vitrine cards --checkpoint runs/b32-sae --bundle bundles/b32-cards --out bundles/b32-all",
     verify: "vitrine verify models/demo",
+    pull: "vitrine pull hf-hub:org/name --out bundles/name",
+    push: "vitrine push bundles/b32 --out repositories/b32; vitrine push bundles/b32 --to hf-hub:org/b32",
     serve: "vitrine serve --bundle models/demo --port 3000",
     doctor: "vitrine doctor --bundle bundles/b32",
     replay: "vitrine replay photos --bundle models/demo --images 200",

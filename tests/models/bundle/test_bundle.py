@@ -129,6 +129,13 @@ def test_file_names_that_leave_the_bundle_are_refused(copied, edit, name):
         open_bundle(copied)
 
 
+@pytest.mark.parametrize("name", ["", ".", "a//b", "./fold.npy", "a/", "a\nb", "a\0b"])
+def test_file_names_that_are_no_plain_paths_are_refused(copied, edit, name):
+    edit(lambda manifest: manifest["files"].update({name: manifest["files"]["fold.npy"]}))
+    with pytest.raises(BundleError, match="is no plain path"):
+        open_bundle(copied)
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
