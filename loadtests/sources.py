@@ -71,7 +71,7 @@ def variants(folder: Path, plain: Path, shape: Shape, threads: int) -> dict[str,
     bundle: Any = SimpleNamespace(
         path=folder,
         fold=fold,
-        manifest=SimpleNamespace(logit_scale=LOGIT_SCALE, shape=shape_of),
+        manifest=SimpleNamespace(logit_scale=LOGIT_SCALE, shape=shape_of, has_features=True),
         has_scores=False,
         check_unchanged=lambda: None,
     )

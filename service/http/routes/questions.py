@@ -29,7 +29,7 @@ from vitrine.service.schemas.features import (
 )
 from vitrine.service.schemas.intervene import InterveneJson, InterveneRequest, InterveneResponse
 
-_STATUSES = (400, 401, 413, 415, 429, 500, 503, 504)
+_STATUSES = (400, 401, 413, 415, 429, 431, 500, 503, 504)
 
 
 def add_questions(app: FastAPI, settings: Settings) -> None:

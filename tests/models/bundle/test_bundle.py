@@ -11,7 +11,15 @@ import pytest
 
 from common import ROOT
 from vitrine.models.bundle.bundle import BundleError, open_bundle
-from vitrine.models.bundle.layout import BASELINE, BASELINE_STREAM, ENCODERS, MANIFEST, REQUIRED, RERUN
+from vitrine.models.bundle.layout import (
+    BASELINE,
+    BASELINE_STREAM,
+    ENCODERS,
+    MANIFEST,
+    REQUIRED,
+    REQUIRED_WITH_FEATURES,
+    RERUN,
+)
 from vitrine.models.bundle.manifest import LayerMetrics, Metrics
 from vitrine.models.bundle.model_card import model_card
 from vitrine.models.bundle.sealing import seal
@@ -51,6 +59,7 @@ def test_round_trip(bundle, clip, clt, provenance):
     assert manifest.logit_scale == pytest.approx(1 / 0.07)
 
 
+EVERY_REQUIRED = (*REQUIRED, *REQUIRED_WITH_FEATURES)
 OPTIONAL = (
     *("attention.npy", "last_decoders.npy", "replacement.onnx", "replacement.onnx.data"),
     *("trace.onnx", "sources.onnx", "sources.onnx.data", "scores.onnx", *BASELINE),
@@ -60,7 +69,7 @@ OPTIONAL = (
 
 def test_manifest_lists_every_file_with_its_checksum(bundle):
     files = {file.name for file in bundle.path.iterdir()} - {MANIFEST}
-    assert files == set(bundle.manifest.files) == {*REQUIRED, *OPTIONAL}
+    assert files == set(bundle.manifest.files) == {*EVERY_REQUIRED, *OPTIONAL}
     for name, entry in bundle.manifest.files.items():
         content = (bundle.path / name).read_bytes()
         assert (entry.bytes, entry.sha256) == (len(content), hashlib.sha256(content).hexdigest())
@@ -74,7 +83,7 @@ def test_tables_are_those_of_tower_and_clt(bundle, clip, clt):
     np.testing.assert_array_equal(bundle.beta, beta)
 
 
-@pytest.mark.parametrize("name", REQUIRED)
+@pytest.mark.parametrize("name", EVERY_REQUIRED)
 def test_flipped_byte_is_refused(copied, name):
     file = copied / name
     content = bytearray(file.read_bytes())
@@ -84,14 +93,14 @@ def test_flipped_byte_is_refused(copied, name):
         open_bundle(copied)
 
 
-@pytest.mark.parametrize("name", REQUIRED)
+@pytest.mark.parametrize("name", EVERY_REQUIRED)
 def test_missing_file_is_refused(copied, name):
     (copied / name).unlink()
     with pytest.raises(BundleError, match=f"{name} is missing"):
         open_bundle(copied)
 
 
-@pytest.mark.parametrize("name", REQUIRED)
+@pytest.mark.parametrize("name", EVERY_REQUIRED)
 def test_truncated_file_is_refused(copied, name):
     file = copied / name
     size = file.stat().st_size
@@ -100,7 +109,7 @@ def test_truncated_file_is_refused(copied, name):
         open_bundle(copied)
 
 
-@pytest.mark.parametrize("name", REQUIRED)
+@pytest.mark.parametrize("name", EVERY_REQUIRED)
 def test_manifest_must_list_every_required_file(copied, edit, name):
     edit(lambda manifest: manifest["files"].pop(name))
     with pytest.raises(BundleError, match=f"manifest.json does not list {name}$"):
@@ -142,7 +151,7 @@ def test_file_names_that_are_no_plain_paths_are_refused(copied, edit, name):
         (lambda m: m.update(colour="red"), "colour: Extra inputs"),
         (lambda m: m["shape"].update(colour="red"), "shape.colour: Extra inputs"),
         (lambda m: m["shape"].pop("k"), "shape.k: Field required"),
-        (lambda m: m["shape"].update(k=0), "shape.k: Input should be greater than 0"),
+        (lambda m: m["shape"].update(k=0), "shape: Value error, features is 64, k is 0: without a CLT both are 0"),
         (lambda m: m["shape"].update(k_cls=[]), "shape: Value error, k_cls has 0 numbers for 3 layers"),
         (lambda m: m["shape"].update(k_patches=[8, 8]), "shape: Value error, k_patches has 2 numbers for 3 layers"),
         (lambda m: m.update(sparsifier="magic"), "sparsifier: Input should be 'relu_topk', 'abs_topk', "),
@@ -179,7 +188,7 @@ def test_digest_is_that_of_the_content(bundle, copied):
     assert open_bundle(copied).digest == bundle.digest  # wherever it is stored
 
 
-@pytest.mark.parametrize("name", [name for name in REQUIRED if name != "MODEL_CARD.md"])
+@pytest.mark.parametrize("name", [name for name in EVERY_REQUIRED if name != "MODEL_CARD.md"])
 def test_digest_changes_with_every_file(bundle, copied, name):
     with (copied / name).open("ab") as file:
         file.write(b" ")

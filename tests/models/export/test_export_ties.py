@@ -76,10 +76,13 @@ def test_image_with_a_tie_is_left_out_of_what_is_made_of_features(clip, graph, b
     with pytest.raises(ExportError, match=r"^rows at batch 5"):
         check_vision(clip, other, path)
 
+    forward = graph.forward
+
     def with_another_row_for_the_first_image(pixels):
-        outputs = [output.clone() for output in graph(pixels)]
+        outputs = [output.clone() for output in forward(pixels)]
         outputs[VISION_OUTPUTS.index("rows")][0] += 1
         return outputs
 
     monkeypatch.setattr(parity, "_check_code", lambda actual, expected, graph: np.arange(len(actual["norm"])) != 0)
-    check_vision(clip, with_another_row_for_the_first_image, path)
+    monkeypatch.setattr(graph, "forward", with_another_row_for_the_first_image)
+    check_vision(clip, graph, path)

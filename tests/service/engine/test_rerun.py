@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vitrine.models.bundle.bundle import BundleError
+from vitrine.models.bundle.layout import ALWAYS
 from vitrine.models.bundle.sealing import seal
 from vitrine.models.dictionary.average import mean_code
 from vitrine.models.graph.rerun import RerunGraph
@@ -44,7 +45,7 @@ def test_engine_makes_them_as_torch_does(engine, bundle, graph, clt, make_pixels
         )
     for image, found in enumerate(parts):
         np.testing.assert_allclose(found.embedding, expected[0][image], atol=1e-5)
-        np.testing.assert_allclose(found.components, expected[-1][image], atol=1e-4)
+        np.testing.assert_allclose(found.components, expected[ALWAYS.index("components")][image], atol=1e-4)
     if not items:
         for found, own in zip(parts, engine.explain(pixels.numpy(), components=[True, True]), strict=True):
             np.testing.assert_allclose(found.rows[:-1], own.rows, atol=1e-5)
@@ -67,7 +68,7 @@ def test_features_of_residual_saes(with_residual, graph, residual_export, make_p
         )
     for image, parts in enumerate(found):
         np.testing.assert_allclose(parts.embedding, expected[0][image], atol=1e-5)
-        np.testing.assert_allclose(parts.components, expected[-1][image], atol=1e-4)
+        np.testing.assert_allclose(parts.components, expected[ALWAYS.index("components")][image], atol=1e-4)
     network = BundleNetwork(bundle)
     assert [network.features("residual", layer) for layer in range(3)] == [48, 64, 0]
     row = network.direction("residual", 1, 3, "encoder")

@@ -183,8 +183,8 @@ def make_answer(**changes):
         request_id="test",
         model=Model(name="tiny", digest="sha256:abc"),
         predictions=[
-            Prediction(label="dog", probability=0.25, logit=3),
-            Prediction(label="cat", probability=0.5, logit=3.5),
+            Prediction(label="dog", probability=0.25, logit=3, cosine=0.3),
+            Prediction(label="cat", probability=0.5, logit=3.5, cosine=0.35),
         ],
         explanations=[explanation.model_copy(update=changes)],
         fidelity=Fidelity(r2=1, cosine=1, error_share=0, reconstructed_top1_agrees=True),

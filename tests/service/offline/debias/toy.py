@@ -81,7 +81,7 @@ class Engine:
             size=(4, 4), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation="bicubic", resize_mode="shortest"
         )
         shape = SimpleNamespace(layers=LAYERS, features=FEATURES)
-        manifest = SimpleNamespace(shape=shape, logit_scale=SCALE, preprocessing=preprocessing)
+        manifest = SimpleNamespace(shape=shape, has_features=True, logit_scale=SCALE, preprocessing=preprocessing)
         self.bundle = SimpleNamespace(
             manifest=manifest, beta=np.zeros(3), cards=None, digest="sha256:toy", path="toy bundle"
         )
