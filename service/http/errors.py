@@ -27,7 +27,7 @@ class ErrorShapes:
 
     def add(self, paths: str, shape: Shape) -> None:
         """paths: a regular expression for the whole of a path. The first one added that matches decides."""
-        self._shapes.append((re.compile(paths), shape))
+        self._shapes.append((re.compile(paths, re.DOTALL), shape))  # a name in a path may have line breaks
 
     def of(self, path: str) -> Shape | None:
         return next((shape for paths, shape in self._shapes if paths.fullmatch(path)), None)

@@ -46,7 +46,7 @@ def add_kserve_v1(app: FastAPI) -> None:
         ("explain", explain, ExplainResponse, ExplainRequest),
     ):
         app.post(
-            f"/v1/models/{{name:path}}:{verb}",
+            f"/v1/models/{{name:any}}:{verb}",
             response_model=answer,
             responses=errors_of(PlainError, *_STATUSES),
             openapi_extra=json_body(body),

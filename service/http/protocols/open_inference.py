@@ -69,8 +69,8 @@ def add_open_inference(app: FastAPI) -> None:
     # The paths with a version first: a model's name may have slashes.
     version = {"parameters": [{"name": "version", "in": "path", "required": True, "schema": {"type": "string"}}]}
     for path, whole, more in (
-        ("/v2/models/{name:path}/versions/{version}", "/v2/models/{name:path}/versions/{version}", version),
-        ("/v2/models/{name:path}", "/v2/models/{name:model}", {}),
+        ("/v2/models/{name:any}/versions/{version}", "/v2/models/{name:any}/versions/{version}", version),
+        ("/v2/models/{name:any}", "/v2/models/{name:model}", {}),
     ):
         get(f"{path}/ready", model_ready, ModelReady, 401, 404, 503, openapi_extra=more)
         app.post(

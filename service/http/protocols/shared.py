@@ -16,11 +16,11 @@ from vitrine.service.http.requests import load_json, media_type
 JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")
 
 
-class ModelConvertor(Convertor[str]):
-    """A model's name in a path that ends with it. It may have slashes, but is not what other paths end with: to those
-    GET is the wrong method, and not the name of a model that is not there."""
+class AnyConvertor(Convertor[str]):
+    """A model's name in the middle of a path: with slashes, and even line breaks, so that it is the name that is
+    refused."""
 
-    regex = r"(?!.*(?::predict|:explain|/infer|/ready)$).+"
+    regex = r"(?s:.+)"
 
     def convert(self, value: str) -> str:
         return value
@@ -29,6 +29,14 @@ class ModelConvertor(Convertor[str]):
         return value
 
 
+class ModelConvertor(AnyConvertor):
+    """A model's name in a path that ends with it. It may have slashes, but is not what other paths end with: to those
+    GET is the wrong method, and not the name of a model that is not there."""
+
+    regex = r"(?s:(?!.*(?::predict|:explain|/infer|/ready)$).+)"
+
+
+register_url_convertor("any", AnyConvertor())
 register_url_convertor("model", ModelConvertor())
 
 
