@@ -88,12 +88,13 @@ def add_page(app: FastAPI) -> None:
 
 
 def _file(content: bytes, suffix: str) -> _File:
-    return _File(content, TYPES[suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+    # weak, since the answer may be compressed: the same for every coding, for HEAD and for 304
+    return _File(content, TYPES[suffix], f'W/"{hashlib.sha256(content).hexdigest()[:32]}"')
 
 
 def _response(request: Request, file: _File) -> Response:
     """The file, or 304 if the browser's copy is current."""
     headers = HEADERS | {"ETag": file.etag}
-    if file.etag in request.headers.get("if-none-match", ""):
+    if file.etag.removeprefix("W/") in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
     return Response(file.content, media_type=file.kind, headers=headers)
