@@ -84,10 +84,6 @@ _LEDGER = (
     "STRUCT(target VARCHAR, logit DOUBLE, prior DOUBLE, attention DOUBLE[], clt DOUBLE[], mlp DOUBLE[], bias DOUBLE, "
     "error DOUBLE, edit DOUBLE, remainder DOUBLE)"
 )
-# Of folders that were begun when there were fewer (`job.COLUMNS`).
-_FIRST_PREDICTION, _FIRST_LEDGER = _PREDICTION.replace(", cosine DOUBLE", ""), _LEDGER
-for _later in (" mlp DOUBLE[],", " edit DOUBLE,"):
-    _FIRST_LEDGER = _FIRST_LEDGER.replace(_later, "")
 _FEATURE = (
     'STRUCT(layer INTEGER, "index" INTEGER, activation DOUBLE, contribution DOUBLE, label VARCHAR, label_score DOUBLE)'
 )
@@ -105,7 +101,12 @@ SOURCES_TYPES = {
     "sources": f"STRUCT(logit DOUBLE, features {_FEATURE}[], error_share DOUBLE, remainder DOUBLE)",
 }
 EDITED_TYPES = {"edited": "BOOLEAN"}
-FIRST_TYPES = {"predictions": f"{_FIRST_PREDICTION}[]", "ledger": _FIRST_LEDGER}
+# Of folders that were begun when these had fewer fields (`job.COLUMNS`).
+FIRST_TYPES = {
+    "predictions": "STRUCT(label VARCHAR, probability DOUBLE, logit DOUBLE)[]",
+    "ledger": "STRUCT(target VARCHAR, logit DOUBLE, prior DOUBLE, attention DOUBLE[], clt DOUBLE[], bias DOUBLE, "
+    "error DOUBLE, remainder DOUBLE)",
+}
 PROBLEM_TYPES = {"id": "BIGINT", "name": "VARCHAR", "code": "VARCHAR", "message": "VARCHAR"}
 
 

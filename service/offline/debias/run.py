@@ -16,7 +16,7 @@ from vitrine.models.groups import Judge
 from vitrine.models.interventions.spec import Intervention, Mode
 from vitrine.service.engine.engine import Engine
 from vitrine.service.offline.debias.candidates import DIRECTION, Candidate, Feature, Found
-from vitrine.service.offline.debias.comparison import Comparison, predicted
+from vitrine.service.offline.debias.comparison import Comparison
 from vitrine.service.offline.debias.contributions import Contributions, contributions, contributions_along
 from vitrine.service.offline.debias.cue import in_words
 from vitrine.service.offline.debias.directions import cell_mean, directions, drawn
@@ -75,19 +75,18 @@ class Debias:
         examples = examples.only(usable)
         check_halves(examples)
         texts = encode(self.encoder, examples.label_names, question)
-        embeddings = self._plain(examples.images)
-        before = predicted(embeddings, texts.labels)
+        embeddings, streams = self._plain(examples.images)
         examples, kept = self._grouped(examples, embeddings, texts)
-        embeddings, before = embeddings[kept], before[kept]
+        embeddings, streams = embeddings[kept], streams[kept]
+        logits = self._logits(embeddings, texts)
         finding, held_out = np.flatnonzero(examples.finding), np.flatnonzero(~examples.finding)
         half = examples.only(finding)
-        if (before[finding] == half.labels).all():
+        if (logits[finding].argmax(-1) == half.labels).all():
             raise DebiasError(f"all {len(half):,} images of the finding half are right: there is nothing to repair")
-        logits = self._logits(embeddings, texts)
         compared = contrasts(half, logits[finding])
         given = {contrast.pair: self._given(half, contrast.pair, texts) for contrast in compared}
         ranking = self._rank(half, compared, given)
-        found = self._found(half, compared, ranking)
+        found = self._found(half, streams[finding], compared, ranking)
         sought = self._search(half, logits[finding], texts, found)
         others = examples.only(held_out)
         methods, left_out = self._compare(half, others, embeddings[held_out], texts, sought, found, given)
@@ -117,13 +116,13 @@ class Debias:
             seconds=perf_counter() - start,
         )
 
-    def _plain(self, images: Sequence[str]) -> Array:
-        """Unit embeddings [n, D]."""
-        rows = []
+    def _plain(self, images: Sequence[str]) -> tuple[Array, Array]:
+        """(unit embeddings [n, D], streams at [CLS] after the last block [n, d])."""
+        found = []
         for batch in self.track([images[at : at + self.batch] for at in range(0, len(images), self.batch)], "predict"):
-            pixels = np.stack([self.pictures.pixels(image) for image in batch])
-            rows += [parts.embedding for parts in self.engine.explain(pixels)]
-        return np.stack(rows)
+            found.append(self.runner.plain(np.stack([self.pictures.pixels(image) for image in batch])))
+        embeddings, streams = (np.concatenate(part) for part in zip(*found, strict=True))
+        return embeddings, streams
 
     def _grouped(self, examples: Examples, embeddings: Array, texts: Texts) -> tuple[Examples, NDArray[np.int64]]:
         """(images in groups, which these are). Raises `DebiasError` where there are none to compare."""
@@ -131,7 +130,7 @@ class Debias:
             has_cue = in_words(embeddings, examples.labels, texts.cue, texts.others)
             return examples.with_groups(has_cue.astype(np.int64), WITH_CUE), np.arange(len(examples))
         if self.question.by == "errors":
-            return self._by_errors(examples, embeddings @ texts.labels.T, texts)
+            return self._by_errors(examples, self._logits(embeddings, texts), texts)
         examples.check_groups()
         return examples, np.arange(len(examples))
 
@@ -176,12 +175,10 @@ class Debias:
         layer, index = divmod(key, self.engine.bundle.manifest.shape.features)
         return Feature(layer, index)
 
-    def _found(self, half: Examples, compared: Sequence[Contrast], ranking: Sequence[Place]) -> Found:
+    def _found(self, half: Examples, streams: Array, compared: Sequence[Contrast], ranking: Sequence[Place]) -> Found:
         """What edits can be made of."""
         features = [self._feature(place.key) for place in ranking]
         groups = list(dict.fromkeys(contrast.group for contrast in compared))
-        pictures = self.track(list(self.pictures.batches(half.images, self.batch)), "directions")
-        streams = np.concatenate([self.runner.streams(pixels) for pixels in pictures])
         return Found(
             features=features,
             firings=self._firings(half, features),

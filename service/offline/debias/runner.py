@@ -31,8 +31,8 @@ class Runner(Protocol):
     def embeddings(self, pixels: NDArray[np.float32], changes: Changes, mode: Mode) -> Array:
         """Unit embeddings [B, D] of normalised pixels [B, 3, H, W], all with the same changes."""
 
-    def streams(self, pixels: NDArray[np.float32]) -> Array:
-        """[B, d] the stream at [CLS] after the last block."""
+    def plain(self, pixels: NDArray[np.float32]) -> tuple[Array, Array]:
+        """(unit embeddings [B, D], the stream at [CLS] after the last block [B, d]) without changes."""
 
 
 class BundleRunner:
@@ -53,13 +53,13 @@ class BundleRunner:
             found = [changed(parts, changes, self.engine.bundle) for parts in self._explained(pixels)]
         return np.stack([parts.embedding for parts in found])
 
-    def streams(self, pixels: NDArray[np.float32]) -> Array:
-        """[B, d] the stream at [CLS] after the last block: the sum of the ledger's rows before they are folded."""
-        found = []
-        for parts in self._explained(pixels):
+    def plain(self, pixels: NDArray[np.float32]) -> tuple[Array, Array]:
+        """Embeddings, and streams as the sum of the ledger's rows before they are folded."""
+        found, streams = self._explained(pixels), []
+        for parts in found:
             assert parts.components is not None
-            found.append(parts.components.astype(np.float64).sum(0))
-        return np.stack(found)
+            streams.append(parts.components.astype(np.float64).sum(0))
+        return np.stack([parts.embedding for parts in found]), np.stack(streams)
 
     def _explained(self, pixels: NDArray[np.float32]) -> list[Decomposition]:
         return self.engine.explain(pixels, components=[True] * len(pixels))

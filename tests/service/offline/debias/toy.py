@@ -87,9 +87,6 @@ class Engine:
         )
         self.sources = Graphs(self.bundle)
 
-    def explain(self, pixels):
-        return [SimpleNamespace(embedding=embedding(activations(one))[0]) for one in pixels]
-
 
 class Encoder:
     def encode(self, labels, templates):
@@ -115,8 +112,10 @@ class Network:
 class Runner:
     modes, network = ("rerun",), Network()
 
-    def streams(self, pixels):
-        return np.stack([np.einsum("lft,lfd->d", activations(one), WRITES) for one in pixels])
+    def plain(self, pixels):
+        found = [activations(one) for one in pixels]
+        streams = [np.einsum("lft,lfd->d", z, WRITES) for z in found]
+        return np.stack([embedding(z)[0] for z in found]), np.stack(streams)
 
     def embeddings(self, pixels, changes, mode):
         found = []
