@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
+from unittest.mock import patch
 
 import typer
 from rich.progress import track
@@ -354,7 +355,7 @@ def fuzz(
     turns = [kind for kind in kinds for _ in range(KINDS[kind])]
     random.Random(seed).shuffle(turns)  # noqa: S311
     result = Result()
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, patch.dict(os.environ):  # the caller's variables stay as they were
         folder = Path(place)
         files = prepare(folder)
         reading = Reading(seed, folder, files, seconds)

@@ -22,6 +22,7 @@ def files(tmp_path_factory):
 
 
 def test_a_slice_of_it(tmp_path):
+    variables = dict(os.environ)
     result = fuzz(200, seed=20261129, kinds=list(KINDS), keep=tmp_path / "keep", seconds=60, allowed_mib=1024)
     assert result.failures == []
     assert set(result.outcomes) == set(KINDS)
@@ -29,6 +30,7 @@ def test_a_slice_of_it(tmp_path):
     assert sum(outcomes["refused"] for outcomes in result.outcomes.values()) > 40
     assert result.images > 200
     assert not (tmp_path / "keep").exists()
+    assert dict(os.environ) == variables
 
 
 @pytest.mark.parametrize("kind", KINDS)
