@@ -50,7 +50,8 @@ serve: $(if $(CLIP),announce) .venv/installed $(PHOTO) $(if $(CLIP),clip-bundle)
 announce:
 	@test -e $(CLIP_BUNDLE) || { \
 	  echo "Once: the full environment (about 5 GB), the weights of $(CLIP), and their export to $(CLIP_BUNDLE)."; \
-	  echo "ViT-B-32: 0.6 GB of weights, a bundle as large, and some minutes. Interrupted, it goes on when run again."; }
+	  echo "ViT-B-32: 0.6 GB of weights, a bundle as large, and 5 minutes on two cores, downloads of weights apart."; \
+	  echo "Interrupted, it goes on when run again."; }
 
 # A bundle is there as a whole or not at all. Downloads lie in the hub's cache.
 clip-bundle: $(if $(wildcard $(CLIP_BUNDLE)),,.venv-dev/installed)

@@ -9,6 +9,7 @@
   const NAMES = {
     others: "All other features",
     error: "Errors",
+    mlps: "MLPs",
     embedding: "Embeddings",
     bias: "Decoder biases",
     constants: "Constants",
@@ -24,6 +25,10 @@
     Constants: "What attention and the last normalisation add, whatever the picture.",
     Remainder: "Rounding: what is left when all rows are taken from the logit.",
   };
+  /** Of a bundle without a CLT: what the MLPs wrote is one row, of which no part is a feature's or an error. */
+  const OF_MLPS = {
+    MLPs: "What the MLPs of all layers wrote, at any token. This bundle has no features that would divide it.",
+  };
   const OF_AVERAGE = {
     "Average picture": "What the features bring in the average picture. Above they count from there on.",
     "Silent here": "What this picture lacks: features that fire in the average picture, and not here.",
@@ -37,6 +42,7 @@
   function draw(explanation, options) {
     const account = explanation.sources;
     const about = account.layers.some(({ baseline }) => baseline !== null);
+    if (explanation.ledger.clt.length === 0) return drawMlps(explanation, options);
     const all = rows(account, about);
     const value = (kind) => all.find((row) => row.kind === kind).value;
     const named = ["error", "embedding", "bias", "constants", ...(about ? ["baseline", "silent"] : [])];
@@ -49,6 +55,21 @@
       table(explanation, all, options),
       el("p", { class: "note" }, trust(explanation)),
       glossary(about ? { ...MEANING, ...OF_AVERAGE } : MEANING),
+    ];
+  }
+
+  /** The account of a bundle without a CLT: by MLP, embeddings and constants. */
+  function drawMlps(explanation, options) {
+    const account = explanation.sources;
+    const kinds = ["error", "embedding", "constants", "remainder"];
+    const all = rows(account, false).filter(({ kind }) => kinds.includes(kind));
+    for (const row of all) if (row.kind === "error") row.kind = "mlps";
+    const { Embeddings, Constants, Remainder } = MEANING;
+    return [
+      el("p", { class: "note" }, "The logit, followed back through attention to what the MLPs and the patches wrote."),
+      equation(explanation, account.logit, ["MLPs", "embeddings", "constants"].map((name, at) => [name, all[at].value])),
+      table(explanation, all, options),
+      glossary({ ...OF_MLPS, Embeddings, Constants, Remainder }),
     ];
   }
 
@@ -115,7 +136,8 @@
     ];
     const { target, contrast, sources } = explanation;
     const rather = contrast === null ? "" : ` rather than ${contrast}`;
-    const what = "the features of all layers that made it, in logits. The rows add up to the last one.";
+    const made = explanation.ledger.clt.length ? "features of all layers" : "MLPs and patches";
+    const what = `the ${made} that made it, in logits. The rows add up to the last one.`;
     const caption = `Why ${target}${rather}: ${what}`;
     return figure(explanation, { caption, axis, more: MORE, bodies, logit: sources.logit }, options);
   }

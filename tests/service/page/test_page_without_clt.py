@@ -30,6 +30,20 @@ def test_the_account_shows_mlps_in_the_place_of_features(browser, plain_server, 
         assert not serious_violations(page)
 
 
+def test_a_source_account_calls_what_the_mlps_wrote_by_their_name(browser, plain_server, photo):
+    with open_page(browser, plain_server) as page:
+        sources = upload(page, photo)["explanations"][0]["sources"]
+        account = page.locator("#account")
+        expect(account).to_contain_text("followed back through attention to what the MLPs and the patches wrote")
+        expect(account.locator("[data-row=mlps] td.value").first).to_have_text(
+            signed(sum(layer["error"] for layer in sources["layers"]))
+        )
+        for absent in ("Errors", "Decoder biases", "All other features"):
+            expect(account).not_to_contain_text(absent)
+        terms = account.locator("ol.equation li b").all_inner_texts()
+        assert sum(float(term.replace("−", "-")) for term in terms[:-1]) == pytest.approx(sources["logit"], abs=0.002)
+
+
 def test_an_mlp_is_switched_off(browser, plain_server, photo):
     with open_page(browser, plain_server) as page:
         upload(page, photo)
