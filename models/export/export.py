@@ -136,6 +136,7 @@ def export_bundle(
         images = [pixels.numpy() for pixels in calibration]
         variant_models = {variant: make_variant(vision, variant, images) for variant in variants}
         save_onnx(preselect(vision), partial / "vision.onnx")
+        del vision  # as large as the CLIP
         text = TextGraph(clip.model).eval()
         save_onnx(text_to_onnx(text, clip.context), partial / "text.onnx")
 
