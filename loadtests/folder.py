@@ -2,10 +2,12 @@
 
 python loadtests/folder.py photos/
 python loadtests/folder.py cifar10/val --classes          # folders are the true labels
+python loadtests/folder.py photos/ --beside ViT-B-32/openai   # embeddings beside those of open_clip itself
 """
 
 from __future__ import annotations
 
+import base64
 import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +29,13 @@ def main(
     classes: Annotated[
         bool, typer.Option(help="The name of an image's folder is its label, or its WordNet id.")
     ] = False,
+    beside: Annotated[
+        str | None, typer.Option(help="NAME/TAG of open_clip's, with its own transform and tokenizer.")
+    ] = None,
     clients: int = 4,
 ) -> None:
-    """Exit code 1 unless every answer is 200 with |remainder| <= 1e-3 and rows that sum to the logit."""
+    """Exit code 1 unless every answer is 200 with |remainder| <= 1e-3 and rows that sum to the logit, and embeddings,
+    if compared, differ by 1e-5 at most."""
     images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not images:
         raise typer.BadParameter(f"no images under {folder}")
@@ -48,8 +54,41 @@ def main(
     if classes:
         correct = sum(answer["predictions"][0]["label"] == class_label(path.parent.name) for path, answer in good)
         print(f"zero-shot top-1 {correct / len(good):.4f}")
-    if statuses != {200: len(images)} or remainder > 1e-3 or difference > 1e-3:
+    apart = _beside(beside, url, images) if beside else 0.0
+    if statuses != {200: len(images)} or remainder > 1e-3 or difference > 1e-3 or apart > 1e-5:
         raise typer.Exit(1)
+
+
+def _beside(clip: str, url: str, images: list[Path]) -> float:
+    """The largest difference of an embedding's number, of all images and of ImageNet's names, to open_clip's."""
+    import numpy as np
+    import open_clip
+    import torch
+    from PIL import Image
+
+    name, _, tag = clip.partition("/")
+    quick_gelu = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
+    model, _, transform = open_clip.create_model_and_transforms(name, tag, force_quick_gelu=quick_gelu)
+    model, tokenize = model.eval(), open_clip.get_tokenizer(name)
+    texts = [f"a photo of a {label}." for label in open_clip.IMAGENET_CLASSNAMES]
+    worst = {"images": 0.0, "texts": 0.0}
+    with httpx.Client(base_url=url, timeout=60) as client, torch.no_grad():
+        model_id = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+
+        def compare(kind: str, answer: httpx.Response, own: torch.Tensor) -> None:
+            served = np.asarray([row["embedding"] for row in answer.raise_for_status().json()["data"]])
+            worst[kind] = max(worst[kind], float(np.abs(served - own.numpy()).max()))
+
+        for path in track(images, "images"):
+            image = "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode()
+            own = model.encode_image(transform(Image.open(path))[None], normalize=True)
+            compare("images", client.post("/v1/embeddings", json={"model": model_id, "input": image}), own)
+        for at in track(range(0, len(texts), 20), "texts"):
+            few = texts[at : at + 20]
+            own = model.encode_text(tokenize(few), normalize=True)
+            compare("texts", client.post("/v1/embeddings", json={"model": model_id, "input": few}), own)
+    print(f"beside open_clip: {len(images)} images {worst['images']:.1e}, {len(texts)} texts {worst['texts']:.1e}")
+    return max(worst.values())
 
 
 def _sum_of_rows(ledger: dict[str, Any]) -> float:
