@@ -146,7 +146,7 @@ def test_labels_are_imagenets_and_variants_are_checked_on_images(hub, data_root,
     [
         ((), "give a CLT's --checkpoint, a --clip, or a --bundle"),
         (("--clip", NAME, "--checkpoint", "runs/x"), "give a CLT's --checkpoint, a --clip, or a --bundle"),
-        (("--checkpoint", "runs/x", "--weights", "openai"), "--weights and --images are of --clip"),
+        (("--checkpoint", "runs/x", "--weights", "openai"), "--weights, --quick-gelu and --images are of --clip"),
         (("--clip", NAME, "--residual", "runs/x"), "--residual is added to a bundle of the CLIP"),
         (("--clip", NAME, "--images", "nowhere"), "nowhere"),
     ],

@@ -45,7 +45,21 @@ def export(
             "hf-hub:org/model."
         ),
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="Of --clip: open_clip's tag (openai), or a file.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --clip: open_clip's tag (openai), or a file: OpenAI's .pt, safetensors, a state dict, or a "
+            "checkpoint of training with one."
+        ),
+    ] = None,
+    quick_gelu: Annotated[
+        bool | None,
+        typer.Option(
+            help="Of --weights, a file: trained with QuickGELU, as OpenAI's were, or with GELU; to be said where neither "
+            "the file nor the name (ViT-B-32-quickgelu) does.",
+            show_default=False,
+        ),
+    ] = None,
     images: Annotated[
         str | None,
         typer.Option(
@@ -82,13 +96,15 @@ def export(
     """Write CLIP, CLT and residual SAEs as a bundle, checked against torch."""
     if [checkpoint, clip, bundle].count(None) != 2:
         raise typer.BadParameter("give a CLT's --checkpoint, a --clip, or a --bundle that --residual is added to")
-    if clip is None and (weights is not None or images is not None):
-        raise typer.BadParameter("--weights and --images are of --clip")
+    if clip is None and (weights is not None or images is not None or quick_gelu is not None):
+        raise typer.BadParameter("--weights, --quick-gelu and --images are of --clip")
     if clip is not None:
         if residual is not None:
             raise typer.BadParameter("--residual is added to a bundle of the CLIP: export it first, then use --bundle")
         names = chosen_labels(labels, labels_file)
-        print_bundle(_alone(clip, weights, out, names, label_sets, images, calibration_images), new_console())
+        print_bundle(
+            _alone(clip, weights, quick_gelu, out, names, label_sets, images, calibration_images), new_console()
+        )
         return
     if checkpoint is None:
         if residual is None or labels is not None or labels_file is not None or label_sets is not None:
@@ -160,6 +176,7 @@ def export(
 def _alone(
     name: str,
     weights: str | None,
+    quick_gelu: bool | None,
     out: Path,
     labels: list[str] | None,
     label_sets: Path | None,
@@ -184,7 +201,7 @@ def _alone(
     _announce(name, weights, console)
     with Progress(console) as progress:
         progress.begin(f"loading {name}, downloading it if it is not there yet")
-        clip = load_clip(name, weights)
+        clip = load_clip(name, weights, quick_gelu=quick_gelu)
         pixels = read_images(inputs, count, clip, log, progress) if inputs is not None else []
         return export_clip(clip, out, labels, named, pixels, log, progress)
 
