@@ -56,8 +56,8 @@ def decide_quick_gelu(name: str, file: Path, weights: Weights, said: bool | None
         return next(iter(told.values()))
     if has_twin:
         raise ClipError(
-            f"nothing in {display(file)} says whether it was trained with GELU or, as OpenAI's weights, with QuickGELU: "
-            f"name {name}{TWIN}, or say quick_gelu = false (--no-quick-gelu) if it was GELU"
+            f"nothing in {display(file)} says whether it was trained with GELU or, as OpenAI's weights, with "
+            f"QuickGELU: name {name}{TWIN}, or say quick_gelu = false (--no-quick-gelu) if it was GELU"
         )
     return False
 
@@ -73,14 +73,14 @@ def _published(file: Path) -> bool | None:
     return None
 
 
-def fit(model: nn.Module, name: str, file: Path, state: Mapping[str, Tensor]) -> None:
+def fit(model: nn.Module, name: str, file: Path, state: dict[str, Tensor]) -> None:
     """Load a state dict. Raises `ClipError`, which names what does not fit.
 
     open_clip would make position embeddings of other sizes fit by interpolation: that is another CLIP, and is refused.
     """
-    state, own = dict(state), model.state_dict()
-    if "positional_embedding" in state and "positional_embedding" not in own:
-        state = convert_to_custom_text_state_dict(state)
+    own = model.state_dict()
+    is_old = "positional_embedding" in state and "positional_embedding" not in own  # before text towers were apart
+    state = convert_to_custom_text_state_dict(dict(state)) if is_old else dict(state)
     for key in _NOT_LEARNT:
         if key not in own:
             state.pop(key, None)

@@ -32,8 +32,19 @@ from vitrine.models.images.frame import to_pixels
 PREFIXES_WITH_WEIGHTS = ("hf-hub:", "local-dir:")  # open_clip's prefixes for models that include their weights
 
 
-_FAILURES = (OSError, RuntimeError, ValueError, TypeError, KeyError, AssertionError, ImportError, EOFError)
-_FAILURES += (SafetensorError, UnpicklingError)  # of open_clip, and of what it reads weights with
+_FAILURES = (  # of open_clip, where a configuration or weights are not what it expects, and of what it reads them with
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    ImportError,
+    EOFError,
+    SafetensorError,
+    UnpicklingError,
+)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """The weights of a CLIP in a file of the user's: what the file is, and the tensors in it, whoever saved them.
 
-Read are safetensors, `torch.save`'s files (state dicts, and checkpoints of training that have one inside) and TorchScript
-archives, which is how OpenAI publishes its CLIPs. They are told by their content, not by their name. Nothing but tensors
-and plain data is unpickled, so that a file cannot run code; a TorchScript archive runs only what TorchScript can.
+Read are safetensors, `torch.save`'s files (state dicts, and checkpoints of training that have one inside) and
+TorchScript archives, which is how OpenAI publishes its CLIPs. They are told by their content, not by their name. Of
+`torch.save`'s files nothing but tensors and plain data is unpickled, so that they cannot run code. TorchScript archives
+are programs: torch runs what is in them, so give those alone that you trust.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -65,8 +67,8 @@ def read_weights(file: Path) -> Weights:
     else:
         state, quick_gelu = _state_dict(file, _load(file, kind)), None
     state = _unwrapped(state)
-    if any([state.pop(key, None) is not None for key in _OPENAI]):  # a list: all of them are taken out
-        quick_gelu = True
+    if not state.keys().isdisjoint(_OPENAI):
+        state, quick_gelu = {key: value for key, value in state.items() if key not in _OPENAI}, True
     if not any(key.startswith("visual.") for key in state):
         raise ClipError(f"{display(file)} {_of_something_else(state)}")
     return Weights(state, quick_gelu)
@@ -144,7 +146,9 @@ def _load(file: Path, kind: str) -> Any:
 def _script(file: Path) -> tuple[dict[str, Any], bool | None]:
     """The weights of a TorchScript archive, and its activation, of which it has the code."""
     try:
-        module = torch.jit.load(file, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch would have us use a format that OpenAI does not
+            module = torch.jit.load(file, map_location="cpu")
     except (RuntimeError, ValueError) as error:
         raise ClipError(f"{display(file)} is damaged, or not all there ({_line(error)}): {AGAIN}") from error
     types = {part.original_name for part in module.modules()}

@@ -55,8 +55,8 @@ def export(
     quick_gelu: Annotated[
         bool | None,
         typer.Option(
-            help="Of --weights, a file: trained with QuickGELU, as OpenAI's were, or with GELU; to be said where neither "
-            "the file nor the name (ViT-B-32-quickgelu) does.",
+            help="Of --weights, a file: trained with QuickGELU, as OpenAI's were, or with GELU; to be said where "
+            "neither the file nor the name (ViT-B-32-quickgelu) does.",
             show_default=False,
         ),
     ] = None,

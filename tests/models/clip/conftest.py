@@ -14,15 +14,22 @@ from fake_hub import asked_hub
 def built_in(tmp_path_factory):
     """Configurations of the tiny CLIP by name: of either activation, of GELU alone, and of larger images."""
     folder = tmp_path_factory.mktemp("configurations")
-    larger = TINY_CLIP | {"vision_cfg": TINY_CLIP["vision_cfg"] | {"image_size": 64}}
+    tiny = TINY_CLIP | {"text_cfg": TINY_CLIP["text_cfg"] | {"vocab_size": 64}}
+    larger = tiny | {"vision_cfg": TINY_CLIP["vision_cfg"] | {"image_size": 64}}
     for name, config in {
-        "small": TINY_CLIP,
-        "small-quickgelu": TINY_CLIP | {"quick_gelu": True},
-        "single": TINY_CLIP,
+        "small": tiny,
+        "small-quickgelu": tiny | {"quick_gelu": True},
+        "single": tiny,
         "small-64": larger,
     }.items():
         (folder / f"{name}.json").write_text(json.dumps(config))
         open_clip.add_model_config(folder / f"{name}.json")
+
+
+@pytest.fixture
+def one_tokenizer(monkeypatch, clip):
+    """Let every CLIP have the same tokenizer: making one takes longer than all else of a small CLIP."""
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: clip.tokenizer)
 
 
 @pytest.fixture

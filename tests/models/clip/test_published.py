@@ -17,6 +17,8 @@ from faults import fail, largest_file
 from vitrine.models.clip.errors import ClipError
 from vitrine.models.clip.loading import load_clip
 
+pytestmark = pytest.mark.usefixtures("one_tokenizer")
+SMALL = {"text_cfg": {"vocab_size": 64}}  # as conftest's: what it would encode is not asked here
 MODEL = "hf-hub:org/model"
 SAFE = "open_clip_model.safetensors"
 
@@ -24,7 +26,7 @@ SAFE = "open_clip_model.safetensors"
 @pytest.fixture
 def filled(hub, write_clip, tmp_path):
     """The hub, with weights for both tags and a model that brings its own."""
-    config, weights = write_clip()
+    config, weights = write_clip(**SMALL)
     data = weights.read_bytes()
     torch.save(load_file(weights), tmp_path / "weights.bin")
     hub.commit("org/small", {SAFE: data})
@@ -32,6 +34,12 @@ def filled(hub, write_clip, tmp_path):
     content = {"model_cfg": json.loads(config.read_text()), "preprocess_cfg": {"resize_mode": "squash"}}
     hub.commit("org/model", {"open_clip_config.json": json.dumps(content).encode(), SAFE: data})
     return hub
+
+
+@pytest.fixture(scope="module")
+def plain(make_clip):
+    """The CLIP that the weights are of, with GELU."""
+    return make_clip(**SMALL)
 
 
 def refused(name="small", weights="gelu"):
@@ -48,26 +56,26 @@ def blobs():
     return [path for path in Path(constants.HF_HUB_CACHE).glob("models--*/blobs/*") if path.is_file()]
 
 
-def test_tags_are_downloaded_once_with_their_activation_and_preprocessing(filled, clip, make_clip):
-    plain, quick = load_clip("small", "gelu"), load_clip("small", "quick")
-    assert plain.sha256 == clip.sha256
-    assert quick.sha256 == make_clip(quick_gelu=True).sha256
+def test_tags_are_downloaded_once_with_their_activation_and_preprocessing(filled, plain, make_clip):
+    assert load_clip("small", "gelu").sha256 == plain.sha256
+    quick = load_clip("small", "quick")
+    assert quick.sha256 == make_clip(quick_gelu=True, **SMALL).sha256
     assert isinstance(quick.tower.blocks[0].mlp.gelu, QuickGELU)
     assert (quick.name, quick.weights) == ("small", "quick")
     assert tuple(quick.preprocess["mean"]) == (0.1, 0.2, 0.3)
     assert filled.downloads() == [SAFE, "weights.bin"]
     load_clip("small", "gelu")
     assert filled.downloads() == [SAFE, "weights.bin"]
-    with pytest.raises(ClipError, match="^small quick is of QuickGELU; leave `quick_gelu` out$"):
+    with pytest.raises(ClipError, match=r"^small quick is of QuickGELU; leave `quick_gelu` out$"):
         load_clip("small", "quick", quick_gelu=False)
 
 
-def test_a_model_of_the_hub_and_without_a_network(filled, clip, monkeypatch):
+def test_a_model_of_the_hub_and_without_a_network(filled, plain, monkeypatch):
     for offline in (False, True):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         asked = len(filled.requests)
         loaded = load_clip(MODEL, None)
-        assert (loaded.name, loaded.sha256) == (MODEL, clip.sha256)
+        assert (loaded.name, loaded.sha256) == (MODEL, plain.sha256)
         assert loaded.preprocess["resize_mode"] == "squash"
         assert (len(filled.requests) == asked) == offline
     for name, weights in ((MODEL, "gelu"), (f"{MODEL}@main", None)):
@@ -120,7 +128,7 @@ def test_a_repository_that_is_not_there(hub):
     assert "is no address of a hub: write hf-hub:org/name" in refused("hf-hub:model", None)
 
 
-def test_a_download_that_breaks_off_leaves_nothing_and_can_be_taken_up(filled, monkeypatch, clip):
+def test_a_download_that_breaks_off_leaves_nothing_and_can_be_taken_up(filled, monkeypatch, plain):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     filled.cut = {SAFE}
     assert re.match(
@@ -128,11 +136,11 @@ def test_a_download_that_breaks_off_leaves_nothing_and_can_be_taken_up(filled, m
     )
     assert not blobs()
     filled.cut = set()
-    assert load_clip("small", "gelu").sha256 == clip.sha256
+    assert load_clip("small", "gelu").sha256 == plain.sha256
 
 
 @pytest.mark.parametrize("change", [lambda data: data[:-400], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
-def test_a_file_in_the_cache_that_is_damaged(filled, clip, change):
+def test_a_file_in_the_cache_that_is_damaged(filled, plain, change):
     load_clip("small", "gelu")
     (blob,) = blobs()
     blob.write_bytes(change(blob.read_bytes()))
@@ -141,7 +149,7 @@ def test_a_file_in_the_cache_that_is_damaged(filled, clip, change):
         rf"small gelu: \S+/{SAFE} is damaged, as its sha256 tells; remove {blob}, and start again$", message
     )
     blob.unlink()
-    assert load_clip("small", "gelu").sha256 == clip.sha256
+    assert load_clip("small", "gelu").sha256 == plain.sha256
 
 
 def test_a_cache_without_links_whose_file_is_not_whole(filled):
@@ -178,8 +186,8 @@ def test_what_xet_says_is_one_sentence(filled, monkeypatch):
 
 
 def test_a_model_that_does_not_fit_its_configuration_is_no_page(filled, write_clip):
-    config, _ = write_clip()
-    _, other = write_clip(vision_cfg={"width": 48})
+    config, _ = write_clip(**SMALL)
+    _, other = write_clip(vision_cfg={"width": 48}, **SMALL)
     content = {"model_cfg": json.loads(config.read_text())}
     hub_files = {"open_clip_config.json": json.dumps(content).encode(), SAFE: other.read_bytes()}
     filled.commit("org/model", hub_files)
@@ -193,6 +201,6 @@ def test_a_model_that_does_not_fit_its_configuration_is_no_page(filled, write_cl
 def test_nothing_is_logged_as_random(filled, caplog, write_clip):
     with caplog.at_level(logging.WARNING):
         load_clip("small", "gelu")
-        load_clip("single", str(write_clip()[1]))
+        load_clip("single", str(write_clip(**SMALL)[1]))
     assert not caplog.records
     assert logging.root.manager.disable == 0
