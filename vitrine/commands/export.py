@@ -41,8 +41,8 @@ def export(
     clip: Annotated[
         str | None,
         typer.Option(
-            help="In place of --checkpoint a CLIP alone, without features: open_clip's name (ViT-B-32), or "
-            "hf-hub:org/model."
+            help="In place of --checkpoint a CLIP alone, without features: open_clip's name (ViT-B-32), "
+            "hf-hub:org/model, or local-dir:folder."
         ),
     ] = None,
     weights: Annotated[
@@ -215,9 +215,11 @@ def _announce(name: str, weights: str | None, console: Console) -> None:
         parameters = clip_shape(ClipSection(name=name, weights=weights), Path()).parameters / 1e6
     except UnknownShape:  # it brings its own configuration, or is refused below with the reason
         return
+    is_file = weights is not None and Path(weights).is_file()
+    download = f"{4 * parameters:,.0f} MB of weights to download unless they are in the hub's cache, and "
     console.print(
-        f"{name}: {parameters:,.0f} million parameters, so {4 * parameters:,.0f} MB of weights to download unless they "
-        f"are in the hub's cache, and a bundle of up to {BYTES * parameters:,.0f} MB",
+        f"{name}: {parameters:,.0f} million parameters, so {'' if is_file else download}a bundle of up to "
+        f"{BYTES * parameters:,.0f} MB",
         markup=False,
         highlight=False,
         soft_wrap=True,
