@@ -168,7 +168,8 @@ def test_the_activation_of_a_file_must_be_known_or_said(hub, write_clip, make_cl
     config, file = write_clip()
     command = ("export", "--weights", file, "--out", tmp_path / "out", "--clip")
     said = refused(*command, "ViT-B-32")
-    assert said.startswith("ViT-B-32: 151 million parameters, so a bundle of up to 650 MB error: nothing in")
+    assert said.startswith("ViT-B-32: 151 million parameters, so a bundle of up to 650 MB loading ViT-B-32 ")
+    assert "error: nothing in" in said
     assert said.endswith("name ViT-B-32-quickgelu, or say quick_gelu = false (--no-quick-gelu) if it was GELU")
     said = refused(*command, "ViT-B-32-quickgelu", "--no-quick-gelu")
     assert "error: ViT-B-32-quickgelu has QuickGELU, `quick_gelu` says GELU" in said

@@ -200,10 +200,14 @@ def _alone(
 
     _announce(name, weights, console)
     with Progress(console) as progress:
-        progress.begin(f"loading {name}, downloading it if it is not there yet")
+        progress.begin(f"loading {name}" + ("" if _is_file(weights) else ", downloading it if it is not there yet"))
         clip = load_clip(name, weights, quick_gelu=quick_gelu)
         pixels = read_images(inputs, count, clip, log, progress) if inputs is not None else []
         return export_clip(clip, out, labels, named, pixels, log, progress)
+
+
+def _is_file(weights: str | None) -> bool:
+    return weights is not None and Path(weights).is_file()
 
 
 def _announce(name: str, weights: str | None, console: Console) -> None:
@@ -215,10 +219,9 @@ def _announce(name: str, weights: str | None, console: Console) -> None:
         parameters = clip_shape(ClipSection(name=name, weights=weights), Path()).parameters / 1e6
     except UnknownShape:  # it brings its own configuration, or is refused below with the reason
         return
-    is_file = weights is not None and Path(weights).is_file()
     download = f"{4 * parameters:,.0f} MB of weights to download unless they are in the hub's cache, and "
     console.print(
-        f"{name}: {parameters:,.0f} million parameters, so {'' if is_file else download}a bundle of up to "
+        f"{name}: {parameters:,.0f} million parameters, so {'' if _is_file(weights) else download}a bundle of up to "
         f"{BYTES * parameters:,.0f} MB",
         markup=False,
         highlight=False,
