@@ -38,7 +38,7 @@ def main(
         weights = Path(scratch) / "random.safetensors"
         random = open_clip.create_model(SHAPES[shape])
         save_file({name: tensor.contiguous() for name, tensor in random.state_dict().items()}, weights)
-        clip = load_clip(SHAPES[shape], str(weights))
+        clip = load_clip(SHAPES[shape], str(weights), quick_gelu=False)
     layers, width = clip.tower.layers, clip.tower.width
     clt = CrossLayerTranscoder(Architecture(layers, width, features, (k,) * layers, (k,) * layers))
     clt.initialise(torch.Generator().manual_seed(0))

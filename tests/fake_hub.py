@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+from huggingface_hub import constants
+
 
 class FakeHub:
     """Repositories of models in memory. `requests`: (method, path) of what was asked.
 
-    answers: path in a repository -> (status, X-Error-Code) in place of the file.
+    answers: path in a repository -> (status, X-Error-Code) in place of the file. cut: paths of which half is sent.
     """
 
     def __init__(self, url):
-        self.url, self.requests, self.answers = url, [], {}
+        self.url, self.requests, self.answers, self.cut = url, [], {}, set()
         self.commits, self.branches, self.lfs, self.made = {}, {}, {}, {}
 
     def commit(self, repository, files, branch="main"):
@@ -52,14 +54,15 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = do_HEAD
 
-    def answer(self, status=200, body=b"", headers=()):
+    def answer(self, status=200, body=b"", headers=(), sent=None):
         self.send_response(status)
         for name, value in dict(headers).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[:sent])
+            self.close_connection |= sent is not None
 
     def refuse(self, status, code, **headers):
         self.answer(status, b"{}", {"X-Error-Code": code, **{k.replace("_", "-"): v for k, v in headers.items()}})
@@ -113,7 +116,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "EntryNotFound", X_Repo_Commit=commit)
         data = files[name]
         tag = hashlib.sha256(data).hexdigest()
-        self.answer(200, data, {"ETag": f'"{tag}"', "X-Repo-Commit": commit})
+        headers = {"ETag": f'"{tag}"', "X-Repo-Commit": commit}
+        self.answer(200, data, headers, sent=len(data) // 2 if name in hub.cut else None)
 
     def preupload(self, hub, repository, revision):
         if revision not in hub.branches.get(repository, {}):
@@ -158,3 +162,28 @@ def running_hub():
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def asked_hub(monkeypatch, cache):
+    """A hub in place of the real one for this process while the block runs, and a cache of the test's own."""
+    with running_hub() as hub:
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own, with servers of its own
+        ask(monkeypatch, hub.url)
+        yield hub
+
+
+def ask(monkeypatch, url):
+    """Let this process ask the hub at this address."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+def ask_nobody(monkeypatch):
+    """Let this process ask where nothing listens, without waiting between its attempts."""
+    ask(monkeypatch, "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.file_download._ETAG_RETRY_TIMEOUT", 0.1)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)

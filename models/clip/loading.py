@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import open_clip
@@ -17,8 +20,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vitrine.models.bundle.manifest import Preprocessing
+from vitrine.models.clip.errors import ClipError
+from vitrine.models.clip.fitting import TWIN, decide_quick_gelu, fit
+from vitrine.models.clip.published import check_folder, fetch_model, fetch_tag
 from vitrine.models.clip.tower import Tower, UnsupportedTower
-from vitrine.models.errors import VitrineError
+from vitrine.models.clip.weights import read_weights
 from vitrine.models.images.colour import to_rgb
 from vitrine.models.images.decode import TRUSTED
 from vitrine.models.images.frame import to_pixels
@@ -26,8 +32,19 @@ from vitrine.models.images.frame import to_pixels
 PREFIXES_WITH_WEIGHTS = ("hf-hub:", "local-dir:")  # open_clip's prefixes for models that include their weights
 
 
-class ClipError(VitrineError, ValueError):
-    """A CLIP cannot be loaded; the message lists the valid choices."""
+_FAILURES = (  # of open_clip, where a configuration or weights are not what it expects, and of what it reads them with
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    ImportError,
+    EOFError,
+    SafetensorError,
+    UnpicklingError,
+)
 
 
 @dataclass(frozen=True)
@@ -101,18 +118,22 @@ class Clip:
         return torch.stack(rows)
 
 
-def load_clip(name: str | None, weights: str | None, config: Path | None = None) -> Clip:
+def load_clip(
+    name: str | None, weights: str | None, config: Path | None = None, quick_gelu: bool | None = None
+) -> Clip:
     """Load a CLIP with open_clip.
 
     Args:
         name: open_clip's model name ("ViT-B-32"), or a model that includes its weights ("hf-hub:org/model",
             "local-dir:path"), or None with `config`.
-        weights: one of open_clip's tags for that name ("openai", "laion2b_s34b_b79k"), or a checkpoint file; None
-            for a model that includes its weights.
+        weights: one of open_clip's tags for that name ("openai", "laion2b_s34b_b79k"), or a file, of any kind that
+            `read_weights` reads; None for a model that includes its weights.
         config: a model configuration in open_clip's JSON format, for a CLIP that is not built into open_clip.
+        quick_gelu: whether weights from a file were trained with QuickGELU, where neither they nor the name say it.
 
     Raises:
-        ClipError: an unknown name, tag or file; the message lists the known ones.
+        ClipError: an unknown name, tag or file (the message lists the known ones), weights that cannot be had or do
+            not fit, or of which nothing says whether they need GELU or QuickGELU.
         UnsupportedTower: the tower has no exact account.
     """
     if config is not None:
@@ -120,21 +141,20 @@ def load_clip(name: str | None, weights: str | None, config: Path | None = None)
     if name is None:
         raise ClipError("name a CLIP: an open_clip model name, or a configuration file")
     if name.startswith(PREFIXES_WITH_WEIGHTS):
-        if weights is not None:
-            raise ClipError(f"{name} brings its own weights; leave `weights` out")
-        model = _create(name)
+        if weights is not None or quick_gelu is not None:
+            raise ClipError(f"{name} brings its own weights; leave `weights` out, and `quick_gelu`")
+        model = _own_weights(name)
+    elif weights in _tags(name):
+        model = _published(name, str(weights), quick_gelu)
     else:
-        _check_weights(name, weights)
-        # OpenAI's weights (and some others) were trained with QuickGELU, which plain model names do not imply.
-        quick_gelu = bool((open_clip.get_pretrained_cfg(name, weights) or {}).get("quick_gelu"))
-        model = _create(name, pretrained=weights, force_quick_gelu=quick_gelu)
+        model, name = _from_file(name, _check_file(name, weights), quick_gelu, config is None)
     model.eval().requires_grad_(False)
     if getattr(model, "logit_bias", None) is not None:
         raise UnsupportedTower(f"{name} has a logit bias (sigmoid loss, as SigLIP): no zero-shot softmax")
     return Clip(
         model=model,
         tower=Tower(model.visual),
-        tokenizer=open_clip.get_tokenizer(name),
+        tokenizer=_tokenizer(name),
         name=f"local-dir:{Path(name).name}" if name.startswith("local-dir:") else name,  # omit the local path
         weights=Path(weights).name if weights else "its own",
         sha256=model_sha256(model),
@@ -142,13 +162,75 @@ def load_clip(name: str | None, weights: str | None, config: Path | None = None)
     )
 
 
-def _create(name: str, **options: Any) -> Any:
-    """open_clip's `create_model`; its errors (a failed download, weights that do not fit) become `ClipError`."""
+def _own_weights(name: str) -> Any:
+    """The model of a hub, or of a folder."""
+    if name.startswith("hf-hub:"):
+        return _create(f"local-dir:{fetch_model(name)}", name, require_pretrained=True)
+    try:
+        return _create(name, name, require_pretrained=True)
+    except ClipError:
+        check_folder(Path(name.removeprefix("local-dir:")))  # which may know better why
+        raise
+
+
+def _published(name: str, tag: str, quick_gelu: bool | None) -> Any:
+    """The model with weights of a tag, and with the activation that they were trained with."""
+    published = open_clip.get_pretrained_cfg(name, tag)
+    # OpenAI's weights (and some others) were trained with QuickGELU, which plain model names do not imply.
+    trained = bool(published.get("quick_gelu"))
+    if quick_gelu not in (None, trained):
+        raise ClipError(f"{name} {tag} is of {'QuickGELU' if trained else 'GELU'}; leave `quick_gelu` out")
+    of = f"{name} {tag}"
+    weights = str(fetch_tag(of, published)) if published.get("hf_hub") else tag
+    preprocess = {key: value for key, value in published.items() if key != "size"}  # which is the model's
+    return _create(name, of, pretrained=weights, force_quick_gelu=trained, force_preprocess_cfg=preprocess)
+
+
+def _from_file(name: str, file: Path, quick_gelu: bool | None, is_built_in: bool) -> tuple[Any, str]:
+    """(the model with a file's weights, the name of the configuration that it has with their activation)."""
+    weights = read_weights(file)
+    quick = decide_quick_gelu(name, file, weights, quick_gelu, is_built_in)
+    with _without_warnings():  # that it is random, until the next line but one
+        model = _create(name, name, quick_gelu=quick, load_weights=False, pretrained_text=False)
+    fit(model, name, file, weights.state)
+    has_twin = is_built_in and quick and name + TWIN in open_clip.list_models()
+    return model, name + TWIN if has_twin else name
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _create(name: str, shown: str, **options: Any) -> Any:
+    """open_clip's `create_model`; its errors (a configuration that is none, weights that do not fit) become
+    `ClipError`, with the name as it is shown."""
     try:
         return open_clip.create_model(name, precision="fp32", **options)
-    except (OSError, RuntimeError, ValueError, TypeError, AssertionError, SafetensorError) as error:
-        reason = str(error) or "its parts do not fit together"
-        raise ClipError(f"open_clip cannot load {name}: {reason}") from error
+    except _FAILURES as error:
+        raise ClipError(f"open_clip cannot load {shown}: {_short(error)}") from error
+
+
+def _tokenizer(name: str) -> Any:
+    """open_clip's tokenizer. Raises `ClipError`, as for one that needs a package or a hub."""
+    try:
+        return open_clip.get_tokenizer(name)
+    except _FAILURES as error:
+        raise ClipError(f"open_clip cannot load the tokenizer of {name}: {_short(error)}") from error
+
+
+def _short(error: Exception) -> str:
+    """A message in one line: torch's names thousands of weights, a line each."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"it needs {error.name}, which is not installed: `pip install {error.name}`"
+    lines = [line for line in map(str.strip, str(error).splitlines()) if line]
+    rest = f"; and {len(lines) - 3:,} lines more" if len(lines) > 3 else ""
+    return "; ".join(lines[:3]).replace(":;", ":") + rest if lines else "its parts do not fit together"
 
 
 def _add_config(config: Path) -> str:
@@ -166,14 +248,20 @@ def _add_config(config: Path) -> str:
     return config.stem
 
 
-def _check_weights(name: str, weights: str | None) -> None:
-    """Raise `ClipError` unless `name` is an open_clip model and `weights` a file or one of its tags."""
+def _tags(name: str) -> list[str]:
+    """open_clip's tags for a model. Raises `ClipError` for an unknown one."""
     if name not in open_clip.list_models():
         raise ClipError(f"open_clip knows no model {name!r}; see `open_clip.list_models()`")
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if weights is None or not (Path(weights).is_file() or weights in tags):
+    return list(open_clip.list_pretrained_tags_by_model(name))
+
+
+def _check_file(name: str, weights: str | None) -> Path:
+    """The file of weights that are no tag. Raises `ClipError` if there is none."""
+    if weights is None or not Path(weights).is_file():
+        tags = _tags(name)
         choices = f"tags for {name}: {', '.join(tags)}" if tags else f"{name} has no published weights"
         raise ClipError(f"weights {weights!r} are neither a file nor a tag of open_clip's; {choices}")
+    return Path(weights)
 
 
 def model_sha256(model: nn.Module) -> str:

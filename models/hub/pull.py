@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
@@ -28,7 +28,8 @@ from vitrine.models.bundle.manifest_file import read_manifest
 from vitrine.models.files.names import check_name
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import move_folder, prepare_folder
-from vitrine.models.hub.address import Address, HubError, hub_errors
+from vitrine.models.hub.address import Address, HubError
+from vitrine.models.hub.download import download
 from vitrine.models.progress import Progress
 
 AT_ONCE = 8  # files, as the hub's own client takes
@@ -74,13 +75,12 @@ def pull(address: Address, out: Path, console: Console, digest: str | None = Non
 
 def _download(address: Address, name: str) -> Path:
     """One file, in the cache; from the cache if it is there. Raises `HubError`, `FileError`."""
-    with naming(Path(constants.HF_HUB_CACHE)), hub_errors(address):
-        try:
-            return Path(hf_hub_download(address.repository, name, revision=address.revision))
-        except RemoteEntryNotFoundError as error:
-            if name == MANIFEST:
-                raise HubError(f"{address} is no bundle: it has no {MANIFEST}") from error
-            raise HubError(f"{address} has no {name}, which its {MANIFEST} lists; its owner has to push it") from error
+    try:
+        return download(address, name)
+    except RemoteEntryNotFoundError as error:
+        if name == MANIFEST:
+            raise HubError(f"{address} is no bundle: it has no {MANIFEST}") from error
+        raise HubError(f"{address} has no {name}, which its {MANIFEST} lists; its owner has to push it") from error
 
 
 def _download_all(address: Address, entries: Mapping[str, FileEntry], console: Console) -> dict[str, Path]:

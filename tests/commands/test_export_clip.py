@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -11,8 +12,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vitrine.commands import app
+from vitrine.commands.common import load_clip_of
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.clip.loading import load_clip
+from vitrine.training.recipes.recipe import ClipSection
 
 NAME = "hf-hub:tiny/clip"
 LABELS = ["red circle", "green square", "blue triangle"]
@@ -146,7 +149,7 @@ def test_labels_are_imagenets_and_variants_are_checked_on_images(hub, data_root,
     [
         ((), "give a CLT's --checkpoint, a --clip, or a --bundle"),
         (("--clip", NAME, "--checkpoint", "runs/x"), "give a CLT's --checkpoint, a --clip, or a --bundle"),
-        (("--checkpoint", "runs/x", "--weights", "openai"), "--weights and --images are of --clip"),
+        (("--checkpoint", "runs/x", "--weights", "openai"), "--weights, --quick-gelu and --images are of --clip"),
         (("--clip", NAME, "--residual", "runs/x"), "--residual is added to a bundle of the CLIP"),
         (("--clip", NAME, "--images", "nowhere"), "nowhere"),
     ],
@@ -159,6 +162,20 @@ def test_the_size_is_said_first_and_wrong_weights_are_refused(hub, tmp_path):
     said = refused("export", "--clip", "ViT-B-32", "--weights", "nobody", "--out", tmp_path / "out")
     assert said.startswith("ViT-B-32: 151 million parameters, so 605 MB of weights to download unless")
     assert "weights 'nobody' are neither a file nor a tag of open_clip's" in said
+
+
+def test_the_activation_of_a_file_must_be_known_or_said(hub, write_clip, make_clip, data_root, tmp_path):
+    config, file = write_clip()
+    command = ("export", "--weights", file, "--out", tmp_path / "out", "--clip")
+    said = refused(*command, "ViT-B-32")
+    assert said.startswith("ViT-B-32: 151 million parameters, so a bundle of up to 650 MB loading ViT-B-32 ")
+    assert "error: nothing in" in said
+    assert said.endswith("name ViT-B-32-quickgelu, or say quick_gelu = false (--no-quick-gelu) if it was GELU")
+    said = refused(*command, "ViT-B-32-quickgelu", "--no-quick-gelu")
+    assert "error: ViT-B-32-quickgelu has QuickGELU, `quick_gelu` says GELU" in said
+    paths = {key: path.relative_to(data_root).as_posix() for key, path in (("config", config), ("weights", file))}
+    recipe = SimpleNamespace(clip=ClipSection(**paths, quick_gelu=True))
+    assert load_clip_of(recipe, data_root).sha256 == make_clip(quick_gelu=True).sha256
 
 
 def test_nothing_is_overwritten(hub, tmp_path):

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from vitrine.models.clip.loading import Clip, ClipError, load_clip
+from vitrine.models.clip.errors import ClipError
+from vitrine.models.clip.loading import Clip, load_clip
 from vitrine.models.clip.tower import Tower
 from vitrine.models.files.writing import prepare_folder, write_text, written
 from vitrine.models.progress import Progress

@@ -45,6 +45,11 @@ class ClipSection(Section):
     name: str | None = Field(default=None, description="open_clip's name, or hf-hub:org/model")
     weights: str | None = Field(default=None, description="open_clip's tag, or a checkpoint file under the data root")
     config: str | None = Field(default=None, description="open_clip model configuration under the data root")
+    quick_gelu: bool | None = Field(
+        default=None,
+        description="whether a checkpoint file was trained with QuickGELU, as OpenAI's were, where neither it nor the "
+        "name says so; nothing is assumed",
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> ClipSection:

@@ -131,7 +131,7 @@ def load_clip_of(recipe: Any, data_root: Path) -> Any:
     weights = clip.weights
     if weights and (data_root / weights).is_file():
         weights = str(data_root / weights)
-    return load_clip(clip.name, weights, config)
+    return load_clip(clip.name, weights, config, clip.quick_gelu)
 
 
 def print_warnings(messages: Iterable[str], console: Console) -> None:

@@ -41,11 +41,25 @@ def export(
     clip: Annotated[
         str | None,
         typer.Option(
-            help="In place of --checkpoint a CLIP alone, without features: open_clip's name (ViT-B-32), or "
-            "hf-hub:org/model."
+            help="In place of --checkpoint a CLIP alone, without features: open_clip's name (ViT-B-32), "
+            "hf-hub:org/model, or local-dir:folder."
         ),
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="Of --clip: open_clip's tag (openai), or a file.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --clip: open_clip's tag (openai), or a file: OpenAI's .pt, safetensors, a state dict, or a "
+            "checkpoint of training with one."
+        ),
+    ] = None,
+    quick_gelu: Annotated[
+        bool | None,
+        typer.Option(
+            help="Of --weights, a file: trained with QuickGELU, as OpenAI's were, or with GELU; to be said where "
+            "neither the file nor the name (ViT-B-32-quickgelu) does.",
+            show_default=False,
+        ),
+    ] = None,
     images: Annotated[
         str | None,
         typer.Option(
@@ -82,13 +96,15 @@ def export(
     """Write CLIP, CLT and residual SAEs as a bundle, checked against torch."""
     if [checkpoint, clip, bundle].count(None) != 2:
         raise typer.BadParameter("give a CLT's --checkpoint, a --clip, or a --bundle that --residual is added to")
-    if clip is None and (weights is not None or images is not None):
-        raise typer.BadParameter("--weights and --images are of --clip")
+    if clip is None and (weights is not None or images is not None or quick_gelu is not None):
+        raise typer.BadParameter("--weights, --quick-gelu and --images are of --clip")
     if clip is not None:
         if residual is not None:
             raise typer.BadParameter("--residual is added to a bundle of the CLIP: export it first, then use --bundle")
         names = chosen_labels(labels, labels_file)
-        print_bundle(_alone(clip, weights, out, names, label_sets, images, calibration_images), new_console())
+        print_bundle(
+            _alone(clip, weights, quick_gelu, out, names, label_sets, images, calibration_images), new_console()
+        )
         return
     if checkpoint is None:
         if residual is None or labels is not None or labels_file is not None or label_sets is not None:
@@ -160,6 +176,7 @@ def export(
 def _alone(
     name: str,
     weights: str | None,
+    quick_gelu: bool | None,
     out: Path,
     labels: list[str] | None,
     label_sets: Path | None,
@@ -183,10 +200,14 @@ def _alone(
 
     _announce(name, weights, console)
     with Progress(console) as progress:
-        progress.begin(f"loading {name}, downloading it if it is not there yet")
-        clip = load_clip(name, weights)
+        progress.begin(f"loading {name}" + ("" if _is_file(weights) else ", downloading it if it is not there yet"))
+        clip = load_clip(name, weights, quick_gelu=quick_gelu)
         pixels = read_images(inputs, count, clip, log, progress) if inputs is not None else []
         return export_clip(clip, out, labels, named, pixels, log, progress)
+
+
+def _is_file(weights: str | None) -> bool:
+    return weights is not None and Path(weights).is_file()
 
 
 def _announce(name: str, weights: str | None, console: Console) -> None:
@@ -198,9 +219,10 @@ def _announce(name: str, weights: str | None, console: Console) -> None:
         parameters = clip_shape(ClipSection(name=name, weights=weights), Path()).parameters / 1e6
     except UnknownShape:  # it brings its own configuration, or is refused below with the reason
         return
+    download = f"{4 * parameters:,.0f} MB of weights to download unless they are in the hub's cache, and "
     console.print(
-        f"{name}: {parameters:,.0f} million parameters, so {4 * parameters:,.0f} MB of weights to download unless they "
-        f"are in the hub's cache, and a bundle of up to {BYTES * parameters:,.0f} MB",
+        f"{name}: {parameters:,.0f} million parameters, so {'' if _is_file(weights) else download}a bundle of up to "
+        f"{BYTES * parameters:,.0f} MB",
         markup=False,
         highlight=False,
         soft_wrap=True,

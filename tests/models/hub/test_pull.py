@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import constants
 from rich.console import Console
 
+from fake_hub import ask_nobody
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.bundle.files import BundleError
 from vitrine.models.files.errors import FileError
@@ -118,11 +119,7 @@ def test_without_a_network_the_cache_is_enough_if_it_is_whole(hub, get, out, mon
 
 
 def test_a_hub_that_cannot_be_reached(hub, get, monkeypatch):
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(hub.url, "http://127.0.0.1:9")
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr("huggingface_hub.file_download._ETAG_RETRY_TIMEOUT", 0.1)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
+    ask_nobody(monkeypatch)
     with pytest.raises(HubError, match=r"http://127.0.0.1:9 cannot be asked: .*[Cc]onnect"):
         get()
 

@@ -208,7 +208,7 @@ def test_the_cascade_differs_from_its_cell_in_that_phase_alone():
         ("licence =", "license =", "data.license: no such key; did you mean `licence`?"),
         ("val =", "validation =", "data.val: Field required"),
         ("weights =", "weigths =", "clip.weigths: no such key; did you mean `weights`?"),
-        ("weights =", "zzz =", "clip.zzz: no such key (keys: name, weights, config)"),
+        ("weights =", "zzz =", "clip.zzz: no such key (keys: name, weights, config, quick_gelu)"),
         ("decay_share = 0.5", "decay_share = 0", "training.decay_share: Input should be greater than 0"),
         ("epochs = 4", "epochs = 1.5", "training.epochs: Input should be a valid integer"),
         ("a photo of a {}", "a photo of a cat", "data.templates.0: String should match pattern"),
