@@ -153,7 +153,9 @@ def plain_graphs(cache: Path, shape: Shape, device: Device = "cpu") -> Path:
     if not (plain / f"{VARIANTS[device]}.onnx").exists():
         plain.mkdir(parents=True, exist_ok=True)
         model = load(shape)
-        _write(to_onnx(_Plain(model.visual).eval(), {"pixels": _example(model)}, ("embedding",)), plain, VARIANTS[device])
+        _write(
+            to_onnx(_Plain(model.visual).eval(), {"pixels": _example(model)}, ("embedding",)), plain, VARIANTS[device]
+        )
     return plain
 
 
