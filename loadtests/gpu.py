@@ -182,7 +182,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         except psutil.NoSuchProcess:
             continue
     process.wait()
-    psutil.wait_procs(started, timeout=10)
+    psutil.wait_procs(started, timeout=3)  # the next step finds the GPU free
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
@@ -256,7 +256,7 @@ def machine() -> dict[str, Any]:
 
 def environment() -> dict[str, str]:
     """For the steps: ONNX Runtime finds the wheels' CUDA, cuDNN and TensorRT by LD_LIBRARY_PATH, as in
-    deploy/Dockerfile."""
+    deploy/Dockerfile; errors end with one line that says it all, not with a frame of columns."""
     places = [Path(place) for place in site.getsitepackages()]
     wheels = ("nvidia/*/lib", "tensorrt_libs")
     folders = [str(folder) for place in places for wheel in wheels for folder in sorted(place.glob(wheel))]
@@ -264,6 +264,7 @@ def environment() -> dict[str, str]:
     paths = [str(ROOT), *([os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else [])]
     return {
         **os.environ,
+        "TYPER_STANDARD_TRACEBACK": "1",
         "PYTHONPATH": os.pathsep.join(paths),
         "LD_LIBRARY_PATH": os.pathsep.join([*([known] if known else []), *folders]),
     }

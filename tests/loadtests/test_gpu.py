@@ -209,7 +209,8 @@ def test_the_script_installs_what_constraints_and_pyproject_have():
     extras, *packages = [word for part in after[: after.index("then")] if (word := part.strip("; \n"))]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(extras.removeprefix(".[").removesuffix("]").split(",")) <= set(project["optional-dependencies"])
-    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines}
     assert {package.partition("[")[0] for package in packages} <= pinned
     assert packages
 
