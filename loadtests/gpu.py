@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -295,7 +295,8 @@ def main(
         options = ["--cpu"] if cpu else []
         return [sys.executable, str(ROOT / "loadtests/gpu_steps.py"), step.name, str(rows), *options]
 
-    chosen = [step for step in STEPS if not only or step.name in only]
+    longer = 5 if cpu else 1  # processors may have other work
+    chosen = [replace(step, share=longer * step.share) for step in STEPS if not only or step.name in only]
     run(chosen, command, recorder, seconds, again, environment())
     typer.echo(f"{recorder.file}; as Markdown: python loadtests/gpu.py --table {recorder.file}")
 

@@ -140,7 +140,7 @@ def tensorrt(place: Place) -> Iterator[Row]:
     try:
         yield from parity(ROOT / "models/demo", "tensorrt", place.folder / "tensorrt")
     except EngineError as error:
-        raise Unavailable(f"{error}; its libraries come with `pip install tensorrt-cu13`") from error
+        raise Unavailable(f"{error}; its libraries come with `pip install 'tensorrt-cu13<11'`") from error
 
 
 STEPS: dict[str, Callable[[Place], Iterator[Row]]] = {

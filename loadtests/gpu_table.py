@@ -112,7 +112,12 @@ def _service(rows: list[Row]) -> list[str]:
             + [_number(an_image, ".2f"), _number(row["service_ms_an_answer"])]
             + [_number(row["service_processors"]), _number(row["client_processors"])]
         )
-    return [*_table(headings, cells), "", *knees]
+    return [
+        *_table(headings, cells),
+        "",
+        *knees,
+        "GPU busy: the share of the time in which a kernel ran, however small.",
+    ]
 
 
 def _training(rows: list[Row]) -> list[str]:
