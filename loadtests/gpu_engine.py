@@ -8,6 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import vitrine  # noqa: F401  # first: it stops the libraries' telemetry
+
+# isort: split
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
