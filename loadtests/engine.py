@@ -9,7 +9,7 @@ Weights and pixels are random: speed does not depend on them. In each round ever
 on the same pixels; figures are medians, ratios are medians of the rounds' ratios to plain CLIP in the same ONNX
 Runtime.
 
-    plain, plain int8         CLIP's image encoder as an ONNX graph
+    plain, plain int8         CLIP's image encoder as an ONNX graph (with --device cuda fp16 in place of int8)
     ledger, ledger int8       the same with all outputs that an account needs
     ledger, details           also with the outputs for heat maps and the lens
     account                   ledger, and the account of the top-1 among ten labels, in numpy
@@ -60,7 +60,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from vitrine.models.account.ledger import Decomposition
-from vitrine.models.bundle.layout import ALWAYS, DETAILS_INPUT, EVERY_OUTPUT, ON_REQUEST, VISION_OUTPUTS
+from vitrine.models.bundle.layout import ALWAYS, DETAILS_INPUT, EVERY_OUTPUT, ON_REQUEST, VISION_OUTPUTS, Variant
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import Architecture
 from vitrine.models.dictionary.encoder import Encoder
@@ -72,11 +72,13 @@ from vitrine.models.precision.sessions import session_options
 from vitrine.service.answers.explain import account
 from vitrine.service.engine.labels import LabelSet
 from vitrine.service.engine.processors import available_processors
-from vitrine.service.engine.runtime import PROVIDERS
+from vitrine.service.engine.runtime import provider_options
+from vitrine.service.operations.settings import Settings
 from vitrine.service.schemas.attribute import Explain
 
 Device = Literal["cpu", "cuda"]
 Run = Callable[[], object]
+VARIANTS: dict[Device, Variant] = {"cpu": "int8", "cuda": "fp16"}  # what is timed beside float32
 QUICK: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 64, "patch_size": 8, "layers": 4, "width": 256, "head_width": 64},
@@ -145,20 +147,22 @@ def load(shape: Shape) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def plain_graphs(cache: Path, shape: Shape) -> Path:
+def plain_graphs(cache: Path, shape: Shape, device: Device = "cpu") -> Path:
     """The folder of the plain graphs, exported if missing."""
     plain = cache / f"{shape}-plain"
-    if not (plain / "int8.onnx").exists():
+    if not (plain / f"{VARIANTS[device]}.onnx").exists():
         plain.mkdir(parents=True, exist_ok=True)
         model = load(shape)
-        _write(to_onnx(_Plain(model.visual).eval(), {"pixels": _example(model)}, ("embedding",)), plain)
+        _write(
+            to_onnx(_Plain(model.visual).eval(), {"pixels": _example(model)}, ("embedding",)), plain, VARIANTS[device]
+        )
     return plain
 
 
-def graphs(cache: Path, shape: Shape, features: int, k: int) -> tuple[Path, Path]:
+def graphs(cache: Path, shape: Shape, features: int, k: int, device: Device = "cpu") -> tuple[Path, Path]:
     """(folder of the plain graphs, folder of our graphs), exported if missing."""
-    plain, ours = plain_graphs(cache, shape), cache / f"{shape}-{features}-{k}"
-    if not (ours / "int8.onnx").exists():
+    plain, ours = plain_graphs(cache, shape, device), cache / f"{shape}-{features}-{k}"
+    if not (ours / f"{VARIANTS[device]}.onnx").exists():
         ours.mkdir(parents=True, exist_ok=True)
         model = load(shape)
         tower = Tower(model.visual)
@@ -168,14 +172,14 @@ def graphs(cache: Path, shape: Shape, features: int, k: int) -> tuple[Path, Path
         np.save(ours / "last_decoders.npy", graph.last_decoders.numpy())
         np.save(ours / "fold.npy", torch.cat([graph.fold, graph.beta[None]]).numpy())
         np.save(ours / "attention.npy", tower.attention_fold().numpy())
-        _write(to_onnx(graph, {"pixels": _example(model)}, ALWAYS, ON_REQUEST, DETAILS_INPUT), ours)
+        _write(to_onnx(graph, {"pixels": _example(model)}, ALWAYS, ON_REQUEST, DETAILS_INPUT), ours, VARIANTS[device])
     return plain, ours
 
 
-def _write(model: Any, folder: Path) -> None:
-    int8 = make_variant(model, "int8")
+def _write(model: Any, folder: Path, variant: Variant) -> None:
+    made = make_variant(model, variant)
     save_onnx(preselect(model), folder / "fp32.onnx")
-    save_onnx(int8, folder / "int8.onnx")  # last: its presence marks the folder as complete
+    save_onnx(made, folder / f"{variant}.onnx")  # last: its presence marks the folder as complete
 
 
 def _example(model: Any) -> Tensor:
@@ -187,7 +191,7 @@ def session(path: Path, device: Device, threads: int) -> onnxruntime.InferenceSe
     options = session_options()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(path, options, providers=[PROVIDERS[device]])
+    return onnxruntime.InferenceSession(path, options, providers=[*provider_options(Settings(provider=device)).items()])
 
 
 class ExportedGraph:
@@ -296,11 +300,12 @@ def rows(case: Case, times: dict[str, list[float]], base: str = "plain") -> Iter
 
 def compare(case: Case, cache: Path, pairs: int, threads: int, device: Device, slow: bool) -> list[dict[str, Any]]:
     """The rows of one case; `slow`: include the methods in PyTorch."""
-    plain, ours = graphs(cache, case.shape, case.features, case.k)
+    plain, ours = graphs(cache, case.shape, case.features, case.k, device)
     model = load(case.shape)
     pixels = np.random.default_rng(0).standard_normal((case.batch, *_example(model).shape[1:]), np.float32)
     runs: dict[str, Run] = {}
-    for suffix, file in (("", "fp32.onnx"), (" int8", "int8.onnx")) if device == "cpu" else (("", "fp32.onnx"),):
+    variant = VARIANTS[device]
+    for suffix, file in (("", "fp32.onnx"), (f" {variant}", f"{variant}.onnx")):
         baseline = session(plain / file, device, threads)
         runs[f"plain{suffix}"] = lambda baseline=baseline: baseline.run(["embedding"], {"pixels": pixels})  # type: ignore[misc]
         engine = ExportedGraph(ours, file, pixels, device, threads)
@@ -318,7 +323,7 @@ def compare(case: Case, cache: Path, pairs: int, threads: int, device: Device, s
 
 def scale_labels(case: Case, cache: Path, pairs: int, threads: int, device: Device) -> list[dict[str, Any]]:
     """Rows for more labels and targets; ratios are relative to ten labels and one target."""
-    _, ours = graphs(cache, case.shape, case.features, case.k)
+    _, ours = graphs(cache, case.shape, case.features, case.k, device)
     pixels = np.random.default_rng(0).standard_normal((case.batch, *_example(load(case.shape)).shape[1:]), np.float32)
     engine = ExportedGraph(ours, "fp32.onnx", pixels, device, threads)
     runs = {
@@ -328,9 +333,9 @@ def scale_labels(case: Case, cache: Path, pairs: int, threads: int, device: Devi
     return list(rows(case, rounds(runs, pairs, "labels and targets"), base=next(iter(runs))))
 
 
-def memory(cache: Path, case: Case, threads: int) -> dict[str, Any]:
-    """Peak resident memory of a process that only loads and runs our graph, and the size of the graph's weights."""
-    _, ours = graphs(cache, case.shape, case.features, case.k)
+def memory(cache: Path, case: Case, threads: int, device: Device) -> dict[str, Any]:
+    """Peak resident memory of a process that only loads and runs our graph on the CPU, and the size of its weights."""
+    _, ours = graphs(cache, case.shape, case.features, case.k, device)
     side = _example(load(case.shape)).shape[-1]
     code = (
         "import numpy as np, onnxruntime as o, sys\n"
@@ -403,7 +408,7 @@ def main(
     first = Case(shape[0], features[0], k[0], 1)
     labels = scale_labels(first, cache, pairs, threads, device)
     show(console, labels)
-    usage = memory(cache, first, threads)
+    usage = memory(cache, first, threads, device)
     console.print(
         f"memory: {usage['peak_bytes'] / 2**20:,.0f} MiB for {usage['weights_bytes'] / 2**20:,.0f} MiB of weights"
     )

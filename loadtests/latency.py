@@ -49,7 +49,7 @@ def main(
     file.unlink(missing_ok=True)
     with _service(bundle, url) as (address, server):
         before = server.processor_seconds() if server else 0.0
-        _locust(address, mix, load, rate, seconds, file)
+        drive(address, mix, load, rate, seconds, file)
         used = server.processor_seconds() - before if server else None
     if not file.exists():
         raise typer.Exit(1)  # locust has logged the reason
@@ -90,8 +90,11 @@ def _service(bundle: Path | None, url: str | None) -> Iterator[tuple[str, Server
             yield server.url, server
 
 
-def _locust(url: str, mix: str, load: str, rate: float, seconds: float, rows: Path) -> None:
-    """Runs locust in a separate process: it patches sockets and threads."""
+def drive(url: str, mix: str, load: str, rate: float, seconds: float, rows: Path) -> None:
+    """Load the service at `url` (`main` says what the others are), and write every answer to the CSV file `rows`.
+
+    locust runs in a separate process: it patches sockets and threads.
+    """
     command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtests/locustfile.py"), "--headless"]
     command += ["--only-summary", "--host", url, "--stop-timeout", "30", "--exit-code-on-error", "0"]
     command += ["--mix", mix, "--load", load, "--rate", str(rate), "--seconds", str(seconds), "--rows", str(rows)]

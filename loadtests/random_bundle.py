@@ -1,10 +1,12 @@
 """A bundle of a published CLIP's shape with random weights: to measure speed, which does not depend on them.
 
-python loadtests/random_bundle.py build/b32-random --shape b32 --features 6144 --k 32
+python loadtests/random_bundle.py build/b32-random --shape b32 --features 6144 --k 32 --sources --fp16
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -12,39 +14,41 @@ from typing import Annotated
 import vitrine  # noqa: F401  # first: it stops the libraries' telemetry
 
 # isort: split
-import open_clip
 import torch
 import typer
 from safetensors.torch import save_file
 
+from engine import QUICK, Shape, load
+from vitrine.models.bundle.bundle import Bundle
+from vitrine.models.bundle.layout import Variant
 from vitrine.models.bundle.manifest import Data, Metrics
 from vitrine.models.clip.loading import load_clip
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
 from vitrine.models.export.export import Provenance, export_bundle
 
-SHAPES = {"b32": "ViT-B-32", "b16": "ViT-B-16"}
 LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def main(
-    out: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
-    shape: Annotated[str, typer.Option(help=", ".join(SHAPES))] = "b32",
-    features: Annotated[int, typer.Option(help="F, features a layer.")] = 6144,
-    k: Annotated[int, typer.Option(help="Active features a token and layer.")] = 32,
-) -> None:
-    """Write it; takes some minutes and, for the defaults, 8 GB of memory."""
+def write_bundle(
+    out: Path, shape: Shape, features: int, k: int, sources: bool = False, variants: tuple[Variant, ...] = ()
+) -> Bundle:
+    """Write and open a bundle with `features` features a layer, `k` of which are active; with source accounts, and with
+    those of `variants` that agree with float32 on noise."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
-        weights = Path(scratch) / "random.safetensors"
-        random = open_clip.create_model(SHAPES[shape])
-        save_file({name: tensor.contiguous() for name, tensor in random.state_dict().items()}, weights)
-        clip = load_clip(SHAPES[shape], str(weights), quick_gelu=False)
+        weights, config = Path(scratch) / "random.safetensors", Path(scratch) / f"{shape}.json"
+        save_file({name: tensor.contiguous() for name, tensor in load(shape).state_dict().items()}, weights)
+        config.write_text(json.dumps(QUICK))
+        name = None if shape == Shape.QUICK else f"ViT-B-{shape[1:]}"
+        clip = load_clip(name, str(weights), None if name else config, quick_gelu=False)
+    logging.disable(logging.NOTSET)  # `load` has silenced warnings
     layers, width = clip.tower.layers, clip.tower.width
     clt = CrossLayerTranscoder(Architecture(layers, width, features, (k,) * layers, (k,) * layers))
     clt.initialise(torch.Generator().manual_seed(0))
+    clt.eval().requires_grad_(False)
     provenance = Provenance(
         name=f"{shape}-random",
-        description=f"{SHAPES[shape]}'s shape with random weights. It knows nothing: for load tests alone.",
+        description=f"The shape {shape} with random weights. It knows nothing: for load tests alone.",
         labels=LABELS,
         templates=("a photo of a {}",),
         data=Data(name="none", licence="none", train_images=0, val_images=0),
@@ -52,7 +56,30 @@ def main(
         metrics=Metrics(),
         licence="Apache-2.0",
     )
-    export_bundle(clip, clt.eval().requires_grad_(False), torch.zeros(layers, width), provenance, out, "float16")
+    noise = [torch.randn(8, 3, *clip.tower.image_size, generator=torch.Generator().manual_seed(1))]
+    return export_bundle(
+        clip,
+        clt,
+        torch.zeros(layers, width),
+        provenance,
+        out,
+        "float16",
+        variants=variants,
+        calibration=noise if variants else (),
+        sources=sources,
+    )
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    shape: Annotated[Shape, typer.Option(help="Of the CLIP.")] = Shape.B32,
+    features: Annotated[int, typer.Option(help="F, features a layer.")] = 6144,
+    k: Annotated[int, typer.Option(help="Active features a token and layer.")] = 32,
+    sources: Annotated[bool, typer.Option("--sources", help="With the graphs of source accounts.")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="With a vision graph in half precision, for GPUs.")] = False,
+) -> None:
+    """Write it; takes some minutes and, for the defaults, 8 GB of memory."""
+    write_bundle(out, shape, features, k, sources, ("fp16",) if fp16 else ())
 
 
 if __name__ == "__main__":

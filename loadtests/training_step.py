@@ -245,10 +245,12 @@ def measure(configuration: Configuration) -> dict[str, Any]:
     def process(job: str) -> dict[str, Any]:
         task = json.dumps({"configuration": asdict(configuration), "doing": job})
         command = [sys.executable, __file__, "--worker", task]
-        finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        sys.stderr.write(finished.stderr)
         if finished.returncode == -9:  # killed for lack of memory
             return {"does_not_fit": True}
-        finished.check_returncode()
+        if finished.returncode:
+            raise RuntimeError(finished.stderr.strip().rpartition("\n")[2])
         return dict(json.loads(finished.stdout.splitlines()[-1]))
 
     row = asdict(configuration) | {"dense_needs_bytes": configuration.dense_bytes}

@@ -64,7 +64,7 @@ def choose(bundle: Bundle, settings: Settings) -> Runtime:
         provider,
         precision,
         settings.threads or max(1, available // settings.workers),
-        _options(settings),
+        provider_options(settings),
         {
             "provider": f"VITRINE_PROVIDER={settings.provider}",
             "precision": why_precision,
@@ -134,7 +134,8 @@ def _precision(bundle: Bundle, settings: Settings) -> tuple[Precision, str]:
     return "int8", f"auto: this CPU has {instructions}"
 
 
-def _options(settings: Settings) -> dict[str, dict[str, Any]]:
+def provider_options(settings: Settings) -> dict[str, dict[str, Any]]:
+    """ONNX Runtime's options of each provider to use, by its name: the configured one first, then its fallbacks."""
     if settings.provider == "cpu":
         return {PROVIDERS["cpu"]: {}}
     cuda: dict[str, Any] = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
