@@ -76,7 +76,7 @@ class Conversions:
     def _export(self, *args, **options):
         try:
             file = self.folder / f"{_fingerprint((args, options))}.onnx"
-        except (pickle.PicklingError, AttributeError, TypeError):  # it has parts that have no name
+        except (pickle.PicklingError, AttributeError, TypeError, ValueError):  # it has parts that have no name
             return self.convert(*args, **options)
         if not file.exists():
             with written(file, shared=True) as partial:
@@ -87,7 +87,9 @@ class Conversions:
 def _fingerprint(value):
     """A hash of all that pickle would store, with the contents of tensors."""
     digest = hashlib.sha256()
-    _Pickler(SimpleNamespace(write=digest.update)).dump(value)
+    pickler = _Pickler(SimpleNamespace(write=digest.update))
+    pickler.fast = True  # whether equal parts are one object does not count: a conversion leaves copies of some behind
+    pickler.dump(value)
     return digest.hexdigest()
 
 

@@ -42,6 +42,13 @@ def test_an_equal_module_is_converted_once(converted):
     assert converted == [module]
 
 
+def test_equal_parts_may_be_one_object_or_two(converted):
+    one, other, values = linear(), linear(), [0.5, 0.25]
+    one.mean, one.std = [tuple(values)] * 2
+    other.mean, other.std = tuple(values), tuple(values)
+    assert version(one) == version(other) == "1"
+
+
 def test_what_differs_is_converted(converted):
     training, other_step = linear().eval(), linear()
     other_step.step = 2

@@ -320,17 +320,14 @@ def test_clt_of_another_tower_is_refused(make_clip, clt):
         AttributionGraph(other.tower, clt, torch.zeros(3, 32), torch.float32)
 
 
-@pytest.mark.usefixtures("remembered_conversions")
-def test_failed_check_leaves_nothing_behind(clip, export_variant, cls_mean, provenance, bundle, tmp_path, monkeypatch):
-    other, _ = export_variant("per-layer relu_topk")
-
+def test_failed_check_leaves_nothing_behind(clip, make_clt, cls_mean, provenance, bundle, tmp_path, monkeypatch):
     def write_another_graph(_model, path):
         for name in (path.name, f"{path.name}.data"):
             shutil.copy(bundle.path / name, path.with_name(name))
 
     monkeypatch.setattr(export, "save_onnx", write_another_graph)
     with pytest.raises(ExportError, match=r"at batch 1|feature"):
-        export_bundle(clip, other, cls_mean, provenance, tmp_path / "out" / "failed")
+        export_bundle(clip, make_clt(clip, seed=1), cls_mean, provenance, tmp_path / "out" / "failed")
     assert list((tmp_path / "out").iterdir()) == []
 
 
