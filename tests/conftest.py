@@ -23,6 +23,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from common import LABELS, RECIPE, TINY_CLIP
+from exports import Bundles, Conversions, shared_folder
 from vitrine.models.bundle.manifest import Data, Metrics
 from vitrine.models.clip.loading import load_clip
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
@@ -276,21 +277,49 @@ def picture(draw, encode):
 
 
 @pytest.fixture(scope="session")
-def bundle(clip, clt, cls_mean, provenance, make_pixels, tmp_path_factory):
-    """The exported and opened bundle of `clip` and `clt`, with the replacement graph, source accounts, interventions
-    and the average of four images."""
-    out = tmp_path_factory.mktemp("bundles") / "tiny"
-    images = [make_pixels(4, seed=11)]
-    every = dict.fromkeys(("replacement", "sources", "rerun"), True)
-    return export_bundle(clip, clt, cls_mean, provenance, out, calibration=images, **every)
+def conversions(tmp_path_factory):
+    """`with conversions.remembered():` nothing is converted to ONNX that was converted so before in this run."""
+    return Conversions(shared_folder(tmp_path_factory))
+
+
+@pytest.fixture
+def remembered_conversions(conversions):
+    """A test's exports convert nothing that was converted so before in this run."""
+    with conversions.remembered():
+        yield
 
 
 @pytest.fixture(scope="session")
-def plain_bundle(clip, provenance, tmp_path_factory):
-    """The exported and opened bundle of `clip` without a CLT, with source accounts and interventions."""
+def bundles(conversions, clip, clt, make_clt, cls_mean, provenance, make_pixels, residual_export):
+    """bundles[name] -> an exported and opened bundle, made once a run: see `Bundles`."""
+
+    def of_clt(clt, *tables, **more):
+        return lambda out: export_bundle(clip, clt, cls_mean, provenance, out, *tables, **more)
+
     of_none = replace(provenance, name="plain", data=None, recipe="", metrics=Metrics())
-    out = tmp_path_factory.mktemp("bundles") / "plain"
-    return export_bundle(clip, None, None, of_none, out, sources=True, rerun=True)
+    makers = {
+        "tiny": of_clt(clt, calibration=[make_pixels(4, seed=11)], replacement=True, sources=True, rerun=True),
+        "plain": lambda out: export_bundle(clip, None, None, of_none, out, sources=True, rerun=True),
+    }
+    for variant in EXPORTED:
+        tables = "float16" if variant == "jumprelu" else "float32"
+        makers[variant] = of_clt(make_clt(clip, seed=1, **CLT_VARIANTS[variant]), tables)
+    made = Bundles(conversions, makers)
+    makers["residual"] = lambda out: add_residual(made["tiny"], clip, residual_export, out)
+    return made
+
+
+@pytest.fixture(scope="session")
+def bundle(bundles):
+    """The exported and opened bundle of `clip` and `clt`, with the replacement graph, source accounts, interventions
+    and the average of four images."""
+    return bundles["tiny"]
+
+
+@pytest.fixture(scope="session")
+def plain_bundle(bundles):
+    """The exported and opened bundle of `clip` without a CLT, with source accounts and interventions."""
+    return bundles["plain"]
 
 
 @pytest.fixture(scope="session")
@@ -301,9 +330,9 @@ def residual_export(clip, make_saes):
 
 
 @pytest.fixture(scope="session")
-def with_residual(bundle, clip, residual_export, tmp_path_factory):
+def with_residual(bundles):
     """`bundle` with residual SAEs."""
-    return add_residual(bundle, clip, residual_export, tmp_path_factory.mktemp("residual") / "tiny")
+    return bundles["residual"]
 
 
 @pytest.fixture(scope="session")
@@ -373,16 +402,12 @@ EXPORTED = ("relu_topk", "abs_topk", "jumprelu", "batch_topk", "per-layer relu_t
 
 
 @pytest.fixture(scope="session")
-def export_variant(make_clt, clip, cls_mean, provenance, tmp_path_factory):
-    """export_variant(one of `EXPORTED`) -> its CLT and bundle. Each is exported once: pytest itself would forget it
-    from one file to the next, and an export takes seconds."""
-    folder = tmp_path_factory.mktemp("variants")
+def export_variant(bundles, make_clt, clip):
+    """export_variant(one of `EXPORTED`) -> its CLT and bundle."""
 
     @cache
     def export(variant):
-        clt = make_clt(clip, seed=1, **CLT_VARIANTS[variant])
-        tables = "float16" if variant == "jumprelu" else "float32"
-        return clt, export_bundle(clip, clt, cls_mean, provenance, folder / variant.replace(" ", "-"), tables)
+        return make_clt(clip, seed=1, **CLT_VARIANTS[variant]), bundles[variant]
 
     return export
 

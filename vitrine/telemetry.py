@@ -47,9 +47,10 @@ def switch_off() -> None:
 
 
 def keep_caches_apart() -> None:
-    """Give matplotlib, which torchmetrics imports, a folder for its list of fonts that goes with this process.
+    """Give matplotlib a folder for its list of fonts that goes with this process.
 
-    It would write one under ~ otherwise, whatever is trained and wherever. A folder of the user's (MPLCONFIGDIR) stays.
+    It would write one under ~ otherwise, for every report; and for every training where torchmetrics is installed,
+    which Lightning imports then. A folder of the user's (MPLCONFIGDIR) stays.
     """
     if "MPLCONFIGDIR" in os.environ:
         return

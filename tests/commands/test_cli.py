@@ -13,10 +13,8 @@ import numpy as np
 import onnx
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 from common import ROOT
-from vitrine.commands import app
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.bundle.sealing import seal
 from vitrine.service.schemas.attribute import AttributeResponse
@@ -45,19 +43,6 @@ def no_settings(monkeypatch, bundle_path):
     monkeypatch.setenv("VITRINE_BUNDLE", str(bundle_path))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("NO_COLOR", "1")
-
-
-@pytest.fixture
-def run():
-    """run(*arguments) -> typer's result. Any exception but an exit is the test's failure."""
-
-    def invoke(*arguments):
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return invoke
 
 
 @pytest.fixture
@@ -519,6 +504,7 @@ def test_serve_starts_nothing_with_a_damaged_bundle(refused, damaged):
 # train, export
 
 
+@pytest.mark.usefixtures("remembered_conversions")
 def test_from_recipe_to_answer(run, recipe_path, data_root, photo, tmp_path):
     runs, bundle = tmp_path / "run", tmp_path / "bundle"
     trained = run("train", "--recipe", recipe_path, "--data-root", data_root, "--out", runs, "--max-steps", "3")

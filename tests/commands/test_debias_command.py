@@ -4,16 +4,10 @@ import csv
 import json
 
 import pytest
-from typer.testing import CliRunner
 
 from common import LABELS
-from vitrine.commands import app
 from vitrine.models.bundle.manifest import graphs_digest
 from vitrine.models.interventions.edit import read_edit
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, ["debias", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +23,12 @@ def table(data_root, tmp_path_factory):
     return file
 
 
-def test_an_edit_is_written_with_its_evidence(bundle, data_root, table, tmp_path):
+def test_an_edit_is_written_with_its_evidence(run, bundle, data_root, table, tmp_path):
     out, report, page = (tmp_path / name for name in ("shapes.json", "report.json", "report.html"))
     asked = ("--data", data_root / "train", "--groups", table, "--bundle", bundle.path, "--out", out, "--cap", "100")
-    result = run(*asked, "--labels", ",".join(LABELS), "--report", report, "--html", page, "--cue", "a red noise")
+    result = run(
+        "debias", *asked, "--labels", ",".join(LABELS), "--report", report, "--html", page, "--cue", "a red noise"
+    )
     found = json.loads(report.read_text())
     assert {"zero-shot", "Orth-Proj", "Orth-Cali"} <= {method["name"] for method in found["methods"]}
     assert "held-out half" in page.read_text()
@@ -52,9 +48,9 @@ def test_an_edit_is_written_with_its_evidence(bundle, data_root, table, tmp_path
         (("--out", "no.json", "--by", "cue"), "needs the cue in words"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(bundle, data_root, tmp_path, monkeypatch, arguments, said):
+def test_what_cannot_be_asked_is_refused(run, bundle, data_root, tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
-    result = run("--data", data_root / "train", "--bundle", bundle.path, *arguments)
+    result = run("debias", "--data", data_root / "train", "--bundle", bundle.path, *arguments)
     assert result.exit_code != 0
     assert said in " ".join(result.output.replace("│", " ").split())
     assert not (tmp_path / "no.json").exists()

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
-from vitrine.commands import app
 from vitrine.commands.common import load_clip_of
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.clip.loading import load_clip
@@ -28,18 +26,16 @@ def settings(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
 
 
-def run(*arguments):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+@pytest.fixture
+def refused(run):
+    """refused(*arguments) -> what a command says that must fail."""
 
+    def invoke(*arguments):
+        result = run(*arguments)
+        assert result.exit_code != 0
+        return " ".join(result.output.split())
 
-def refused(*arguments):
-    """What a command says that must fail."""
-    result = run(*arguments)
-    assert result.exit_code != 0
-    return " ".join(result.output.split())
+    return invoke
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +58,11 @@ def hub(write_clip, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def exported(hub, tmp_path_factory):
+def exported(run, hub, conversions, tmp_path_factory):
     """(the command's output, the bundle)."""
     out = tmp_path_factory.mktemp("exported") / "tiny"
-    result = run("export", "--clip", NAME, "--labels", ",".join(LABELS), "--out", out)
+    with conversions.remembered():
+        result = run("export", "--clip", NAME, "--labels", ",".join(LABELS), "--out", out)
     assert result.exit_code == 0, result.output
     return " ".join(result.output.split()), open_bundle(out)
 
@@ -88,7 +85,7 @@ def test_it_says_what_there_is_and_what_is_left_out(exported):
     assert bundle.has_rerun
 
 
-def test_its_answers_are_those_of_open_clip(exported, photo):
+def test_its_answers_are_those_of_open_clip(run, exported, photo):
     _, bundle = exported
     result = run("attribute", photo, "--bundle", bundle.path, "--json")
     answer, clip = json.loads(result.stdout), load_clip(NAME, None)
@@ -100,7 +97,7 @@ def test_its_answers_are_those_of_open_clip(exported, photo):
     np.testing.assert_allclose([found[label] for label in LABELS], expected, rtol=0, atol=1e-4)
 
 
-def test_verify_passes_it_and_commands_show_its_rows(exported, photo):
+def test_verify_passes_it_and_commands_show_its_rows(run, exported, photo):
     _, bundle = exported
     verified = run("verify", bundle.path)
     assert verified.exit_code == 0, verified.output
@@ -112,7 +109,7 @@ def test_verify_passes_it_and_commands_show_its_rows(exported, photo):
     assert "MLP 1" in changed
 
 
-def test_what_is_of_features_is_refused_by_name(exported, photo, data_root, tmp_path):
+def test_what_is_of_features_is_refused_by_name(refused, exported, photo, data_root, tmp_path):
     _, bundle = exported
     of_bundle = ("--bundle", bundle.path)
     for command in (
@@ -125,7 +122,8 @@ def test_what_is_of_features_is_refused_by_name(exported, photo, data_root, tmp_
         assert "no CLT" in refused(*command), command
 
 
-def test_labels_are_imagenets_and_variants_are_checked_on_images(hub, data_root, tmp_path):
+@pytest.mark.usefixtures("remembered_conversions")
+def test_labels_are_imagenets_and_variants_are_checked_on_images(run, hub, data_root, tmp_path):
     (tmp_path / "photos").mkdir()
     for number, file in enumerate(sorted((data_root / "val").rglob("*.png"))):
         shutil.copy(file, tmp_path / "photos" / f"{number}.png")
@@ -154,17 +152,17 @@ def test_labels_are_imagenets_and_variants_are_checked_on_images(hub, data_root,
         (("--clip", NAME, "--images", "nowhere"), "nowhere"),
     ],
 )
-def test_wrong_use_is_refused(hub, tmp_path, arguments, message):
+def test_wrong_use_is_refused(refused, hub, tmp_path, arguments, message):
     assert message in refused("export", *arguments, "--out", tmp_path / "out").replace("│ ", "").replace(" │", "")
 
 
-def test_the_size_is_said_first_and_wrong_weights_are_refused(hub, tmp_path):
+def test_the_size_is_said_first_and_wrong_weights_are_refused(refused, hub, tmp_path):
     said = refused("export", "--clip", "ViT-B-32", "--weights", "nobody", "--out", tmp_path / "out")
     assert said.startswith("ViT-B-32: 151 million parameters, so 605 MB of weights to download unless")
     assert "weights 'nobody' are neither a file nor a tag of open_clip's" in said
 
 
-def test_the_activation_of_a_file_must_be_known_or_said(hub, write_clip, make_clip, data_root, tmp_path):
+def test_the_activation_of_a_file_must_be_known_or_said(refused, hub, write_clip, make_clip, data_root, tmp_path):
     config, file = write_clip()
     command = ("export", "--weights", file, "--out", tmp_path / "out", "--clip")
     said = refused(*command, "ViT-B-32")
@@ -178,11 +176,11 @@ def test_the_activation_of_a_file_must_be_known_or_said(hub, write_clip, make_cl
     assert load_clip_of(recipe, data_root).sha256 == make_clip(quick_gelu=True).sha256
 
 
-def test_nothing_is_overwritten(hub, tmp_path):
+def test_nothing_is_overwritten(refused, hub, tmp_path):
     assert "exists; a bundle is never changed" in refused("export", "--clip", NAME, "--out", tmp_path)
 
 
-def test_images_of_which_none_can_be_read_are_refused(hub, tmp_path):
+def test_images_of_which_none_can_be_read_are_refused(refused, hub, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     message = refused("export", "--clip", NAME, "--images", tmp_path, "--out", tmp_path / "out")
     assert "none of 1 images can be used; the first: broken.png" in message

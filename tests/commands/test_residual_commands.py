@@ -3,26 +3,16 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from vitrine.commands import app
 from vitrine.models.export import residual as export
 
 
-@pytest.fixture
-def run(monkeypatch, with_residual):
-    """run(*arguments) -> (exit code, output), with the bundle that has residual SAEs."""
+@pytest.fixture(autouse=True)
+def settings(monkeypatch, with_residual):
+    """The bundle that has residual SAEs, and wide output."""
     monkeypatch.setenv("VITRINE_BUNDLE", str(with_residual.path))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("NO_COLOR", "1")
-
-    def invoke(*arguments):
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, result.output
-
-    return invoke
 
 
 @pytest.fixture
@@ -35,20 +25,9 @@ def photo(picture, tmp_path):
 def test_export_adds_them_to_a_copy_of_a_bundle(run, bundle, sae_checkpoint, clip, data_root, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(export, "add_residual", lambda *given: asked.append(given) or given[0])
-    code, said = run(
-        *(
-            "export",
-            "--bundle",
-            bundle.path,
-            "--residual",
-            sae_checkpoint,
-            "--data-root",
-            data_root,
-            "--out",
-            tmp_path / "new",
-        )
-    )
-    assert code == 0, said
+    given = ("--bundle", bundle.path, "--residual", sae_checkpoint, "--data-root", data_root)
+    result = run("export", *given, "--out", tmp_path / "new")
+    assert result.exit_code == 0, result.output
     ((opened, loaded, exported, out),) = asked
     assert (opened.digest, loaded.sha256, out) == (bundle.digest, clip.sha256, tmp_path / "new")
     assert exported.saes.architecture.features == (48, 64)
@@ -66,29 +45,29 @@ def test_export_says_what_goes_together(run, bundle, sae_checkpoint, checkpoint,
         (("--bundle", bundle.path, "--residual", checkpoint), "residual SAEs are needed here"),
         (("--checkpoint", sae_checkpoint), "a Cross-Layer Transcoder is needed here"),
     ):
-        code, output = run("export", *arguments, *out)
-        assert code != 0
-        assert said in " ".join(output.replace("│", " ").split())
+        result = run("export", *arguments, *out)
+        assert result.exit_code != 0
+        assert said in " ".join(result.output.replace("│", " ").split())
     assert not (tmp_path / "new").exists()
 
 
 def test_a_circuit_by_either_dictionary_and_both_in_one_page(run, photo, tmp_path):
     page, graph = tmp_path / "circuit.html", tmp_path / "graph.json"
     asked = ("circuit", photo, "--nodes", "10", "--dictionary", "residual", "--html", page, "--graph", graph)
-    code, said = run(*asked, "--json")
-    assert code == 0, said
-    assert json.loads(said)["dictionary"] == "residual"
+    result = run(*asked, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["dictionary"] == "residual"
     assert len(json.loads(graph.read_text())["metadata"]["transcoder_list"]) == 2
     text = page.read_text(encoding="utf-8")
     assert '"dictionary": "residual"' in text
     assert '"dictionary": "clt"' in text
-    code, said = run(*asked[:6])
-    assert "by residual SAEs" in said
+    assert "by residual SAEs" in run(*asked[:6]).output
 
 
 def test_attribute_lists_features_of_the_stream(run, photo):
-    code, said = run("attribute", photo, "--residual", "--features", "2")
-    assert code == 0, said
+    result = run("attribute", photo, "--residual", "--features", "2")
+    assert result.exit_code == 0, result.output
+    said = result.output
     table = said[said.index("What the residual SAEs read after each block") :].splitlines()
     assert [line.split()[0] for line in table[2:4]] == ["0", "1"]
     assert table[2].count("#") == 4

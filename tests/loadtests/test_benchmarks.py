@@ -5,6 +5,8 @@ import math
 import subprocess
 import sys
 
+import pytest
+
 from common import ROOT
 
 VARIANTS = {
@@ -13,8 +15,14 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def test_engine_benchmark_writes_a_row_for_every_variant(tmp_path):
-    command = [sys.executable, ROOT / "loadtests/engine.py", "--quick", "--pairs", "1", "--cache", tmp_path / "cache"]
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Where the benchmarks keep their graphs: the plain ones are the same for all of them."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_engine_benchmark_writes_a_row_for_every_variant(cache, tmp_path):
+    command = [sys.executable, ROOT / "loadtests/engine.py", "--quick", "--pairs", "1", "--cache", cache]
     finished = subprocess.run(
         [*command, "--json", tmp_path / "rows.json"], capture_output=True, text=True, cwd=ROOT, timeout=600
     )
@@ -45,8 +53,8 @@ def test_two_graphs_are_timed_in_turns(bundle_path):
     assert finished.stdout.startswith("second over first: ")
 
 
-def test_source_benchmark_writes_a_row_for_every_variant(tmp_path):
-    command = [sys.executable, ROOT / "loadtests/sources.py", "--quick", "--pairs", "1", "--cache", tmp_path / "cache"]
+def test_source_benchmark_writes_a_row_for_every_variant(cache, tmp_path):
+    command = [sys.executable, ROOT / "loadtests/sources.py", "--quick", "--pairs", "1", "--cache", cache]
     finished = subprocess.run(
         [*command, "--json", tmp_path / "rows.json"], capture_output=True, text=True, cwd=ROOT, timeout=300
     )
@@ -59,8 +67,8 @@ def test_source_benchmark_writes_a_row_for_every_variant(tmp_path):
     assert all(row["median_ms"] > 0 for row in rows)
 
 
-def test_intervention_benchmark_runs(tmp_path):
-    command = [sys.executable, ROOT / "loadtests/rerun.py", "--quick", "--pairs", "1", "--cache", tmp_path / "cache"]
+def test_intervention_benchmark_runs(cache):
+    command = [sys.executable, ROOT / "loadtests/rerun.py", "--quick", "--pairs", "1", "--cache", cache]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert finished.returncode == 0, finished.stderr
     for variant in ("vision and components", "rerun, nothing", "rerun, 10 features", "rerun, a row"):

@@ -170,6 +170,7 @@ def test_shared_memory_is_full(numbers, monkeypatch, free):
         list(load(numbers(4), batches, workers=2))
 
 
+@pytest.mark.usefixtures("remembered_conversions")
 def test_export(clip, clt, cls_mean, provenance, tmp_path):
     with largest_file(100_000), pytest.raises(FileError, match=rf"^{tmp_path}/out cannot be written: File too large"):
         export_bundle(clip, clt, cls_mean, provenance, tmp_path / "out")

@@ -36,7 +36,6 @@ TRAINING_PACKAGES = {
     "tensorboard",
     "tomli_w",
     "torch",
-    "torchmetrics",
     "torchvision",
 }
 

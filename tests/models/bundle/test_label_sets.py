@@ -65,11 +65,12 @@ def test_missing_folder_and_unreadable_file_are_named(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def labelled(clip, clt, cls_mean, provenance, tmp_path_factory):
+def labelled(clip, clt, cls_mean, provenance, conversions, tmp_path_factory):
     """The tiny bundle with two label sets."""
     sets = {"pets": NamedLabels(labels=("cat", "dog")), "trees": NamedLabels(labels=("oak",), templates=("a {} tree",))}
     out = tmp_path_factory.mktemp("labelled") / "bundle"
-    return export_bundle(clip, clt, cls_mean, provenance, out, label_sets=sets)
+    with conversions.remembered():
+        return export_bundle(clip, clt, cls_mean, provenance, out, label_sets=sets)
 
 
 def test_bundle_brings_its_sets_and_their_embeddings(labelled, clip, provenance):

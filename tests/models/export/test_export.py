@@ -218,6 +218,7 @@ def test_every_clt_exports(any_bundle, exported_clt, clip, cls_mean, make_pixels
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("remembered_conversions")
 def test_float16_tables_halve_the_table_and_keep_rows_exact(
     bundle, clip, clt, cls_mean, make_pixels, provenance, tmp_path
 ):

@@ -59,6 +59,7 @@ def test_what_other_graphs_have_is_stored_once(bundle):
     assert "scores.onnx.data" not in sizes
 
 
+@pytest.mark.usefixtures("remembered_conversions")
 def test_without_a_clt_the_mlps_outputs_take_the_features_place(clip, bundle, make_pixels, tmp_path):
     """By layer and token; all else as ever."""
     write_sources(tmp_path, clip, None, torch.float32, [])
@@ -83,6 +84,7 @@ def test_without_a_clt_the_mlps_outputs_take_the_features_place(clip, bundle, ma
         assert not sources.by_feature()[0].size
 
 
+@pytest.mark.usefixtures("remembered_conversions")
 def test_without_images_there_is_no_average_picture(bundle, clip, make_clt, tmp_path):
     """Of per-layer transcoders, written before the other graphs of a bundle."""
     of_sources = {"trace.onnx", "sources.onnx", "sources.onnx.data", "scores.onnx", *BASELINE}

@@ -209,6 +209,7 @@ def test_interventions_on_features_are_refused_by_name(plain_bundle, item, mode)
         resolve([item], BundleNetwork(plain_bundle), mode)
 
 
+@pytest.mark.usefixtures("remembered_conversions")
 def test_a_variant_is_checked_by_labels_and_rows(clip, provenance, make_pixels, tmp_path):
     of_none = replace(provenance, data=None, recipe="", metrics=Metrics())
     images = [make_pixels(8, seed=3)]

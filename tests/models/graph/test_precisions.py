@@ -21,8 +21,9 @@ from vitrine.models.precision.agreement import measure
 
 
 @pytest.fixture(scope="module")
-def model(graph):
-    return to_onnx(graph, {"pixels": torch.zeros(2, 3, 32, 32)}, ALWAYS, ON_REQUEST, DETAILS_INPUT)
+def model(graph, conversions):
+    with conversions.remembered():
+        return to_onnx(graph, {"pixels": torch.zeros(2, 3, 32, 32)}, ALWAYS, ON_REQUEST, DETAILS_INPUT)
 
 
 @pytest.fixture(scope="module", params=["int8", "fp16"])
@@ -135,7 +136,7 @@ def test_gate(top1, cosine, features, enough):
 
 
 @pytest.fixture(scope="module")
-def gated(clip, clt, cls_mean, provenance, make_pixels, tmp_path_factory):
+def gated(clip, clt, cls_mean, provenance, make_pixels, conversions, tmp_path_factory):
     """(a bundle whose fp16 passed its gate and whose int8 did not, the messages about it)."""
     messages, results = [], [(0.5, 0.25, 0.125), (1, 1, 1)]  # of int8 and of fp16
 
@@ -143,7 +144,7 @@ def gated(clip, clt, cls_mean, provenance, make_pixels, tmp_path_factory):
         top1, cosine, features = results.pop(0)
         return Agreement(images=2, top1=top1, ledger_cosine=cosine, top_features=features)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, conversions.remembered():
         patch.setattr(export, "measure", fake_measure)
         out = tmp_path_factory.mktemp("gated") / "bundle"
         arguments = {"variants": ("int8", "fp16"), "calibration": [make_pixels(2)], "log": messages.append}

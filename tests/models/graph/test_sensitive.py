@@ -15,8 +15,9 @@ from vitrine.models.graph.variants import _products, make_variant
 
 
 @pytest.fixture(scope="module")
-def model(graph):
-    return to_onnx(graph, {"pixels": torch.zeros(2, 3, 32, 32)}, ALWAYS, ON_REQUEST, DETAILS_INPUT)
+def model(graph, conversions):
+    with conversions.remembered():
+        return to_onnx(graph, {"pixels": torch.zeros(2, 3, 32, 32)}, ALWAYS, ON_REQUEST, DETAILS_INPUT)
 
 
 @pytest.fixture(scope="module")
