@@ -191,7 +191,7 @@ def test_one_step_from_the_command_line_to_the_table(tmp_path):
     (checkout / "loadtests").symlink_to(ROOT / "loadtests")
     script, options = checkout / "loadtests/gpu.sh", ["--cpu", "--only", "doctor", "--out", tmp_path / "out"]
     assert subprocess.run(["bash", "-n", script]).returncode == 0
-    run = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 100}
+    run = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 300}
     finished = subprocess.run([script, *options], **run)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert finished.stdout.startswith("doctor: done, "), finished.stdout
