@@ -60,7 +60,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from vitrine.models.account.ledger import Decomposition
-from vitrine.models.bundle.layout import ALWAYS, DETAILS_INPUT, EVERY_OUTPUT, ON_REQUEST, VISION_OUTPUTS, Variant
+from vitrine.models.bundle.layout import (
+    DETAILS_INPUT,
+    EVERY_OUTPUT,
+    MLP_ROWS,
+    ON_REQUEST,
+    VISION_OUTPUTS,
+    Variant,
+    given,
+)
 from vitrine.models.clip.tower import Tower
 from vitrine.models.dictionary.clt import Architecture
 from vitrine.models.dictionary.encoder import Encoder
@@ -68,6 +76,7 @@ from vitrine.models.dictionary.sparsify import make_sparsifier
 from vitrine.models.graph.attribution import AttributionGraph
 from vitrine.models.graph.onnx_file import save_onnx, to_onnx
 from vitrine.models.graph.variants import make_variant, preselect
+from vitrine.models.graph.vision import VisionGraph
 from vitrine.models.precision.sessions import session_options
 from vitrine.service.answers.explain import account
 from vitrine.service.engine.labels import LabelSet
@@ -166,13 +175,16 @@ def graphs(cache: Path, shape: Shape, features: int, k: int, device: Device = "c
         ours.mkdir(parents=True, exist_ok=True)
         model = load(shape)
         tower = Tower(model.visual)
-        clt: Any = RandomClt(tower.layers, tower.width, features, k)
-        graph = AttributionGraph(tower, clt, torch.zeros(tower.layers, tower.width), torch.float16).eval()
-        np.save(ours / "directions.npy", graph.directions.reshape(tower.layers, features, tower.width).numpy())
-        np.save(ours / "last_decoders.npy", graph.last_decoders.numpy())
+        graph = VisionGraph(tower)
+        if features:
+            clt: Any = RandomClt(tower.layers, tower.width, features, k)
+            graph = AttributionGraph(tower, clt, torch.zeros(tower.layers, tower.width), torch.float16)
+            np.save(ours / "directions.npy", graph.directions.reshape(tower.layers, features, tower.width).numpy())
+            np.save(ours / "last_decoders.npy", graph.last_decoders.numpy())
         np.save(ours / "fold.npy", torch.cat([graph.fold, graph.beta[None]]).numpy())
         np.save(ours / "attention.npy", tower.attention_fold().numpy())
-        _write(to_onnx(graph, {"pixels": _example(model)}, ALWAYS, ON_REQUEST, DETAILS_INPUT), ours, VARIANTS[device])
+        outputs = (graph.eval().always, ON_REQUEST, DETAILS_INPUT)
+        _write(to_onnx(graph, {"pixels": _example(model)}, *outputs), ours, VARIANTS[device])
     return plain, ours
 
 
@@ -199,9 +211,10 @@ class ExportedGraph:
 
     def __init__(self, folder: Path, file: str, pixels: NDArray[np.float32], device: Device, threads: int) -> None:
         self.session, self.pixels = session(folder / file, device, threads), pixels
-        fold = np.load(folder / "fold.npy")
+        fold, directions = np.load(folder / "fold.npy"), folder / "directions.npy"
+        self.has_features = directions.exists()
         self.tables: Any = SimpleNamespace(
-            directions=np.load(folder / "directions.npy", mmap_mode="r"),
+            directions=np.load(directions, mmap_mode="r") if self.has_features else np.zeros((0, 0, len(fold) - 1)),
             attention_fold=np.load(folder / "attention.npy", mmap_mode="r"),
             fold=fold[:-1],
             beta=fold[-1],
@@ -210,7 +223,7 @@ class ExportedGraph:
         )
 
     def graph(self, details: bool = False) -> list[Decomposition]:
-        names = EVERY_OUTPUT if details else VISION_OUTPUTS
+        names = given(EVERY_OUTPUT if details else (*VISION_OUTPUTS, MLP_ROWS), self.has_features)
         feeds = {"pixels": self.pixels, DETAILS_INPUT: np.array(details)}
         outputs = dict(zip(names, self.session.run(names, feeds), strict=True))
         return [Decomposition.from_batch(outputs, image, details) for image in range(len(self.pixels))]
@@ -314,7 +327,7 @@ def compare(case: Case, cache: Path, pairs: int, threads: int, device: Device, s
             runs["ledger, details"] = lambda engine=engine: engine.graph(True)  # type: ignore[misc]
             runs["account"] = engine.accounts()
             runs["account, heatmap"] = engine.accounts(heatmap=True)
-    if slow:
+    if slow and case.features:
         torch.set_num_threads(threads)
         tower = Tower(model.visual)
         runs |= peers(model, RandomClt(tower.layers, tower.width, case.features, case.k), pixels, device)
@@ -347,11 +360,11 @@ def memory(cache: Path, case: Case, threads: int, device: Device) -> dict[str, A
     )
     command = [sys.executable, "-c", code, str(ours / "fp32.onnx"), str(threads)]
     peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 1024  # noqa: S603
-    files = ("fp32.onnx.data", "directions.npy", "last_decoders.npy")
+    files = [ours / file for file in ("fp32.onnx.data", "directions.npy", "last_decoders.npy")]
     return {
         "variant": "memory",
         **vars(case),
-        "weights_bytes": sum((ours / file).stat().st_size for file in files),
+        "weights_bytes": sum(file.stat().st_size for file in files if file.exists()),
         "peak_bytes": peak,
     }
 
@@ -377,7 +390,7 @@ def report(found: list[dict[str, Any]], threads: int, json_file: Path | None) ->
 
 def main(
     shape: Annotated[list[Shape], typer.Option(help="Of the CLIP (repeatable).")] = [Shape.B32],  # noqa: B006
-    features: Annotated[list[int], typer.Option(help="F, features a layer (repeatable).")] = [6144],  # noqa: B006
+    features: Annotated[list[int], typer.Option(help="F, features a layer; 0: no CLT (repeatable).")] = [6144],  # noqa: B006
     k: Annotated[list[int], typer.Option(help="Active features (repeatable).")] = [32],  # noqa: B006
     batch: Annotated[list[int], typer.Option(help="Images at once (repeatable).")] = [1, 8],  # noqa: B006
     pairs: Annotated[int, typer.Option(min=1, help="Rounds.")] = 20,
