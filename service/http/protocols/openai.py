@@ -105,7 +105,7 @@ async def _answer(attributor: Attributor, asked: EmbeddingsRequest, options: Emb
     images, texts = _sorted(inputs, attributor.settings.images_per_request)
     options = options.model_copy(update={"texts": list(texts.values()) or None})
     found = await embed(attributor, list(images.values()), options, [f"input.{place}" for place in images])
-    tokens = await attributor.labels.count_tokens(list(texts.values()))
+    tokens = await attributor.labels.count_tokens(list(texts.values())) if texts else 0
     vectors: dict[int, NDArray[np.floating]] = dict(zip(images, found.images, strict=True))
     if found.texts is not None:
         vectors |= zip(texts, found.texts, strict=True)
