@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,7 @@ def to_onnx(
     assert program is not None
     model = program.model_proto
     _strip(model)
+    _turn_weights(model)
     weights = {tensor.name for tensor in model.graph.initializer}
     if same := weights & {value.name for value in (*model.graph.input, *model.graph.output)}:
         raise ExportError(f"{', '.join(sorted(same))}: weights of the module have the names of its inputs or outputs")
@@ -136,6 +138,24 @@ def _strip(model: onnx.ModelProto) -> None:
     for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
         del part.metadata_props[:]
         part.ClearField("doc_string")
+
+
+def _turn_weights(model: onnx.ModelProto) -> None:
+    """Store a weight as it is multiplied with, where the exporter left its transposition in the graph: it does so with
+    all but small ones that two products read, and what looks for products with a weight would find none."""
+    graph = model.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2}
+    readers = Counter(name for node in graph.node for name in node.input)
+    nodes = []
+    for node in graph.node:
+        if node.op_type != "Transpose" or node.input[0] not in weights or readers[node.input[0]] > 1:
+            nodes.append(node)
+            continue
+        tensor = weights[node.input[0]]
+        turned = np.ascontiguousarray(onnx.numpy_helper.to_array(tensor).T)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(turned, node.output[0]))
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _store_rows_once(model: onnx.ModelProto) -> None:

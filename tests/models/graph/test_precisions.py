@@ -54,6 +54,31 @@ def test_every_product_with_a_weight_is_touched_but_those_to_the_embeddings_spac
     assert not any(node.op_type == "MatMulInteger" for node in model.graph.node)
 
 
+class Twice(torch.nn.Module):
+    """Two outputs by one weight; 96 x 96 is more than the exporter turns by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(96, 96)
+
+    def forward(self, pixels):
+        return self.linear(pixels), self.linear(pixels.relu())
+
+
+def test_a_large_weight_that_two_products_read_is_found():
+    """Attention's output in the vision graph: its heads' parts, on request, read the same weight."""
+    module, pixels = Twice().eval(), torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(0))
+    model = to_onnx(module, {"pixels": pixels}, ("always",), ("asked",), DETAILS_INPUT)
+    assert not any(node.op_type == "Transpose" for node in model.graph.node)
+    changed = make_variant(model, "int8")
+    assert sum(node.op_type == "MatMulInteger" for node in changed.graph.node) == 1
+    for exported, tolerance in ((model, 1e-6), (changed, 0.05)):
+        session = onnxruntime.InferenceSession(exported.SerializeToString(), providers=["CPUExecutionProvider"])
+        outputs = session.run(["always", "asked"], {"pixels": pixels.numpy(), DETAILS_INPUT: np.array(True)})
+        for output, expected in zip(outputs, module(pixels), strict=True):
+            np.testing.assert_allclose(output, expected.detach().numpy(), rtol=0, atol=tolerance)
+
+
 def test_rows_of_a_variant_add_up_just_as_exactly(variant, model, make_pixels):
     pixels = make_pixels(3, seed=4).numpy()
     outputs, expected = run(variant[1], pixels, details=True), run(model, pixels)
