@@ -69,7 +69,8 @@
     const rather = explanation.contrast === null ? "" : ` rather than ${explanation.contrast}`;
     const account = `The account says why ${explanation.target}${rather}.`;
     const said = answer.verdict ? ` ${Vitrine.predictions.judged(answer.verdict)}` : "";
-    return `${best.label}, ${percent(best.probability)}.${said} ${account}${trust}${Vitrine.warnings.spoken(answer.warnings)}`;
+    const warned = Vitrine.warnings.spoken(answer.warnings);
+    return `${best.label}, ${percent(best.probability)}.${said} ${account}${trust}${warned}`;
   }
 
   /** Which model answered, and with which edit. @returns {string} */

@@ -19,7 +19,7 @@
     preprocessing: () => model?.manifest.preprocessing ?? null,
     onCard: cards.open,
     hasCard,
-    count: () => labels.listed().length,
+    count: () => shown.listed.length,
     offer: (row) => switches.offer(row),
     onExplain: (_, label) => () => ask({ ...chosen, target: label }),
   });
@@ -31,7 +31,7 @@
   let model = null; // the API's ModelResponse
   let chosen = { picture: null, target: null, contrast: null }; // what was asked last; target null: the top-1
   let loaded = null; // the picture whose photo is on the screen
-  let shown = null; // the answer that is on the screen: {found, wanted, request}
+  let shown = null; // the answer that is on the screen: {found, wanted, request, listed}
   let question = null; // of the answer that is shown, for what else is asked about it
   let running = null; // AbortController of the request in hand
 
@@ -65,7 +65,7 @@
     const opened = Vitrine.circuitAsk.open(question);
     replace(at("circuit-error"), opened ? [] : "The browser opened no window: allow this page to open one.");
   });
-  const narrow = matchMedia("(max-width: 60rem)");
+  const narrow = matchMedia("not all and (min-width: 60rem)");
   narrow.addEventListener("change", place);
   window.addEventListener("hashchange", () => {
     if (model !== null && Vitrine.link.read() !== null) follow();
@@ -123,27 +123,27 @@
     try {
       if (model === null) await know();
       if (picture !== loaded) await load(picture);
+      const listed = labels.listed();
       const { found, request } = await send(wanted, mine.signal);
       performance.mark("vitrine:answer");
       if (found.answer.model.digest !== model.digest) model = await api.get("v1/model"); // a new bundle is in service
       if (mine !== running) return;
       const before = shown;
-      show(found, wanted, request);
+      show({ found, wanted, request, listed });
       reveal(before);
     } catch (error) {
       if (mine !== running) return;
       const kept = shown !== null && picture !== shown.wanted.picture && error.name !== "AbortError";
-      if (kept) await restore();
+      if (kept) await restore(mine);
       if (mine === running) refused(error, () => ask(wanted), kept ? shown.wanted.picture.name : null);
     }
   }
 
   /** The last answer again, with its photo: another picture has none. */
-  async function restore() {
-    const { found, wanted, request } = shown;
-    chosen = wanted;
-    await load(wanted.picture);
-    show(found, wanted, request);
+  async function restore(mine) {
+    chosen = shown.wanted;
+    await load(chosen.picture);
+    if (mine === running) show(shown);
   }
 
   /** Bring what is new into sight: the photo, the predictions, or, where those stayed, the account. */
@@ -160,23 +160,26 @@
   }
 
   /** Whether another label fits better than those that the user named, by the bundle's own. */
-  async function fit({ answer }, { picture }, { labels: own, label_set: set, edit }) {
-    if (!own && !set) return;
+  async function fit({ answer }, { picture }, { labels: named, label_set: set, edit }) {
+    if (!named && !set) return;
     const mine = running;
+    const own = (picture.own ??= new Map()); // promises of answers
+    const key = `${answer.model.digest} ${edit}`;
     try {
       const count = labels.size("default");
       const asked = { top_k: count, ...(edit && { edit }) };
-      picture.own ??= api.post("v1/classify", picture.blob, picture.name, asked, { signal: mine.signal });
-      const found = (await picture.own).answer;
+      const call = () => api.post("v1/classify", picture.blob, picture.name, asked, { signal: mine.signal });
+      if (!own.has(key)) own.set(key, call());
+      const found = (await own.get(key)).answer;
       await import("./fit.js");
-      if (mine !== running || found.model.digest !== answer.model.digest) return;
+      if (mine !== running) return;
       const onOwn = () => {
         labels.set({});
         ask({ ...chosen, target: null, contrast: null });
       };
       at("predictions").append(Vitrine.fit.draw(answer.predictions, found.predictions, onOwn) ?? "");
     } catch (error) {
-      picture.own = null;
+      own.delete(key);
       if (!(error instanceof api.CallError) && error.name !== "AbortError") throw error; // else there is no hint
     }
   }
@@ -227,12 +230,13 @@
     return Object.keys(explain).length ? { ...compared, explain } : compared;
   }
 
-  function show(found, wanted, request) {
+  function show(answered) {
+    const { found, wanted, request } = answered;
     const { answer, text, ms } = found;
     const { picture } = wanted;
     const [explanation] = answer.explanations;
     if (shown && shown.wanted.picture !== picture) URL.revokeObjectURL(shown.wanted.picture.url);
-    shown = { found, wanted, request };
+    shown = answered;
     place();
     at("answer").hidden = at("predictions").hidden = false;
     at("welcome").hidden = true;
@@ -287,7 +291,7 @@
 
   /** Every other label may be what the explained one is compared with; the likeliest stand first. */
   function offerContrasts({ target, contrast }) {
-    const others = labels.listed().filter((label) => label !== target);
+    const others = shown.listed.filter((label) => label !== target);
     const option = (label) => el("option", { value: label }, label);
     at("contrast").replaceChildren(el("option", { value: "" }, "nothing: its logit alone"), ...others.map(option));
     at("contrast").value = contrast ?? "";
