@@ -258,9 +258,9 @@
     );
     replace(at("similar"));
     replace(at("residual"));
-    const { explain: _, scoring: __, threshold: ___, edit: ____, ...named } = request; // what all questions have
+    const { labels: own, label_set: set } = request; // scoring and edits are of the account alone
     const { target, contrast } = explanation;
-    question = { picture: picture.blob, name: picture.name, request: { ...named, target, contrast }, key: api.key() };
+    question = { picture: picture.blob, name: picture.name, request: { labels: own, label_set: set, target, contrast }, key: api.key() };
     const offered = Vitrine.lacks.of(model);
     const edited = answer.edit !== null; // of an edited network there is the ledger alone
     at("circuit").hidden = edited || !offered.circuit;

@@ -16,11 +16,12 @@
     if (!better) return null;
     const doubt = 2 * better > own.length ? "Perhaps none of these labels fits" : "Another label may fit better";
     const nearer = better === 1 ? "one is" : `${better.toLocaleString("en-GB")} are`;
+    const total = own.length.toLocaleString("en-GB");
     const cosines = `cosine ${plain(other.cosine, 2)}, against ${plain(best.cosine, 2)} of ${best.label}`;
     return el(
       "p",
       { class: "note fit" },
-      `${doubt}: of the bundle's own ${own.length.toLocaleString("en-GB")}, ${nearer} nearer to this picture: ${better === 1 ? "" : "first of all "}`,
+      `${doubt}: of the bundle's own ${total}, ${nearer} nearer to this picture: ${better === 1 ? "" : "first of all "}`,
       `${other.label} (${cosines}). `,
       el("button", { type: "button", class: "link", onclick: onOwn }, "Ask with those"),
     );

@@ -25,8 +25,9 @@
    * @param {function()} onAsk told when it is to be asked again
    * @returns {{offer: function(Object[]), set: function(Object): string[], request: function(): ?Object,
    *   listed: function(): string[], size: function(string): number}}
-   *   offer: the API's label sets; set: what `Vitrine.link` says; returns what of it there is not, in words; request: the part of a request that names the labels, null if there are none;
-   *   listed: the labels themselves; size: how many a set has, by its name
+   *   offer: the API's label sets; set: what `Vitrine.link` says, it returns what of it there is not, in words;
+   *   request: the part of a request that names the labels, null if there are none; listed: the labels themselves;
+   *   size: how many a set has, by its name
    */
   function create(form, onAsk) {
     const [select, text] = [form.elements.namedItem("set"), form.elements.namedItem("labels")];

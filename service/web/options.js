@@ -24,7 +24,8 @@
 
     function offer({ edits, default_edit: own }) {
       usual = own;
-      const named = edits.filter(({ name, problem }) => problem === null && name !== own).map(({ name }) => [name, name]);
+      const others = edits.filter(({ name, problem }) => problem === null && name !== own);
+      const named = others.map(({ name }) => [name, name]);
       const none = [own ? "none" : "", "none: CLIP as it is"];
       const all = own ? [["", `${own}: the service's own`], none, ...named] : [none, ...named];
       edit.replaceChildren(...all.map(([value, text]) => el("option", { value }, text)));

@@ -48,7 +48,8 @@
     const scale = el("div", {});
     const adds = el("p", { class: "note" });
     const caption = el("p", { class: "caption", hidden: true }); // beside the photo, for maps that are drawn from afar
-    const cut = el("p", { class: "note" }, el("span", { class: "swatch cut" }), "Darkened: cut off before the model saw it.");
+    const swatch = el("span", { class: "swatch cut" });
+    const cut = el("p", { class: "note" }, swatch, "Darkened: cut off before the model saw it.");
     const numbers = el("div", {});
     const outliers = el("p", { class: "note" }, "Circles mark outlier patches: their place in the photo means little.");
     panel.append(
