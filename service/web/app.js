@@ -260,7 +260,8 @@
     replace(at("residual"));
     const { labels: own, label_set: set } = request; // scoring and edits are of the account alone
     const { target, contrast } = explanation;
-    question = { picture: picture.blob, name: picture.name, request: { labels: own, label_set: set, target, contrast }, key: api.key() };
+    const same = { labels: own, label_set: set, target, contrast };
+    question = { picture: picture.blob, name: picture.name, request: same, key: api.key() };
     const offered = Vitrine.lacks.of(model);
     const edited = answer.edit !== null; // of an edited network there is the ledger alone
     at("circuit").hidden = edited || !offered.circuit;
