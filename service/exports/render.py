@@ -11,11 +11,13 @@ from rich.text import Text
 
 from vitrine.service.schemas.attention import AttentionAccount, PairFeature, ScorePair
 from vitrine.service.schemas.attribute import AttributeResponse, Explanation
+from vitrine.service.schemas.classify import Verdict
 from vitrine.service.schemas.residual import ResidualFeature, ResidualFeatures
 from vitrine.service.schemas.sources import SourceAccount
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _HALF = 14  # characters on either side of zero
+_NAMED = 10  # labels in a verdict
 
 
 def print_answer(answer: AttributeResponse, console: Console) -> None:
@@ -30,6 +32,8 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
         bar = _bar(prediction.probability, 1.0, 20)
         table.add_row(Text(prediction.label), f"{prediction.probability:.1%}", bar, f"{prediction.logit:.2f}")
     console.print(table)
+    if answer.verdict is not None:
+        console.print(_verdict(answer.verdict))
     if answer.edit is not None:
         was = "applied" if answer.edit.applied else "not applied: its condition is not met"
         console.print(Text(f"edit {answer.edit.name} ({answer.edit.digest[:19]}…, {answer.edit.mode}): {was}"))
@@ -53,6 +57,18 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
         f"without it the top-1 {agrees}.",
         highlight=False,
     )
+
+
+def _verdict(verdict: Verdict) -> Text:
+    """Which labels reach their threshold; or that none does, and what the softmax would have said."""
+    if verdict.none_of_these:
+        forced = verdict.softmax
+        return Text(
+            f"None of these: no label reaches its threshold (the softmax would say {forced.label}, "
+            f"{forced.probability:.1%})"
+        )
+    more = f" and {len(verdict.above) - _NAMED:,} more" if len(verdict.above) > _NAMED else ""
+    return Text(f"Reach their threshold: {', '.join(verdict.above[:_NAMED])}{more}")
 
 
 def draw_answer(answer: AttributeResponse) -> str:

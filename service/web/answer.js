@@ -11,6 +11,7 @@
    * @param {function(number, number)} options.onCard
    * @param {function(number, number): boolean} options.hasCard
    * @param {function(Object): ?HTMLElement} [options.offer] a row's switch
+   * @param {function(): number} [options.count] how many labels were asked about
    * @param {function(Object, string): ?function()} options.onExplain of (answer, label): explains it, null if it cannot
    * @returns {{show: function(Object, ?Object, ?number)}} show: an answer, one of its explanations (default: the
    *   first), and the milliseconds that it took as seen from here
@@ -27,7 +28,13 @@
       const { target } = explanation;
       const found = answer.predictions.find(({ label }) => label === target);
       const onExplain = (label) => options.onExplain(answer, label);
-      const predictions = Vitrine.predictions.draw(answer.predictions, target, onExplain);
+      const predictions = Vitrine.predictions.draw(
+        answer.predictions,
+        target,
+        onExplain,
+        answer.verdict,
+        options.count?.() ?? null,
+      );
       replace(sections.predictions, Vitrine.warnings.draw(answer.warnings), predictions);
       const mapped = photo.show(explanation, options.preprocessing(), home(Vitrine.account.kind(explanation, state)));
       replace(
@@ -61,7 +68,9 @@
     const trust = answer.fidelity ? ` Trust: ${Vitrine.trust.overall(answer.fidelity)}.` : "";
     const rather = explanation.contrast === null ? "" : ` rather than ${explanation.contrast}`;
     const account = `The account says why ${explanation.target}${rather}.`;
-    return `${best.label}, ${percent(best.probability)}. ${account}${trust}${Vitrine.warnings.spoken(answer.warnings)}`;
+    const said = answer.verdict ? ` ${Vitrine.predictions.judged(answer.verdict)}` : "";
+    const warned = Vitrine.warnings.spoken(answer.warnings);
+    return `${best.label}, ${percent(best.probability)}.${said} ${account}${trust}${warned}`;
   }
 
   /** Which model answered, and with which edit. @returns {string} */

@@ -6,9 +6,15 @@
 
   /** What the service, or the way to it, answered in the place of an answer. `message` is a sentence. */
   class CallError extends Error {
-    /** @param {string} message @param {string} code of the envelope @param {?string} requestId */
-    constructor(message, code, requestId = null) {
+    /**
+     * @param {string} message
+     * @param {string} code of the envelope
+     * @param {?string} requestId
+     * @param {boolean} passing whether the same request may succeed later
+     */
+    constructor(message, code, requestId = null, passing = false) {
       super(message);
+      this.passing = passing;
       this.code = code;
       this.requestId = requestId;
     }
@@ -69,7 +75,7 @@
   /** What fetch says of a broken network depends on the browser. */
   function gone(error) {
     if (error.name === "AbortError") throw error;
-    throw new CallError("The service cannot be reached. Is it running, and is the network up?", "network");
+    throw new CallError("The service cannot be reached. Is it running, and is the network up?", "network", null, true);
   }
 
   function refusal(response, text, attempts) {
@@ -80,7 +86,8 @@
       429: `The service is still busy after ${attempts} more tries; ask again in a while.`,
       503: "The service is not ready; ask again in a while.",
     }[response.status];
-    return new CallError(more ?? said ?? `The service answered ${response.status}.`, code ?? "unknown", id);
+    const passing = response.status === 429 || response.status >= 500;
+    return new CallError(more ?? said ?? `The service answered ${response.status}.`, code ?? "unknown", id, passing);
   }
 
   /** The error of the API's envelope; what a proxy answers in its place is none. */

@@ -7,6 +7,7 @@
 
   const photo = Vitrine.photo.create(at("frame"), at("map"));
   const labels = Vitrine.labels.create(at("labels-form"), () => ask(chosen));
+  const options = Vitrine.options.create(at("labels-form"));
   const cards = Vitrine.cards.create({
     card: (layer, index, dictionary) => api.get(`v1/features/${layer}/${index}?dictionary=${dictionary}`),
     search: (label, next, dictionary) =>
@@ -18,6 +19,7 @@
     preprocessing: () => model?.manifest.preprocessing ?? null,
     onCard: cards.open,
     hasCard,
+    count: () => shown.listed.length,
     offer: (row) => switches.offer(row),
     onExplain: (_, label) => () => ask({ ...chosen, target: label }),
   });
@@ -28,13 +30,15 @@
 
   let model = null; // the API's ModelResponse
   let chosen = { picture: null, target: null, contrast: null }; // what was asked last; target null: the top-1
+  let loaded = null; // the picture whose photo is on the screen
+  let shown = null; // the answer that is on the screen: {found, wanted, request, listed}
   let question = null; // of the answer that is shown, for what else is asked about it
   let running = null; // AbortController of the request in hand
 
   document.body.append(Vitrine.waterfall.hatching());
   Vitrine.picking.listen(
     { file: at("file"), choosers: [at("choose"), at("choose-other")], examples: at("examples") },
-    (blob, name, mine) => ask({ picture: { blob, name, mine, isNew: true }, target: null, contrast: null }),
+    (blob, name, mine) => ask({ picture: { blob, name, mine }, target: null, contrast: null }),
     complain,
   );
   at("key-form").addEventListener("submit", async (event) => {
@@ -61,20 +65,40 @@
     const opened = Vitrine.circuitAsk.open(question);
     replace(at("circuit-error"), opened ? [] : "The browser opened no window: allow this page to open one.");
   });
+  const narrow = matchMedia("not all and (min-width: 60rem)");
+  narrow.addEventListener("change", place);
+  window.addEventListener("hashchange", () => {
+    if (model !== null && Vitrine.link.read() !== null) follow();
+  });
   start();
 
   async function start() {
     try {
       await know();
       complain("");
+      follow();
     } catch (error) {
-      refused(error);
+      refused(error, start);
     }
   }
 
-  /** Features of the CLT have a button in any case: their card says why there is none. */
+  /** Set what the address says, and ask again. */
+  async function follow() {
+    const asked = Vitrine.link.read();
+    if (asked === null) return;
+    const lacking = [...labels.set(asked), ...options.set(asked)];
+    await ask({ ...chosen, target: asked.target ?? null, contrast: asked.contrast ?? null });
+    if (lacking.length) complain(`The link names what this service has not: ${lacking.join(", ")}.`);
+  }
+
   function hasCard(layer, index, dictionary = "clt") {
-    return dictionary === "clt" || model.card_dictionaries.includes(dictionary);
+    return model.card_dictionaries.includes(dictionary);
+  }
+
+  /** On a narrow screen the labels stand after an account, which they would keep out of sight. */
+  function place() {
+    const column = narrow.matches && shown !== null ? at("main") : document.querySelector(".ask-column");
+    if (at("labels-section").parentElement !== column) column.append(at("labels-section"));
   }
 
   /** What the page needs before any picture: the model and its label sets. */
@@ -84,6 +108,7 @@
     const { name, precision, default_edit: edit } = model;
     at("model").textContent = [name, precision, ...(edit ? [`edit ${edit}`] : [])].join(" · ");
     labels.offer(sets);
+    options.offer(model);
   }
 
   /** Ask about a picture; of a newer request this one's answer is not waited for. */
@@ -97,13 +122,65 @@
     busy(true, "Asking …");
     try {
       if (model === null) await know();
-      if (picture.isNew) await load(picture);
+      if (picture !== loaded) await load(picture);
+      const listed = labels.listed();
       const { found, request } = await send(wanted, mine.signal);
       performance.mark("vitrine:answer");
       if (found.answer.model.digest !== model.digest) model = await api.get("v1/model"); // a new bundle is in service
-      if (mine === running) show(found, picture, request);
+      if (mine !== running) return;
+      const before = shown;
+      show({ found, wanted, request, listed });
+      reveal(before);
     } catch (error) {
-      if (mine === running) refused(error);
+      if (mine !== running) return;
+      const kept = shown !== null && picture !== shown.wanted.picture && error.name !== "AbortError";
+      if (kept) await restore(mine);
+      if (mine === running) refused(error, () => ask(wanted), kept ? shown.wanted.picture.name : null);
+    }
+  }
+
+  /** The last answer again, with its photo: another picture has none. */
+  async function restore(mine) {
+    chosen = shown.wanted;
+    await load(chosen.picture);
+    if (mine === running) show(shown);
+  }
+
+  /** Bring what is new into sight: the photo, the predictions, or, where those stayed, the account. */
+  function reveal(before) {
+    const asked = ({ request: { explain: _, ...named } }) => JSON.stringify(named);
+    if (before?.wanted.picture !== shown.wanted.picture) photo.reveal();
+    else if (asked(before) !== asked(shown)) {
+      at("predictions").querySelector(".predictions").scrollIntoView({ block: "nearest" });
+      if (document.activeElement?.type === "submit") at("predictions").focus({ preventScroll: true });
+    } else {
+      const { top } = at("why").getBoundingClientRect();
+      if (top < 0 || top > 0.75 * innerHeight) at("why").scrollIntoView();
+    }
+  }
+
+  /** Whether another label fits better than those that the user named, by the bundle's own. */
+  async function fit({ answer }, { picture }, { labels: named, label_set: set, edit }) {
+    if (!named && !set) return;
+    const mine = running;
+    const own = (picture.own ??= new Map()); // promises of answers
+    const key = `${answer.model.digest} ${edit}`;
+    try {
+      const count = labels.size("default");
+      const asked = { top_k: count, ...(edit && { edit }) };
+      const call = () => api.post("v1/classify", picture.blob, picture.name, asked, { signal: mine.signal });
+      if (!own.has(key)) own.set(key, call());
+      const found = (await own.get(key)).answer;
+      await import("./fit.js");
+      if (mine !== running) return;
+      const onOwn = () => {
+        labels.set({});
+        ask({ ...chosen, target: null, contrast: null });
+      };
+      at("predictions").append(Vitrine.fit.draw(answer.predictions, found.predictions, onOwn) ?? "");
+    } catch (error) {
+      own.delete(key);
+      if (!(error instanceof api.CallError) && error.name !== "AbortError") throw error; // else there is no hint
     }
   }
 
@@ -126,11 +203,10 @@
 
   /** The photo at once, before its answer: the old answer is not about it. */
   async function load(picture) {
-    picture.isNew = false;
-    if (picture.url) URL.revokeObjectURL(picture.url);
     photo.show(null, null);
     at("answer").hidden = at("predictions").hidden = true;
-    picture.url = URL.createObjectURL(await Vitrine.still(picture.blob));
+    loaded = picture;
+    picture.url ??= URL.createObjectURL(await Vitrine.still(picture.blob));
     const visible = await photo.load(picture.url);
     at("welcome").hidden = at("drop").hidden = at("no-photo").hidden = visible;
     at("another").hidden = !visible;
@@ -140,9 +216,10 @@
   function asked({ target, contrast }) {
     const named = labels.request();
     if (named === null) throw new api.CallError("Name at least one label, or choose a set of them.", "no_labels");
+    const compared = { ...named, ...options.request() };
     const known = (label) => label !== null && labels.listed().includes(label);
     const explain = {};
-    if (!model.default_edit) {
+    if (!options.edited()) {
       // of an edited network there is the ledger alone
       if (model.manifest.files["attention.npy"]) explain.heatmap = true;
       const baseline = model.source_baselines.at(-1); // the average picture, where the bundle has one
@@ -150,39 +227,53 @@
     }
     if (known(target)) explain.targets = [target];
     if (known(contrast) && contrast !== target) explain.contrast = contrast;
-    return Object.keys(explain).length ? { ...named, explain } : named;
+    return Object.keys(explain).length ? { ...compared, explain } : compared;
   }
 
-  function show({ answer, text, ms }, picture, request) {
+  function show(answered) {
+    const { found, wanted, request } = answered;
+    const { answer, text, ms } = found;
+    const { picture } = wanted;
     const [explanation] = answer.explanations;
+    if (shown && shown.wanted.picture !== picture) URL.revokeObjectURL(shown.wanted.picture.url);
+    shown = answered;
+    place();
     at("answer").hidden = at("predictions").hidden = false;
     at("welcome").hidden = true;
     switches.start(answer.edit?.applied ? [] : model.interventions, question?.picture !== picture.blob);
     answers.show(answer, explanation, ms);
     offerContrasts(explanation);
     Vitrine.save.forget();
+    Vitrine.link.write(request);
     const url = new URL("v1/attribute", document.baseURI).href;
     const line = Vitrine.reproduce.curl({ url, file: picture.name, request, withKey: api.key() !== null });
     const saved = picture.mine ? null : Vitrine.save.file(picture.blob, picture.name, `Save ${picture.name}`);
+    const linked = el("a", { class: "button", href: location.href }, "Link to these options, without the picture");
     replace(
       at("take"),
-      el("p", { class: "buttons" }, Vitrine.save.json(text, picture.name), saved),
+      el("p", { class: "buttons" }, Vitrine.save.json(text, picture.name), saved, linked),
       el("p", {}, "The same request from a shell, in the photo's folder:"),
       Vitrine.reproduce.line(line),
       el("p", { class: "note" }, `Model ${Vitrine.answer.origin(answer)}. Request ${answer.request_id}.`),
     );
     replace(at("similar"));
     replace(at("residual"));
-    const { explain: _, ...named } = request;
+    const { labels: own, label_set: set } = request; // scoring and edits are of the account alone
     const { target, contrast } = explanation;
-    question = { picture: picture.blob, name: picture.name, request: { ...named, target, contrast }, key: api.key() };
-    at("circuit").hidden = model.circuit_dictionaries.length === 0;
+    const same = { labels: own, label_set: set, target, contrast };
+    question = { picture: picture.blob, name: picture.name, request: same, key: api.key() };
+    const offered = Vitrine.lacks.of(model);
+    const edited = answer.edit !== null; // of an edited network there is the ledger alone
+    at("circuit").hidden = edited || !offered.circuit;
+    at("stream").hidden = edited || !offered.stream;
+    at("similar-section").hidden = !offered.similar;
+    at("lacks").textContent = offered.sentence;
     at("circuit-target").textContent = contrast === null ? target : `${target} rather than ${contrast}`;
     replace(at("circuit-error"));
-    at("stream").hidden = !model.circuit_dictionaries.includes("residual");
     complain("");
     busy(false, Vitrine.answer.spoken(answer));
     requestAnimationFrame(() => setTimeout(() => performance.measure("vitrine:account", "vitrine:answer")));
+    fit(found, wanted, request);
   }
 
   /** What the answer that is shown would be with these edits: the API's InterveneResponse. */
@@ -201,7 +292,7 @@
 
   /** Every other label may be what the explained one is compared with; the likeliest stand first. */
   function offerContrasts({ target, contrast }) {
-    const others = labels.listed().filter((label) => label !== target);
+    const others = shown.listed.filter((label) => label !== target);
     const option = (label) => el("option", { value: label }, label);
     at("contrast").replaceChildren(el("option", { value: "" }, "nothing: its logit alone"), ...others.map(option));
     at("contrast").value = contrast ?? "";
@@ -221,19 +312,22 @@
     }
   }
 
-  function refused(error) {
+  /** again: asks the same; kept: the name of the picture whose answer is still on the screen. */
+  function refused(error, again, kept = null) {
     if (error.name === "AbortError") return;
     if (!(error instanceof api.CallError)) console.error(error);
     busy(false, "");
-    complain(error.message, error.requestId);
+    complain(error.message, error.requestId, error.passing ? again : null, kept);
     if (error.code !== "unauthorized") return;
     at("key-form").hidden = false;
     at("key").focus();
   }
 
-  function complain(sentence, requestId = null) {
+  function complain(sentence, requestId = null, again = null, kept = null) {
     const id = requestId ? el("span", { class: "note" }, ` Request ${requestId}.`) : null;
-    replace(at("error"), sentence ? [el("span", {}, sentence), id] : []);
+    const still = kept ? el("p", {}, `What is below is still about ${kept}.`) : null;
+    const retry = again ? el("p", {}, el("button", { type: "button", onclick: () => again() }, "Try again")) : null;
+    replace(at("error"), sentence ? [el("span", {}, sentence), id, still, retry] : []);
   }
 
   function busy(working, sentence) {

@@ -4,7 +4,8 @@
   const { el, svg, plain, scroller } = Vitrine.dom;
 
   /**
-   * An image, darkened where the feature does not fire; without a thumbnail, the grid of patches alone.
+   * An image, which grows when it is pressed, and what darkens it where the feature does not fire; without a thumbnail,
+   * the grid of patches alone.
    * @param {Object} exemplar the API's Exemplar
    * @param {{rows: number, columns: number}} grid of patches
    * @returns {HTMLElement}
@@ -17,7 +18,7 @@
     return el(
       "figure",
       { class: thumbnail ? "exemplar" : "exemplar bare" },
-      (thumbnail || patches) && el("div", { class: "stack" }, thumbnail, patches),
+      (thumbnail && larger(exemplar, [thumbnail, patches])) || (patches && el("div", { class: "stack" }, patches)),
       el(
         "figcaption",
         {},
@@ -27,6 +28,17 @@
         el("span", { class: "note" }, where),
       ),
     );
+  }
+
+  /** A button that shows its picture larger, and as it was. */
+  function larger({ class_name: kind, name }, picture) {
+    const press = { type: "button", class: "stack", "aria-pressed": "false", "aria-label": `Larger: ${kind}, ${name}` };
+    const button = el("button", { ...press, title: "Larger", onclick: () => grow() }, picture);
+    const grow = () => {
+      const large = button.closest("li").classList.toggle("large");
+      button.setAttribute("aria-pressed", String(large));
+    };
+    return button;
   }
 
   function place(patch, columns) {

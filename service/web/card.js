@@ -94,16 +94,12 @@
 
   function exemplars(card) {
     if (card.exemplars.length === 0) return el("p", {}, "It fired on none of the images that were looked at.");
+    const list = el("ul", { class: "exemplars" }, card.exemplars.map((one) => el("li", {}, masked(one, card))));
+    const darken = { type: "checkbox", onchange: ({ target }) => list.classList.toggle("darkened", target.checked) };
     const note = card.exemplars.some(({ thumbnail }) => thumbnail !== null)
-      ? "Bright is where, in the image, it fires; dark is where it does not."
-      : "The bluer, the more it fires there. The images themselves did not come with the model.";
-    return el(
-      "section",
-      {},
-      el("h3", {}, "Where it fires most"),
-      el("p", { class: "note" }, note),
-      el("ul", { class: "exemplars" }, card.exemplars.map((exemplar) => el("li", {}, masked(exemplar, card)))),
-    );
+      ? el("label", {}, el("input", darken), " Darken them where it does not fire")
+      : el("p", { class: "note" }, "The bluer, the more it fires there. The images did not come with the model.");
+    return el("section", {}, el("h3", {}, "Where it fires most"), note, list);
   }
 
   function meanPicture(card) {

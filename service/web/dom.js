@@ -50,14 +50,15 @@ const Vitrine = {};
     same?.focus({ preventScroll: true });
   }
 
-  /** "+0.717", "−0.115". @param {number} value @param {number} [digits] @returns {string} */
-  function signed(value, digits = 3) {
-    return (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
+  /** "+0.717", "−0.115"; what is rounded to nothing has no sign. @returns {string} */
+  function signed(value, digits = 3, plus = "+") {
+    const text = Math.abs(value).toFixed(digits);
+    return (Number(text) === 0 ? "" : value < 0 ? "−" : plus) + text;
   }
 
   /** Without a plus. @param {number} value @param {number} [digits] @returns {string} */
   function plain(value, digits = 3) {
-    return (value < 0 ? "−" : "") + Math.abs(value).toFixed(digits);
+    return signed(value, digits, "");
   }
 
   /** What is too small for three decimals: "+1.7e−7". @param {number} value @returns {string} */

@@ -23,9 +23,11 @@
   /**
    * @param {HTMLFormElement} form
    * @param {function()} onAsk told when it is to be asked again
-   * @returns {{offer: function(Object[]), request: function(): ?Object, listed: function(): string[]}}
-   *   offer: the API's label sets; request: the part of a request that names the labels, null if there are none;
-   *   listed: the labels themselves
+   * @returns {{offer: function(Object[]), set: function(Object): string[], request: function(): ?Object,
+   *   listed: function(): string[], size: function(string): number}}
+   *   offer: the API's label sets; set: what `Vitrine.link` says, it returns what of it there is not, in words;
+   *   request: the part of a request that names the labels, null if there are none; listed: the labels themselves;
+   *   size: how many a set has, by its name
    */
   function create(form, onAsk) {
     const [select, text] = [form.elements.namedItem("set"), form.elements.namedItem("labels")];
@@ -58,6 +60,13 @@
       text.value = format(chosen().labels);
     }
 
+    function set({ labels, label_set: name = "default" }) {
+      const known = labels !== undefined || sets.some((one) => one.name === name);
+      select.value = labels !== undefined ? OWN : known ? name : "default";
+      text.value = labels ?? format(chosen().labels);
+      return known ? [] : [`label set “${name}”`];
+    }
+
     function setName(name) {
       return name === "default" ? "the bundle's own" : name;
     }
@@ -74,7 +83,12 @@
       return chosen()?.labels ?? parse(text.value);
     }
 
-    return { offer, request, listed };
+    /** How many labels a set has. */
+    function size(name) {
+      return sets.find((one) => one.name === name).labels.length;
+    }
+
+    return { offer, set, request, listed, size };
   }
 
   Vitrine.labels = { create, parse, format };

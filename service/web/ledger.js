@@ -5,7 +5,7 @@
   const { rows, name, featureRows, scale } = Vitrine.waterfall;
   const { figure, equation, body, group, line, fold, feature, glossary } = Vitrine.accountTable;
 
-  const MORE = ["Running total", "Share of all rows", "Probability, if taken out"];
+  const MORE = ["Running total", "Share of all rows", "Change of probability if removed"];
   const MEANING = {
     Prior: "What the class token and its position bring: the same for every image.",
     Attention: "What each layer's attention wrote to the class token: what was read from the image, and where.",

@@ -10,7 +10,7 @@
    * @param {HTMLElement} frame gets the photo and the map
    * @param {HTMLElement} panel gets the map's controls
    * @returns {Object}
-   *   load(url): another photo; resolves to whether it can be shown;
+   *   load(url): another photo; resolves to whether it can be shown; reveal(): to it, if it is out of sight;
    *   show(explanation, preprocessing, home): its maps, with the manifest's preprocessing; whether there are any;
    *   goHome(key): the map that is shown where none was chosen, from now on, and the choice is taken back;
    *   has(key), choose(key), chosen(): of `Vitrine.maps`; choose(null) takes the choice back;
@@ -48,6 +48,8 @@
     const scale = el("div", {});
     const adds = el("p", { class: "note" });
     const caption = el("p", { class: "caption", hidden: true }); // beside the photo, for maps that are drawn from afar
+    const swatch = el("span", { class: "swatch cut" });
+    const cut = el("p", { class: "note" }, swatch, "Darkened: cut off before the model saw it.");
     const numbers = el("div", {});
     const outliers = el("p", { class: "note" }, "Circles mark outlier patches: their place in the photo means little.");
     panel.append(
@@ -55,6 +57,7 @@
       spoken,
       readout,
       scale,
+      cut,
       el(
         "div",
         { class: "controls" },
@@ -192,6 +195,7 @@
       const [width, height] = [image.naturalWidth, image.naturalHeight];
       const part = seen(width, height, preprocessing);
       replace(drawn, overlay(current(), view, { width, height, seen: part }));
+      cut.hidden = part.width >= width && part.height >= height;
     }
 
     function step(event) {
@@ -238,7 +242,12 @@
       told = listener;
     }
 
-    return { load, show, goHome, has, choose, chosen: () => keys.chosen, preview, onChosen };
+    /** To what is asked about, if it is out of sight. */
+    function reveal() {
+      if (!photo.hidden) photo.scrollIntoView({ block: "nearest" });
+    }
+
+    return { load, reveal, show, goHome, has, choose, chosen: () => keys.chosen, preview, onChosen };
   }
 
   Vitrine.photo = { create };

@@ -1,15 +1,18 @@
 "use strict";
 /** The labels that were found likeliest; each one that can be explained is a button. */
 {
+  const NAMED = 10; // labels in a verdict
   const { el, svg, plain, percent } = Vitrine.dom;
 
   /**
    * @param {Object[]} predictions the API's
    * @param {string} target the label that is explained now
    * @param {function(string): ?function()} onExplain what a label's button does; null: it is no button
-   * @returns {HTMLElement}
+   * @param {?Object} verdict the API's, of independent scoring
+   * @param {?number} count of the labels, if it is known
+   * @returns {HTMLElement[]}
    */
-  function draw(predictions, target, onExplain) {
+  function draw(predictions, target, onExplain, verdict, count) {
     const line = ({ label, probability, logit }) => {
       const explain = onExplain(label);
       const content = [
@@ -27,7 +30,29 @@
       { class: "prediction-head", "aria-hidden": "true" },
       ["label", "probability", "logit"].map((name) => el("span", {}, name)),
     );
-    return el("div", { class: "predictions" }, head, el("ol", {}, predictions.map(line)));
+    return [
+      verdict && el("p", { class: "verdict" }, judged(verdict)),
+      el("div", { class: "predictions" }, head, el("ol", {}, predictions.map(line))),
+      el("p", { class: "note" }, verdict ? "Each label for itself, against its threshold." : among(count)),
+    ];
+  }
+
+  /** What a softmax says, and what it does not. */
+  function among(count) {
+    if (count === 1) return "The only label that was asked about: its probability is 100\u202f% whatever the picture.";
+    const labels = count === null ? "the labels" : `these ${count.toLocaleString("en-GB")} labels`;
+    return `The best of ${labels}, which share 100\u202f% out among them: one comes first even where none fits.`;
+  }
+
+  /** Which labels reach their threshold. @param {Object} verdict the API's @returns {string} */
+  function judged({ above, none_of_these: none, softmax }) {
+    if (!none) return `Reach their threshold: ${above.slice(0, NAMED).join(", ")}${more(above.length - NAMED)}.`;
+    const forced = `${softmax.label}, ${percent(softmax.probability)}`;
+    return `None of these: no label reaches its threshold. The softmax would say ${forced}.`;
+  }
+
+  function more(count) {
+    return count > 0 ? ` and ${count} more` : "";
   }
 
   function share(probability) {
@@ -35,5 +60,5 @@
     return svg("svg", { class: "share-bar", "aria-hidden": "true", focusable: "false" }, bar);
   }
 
-  Vitrine.predictions = { draw };
+  Vitrine.predictions = { draw, judged };
 }

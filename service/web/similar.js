@@ -1,6 +1,7 @@
 "use strict";
-/** The reference images whose features are most like this photo's, layer by layer. */
+/** The reference images whose features are most like this photo's, layer by layer, the last ones first. */
 {
+  const SHOWN = 2; // layers at once
   const { el, plain } = Vitrine.dom;
   const { picture, file } = Vitrine.cardFigures;
 
@@ -12,8 +13,8 @@
         {},
         picture(found),
         el("b", {}, found.class_name),
-        file(found),
         el("span", {}, plain(found.similarity, 2)),
+        el("details", {}, el("summary", {}, "File"), file(found)),
       );
     const layer = (found) =>
       el(
@@ -22,6 +23,8 @@
         el("h3", {}, `Layer ${found.layer}`),
         found.images.length ? el("ol", { class: "neighbours" }, found.images.map(image)) : el("p", {}, "none"),
       );
+    const list = (some) => el("ul", { class: "similar" }, some.map(layer));
+    const layers = answer.layers.toReversed();
     return [
       el(
         "p",
@@ -29,7 +32,8 @@
         `Of ${answer.references.toLocaleString("en-GB")} reference images, those whose active features are nearest ` +
           "(by cosine), nearest first.",
       ),
-      el("ol", { class: "similar" }, answer.layers.map(layer)),
+      list(layers.slice(0, SHOWN)),
+      layers.length > SHOWN && el("details", {}, el("summary", {}, "Earlier layers"), list(layers.slice(SHOWN))),
     ];
   }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,11 @@ from vitrine.commands.common import (
 )
 
 
+class Scoring(StrEnum):
+    softmax = "softmax"
+    independent = "independent"
+
+
 def attribute(
     image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JPEG, PNG, WebP, HEIC, …")],
     labels: LabelsList = None,
@@ -30,6 +36,14 @@ def attribute(
     contrast: Annotated[str | None, typer.Option(help="Explain each target rather than this label.")] = None,
     strict: Annotated[bool, typer.Option(help="Refuse labels that are cut, the same or unknown to the CLIP.")] = False,
     top_k: Annotated[int, typer.Option(min=1, help="Predictions listed.")] = 5,
+    scoring: Annotated[
+        Scoring,
+        typer.Option(help="softmax: one of the labels it is; independent: each for itself, so that none may be."),
+    ] = Scoring.softmax,
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=-1, max=1, help="Of --scoring independent: the cosine that a label must reach."),
+    ] = None,
     features: Annotated[int, typer.Option(min=0, help="Features listed per layer.")] = 3,
     sources: Annotated[
         bool,
@@ -69,10 +83,16 @@ def attribute(
     from vitrine.service.schemas.attribute import AttributeRequest
     from vitrine.service.schemas.base import validated
 
+    if (scoring is Scoring.independent) != (threshold is not None):
+        raise typer.BadParameter(
+            "--scoring independent and --threshold go together: a label fits whose cosine reaches the threshold",
+            param_hint="--threshold",
+        )
     for file in (svg, html):
         if file is not None:
             prepare_file(file)
     fields: dict[str, Any] = {"strict": strict, "top_k": top_k, "edit": edit}
+    fields |= {"scoring": scoring.value, "threshold": threshold}
     fields["explain"] = {"contrast": contrast, "features": features}
     fields["explain"] |= {"sources": sources, "source_features": source_features, "baseline": baseline.value}
     fields["explain"]["residual"] = residual

@@ -41,12 +41,19 @@ _NAMES = ("b64", "image", "image_bytes", "data")
 def add_kserve_v1(app: FastAPI) -> None:
     """`/v1/models/{name}:predict` and `/v1/models/{name}:explain`."""
     app.state.error_shapes.add(r"/v1/models/.*:.*", error_shape)
-    for verb, endpoint, answer, body in (
-        ("predict", predict, PredictResponse, PredictRequest),
-        ("explain", explain, ExplainResponse, ExplainRequest),
+    for verb, summary, endpoint, answer, body in (
+        ("predict", "Predict images' labels, as KServe asks", predict, PredictResponse, PredictRequest),
+        (
+            "explain",
+            "Predict images' labels with their accounts, as KServe asks",
+            explain,
+            ExplainResponse,
+            ExplainRequest,
+        ),
     ):
         app.post(
             f"/v1/models/{{name:any}}:{verb}",
+            summary=summary,
             response_model=answer,
             responses=errors_of(PlainError, *_STATUSES),
             openapi_extra=json_body(body),

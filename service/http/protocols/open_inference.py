@@ -60,27 +60,29 @@ def add_open_inference(app: FastAPI) -> None:
     """Everything below `/v2`. Health is asked for without a key, as probes are."""
     app.state.error_shapes.add(_PATHS, error_shape)
 
-    def get(path: str, endpoint: Any, answer: type[BaseModel], *statuses: int, **more: Any) -> None:
-        app.get(path, response_model=answer, responses=errors_of(PlainError, *statuses), tags=[_TAG], **more)(endpoint)
+    def get(path: str, summary: str, endpoint: Any, answer: type[BaseModel], *statuses: int, **more: Any) -> None:
+        known = errors_of(PlainError, *statuses)
+        app.get(path, summary=summary, response_model=answer, responses=known, tags=[_TAG], **more)(endpoint)
 
-    get("/v2/health/live", live, Live)
-    get("/v2/health/ready", ready, Ready, 503)
-    get("/v2", server, ServerMetadata, 401, 503)
+    get("/v2/health/live", "Whether the process answers", live, Live)
+    get("/v2/health/ready", "Whether it is ready for images", ready, Ready, 503)
+    get("/v2", "What serves", server, ServerMetadata, 401, 503)
     # The paths with a version first: a model's name may have slashes.
     version = {"parameters": [{"name": "version", "in": "path", "required": True, "schema": {"type": "string"}}]}
     for path, whole, more in (
         ("/v2/models/{name:any}/versions/{version}", "/v2/models/{name:any}/versions/{version}", version),
         ("/v2/models/{name:any}", "/v2/models/{name:model}", {}),
     ):
-        get(f"{path}/ready", model_ready, ModelReady, 401, 404, 503, openapi_extra=more)
+        get(f"{path}/ready", "Whether the model is ready", model_ready, ModelReady, 401, 404, 503, openapi_extra=more)
         app.post(
             f"{path}/infer",
+            summary="Predict images' labels, by tensors",
             response_model=InferResponse,
             responses=errors_of(PlainError, 400, 401, 404, 413, 415, 429, 500, 503, 504),
             openapi_extra=json_body(InferRequest) | more,
             tags=[_TAG],
         )(infer)
-        get(whole, metadata, ModelMetadata, 401, 404, 503, openapi_extra=more)
+        get(whole, "What the model takes and gives", metadata, ModelMetadata, 401, 404, 503, openapi_extra=more)
 
 
 async def live() -> Response:

@@ -44,15 +44,23 @@ def add_openai(app: FastAPI) -> None:
     app.state.error_shapes.add(r"/v1/embeddings|/v1/models(/[^:]*)?", error_shape)
     app.post(
         "/v1/embeddings",
+        summary="Embed texts and images, in OpenAI's shape",
         response_model=EmbeddingsResponse,
         responses=errors_of(OpenAIError, 400, 401, 404, 413, 415, 429, 500, 503, 504),
         openapi_extra=json_body(EmbeddingsRequest),
         tags=["OpenAI"],
     )(embeddings)
     known = errors_of(OpenAIError, 401, 503)
-    app.get("/v1/models", response_model=ServedModels, responses=known, tags=["OpenAI", "KServe V1"])(models)
+    app.get(
+        "/v1/models",
+        summary="List the models, of which one is served",
+        response_model=ServedModels,
+        responses=known,
+        tags=["OpenAI", "KServe V1"],
+    )(models)
     app.get(
         "/v1/models/{name:model}",
+        summary="Whether the model of this name is served",
         response_model=ServedModel,
         responses=known | errors_of(OpenAIError, 404),
         tags=["OpenAI", "KServe V1"],

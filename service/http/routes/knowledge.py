@@ -37,10 +37,24 @@ register_url_convertor("number", NumberConvertor())
 
 def add_knowledge(app: FastAPI) -> None:
     """`/v1/model`, `/v1/labels`, `/v1/features`, `/v1/features/{layer}/{index}`."""
-    app.get("/v1/model", response_model=ModelResponse, responses=errors(401, 503), tags=["know"])(model)
-    app.get("/v1/labels", response_model=LabelsResponse, responses=errors(401, 503), tags=["know"])(labels)
+    known = errors(401, 503)
+    app.get(
+        "/v1/model",
+        summary="What the bundle in service is and can do",
+        response_model=ModelResponse,
+        responses=known,
+        tags=["know"],
+    )(model)
+    app.get(
+        "/v1/labels",
+        summary="List the named label sets",
+        response_model=LabelsResponse,
+        responses=known,
+        tags=["know"],
+    )(labels)
     app.get(
         "/v1/features",
+        summary="Find features by their labels",
         response_model=FeaturesResponse,
         responses=errors(400, 401, 404, 503),
         openapi_extra=query_parameters(FeaturesQuery),
@@ -49,6 +63,7 @@ def add_knowledge(app: FastAPI) -> None:
     # With these converters, what is not a number gets the 404 of unknown paths.
     app.get(
         "/v1/features/{layer:number}/{index:number}",
+        summary="What is known of one feature",
         response_model=CardResponse,
         responses=errors(400, 401, 404, 503),
         openapi_extra=query_parameters(CardQuery),

@@ -21,7 +21,13 @@ def add_operations(app: FastAPI, serving: Serving) -> None:
     """`/admin/reload`, if an admin key is set, and `/metrics`."""
     if serving.admin_keys:
         statuses = errors(401, 409, 503)
-        app.post("/admin/reload", response_model=ReloadResponse, responses=statuses, tags=["operate"])(reload)
+        app.post(
+            "/admin/reload",
+            summary="Take over a new bundle, label sets and keys",
+            response_model=ReloadResponse,
+            responses=statuses,
+            tags=["operate"],
+        )(reload)
     app.get("/metrics", include_in_schema=False)(metrics_route)
 
 

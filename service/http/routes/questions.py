@@ -36,17 +36,69 @@ def add_questions(app: FastAPI, settings: Settings) -> None:
     """`/v1/attribute`, `/v1/attribute:batch`, `/v1/classify`, `/v1/embed`, `/v1/circuit`, `/v1/intervene`,
     `/v1/similar`."""
     batch_limit = settings.images_per_request
-    for path, endpoint, answer, part, json_body, min_images, max_images in (
-        ("/v1/attribute", attribute, AttributeResponse, AttributeRequest, AttributeJson, 1, 1),
-        ("/v1/attribute:batch", attribute_batch, BatchResponse, AttributeRequest, BatchJson, 1, batch_limit),
-        ("/v1/classify", classify, ClassifyResponse, ClassifyRequest, ClassifyJson, 1, 1),
-        ("/v1/embed", embed, EmbedResponse, EmbedRequest, EmbedJson, 0, 1),
-        ("/v1/circuit", circuit, CircuitResponse, CircuitRequest, CircuitJson, 1, 1),
-        ("/v1/intervene", intervene, InterveneResponse, InterveneRequest, InterveneJson, 1, 1),
-        ("/v1/similar", similar, SimilarResponse, SimilarRequest, SimilarJson, 1, 1),
+    for path, summary, endpoint, answer, part, json_body, min_images, max_images in (
+        (
+            "/v1/attribute",
+            "Predict an image's label, with the account of it",
+            attribute,
+            AttributeResponse,
+            AttributeRequest,
+            AttributeJson,
+            1,
+            1,
+        ),
+        (
+            "/v1/attribute:batch",
+            "Predict many images' labels, with their accounts",
+            attribute_batch,
+            BatchResponse,
+            AttributeRequest,
+            BatchJson,
+            1,
+            batch_limit,
+        ),
+        ("/v1/classify", "Predict an image's label", classify, ClassifyResponse, ClassifyRequest, ClassifyJson, 1, 1),
+        ("/v1/embed", "Embed an image, texts, or both", embed, EmbedResponse, EmbedRequest, EmbedJson, 0, 1),
+        (
+            "/v1/circuit",
+            "Find the features that made the features",
+            circuit,
+            CircuitResponse,
+            CircuitRequest,
+            CircuitJson,
+            1,
+            1,
+        ),
+        (
+            "/v1/intervene",
+            "Change features, rows or heads, and compare",
+            intervene,
+            InterveneResponse,
+            InterveneRequest,
+            InterveneJson,
+            1,
+            1,
+        ),
+        (
+            "/v1/similar",
+            "Find reference images with the same features",
+            similar,
+            SimilarResponse,
+            SimilarRequest,
+            SimilarJson,
+            1,
+            1,
+        ),
     ):
         body = multipart_or_json(part, json_body, min_images, max_images)
-        app.post(path, response_model=answer, responses=errors(*_STATUSES), openapi_extra=body, tags=["ask"])(endpoint)
+        app.post(
+            path,
+            summary=summary,
+            response_model=answer,
+            responses=errors(*_STATUSES),
+            openapi_extra=body,
+            tags=["ask"],
+        )(endpoint)
 
 
 async def attribute(request: Request) -> Response:

@@ -109,6 +109,8 @@ def test_openapi_is_a_sound_document_of_every_route(openapi):
     for operation in operations:
         assert all(response["description"] for response in operation["responses"].values())
         assert operation["responses"]["200"]["content"]["application/json"]["schema"]
+        names = operation["operationId"].split("_v")[0].replace("_", " ")
+        assert operation["summary"].lower() != names  # words of ours, not the function's name
 
 
 def test_openapi_references_exist(openapi):

@@ -108,13 +108,14 @@ def serious_violations(page):
 
 
 def signed(value, digits=3):
-    """A signed number of logits, as pages format it."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    """A signed number of logits, as pages format it: what is rounded to nothing has no sign."""
+    text = f"{value:+.{digits}f}".replace("-", "−")
+    return text if float(f"{value:.{digits}f}") else text[1:]
 
 
 def number(value, digits=3):
     """The same without a plus sign."""
-    return f"{value:.{digits}f}".replace("-", "−")
+    return signed(value, digits).removeprefix("+")
 
 
 def card(layer, index, **fields):

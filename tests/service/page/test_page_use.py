@@ -13,7 +13,7 @@ from common import ROOT
 
 WEB = ROOT / "service" / "web"
 MAX_BYTES = 64_000  # as they are sent, with gzip
-LOADED_LATER = ("compared.js", "similar.js", "without.js")  # when it is asked for
+LOADED_LATER = ("compared.js", "fit.js", "similar.js", "without.js")  # when it is asked for
 MAX_BYTES_LATER = 5_000
 HOSTILE = "<img src=x onerror=\"document.title='hacked'\">"
 FOCUSED = "document.activeElement.innerText.trim() || document.activeElement.ariaLabel || ''"
@@ -61,12 +61,19 @@ def test_a_card_says_what_is_known(page, photo):
     exemplars = dialog.locator(".exemplar")
     assert exemplars.locator("img").count() == 2
     assert [exemplars.nth(place).locator("rect").count() for place in range(3)] == [64, 64, 0]
+    assert not exemplars.locator(".shade").first.is_visible()  # to be recognised
+    dialog.get_by_label("Darken them where it does not fire").check()
+    expect(exemplars.locator(".shade").first).to_be_visible()
     shades = (
         exemplars.nth(0)
         .locator("rect")
         .evaluate_all("all => all.map((one) => Number(one.getAttribute('fill-opacity')))")
     )
     assert shades[63] == 0 < 0.5 < shades[0]  # bright where it fires
+    larger, width = dialog.get_by_role("button", name="Larger: cat").first, exemplars.nth(0).bounding_box()["width"]
+    larger.press("Enter")
+    expect(larger).to_have_attribute("aria-pressed", "true")
+    assert exemplars.nth(0).bounding_box()["width"] > 2 * width
     assert "most at row 8, column 8" in exemplars.nth(0).inner_text()
     assert "fires at the class token alone" in exemplars.nth(2).inner_text()
     assert dialog.locator("img.mean").evaluate("image => getComputedStyle(image).imageRendering") == "pixelated"
@@ -119,25 +126,30 @@ def test_a_card_without_a_label_says_why(page, photo, reason, said):
     assert dialog.get_by_role("button", name="Other features").count() == 0
 
 
-def test_a_bundle_without_cards_says_so(page, photo):
-    error = {"code": "no_cards", "message": "the bundle 'demo' has no feature cards", "details": [], "request_id": "x"}
-    page.route("**/v1/features/*/*", lambda route: route.fulfill(status=404, json={"error": error}))
+def test_what_cannot_be_had_of_a_card_is_said_in_it(page, photo):
+    error = {"code": "internal", "message": "the cards cannot be read", "details": [], "request_id": "x"}
+    page.route("**/v1/features/*/*", lambda route: route.fulfill(status=500, json={"error": error}))
     open_card(page, upload(page, photo))
-    expect(page.get_by_role("dialog").get_by_role("alert")).to_have_text("The bundle 'demo' has no feature cards.")
+    expect(page.get_by_role("dialog").get_by_role("alert")).to_have_text("The cards cannot be read.")
 
 
 def test_similar_images_are_shown_layer_by_layer(page, photo):
     images = [image.model_dump(include={"name", "class_name", "thumbnail"}) for image in card(0, 0).exemplars]
-    layers = [{"layer": layer, "images": [image | {"similarity": 0.875} for image in images]} for layer in (10, 11)]
+    layers = [{"layer": layer, "images": [image | {"similarity": 0.875} for image in images]} for layer in range(9, 12)]
     model = {"name": "demo", "digest": "x"}
     answer = {"request_id": "x", "model": model, "references": 5000, "layers": layers, "timings_ms": {}}
     page.route("**/v1/similar", lambda route: route.fulfill(json=answer))
     upload(page, photo)
     page.get_by_role("button", name="Find them").click()
     expect(page.locator("#similar")).to_contain_text("Of 5,000 reference images")
-    assert page.locator("#similar h3").all_inner_texts() == ["Layer 10", "Layer 11"]
-    assert page.locator(".neighbours li").count() == 6
-    assert page.locator(".neighbours img").count() == 4
+    shown = page.locator("#similar h3")
+    assert shown.all_text_contents() == ["Layer 11", "Layer 10", "Layer 9"]
+    assert [heading.is_visible() for heading in shown.all()] == [True, True, False]
+    assert not page.get_by_text("train/0.png").first.is_visible()
+    page.get_by_text("Earlier layers").click()
+    assert shown.last.is_visible()
+    assert page.locator(".neighbours li").count() == 9
+    assert page.locator(".neighbours img").count() == 6
 
 
 def test_features_of_the_stream_are_listed_layer_by_layer(browser, service, photo):

@@ -1,0 +1,31 @@
+"use strict";
+/** Whether any of the labels fits: by the same picture's cosines with the bundle's own labels. */
+{
+  const { el, plain } = Vitrine.dom;
+
+  /**
+   * @param {Object[]} predictions the API's, by labels of the user's
+   * @param {Object[]} own the same picture's, by all of the bundle's own labels
+   * @param {function()} onOwn asks with those
+   * @returns {?HTMLElement} null where none of those fits better
+   */
+  function draw(predictions, own, onOwn) {
+    const highest = (all) => all.reduce((one, other) => (other.cosine > one.cosine ? other : one));
+    const [best, other] = [predictions, own].map(highest);
+    const better = own.filter(({ cosine }) => cosine > best.cosine && cosine - best.cosine > 1e-6).length;
+    if (!better) return null;
+    const doubt = 2 * better > own.length ? "Perhaps none of these labels fits" : "Another label may fit better";
+    const nearer = better === 1 ? "one is" : `${better.toLocaleString("en-GB")} are`;
+    const total = own.length.toLocaleString("en-GB");
+    const cosines = `cosine ${plain(other.cosine, 2)}, against ${plain(best.cosine, 2)} of ${best.label}`;
+    return el(
+      "p",
+      { class: "note fit" },
+      `${doubt}: of the bundle's own ${total}, ${nearer} nearer to this picture: ${better === 1 ? "" : "first of all "}`,
+      `${other.label} (${cosines}). `,
+      el("button", { type: "button", class: "link", onclick: onOwn }, "Ask with those"),
+    );
+  }
+
+  Vitrine.fit = { draw };
+}
