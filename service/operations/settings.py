@@ -70,7 +70,8 @@ class Settings(BaseSettings):
         description="of the vision graph: int8 for CPUs, fp16 for GPUs, where the bundle has them; auto: the fastest",
     )
     replacement: bool = Field(
-        default=True, description="load the bundle's replacement graph, where it has one, for `explain.matrix`"
+        default=True,
+        description="offer `explain.matrix`, where the bundle has the replacement graph; opened when first needed",
     )
     sources: bool = Field(
         default=True,
