@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HEIGHT = 720  # pixels of the page in a notebook, which scrolls
-SMALLEST = 12  # rows drawn for themselves, at most: the others are one
 
 
 class MissingPackageError(VitrineError, ImportError):
@@ -162,7 +161,8 @@ class Account:
                 f"{value:+.2f}", (max(start, start + value), place), (3, 0), textcoords="offset points", va="center"
             )
         ax.invert_yaxis()
-        ax.margins(x=0.12)
+        ax.use_sticky_edges = False  # else numbers at the ends of the longest bars are cut off
+        ax.margins(x=0.12, y=0.01)
         ax.axvline(0, color="0.6", linewidth=0.8)
         ax.set_xlabel("logits")
         ax.set_title(f"Why {_title(explanation)}")
