@@ -91,6 +91,11 @@ class Explainer:
         self._runner.close()
 
     @property
+    def is_closed(self) -> bool:
+        """Whether nothing can be asked any more."""
+        return self._runner.is_closed
+
+    @property
     def labels(self) -> list[str]:
         """The bundle's own labels, which images are compared with where no others are given."""
         return list(self.bundle.manifest.text.labels)

@@ -39,7 +39,7 @@ def is_one(images: object) -> bool:
         return True
     if not isinstance(images, Iterable):
         raise NoImageError(f"{_kind(images)} is no image: give {KINDS}, or a list of these")
-    if hasattr(images, "__array__") or hasattr(images, "__array_interface__"):
+    if hasattr(images, "__array__") and getattr(images, "ndim", 2) > 1:  # not a column of paths in a table
         _refuse_array_like(images)
     return False
 

@@ -45,9 +45,11 @@ class Runner:
         self._thread.start()
         try:
             started.result()
-        except BaseException:  # Ctrl+C, too: what was begun is ended
-            started.cancel()
-            self.begin_to_close()
+        except BaseException:
+            if started.cancel():  # Ctrl+C while it loads: what was begun ends when it can
+                self.begin_to_close()
+            else:
+                self._thread.join()
             raise
 
     async def _serve(self, bundle: Bundle, settings: Settings, started: Future[None]) -> None:

@@ -125,7 +125,7 @@ def test_no_more_images_are_in_hand_than_there_are_places(carded, picture):
     ("image", "sentence"),
     [
         (np.zeros((4, 4, 3)), "does not say what is white"),
-        (np.zeros((3, 4, 4), np.uint8), "colours first"),
+        (np.zeros((3, 5, 7), np.uint8), "colours first"),
         (np.zeros((4, 4), np.uint8), "PIL.Image.fromarray"),
         (np.zeros((4, 4, 4), np.uint8), "transparent"),
         (np.zeros((2, 4, 4, 3), np.uint8), "list(array)"),
@@ -146,6 +146,11 @@ def test_tensors_are_refused(loaded):
     for tensor in (torch.zeros(3, 4, 4), [torch.zeros(3, 4, 4)]):
         with pytest.raises(NoImageError, match="scaled or normalised"):
             loaded.explain(tensor)
+
+
+def test_a_column_of_a_table_is_a_list(loaded, photo):
+    pandas = pytest.importorskip("pandas")
+    assert len(loaded.classify(pandas.DataFrame({"path": [str(photo)] * 2}).path)) == 2
 
 
 def test_refusals_are_sentences(loaded, picture, tmp_path):
@@ -282,7 +287,7 @@ def test_types_are_seen_by_mypy(tmp_path):
     library = "vitrine.service.library"
     account = f"{library}.account.Account"
     assert revealed == [f"{library}.explainer.Explainer", account, f"list[{account}]", "float"], done.stdout
-    assert {line.split(":")[0] for line in said if " error: " in line} == {"8", "9"}, done.stdout
+    assert {line.split(":")[0] for line in said if " error: " in line} == {"9", "10"}, done.stdout
     assert 'did you mean "heatmap"?' in done.stdout
 
 
