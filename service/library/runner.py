@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from vitrine.models.bundle.bundle import Bundle
@@ -46,9 +47,9 @@ class Runner:
         try:
             started.result()
         except BaseException:
-            if started.cancel():  # Ctrl+C while it loads: what was begun ends when it can
-                self.begin_to_close()
-            else:
+            was_loading = started.cancel()  # by Ctrl+C: what was begun ends when it can
+            self.begin_to_close()
+            if not was_loading:
                 self._thread.join()
             raise
 
@@ -99,7 +100,8 @@ class Runner:
                 return
             self._closed = True
         if hasattr(self, "_end"):
-            self._loop.call_soon_threadsafe(self._end.set)
+            with suppress(RuntimeError):  # the loop has ended by itself
+                self._loop.call_soon_threadsafe(self._end.set)
 
     def close(self) -> None:
         """The same, and wait for it. Threads and processes have ended then."""

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -234,6 +235,17 @@ def test_a_bundle_that_cannot_be_loaded_leaves_nothing_behind(carded):
     with pytest.raises(vitrine.VitrineError):
         vitrine.load(carded.path, edit="none-such")
     assert set(threading.enumerate()) <= threads
+
+
+def test_an_interrupted_question_is_given_up_and_the_next_answered(carded, gate, picture):
+    with vitrine.load(carded.path, decode_threads=1) as explainer:
+        gate.clear()
+        main = threading.main_thread().ident
+        threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            explainer.explain(picture())
+        gate.set()
+        assert explainer.explain(picture()).label
 
 
 LIGHT = """
