@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitrine.models.bundle.manifest import Metrics
-from vitrine.models.clip.loading import Clip
+from vitrine.models.clip.loading import Clip, load_clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.dictionary.residual_sae import ResidualSaes
 from vitrine.models.errors import VitrineError
@@ -127,6 +127,16 @@ def first_problem(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     location = ".".join(map(str, first["loc"]))
     return printable(f"{location + ': ' if location else ''}{first['msg']}")
+
+
+def load_clip_of(recipe: AnyRecipe, data_root: Path) -> Clip:
+    """The recipe's CLIP; its weights are a file under the data root if one of that name exists, else a tag."""
+    clip = recipe.clip
+    config = data_root / clip.config if clip.config else None
+    weights = clip.weights
+    if weights and (data_root / weights).is_file():
+        weights = str(data_root / weights)
+    return load_clip(clip.name, weights, config, clip.quick_gelu)
 
 
 def check_clip(checkpoint: Path, meta: CheckpointMeta, clip: Clip) -> None:

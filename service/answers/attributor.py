@@ -186,7 +186,10 @@ class Attributor:
             parts, used = await self.edited(edit, pixels, label_set, timings)
         if with_matrix:
             with timed_stage("matrix", timings):
-                _, (contributions,) = await self.batcher.run(self.engine.replace, pixels[None], self._no_replacement)
+                replacement = self.engine.replacement
+                assert replacement is not None  # see `check_explain`
+                await self.open(replacement)
+                _, (contributions,) = await self.batcher.run(replacement.run, pixels[None], self._no_replacement)
         return Inferred(parts, label_set, pixels, contributions, notes, used)
 
     async def edited(

@@ -46,7 +46,7 @@ def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int, e
             "invalid_request",
             f"the bundle {bundle.manifest.name!r} is older than heat maps and the lens: export it again",
         )
-    if explain.matrix and not engine.can_replace:
+    if explain.matrix and engine.replacement is None:
         reason = "its recipe has no `bundle.replacement = true`"
         if bundle.has_replacement:
             reason = "VITRINE_REPLACEMENT=false"

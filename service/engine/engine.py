@@ -16,15 +16,14 @@ from vitrine.models.bundle.layout import (
     DETAILS_INPUT,
     HEAD_COMPONENTS,
     MLP_ROWS,
-    REPLACED_INPUT,
-    REPLACEMENT_OUTPUTS,
     VISION_OUTPUTS,
     given,
     vision_file,
 )
 from vitrine.models.interventions.spec import Mode
-from vitrine.service.engine.fit import check_graph, replacement_graph, text_graph, vision_graph
+from vitrine.service.engine.fit import check_graph, text_graph, vision_graph
 from vitrine.service.engine.precision import check_precision
+from vitrine.service.engine.replacement import ReplacementGraph
 from vitrine.service.engine.rerun import RerunGraphs
 from vitrine.service.engine.residual import ResidualGraphs
 from vitrine.service.engine.runtime import PROVIDERS, Runtime, choose, open_session, session_errors
@@ -47,9 +46,9 @@ class Engine:
         self.runtime = runtime or choose(bundle, settings)
         self.vision = open_session(bundle.path / vision_file(self.runtime.precision), self.runtime)
         self.text = open_session(bundle.path / "text.onnx", self.runtime)
-        load_replacement = bundle.has_replacement and settings.replacement
-        self._replacement = open_session(bundle.path / "replacement.onnx", self.runtime) if load_replacement else None
         # opened with the first request that needs them
+        can_replace = bundle.has_replacement and settings.replacement
+        self.replacement = ReplacementGraph(bundle, self.runtime) if can_replace else None
         self.sources = SourceGraphs(bundle, self.runtime) if bundle.has_sources and settings.sources else None
         self.residual = ResidualGraphs(bundle, self.runtime) if bundle.has_residual and settings.residual else None
         self.rerun = RerunGraphs(bundle, self.runtime) if bundle.has_rerun and settings.rerun else None
@@ -76,8 +75,6 @@ class Engine:
             self.vision,
         )
         check_graph(self.bundle, text_graph(manifest), self.text)
-        if self._replacement is not None:
-            check_graph(self.bundle, replacement_graph(manifest), self._replacement)
 
     @property
     def provider(self) -> str:
@@ -127,20 +124,6 @@ class Engine:
         with_details = details or [False] * count
         return [Decomposition.from_batch(outputs, image, with_details[image]) for image in range(count)]
 
-    @property
-    def can_replace(self) -> bool:
-        """Whether `replace` is available: the bundle has the graph, and the settings do not disable it."""
-        return self._replacement is not None
-
-    def replace(
-        self, pixels: NDArray[np.float32], replaced: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Run normalised pixels [B, 3, H, W] with replacement (`models.account.windows`): (unit embeddings [B, D],
-        C_{i->j} [B, 2, L, L] of [CLS] and of the patches, by target and source)."""
-        assert self._replacement is not None
-        outputs = self._replacement.run(REPLACEMENT_OUTPUTS, {"pixels": pixels, REPLACED_INPUT: replaced})
-        return outputs[0], outputs[1]
-
     def encode_text(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """Unit text embeddings [N, D] of tokens [N, T]; T is the context, or less if the graph takes any length."""
         return self.text.run(["text_embedding"], {"tokens": tokens})[0]
@@ -157,7 +140,7 @@ class Engine:
     @session_errors("a graph of this bundle, at the largest VITRINE_BATCH_SIZE,")
     def warm_up(self) -> None:
         """Run the graphs once at every relevant size, so that no request pays for it, and learn the text encoder's
-        pace; `sources` and `residual` run when they are opened. Raises `EngineError`."""
+        pace; the graphs that few requests need run when they are opened. Raises `EngineError`."""
         manifest = self.bundle.manifest
         for batch in self.batches:
             pixels = np.zeros((batch, 3, *manifest.preprocessing.size), np.float32)
@@ -169,8 +152,6 @@ class Engine:
         self.text_groups.give_way_to(perf_counter() - start)
         for texts in self.text_groups.warm_up():
             self.encode_texts(texts)
-        if self.can_replace:
-            self.replace(pixels[:1], np.zeros((manifest.shape.layers, 2), bool))
 
 
 def _batches(largest: int, on_gpu: bool) -> list[int]:

@@ -40,7 +40,7 @@ async def account_for(
     settings = load_settings().model_copy(update={"decode_threads": 1})  # there is one image
     async with Attributor(bundle, settings) as attributor:
         answer = await answer_attribute(attributor, content, request, IDENTITY)
-        page = await _page(attributor, content, request) if with_page else ""
+        page = await page_for(attributor, content, request) if with_page else ""
         if graph is not None:
             if not bundle.manifest.has_features:
                 raise CircuitError(f"a graph for circuit-tracer is of features: {bundle.manifest.why_no_features}")
@@ -86,8 +86,11 @@ def circuit_page(bundle: Bundle, circuits: Sequence[GroupedCircuit], count: int,
     return draw_circuit(circuits, count, image, cards, bundle.manifest.preprocessing)
 
 
-async def _page(attributor: Attributor, content: bytes, request: AttributeRequest) -> str:
-    """The page, with heat map and source account if the bundle provides them, and the cards of all listed features."""
+async def page_for(attributor: Attributor, content: bytes, request: AttributeRequest) -> str:
+    """The page, with heat map and source account if the bundle provides them, and the cards of all listed features.
+
+    Raises `ServiceError`.
+    """
     bundle = attributor.bundle
     edited = attributor.edits.chosen(request.edit) is not None  # then there is the ledger alone
     explain: dict[str, Any] = {"heatmap": attributor.engine.has_details and not edited, "attention": None}

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vitrine.service.exports.rows import ledger_rows
 from vitrine.service.schemas.intervene import (
     CounterfactualAnswer,
     ExplanationChange,
@@ -47,20 +48,14 @@ def _print_predictions(variant: Variant, console: Console) -> None:
 
 def _changes(change: ExplanationChange, features: int) -> Table:
     """Of one logit, by row and by feature; after less before."""
-    ledger = change.ledger
-    rows = [("prior", ledger.prior)]
-    rows += [(f"attention {layer}", value) for layer, value in enumerate(ledger.attention)]
-    written, by_layer = ("CLT", ledger.clt) if ledger.clt else ("MLP", ledger.mlp or [])
-    rows += [(f"{written} {layer}", value) for layer, value in enumerate(by_layer)]
-    rows += [("bias", ledger.bias), ("error", ledger.error), ("edit", ledger.edit)]
     contrast = f" rather than {change.contrast}" if change.contrast else ""
     title = Text(f"{change.target}{contrast}: its logit changes by {change.logit:+.3f}")
     table = Table(title=title, box=None, title_justify="left")
     for heading in ("row", "logits", "what"):
         table.add_column(heading, justify="right" if heading == "logits" else "left", overflow="fold")
-    for name, value in rows:
-        if abs(value) >= LEAST:
-            table.add_row(name, f"{value:+.3f}", "")
+    for row in ledger_rows(change.ledger):
+        if abs(row.value) >= LEAST and row.kind != "remainder":
+            table.add_row(row.name, f"{row.value:+.3f}", "")
     table.add_section()
     for feature in change.features[:features]:
         activation = f"activation {feature.activation_before:.2f} → {feature.activation_after:.2f}"

@@ -89,7 +89,7 @@ def replay(
     manifest = engine.bundle.manifest
     if not manifest.has_features:
         raise ReplayError(f"replay runs CLIP with its MLPs replaced by features: {manifest.why_no_features}")
-    if not engine.can_replace:
+    if engine.replacement is None:
         raise ReplayError(f"{engine.bundle.path} has no replacement graph: export it with `bundle.replacement = true`")
     folders: tuple[str, ...] = ()
     if isinstance(inputs, Files) and inputs.kind == "folder":
@@ -123,7 +123,7 @@ def replay(
                     continue
                 truth.append(label_of_folder[class_name(item.name)] if folders else -1)
             if pixels:
-                outputs = [engine.replace(np.stack(pixels), mask) for mask in masks]
+                outputs = [engine.replacement.run(np.stack(pixels), mask) for mask in masks]
                 scores += outputs[0][1].sum(0)
                 values = logits(np.stack([output[0] for output in outputs]), label_set.embeddings, manifest.logit_scale)
                 log_probabilities.append(np.log(np.maximum(probabilities(values), 1e-300)))

@@ -80,8 +80,8 @@ def _check_sums(engine: Engine) -> None:
         _check_rerun(engine.rerun, pixels, decompositions)
     if engine.residual is not None:
         _check_residual_accounts(engine.residual, pixels[0], decompositions[0])
-    if engine.can_replace:
-        embeddings, _ = engine.replace(pixels, np.zeros((bundle.manifest.shape.layers, 2), bool))
+    if engine.replacement is not None:
+        embeddings, _ = engine.replacement.run(pixels, np.zeros((bundle.manifest.shape.layers, 2), bool))
         deviation = float(np.abs(embeddings - np.stack([parts.embedding for parts in decompositions])).max())
         if not deviation <= TOLERANCE:
             raise BundleError(

@@ -70,7 +70,8 @@ class Settings(BaseSettings):
         description="of the vision graph: int8 for CPUs, fp16 for GPUs, where the bundle has them; auto: the fastest",
     )
     replacement: bool = Field(
-        default=True, description="load the bundle's replacement graph, where it has one, for `explain.matrix`"
+        default=True,
+        description="offer `explain.matrix`, where the bundle has the replacement graph; opened when first needed",
     )
     sources: bool = Field(
         default=True,
@@ -251,13 +252,14 @@ class Settings(BaseSettings):
         return min(self.max_batch, self.capacity)
 
 
-def load_settings() -> Settings:
+def load_settings(**given: Any) -> Settings:
     """Settings from the environment, their paths absolute. Raises `SettingsError` naming every wrong or unknown
-    variable."""
-    if unknown := [name for name in os.environ if name.startswith(PREFIX) and not _is_known(name)]:
+    variable. given: settings by their names in lower case, which come before the environment's."""
+    variables = [*(name for name in os.environ if name.startswith(PREFIX)), *(PREFIX + name.upper() for name in given)]
+    if unknown := [name for name in variables if not _is_known(name)]:
         raise SettingsError("; ".join(_describe_unknown(unknown)))
     try:
-        settings = Settings()
+        settings = Settings(**given)
     except ValidationError as error:
         problems = [
             f"{PREFIX}{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg'].removeprefix('Value error, ')}"

@@ -15,6 +15,8 @@ BUILD = "import sys; from hatchling import build; print(getattr(build, sys.argv[
 NEEDED = {
     "vitrine/__main__.py",
     "vitrine/models/demo/manifest.json",
+    "vitrine/py.typed",
+    "vitrine/service/examples/vitrine.ipynb",
     "vitrine/service/web/index.html",
     "vitrine/training/recipes/demo.toml",
     "vitrine/training/recipes/clip/demo.toml",

@@ -24,7 +24,7 @@ FLOORS = {
     "training": (
         ("recipes",),
         ("checkpoint", "data"),
-        ("evaluation",),
+        ("evaluation", "export"),
         ("cards", "report", "run"),
         ("pretraining",),
         ("planted",),
@@ -35,7 +35,7 @@ FLOORS = {
         ("engine",),
         ("answers",),
         ("exports", "http", "offline"),
-        ("app",),
+        ("app", "library"),
     ),
 }
 TABLES = {"training/recipes/costs.py"}  # may be longer: mostly data

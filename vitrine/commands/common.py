@@ -122,15 +122,10 @@ def chosen_labels(labels: str | None, file: Path | None) -> list[str] | None:
 
 
 def load_clip_of(recipe: Any, data_root: Path) -> Any:
-    """The recipe's CLIP; its weights are a file under the data root if one of that name exists, else a tag."""
-    from vitrine.models.clip.loading import load_clip
+    """The recipe's CLIP."""
+    from vitrine.training.checkpoint import load_clip_of as load
 
-    clip = recipe.clip
-    config = data_root / clip.config if clip.config else None
-    weights = clip.weights
-    if weights and (data_root / weights).is_file():
-        weights = str(data_root / weights)
-    return load_clip(clip.name, weights, config, clip.quick_gelu)
+    return load(recipe, data_root)
 
 
 def print_warnings(messages: Iterable[str], console: Console) -> None:

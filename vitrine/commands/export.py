@@ -12,7 +12,6 @@ from vitrine.commands.common import (
     DataRoot,
     LabelsFile,
     chosen_labels,
-    load_clip_of,
     new_console,
     print_bundle,
     print_warnings,
@@ -22,15 +21,8 @@ BYTES = 4.3  # of a bundle a parameter: weights in float32, and tables; a half o
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
 
     from vitrine.models.bundle.bundle import Bundle
-    from vitrine.models.bundle.manifest import Data
-    from vitrine.models.clip.loading import Clip
-    from vitrine.models.export.residual import ResidualExport
-    from vitrine.models.progress import Progress
-    from vitrine.training.checkpoint import CheckpointMeta
-    from vitrine.training.data.held_out import HeldOut
 
 
 def export(
@@ -112,63 +104,22 @@ def export(
         assert bundle is not None
         print_bundle(_added(bundle, residual, out, data_root), new_console())
         return
-    import tomli_w
-
     from vitrine.models.bundle.label_sets import read_label_sets
-    from vitrine.models.export.export import Provenance, export_bundle
-    from vitrine.models.graph.onnx_file import ExportError
     from vitrine.models.progress import Progress
-    from vitrine.training.checkpoint import check_clip, clt_recipe, latest, load_clt
-    from vitrine.training.data.held_out import held_out
+    from vitrine.training.export import export_checkpoint
 
-    default, named = chosen_labels(labels, labels_file), read_label_sets(label_sets) if label_sets else {}
-    newest = latest(checkpoint)
-    clt, cls_mean, meta = load_clt(newest)
-    recipe, console = clt_recipe(newest, meta), new_console()
-    loaded = load_clip_of(recipe, data_root)
-    check_clip(newest, meta, loaded)
-    default = default or list(meta.labels or recipe.data.labels or ())
-    if not default:
-        raise ExportError(
-            f"{newest} was trained without labels, and a bundle needs some to predict where a request brings none: "
-            "give --labels or --labels-file"
-        )
-    if meta.metrics.r2 is None:
-        console.print(f"[yellow]{newest} is unfinished (step {meta.step} of {meta.steps}): the bundle has no metrics")
-    provenance = Provenance(
-        name=recipe.name,
-        description=recipe.bundle.description,
-        labels=default,
-        templates=recipe.data.templates,
-        data=_data(meta),
-        recipe=tomli_w.dumps(recipe.model_dump(exclude_none=True)),
-        metrics=meta.metrics,
-        licence=recipe.bundle.licence,
-    )
-    added = _residual(residual, loaded) if residual else None
-    variants = recipe.bundle.variants
-    val = (
-        held_out(recipe.data, data_root, loaded, images=calibration_images, labels=meta.labels or None, batch_size=16)
-        if variants or recipe.bundle.sources
-        else None
-    )
+    default, console = chosen_labels(labels, labels_file), new_console()
     with Progress(console) as progress:
-        written = export_bundle(
-            loaded,
-            clt,
-            cls_mean,
-            provenance,
+        written = export_checkpoint(
+            checkpoint,
+            data_root,
             out,
-            recipe.bundle.tables,
-            named,
-            variants,
-            _read(val, progress) if val else [],
-            recipe.bundle.replacement,
-            recipe.bundle.sources,
-            recipe.bundle.sources and recipe.bundle.rerun,
-            added,
-            lambda message: print_warnings([message], console),
-            progress,
+            labels=default,
+            label_sets=read_label_sets(label_sets) if label_sets else {},
+            residual=residual,
+            images=calibration_images,
+            log=lambda message: print_warnings([message], console),
+            progress=progress,
         )
     print_bundle(written, console)
 
@@ -233,38 +184,8 @@ def _added(bundle: Path, residual: Path, out: Path, data_root: Path) -> Bundle:
     """A copy of a bundle, with residual SAEs."""
     from vitrine.models.bundle.bundle import open_bundle
     from vitrine.models.export.residual import add_residual
-    from vitrine.training.checkpoint import latest, read_meta
+    from vitrine.training.checkpoint import latest, load_clip_of, read_meta
+    from vitrine.training.export import residual_export
 
     clip = load_clip_of(read_meta(latest(residual)).recipe, data_root)
-    return add_residual(open_bundle(bundle), clip, _residual(residual, clip), out)
-
-
-def _residual(checkpoint: Path, clip: Clip) -> ResidualExport:
-    """Residual SAEs of this CLIP, as they are to be exported."""
-    import tomli_w
-
-    from vitrine.models.export.residual import ResidualExport
-    from vitrine.training.checkpoint import check_clip, latest, load_residual_saes
-
-    newest = latest(checkpoint)
-    saes, meta = load_residual_saes(newest)
-    check_clip(newest, meta, clip)
-    recipe = tomli_w.dumps(meta.recipe.model_dump(exclude_none=True))
-    return ResidualExport(saes, _data(meta), recipe, meta.metrics)
-
-
-def _data(meta: CheckpointMeta) -> Data:
-    """What a run was trained and measured on."""
-    from vitrine.models.bundle.manifest import Data
-
-    section = meta.recipe.data
-    return Data(name=section.name, licence=section.licence, train_images=meta.train_images, val_images=meta.val_images)
-
-
-def _read(val: HeldOut, progress: Progress) -> list[Tensor]:
-    """The images on which variants must agree and whose average is the baseline, as batches of normalised pixels."""
-    task, images = progress.task("images to check on", len(val), "images"), []
-    for pixels, _ in val.batches():
-        images.append(pixels)
-        task.advance(len(pixels))
-    return images
+    return add_residual(open_bundle(bundle), clip, residual_export(residual, clip), out)

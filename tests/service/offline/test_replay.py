@@ -105,7 +105,7 @@ def test_matrix_is_the_mean_over_images_of_clip_itself(found, engine, data_root)
     scores = []
     for file in val_images(data_root):
         pixels = to_pixels(decode(file.read_bytes(), LIMITS).image, engine.bundle.manifest.preprocessing, LIMITS)
-        scores.append(engine.replace(pixels[None], np.zeros((3, 2), bool))[1][0])
+        scores.append(engine.replacement.run(pixels[None], np.zeros((3, 2), bool))[1][0])
     np.testing.assert_allclose([found.matrix.cls, found.matrix.patches], np.mean(scores, axis=0), rtol=0, atol=1e-5)
 
 
