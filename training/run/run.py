@@ -47,6 +47,7 @@ from vitrine.training.recipes.recipe import (
     ResidualSaeRecipe,
     TrainingSection,
 )
+from vitrine.training.recipes.settings import differences
 from vitrine.training.run.clt_learner import CltLearner
 from vitrine.training.run.learner import Learner
 from vitrine.training.run.objective import StepSize
@@ -252,17 +253,20 @@ class _Run:
     def _resume(self, checkpoint: Path) -> None:
         """Load weights, normalisation and step from a checkpoint, which must be of the same run."""
         saved, current, kind = read_meta(checkpoint), self.meta, self.recipe.kind
-        matches = {
-            "CLIP": saved.clip_sha256 == current.clip_sha256,
-            "[data]": (saved.recipe.data, saved.train_images) == (current.recipe.data, current.train_images),
-            "set of labels": (saved.labels or current.labels) == current.labels,
-            f"[{kind}]": getattr(saved.recipe, kind, None) == getattr(current.recipe, kind),
-            "[training]": saved.recipe.training == current.recipe.training,
-        }
+        compared = ["data", kind, "training"]
         if saved.step > self.phases[0].end:  # a [cascade] may be added after a finished reconstruction
-            matches["[cascade]"] = getattr(saved.recipe, "cascade", None) == getattr(current.recipe, "cascade", None)
-        if other := [name for name, is_match in matches.items() if not is_match]:
-            raise CheckpointError(f"{checkpoint} was trained with another {', '.join(other)}; choose an empty --out")
+            compared.append("cascade")
+        other = [] if saved.clip_sha256 == current.clip_sha256 else ["the CLIP has other weights"]
+        for part in compared:
+            other += differences(getattr(saved.recipe, part, None), getattr(current.recipe, part, None), part)
+        if saved.train_images != current.train_images:
+            other.append(f"there were {saved.train_images:,} images to train on and are {current.train_images:,}")
+        if (saved.labels or current.labels) != current.labels:
+            other.append("the labels are others")
+        if other:
+            raise CheckpointError(
+                f"{checkpoint} is of another run ({'; '.join(other)}): give the same recipe, or choose an empty --out"
+            )
         self.tensors = load_tensors(checkpoint / "state.safetensors")
         self.learner.restore(checkpoint, self.tensors, self.fabric.device)
         self.images.record_broken(saved.broken)

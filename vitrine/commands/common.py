@@ -49,6 +49,15 @@ INPUTS = (
 SkipBroken = Annotated[
     bool, typer.Option("--skip-broken-shards", help="Name tars and Parquet files that are damaged or missing; go on.")
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A key of the recipe given anew, its value as TOML has it: training.learning_rate=1e-3 (repeatable).",
+    ),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Short for --set training.seed=…")]
 LabelsList = Annotated[str | None, typer.Option("--labels", help="Comma-separated; default: the bundle's labels.")]
 LabelsFile = Annotated[
     Path | None,
@@ -108,6 +117,11 @@ def open_bundle_or_default(bundle: Path | None) -> Bundle:
     from vitrine.service.operations.settings import load_settings
 
     return open_bundle(bundle or load_settings().bundle)
+
+
+def chosen_settings(settings: list[str] | None, seed: int | None) -> list[str]:
+    """What --set and --seed say, as KEY=VALUE each."""
+    return [*(settings or ()), *([] if seed is None else [f"training.seed={seed}"])]
 
 
 def chosen_labels(labels: str | None, file: Path | None) -> list[str] | None:

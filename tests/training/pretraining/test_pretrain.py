@@ -369,17 +369,20 @@ def test_finished_run_is_left_alone(start, straight, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "different"),
     [
-        {"training": {"epochs": 3}},
-        {"training": {"seed": 1}},
-        {"data": {"templates": ("a {}",)}},
-        {"model": {"vision_cfg": TINY_CLIP["vision_cfg"] | {"layers": 2}}},
+        ({"training": {"epochs": 3}}, r"training.epochs is \d there and 3 here"),
+        ({"training": {"seed": 1}}, "training.seed is 0 there and 1 here"),
+        ({"data": {"templates": ("a {}",)}}, 'data.templates is .* there and "a {}" here'),
+        (
+            {"model": {"vision_cfg": TINY_CLIP["vision_cfg"] | {"layers": 2}}},
+            "model.vision_cfg.layers is . there and 2",
+        ),
     ],
 )
-def test_another_recipes_folder_is_refused(start, straight, tmp_path, changes):
+def test_another_recipes_folder_is_refused(start, straight, tmp_path, changes, different):
     copy = Path(shutil.copytree(straight, tmp_path / "copy"))
-    with pytest.raises(CheckpointError, match="copy holds a run of another recipe; choose an empty folder"):
+    with pytest.raises(CheckpointError, match=rf"copy holds a run of another recipe \({different}"):
         start(copy, **changes)
     assert_same_run(copy, straight)
 
