@@ -33,6 +33,7 @@ from torchvision.transforms import v2
 from vitrine.models.clip.tower import Tower
 from vitrine.models.files.writing import prepare_folder, write_text, written
 from vitrine.models.progress import track
+from vitrine.models.stopping import advising
 from vitrine.training.checkpoint import CheckpointError, first_problem, load_tensors, section
 from vitrine.training.data.images import DataError, Images, Listing, load
 from vitrine.training.data.sources import open_images
@@ -92,10 +93,13 @@ def pretrain(recipe: PretrainRecipe, data_root: Path, out: Path, console: Consol
         order = BatchSampler(RandomSampler(train), settings.images_per_step, drop_last=True)
         batches = load(train, order, settings.workers)
         title = f"epoch {epoch + 1}/{settings.epochs}"
-        losses = [run.step(*batch) for batch in track(batches, title, run.steps_per_epoch, console, "steps")]
-        done.append(EpochResult(loss=sum(losses) / len(losses), top1=run.top1(val, console)))
-        run.save(out, done)
+        with advising(f"the same command goes on after epoch {epoch} of {settings.epochs}"):
+            losses = [run.step(*batch) for batch in track(batches, title, run.steps_per_epoch, console, "steps")]
+            done.append(EpochResult(loss=sum(losses) / len(losses), top1=run.top1(val, console)))
+            run.save(out, done)
         console.print(f"{title}: loss {done[-1].loss:.4f}, zero-shot top-1 {done[-1].top1:.4f}")
+    train.print_broken(console)
+    val.print_broken(console)
     return out / WEIGHTS
 
 
@@ -222,7 +226,8 @@ def _completed_epochs(recipe: PretrainRecipe, out: Path) -> list[EpochResult]:
         raise CheckpointError(f"{out / RECORD} is none of Vitrine's; choose an empty folder: {problem}") from error
     if different := differences(record.recipe, recipe):
         raise CheckpointError(
-            f"{out} holds a run of another recipe ({'; '.join(different)}): give the same one, or choose an empty folder"
+            f"{out} holds a run of another recipe ({'; '.join(different)}): "
+            "give the same one, or choose an empty folder"
         )
     return record.epochs
 

@@ -31,7 +31,7 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> CltRecipe | Residua
 
 
 def read_toml(path: Path, kind: type[Model], settings: Sequence[str] = ()) -> Model:
-    """Validate a TOML file, with these KEY=VALUE put in, as `kind`. Raises `RecipeError` naming every wrong key and the nearest valid one."""
+    """Validate a TOML file, with these KEY=VALUE put in, as `kind`. Raises `RecipeError` as `load_recipe` does."""
     return _validated(path, with_settings(_tables(path), settings), kind)
 
 

@@ -28,6 +28,7 @@ from vitrine.commands.serve import serve
 from vitrine.commands.streams import prepare_streams
 from vitrine.commands.train import train
 from vitrine.commands.verify import verify
+from vitrine.models.stopping import signals_raise
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -82,4 +83,5 @@ app.add_typer(planted, name="planted")
 def main() -> None:
     """The command as a program: as `app`, with standard streams of its own."""
     prepare_streams()
-    errors_as_messages(app)()  # help and wrong use are printed, too
+    with signals_raise():
+        errors_as_messages(app)()  # help and wrong use are printed, too

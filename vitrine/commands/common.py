@@ -15,6 +15,7 @@ import typer
 from vitrine.commands.streams import is_unread
 from vitrine.models.errors import VitrineError
 from vitrine.models.files.problems import sentence
+from vitrine.models.stopping import Stopped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,13 +84,16 @@ Baseline = Annotated[
 
 
 def errors_as_messages(command: Callable[..., None]) -> Callable[..., None]:
-    """Print Vitrine's own errors, and what the file system refuses, as one message without a traceback; exit with 1."""
+    """Print Vitrine's own errors, and what the file system refuses, as one message without a traceback; exit with 1.
+    After a signal the same, with 130 or 143."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
             sys.stdout.flush()  # here, not when Python ends, which could only complain
+        except Stopped as stopped:
+            raise _failure(str(stopped), stopped.status) from stopped
         except VitrineError as error:
             raise _failure(str(error)) from error
         except OSError as error:
@@ -106,10 +110,10 @@ def errors_as_messages(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _failure(message: str) -> SystemExit:
+def _failure(message: str, status: int = 1) -> SystemExit:
     with suppress(OSError):  # nobody to tell
-        typer.secho(f"error: {message}", fg="red", err=True)
-    return SystemExit(1)
+        typer.secho(message if status > 1 else f"error: {message}", fg="red", err=True)
+    return SystemExit(status)
 
 
 def open_bundle_or_default(bundle: Path | None) -> Bundle:

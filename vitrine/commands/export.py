@@ -120,6 +120,7 @@ def export(
     from vitrine.models.progress import Progress
     from vitrine.training.checkpoint import check_clip, clt_recipe, latest, load_clt
     from vitrine.training.data.held_out import held_out
+    from vitrine.training.evaluation.evaluate import cls_warning
 
     default, named = chosen_labels(labels, labels_file), read_label_sets(label_sets) if label_sets else {}
     newest = latest(checkpoint)
@@ -135,6 +136,8 @@ def export(
         )
     if meta.metrics.r2 is None:
         console.print(f"[yellow]{newest} is unfinished (step {meta.step} of {meta.steps}): the bundle has no metrics")
+    if message := cls_warning(meta.metrics, recipe):
+        print_warnings([message], console)
     provenance = Provenance(
         name=recipe.name,
         description=recipe.bundle.description,
@@ -153,6 +156,9 @@ def export(
         else None
     )
     with Progress(console) as progress:
+        pixels = _read(val, progress) if val else []
+        if val:
+            val.data.print_broken(console)
         written = export_bundle(
             loaded,
             clt,
@@ -162,7 +168,7 @@ def export(
             recipe.bundle.tables,
             named,
             variants,
-            _read(val, progress) if val else [],
+            pixels,
             recipe.bundle.replacement,
             recipe.bundle.sources,
             recipe.bundle.sources and recipe.bundle.rerun,

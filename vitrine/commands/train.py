@@ -17,6 +17,8 @@ from vitrine.commands.common import (
     new_console,
 )
 
+from vitrine.models.stopping import advising
+
 
 def train(
     recipe: Annotated[str, typer.Option(help="A recipe's name (see vitrine recipes), or its file.")],
@@ -48,7 +50,7 @@ def train(
 
     fabric = make_fabric(devices, shard, loaded.training.precision, accelerator)
     fabric.launch()
-    with one_report(fabric):
+    with one_report(fabric), advising("the same command goes on from the last checkpoint, if there is one"):
         checkpoint = run(
             loaded,
             load_clip_of(loaded, data_root),
