@@ -1,8 +1,8 @@
 """SIGTERM and Ctrl-C: the first ends a command in order, a second one at once.
 
-`signals_raise` is for the program: the first signal raises `Stopped` wherever the work is, and everything that cleans up
-after an error cleans up. `noted_signals` is for work that can end at a better moment, a training run between two steps.
-Both leave what they find alone outside the main thread, which alone may set handlers, and in processes that are forked.
+`signals_raise` is for the program: the first signal raises `Stopped` wherever the work is, and everything that cleans
+up after an error cleans up. `noted_signals` is for work that can end at a better moment, a training run between two
+steps. Both change nothing outside the main thread, which alone may set handlers, and in processes that are forked.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ class Report:
         of_cls = "" if metrics.r2_cls is None else f"  [CLS] {metrics.r2_cls:.4f}"
         self.task.advance(
             step - self.task.done,
-            f"loss {metrics.loss:.4f}  R² {'replaced ' * metrics.replaced}{metrics.r2:.4f}{of_cls}  L0 {metrics.l0:.1f}  "
-            f"dead {metrics.dead:,}",
+            f"loss {metrics.loss:.4f}  R² {'replaced ' * metrics.replaced}{metrics.r2:.4f}{of_cls}  "
+            f"L0 {metrics.l0:.1f}  dead {metrics.dead:,}",
         )
         if self.log is None:
             return

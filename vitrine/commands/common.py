@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vitrine.commands import completing
 from vitrine.commands.streams import is_unread
 from vitrine.models.errors import VitrineError
 from vitrine.models.files.problems import sentence
@@ -65,11 +66,28 @@ LabelsFile = Annotated[
     typer.Option("--labels-file", help="Instead of --labels: a text file with a label a line, commas and all."),
 ]
 BundlePath = Annotated[
-    Path | None, typer.Option("--bundle", help="Bundle directory; default: VITRINE_BUNDLE, or the embedded demo.")
+    Path | None,
+    typer.Option(
+        "--bundle",
+        help="Bundle directory; default: VITRINE_BUNDLE, or the embedded demo.",
+        autocompletion=completing.bundles,
+    ),
 ]
 
 EditName = Annotated[
-    str | None, typer.Option("--edit", help="An edit, by its name; default: VITRINE_EDIT; none: CLIP as it is.")
+    str | None,
+    typer.Option(
+        "--edit",
+        help="An edit, by its name; default: VITRINE_EDIT; none: CLIP as it is.",
+        autocompletion=completing.edits,
+    ),
+]
+LabelSet = Annotated[
+    str | None,
+    typer.Option("--label-set", help="A named label set instead.", autocompletion=completing.label_sets),
+]
+TemplateList = Annotated[
+    list[str] | None, typer.Option("--template", help="Sentence with {} (repeatable); default: the bundle's.")
 ]
 
 

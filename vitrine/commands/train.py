@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vitrine.commands import completing
 from vitrine.commands.common import (
     DataRoot,
     Seed,
@@ -16,12 +17,13 @@ from vitrine.commands.common import (
     load_clip_of,
     new_console,
 )
-
 from vitrine.models.stopping import advising
 
 
 def train(
-    recipe: Annotated[str, typer.Option(help="A recipe's name (see vitrine recipes), or its file.")],
+    recipe: Annotated[
+        str, typer.Option(help="A recipe's name (see vitrine recipes), or its file.", autocompletion=completing.recipes)
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the run; a run found there is taken up.")],
     data_root: DataRoot = Path("data"),
     settings: Settings = None,
