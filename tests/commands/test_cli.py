@@ -562,7 +562,10 @@ def test_from_recipe_to_answer(run, recipe_path, data_root, photo, tmp_path):
     assert (trained.exit_code, "checkpoint" in trained.output) == (0, True)
     trained = run("train", "--recipe", recipe_path, "--data-root", data_root, "--out", runs)
     assert (trained.exit_code, "checkpoint" in trained.output) == (0, True)
-    assert run("export", "--checkpoint", runs, "--data-root", data_root, "--out", bundle).exit_code == 0
+    exported = run("export", "--checkpoint", runs, "--data-root", data_root, "--out", bundle)
+    assert exported.exit_code == 0
+    is_bad_at_cls = open_bundle(bundle).manifest.metrics.r2_cls < 0.5
+    assert ["warning: R² at [CLS]" in result.output for result in (trained, exported)] == [is_bad_at_cls] * 2
     assert run("verify", bundle).exit_code == 0
     assert open_bundle(bundle).manifest.metrics.r2 is not None
     assert open_bundle(bundle).baseline is not None, "source accounts, and the average picture, unless a recipe says no"

@@ -24,6 +24,7 @@ from vitrine.commands.common import (
     print_skipped,
     print_warnings,
 )
+from vitrine.models.stopping import advising
 
 
 def bulk(
@@ -80,7 +81,8 @@ def bulk(
     if strict:
         refuse(notices, "labels")
     print_warnings((notice.message for notice in notices), console)
-    summary = run(opened, Work(job, source, out, settings), console, ray)
+    with advising("the same command goes on with the images that are left"):
+        summary = run(opened, Work(job, source, out, settings), console, ray)
     if summary.problems:
         codes = ", ".join(f"{count:,} {code}" for code, count in count_by_code(out).items())
         console.print(f"errors: {codes}", style="yellow", highlight=False, soft_wrap=True)

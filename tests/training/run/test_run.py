@@ -1,7 +1,6 @@
 """A run is a function of its recipe alone, however often it is interrupted."""
 
 import io
-import json
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from common import timeless
 from vitrine.models.clip.loading import load_clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.dictionary.replacement import Replacement
@@ -61,7 +61,7 @@ def test_a_run_warns_of_labels_and_of_a_tokenizer_that_no_bundle_can_have(clip):
 
 
 def log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return timeless(out / "log.jsonl")
 
 
 def assert_same_bits(checkpoint, other):
