@@ -110,6 +110,7 @@ def train(
                     run.save(trainer)
                 if signalled:
                     break
+    signalled = signalled or signal_of_any(fabric, noted.number)  # it may have come while the last one was written
     fabric.barrier()  # the first process may still be writing it
     checkpoint = checkpoints(out)[-1]
     run.images.print_broken(run.console, checkpoint / META)
