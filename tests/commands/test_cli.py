@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -20,6 +21,7 @@ from common import ROOT
 from vitrine.commands import app
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.bundle.sealing import seal
+from vitrine.models.stopping import signals_raise
 from vitrine.service.schemas.attribute import AttributeResponse
 
 COMMANDS = (
@@ -427,6 +429,19 @@ def test_attributes_labels_templates_and_lens_are_the_requests(run, refused, pho
     assert "templates" in refused("attribute", photo, "--template", "a photo")
     printed = run("attribute", photo, "--lens").output
     assert "The prediction as it stands after each layer" in printed
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_one_sentence_and_a_status(run, monkeypatch, number, status):
+    def told(*_):
+        with signals_raise():
+            signal.raise_signal(number)
+
+    monkeypatch.setattr("vitrine.training.recipes.catalogue.print_list", told)
+    result = run("recipes")
+    assert result.exit_code == status
+    assert result.stderr.startswith(f"stopped by {number.name}: nothing unfinished is left behind")
+    assert result.stderr.count("\n") == 1
 
 
 def test_the_version_is_the_packages(run):
