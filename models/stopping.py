@@ -2,7 +2,8 @@
 
 `signals_raise` is for the program: the first signal raises `Stopped` wherever the work is, and everything that cleans
 up after an error cleans up. `noted_signals` is for work that can end at a better moment, a training run between two
-steps. Both change nothing outside the main thread, which alone may set handlers, and in processes that are forked.
+steps. Both change nothing outside the main thread, which alone may set handlers, in processes that are forked, and of a
+signal that the process was started to ignore, as shells start what runs in the background.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    process, before = os.getpid(), {number: signal.getsignal(number) for number in SIGNALS}
+    process, before = os.getpid(), {number: signal.getsignal(number) for number in _heeded()}
 
     def ours(number: int, frame: FrameType | None) -> None:
         if os.getpid() == process:
@@ -100,7 +101,7 @@ def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
             _by_default()
             os.kill(os.getpid(), number)
 
-    for number in SIGNALS:
+    for number in before:
         signal.signal(number, ours)
     try:
         yield
@@ -111,8 +112,12 @@ def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
 
 
 def _by_default() -> None:
-    for number in SIGNALS:
+    for number in _heeded():
         signal.signal(number, signal.SIG_DFL)
+
+
+def _heeded() -> list[signal.Signals]:
+    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _known(handler: Any) -> Any:

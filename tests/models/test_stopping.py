@@ -32,6 +32,18 @@ def test_the_first_signal_raises_and_the_next_is_the_systems(number, status):
     )
 
 
+def test_a_signal_that_is_ignored_stays_so():
+    """As SIGINT is in what a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with signals_raise(), noted_signals() as noted:
+        signal.raise_signal(signal.SIGINT)
+        assert noted.number is None
+        signal.raise_signal(signal.SIGTERM)
+        assert (noted.number, signal.getsignal(signal.SIGINT)) == (signal.SIGTERM, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_noted_signal_lets_the_work_go_on():
     with signals_raise():
         with noted_signals() as noted:
