@@ -1,5 +1,6 @@
 """What many tests need: the repository, a free port, and the recipe of the tiny CLIP and its CLT."""
 
+import json
 import socket
 from copy import deepcopy
 from pathlib import Path
@@ -42,6 +43,12 @@ normalisation_images = 32
 checkpoint_every = 3
 workers = 0
 """
+
+
+def timeless(log):
+    """The lines of a run's log.jsonl without what the clock says."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [{key: line[key] for key in line.keys() - {"time", "tokens_per_second"}} for line in lines]
 
 
 def free_port():

@@ -26,6 +26,7 @@ from vitrine.training.checkpoint import (
     load_residual_saes,
 )
 from vitrine.training.data.held_out import HeldOut, held_out
+from vitrine.training.evaluation.evaluate import cls_warning
 
 
 def export_checkpoint(
@@ -64,6 +65,8 @@ def export_checkpoint(
         )
     if meta.metrics.r2 is None:
         log(f"{newest} is unfinished (step {meta.step} of {meta.steps}): the bundle has no metrics")
+    if message := cls_warning(meta.metrics, recipe):
+        log(message)
     provenance = Provenance(
         name=recipe.name,
         description=recipe.bundle.description,
@@ -81,6 +84,9 @@ def export_checkpoint(
         if variants or recipe.bundle.sources
         else None
     )
+    pixels = _read(val, progress) if val else []
+    if val and (message := val.data.broken_line()):
+        log(message)
     return export_bundle(
         clip,
         clt,
@@ -90,7 +96,7 @@ def export_checkpoint(
         recipe.bundle.tables,
         label_sets or {},
         variants,
-        _read(val, progress) if val else [],
+        pixels,
         recipe.bundle.replacement,
         recipe.bundle.sources,
         recipe.bundle.sources and recipe.bundle.rerun,

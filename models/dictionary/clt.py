@@ -17,44 +17,15 @@ L layers, F features per layer, d width, K places of a code, N tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vitrine.models.dictionary.architecture import Architecture
 from vitrine.models.dictionary.encoder import Encoder, unit_rows
 from vitrine.models.dictionary.sparse_products import SortedCode, contribution
-from vitrine.models.dictionary.sparsify import Kind, make_sparsifier
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The shape of a CLT. k, k_cls: active features per token, one number per layer, for patches and for [CLS]."""
-
-    layers: int
-    width: int
-    features: int
-    k: tuple[int, ...]
-    k_cls: tuple[int, ...]
-    sparsifier: Kind = "relu_topk"
-    cross_layer: bool = True
-
-    def __post_init__(self) -> None:
-        for name, budgets in (("k", self.k), ("k_cls", self.k_cls)):
-            if len(budgets) != self.layers:
-                raise ValueError(f"{name} has {len(budgets)} numbers for {self.layers} layers")
-
-    def sources(self, target: int) -> range:
-        """The source layers that write to a target layer."""
-        return range(0 if self.cross_layer else target, target + 1)
-
-    @property
-    def parameters(self) -> int:
-        """Number of trained parameters."""
-        pairs = sum(len(self.sources(target)) for target in range(self.layers))
-        encoders = self.layers * self.features * (self.width + 1 + (self.sparsifier == "jumprelu"))
-        return encoders + pairs * self.features * self.width + self.layers * self.width
+from vitrine.models.dictionary.sparsify import make_sparsifier
 
 
 class Decoder(nn.Module):

@@ -13,48 +13,17 @@ F and k differ by layer. L blocks, d width, N tokens, K places of a code.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vitrine.models.dictionary.architecture import SaeArchitecture
 from vitrine.models.dictionary.encoder import Encoder, unit_rows
 from vitrine.models.dictionary.sparse_products import SortedCode, contribution
-from vitrine.models.dictionary.sparsify import Kind, make_sparsifier
+from vitrine.models.dictionary.sparsify import make_sparsifier
 
 EPSILON = 1e-5  # added to a token's standard deviation
-
-
-@dataclass(frozen=True)
-class SaeArchitecture:
-    """The shape of a tower's residual SAEs: one number per SAE, of which there is one after every block but the last.
-
-    k, k_cls: active features per token, for patches and for [CLS]. Raises `ValueError` unless all three have as many
-    numbers.
-    """
-
-    width: int
-    features: tuple[int, ...]
-    k: tuple[int, ...]
-    k_cls: tuple[int, ...]
-    sparsifier: Kind = "relu_topk"
-
-    def __post_init__(self) -> None:
-        for name, budgets in (("k", self.k), ("k_cls", self.k_cls)):
-            if len(budgets) != self.layers:
-                raise ValueError(f"{name} has {len(budgets)} numbers for {self.layers} SAEs")
-
-    @property
-    def layers(self) -> int:
-        """Number of SAEs: one less than the tower has blocks."""
-        return len(self.features)
-
-    @property
-    def parameters(self) -> int:
-        """Number of trained parameters."""
-        of_feature = 2 * self.width + 1 + (self.sparsifier == "jumprelu")
-        return sum(self.features) * of_feature + self.layers * self.width
 
 
 class Standardised(NamedTuple):

@@ -14,14 +14,15 @@ N tokens, F features, K = `places`.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitrine.models.dictionary.architecture import Kind
+
 _ROWS = 64  # tokens whose features are selected at a time
-Kind = Literal["relu_topk", "abs_topk", "jumprelu", "batch_topk"]
 
 
 class Code(NamedTuple):

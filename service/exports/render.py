@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from vitrine.service.schemas.attention import AttentionAccount, PairFeature, ScorePair
-from vitrine.service.schemas.attribute import AttributeResponse, Explanation
+from vitrine.service.schemas.attribute import AttributeResponse, Explanation, LensLayer
 from vitrine.service.schemas.classify import Verdict
-from vitrine.service.schemas.residual import ResidualFeature, ResidualFeatures
+from vitrine.service.schemas.residual import ResidualFeatures
 from vitrine.service.schemas.sources import SourceAccount
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -21,8 +21,8 @@ _NAMED = 10  # labels in a verdict
 
 
 def print_answer(answer: AttributeResponse, console: Console) -> None:
-    """Print predictions, warnings, one account per target (two, if sources were asked for), those of an attention
-    score, if they were asked for, and the fidelity."""
+    """Print predictions, warnings, one account per target (two, if sources were asked for), what else was asked for
+    (lens, residual SAEs, an attention score), and the fidelity."""
     table = Table(title=None, box=None, pad_edge=False)
     table.add_column("label")
     table.add_column("probability", justify="right")
@@ -45,6 +45,8 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
         if explanation.sources is not None:
             console.print()
             console.print(_source_account(explanation, explanation.sources))
+    if answer.lens is not None:
+        _print_lens(answer.lens, console)
     if answer.residual is not None:
         _print_residual(answer.residual, console)
     if answer.attention is not None:
@@ -84,7 +86,7 @@ def _account(explanation: Explanation) -> Table:
     rows = [("prior", ledger.prior, "")]
     rows += [(f"attention {layer}", value, "") for layer, value in enumerate(ledger.attention)]
     for layer in explanation.layers:
-        named = "  ".join(f"{f.label or f'#{f.index}'} {f.contribution:+.2f}" for f in layer.features)
+        named = "  ".join(f"{_named_feature(f.index, f.label)} {f.contribution:+.2f}" for f in layer.features)
         rows.append((f"{written} {layer.layer}", layer.contribution, named))
     rows.append(("bias", ledger.bias, ""))
     if ledger.clt:
@@ -110,20 +112,35 @@ def _print_residual(residual: ResidualFeatures, console: Console) -> None:
     for heading in ("layer", "at [CLS]", "at patches (row, column)"):
         table.add_column(heading, overflow="fold")
     for layer in residual.layers:
-        of_cls = [f"{_residual(feature)} {feature.activation:.2f}" for feature in layer.cls]
+        of_cls = [f"{_named_feature(feature.index, feature.label)} {feature.activation:.2f}" for feature in layer.cls]
         of_patches = []
         for feature in layer.patches:
             row, column = divmod(
                 max(range(len(feature.tokens)), key=lambda at: abs(feature.tokens[at])), residual.columns
             )
-            of_patches.append(f"{_residual(feature)} {feature.activation:.2f} ({row + 1}, {column + 1})")
+            of_patches.append(
+                f"{_named_feature(feature.index, feature.label)} {feature.activation:.2f} ({row + 1}, {column + 1})"
+            )
         table.add_row(str(layer.layer), Text("  ".join(of_cls)), Text("  ".join(of_patches)))
     console.print()
     console.print(table)
 
 
-def _residual(feature: ResidualFeature) -> str:
-    return f"#{feature.index}" + (f" {feature.label}" if feature.label else "")
+def _named_feature(index: int, label: str | None) -> str:
+    """With its number, by which its card is found."""
+    return f"{label} #{index}" if label else f"#{index}"
+
+
+def _print_lens(lens: list[LensLayer], console: Console) -> None:
+    table = Table(title=Text("The prediction as it stands after each layer"), box=None, title_justify="left")
+    table.add_column("layer", justify="right")
+    table.add_column("label", overflow="fold")
+    table.add_column("probability", justify="right")
+    table.add_column("entropy (nats)", justify="right")
+    for layer in lens:
+        table.add_row(str(layer.layer), Text(layer.label), f"{layer.probability:.1%}", f"{layer.entropy:.3f}")
+    console.print()
+    console.print(table)
 
 
 def _print_attention(account: AttentionAccount, console: Console) -> None:

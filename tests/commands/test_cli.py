@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,10 +15,13 @@ import numpy as np
 import onnx
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from common import ROOT
+from vitrine.commands import app
 from vitrine.models.bundle.bundle import open_bundle
 from vitrine.models.bundle.sealing import seal
+from vitrine.models.stopping import signals_raise
 from vitrine.service.schemas.attribute import AttributeResponse
 
 COMMANDS = (
@@ -402,6 +407,67 @@ def test_attribute_draws_a_picture_that_needs_no_network(run, photo, tmp_path):
     assert "No such file" in result.stderr
 
 
+def test_a_feature_is_named_with_the_number_that_its_card_has(run, photo, with_cards):
+    answer = json.loads(run("attribute", photo, "--json").stdout)
+    listed = [feature for layer in answer["explanations"][0]["layers"] for feature in layer["features"]]
+    labelled, plain = ([f for f in listed if (f["label"] is None) == (not has)] for has in (True, False))
+    assert labelled
+    printed = " ".join(run("attribute", photo).output.split())
+    assert all(f"{f['label']} #{f['index']} {f['contribution']:+.2f}" in printed for f in labelled)
+    assert all(f" #{f['index']} {f['contribution']:+.2f}" in printed for f in plain)
+
+
+def test_attributes_labels_templates_and_lens_are_the_requests(run, refused, photo):
+    as_named = json.loads(run("attribute", photo, "--label-set", "default", "--json", "--top-k", "3").stdout)
+    assert {prediction["label"] for prediction in as_named["predictions"]} == set(LABELS)
+    assert as_named["lens"] is None
+    assert "nothing" in refused("attribute", photo, "--label-set", "nothing")
+    other = json.loads(run("attribute", photo, "--template", "{}", "--template", "no {}", "--lens", "--json").stdout)
+    assert other["predictions"] != as_named["predictions"]
+    last = other["lens"][-1]
+    assert (last["layer"], last["label"]) == (2, other["predictions"][0]["label"])
+    assert "templates" in refused("attribute", photo, "--template", "a photo")
+    printed = run("attribute", photo, "--lens").output
+    assert "The prediction as it stands after each layer" in printed
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_one_sentence_and_a_status(run, monkeypatch, number, status):
+    def told(*_):
+        with signals_raise():
+            signal.raise_signal(number)
+
+    monkeypatch.setattr("vitrine.training.recipes.catalogue.print_list", told)
+    result = run("recipes")
+    assert result.exit_code == status
+    assert result.stderr.startswith(f"stopped by {number.name}: nothing unfinished is left behind")
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_version_is_the_packages(run):
+    assert run("--version").output == f"vitrine {version('vitrine')}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("train --recipe photo-4", ["photo-48"]),
+        ("attribute x.png --edit no", ["no-sky"]),
+        ("attribute x.png --label-set d", ["default"]),
+        ("attribute x.png --baseline m", ["mean"]),
+        ("serve --bundle {models}/de", ["{models}/demo/"]),
+    ],
+)
+def test_shells_complete_names(run, monkeypatch, typed, offered):
+    monkeypatch.delenv("VITRINE_BUNDLE")  # the demo, then
+    words = f"vitrine {typed.format(models=ROOT / 'models')}"
+    for name, value in {"_VITRINE_COMPLETE": "complete_bash", "COMP_WORDS": words}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    result = CliRunner().invoke(app, prog_name="vitrine")
+    assert result.output.split() == [name.format(models=ROOT / "models") for name in offered]
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["--labels", "cat, dog", "--contrast", "dog", "--top-k", "1", "--features", "2"]]
 )
@@ -511,7 +577,10 @@ def test_from_recipe_to_answer(run, recipe_path, data_root, photo, tmp_path):
     assert (trained.exit_code, "checkpoint" in trained.output) == (0, True)
     trained = run("train", "--recipe", recipe_path, "--data-root", data_root, "--out", runs)
     assert (trained.exit_code, "checkpoint" in trained.output) == (0, True)
-    assert run("export", "--checkpoint", runs, "--data-root", data_root, "--out", bundle).exit_code == 0
+    exported = run("export", "--checkpoint", runs, "--data-root", data_root, "--out", bundle)
+    assert exported.exit_code == 0
+    is_bad_at_cls = open_bundle(bundle).manifest.metrics.r2_cls < 0.5
+    assert ["warning: R² at [CLS]" in result.output for result in (trained, exported)] == [is_bad_at_cls] * 2
     assert run("verify", bundle).exit_code == 0
     assert open_bundle(bundle).manifest.metrics.r2 is not None
     assert open_bundle(bundle).baseline is not None, "source accounts, and the average picture, unless a recipe says no"
@@ -536,6 +605,19 @@ def test_train_names_what_is_wrong_with_a_recipe(refused, data_root, tmp_path, c
         recipe.write_text(content)
     message = refused("train", "--recipe", recipe, "--data-root", data_root, "--out", tmp_path / "run")
     assert "recipe.toml" in message
+
+
+def test_a_recipe_is_checked_before_torch_is_loaded(tmp_path):
+    (tmp_path / "bad.toml").write_text("name = 1")
+    code = (
+        "import sys; from vitrine.commands import app\n"
+        "try: app(['train', '--recipe', 'bad.toml', '--out', 'run', '--seed', '1'])\n"
+        "finally: print([name for name in ('torch', 'open_clip', 'lightning_fabric') if name in sys.modules])"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert finished.returncode == 1
+    assert finished.stdout == "[]\n"
+    assert "bad.toml" in finished.stderr
 
 
 def test_train_and_export_say_what_is_missing(refused, recipe_path, tmp_path):

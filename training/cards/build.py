@@ -23,6 +23,7 @@ from vitrine.models.clip.loading import Clip
 from vitrine.models.files.problems import naming
 from vitrine.models.files.writing import move_folder, prepare_folder
 from vitrine.models.progress import Progress
+from vitrine.models.stopping import Stopped, advising, noted_signals
 from vitrine.training.cards.describe import describe_features
 from vitrine.training.cards.dictionary import CardsBuildError, Dictionary, open_dictionary
 from vitrine.training.cards.pictures import Album, Pictures
@@ -79,8 +80,10 @@ def build_cards(
     prepare_folder(work)
     target = work / "bundle"
     folder, key = CARDS[dictionary.name], _key(weights_file(checkpoint, meta), orders, options)
-    with Progress(console) as progress:
+    with Progress(console) as progress, advising("the same command goes on with the images that are left"):
         survey, album = _survey(clip, dictionary, bundle, orders, work, options, key, progress)
+        for data, _ in orders:
+            data.print_broken(console)
         embeddings = embed(clip, words, bundle.manifest.text.templates, progress)
         progress.begin("labels of all features")
         directions = (rows.float().cpu() for rows in dictionary.directions())
@@ -146,13 +149,18 @@ def _survey(
         album = Album(work / "pictures.npy", bundle.manifest.preprocessing, images, options.pictures)
     saver = Saver(survey, work / STATE, key)
     task = progress.task("survey", images + held_out, "images", int(survey.seen))
-    for pixels, classes in batches(orders, int(survey.seen), options.batch_size, options.workers):
-        if album:
-            album.add(int(survey.seen), pixels)
-        survey.add(clip.tower, dictionary, pixels.to(device), classes)
-        task.advance(len(pixels))
-        saver.save_if_due()
-    saver.save()
+    with noted_signals() as noted:  # a batch is counted whole or not at all
+        for pixels, classes in batches(orders, int(survey.seen), options.batch_size, options.workers):
+            if album:
+                album.add(int(survey.seen), pixels)
+            survey.add(clip.tower, dictionary, pixels.to(device), classes)
+            task.advance(len(pixels))
+            saver.save_if_due()
+            if noted.number:
+                break
+        saver.save()
+    if noted.number:
+        raise Stopped(noted.number)
     return survey, album
 
 

@@ -26,6 +26,7 @@ from vitrine.models.files.problems import naming
 from vitrine.models.images.decode import TRUSTED, decode, from_pillow
 from vitrine.models.images.errors import ImageError
 from vitrine.models.inputs.skipped import Skipped
+from vitrine.models.stopping import heed_the_second_signal_alone
 
 SHARED = Path("/dev/shm")  # noqa: S108  (where Linux has its shared memory)
 _PAGES = 65_536  # bytes beside the pixels: classes, and what fills up pages
@@ -100,6 +101,19 @@ class Images(Dataset[tuple[Tensor, int]]):
         for line in self.summary():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    def broken_line(self, names_in: Path | None = None) -> str | None:
+        """How many images were broken, in one line, if any were; names_in: the file that has all names."""
+        if not self.broken:
+            return None
+        count = len(self.broken)
+        said = f"names and reasons: {names_in}" if names_in else "; ".join(islice(self.broken, 3)) + "; …" * (count > 3)
+        return f"{self.title}: {count:,} of {len(self):,} images could not be read, and the next ones stood in: {said}"
+
+    def print_broken(self, console: Console, names_in: Path | None = None) -> None:
+        """Print `broken_line`, if there is one."""
+        if line := self.broken_line(names_in):
+            console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
     def require_classes(self) -> None:
         """Raises `DataError` if the images have no classes."""
         if not self.classes:
@@ -155,7 +169,14 @@ def load(
     Raises `DataError`, in this process, if more images are broken than allowed, or if the processes have no shared
     memory.
     """
-    loader = DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory)
+    loader = DataLoader(
+        images,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_begin_worker,
+    )
     with naming(SHARED):
         loaded = iter(loader)  # starts the processes
     for batch in loaded:
@@ -164,6 +185,10 @@ def load(
         pixels, classes, broken = batch
         images.record_broken(broken)
         yield pixels, classes
+
+
+def _begin_worker(_: int) -> None:
+    heed_the_second_signal_alone()
 
 
 def _collate(samples: list[_Sample]) -> tuple[Tensor, Tensor, dict[str, str]] | str:

@@ -45,6 +45,9 @@ from vitrine.training.evaluation.results import (
     TokenFigures,
     if_known,
 )
+from vitrine.training.recipes.recipe import CltRecipe, Recipe
+
+LEAST_CLS = 0.5  # R² at [CLS] below which a run and an export warn
 
 
 def evaluate(
@@ -212,6 +215,18 @@ def describe(metrics: Metrics, replaced: str = "every MLP") -> list[str]:
             f"alone {m.replacement_cls_top1:.1%}"
         )
     return lines
+
+
+def cls_warning(metrics: Metrics, recipe: Recipe) -> str | None:
+    """What there is to say of a CLT that explains [CLS], the token that answers are about, worse than `LEAST_CLS`."""
+    r2, worst = metrics.r2_cls, metrics.r2_cls_worst
+    if not isinstance(recipe, CltRecipe) or r2 is None or worst is None or r2 >= LEAST_CLS:
+        return None
+    return (
+        f"R² at [CLS], the token that answers are about, is {r2:.2f} (worst layer {worst:.2f}), and below "
+        f"{LEAST_CLS} errors are most of what an account has: train longer, give [CLS] a larger clt.k_cls, begin with "
+        'training.start = "neurons", or weigh [CLS] more (training.cls_weight)'
+    )
 
 
 def label_embeddings(clip: Clip, images: HeldOut, templates: Sequence[str], console: Console) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from open_clip.transformer import PatchDropout
 from open_clip_train.scheduler import cosine_lr
 from PIL import Image
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,64 +33,19 @@ from torchvision.transforms import v2
 from vitrine.models.clip.tower import Tower
 from vitrine.models.files.writing import prepare_folder, write_text, written
 from vitrine.models.progress import track
+from vitrine.models.stopping import advising
 from vitrine.training.checkpoint import CheckpointError, first_problem, load_tensors, section
 from vitrine.training.data.images import DataError, Images, Listing, load
 from vitrine.training.data.sources import open_images
 from vitrine.training.pretraining.captions import COLOURS, background_colour, class_prompts, coloured_prompts
 from vitrine.training.pretraining.mimetic import mimetic_start
-from vitrine.training.recipes.image_sources import Section, Source
-from vitrine.training.recipes.recipe import RecipeError, Share, Template
+from vitrine.training.pretraining.recipe import PretrainRecipe
+from vitrine.training.recipes.recipe import RecipeError
+from vitrine.training.recipes.settings import differences
 from vitrine.training.run.trainer import TrainingDiverged
 
 WEIGHTS = "model.safetensors"
 RECORD = "pretrain.json"
-
-
-class ModelSection(Section):
-    """open_clip's own configuration of a model."""
-
-    embed_dim: PositiveInt
-    vision_cfg: dict[str, Any]
-    text_cfg: dict[str, Any]
-
-    @field_validator("vision_cfg")
-    @classmethod
-    def _square(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if not isinstance(value.get("image_size"), int):
-            raise ValueError("image_size must be one number of pixels: images are square")
-        return value
-
-
-class PretrainData(Section):
-    """Labelled images. If their size differs from the model's, the shorter edge is resized and the centre cropped."""
-
-    train: Source
-    val: Source
-    labels: tuple[str, ...] = Field(min_length=1, description="in the order of the data's classes")
-    templates: tuple[Template, ...] = Field(min_length=1)
-
-
-class PretrainTraining(Section):
-    seed: int = 0
-    epochs: PositiveInt
-    images_per_step: PositiveInt = 128
-    learning_rate: PositiveFloat = 1e-3
-    weight_decay: float = Field(default=0.05, ge=0)
-    warmup_share: Share = 0.05
-    label_smoothing: Share = 0.1
-    patches_dropped: float = Field(
-        default=0.5, ge=0, lt=1, description="share of patches left out; a ViT learns nearly as much"
-    )
-    all_patches_share: Share = Field(default=0.125, description="last share of the run, which sees every patch")
-    crop_padding: int = Field(default=4, ge=0, description="pixels by which images are shifted at most")
-    workers: int = Field(default=1, ge=0, description="processes that decode images")
-
-
-class PretrainRecipe(Section):
-    name: str = Field(pattern=r"^\w[\w.-]*$", description="of the configuration's file, and for open_clip of the model")
-    model: ModelSection
-    data: PretrainData
-    training: PretrainTraining
 
 
 class EpochResult(BaseModel):
@@ -138,10 +93,13 @@ def pretrain(recipe: PretrainRecipe, data_root: Path, out: Path, console: Consol
         order = BatchSampler(RandomSampler(train), settings.images_per_step, drop_last=True)
         batches = load(train, order, settings.workers)
         title = f"epoch {epoch + 1}/{settings.epochs}"
-        losses = [run.step(*batch) for batch in track(batches, title, run.steps_per_epoch, console, "steps")]
-        done.append(EpochResult(loss=sum(losses) / len(losses), top1=run.top1(val, console)))
-        run.save(out, done)
+        with advising(f"the same command goes on after epoch {epoch} of {settings.epochs}"):
+            losses = [run.step(*batch) for batch in track(batches, title, run.steps_per_epoch, console, "steps")]
+            done.append(EpochResult(loss=sum(losses) / len(losses), top1=run.top1(val, console)))
+            run.save(out, done)
         console.print(f"{title}: loss {done[-1].loss:.4f}, zero-shot top-1 {done[-1].top1:.4f}")
+    train.print_broken(console)
+    val.print_broken(console)
     return out / WEIGHTS
 
 
@@ -266,8 +224,11 @@ def _completed_epochs(recipe: PretrainRecipe, out: Path) -> list[EpochResult]:
     except ValidationError as error:
         problem = first_problem(error)
         raise CheckpointError(f"{out / RECORD} is none of Vitrine's; choose an empty folder: {problem}") from error
-    if record.recipe != recipe:
-        raise CheckpointError(f"{out} holds a run of another recipe; choose an empty folder")
+    if different := differences(record.recipe, recipe):
+        raise CheckpointError(
+            f"{out} holds a run of another recipe ({'; '.join(different)}): "
+            "give the same one, or choose an empty folder"
+        )
     return record.epochs
 
 

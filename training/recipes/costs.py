@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from vitrine.models.dictionary.clt import Architecture
-from vitrine.models.dictionary.residual_sae import SaeArchitecture
+from vitrine.models.dictionary.architecture import Architecture, SaeArchitecture
 from vitrine.models.inputs.errors import InputError
 from vitrine.models.inputs.folder import walk
 from vitrine.models.inputs.skipped import Skipped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -12,24 +13,26 @@ from pydantic import BaseModel, ValidationError
 from vitrine.models.files.names import printable
 from vitrine.training.recipes.image_sources import WebDatasetSource
 from vitrine.training.recipes.recipe import CltRecipe, Recipe, RecipeError, ResidualSaeRecipe, kind_of
+from vitrine.training.recipes.settings import with_settings
 
 KINDS: dict[str, type[CltRecipe] | type[ResidualSaeRecipe]] = {"clt": CltRecipe, "residual_sae": ResidualSaeRecipe}
 Model = TypeVar("Model", bound=BaseModel)
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 
 
-def load_recipe(path: Path) -> CltRecipe | ResidualSaeRecipe:
-    """Read and validate a recipe. Raises `RecipeError` naming every wrong key and the nearest valid one."""
-    tables = _tables(path)
+def load_recipe(path: Path, settings: Sequence[str] = ()) -> CltRecipe | ResidualSaeRecipe:
+    """Read and validate a recipe, with these KEY=VALUE put in. Raises `RecipeError` naming every wrong key and the
+    nearest valid one."""
+    tables = with_settings(_tables(path), settings)
     kind = kind_of(tables)
-    if kind not in KINDS:
+    if kind not in tuple(KINDS):  # it may be a list
         raise RecipeError(f"recipe {path}:\n  kind: {printable(repr(kind))} is none of {', '.join(KINDS)}")
     return _validated(path, tables, KINDS[kind])
 
 
-def read_toml(path: Path, kind: type[Model]) -> Model:
-    """Validate a TOML file as `kind`. Raises `RecipeError` naming every wrong key and the nearest valid one."""
-    return _validated(path, _tables(path), kind)
+def read_toml(path: Path, kind: type[Model], settings: Sequence[str] = ()) -> Model:
+    """Validate a TOML file, with these KEY=VALUE put in, as `kind`. Raises `RecipeError` as `load_recipe` does."""
+    return _validated(path, with_settings(_tables(path), settings), kind)
 
 
 def skip_broken_shards(recipe: RecipeT) -> RecipeT:

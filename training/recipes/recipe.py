@@ -19,9 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from vitrine.models.dictionary.clt import Architecture
-from vitrine.models.dictionary.residual_sae import SaeArchitecture
-from vitrine.models.dictionary.sparsify import Kind
+from vitrine.models.dictionary.architecture import Architecture, Kind, SaeArchitecture
 from vitrine.models.errors import VitrineError
 from vitrine.models.inputs.lists import distinct
 from vitrine.training.recipes.image_sources import Section, Source

@@ -33,7 +33,7 @@ from vitrine.training.run.objective import Losses, Objective, Reconstruction
 
 
 class Cascade(Objective):
-    """The objective as a module: pixels [B, 3, H, W] -> `Losses` (`unexplained` is under replacement)."""
+    """The objective as a module: pixels [B, 3, H, W] -> `Losses` (what is `unexplained` is so under replacement)."""
 
     def __init__(
         self,
@@ -71,10 +71,13 @@ class Cascade(Objective):
             + settings.prediction_weight * divergence
         )
         unexplained, variance = self.reconstruction.unexplained(error, batch)
+        unexplained_cls, variance_cls = self.reconstruction.unexplained_cls(error, batch)
         return clean._replace(
             total=settings.clean_weight * clean.total + total * size.processes,
             unexplained=unexplained,
             variance=variance,
+            unexplained_cls=unexplained_cls,
+            variance_cls=variance_cls,
         )
 
     def _log_probabilities(self, residual: Tensor) -> Tensor:

@@ -42,6 +42,9 @@ class Losses(NamedTuple):
     variance: Tensor  # [L] of these tokens' targets, what `unexplained` would be of their mean
     active: Tensor  # [L] active features per token
     fired: Tensor  # [L, F] bool
+    # The same two of [CLS], outliers included and about its own mean; None: not known (of SAEs, whose tokens are alike)
+    unexplained_cls: Tensor | None = None
+    variance_cls: Tensor | None = None
 
 
 class StepSize(NamedTuple):
@@ -125,6 +128,7 @@ class Reconstruction(Objective):
             *self.unexplained(error, batch),
             torch.stack([code.active.detach().sum() for code in codes]) / count,
             torch.stack([fired(code, self.dictionary.features) for code in codes]),
+            *self.unexplained_cls(error, batch),
         )
 
     def before_step(self, dead: Tensor, rate: float, done: float) -> None:
@@ -147,6 +151,12 @@ class Reconstruction(Objective):
         kept = self.normalisation.kept(batch.mlp_out)
         count = self.size.images * self.size.tokens
         return error.detach().where(kept, 0).sum(1) / count, kept.sum(1) / count
+
+    def unexplained_cls(self, error: Tensor, batch: Activations) -> tuple[Tensor, Tensor]:
+        """The same of [CLS], beside its variance in this run's images: [L] each."""
+        n, count = self.normalisation, self.size.images * self.size.tokens
+        of_cls = (n.out_scale_cls / n.out_scale).square()
+        return error.detach()[:, batch.is_cls].sum(1) / count, of_cls * (batch.is_cls.sum() / count)
 
 
 def excess(architecture: Architecture | SaeArchitecture, codes: list[SortedCode], is_cls: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from vitrine.models.dictionary.clt import Decoder
 from vitrine.models.dictionary.encoder import Encoder
 from vitrine.models.dictionary.residual_sae import SaeDecoder
 from vitrine.models.errors import VitrineError
+from vitrine.models.stopping import Stopped
 
 
 class ParallelError(VitrineError, ValueError):
@@ -66,15 +67,30 @@ def make_fabric(
 def one_report(fabric: Fabric) -> Iterator[None]:
     """Where another process of the run has ended, say that and no more: the reason is its own to report.
 
-    Raises `ParallelError` in place of what torch.distributed raises when a connection is lost.
+    Raises `ParallelError` in place of what torch.distributed raises when a connection is lost. That all were told to
+    stop is the first process's to report: the others end with status 0, for Fabric kills all when one fails.
     """
     try:
         yield
+    except Stopped:
+        if fabric.is_global_zero:
+            raise
+        raise SystemExit(0) from None
     except RuntimeError as error:  # of which torch's DistError is a kind; gloo raises it as it is
         lost = isinstance(error, torch.distributed.DistError) or re.search(r"Connection (closed|reset)", str(error))
         if fabric.world_size == 1 or not lost:
             raise
         raise ParallelError(f"process {fabric.global_rank} stops, as another one of this run has ended") from error
+
+
+def signal_of_any(fabric: Fabric, number: int | None) -> int | None:
+    """The signal that told this process, or any other one of the run, to stop after this step; None: there was none.
+
+    Every process must call this after the same step."""
+    if fabric.world_size == 1:
+        return number
+    told: Any = fabric.all_reduce(torch.tensor(number or 0, device=fabric.device), reduce_op="max")
+    return int(told) or None
 
 
 def _shard(module: nn.Module, mesh: Any) -> nn.Module:

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +27,14 @@ class StepMetrics(NamedTuple):
     """Metrics of one step, over all processes."""
 
     loss: float  # the value that is minimised
-    r2: float  # mean over layers; a CLT's without outliers, in a cascade under replacement; SAEs': standardised tokens
+    r2: float  # mean over layers; a CLT's without outliers; SAEs': standardised tokens
     l0: float  # active features per token and layer
     dead: int  # features that have not fired for `revive_after` tokens
     rate: float  # learning rate
     r2_by_layer: list[float]
     l0_by_layer: list[float]
+    r2_cls: float | None = None  # mean over layers; None: no [CLS] among the step's tokens, or not known
+    replaced: bool = False  # the R² are under replacement, as in a cascade
 
 
 class Report:
@@ -39,25 +42,37 @@ class Report:
 
     def __init__(self, task: Task, log: Any, board: SummaryWriter | None, remote: Any) -> None:
         self.task, self.log, self.board, self.remote = task, log, board, remote
-        self._since = (time.perf_counter(), 0)
+        self._last = time.perf_counter()
+        self._since = (self._last, 0)
 
     def add(self, step: int, metrics: StepMetrics, tokens: int) -> None:
         """step: number of completed steps; tokens: in this step."""
-        shown = f"loss {metrics.loss:.4f}  R² {metrics.r2:.4f}  L0 {metrics.l0:.1f}  dead {metrics.dead:,}"
-        self.task.advance(step - self.task.done, shown)
+        of_cls = "" if metrics.r2_cls is None else f"  [CLS] {metrics.r2_cls:.4f}"
+        self.task.advance(
+            step - self.task.done,
+            f"loss {metrics.loss:.4f}  R² {'replaced ' * metrics.replaced}{metrics.r2:.4f}{of_cls}  "
+            f"L0 {metrics.l0:.1f}  dead {metrics.dead:,}",
+        )
         if self.log is None:
             return
-        scalars = {key: value for key, value in metrics._asdict().items() if not isinstance(value, list)}
+        now, scalars = time.perf_counter(), _scalars(metrics)
+        line = {
+            "step": step,
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "tokens_per_second": round(tokens / max(now - self._last, 1e-9), 1),
+        }
+        self._last = now
         with naming(Path(self.log.name)):
-            self.log.write(json.dumps({"step": step, **scalars}) + "\n")
+            self.log.write(json.dumps(line | scalars) + "\n")
         start, seen = self._since
         self._since = (start, seen + tokens)
         if step % EVERY:
             return
-        curves = {**scalars, "tokens_per_second": (seen + tokens) / (time.perf_counter() - start)}
-        for layer, (r2, l0) in enumerate(zip(metrics.r2_by_layer, metrics.l0_by_layer, strict=True)):
-            curves |= {f"r2/layer_{layer:02}": r2, f"l0/layer_{layer:02}": l0}
-        self._since = (time.perf_counter(), 0)
+        curves = {**scalars, "tokens_per_second": (seen + tokens) / (now - start)}
+        r2 = _name("r2", metrics)
+        for layer, (of_r2, l0) in enumerate(zip(metrics.r2_by_layer, metrics.l0_by_layer, strict=True)):
+            curves |= {f"{r2}/layer_{layer:02}": of_r2, f"l0/layer_{layer:02}": l0}
+        self._since = (now, 0)
         assert self.board is not None
         with naming(Path(self.board.log_dir)):
             for name, value in curves.items():
@@ -69,6 +84,24 @@ class Report:
         if self.log is not None:
             with naming(Path(self.log.name)):
                 self.log.flush()
+
+
+def _scalars(metrics: StepMetrics) -> dict[str, float]:
+    """The fields of log.jsonl, which are TensorBoard's curves, too (training/README.md)."""
+    values = {
+        "loss": metrics.loss,
+        _name("r2", metrics): metrics.r2,
+        _name("r2_cls", metrics): metrics.r2_cls,
+        "l0": metrics.l0,
+        "dead": metrics.dead,
+        "rate": metrics.rate,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _name(r2: str, metrics: StepMetrics) -> str:
+    """Under replacement it is another quantity, and has another name."""
+    return r2.replace("r2", "r2_replaced") if metrics.replaced else r2
 
 
 @contextmanager

@@ -23,8 +23,10 @@ from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tokens import UnsupportedTokenizer, convert_tokenizer
 from vitrine.models.files.writing import prepare_folder
 from vitrine.models.progress import track
+from vitrine.models.stopping import Stopped, noted_signals
 from vitrine.models.texts.labels import notices_of
 from vitrine.training.checkpoint import (
+    META,
     CheckpointError,
     CheckpointMeta,
     checkpoints,
@@ -39,7 +41,7 @@ from vitrine.training.data.held_out import held_out
 from vitrine.training.data.images import Plan, load
 from vitrine.training.data.sources import open_images
 from vitrine.training.data.stream import steps
-from vitrine.training.evaluation.evaluate import label_embeddings
+from vitrine.training.evaluation.evaluate import cls_warning, label_embeddings
 from vitrine.training.recipes.recipe import (
     CascadeSection,
     CltRecipe,
@@ -47,10 +49,11 @@ from vitrine.training.recipes.recipe import (
     ResidualSaeRecipe,
     TrainingSection,
 )
+from vitrine.training.recipes.settings import differences
 from vitrine.training.run.clt_learner import CltLearner
 from vitrine.training.run.learner import Learner
 from vitrine.training.run.objective import StepSize
-from vitrine.training.run.parallel import make_fabric
+from vitrine.training.run.parallel import make_fabric, signal_of_any
 from vitrine.training.run.progress import track_progress
 from vitrine.training.run.sae_learner import SaeLearner
 from vitrine.training.run.trainer import Trainer
@@ -72,36 +75,50 @@ def train(
     A completed run is evaluated on the val split. `max_steps` ends this call early, with a checkpoint; the schedule
     remains that of the whole run. With several processes each of them calls this function.
     Raises `CheckpointError` if `out` contains another run, `TrainingDiverged` if the loss is not finite,
-    `FileError` if `out` cannot be written: the last whole checkpoint stays.
+    `FileError` if `out` cannot be written: the last whole checkpoint stays. After SIGTERM or Ctrl-C, of any process,
+    the step in hand is finished and saved, and `Stopped` raised.
     """
     fabric = fabric or make_fabric(precision=recipe.training.precision)
     if fabric.is_global_zero:
         prepare_folder(out)
     run = _Run(recipe, clip, data_root, out, console if fabric.is_global_zero else Console(quiet=True), fabric)
     stop = min(run.steps, run.done + max_steps) if max_steps else run.steps
-    with track_progress(
-        out,
-        run.done,
-        run.steps,
-        run.console,
-        first=fabric.is_global_zero,
-        wandb_project=wandb_project,
-        name=recipe.name,
-    ) as report:
-        trainer = None
+    with (
+        noted_signals() as noted,
+        track_progress(
+            out,
+            run.done,
+            run.steps,
+            run.console,
+            first=fabric.is_global_zero,
+            wandb_project=wandb_project,
+            name=recipe.name,
+        ) as report,
+    ):
+        trainer, signalled = None, None
         for phase in run.phases:
-            if run.done >= min(phase.end, stop):
+            if run.done >= min(phase.end, stop) or signalled:
                 continue
             trainer = run.enter(phase, trainer)
             for batch in islice(run.batches(phase), stop - run.done):
                 metrics = trainer.train_step(batch)
                 run.done += 1
                 report.add(run.done, metrics, trainer.size.images * trainer.size.tokens)
-                if run.done % recipe.training.checkpoint_every == 0 or run.done in (stop, phase.end):
+                signalled = signal_of_any(fabric, noted.number)
+                if run.done % recipe.training.checkpoint_every == 0 or run.done in (stop, phase.end) or signalled:
                     report.flush()
                     run.save(trainer)
+                if signalled:
+                    break
+    signalled = signalled or signal_of_any(fabric, noted.number)  # it may have come while the last one was written
     fabric.barrier()  # the first process may still be writing it
     checkpoint = checkpoints(out)[-1]
+    run.images.print_broken(run.console, checkpoint / META)
+    if signalled:
+        raise Stopped(
+            signalled,
+            f"{checkpoint} is written (step {run.done:,} of {run.steps:,}); the same command goes on from there",
+        )
     if run.done == run.steps and run.meta.metrics.r2 is None and fabric.is_global_zero:
         run.measure(checkpoint)
     fabric.barrier()
@@ -237,8 +254,11 @@ class _Run:
         self.clip.tower.to("cpu")
         metrics, lines = self.learner.measure(checkpoint, self.val, self.recipe, self.console)
         write_meta(checkpoint, meta.model_copy(update={"metrics": metrics, "val_images": len(self.val)}))
+        self.val.data.print_broken(self.console)
         for line in lines:
             self.console.print(line, highlight=False, soft_wrap=True)
+        if message := cls_warning(metrics, self.recipe):
+            self.console.print(f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def _initialise(self) -> None:
         settings, size = self.recipe.training, self.recipe.training.images_per_step
@@ -252,17 +272,20 @@ class _Run:
     def _resume(self, checkpoint: Path) -> None:
         """Load weights, normalisation and step from a checkpoint, which must be of the same run."""
         saved, current, kind = read_meta(checkpoint), self.meta, self.recipe.kind
-        matches = {
-            "CLIP": saved.clip_sha256 == current.clip_sha256,
-            "[data]": (saved.recipe.data, saved.train_images) == (current.recipe.data, current.train_images),
-            "set of labels": (saved.labels or current.labels) == current.labels,
-            f"[{kind}]": getattr(saved.recipe, kind, None) == getattr(current.recipe, kind),
-            "[training]": saved.recipe.training == current.recipe.training,
-        }
+        compared = ["data", kind, "training"]
         if saved.step > self.phases[0].end:  # a [cascade] may be added after a finished reconstruction
-            matches["[cascade]"] = getattr(saved.recipe, "cascade", None) == getattr(current.recipe, "cascade", None)
-        if other := [name for name, is_match in matches.items() if not is_match]:
-            raise CheckpointError(f"{checkpoint} was trained with another {', '.join(other)}; choose an empty --out")
+            compared.append("cascade")
+        other = [] if saved.clip_sha256 == current.clip_sha256 else ["the CLIP has other weights"]
+        for part in compared:
+            other += differences(getattr(saved.recipe, part, None), getattr(current.recipe, part, None), part)
+        if saved.train_images != current.train_images:
+            other.append(f"there were {saved.train_images:,} images to train on and are {current.train_images:,}")
+        if (saved.labels or current.labels) != current.labels:
+            other.append("the labels are others")
+        if other:
+            raise CheckpointError(
+                f"{checkpoint} is of another run ({'; '.join(other)}): give the same recipe, or choose an empty --out"
+            )
         self.tensors = load_tensors(checkpoint / "state.safetensors")
         self.learner.restore(checkpoint, self.tensors, self.fabric.device)
         self.images.record_broken(saved.broken)

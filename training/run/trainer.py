@@ -88,16 +88,31 @@ class Trainer:
     def _reduce(self, losses: Losses, rate: float, dead: int) -> tuple[StepMetrics, Tensor]:
         """Metrics of the step and which features fired in it, over all processes."""
         loss_part = losses.total.detach()[None] / self.size.processes
-        parts: Any = torch.cat([loss_part, losses.unexplained, losses.variance, losses.active])
+        of_cls = losses.unexplained_cls, losses.variance_cls
+        unexplained_cls, variance_cls = (torch.zeros_like(losses.variance) if part is None else part for part in of_cls)
+        parts: Any = torch.cat(
+            [loss_part, losses.unexplained, losses.variance, losses.active, unexplained_cls, variance_cls]
+        )
         fired: Any = losses.fired.long()
         if self.fabric.world_size > 1:
             parts = self.fabric.all_reduce(parts, reduce_op="sum")
             fired = self.fabric.all_reduce(fired, reduce_op="sum")
-        loss, unexplained, variance, active = parts.split([1, *[self.dictionary.layers] * 3])
-        r2 = 1 - unexplained / variance.clamp_min(torch.finfo(variance.dtype).tiny)
-        return StepMetrics(
-            loss.item(), r2.mean().item(), active.mean().item(), dead, rate, r2.tolist(), active.tolist()
-        ), fired > 0
+        loss, unexplained, variance, active, unexplained_cls, variance_cls = parts.split(
+            [1, *[self.dictionary.layers] * 5]
+        )
+        r2, r2_cls = _r2(unexplained, variance), _r2(unexplained_cls, variance_cls)
+        metrics = StepMetrics(
+            loss=loss.item(),
+            r2=r2.mean().item(),
+            l0=active.mean().item(),
+            dead=dead,
+            rate=rate,
+            r2_by_layer=r2.tolist(),
+            l0_by_layer=active.tolist(),
+            r2_cls=r2_cls.mean().item() if variance_cls.any() else None,
+            replaced=isinstance(self.phase, CascadeSection),
+        )
+        return metrics, fired > 0
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, except weights and normalisation."""
@@ -115,3 +130,7 @@ class Trainer:
             name, moment = key.rsplit(".", 1)
             parameter = self.parameters[name]
             self.adam.state[parameter][moment] = like(value, parameter)
+
+
+def _r2(unexplained: Tensor, variance: Tensor) -> Tensor:
+    return 1 - unexplained / variance.clamp_min(torch.finfo(variance.dtype).tiny)

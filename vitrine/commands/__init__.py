@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
 
 import typer
 
@@ -28,14 +30,35 @@ from vitrine.commands.serve import serve
 from vitrine.commands.streams import prepare_streams
 from vitrine.commands.train import train
 from vitrine.commands.verify import verify
+from vitrine.models.stopping import signals_raise
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="CLIP predictions with an exact account of what made them: train, evaluate, export, verify, serve, attribute.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        typer.echo(f"vitrine {version('vitrine')}")
+    except PackageNotFoundError:
+        typer.echo("vitrine, a checkout that is not installed")
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 EXAMPLES: dict[Callable[..., None], str] = {
     pretrain: "vitrine pretrain --recipe training/recipes/clip/demo.toml --data-root data --out data/demo-clip",
     train: "vitrine train --recipe demo --data-root data --out runs/demo",
@@ -82,4 +105,5 @@ app.add_typer(planted, name="planted")
 def main() -> None:
     """The command as a program: as `app`, with standard streams of its own."""
     prepare_streams()
-    errors_as_messages(app)()  # help and wrong use are printed, too
+    with signals_raise():
+        errors_as_messages(app)(prog_name="vitrine")  # help and wrong use are printed, too

@@ -14,9 +14,11 @@ from vitrine.commands.common import (
     Baseline,
     BundlePath,
     EditName,
+    LabelSet,
     LabelsFile,
     LabelsList,
     SourceBaseline,
+    TemplateList,
     chosen_labels,
     new_console,
     open_bundle_or_default,
@@ -32,6 +34,8 @@ def attribute(
     image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JPEG, PNG, WebP, HEIC, …")],
     labels: LabelsList = None,
     labels_file: LabelsFile = None,
+    label_set: LabelSet = None,
+    template: TemplateList = None,
     target: Annotated[list[str] | None, typer.Option(help="Label to explain (repeatable); default: top-1.")] = None,
     contrast: Annotated[str | None, typer.Option(help="Explain each target rather than this label.")] = None,
     strict: Annotated[bool, typer.Option(help="Refuse labels that are cut, the same or unknown to the CLIP.")] = False,
@@ -51,6 +55,9 @@ def attribute(
     ] = False,
     source_features: Annotated[int, typer.Option(min=0, help="Features listed by --sources, of all layers.")] = 12,
     baseline: Baseline = SourceBaseline.zero,
+    lens: Annotated[
+        bool, typer.Option("--lens", help="Also list the prediction as it stands after each layer.")
+    ] = False,
     residual: Annotated[
         bool,
         typer.Option(
@@ -91,9 +98,9 @@ def attribute(
     for file in (svg, html):
         if file is not None:
             prepare_file(file)
-    fields: dict[str, Any] = {"strict": strict, "top_k": top_k, "edit": edit}
-    fields |= {"scoring": scoring.value, "threshold": threshold}
-    fields["explain"] = {"contrast": contrast, "features": features}
+    fields: dict[str, Any] = {"strict": strict, "top_k": top_k, "edit": edit, "label_set": label_set}
+    fields |= {"templates": template or None, "scoring": scoring.value, "threshold": threshold}
+    fields["explain"] = {"contrast": contrast, "features": features, "lens": lens}
     fields["explain"] |= {"sources": sources, "source_features": source_features, "baseline": baseline.value}
     fields["explain"]["residual"] = residual
     if attention is not None:

@@ -12,16 +12,19 @@ from vitrine.commands.common import (
     Baseline,
     BundlePath,
     EditName,
+    LabelSet,
     LabelsFile,
     LabelsList,
     SkipBroken,
     SourceBaseline,
+    TemplateList,
     chosen_labels,
     new_console,
     open_bundle_or_default,
     print_skipped,
     print_warnings,
 )
+from vitrine.models.stopping import advising
 
 
 def bulk(
@@ -30,10 +33,8 @@ def bulk(
     column: Annotated[str | None, typer.Option(help="Of Parquet inputs: image bytes, or paths.")] = None,
     labels: LabelsList = None,
     labels_file: LabelsFile = None,
-    label_set: Annotated[str | None, typer.Option(help="A named label set instead.")] = None,
-    template: Annotated[
-        list[str] | None, typer.Option(help="Sentence with {} (repeatable); default: the bundle's.")
-    ] = None,
+    label_set: LabelSet = None,
+    template: TemplateList = None,
     strict: Annotated[bool, typer.Option(help="Refuse labels that are cut, the same or unknown to the CLIP.")] = False,
     top_k: Annotated[int, typer.Option(min=1, help="Predictions listed.")] = 5,
     features: Annotated[int, typer.Option(min=0, help="Features listed, of all layers together.")] = 5,
@@ -80,7 +81,8 @@ def bulk(
     if strict:
         refuse(notices, "labels")
     print_warnings((notice.message for notice in notices), console)
-    summary = run(opened, Work(job, source, out, settings), console, ray)
+    with advising("the same command goes on with the images that are left"):
+        summary = run(opened, Work(job, source, out, settings), console, ray)
     if summary.problems:
         codes = ", ".join(f"{count:,} {code}" for code, count in count_by_code(out).items())
         console.print(f"errors: {codes}", style="yellow", highlight=False, soft_wrap=True)

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vitrine.commands import completing
 from vitrine.commands.streams import is_unread
 from vitrine.models.errors import VitrineError
 from vitrine.models.files.problems import sentence
+from vitrine.models.stopping import Stopped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,17 +51,43 @@ INPUTS = (
 SkipBroken = Annotated[
     bool, typer.Option("--skip-broken-shards", help="Name tars and Parquet files that are damaged or missing; go on.")
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A key of the recipe given anew, its value as TOML has it: training.learning_rate=1e-3 (repeatable).",
+    ),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Short for --set training.seed=…")]
 LabelsList = Annotated[str | None, typer.Option("--labels", help="Comma-separated; default: the bundle's labels.")]
 LabelsFile = Annotated[
     Path | None,
     typer.Option("--labels-file", help="Instead of --labels: a text file with a label a line, commas and all."),
 ]
 BundlePath = Annotated[
-    Path | None, typer.Option("--bundle", help="Bundle directory; default: VITRINE_BUNDLE, or the embedded demo.")
+    Path | None,
+    typer.Option(
+        "--bundle",
+        help="Bundle directory; default: VITRINE_BUNDLE, or the embedded demo.",
+        autocompletion=completing.bundles,
+    ),
 ]
 
 EditName = Annotated[
-    str | None, typer.Option("--edit", help="An edit, by its name; default: VITRINE_EDIT; none: CLIP as it is.")
+    str | None,
+    typer.Option(
+        "--edit",
+        help="An edit, by its name; default: VITRINE_EDIT; none: CLIP as it is.",
+        autocompletion=completing.edits,
+    ),
+]
+LabelSet = Annotated[
+    str | None,
+    typer.Option("--label-set", help="A named label set instead.", autocompletion=completing.label_sets),
+]
+TemplateList = Annotated[
+    list[str] | None, typer.Option("--template", help="Sentence with {} (repeatable); default: the bundle's.")
 ]
 
 
@@ -74,13 +102,16 @@ Baseline = Annotated[
 
 
 def errors_as_messages(command: Callable[..., None]) -> Callable[..., None]:
-    """Print Vitrine's own errors, and what the file system refuses, as one message without a traceback; exit with 1."""
+    """Print Vitrine's own errors, and what the file system refuses, as one message without a traceback; exit with 1.
+    After a signal the same, with 130 or 143."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
             sys.stdout.flush()  # here, not when Python ends, which could only complain
+        except Stopped as stopped:
+            raise _failure(str(stopped), stopped.status) from stopped
         except VitrineError as error:
             raise _failure(str(error)) from error
         except OSError as error:
@@ -97,10 +128,10 @@ def errors_as_messages(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _failure(message: str) -> SystemExit:
+def _failure(message: str, status: int = 1) -> SystemExit:
     with suppress(OSError):  # nobody to tell
-        typer.secho(f"error: {message}", fg="red", err=True)
-    return SystemExit(1)
+        typer.secho(message if status > 1 else f"error: {message}", fg="red", err=True)
+    return SystemExit(status)
 
 
 def open_bundle_or_default(bundle: Path | None) -> Bundle:
@@ -108,6 +139,11 @@ def open_bundle_or_default(bundle: Path | None) -> Bundle:
     from vitrine.service.operations.settings import load_settings
 
     return open_bundle(bundle or load_settings().bundle)
+
+
+def chosen_settings(settings: list[str] | None, seed: int | None) -> list[str]:
+    """What --set and --seed say, as KEY=VALUE each."""
+    return [*(settings or ()), *([] if seed is None else [f"training.seed={seed}"])]
 
 
 def chosen_labels(labels: str | None, file: Path | None) -> list[str] | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vitrine.commands import completing
 from vitrine.commands.common import INPUTS, BundlePath, LabelsFile, chosen_labels, new_console, open_bundle_or_default
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def create(
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="An edit's name, or its file.")],
+    name: Annotated[str, typer.Argument(help="An edit's name, or its file.", autocompletion=completing.edits)],
     edits: Edits = None,
     bundle: BundlePath = None,
 ) -> None:

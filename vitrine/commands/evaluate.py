@@ -108,6 +108,7 @@ def evaluate(
     else:
         results = run(clip, newest, chosen, console, other=other, seed=seed, curves=curves)
         _write(results, draw_thumbnails(results, chosen, clip), out, console)
+    chosen.data.print_broken(console)
 
 
 def _write(results: Results | SaeResults, thumbnails: dict[int, str], out: Path, console: Console) -> None:

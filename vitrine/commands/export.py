@@ -102,7 +102,8 @@ def export(
         if residual is None or labels is not None or labels_file is not None or label_sets is not None:
             raise typer.BadParameter("--bundle goes with --residual and --out alone: the rest is the bundle's own")
         assert bundle is not None
-        print_bundle(_added(bundle, residual, out, data_root), new_console())
+        console = new_console()
+        print_bundle(_added(bundle, residual, out, data_root, console), console)
         return
     from vitrine.models.bundle.label_sets import read_label_sets
     from vitrine.models.progress import Progress
@@ -180,12 +181,16 @@ def _announce(name: str, weights: str | None, console: Console) -> None:
     )
 
 
-def _added(bundle: Path, residual: Path, out: Path, data_root: Path) -> Bundle:
+def _added(bundle: Path, residual: Path, out: Path, data_root: Path, console: Console) -> Bundle:
     """A copy of a bundle, with residual SAEs."""
     from vitrine.models.bundle.bundle import open_bundle
     from vitrine.models.export.residual import add_residual
+    from vitrine.models.progress import Progress
     from vitrine.training.checkpoint import latest, load_clip_of, read_meta
     from vitrine.training.export import residual_export
 
-    clip = load_clip_of(read_meta(latest(residual)).recipe, data_root)
-    return add_residual(open_bundle(bundle), clip, residual_export(residual, clip), out)
+    with Progress(console) as progress:
+        progress.begin("loading the CLIP")
+        clip = load_clip_of(read_meta(latest(residual)).recipe, data_root)
+        progress.begin("residual SAEs, and the check of their graphs against torch")
+        return add_residual(open_bundle(bundle), clip, residual_export(residual, clip), out)

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
+from vitrine.commands import completing
 from vitrine.commands.common import new_console
 
 
 def push(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.", autocompletion=completing.bundles)],
     out: Annotated[
         Path | None, typer.Option(help="Folder to write: what the repository has, for git or `hf upload`.")
     ] = None,

@@ -7,11 +7,15 @@ from typing import Annotated
 
 import typer
 
+from vitrine.commands import completing
 from vitrine.commands.common import DataRoot, new_console
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="One in detail: a shipped one's name, or a TOML file.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="One in detail: a shipped one's name, or a TOML file.", autocompletion=completing.recipes),
+    ] = None,
     data_root: DataRoot = Path("data"),
     share: Annotated[float, typer.Option(min=0.01, max=1, help="Of a GPU's peaks that a run reaches.")] = 0.4,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,

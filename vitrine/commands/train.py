@@ -7,13 +7,27 @@ from typing import Annotated
 
 import typer
 
-from vitrine.commands.common import DataRoot, SkipBroken, load_clip_of, new_console
+from vitrine.commands import completing
+from vitrine.commands.common import (
+    DataRoot,
+    Seed,
+    Settings,
+    SkipBroken,
+    chosen_settings,
+    load_clip_of,
+    new_console,
+)
+from vitrine.models.stopping import advising
 
 
 def train(
-    recipe: Annotated[str, typer.Option(help="A recipe's name (see vitrine recipes), or its file.")],
+    recipe: Annotated[
+        str, typer.Option(help="A recipe's name (see vitrine recipes), or its file.", autocompletion=completing.recipes)
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the run; a run found there is taken up.")],
     data_root: DataRoot = Path("data"),
+    settings: Settings = None,
+    seed: Seed = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps, with a checkpoint.")] = None,
     devices: Annotated[
         int, typer.Option(min=1, help="GPUs (or CPU processes). On several machines start this with torchrun.")
@@ -29,15 +43,16 @@ def train(
     from vitrine.training.recipes.catalogue import find_recipe
     from vitrine.training.recipes.reading import load_recipe
     from vitrine.training.recipes.reading import skip_broken_shards as skipping
-    from vitrine.training.run.parallel import make_fabric, one_report
-    from vitrine.training.run.run import train as run
 
-    loaded, console = load_recipe(find_recipe(recipe)), new_console()
+    loaded, console = load_recipe(find_recipe(recipe), chosen_settings(settings, seed)), new_console()
     if skip_broken_shards:
         loaded = skipping(loaded)
+    from vitrine.training.run.parallel import make_fabric, one_report  # torch, after the recipe was found to be good
+    from vitrine.training.run.run import train as run
+
     fabric = make_fabric(devices, shard, loaded.training.precision, accelerator)
     fabric.launch()
-    with one_report(fabric):
+    with one_report(fabric), advising("the same command goes on from the last checkpoint, if there is one"):
         checkpoint = run(
             loaded,
             load_clip_of(loaded, data_root),

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from vitrine.commands import completing
 from vitrine.commands.common import INPUTS, new_console, print_bundle
 
 
@@ -20,7 +21,7 @@ class Choice(StrEnum):
 
 
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="Bundle directory.")],
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory.", autocompletion=completing.bundles)],
     precision: Annotated[
         Choice | None, typer.Option(help="Also measure how well it agrees with float32 on this machine.")
     ] = None,

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -110,22 +111,28 @@ def test_statistics_fit_one_another(carded):
                 assert card.label_score is None
 
 
-@pytest.mark.parametrize("batches", [2, 6])  # within the exemplar images, within the held-out ones
-def test_an_interrupted_call_is_resumed_to_the_same_bundle(build, tmp_path, monkeypatch, batches):
+@pytest.mark.parametrize(("batches", "how"), [(2, "killed"), (6, "told")])  # of exemplar images, of held-out ones
+def test_an_interrupted_call_is_resumed_to_the_same_bundle(build, tmp_path, monkeypatch, batches, how):
+    """Killed after each batch was saved; told by a signal to stop, which saves."""
     whole = build(batch_size=8)
     shutil.rmtree(tmp_path / "out")
     add, seen = Survey.add, []
 
     def interrupted(self, *batch):
-        if len(seen) == batches:
+        if len(seen) == batches and how == "killed":
             raise KeyboardInterrupt
         add(self, *batch)
         seen.append(len(batch[-1]))
+        if len(seen) == batches and how == "told":
+            signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("vitrine.training.cards.survey.SAVE_EVERY_SECONDS", 0)
+    if how == "killed":
+        monkeypatch.setattr("vitrine.training.cards.survey.SAVE_EVERY_SECONDS", 0)
     monkeypatch.setattr(Survey, "add", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as ended:
         build(batch_size=8)
+    if how == "told":
+        assert str(ended.value) == "stopped by SIGTERM: the same command goes on with the images that are left"
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial" / STATE).exists()
     monkeypatch.setattr(Survey, "add", lambda self, *batch: (seen.append(len(batch[-1])), add(self, *batch)))

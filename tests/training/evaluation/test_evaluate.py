@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 from vitrine.commands import app
 from vitrine.models.account.windows import TOKENS
 from vitrine.models.bootstrap import Bootstrap
+from vitrine.models.bundle.manifest import Metrics
 from vitrine.models.dictionary.replacement import Replacement
 from vitrine.training.checkpoint import CheckpointError, CheckpointMeta, latest, save_checkpoint
 from vitrine.training.data.held_out import held_out
 from vitrine.training.data.images import DataError
-from vitrine.training.evaluation.evaluate import evaluate, evaluate_summary
+from vitrine.training.evaluation.evaluate import cls_warning, evaluate, evaluate_summary
 from vitrine.training.evaluation.measure import Plan, measure
 from vitrine.training.evaluation.results import Results
 from vitrine.training.report import paper
@@ -450,3 +451,11 @@ def test_the_papers_figures_stand_beside_the_same_windows():
     assert paper.intervention_change("image", "keep_top4") is None
     for scores in paper.ONTO_LAST.values():
         assert sum(scores) == pytest.approx(1, abs=0.003)
+
+
+def test_a_clt_that_explains_cls_worse_than_half_is_warned_of(recipe):
+    assert cls_warning(Metrics(r2_cls=0.5, r2_cls_worst=-3), recipe) is None
+    assert cls_warning(Metrics(), recipe) is None, "unfinished"
+    assert cls_warning(Metrics(r2_cls=-0.65, r2_cls_worst=-9), recipe).startswith(
+        "R² at [CLS], the token that answers are about, is -0.65 (worst layer -9.00), and below 0.5 errors are most of"
+    )

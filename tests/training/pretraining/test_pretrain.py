@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import open_clip
@@ -20,6 +21,7 @@ from vitrine.commands import app
 from vitrine.commands.common import load_clip_of
 from vitrine.models.clip.loading import load_clip
 from vitrine.models.clip.tower import UnsupportedTower
+from vitrine.models.stopping import Stopped
 from vitrine.training.checkpoint import CheckpointError
 from vitrine.training.data.images import DataError
 from vitrine.training.data.sources import open_images
@@ -303,12 +305,12 @@ def test_interrupted_in_an_epoch(start, straight, tmp_path, monkeypatch, at):
     def interrupted(run, *batch):
         calls.append(1)
         if len(calls) == at + 1:
-            raise Killed
+            raise Stopped(signal.SIGTERM)
         return step(run, *batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(pretrain_module._Run, "step", interrupted)
-        with pytest.raises(Killed):
+        with pytest.raises(Stopped, match=f"by SIGTERM: the same command goes on after epoch {at // 4} of 2"):
             start(tmp_path)
     assert (tmp_path / "pretrain.json").exists() == (at >= 4)
     start(tmp_path)
@@ -369,17 +371,20 @@ def test_finished_run_is_left_alone(start, straight, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "different"),
     [
-        {"training": {"epochs": 3}},
-        {"training": {"seed": 1}},
-        {"data": {"templates": ("a {}",)}},
-        {"model": {"vision_cfg": TINY_CLIP["vision_cfg"] | {"layers": 2}}},
+        ({"training": {"epochs": 3}}, r"training.epochs is \d there and 3 here"),
+        ({"training": {"seed": 1}}, "training.seed is 0 there and 1 here"),
+        ({"data": {"templates": ("a {}",)}}, 'data.templates is .* there and "a {}" here'),
+        (
+            {"model": {"vision_cfg": TINY_CLIP["vision_cfg"] | {"layers": 2}}},
+            "model.vision_cfg.layers is . there and 2",
+        ),
     ],
 )
-def test_another_recipes_folder_is_refused(start, straight, tmp_path, changes):
+def test_another_recipes_folder_is_refused(start, straight, tmp_path, changes, different):
     copy = Path(shutil.copytree(straight, tmp_path / "copy"))
-    with pytest.raises(CheckpointError, match="copy holds a run of another recipe; choose an empty folder"):
+    with pytest.raises(CheckpointError, match=rf"copy holds a run of another recipe \({different}"):
         start(copy, **changes)
     assert_same_run(copy, straight)
 

@@ -85,6 +85,11 @@ def test_cls_weighs_by_its_own_variance_and_outliers_by_their_length():
     torch.testing.assert_close(
         losses.unexplained / losses.variance, torch.stack([e[k].mean() for e, k in zip(errors, kept, strict=True)])
     )
+    at_cls = batch.is_cls
+    of_cls = (objective.normalisation.out_scale_cls / objective.normalisation.out_scale) ** 2
+    torch.testing.assert_close(
+        losses.unexplained_cls / losses.variance_cls, errors[:, at_cls].mean(1) / of_cls, check_dtype=False
+    )
     l0 = [(code.values != 0).sum(1).double().mean() for code in codes]
     torch.testing.assert_close(losses.active, torch.stack(l0))
 

@@ -1,6 +1,5 @@
 """Two processes on the CPU do what one does; impossible settings are reported."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from common import timeless
 from vitrine.training.checkpoint import latest, load_tensors
 from vitrine.training.run.parallel import ParallelError, make_fabric
 
@@ -32,7 +32,7 @@ def run(recipe_path, data_root, tmp_path_factory):
             timeout=300,
         )
         assert finished.returncode == 0, finished.stderr
-        return latest(out), [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return latest(out), timeless(out / "log.jsonl")
 
     return run
 
@@ -76,7 +76,7 @@ def test_torchrun_says_how_many_processes_there_are(alone, recipe_path, data_roo
     command = [*torchrun, "vitrine", "train", *arguments, "--accelerator", "cpu", "--max-steps", "4"]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    log = timeless(tmp_path / "run" / "log.jsonl")
     for ours, theirs in zip(log, alone[1][:4], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ QUIET = Console(quiet=True)
 
 
 def metrics(step, **changes):
-    values = {"loss": 1 / step, "r2": 0.5, "l0": 8.0, "dead": 1234, "rate": 1e-3}
+    values = {"loss": 1 / step, "r2": 0.5, "l0": 8.0, "dead": 1234, "rate": 1e-3, "r2_cls": 0.25}
     return StepMetrics(**values, r2_by_layer=[0.4, 0.6], l0_by_layer=[7.0, 9.0])._replace(**changes)
 
 
@@ -51,7 +52,22 @@ def test_log_has_a_line_a_step(tmp_path):
     run_steps(tmp_path / "new" / "run", 0, 3)
     first, *_ = lines = log(tmp_path / "new" / "run")
     assert [line["step"] for line in lines] == [1, 2, 3]
-    assert first == {"step": 1, "loss": 1.0, "r2": 0.5, "l0": 8.0, "dead": 1234, "rate": 1e-3}
+    assert datetime.fromisoformat(first.pop("time")).utcoffset() == timedelta(0)
+    assert first.pop("tokens_per_second") > 0
+    assert first == {"step": 1, "loss": 1.0, "r2": 0.5, "r2_cls": 0.25, "l0": 8.0, "dead": 1234, "rate": 1e-3}
+
+
+def test_r2_under_replacement_has_a_name_of_its_own(tmp_path):
+    with track_progress(tmp_path, 0, 20, QUIET, first=True, wandb_project=None, name="test") as report:
+        for step in range(1, 21):
+            report.add(step, metrics(step, replaced=step > 10, r2_cls=None if step == 1 else 0.25), 100)
+        assert "R² replaced 0.5000  [CLS] 0.2500" in report.task.note
+    first, second, *_, last = log(tmp_path)
+    assert "r2_cls" not in first
+    assert (second["r2"], second["r2_cls"], last["r2_replaced"], last["r2_replaced_cls"]) == (0.5, 0.25, 0.5, 0.25)
+    assert not {"r2", "r2_cls"} & last.keys()
+    assert {"r2_replaced", "r2_replaced_cls", "r2_replaced/layer_01"} < curves(tmp_path).keys()
+    assert "r2" not in curves(tmp_path)
 
 
 def test_log_is_cut_at_the_checkpoint(tmp_path):
@@ -116,7 +132,7 @@ def test_curves(tmp_path):
     run_steps(tmp_path, 0, 45)
     points_by_tag = curves(tmp_path)
     layers = {f"{name}/layer_{layer:02}" for name in ("r2", "l0") for layer in (0, 1)}
-    assert set(points_by_tag) == {"loss", "r2", "l0", "dead", "rate", "tokens_per_second"} | layers
+    assert set(points_by_tag) == {"loss", "r2", "r2_cls", "l0", "dead", "rate", "tokens_per_second"} | layers
     assert all(set(points) == {20, 40} for points in points_by_tag.values())
     assert points_by_tag["loss"] == pytest.approx({20: 1 / 20, 40: 1 / 40})
     assert (points_by_tag["l0/layer_00"][20], points_by_tag["l0/layer_01"][20]) == (7, 9)
@@ -157,7 +173,7 @@ def test_tokens_per_second(tmp_path, monkeypatch):
 def test_bar_shows_where_the_run_is(tmp_path):
     screen = io.StringIO()
     shown = run_steps(tmp_path, 30, 35, console=Console(file=screen, force_terminal=True, width=150))
-    assert shown == f"loss {1 / 35:.4f}  R² 0.5000  L0 8.0  dead 1,234"
+    assert shown == f"loss {1 / 35:.4f}  R² 0.5000  [CLS] 0.2500  L0 8.0  dead 1,234"
     assert "35/100" in screen.getvalue()
     assert "dead 1,234" in screen.getvalue()
 

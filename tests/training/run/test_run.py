@@ -1,6 +1,6 @@
 """A run is a function of its recipe alone, however often it is interrupted."""
 
-import json
+import io
 import os
 import shutil
 import signal
@@ -13,9 +13,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from common import timeless
 from vitrine.models.clip.loading import load_clip
 from vitrine.models.dictionary.clt import CrossLayerTranscoder
 from vitrine.models.dictionary.replacement import Replacement
+from vitrine.models.stopping import Stopped
 from vitrine.training.checkpoint import CheckpointError, checkpoints, latest, load_clt, load_tensors, read_meta
 from vitrine.training.data.held_out import held_out
 from vitrine.training.data.images import DataError
@@ -59,7 +61,7 @@ def test_a_run_warns_of_labels_and_of_a_tokenizer_that_no_bundle_can_have(clip):
 
 
 def log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return timeless(out / "log.jsonl")
 
 
 def assert_same_bits(checkpoint, other):
@@ -176,6 +178,54 @@ def test_killed_process_can_be_resumed_at_any_step(recipe_path, data_root, strai
     assert_same_bits(latest(out), latest(straight))
 
 
+def test_a_signal_ends_a_run_after_the_step_in_hand(start, straight, tmp_path, monkeypatch):
+    """SIGTERM in a step that no checkpoint is due after; the same call then ends with the same bits."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def told(batch):
+        signal.raise_signal(signal.SIGTERM)
+        return batch
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, 7, told)
+        with pytest.raises(Stopped) as stopped:
+            start(tmp_path)
+    saved = tmp_path / "step-00000008"
+    assert str(stopped.value) == (
+        f"stopped by SIGTERM: {saved} is written (step 8 of 24); the same command goes on from there"
+    )
+    assert stopped.value.status == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert latest(tmp_path) == saved
+    assert [line["step"] for line in log(tmp_path)] == list(range(1, 9))
+    assert_same_bits(start(tmp_path), latest(straight))
+
+
+def test_processes_that_are_told_to_stop_say_how_to_go_on(recipe_path, data_root, tmp_path):
+    """Two, of which the first alone gets the signal."""
+    command = [sys.executable, "-m", "vitrine", "train", "--recipe", str(recipe_path), "--data-root", str(data_root)]
+    command += ["--set", "training.epochs=1000", "--devices", "2", "--accelerator", "cpu"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and _step(tmp_path) < 3:
+        time.sleep(0.01)
+    process.terminate()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 143, said
+    last = said.strip().splitlines()[-1]
+    assert last == (
+        f"stopped by SIGTERM: {latest(tmp_path)} is written (step {_step(tmp_path):,} of 6,000); "
+        "the same command goes on from there"
+    )
+    assert "Traceback" not in said
+
+
 def _step(out):
     """The step that a run has reached, by its checkpoints."""
     saved = checkpoints(out)
@@ -188,8 +238,12 @@ def test_broken_images_are_named(start, recipe, tmp_path, data_root, clip):
     broken = sorted((root / "train" / "red circle").iterdir())[3]
     broken.write_bytes(b"no image")
     recipe = change(recipe, "data", max_broken=0.05)
-    checkpoint = train(recipe, clip, root, tmp_path / "run", QUIET)
+    said = io.StringIO()
+    checkpoint = train(recipe, clip, root, tmp_path / "run", Console(file=said))
     assert list(read_meta(checkpoint).broken) == [str(broken)]
+    assert f"1 of 48 images could not be read, and the next ones stood in: names and reasons: {checkpoint}" in (
+        said.getvalue()
+    )
     with pytest.raises(DataError, match=broken.name):
         train(change(recipe, "data", max_broken=0.0), clip, root, tmp_path / "other", QUIET)
 
@@ -269,17 +323,22 @@ def test_checkpoint_is_folded_from_its_own_state(straight):
     assert torch.equal(out_mean_cls, section["out_mean_cls"])
 
 
-def test_folder_of_another_run_is_refused(straight, start, recipe, clip):
+def test_folder_of_another_run_is_refused_by_what_differs(straight, start, recipe, clip):
     others = {
-        r"\[training\]": {"recipe": change(recipe, "training", learning_rate=0.5)},
-        r"\[clt\]": {"recipe": change(recipe, "clt", k=(4,))},
-        r"\[data\]": {"recipe": change(recipe, "data", train=recipe.data.val)},
-        "CLIP": {"clip": replace(clip, sha256="0" * 64)},
+        "training.learning_rate is 0.01 there and 0.5 here": {"recipe": change(recipe, "training", learning_rate=0.5)},
+        "clt.k is 8 there and 4 here": {"recipe": change(recipe, "clt", k=(4,))},
+        'data.train.path is "train" there and "val" here; there were 48 images to train on and are 12': {
+            "recipe": change(recipe, "data", train=recipe.data.val)
+        },
+        "the CLIP has other weights": {"clip": replace(clip, sha256="0" * 64)},
     }
     before = latest(straight)
-    for named, changes in others.items():
-        with pytest.raises(CheckpointError, match=f"{before} was trained with another {named}; choose an empty --out"):
+    for different, changes in others.items():
+        with pytest.raises(CheckpointError) as refused:
             start(straight, **changes)
+        assert str(refused.value) == (
+            f"{before} is of another run ({different}): give the same recipe, or choose an empty --out"
+        )
     assert latest(straight) == before
     assert read_meta(before).recipe == recipe
 

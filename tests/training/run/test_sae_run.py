@@ -1,6 +1,5 @@
 """Runs of residual SAEs: the trainer, checkpoints and cache are those of a CLT; what differs is tested here."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from common import timeless
 from vitrine.training.checkpoint import CheckpointError, latest, load_clt, load_residual_saes, load_tensors, read_meta
 from vitrine.training.data.held_out import held_out
 from vitrine.training.evaluation.residual_sae import evaluate_summary
@@ -63,7 +63,7 @@ def straight(start, write, tmp_path_factory):
 
 
 def log(checkpoint):
-    return [json.loads(line) for line in (checkpoint.parent / "log.jsonl").read_text().splitlines()]
+    return timeless(checkpoint.parent / "log.jsonl")
 
 
 def assert_same_bits(one, two):
