@@ -24,8 +24,8 @@ FLOORS = {
     "training": (
         ("recipes",),
         ("checkpoint", "data"),
-        ("evaluation", "export"),
-        ("cards", "report", "run"),
+        ("evaluation",),
+        ("cards", "export", "report", "run"),
         ("pretraining",),
         ("planted",),
     ),
