@@ -25,7 +25,7 @@ def load(source: str | os.PathLike[str] | None = None, **settings: Any) -> Expla
             environment's VITRINE_ variables. Those of HTTP have no effect.
 
     A checkpoint is exported first, as long as `vitrine export` takes for it, with its progress and warnings on standard
-    error. That needs vitrine[training] and the run's CLIP and images (VITRINE_DATA, default `data`, is what the recipe's
+    error. That needs vitrine[training] and the run's CLIP and images (VITRINE_DATA, default `data`, is what its
     paths are relative to). The bundle stays under ~/.cache/vitrine (XDG_CACHE_HOME), from where the same checkpoint is
     loaded the next time; remove it there when it is no longer wanted. Its features have no labels: `vitrine cards`
     makes them.
