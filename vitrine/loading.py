@@ -24,11 +24,11 @@ def load(source: str | os.PathLike[str] | None = None, **settings: Any) -> Expla
         settings: the service's, by their names in lower case (`precision="auto"`, `threads=4`), before the
             environment's VITRINE_ variables. Those of HTTP have no effect.
 
-    A checkpoint is exported first, as `vitrine export` does it, with a progress bar and the messages of the command;
-    that needs vitrine[training] and the run's CLIP (VITRINE_DATA, default `data`, is what its recipe's paths are
-    relative to), takes 20 seconds for the embedded bundle's size and minutes for a ViT-B/32, and leaves the bundle
-    under ~/.cache/vitrine (XDG_CACHE_HOME), from where the same checkpoint is loaded the next time. Its features have
-    no labels: `vitrine cards` makes them.
+    A checkpoint is exported first, as long as `vitrine export` takes for it, with its progress and warnings on standard
+    error. That needs vitrine[training] and the run's CLIP and images (VITRINE_DATA, default `data`, is what its
+    paths are relative to). The bundle stays under ~/.cache/vitrine (XDG_CACHE_HOME), from where the same checkpoint is
+    loaded the next time; remove it there when it is no longer wanted. Its features have no labels: `vitrine cards`
+    makes them.
 
     Raises `VitrineError`, whose message says what is wrong and what to do.
     """
