@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vitrine.models.tables import new_console, show
 from vitrine.service.schemas.attention import AttentionAccount, PairFeature, ScorePair
 from vitrine.service.schemas.attribute import AttributeResponse, Explanation
 from vitrine.service.schemas.residual import ResidualFeature, ResidualFeatures
@@ -24,12 +25,12 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
     table = Table(title=None, box=None, pad_edge=False)
     table.add_column("label")
     table.add_column("probability", justify="right")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     table.add_column("logit", justify="right")
     for prediction in answer.predictions:
         bar = _bar(prediction.probability, 1.0, 20)
         table.add_row(Text(prediction.label), f"{prediction.probability:.1%}", bar, f"{prediction.logit:.2f}")
-    console.print(table)
+    show(table, console)
     if answer.edit is not None:
         was = "applied" if answer.edit.applied else "not applied: its condition is not met"
         console.print(Text(f"edit {answer.edit.name} ({answer.edit.digest[:19]}…, {answer.edit.mode}): {was}"))
@@ -37,27 +38,24 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
         console.print(Text(f"warning: {warning.message}", style="yellow"))
     for explanation in answer.explanations:
         console.print()
-        console.print(_account(explanation))
+        show(_account(explanation), console)
         if explanation.sources is not None:
             console.print()
-            console.print(_source_account(explanation, explanation.sources))
+            show(_source_account(explanation, explanation.sources), console)
     if answer.residual is not None:
         _print_residual(answer.residual, console)
     if answer.attention is not None:
         _print_attention(answer.attention, console)
     if (fidelity := answer.fidelity) is None:
         return
-    agrees = "stays" if fidelity.reconstructed_top1_agrees else "[bold]changes[/bold]"
-    console.print(
-        f"\nFidelity: R² {fidelity.r2:.3f}, error row {fidelity.error_share:.1%} of the account; "
-        f"without it the top-1 {agrees}.",
-        highlight=False,
-    )
+    agrees = ("stays", "") if fidelity.reconstructed_top1_agrees else ("changes", "bold")
+    share = f"error row {fidelity.error_share:.1%} of the account"
+    console.print(Text.assemble(f"\nFidelity: R² {fidelity.r2:.3f}, {share}; without it the top-1 ", agrees, "."))
 
 
 def draw_answer(answer: AttributeResponse) -> str:
     """The same as an SVG picture in the viewer's own fonts, since rich's would be fetched from the network."""
-    console = Console(record=True, width=104, file=io.StringIO())
+    console = new_console(record=True, width=104, file=io.StringIO())
     print_answer(answer, console)
     return re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="vitrine attribute"), flags=re.DOTALL)
 
@@ -103,7 +101,7 @@ def _print_residual(residual: ResidualFeatures, console: Console) -> None:
             of_patches.append(f"{_residual(feature)} {feature.activation:.2f} ({row + 1}, {column + 1})")
         table.add_row(str(layer.layer), Text("  ".join(of_cls)), Text("  ".join(of_patches)))
     console.print()
-    console.print(table)
+    show(table, console)
 
 
 def _residual(feature: ResidualFeature) -> str:
@@ -122,15 +120,14 @@ def _print_attention(account: AttentionAccount, console: Console) -> None:
     )
     for what, side in (("the query", account.of_query), ("the key", account.of_key)):
         console.print()
-        console.print(
-            _table(f"By what made {what}", "label", _source_rows(side), side.remainder, account.explained, "scores")
-        )
+        rows = _source_rows(side)
+        show(_table(f"By what made {what}", "label", rows, side.remainder, account.explained, "scores"), console)
     if not account.pairs:
         return
     pairs = [(f"{_pair(pair.query)} · {_pair(pair.key)}", pair.contribution, _labels(pair)) for pair in account.pairs]
     rows = [*pairs, ("all else", account.other_pairs, "other features, embeddings, errors, biases, constants")]
     console.print()
-    console.print(_table("By pairs of features, query · key", "labels", rows, 0.0, account.explained, "scores"))
+    show(_table("By pairs of features, query · key", "labels", rows, 0.0, account.explained, "scores"), console)
 
 
 def _token(account: AttentionAccount, token: int) -> str:
@@ -200,9 +197,9 @@ def _bar(value: float, largest: float, width: int) -> str:
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
 
-def _signed_bar(value: float, largest: float) -> str:
+def _signed_bar(value: float, largest: float) -> Text:
     """A bar to the right of zero, or one to its left in whole characters (there are no left-hand eighths)."""
     if value >= 0:
-        return f"{' ' * _HALF}[dim]│[/dim][blue]{_bar(value, largest, _HALF)}[/blue]"
+        return Text.assemble(" " * _HALF, ("│", "dim"), (_bar(value, largest, _HALF), "blue"))
     length = round(_HALF * -value / largest) if largest else 0
-    return f"{' ' * (_HALF - length)}[red]{'█' * length}[/red][dim]│[/dim]"
+    return Text.assemble(" " * (_HALF - length), ("█" * length, "red"), ("│", "dim"))

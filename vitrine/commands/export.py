@@ -9,6 +9,7 @@ import typer
 
 from vitrine.commands.common import (
     INPUTS,
+    PLAIN,
     DataRoot,
     LabelsFile,
     chosen_labels,
@@ -134,7 +135,11 @@ def export(
             "give --labels or --labels-file"
         )
     if meta.metrics.r2 is None:
-        console.print(f"[yellow]{newest} is unfinished (step {meta.step} of {meta.steps}): the bundle has no metrics")
+        console.print(
+            f"{newest} is unfinished (step {meta.step} of {meta.steps}): the bundle has no metrics",
+            style="yellow",
+            **PLAIN,
+        )
     provenance = Provenance(
         name=recipe.name,
         description=recipe.bundle.description,

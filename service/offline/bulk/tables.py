@@ -3,8 +3,9 @@
     part-000000.parquet         a row per answered image: `Row`
     _errors/part-000000.parquet a row per image that could not be answered: `Problem`; only if there are any
 
-Readers of a folder (pandas, pyarrow, Spark) pass over what begins with an underscore or a dot. Each file is written under a hidden name, flushed to disk and renamed. A part's errors are written first and its rows
-last, even if there are none: a part is done when its rows exist, and then its errors exist, too.
+Readers of a folder (pandas, pyarrow, Spark) pass over what begins with an underscore or a dot. Each file is written
+under a hidden name, flushed to disk and renamed. A part's errors are written first and its rows last, even if there are
+none: a part is done when its rows exist, and then its errors exist, too.
 
 DuckDB writes them from lines of JSON: it is installed anyway, for the cards, and pyarrow would be 170 MB more.
 """
@@ -186,8 +187,9 @@ def done_parts(out: Path) -> set[int]:
 
 def remove_partial_files(out: Path) -> None:
     """Remove partial files left by a killed run. No other run may be writing there."""
-    for path in [*out.glob("._job.json.*"), *out.glob(".job.json.*"), *out.glob(".part-*"), *(out / ERRORS).glob(".part-*")]:
-        path.unlink(missing_ok=True)
+    for pattern in ("._job.json.*", ".job.json.*", ".part-*", f"{ERRORS}/.part-*"):
+        for path in out.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def count(out: Path) -> tuple[int, int]:

@@ -145,7 +145,7 @@ def test_two_jobs_cannot_begin_one_folder_without_locks(work, monkeypatch):
     ("faults", "code", "said"),
     [
         ({"flock": "ENOLCK", "fsync": "EINVAL", "link": "EPERM"}, 0, "without locks"),
-        ({"fsync": "ENOSPC:when=3+"}, 1, "_errors/part-000001.parquet cannot be written: No space left on device; make"),
+        ({"fsync": "ENOSPC:when=3+"}, 1, "_errors/part-000001.parquet cannot be written: No space left on device"),
         ({"rename": "EXDEV"}, 1, "part-000000.parquet cannot be written: Invalid cross-device link; this file system"),
         ({"mkdir": "EROFS"}, 1, "out cannot be written: Read-only file system; write elsewhere"),
     ],
