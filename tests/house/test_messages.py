@@ -5,7 +5,8 @@ import ast
 import pytest
 from test_rooms import MODULES
 
-NAMES = ("BENTOML_HOME", "Content-Encoding", "DuckDB", "MLPs", "ONNX Runtime", "Ray", "VisionTransformer", "Weights &")
+NAMES = ("BENTOML_HOME", "CLIP ", "CLT", "Content-Encoding", "DuckDB", "MLPs", "ONNX Runtime", "Ray", "VITRINE_")
+NAMES += ("VisionTransformer", "Weights &")
 LONGEST = 300  # characters, without what is filled in
 
 
