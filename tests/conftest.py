@@ -43,11 +43,13 @@ torch.set_num_threads(1)  # these matrices are too small to parallelise
 gc.set_threshold(100_000, 20, 100)  # exports create millions of objects: scanning them took a sixth of the time
 
 
-@pytest.fixture(autouse=True)
-def every_printed_table_is_whole(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def every_printed_table_is_whole():
     """Whichever test prints one: at 40, 60, 80 and 120 columns."""
     draw = tables._draw
-    monkeypatch.setattr(tables, "_draw", lambda table, console: check(table, draw) or draw(table, console))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "_draw", lambda table, console: check(table, draw) or draw(table, console))
+        yield
 
 
 @pytest.fixture(scope="session")
