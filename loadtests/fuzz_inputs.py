@@ -176,7 +176,7 @@ READERS: dict[str, tuple[str, Callable[[Path], tuple[int, int]]]] = {  # kind ->
     "tar": ("x.tar", _tar),
     "list": ("list.txt", _bulk),
     "labels": ("x.json", _labels),
-    "job": ("job.json", _job),
+    "job": ("_job.json", _job),
     "manifest": ("manifest.json", _manifest),
     "checkpoint": ("checkpoint.json", _checkpoint),
     "recipe": ("x.toml", _recipe),

@@ -24,6 +24,8 @@ from safetensors.torch import save_file
 
 from common import LABELS, RECIPE, TINY_CLIP
 from exports import Bundles, Conversions, shared_folder
+from printed import check
+from vitrine.models import tables
 from vitrine.models.bundle.manifest import Data, Metrics
 from vitrine.models.clip.loading import load_clip
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
@@ -39,6 +41,15 @@ from vitrine.training.recipes.recipe import ResidualSaeRecipe
 
 torch.set_num_threads(1)  # these matrices are too small to parallelise
 gc.set_threshold(100_000, 20, 100)  # exports create millions of objects: scanning them took a sixth of the time
+
+
+@pytest.fixture(autouse=True, scope="session")
+def every_printed_table_is_whole():
+    """Whichever test prints one: at 40, 60, 80 and 120 columns."""
+    draw = tables._draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "_draw", lambda table, console: check(table, draw) or draw(table, console))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -165,7 +165,8 @@ def _check_size(size: tuple[int, int], format: str, limits: ImageLimits) -> None
     if max(width, height) > limits.side or width * height > pixels:
         raise ImageError(
             "image_too_large",
-            f"the image has {width:,} x {height:,} pixels; allowed are {limits.side:,} a side and {pixels:,} in all",
+            f"the image has {width:,} x {height:,} pixels; allowed are {limits.side:,} a side and {pixels:,} in "
+            "all; make it smaller first",
         )
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vitrine.models.tables import show
 from vitrine.service.schemas.circuit_groups import CircuitGroup, GroupedCircuit, GroupEdge
 
 FED_BY = 3  # names beside each feature
@@ -38,7 +39,7 @@ def print_circuit(circuit: GroupedCircuit, count: int, console: Console) -> None
         numbers = [f"{group.images:,}"] if many else []
         numbers += [f"{group.tokens:.3g}", f"{group.influence:.1%}", f"{group.contribution:+.3f}"]
         table.add_row(Text(_title(group)), *numbers, Text(sources), unfollowed)
-    console.print(table)
+    show(table, console)
     plain: dict[str, Any] = {"style": "yellow", "markup": False, "highlight": False, "soft_wrap": True}
     for warning in circuit.warnings:
         console.print(f"warning: {warning.message}", **plain)

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vitrine.models.tables import show
 from vitrine.service.exports.rows import ledger_rows
 from vitrine.service.schemas.intervene import (
     CounterfactualAnswer,
@@ -29,7 +30,7 @@ def print_intervention(answer: InterveneResponse, features: int, console: Consol
         _print_predictions(variant, console)
         for change in variant.difference.explanations:
             console.print()
-            console.print(_changes(change, features))
+            show(_changes(change, features), console)
         if variant.edits:
             how = "only [CLS]'s final residual was changed" if answer.mode == "direct" else "the network ran again"
             console.print(f"\nmode {answer.mode}: {how}.", highlight=False)
@@ -43,7 +44,7 @@ def _print_predictions(variant: Variant, console: Console) -> None:
     for row in sorted(variant.difference.probabilities, key=lambda row: -row.after):
         style = "bold" if row.label == first else ""
         table.add_row(Text(row.label), f"{row.before:.1%}", f"{row.after:.1%}", style=style)
-    console.print(table)
+    show(table, console)
 
 
 def _changes(change: ExplanationChange, features: int) -> Table:
@@ -75,7 +76,7 @@ def _print_counterfactual(found: CounterfactualAnswer, console: Console) -> None
         table.add_column(Text(heading), justify="left" if heading in ("without", "comes first") else "right")
     for step in found.path:
         table.add_row(Text(_named(step.member, found)), Text(step.top1), f"{step.probability:.1%}", f"{step.lead:+.2f}")
-    console.print(table)
+    show(table, console)
     if not found.found:
         console.print(f"None found: {found.stopped}.", highlight=False)
         return

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vitrine.models.tables import new_console, show
 from vitrine.service.schemas.attention import AttentionAccount, PairFeature, ScorePair
 from vitrine.service.schemas.attribute import AttributeResponse, Explanation, LensLayer
 from vitrine.service.schemas.classify import Verdict
@@ -26,12 +27,12 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
     table = Table(title=None, box=None, pad_edge=False)
     table.add_column("label")
     table.add_column("probability", justify="right")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     table.add_column("logit", justify="right")
     for prediction in answer.predictions:
         bar = _bar(prediction.probability, 1.0, 20)
         table.add_row(Text(prediction.label), f"{prediction.probability:.1%}", bar, f"{prediction.logit:.2f}")
-    console.print(table)
+    show(table, console)
     if answer.verdict is not None:
         console.print(_verdict(answer.verdict))
     if answer.edit is not None:
@@ -41,10 +42,10 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
         console.print(Text(f"warning: {warning.message}", style="yellow"))
     for explanation in answer.explanations:
         console.print()
-        console.print(_account(explanation))
+        show(_account(explanation), console)
         if explanation.sources is not None:
             console.print()
-            console.print(_source_account(explanation, explanation.sources))
+            show(_source_account(explanation, explanation.sources), console)
     if answer.lens is not None:
         _print_lens(answer.lens, console)
     if answer.residual is not None:
@@ -53,12 +54,9 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
         _print_attention(answer.attention, console)
     if (fidelity := answer.fidelity) is None:
         return
-    agrees = "stays" if fidelity.reconstructed_top1_agrees else "[bold]changes[/bold]"
-    console.print(
-        f"\nFidelity: R² {fidelity.r2:.3f}, error row {fidelity.error_share:.1%} of the account; "
-        f"without it the top-1 {agrees}.",
-        highlight=False,
-    )
+    agrees = ("stays", "") if fidelity.reconstructed_top1_agrees else ("changes", "bold")
+    share = f"error row {fidelity.error_share:.1%} of the account"
+    console.print(Text.assemble(f"\nFidelity: R² {fidelity.r2:.3f}, {share}; without it the top-1 ", agrees, "."))
 
 
 def _verdict(verdict: Verdict) -> Text:
@@ -75,7 +73,7 @@ def _verdict(verdict: Verdict) -> Text:
 
 def draw_answer(answer: AttributeResponse) -> str:
     """The same as an SVG picture in the viewer's own fonts, since rich's would be fetched from the network."""
-    console = Console(record=True, width=104, file=io.StringIO())
+    console = new_console(record=True, width=104, file=io.StringIO())
     print_answer(answer, console)
     return re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="vitrine attribute"), flags=re.DOTALL)
 
@@ -123,7 +121,7 @@ def _print_residual(residual: ResidualFeatures, console: Console) -> None:
             )
         table.add_row(str(layer.layer), Text("  ".join(of_cls)), Text("  ".join(of_patches)))
     console.print()
-    console.print(table)
+    show(table, console)
 
 
 def _named_feature(index: int, label: str | None) -> str:
@@ -140,7 +138,7 @@ def _print_lens(lens: list[LensLayer], console: Console) -> None:
     for layer in lens:
         table.add_row(str(layer.layer), Text(layer.label), f"{layer.probability:.1%}", f"{layer.entropy:.3f}")
     console.print()
-    console.print(table)
+    show(table, console)
 
 
 def _print_attention(account: AttentionAccount, console: Console) -> None:
@@ -155,15 +153,14 @@ def _print_attention(account: AttentionAccount, console: Console) -> None:
     )
     for what, side in (("the query", account.of_query), ("the key", account.of_key)):
         console.print()
-        console.print(
-            _table(f"By what made {what}", "label", _source_rows(side), side.remainder, account.explained, "scores")
-        )
+        rows = _source_rows(side)
+        show(_table(f"By what made {what}", "label", rows, side.remainder, account.explained, "scores"), console)
     if not account.pairs:
         return
     pairs = [(f"{_pair(pair.query)} · {_pair(pair.key)}", pair.contribution, _labels(pair)) for pair in account.pairs]
     rows = [*pairs, ("all else", account.other_pairs, "other features, embeddings, errors, biases, constants")]
     console.print()
-    console.print(_table("By pairs of features, query · key", "labels", rows, 0.0, account.explained, "scores"))
+    show(_table("By pairs of features, query · key", "labels", rows, 0.0, account.explained, "scores"), console)
 
 
 def _token(account: AttentionAccount, token: int) -> str:
@@ -214,7 +211,7 @@ def _table(
     table = Table(title=Text(title), box=None, title_justify="left")
     table.add_column("row")
     table.add_column(unit, justify="right")
-    table.add_column("−" + " " * (_HALF - 1) + "0" + " " * (_HALF - 1) + "+", no_wrap=True)
+    table.add_column("−" + " " * (_HALF - 1) + "│" + " " * (_HALF - 1) + "+", no_wrap=True)
     table.add_column(last, overflow="fold")
     largest = max(abs(value) for _, value, _ in rows)
     for name, value, said in rows:
@@ -233,9 +230,9 @@ def _bar(value: float, largest: float, width: int) -> str:
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
 
-def _signed_bar(value: float, largest: float) -> str:
+def _signed_bar(value: float, largest: float) -> Text:
     """A bar to the right of zero, or one to its left in whole characters (there are no left-hand eighths)."""
     if value >= 0:
-        return f"{' ' * _HALF}[dim]│[/dim][blue]{_bar(value, largest, _HALF)}[/blue]"
+        return Text.assemble(" " * _HALF, ("│", "dim"), (_bar(value, largest, _HALF), "blue"))
     length = round(_HALF * -value / largest) if largest else 0
-    return f"{' ' * (_HALF - length)}[red]{'█' * length}[/red][dim]│[/dim]"
+    return Text.assemble(" " * (_HALF - length), ("█" * length, "red"), ("│", "dim"))

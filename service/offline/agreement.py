@@ -24,6 +24,7 @@ from vitrine.models.precision.agreement import drawn_cosine, measure
 from vitrine.models.precision.instructions import int8_instructions
 from vitrine.models.precision.sessions import needs_precise_kernels
 from vitrine.models.progress import track
+from vitrine.models.tables import show
 from vitrine.service.engine.decoders import Decoders
 from vitrine.service.engine.engine import Engine
 from vitrine.service.engine.labels import LabelEncoder
@@ -136,6 +137,6 @@ def print_agreement(report: Report, console: Console) -> None:
             figures = [f"{measured.images:,}", f"{measured.top1:.1%}", f"{measured.ledger_cosine:.4f}"]
             figures.append(f"{measured.top_features:.1%}")
         table.add_row(where, *figures, "" if cosine is None else f"{cosine:.4f}", instructions)
-    console.print(table)
+    show(table, console)
     if report.unreadable:
         console.print(f"{report.unreadable:,} images could not be read", style="yellow", **plain)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vitrine.models.account.ledger import logits
 from vitrine.models.errors import VitrineError
@@ -24,6 +25,7 @@ from vitrine.models.images.decode import ImageLimits
 from vitrine.models.inputs.classes import by_class, class_name
 from vitrine.models.inputs.imagenet import class_label
 from vitrine.models.inputs.source import Files, Source
+from vitrine.models.tables import show
 from vitrine.service.engine.decoders import Decoders
 from vitrine.service.engine.edits import ServedEdit, run_edited
 from vitrine.service.engine.engine import Engine
@@ -148,8 +150,8 @@ def print_effect(effect: Effect, console: Console) -> None:
             table.add_column(heading, justify="right")
         for one in sorted(effect.classes, key=lambda one: one.before):
             points = f"{100 * (one.after - one.before):+.2f}"
-            table.add_row(one.label, f"{one.images:,}", f"{one.before:.2%}", f"{one.after:.2%}", points)
-        console.print(table)
+            table.add_row(Text(one.label), f"{one.images:,}", f"{one.before:.2%}", f"{one.after:.2%}", points)
+        show(table, console)
     if effect.failed:
         codes = ", ".join(f"{count:,} {code}" for code, count in effect.failed.items())
         console.print(f"left out: {codes}", style="yellow", highlight=False, soft_wrap=True)

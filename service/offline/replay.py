@@ -28,6 +28,7 @@ from vitrine.models.images.decode import ImageLimits
 from vitrine.models.inputs.classes import by_class, class_name
 from vitrine.models.inputs.imagenet import class_label, unknown_ids
 from vitrine.models.inputs.source import Files, Source
+from vitrine.models.tables import show
 from vitrine.service.answers.explain import matrix
 from vitrine.service.answers.notices import to_notices
 from vitrine.service.engine.decoders import Decoders
@@ -189,7 +190,7 @@ def print_replay(result: Replay, console: Console) -> None:
         table.add_row(
             f"{row.first} to {last}", row.tokens, *accuracies, f"{row.agreement:.2%}", f"{row.divergence:.4f}"
         )
-    console.print(table)
+    show(table, console)
     plain: dict[str, Any] = {"style": "yellow", "markup": False, "highlight": False, "soft_wrap": True}
     if result.unreadable:
         codes = ", ".join(f"{count:,} {code}" for code, count in result.failed.items())

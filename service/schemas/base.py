@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+import difflib
+from collections.abc import Iterator
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from vitrine.service.errors import ServiceError
 from vitrine.service.schemas.edits import EditUsed
@@ -88,16 +91,37 @@ class ErrorResponse(BaseModel):
     error: ErrorBody
 
 
+def _problem(shape: type[BaseModel], error: ErrorDetails) -> str:
+    """What is wrong with a field; of one that does not exist, the name that may be meant."""
+    if error["type"] != "extra_forbidden":
+        return error["msg"].removeprefix("Value error, ")
+    *parents, name = error["loc"]
+    for parent in parents:
+        if not isinstance(parent, int) and parent in shape.model_fields:
+            shape = next(_shapes(shape.model_fields[parent].annotation), shape)
+    near = difflib.get_close_matches(str(name)[:100], shape.model_fields, 1)
+    return (
+        f"no such field; did you mean {near[0]}?"
+        if near
+        else f"no such field; there are {', '.join(shape.model_fields)}"
+    )
+
+
+def _shapes(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The shapes in an annotation: of `list[Edit] | None`, Edit."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _shapes(part)
+
+
 def validated(shape: type[Shape], fields: Any) -> Shape:
     """`fields` validated as `shape`. Raises `ServiceError` naming the first errors."""
     try:
         return shape.model_validate(fields)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False, include_input=False)[:DETAILS]
-    details = [
-        {"field": ".".join(map(str, e["loc"]))[:100], "problem": e["msg"].removeprefix("Value error, ")[:300]}
-        for e in errors
-    ]
+    details = [{"field": ".".join(map(str, e["loc"]))[:100], "problem": _problem(shape, e)[:300]} for e in errors]
     field, problem = details[0]["field"], details[0]["problem"]
     if field in ("image_base64", "images_base64") and problem == "Field required":
         raise ServiceError("missing_image", f"`{field}` is missing", details)

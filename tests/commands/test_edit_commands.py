@@ -78,7 +78,7 @@ def test_an_edit_is_written_into_a_new_bundle_and_used_by_name(tmp_path, layer_1
     options = ("--bundle", opened.path, "--edit", "no-mat")
     assert f"edit no-mat ({edit.digest[:19]}…, direct): applied" in run("attribute", photos / "00.png", *options)
     run("bulk", photos, "--out", tmp_path / "edited", *options)
-    job = json.loads((tmp_path / "edited" / "job.json").read_text())
+    job = json.loads((tmp_path / "edited" / "_job.json").read_text())
     assert (job["edit"], job["edit_digest"]) == ("no-mat", edit.digest)
     run("bulk", photos, "--out", tmp_path / "plain", "--bundle", opened.path)
     logits = {

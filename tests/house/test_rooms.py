@@ -10,7 +10,7 @@ from common import ROOT
 # Each line may import from the lines above it, and rooms of one line not from one another.
 FLOORS = {
     "models": (
-        ("bootstrap", "errors", "progress", "stopping"),
+        ("bootstrap", "errors", "progress", "stopping", "tables"),
         ("files", "groups", "images", "texts"),
         ("inputs",),
         ("account", "bundle"),

@@ -25,7 +25,8 @@ class ClassFolders:
         try:
             found = walk(root, skipped)
         except InputError as error:
-            raise DataError(f"no images under {self.title}: {error}") from error
+            remedy = "" if root.exists() else "; --data-root, or VITRINE_DATA, is what a recipe's paths are relative to"
+            raise DataError(f"no images under {self.title}: {error}{remedy}") from error
         for path in (*found.tars, *found.tables):
             skipped.add(Reason.BESIDE, path)
         files = Files("folder", root, found.images, skipped)

@@ -142,8 +142,16 @@ def _with_spaces(listing: _Named) -> _Named:
     return listing
 
 
+def _split_of(saved: Any, source: HuggingFaceSource) -> Any:
+    """The split of what `save_to_disk` wrote: one by name of several, or the only one."""
+    splits = saved if isinstance(saved, dict) else {str(saved.split or source.split): saved}
+    if source.split not in splits:
+        raise DataError(f"{source.id} has no split {source.split!r}, as it was saved; it has {', '.join(splits)}")
+    return splits[source.split]
+
+
 class _HuggingFace:
-    """A data set read by `datasets.load_dataset`, from a folder or from the hub; images are decoded on access.
+    """A data set read by `datasets`, from the hub or a folder, of `save_to_disk`, too; images are decoded on access.
 
     The label column contains a class (named by its ClassLabel, or else by the sorted values), or objects with `bbox`
     and `category`: then the class is that of the largest box, and images without objects are left out. Without such a
@@ -158,11 +166,16 @@ class _HuggingFace:
         self.classes: tuple[str, ...]
         folder = data_root / source.id
         try:
-            rows = datasets.load_dataset(str(folder) if folder.exists() else source.id, split=source.split)
+            if is_saved := any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+                rows = datasets.load_from_disk(str(folder))
+            else:
+                rows = datasets.load_dataset(str(folder) if folder.exists() else source.id, split=source.split)
         except Exception as error:  # a damaged file makes code of theirs fail anywhere
             raise DataError(
                 f"{self.title} cannot be loaded, neither as the folder {folder} nor from the Hugging Face hub: {error}"
             ) from error
+        if is_saved:
+            rows = _split_of(rows, source)
         default = HuggingFaceSource.model_fields["label"].default
         for column in (source.image,) if source.label == default else (source.image, source.label):
             if column not in rows.column_names:

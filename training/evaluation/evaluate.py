@@ -81,12 +81,12 @@ def evaluate(
         nodes = node_faithfulness(clip, kinds, images, embeddings, curves, console, seed=seed)
     comparison = None
     if compared:
-        path, other_clt, other_meta = compared
+        path, other_clt, _ = compared
         other_measured = measure(
             clip, other_clt.to(device), images, embeddings, Plan(windows), bootstrap, console, seed=seed
         )
         comparison = Comparison(
-            name=other_meta.recipe.name,
+            name=path.resolve().parent.name,  # the run's folder: two runs of one recipe have one recipe's name
             checkpoint_sha256=file_sha256(path / "clt.safetensors"),
             cross_layer=other_clt.architecture.cross_layer,
             reconstruction=other_measured.reconstruction.figures(),

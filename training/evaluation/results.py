@@ -215,7 +215,7 @@ class Retrieval(Part):
 class Comparison(Part):
     """Another CLT on the same images: the per-layer transcoders."""
 
-    name: str
+    name: str  # of the run's folder
     checkpoint_sha256: str
     cross_layer: bool
     reconstruction: dict[Tokens, TokenFigures]

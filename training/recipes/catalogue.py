@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from vitrine.models.tables import show
 from vitrine.training.recipes.clip_shape import UnknownShape
 from vitrine.training.recipes.costs import GIB, GPUS, Costs, Matmul, Work, cache_bytes, estimate, features
 from vitrine.training.recipes.reading import load_recipe
@@ -91,7 +92,7 @@ def print_list(data_root: Path, share: float, console: Console) -> None:
     table = _list_table(recipes, share, wide=True)
     if console.measure(table, options=console.options.update(width=1000)).maximum > console.width:
         table = _list_table(recipes, share, wide=False)
-    console.print(table)
+    show(table, console)
     _explain(share, console)
     for recipe, costs in recipes:
         if isinstance(costs, str):
@@ -155,11 +156,12 @@ def print_one(path: Path, data_root: Path, share: float, console: Console) -> No
         f"{settings.epochs} epochs of {images} images, {settings.images_per_step * clip.tokens:,} tokens a step",
         **plain,
     )
-    console.print(_memory_table(costs), _step_table(costs.step))
+    show(_memory_table(costs), console)
+    show(_step_table(costs.step), console)
     if costs.images is None:
         console.print("hours: unknown, since the images cannot be counted")
         return
-    console.print(_hours_table(costs, share))
+    show(_hours_table(costs, share), console)
     _explain(share, console)
     float32, bfloat16 = (cache_bytes(costs.images, shape, clip, kind) / 1e9 for kind in ("float32", "bfloat16"))
     console.print(f"activation cache, if wanted: {float32:,.0f} GB as float32, {bfloat16:,.0f} GB as bfloat16", **plain)

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from vitrine.models.bootstrap import Estimate
 from vitrine.training.evaluation.results import Cascade
 
+FAR = 8  # times the range of the middle half; what lies further away is an outlier of a plot
 INK, _LINE = "#010203", "#fdfcfb"
 COLOURS = {"all": "#2a9d8f", "cls": "#e07a1f", "patches": "#7c6bd6", "image": "#d6457f", "random": "#8a8f98"}
 MARKERS = {"all": "o", "cls": "s", "patches": "^", "image": "D"}
@@ -78,8 +79,51 @@ def by_layer(axes: Axes, layers: int, label: str) -> None:
     axes.set(xlabel="layer", ylabel=label)
 
 
+def bound(axes: Axes) -> None:
+    """Let values far from all others not flatten the rest: they stand at the edge, with an arrow and their number."""
+    drawn = [line.get_xydata() for line in axes.get_lines() if line.get_transform() is axes.transData]
+    points = np.concatenate([np.empty((0, 2)), *(np.asarray(of_line, float) for of_line in drawn)])
+    points = points[np.isfinite(points).all(1)]
+    if len(points) < 4:
+        return
+    low, high = np.percentile(points[:, 1], [25, 75])
+    reach = FAR * max(high - low, 0.01)
+    is_far = (points[:, 1] < low - reach) | (points[:, 1] > high + reach)
+    if not is_far.any():
+        return
+    least, most = points[~is_far, 1].min(), points[~is_far, 1].max()
+    margin = 0.15 * (most - least or 0.01)
+    axes.set_ylim(least - margin, most + margin)
+    for x, y in points[is_far]:
+        above = y > high
+        axes.annotate(
+            f"{'↑' if above else '↓'} {y:.3g}".replace("-", "−"),
+            (x, 1 if above else 0),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="top" if above else "bottom",
+            fontsize=8,
+        )
+
+
+def _is_empty(axes: Axes) -> bool:
+    """Whether nothing that was measured is drawn: lines across the whole panel are none of it."""
+    lines = [line.get_ydata() for line in axes.get_lines() if line.get_transform() is axes.transData]
+    areas = [path.vertices for collection in axes.collections for path in collection.get_paths()]
+    return not axes.patches and not any(np.isfinite(np.asarray(of, float)).any() for of in (*lines, *areas) if len(of))
+
+
+def standalone(drawn: str) -> str:
+    """An <svg> element of a page as a file of its own, dark on white."""
+    drawn = drawn.replace("currentColor", "#1d1f23").replace("var(--line)", "#d5d8dd")
+    return drawn.replace("<svg", '<svg style="background: #fff" font-family="sans-serif"', 1) + "\n"
+
+
 def svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as an <svg> element."""
+    """The figure as an <svg> element. A panel without a figure says that it has none."""
+    for axes in figure.axes:
+        if _is_empty(axes):
+            axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", va="center")
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))

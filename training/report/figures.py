@@ -14,7 +14,7 @@ from vitrine.models.bootstrap import Estimate
 from vitrine.training.evaluation.results import AnyResults, Cascade, Matrix, Results, Spread, TokenFigures
 from vitrine.training.evaluation.sae_results import SaeResults
 from vitrine.training.report import paper
-from vitrine.training.report.drawing import COLOURS, INK, STYLE, by_layer, changes, errors, line, new_figure, svg
+from vitrine.training.report.drawing import COLOURS, INK, STYLE, bound, by_layer, changes, errors, line, new_figure, svg
 from vitrine.training.report.tables import NODE_RANKING_NAMES, RANKING_NAMES, TOKEN_NAMES
 
 _NODE_COLOURS = {
@@ -46,6 +46,7 @@ def reconstruction(results: AnyResults) -> str:
                 values = [layer.r2 for layer in figures[tokens].layers]
                 line(axes[0], values, tokens, TOKEN_NAMES[tokens] + suffix, style)
         by_layer(axes[0], results.layers, "R²")
+        bound(axes[0])
         figure.legend(loc="outside upper left", ncols=3, fontsize=9)
         return svg(figure, "reconstruction", "R² by layer for all tokens, [CLS] and patches")
 
@@ -65,6 +66,7 @@ def outliers(results: Results) -> str:
                     shown = [float("nan") if value is None else scale * value for value in values]
                     line(panel, shown, tokens, TOKEN_NAMES[tokens] + suffix, style)
             panel.set_ylim(bottom=0 if name != "r2_kept" else None)
+            bound(panel)
             by_layer(panel, results.layers, label if name != "outliers" else "outlier tokens, %")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, fontsize=9)
         return svg(figure, "outliers", "R² without outliers, relative error and outliers by layer and token type")

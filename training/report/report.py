@@ -16,12 +16,13 @@ from PIL import Image
 
 from vitrine.models.bundle.model_card import first_labels
 from vitrine.models.clip.loading import Clip
-from vitrine.models.files.writing import write_text
+from vitrine.models.files.writing import prepare_folder, write_text
 from vitrine.training.data.held_out import HeldOut
 from vitrine.training.evaluation.results import AnyResults, Results
 from vitrine.training.evaluation.sae_results import SaeResults
 from vitrine.training.report import figures, sae_figures
 from vitrine.training.report.definitions import DEFINITIONS, SAE_DEFINITIONS, SAE_SECTIONS, SECTIONS
+from vitrine.training.report.drawing import standalone
 from vitrine.training.report.sheets import sheets
 from vitrine.training.report.tables import Sheet, percent, points, signed
 
@@ -32,30 +33,38 @@ _TABLE_OF_SECTION = {
     "retrieval": "retrieval",
     "beside": "beside",
 }
+FIGURES = "figures"  # folder beside the report
 _THUMBNAIL = 96  # pixels
 
 
 def write_report(results: Results | SaeResults, thumbnails: dict[int, str], path: Path) -> None:
-    """Write the report; `thumbnails`: the images that retrieval shows, by their index in the data set, as data URIs."""
+    """Write the report, and its figures beside it as files.
+
+    thumbnails: the images that retrieval shows, by their index in the data set, as data URIs.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=False
     )
     of_saes = isinstance(results, SaeResults)
     titles = SAE_SECTIONS if of_saes else SECTIONS
     tables = sheets(results) | {"provenance": _provenance(results)}
+    drawings = _drawn_of_saes(results) if isinstance(results, SaeResults) else _drawn_of_clt(results)
+    drawn = {name: draw(results) for name, draw in drawings.items()}
     missing = {name for name, table in _TABLE_OF_SECTION.items() if table not in tables}
-    drawn = _drawn_of_saes(results) if isinstance(results, SaeResults) else _drawn_of_clt(results)
     page = environment.get_template("residual_sae.html.j2" if of_saes else "report.html.j2").render(
         results=results,
         sections=[(name, title) for name, title in titles.items() if name not in missing],
         key_figures=_key_figures(results),
-        figures={name: Markup(draw(results)) for name, draw in drawn.items()},  # noqa: S704  (our own SVG)
+        figures={name: Markup(drawing) for name, drawing in drawn.items()},  # noqa: S704  (our own SVG)
         tables=tables,
         examples=_examples(results, thumbnails) if isinstance(results, Results) else [],
         recipe=tomli_w.dumps(results.recipe.model_dump(mode="json", exclude_none=True)),
         definitions=(SAE_DEFINITIONS if of_saes else DEFINITIONS).items(),
     )
     write_text(path, page)
+    prepare_folder(path.parent / FIGURES)
+    for name, drawing in drawn.items():
+        write_text(path.parent / FIGURES / f"{name}.svg", standalone(drawing))
 
 
 def _drawn_of_clt(results: Results) -> dict[str, Callable[[Any], str]]:

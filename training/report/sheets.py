@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vitrine.models.tables import show
 from vitrine.training.evaluation.results import Results
 from vitrine.training.evaluation.sae_results import SaeResults
 from vitrine.training.report.sae_tables import of_saes
@@ -25,7 +26,7 @@ def print_sheets(results: Results | SaeResults, console: Console) -> None:
             table.add_column(Text(name), justify="left" if at < sheet.text else "right")
         for row in sheet.rows:
             table.add_row(*(Text(cell) for cell in row))
-        console.print(table)
+        show(table, console)
         console.print()
     for reason in results.left_out:
         console.print(f"left out: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -9,6 +9,7 @@ import typer
 
 from vitrine.commands.common import (
     INPUTS,
+    PLAIN,
     Baseline,
     BundlePath,
     EditName,
@@ -45,7 +46,7 @@ def bulk(
     edit: EditName = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: VITRINE_BATCH_SIZE.")] = None,
     part_size: Annotated[int, typer.Option(min=1, help="Images in one Parquet file.")] = 512,
-    ray: Annotated[int, typer.Option(min=0, help="Processes of Ray's (vitrine[bulk]); 0: this one alone.")] = 0,
+    ray: Annotated[int, typer.Option(min=0, help="Processes of Ray's (vitrine\\[bulk]); 0: this one alone.")] = 0,
     skip_broken_shards: SkipBroken = False,
     bundle: BundlePath = None,
 ) -> None:
@@ -90,6 +91,6 @@ def bulk(
         codes = ", ".join(f"{count:,} {code}" for code, count in noted.items())
         console.print(f"warnings: {codes}", style="yellow", highlight=False, soft_wrap=True)
     print_skipped(source.skipped, console)
-    console.print(f"{summary.rows:,} rows and {summary.problems:,} errors in {out}", highlight=False)
+    console.print(f"{summary.rows:,} rows and {summary.problems:,} errors in {out}", **PLAIN)
     if not summary.rows:
         raise BulkError(f"no image of {printable(inputs)} was answered; {out / ERRORS} says why")

@@ -143,14 +143,13 @@ def _of_one(
 
 
 def _of_many(bundle: Bundle, source: Source, request: CircuitRequest, images: int | None, seed: int) -> GroupedCircuit:
-    from rich.console import Console
 
     from vitrine.models.progress import track
     from vitrine.service.offline.class_circuit import class_circuit
     from vitrine.service.operations.settings import load_settings
 
     settings = load_settings().model_copy(update={"decode_threads": 1})
-    console = Console(stderr=True)  # the circuit may go to a file
+    console = new_console(stderr=True)  # the circuit may go to a file
     return asyncio.run(
         class_circuit(
             bundle,

@@ -44,6 +44,7 @@ TRAINING_PACKAGES = {
 DataRoot = Annotated[
     Path, typer.Option("--data-root", envvar="VITRINE_DATA", help="Folder that the recipe's paths are relative to.")
 ]
+PLAIN: dict[str, Any] = {"soft_wrap": True, "highlight": False, "markup": False}  # a line for whoever reads lines
 INPUTS = (
     "A folder, of images or else of tars or Parquet files; a list (text file); an image, a tar, a Parquet file, or a "
     "pattern of several: 'x-{000..003}.tar', 'photos/**/*.jpg'."
@@ -166,13 +167,12 @@ def load_clip_of(recipe: Any, data_root: Path) -> Any:
 
 def print_warnings(messages: Iterable[str], console: Console) -> None:
     for message in messages:
-        console.print(f"warning: {message}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"warning: {message}", style="yellow", **PLAIN)
 
 
 def print_bundle(bundle: Bundle, console: Console) -> None:
     manifest, shape = bundle.manifest, bundle.manifest.shape
-    plain: dict[str, Any] = {"soft_wrap": True, "highlight": False, "markup": False}
-    console.print(f"{manifest.name} {bundle.digest[:19]}…  {bundle.path}", style="bold", **plain)
+    console.print(f"{manifest.name} {bundle.digest[:19]}…  {bundle.path}", style="bold", **PLAIN)
     clt = "no CLT: accounts have the MLPs' rows, and no features"
     if manifest.data is not None:
         clt = (
@@ -182,16 +182,16 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
     console.print(
         f"  CLIP {manifest.clip.name} ({manifest.clip.weights}), {shape.layers} layers; {clt}; "
         f"{', '.join(manifest.precisions)}",
-        **plain,
+        **PLAIN,
     )
     if manifest.residual is not None:
         counts = sorted({f"{count:,}" for count in manifest.residual.features}, key=len)
         console.print(
-            f"  residual SAEs: {', '.join(counts)} features a layer; {manifest.residual.bytes / 1e6:.1f} MB", **plain
+            f"  residual SAEs: {', '.join(counts)} features a layer; {manifest.residual.bytes / 1e6:.1f} MB", **PLAIN
         )
     has_direct = bundle.encoders is not None or not manifest.has_features
     modes = ["direct"] * has_direct + ["rerun"] * bundle.has_rerun
-    console.print(f"  interventions: {' and '.join(modes) or 'none, which a new export has'}", **plain)
+    console.print(f"  interventions: {' and '.join(modes) or 'none, which a new export has'}", **PLAIN)
     for of, cards in (("", manifest.cards), (" of residual SAEs", manifest.residual_cards)):
         if cards is None:
             continue
@@ -204,16 +204,16 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
                 f"({quality.auroc_share_shuffled:.1%} shuffled)"
             )
         )
-        console.print(f"  cards: {quality.labelled:,} features{of} have a label{checked}", **plain)
+        console.print(f"  cards: {quality.labelled:,} features{of} have a label{checked}", **PLAIN)
 
 
 def print_skipped(skipped: Skipped, console: Console) -> None:
     """What was left out of the inputs, a line for each reason."""
     for line in skipped.lines():
-        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.print(line, style="yellow", **PLAIN)
 
 
-def new_console() -> Console:
-    from rich.console import Console
+def new_console(**options: Any) -> Console:
+    from vitrine.models.tables import new_console
 
-    return Console()
+    return new_console(**options)

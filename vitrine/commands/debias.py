@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitrine.commands.common import BundlePath, LabelsFile, LabelsList, chosen_labels, open_bundle_or_default
+from vitrine.commands.common import (
+    BundlePath,
+    LabelsFile,
+    LabelsList,
+    chosen_labels,
+    new_console,
+    open_bundle_or_default,
+)
 
 if TYPE_CHECKING:
     from vitrine.service.offline.debias.examples import Examples
@@ -66,9 +73,7 @@ def debias(
     in which the groups differ. The edit is chosen on one half of the images, and everything said of it is measured on
     the other. Nothing is trained.
     """
-    from rich.console import Console
 
-    from vitrine.commands.common import new_console
     from vitrine.models.bundle.manifest import graphs_digest
     from vitrine.models.files.writing import prepare_file, write_text
     from vitrine.models.interventions.edit import check_edit_name, create
@@ -104,7 +109,7 @@ def debias(
         cap=cap / 100,
         seed=seed,
     )
-    engine, progress = Engine(opened, settings), Console(stderr=True)
+    engine, progress = Engine(opened, settings), new_console(stderr=True)
 
     def shown(items: Sequence[Any], title: str) -> Iterable[Any]:
         return track(items, title, len(items), progress, "")
@@ -117,7 +122,7 @@ def debias(
     console = new_console()
     print_report(found, console)
     if html is not None:
-        page = Console(record=True, file=io.StringIO(), width=180)
+        page = new_console(record=True, file=io.StringIO(), width=180)
         print_report(found, page)
         write_text(html, page.export_html())
     if found.mode is None:

@@ -13,10 +13,12 @@ def doctor(bundle: BundlePath = None) -> None:
     import onnxruntime
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from vitrine.models.bundle.layout import vision_file
     from vitrine.models.precision.instructions import int8_instructions
     from vitrine.models.precision.sessions import needs_precise_kernels
+    from vitrine.models.tables import show
     from vitrine.service.engine.engine import Engine
     from vitrine.service.engine.processors import available_processors, memory_limit
     from vitrine.service.operations.settings import load_settings
@@ -51,10 +53,10 @@ def doctor(bundle: BundlePath = None) -> None:
         ("batches", ", ".join(map(str, engine.batches)), f"warmed up; VITRINE_BATCH_SIZE={settings.batch_size}"),
     ]
     for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        table.add_row(*map(Text, row))
+    show(table, console)
     engine.warm_up()
     pixels = np.zeros((1, 3, *opened.manifest.preprocessing.size), np.float32)
     start = perf_counter()
     engine.explain(pixels)
-    console.print(f"[green]the graphs run; one image took {(perf_counter() - start) * 1e3:.1f} ms")
+    console.print(f"the graphs run; one image took {(perf_counter() - start) * 1e3:.1f} ms", style="green")

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitrine.commands import completing
-from vitrine.commands.common import INPUTS, BundlePath, LabelsFile, chosen_labels, new_console, open_bundle_or_default
+from vitrine.commands.common import (
+    INPUTS,
+    PLAIN,
+    BundlePath,
+    LabelsFile,
+    chosen_labels,
+    new_console,
+    open_bundle_or_default,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,8 +104,8 @@ def create(
         write_text(out, made.text())
     elif into is not None:
         written = add_edits(opened, {name: made}, into)
-        console.print(f"{written.manifest.name} {written.digest[:19]}…  {into}", soft_wrap=True, highlight=False)
-    console.print(f"{made.name} {made.digest}{', signed' if made.signature else ''}", soft_wrap=True, highlight=False)
+        console.print(f"{written.manifest.name} {written.digest[:19]}…  {into}", **PLAIN)
+    console.print(f"{made.name} {made.digest}{', signed' if made.signature else ''}", **PLAIN)
 
 
 def show(
@@ -116,14 +124,16 @@ def list_edits(edits: Edits = None, bundle: BundlePath = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from vitrine.models.tables import show
+
     found = _found(None, open_bundle_or_default(bundle), edits)
     table = Table("name", "digest", "mode", "changes", "signed", "description", box=box.SIMPLE_HEAD, pad_edge=False)
     for one in found:
         signed, changes = "yes" if one.signature else "no", str(len(one.interventions))
-        table.add_row(one.name, one.digest[:19] + "…", one.mode, changes, signed, Text(one.description))
+        table.add_row(Text(one.name), one.digest[:19] + "…", one.mode, changes, signed, Text(one.description))
     console = new_console()
     if found:
-        console.print(table)
+        show(table, console)
     else:
         console.print("no edits", highlight=False)
 
@@ -145,9 +155,9 @@ def verify(
         if key is not None:
             check_signature(one, key)
         changes_of(one, opened, BundleNetwork(opened))
-        console.print(f"{one.name} {one.digest}", soft_wrap=True, highlight=False)
+        console.print(f"{one.name} {one.digest}", **PLAIN)
     signed = "" if key is None else ", and signed by the key"
-    console.print(f"[green]{len(found)} as made, of {opened.manifest.name}{signed}", highlight=False)
+    console.print(f"{len(found)} as made, of {opened.manifest.name}{signed}", style="green", **PLAIN)
 
 
 def _found(names: list[str] | None, bundle: Bundle, folder: Path | None) -> list[Edit]:

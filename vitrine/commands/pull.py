@@ -26,7 +26,8 @@ def pull(
     console = new_console()
     bundle = run(parse_address(address), out, console, digest)
     print_bundle(bundle, console)
-    console.print("[green]all files as the manifest says" + ("" if digest is None else ", and the digest as asked"))
+    asked = "" if digest is None else ", and the digest as asked"
+    console.print(f"all files as the manifest says{asked}", style="green")
     if digest is None:
         plain = f"to be sure of the same bundle another time: --digest {bundle.digest}"
         console.print(plain, soft_wrap=True, highlight=False)

@@ -17,7 +17,7 @@ def push(
         Path | None, typer.Option(help="Folder to write: what the repository has, for git or `hf upload`.")
     ] = None,
     to: Annotated[
-        str | None, typer.Option(help="hf-hub:org/name[@branch] to upload to; made, and private, if it is not there.")
+        str | None, typer.Option(help="hf-hub:org/name\\[@branch] to upload to; made, and private, if it is not there.")
     ] = None,
 ) -> None:
     """Check a bundle and write it as a repository of the hub: with a model card and git's attributes; or upload it."""

@@ -43,7 +43,7 @@ def verify(
         prepare_file(json_file)
     opened, console = run(bundle), new_console()
     print_bundle(opened, console)
-    console.print("[green]all files as the manifest says; the graphs run and their rows add up")
+    console.print("all files as the manifest says; the graphs run and their rows add up", style="green")
     if precision is None:
         return
     inputs = open_inputs(images) if images is not None else None

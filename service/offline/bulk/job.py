@@ -1,4 +1,4 @@
-"""The definition of a bulk run, `job.json` beside its output: a resume must match it, or the output would be mixed.
+"""The definition of a bulk run, `_job.json` beside its output: a resume must match it, or the output would be mixed.
 
 How the run is executed (batches, threads, Ray) is not part of it: answers are the same up to rounding.
 """
@@ -6,7 +6,7 @@ How the run is executed (batches, threads, Ray) is not part of it: answers are t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +25,13 @@ from vitrine.service.engine.edits import named_edit
 from vitrine.service.engine.runtime import choose
 from vitrine.service.errors import ServiceError
 from vitrine.service.offline.bulk.errors import BulkError
+from vitrine.service.offline.bulk.tables import ERRORS, ERRORS_BEFORE
 from vitrine.service.operations.settings import Settings
 from vitrine.service.schemas.attribute import AttributeRequest
 
-FILE = "job.json"
-FORMAT = 2  # of job.json, and of how images are numbered; 1: links were left out, rows had no warnings
+FILE = "_job.json"
+FILE_BEFORE = "job.json"  # in folders that were begun when this was its name
+FORMAT = 2  # of _job.json, and of how images are numbered; 1: links were left out, rows had no warnings
 COLUMNS = 2  # of rows; 1: predictions had no cosine, ledgers neither `mlp` nor `edit`
 _SHOWN_CHARACTERS = 60  # characters shown of a differing value
 
@@ -134,7 +136,8 @@ def lock_output(out: Path, job: Job) -> Iterator[tuple[bool, Job]]:
     if Path(display(out.resolve())).is_relative_to(job.inputs.path):
         raise BulkError(f"{out} lies in the folder that is read, {job.inputs.path}; write elsewhere")
     with naming(out):
-        if out.is_dir() and not (out / FILE).exists() and any(not path.name.startswith(".") for path in out.iterdir()):
+        jobs = [out / name for name in (FILE, FILE_BEFORE) if (out / name).exists()]
+        if out.is_dir() and not jobs and any(not path.name.startswith(".") for path in out.iterdir()):
             raise BulkError(f"{out} is not empty and has no {FILE}; give a new folder, or one of a run to take up")
         prepare_folder(out)
         file = (out / ".lock").open("w")
@@ -144,7 +147,18 @@ def lock_output(out: Path, job: Job) -> Iterator[tuple[bool, Job]]:
                 locked = lock(file)
             except BlockingIOError as error:
                 raise BulkError(f"another run writes to {out}; wait for it, or write elsewhere") from error
-        yield locked, _create_or_resume(out / FILE, job)
+        existing = _create_or_resume(jobs[0] if jobs else out / FILE, job)
+        for before, now in ((FILE_BEFORE, FILE), (ERRORS_BEFORE, ERRORS)):
+            _rename(out / before, out / now)
+        yield locked, existing
+
+
+def _rename(before: Path, now: Path) -> None:
+    """Give what an earlier version wrote the present name. Without locks another run may do so at the same time."""
+    with naming(now):
+        if not now.exists():
+            with suppress(FileNotFoundError):
+                before.rename(now)
 
 
 def _create_or_resume(file: Path, job: Job) -> Job:

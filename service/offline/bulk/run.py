@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.markup import escape
 
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.progress import Progress
@@ -41,7 +40,7 @@ def bulk(bundle: Bundle, work: Work, console: Console, ray_workers: int = 0) -> 
         if locked:
             remove_partial_files(work.out)
         else:
-            console.print(f"[yellow]{escape(NO_LOCKS.format(out=work.out))}", soft_wrap=True, highlight=False)
+            console.print(NO_LOCKS.format(out=work.out), style="yellow", markup=False, soft_wrap=True, highlight=False)
         done = done_parts(work.out)
         parts = [part for part in range(work.job.parts) if part not in done]
         if parts:

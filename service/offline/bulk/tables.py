@@ -1,10 +1,11 @@
 """The tables that a bulk run writes, one part at a time, each part atomically.
 
     part-000000.parquet         a row per answered image: `Row`
-    errors/part-000000.parquet  a row per image that could not be answered: `Problem`; only if there are any
+    _errors/part-000000.parquet a row per image that could not be answered: `Problem`; only if there are any
 
-Each file is written under a hidden name, flushed to disk and renamed. A part's errors are written first and its rows
-last, even if there are none: a part is done when its rows exist, and then its errors exist, too.
+Readers of a folder (pandas, pyarrow, Spark) pass over what begins with an underscore or a dot. Each file is written
+under a hidden name, flushed to disk and renamed. A part's errors are written first and its rows last, even if there are
+none: a part is done when its rows exist, and then its errors exist, too.
 
 DuckDB writes them from lines of JSON: it is installed anyway, for the cards, and pyarrow would be 170 MB more.
 """
@@ -30,7 +31,8 @@ from vitrine.service.schemas.attribute import Explain, Feature, Fidelity, Ledger
 from vitrine.service.schemas.classify import Prediction
 from vitrine.service.schemas.sources import SourceAccount
 
-ERRORS = "errors"
+ERRORS = "_errors"
+ERRORS_BEFORE = "errors"  # in folders that were begun when this was its name
 _PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
@@ -185,8 +187,9 @@ def done_parts(out: Path) -> set[int]:
 
 def remove_partial_files(out: Path) -> None:
     """Remove partial files left by a killed run. No other run may be writing there."""
-    for path in [*out.glob(".job.json.*"), *out.glob(".part-*"), *(out / ERRORS).glob(".part-*")]:
-        path.unlink(missing_ok=True)
+    for pattern in ("._job.json.*", ".job.json.*", ".part-*", f"{ERRORS}/.part-*"):
+        for path in out.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def count(out: Path) -> tuple[int, int]:

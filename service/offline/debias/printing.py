@@ -7,9 +7,11 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vitrine.models.bootstrap import Estimate
 from vitrine.models.files.names import printable
+from vitrine.models.tables import show
 from vitrine.service.offline.debias.report import Report
 
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
@@ -27,13 +29,13 @@ def print_report(report: Report, console: Console) -> None:
     console.print(f"labels: {', '.join(report.labels)}; under {'; '.join(report.templates)}", **PLAIN)
     if report.cue:
         console.print(f"the cue: {'; '.join(report.cue)}; instead: {'; '.join(report.others)}", **PLAIN)
-    console.print(_ranking(report))
+    show(_ranking(report), console)
     if report.directions:
-        console.print(_directions(report))
+        show(_directions(report), console)
     if report.trials:
-        console.print(_trials(report))
-    console.print(_methods(report))
-    console.print(_by_group(report))
+        show(_trials(report), console)
+    show(_methods(report), console)
+    show(_by_group(report), console)
     if report.proposed is None:
         console.print("no edit was better than none on the finding half: none is proposed", style="yellow", **PLAIN)
     else:
@@ -50,7 +52,7 @@ def print_report(report: Report, console: Console) -> None:
 def _table(title: str, *columns: str, left: int = 1) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right")
+        table.add_column(Text(column), justify="left" if number < left else "right")
     return table
 
 
@@ -70,9 +72,9 @@ def _ranking(report: Report) -> Table:
         exemplars = ", ".join(map(printable, feature.exemplars[:SHOWN_EXEMPLARS]))
         table.add_row(
             f"{feature.layer}/{feature.index}",
-            feature.label or "",
-            exemplars,
-            printable(feature.group),
+            Text(feature.label or ""),
+            Text(exemplars),
+            Text(printable(feature.group)),
             interval(feature.logits, 1, 3),
             f"{feature.label_logits:+.3f}",
             f"{feature.size:+.2f}",
@@ -93,7 +95,7 @@ def _directions(report: Report) -> Table:
     for direction in report.directions:
         written = ", ".join(f"{one.layer}/{one.index} {one.along:+.2f}" for one in direction.written_by[:SHOWN_WRITERS])
         figures = f"{direction.by_features:+.2f}", f"{direction.along:.2f}", interval(direction.logits, 1, 3)
-        table.add_row(printable(direction.group), written, *figures)
+        table.add_row(Text(printable(direction.group)), written, *figures)
     return table
 
 
@@ -114,7 +116,7 @@ def _methods(report: Report) -> Table:
     for method in report.methods:
         change = method.change
         table.add_row(
-            method.name,
+            Text(method.name),
             interval(method.accuracy.worst),
             "" if change is None else interval(change.worst, signed=True),
             interval(method.accuracy.average),
@@ -128,7 +130,7 @@ def _by_group(report: Report) -> Table:
     table = _table("by group, %", "label", "group", "images", *names, left=2)
     for number, group in enumerate(report.methods[0].accuracy.groups):
         figures = [f"{100 * method.accuracy.groups[number].accuracy.value:.1f}" for method in report.methods]
-        table.add_row(group.label, group.group, f"{group.images:,}", *figures)
+        table.add_row(Text(group.label), Text(group.group), f"{group.images:,}", *figures)
     return table
 
 

@@ -14,7 +14,9 @@ from importlib.util import find_spec
 
 import duckdb
 import numpy as np
+import pandas
 import pytest
+from pyarrow import dataset
 from rich.console import Console
 
 from vitrine.models.bundle.manifest import graphs_digest
@@ -244,7 +246,7 @@ def test_broken_images_are_in_the_errors_table(start, photos, picture, tmp_path)
     settings = Settings(batch_size=4, max_image_pixels=50_000)
     assert start(folder, tmp_path / "out", settings=settings, part_size=3) == Summary(2, 6)
     assert [(row["id"], row["name"]) for row in read(tmp_path / "out")] == [(0, "0.png"), (5, "5.png")]
-    problems = read(tmp_path / "out" / "errors")
+    problems = read(tmp_path / "out" / "_errors")
     assert [(row["id"], row["name"], row["code"]) for row in problems] == [
         (1, "1-empty.png", "invalid_image"),
         (2, "2-damaged.png", "invalid_image"),
@@ -269,7 +271,7 @@ def test_rows_without_an_image(start, tmp_path):
         database.execute("CREATE TABLE photos AS SELECT NULL::BLOB AS image")
         database.table("photos").write_parquet(str(tmp_path / "x.parquet"))
     assert start(tmp_path / "x.parquet", tmp_path / "out") == Summary(0, 1)
-    assert read(tmp_path / "out" / "errors")[0]["code"] == "missing_image"
+    assert read(tmp_path / "out" / "_errors")[0]["code"] == "missing_image"
 
 
 def test_what_cannot_be_read(photos, tmp_path):
@@ -330,7 +332,7 @@ def test_label_sets_by_name(start, photos, tmp_path):
     (tmp_path / "sets" / "pets.json").write_text('{"labels": ["cat", "dog"], "templates": ["my {}"]}')
     settings = Settings(label_sets=tmp_path / "sets")
     start(photos, tmp_path / "out", settings=settings, label_set="pets")
-    job = Job.model_validate_json((tmp_path / "out" / "job.json").read_bytes())
+    job = Job.model_validate_json((tmp_path / "out" / "_job.json").read_bytes())
     assert (job.labels, job.templates) == (("cat", "dog"), ("my {}",))
     assert {row["ledger"]["target"] for row in read(tmp_path / "out")} <= {"cat", "dog"}
     with pytest.raises(ServiceError, match="no label set 'birds'; there are: default, pets"):
@@ -349,7 +351,7 @@ def test_output_that_is_something_else(start, photos, tmp_path):
     with pytest.raises(FileError, match=r"letters\.txt cannot be written"):
         start(photos, tmp_path / "out" / "letters.txt")
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "job.json").write_text("{}")
+    (tmp_path / "old" / "_job.json").write_text("{}")
     with pytest.raises(BulkError, match="none of this version's"):
         start(photos, tmp_path / "old")
 
@@ -454,11 +456,11 @@ def many(picture, tmp_path_factory):
 
 def check_complete(out):
     """Assert that every image of `many` is there once, in the right table."""
-    rows, problems = read(out), read(out / "errors")
+    rows, problems = read(out), read(out / "_errors")
     assert [row["id"] for row in rows] == [number for number in range(300) if number % 25 != 3]
     assert [row["id"] for row in problems] == [number for number in range(300) if number % 25 == 3]
     assert all(row["name"] == f"{row['id']:03}.png" for row in rows + problems)
-    remaining = [path for path in out.rglob("*") if path.is_file() and path.name not in (".lock", "job.json")]
+    remaining = [path for path in out.rglob("*") if path.is_file() and path.name not in (".lock", "_job.json")]
     assert all(path.name.startswith("part-") for path in remaining), "half written files are left"
 
 
@@ -487,7 +489,7 @@ def test_kill_at_any_moment_loses_nothing_and_does_nothing_twice(bundle_path, ma
 
 @pytest.mark.parametrize("dies_at", [2, 5, 8, 10, 11])
 def test_kill_between_any_two_steps_of_writing(dies_at, bundle_path, many, tmp_path, light_python, start):
-    """The first part has a broken image: job.json, its errors and its rows are written in 3, 4 and 4 steps."""
+    """The first part has a broken image: _job.json, its errors and its rows are written in 3, 4 and 4 steps."""
     out = tmp_path / "out"
     command = [light_python, "-c", CODE, bundle_path, many, out, str(dies_at), "0"]
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
@@ -510,11 +512,11 @@ def test_an_image_that_was_fixed_between_two_runs_is_no_longer_an_error(start, p
     monkeypatch.setattr(tables, "_write", dying)
     with pytest.raises(KeyboardInterrupt):
         start(folder, out)
-    assert (len(read(out / "errors")), read(out)) == (1, [])
+    assert (len(read(out / "_errors")), read(out)) == (1, [])
     monkeypatch.undo()
     (folder / "a.png").write_bytes(picture())
     assert start(folder, out) == Summary(1, 0)
-    assert read(out / "errors") == []
+    assert read(out / "_errors") == []
 
 
 def test_paths_never_touch_the_data(start, photos, found, tmp_path):
@@ -540,9 +542,9 @@ def test_inputs_may_have_any_name(start, photos, found, tmp_path):
 
 def test_a_folder_begun_by_another_version_is_refused(start, photos, tmp_path):
     start(photos, tmp_path / "out")
-    job = json.loads((tmp_path / "out" / "job.json").read_text())
+    job = json.loads((tmp_path / "out" / "_job.json").read_text())
     del job["format"]
-    (tmp_path / "out" / "job.json").write_text(json.dumps(job))
+    (tmp_path / "out" / "_job.json").write_text(json.dumps(job))
     with pytest.raises(BulkError, match="was begun by another version of Vitrine, which numbered images otherwise"):
         start(photos, tmp_path / "out")
 
@@ -551,9 +553,9 @@ def test_a_folder_keeps_the_columns_that_it_was_begun_with(start, photos, found,
     """Parts of one folder have the same columns, whichever version wrote them."""
     out = tmp_path / "out"
     start(photos, out)
-    job = json.loads((out / "job.json").read_text())
+    job = json.loads((out / "_job.json").read_text())
     assert job.pop("columns") == 2
-    (out / "job.json").write_text(json.dumps(job))
+    (out / "_job.json").write_text(json.dumps(job))
     for part in out.glob("part-*.parquet"):
         part.unlink()
     assert start(photos, out) == Summary(COUNT, 0)
@@ -563,9 +565,50 @@ def test_a_folder_keeps_the_columns_that_it_was_begun_with(start, photos, found,
         assert "edit" not in row["ledger"]
         assert [set(one) for one in row["predictions"]] == [{"label", "probability", "logit"}] * len(row["predictions"])
     job["columns"] = 3
-    (out / "job.json").write_text(json.dumps(job))
+    (out / "_job.json").write_text(json.dumps(job))
     with pytest.raises(BulkError, match="columns was 3 and is 2"):
         start(photos, out)
+
+
+@pytest.fixture(scope="module")
+def with_errors(start, photos, tmp_path_factory):
+    """Output of `photos` and of a file that is no image, the last one."""
+    folder = tmp_path_factory.mktemp("with-errors")
+    shutil.copytree(photos, folder / "photos")
+    (folder / "photos" / "x.png").write_bytes(b"none")
+    assert start(folder / "photos", folder / "out") == Summary(COUNT, 1)
+    return folder / "out"
+
+
+READERS = {
+    "pandas": lambda out: pandas.read_parquet(out).id.tolist(),
+    "pyarrow": lambda out: dataset.dataset(out).to_table()["id"].to_pylist(),
+    "duckdb": lambda out: [row[0] for row in duckdb.sql(f"SELECT id FROM '{out}/*.parquet'").fetchall()],
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_others_read_the_folder_as_one_table(with_errors, reader):
+    """Whatever stands beside the parts: the job, the errors, the lock."""
+    assert {path.name for path in with_errors.iterdir()} > {".lock", "_job.json", "_errors"}
+    assert sorted(READERS[reader](with_errors)) == [*range(COUNT)]
+
+
+def test_a_folder_begun_with_the_names_of_before_is_taken_up(start, photos, tmp_path):
+    out, broken = tmp_path / "out", tmp_path / "broken"
+    shutil.copytree(photos, broken)
+    (broken / "x.png").write_bytes(b"none")
+    start(broken, out)
+    rows, problems = read(out), read(out / "_errors")
+    (out / "_job.json").rename(out / "job.json")
+    (out / "_errors").rename(out / "errors")
+    (out / "part-000001.parquet").unlink()
+    with pytest.raises(BulkError, match=rf"^{out} was begun with other options: top_k was 5 and is 3"):
+        start(broken, out, top_k=3)
+    assert (out / "job.json").exists()
+    assert start(broken, out) == Summary(COUNT, 1)
+    assert (read(out), read(out / "_errors")) == (rows, problems)
+    assert sorted(path.name for path in out.iterdir() if path.suffix != ".parquet") == [".lock", "_errors", "_job.json"]
 
 
 def test_the_rows_of_an_edited_ledger_add_up(start, photos, bundle, tmp_path):
@@ -604,7 +647,7 @@ def test_compressed_tars_are_read_in_one_pass_over_all_parts(start, photos, foun
 
 def test_job_is_readable(start, photos, tmp_path, bundle):
     start(photos, tmp_path / "out")
-    job = json.loads((tmp_path / "out" / "job.json").read_text())
+    job = json.loads((tmp_path / "out" / "_job.json").read_text())
     assert job["bundle"] == bundle.digest
     assert job["inputs"]["images"] == COUNT
     assert job["inputs"]["path"] == str(photos)
@@ -627,7 +670,7 @@ def test_ray_writes_the_same(start, bundle_path, many, tmp_path):
         np.testing.assert_allclose(row["ledger"]["clt"], expected["ledger"]["clt"], rtol=0, atol=1e-5)
         ours, theirs = row["sources"]["features"], expected["sources"]["features"]
         assert [(f["layer"], f["index"]) for f in ours] == [(f["layer"], f["index"]) for f in theirs]
-    assert read(out / "errors") == read(tmp_path / "one" / "errors")
+    assert read(out / "_errors") == read(tmp_path / "one" / "_errors")
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")

@@ -23,7 +23,7 @@ from vitrine.service.operations.settings import Settings
 from vitrine.service.schemas.attribute import AttributeRequest
 
 SETTINGS = Settings(batch_size=4)
-DONE = [".lock", "errors/part-000001.parquet", "job.json", "part-000000.parquet", "part-000001.parquet"]
+DONE = [".lock", "_errors/part-000001.parquet", "_job.json", "part-000000.parquet", "part-000001.parquet"]
 
 
 @pytest.fixture
@@ -58,12 +58,12 @@ def run(bundle, work):
     return run
 
 
-@pytest.mark.parametrize(("size", "part"), [(100, "job.json"), (2_000, "part-000000.parquet")])
+@pytest.mark.parametrize(("size", "part"), [(100, "_job.json"), (2_000, "part-000000.parquet")])
 def test_a_full_disk(run, work, size, part):
-    """While job.json is written, while the first part is."""
+    """While _job.json is written, while the first part is."""
     with largest_file(size), pytest.raises(FileError, match=rf"^{work.out}/{part} cannot be written: File too large"):
         run()
-    assert everything(work.out).keys() == {".lock", "job.json"} - {part}
+    assert everything(work.out).keys() == {".lock", "_job.json"} - {part}
     run()
 
 
@@ -71,7 +71,7 @@ def test_a_full_disk(run, work, size, part):
     ("call", "number"), [*(("fsync", n) for n in (1, 3, 5, 7)), *(("replace", n) for n in (1, 2, 3))]
 )
 def test_every_step_of_writing_may_fail(run, work, monkeypatch, call, number):
-    """job.json is flushed and linked, each of three tables is flushed and renamed."""
+    """_job.json is flushed and linked, each of three tables is flushed and renamed."""
     calls = []
     with monkeypatch.context() as patch:
         fail(patch, os, call, errno.EDQUOT, lambda *_: calls.append(call) or len(calls) == number)
@@ -126,7 +126,7 @@ def test_two_runs_at_once_without_locks(run, work, bundle, monkeypatch):
 
 
 def test_two_jobs_cannot_begin_one_folder_without_locks(work, monkeypatch):
-    """Neither sees the other's job.json when it looks; the first to write it has the folder."""
+    """Neither sees the other's _job.json when it looks; the first to write it has the folder."""
     fail(monkeypatch, fcntl, "flock", errno.EOPNOTSUPP)
     other, fsync = work.job.model_copy(update={"top_k": 3}), os.fsync
 
@@ -145,7 +145,7 @@ def test_two_jobs_cannot_begin_one_folder_without_locks(work, monkeypatch):
     ("faults", "code", "said"),
     [
         ({"flock": "ENOLCK", "fsync": "EINVAL", "link": "EPERM"}, 0, "without locks"),
-        ({"fsync": "ENOSPC:when=3+"}, 1, "errors/part-000001.parquet cannot be written: No space left on device; make"),
+        ({"fsync": "ENOSPC:when=3+"}, 1, "_errors/part-000001.parquet cannot be written: No space left on device"),
         ({"rename": "EXDEV"}, 1, "part-000000.parquet cannot be written: Invalid cross-device link; this file system"),
         ({"mkdir": "EROFS"}, 1, "out cannot be written: Read-only file system; write elsewhere"),
     ],

@@ -94,7 +94,7 @@ def test_a_run_is_taken_up_with_the_same_sources_only(start, tmp_path):
     out = tmp_path / "out"
     start(sources=True, source_features=2)
     before = read(out)
-    assert {name: json.loads((out / "job.json").read_text())[name] for name in ("sources", "baseline")} == {
+    assert {name: json.loads((out / "_job.json").read_text())[name] for name in ("sources", "baseline")} == {
         "sources": 2,
         "baseline": "zero",
     }
@@ -112,7 +112,7 @@ def test_a_run_is_taken_up_with_the_same_sources_only(start, tmp_path):
 
 def test_a_folder_begun_before_there_were_sources_is_taken_up(start, tmp_path):
     start()
-    file = tmp_path / "out" / "job.json"
+    file = tmp_path / "out" / "_job.json"
     job = json.loads(file.read_text())
     del job["sources"], job["baseline"]
     file.write_text(json.dumps(job))
@@ -150,4 +150,4 @@ def test_the_commands_options(carded, photos, tmp_path):
     assert "ask for both" in refused.stderr
     assert run("--sources", "3", "--baseline", "mean").exit_code == 0
     assert [len(row["sources"]["features"]) for row in read(tmp_path / "out")] == [3] * COUNT
-    assert json.loads((tmp_path / "out" / "job.json").read_text())["baseline"] == "mean"
+    assert json.loads((tmp_path / "out" / "_job.json").read_text())["baseline"] == "mean"

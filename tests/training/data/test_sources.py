@@ -205,6 +205,18 @@ def test_hugging_face_set_with_named_classes(tmp_path, workers):
     assert reds(open_images(hub(split="validation"), tmp_path, colour), workers=workers) == [(3, 1)]
 
 
+def test_what_save_to_disk_wrote(tmp_path):
+    """One split, or several by name."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
+    rows = datasets.Dataset.from_dict({"image": embedded(1, 2), "label": [1, 0]}, features=features)
+    rows.save_to_disk(tmp_path / "hub")
+    datasets.DatasetDict({"train": rows, "val": rows.select([1])}).save_to_disk(tmp_path / "both")
+    assert reds(open_images(hub(), tmp_path, colour)) == [(1, 1), (2, 0)]
+    assert reds(open_images(hub(id="both", split="val"), tmp_path, colour)) == [(2, 0)]
+    with pytest.raises(DataError, match=r"^both has no split 'test', as it was saved; it has train, val$"):
+        open_images(hub(id="both", split="test"), tmp_path, colour)
+
+
 @pytest.mark.parametrize(
     ("values", "classes", "expected"),
     [

@@ -1,6 +1,7 @@
 """The whole evaluation of the tiny CLIP on the drawn shapes: against direct computations, and as a command."""
 
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from common import ROOT
 from vitrine.commands import app
 from vitrine.models.account.windows import TOKENS
 from vitrine.models.bootstrap import Bootstrap
@@ -19,6 +21,7 @@ from vitrine.training.data.images import DataError
 from vitrine.training.evaluation.evaluate import cls_warning, evaluate, evaluate_summary
 from vitrine.training.evaluation.measure import Plan, measure
 from vitrine.training.evaluation.results import Results
+from vitrine.training.evaluation.sae_results import SaeResults
 from vitrine.training.report import paper
 from vitrine.training.report.report import write_report
 from vitrine.training.report.sheets import print_sheets, sheets
@@ -295,6 +298,22 @@ def test_results_json_survives_a_round_trip(evaluated):
     assert len(results.cascades) == 9
     assert results.cascade(0, 2, "all").first == 0
     assert results.comparison.cross_layer is False
+
+
+def test_the_keys_of_results_json_are_in_the_readme(evaluated):
+    text = (ROOT / "training" / "README.md").read_text()
+    rows = re.findall(r"^\| (`[^|]*) \| (both|CLT|SAEs) \|", text, flags=re.MULTILINE)
+    listed = {
+        of: [key for keys, whose in rows if whose == of for key in re.findall(r"`(\w+)`", keys)] for _, of in rows
+    }
+    written = json.loads((evaluated[0] / "results.json").read_text())
+    assert sorted(listed["both"] + listed["CLT"]) == sorted(written)
+    assert sorted(listed["both"] + listed["SAEs"]) == sorted(SaeResults.model_fields)
+
+
+def test_figures_stand_beside_the_report(evaluated):
+    names = {path.name for path in (evaluated[0] / "figures").iterdir()}
+    assert names > {"reconstruction.svg", "sparsity.svg", "contributions.svg", "cascades.svg"}
 
 
 def test_curves_are_of_images_that_are_classified_rightly(evaluated):
