@@ -3,7 +3,6 @@
 import json
 import shutil
 import tarfile
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from PIL import Image
 from rich.console import Console
 
 from vitrine.models.account.windows import TOKENS
-from vitrine.models.bundle.layout import REPLACED_INPUT
 from vitrine.models.dictionary.replacement import Replacement
 from vitrine.models.images.decode import ImageLimits, decode
 from vitrine.models.images.frame import to_pixels
@@ -90,7 +88,7 @@ def test_accuracies_by_hand(engine, data_root, monkeypatch):
         chosen = np.zeros_like(own) if mask[:, 0].any() else own
         return embeddings[chosen], np.zeros((len(pixels), 2, 3, 3), np.float32)
 
-    monkeypatch.setattr(engine, "replace", replace)
+    monkeypatch.setattr(engine.replacement, "run", replace)
     result = replay(engine, data_root / "val", LIMITS)
     assert result.top1 == pytest.approx(2 / 3)
     for row in result.rows:
@@ -160,15 +158,17 @@ def test_broken_images_are_named_and_left_out(engine, data_root, tmp_path, capsy
 
 
 def test_a_sample_is_of_the_seed(engine, data_root):
-    seen = []
-    run = engine._replacement.run
+    seen, run = [], engine.replacement.run
+
+    def noted(pixels, replaced):
+        seen.append((pixels, replaced))
+        return run(pixels, replaced)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            engine, "_replacement", SimpleNamespace(run=lambda names, feeds: seen.append(feeds) or run(names, feeds))
-        )
+        patch.setattr(engine.replacement, "run", noted)
         for seed in (1, 1, 2):
             assert replay(engine, data_root / "val", LIMITS, count=3, seed=seed).images == 3
-    first, again, other = (feeds["pixels"] for feeds in seen if not feeds[REPLACED_INPUT].any())
+    first, again, other = (pixels for pixels, replaced in seen if not replaced.any())
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
