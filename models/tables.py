@@ -53,8 +53,8 @@ def _fit(table: Table, console: Console) -> bool:
     if spare < 0:
         return False
     for _ in range(min(spare, sum(most) - sum(widths))):
-        neediest = max(range(len(widths)), key=lambda at: most[at] - widths[at])
-        widths[neediest] += 1
+        narrowest = min((width, at) for at, width in enumerate(widths) if width < most[at])[1]
+        widths[narrowest] += 1
     for column, width in zip(table.columns, widths, strict=True):
         column.width, column.overflow = width, "fold"
     return True
