@@ -110,8 +110,7 @@ def _is_empty(axes: Axes) -> bool:
     """Whether nothing that was measured is drawn: lines across the whole panel are none of it."""
     lines = [line.get_ydata() for line in axes.get_lines() if line.get_transform() is axes.transData]
     areas = [path.vertices for collection in axes.collections for path in collection.get_paths()]
-    drawn = [np.asarray(of, float) for of in (*lines, *areas)]
-    return not axes.patches and not any(np.isfinite(of).any() for of in drawn if of.size)
+    return not axes.patches and not any(np.isfinite(np.asarray(of, float)).any() for of in (*lines, *areas))
 
 
 def standalone(drawn: str) -> str:
