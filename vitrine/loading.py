@@ -47,9 +47,8 @@ def _exported(path: Path) -> Path:
             "of one; `vitrine pull` fetches a bundle from a hub"
         )
     try:
-        from rich.console import Console
-
         from vitrine.models.progress import Progress
+        from vitrine.models.tables import new_console
         from vitrine.training.checkpoint import latest
         from vitrine.training.export import export_checkpoint
     except ModuleNotFoundError as error:
@@ -61,15 +60,13 @@ def _exported(path: Path) -> Path:
     out = _cache() / _digest(checkpoint)
     if (out / MANIFEST).exists():
         return out
-    console = Console(stderr=True)
-    console.print(f"exporting {checkpoint} to {out}, once", markup=False, highlight=False, soft_wrap=True)
+    console = new_console(stderr=True)
+    console.print(f"exporting {checkpoint} to {out}, once", soft_wrap=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     data_root = Path(os.environ.get("VITRINE_DATA") or "data")
     try:
         with Progress(console) as progress:
-            export_checkpoint(
-                checkpoint, data_root, out, log=lambda said: console.print(said, markup=False), progress=progress
-            )
+            export_checkpoint(checkpoint, data_root, out, log=lambda said: console.print(said), progress=progress)
     except VitrineError:
         if not (out / MANIFEST).exists():  # else another process was first
             raise

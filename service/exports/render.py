@@ -211,7 +211,7 @@ def _table(
     table = Table(title=Text(title), box=None, title_justify="left")
     table.add_column("row")
     table.add_column(unit, justify="right")
-    table.add_column("−" + " " * (_HALF - 1) + "│" + " " * (_HALF - 1) + "+", no_wrap=True)
+    table.add_column("-" + " " * (_HALF - 1) + "│" + " " * (_HALF - 1) + "+", no_wrap=True)
     table.add_column(last, overflow="fold")
     largest = max(abs(value) for _, value, _ in rows)
     for name, value, said in rows:

@@ -10,10 +10,9 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
-
 from vitrine.models.errors import VitrineError
 from vitrine.models.files.writing import prepare_file, write_text
+from vitrine.models.tables import new_console
 from vitrine.service.exports.render import print_answer
 from vitrine.service.exports.rows import ledger_rows, source_rows
 from vitrine.service.schemas.attribute import (
@@ -187,7 +186,7 @@ class Account:
 
     def __str__(self) -> str:
         text = io.StringIO()
-        print_answer(self.answer, Console(file=text, width=110, color_system=None))
+        print_answer(self.answer, new_console(file=text, width=110, color_system=None))
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
     def _repr_html_(self) -> str:

@@ -1,4 +1,4 @@
-"""Errors that are printed to users have one form: lower case, no full stop, short, and no talk of errors."""
+"""Errors that are printed to users have one form: lower case, no full stop, short, no talk of errors. And numbers."""
 
 import ast
 
@@ -67,3 +67,12 @@ def test_messages_have_one_form():
 @pytest.mark.parametrize("message", ["An image is broken", "it is broken.", "x " * 200, "an error", "please send it"])
 def test_the_form_forbids(message):
     assert list(wrong(message))
+
+
+def test_numbers_have_one_minus_sign():
+    """The hyphen, which every program reads as a minus sign; "−" is for formulas, and for the page."""
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr | ast.Constant) and (said := text(node)):
+                assert "−{" not in said, f"{module}, line {node.lineno}"
+                assert said != "−", f"{module}, line {node.lineno}"

@@ -36,6 +36,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.unicode_minus": False,  # as everywhere that a number is printed
     "grid.color": _LINE,
     "grid.linewidth": 0.6,
     "xtick.color": _LINE,
@@ -97,7 +98,7 @@ def bound(axes: Axes) -> None:
     for x, y in points[is_far]:
         above = y > high
         axes.annotate(
-            f"{'↑' if above else '↓'} {y:.3g}".replace("-", "−"),
+            f"{'↑' if above else '↓'} {y:.3g}",
             (x, 1 if above else 0),
             xycoords=("data", "axes fraction"),
             ha="center",

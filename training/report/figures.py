@@ -231,7 +231,7 @@ def _heat_map(axes: Axes, matrix: np.ndarray, title: str) -> None:
     axes.pcolormesh(masked, cmap=_SIGNED, norm=TwoSlopeNorm(0, -reach, reach), edgecolors="none")
     if layers <= 16:
         for target, source in zip(*np.tril_indices(layers), strict=True):
-            text = f"{matrix[target, source]:.2f}".replace("0.", ".").replace("-", "−")
+            text = f"{matrix[target, source]:.2f}".replace("0.", ".")
             axes.text(source + 0.5, target + 0.5, text, ha="center", va="center", fontsize=6.5)
     ticks = np.arange(0, layers, 1 if layers <= 16 else 4)
     axes.set_xticks(ticks + 0.5, ticks)

@@ -252,7 +252,7 @@ def interval(estimate: Estimate) -> str:
 
 
 def _decimal(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
+    return f"{value:.2f}"
 
 
 def retrieval(results: Results) -> Sheet:
@@ -286,9 +286,9 @@ def points(estimate: Estimate | None) -> str:
 def signed(share: float) -> str:
     """A difference of shares, in percentage points."""
     text = f"{100 * share:+.2f}"
-    return "0.00" if text[1:] == "0.00" else text.replace("-", "−")
+    return "0.00" if text[1:] == "0.00" else text
 
 
 def _from_to(change: tuple[float, float] | None) -> str:
     """A range of points, to the precision of values read off a chart."""
-    return "" if change is None else " to ".join(f"{end:+.1f}".replace("-", "−") for end in change)
+    return "" if change is None else " to ".join(f"{end:+.1f}" for end in change)

@@ -23,7 +23,7 @@ def test_a_panel_without_a_figure_says_so(panels):
     assert svg(figure, "name", "what").count("nothing to show") == 1
 
 
-@pytest.mark.parametrize(("far", "shown"), [(-40.0, "↓ −40"), (77.0, "↑ 77")])
+@pytest.mark.parametrize(("far", "shown"), [(-40.0, "↓ -40"), (77.0, "↑ 77")])
 def test_a_value_far_from_all_others_flattens_nothing(panels, far, shown):
     figure, left, right = panels
     for axes, values in ((left, [0.9, 0.92, far, 0.91, 0.94]), (right, [0.9, 0.5, 0.2, 0.8, 0.1])):
