@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
@@ -251,17 +252,21 @@ def _add_config(config: Path) -> str:
 def _tags(name: str) -> list[str]:
     """open_clip's tags for a model. Raises `ClipError` for an unknown one."""
     if name not in open_clip.list_models():
-        raise ClipError(f"open_clip knows no model {name!r}; see `open_clip.list_models()`")
+        near = difflib.get_close_matches(name, open_clip.list_models(), 1)
+        hint = f"did you mean {near[0]}?" if near else "see `open_clip.list_models()`"
+        raise ClipError(f"open_clip knows no model {name!r}; {hint}")
     return list(open_clip.list_pretrained_tags_by_model(name))
 
 
 def _check_file(name: str, weights: str | None) -> Path:
     """The file of weights that are no tag. Raises `ClipError` if there is none."""
-    if weights is None or not Path(weights).is_file():
-        tags = _tags(name)
-        choices = f"tags for {name}: {', '.join(tags)}" if tags else f"{name} has no published weights"
-        raise ClipError(f"weights {weights!r} are neither a file nor a tag of open_clip's; {choices}")
-    return Path(weights)
+    if weights is not None and Path(weights).is_file():
+        return Path(weights)
+    tags = _tags(name)
+    choices = f"tags for {name}: {', '.join(tags)}" if tags else f"{name} has no published weights, so name a file"
+    if weights is None:
+        raise ClipError(f"{name} needs `weights`: a tag of open_clip's, or a file; {choices}")
+    raise ClipError(f"weights {weights!r} are neither a file nor a tag of open_clip's; {choices}")
 
 
 def model_sha256(model: nn.Module) -> str:

@@ -160,6 +160,9 @@ def test_the_size_is_said_first_and_wrong_weights_are_refused(refused, hub, tmp_
     said = refused("export", "--clip", "ViT-B-32", "--weights", "nobody", "--out", tmp_path / "out")
     assert said.startswith("ViT-B-32: 151 million parameters, so 605 MB of weights to download unless")
     assert "weights 'nobody' are neither a file nor a tag of open_clip's" in said
+    said = refused("export", "--clip", "ViT-B-32", "--out", tmp_path / "out")
+    assert "'VIT-B32'; did you mean ViT-B-32?" in refused("export", "--clip", "VIT-B32", "--out", tmp_path / "out")
+    assert "error: ViT-B-32 needs `weights`: a tag of open_clip's, or a file; tags for ViT-B-32: openai, " in said
 
 
 def test_the_activation_of_a_file_must_be_known_or_said(refused, hub, write_clip, make_clip, data_root, tmp_path):
