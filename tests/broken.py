@@ -179,7 +179,6 @@ BROKEN = {
     "attention NaN": (table("attention.npy", NAN), ["attention.npy", "not finite"]),
     "vision NaN": (content("vision.onnx.data", all_bits), ["vision.onnx", "not finite"]),
     "text NaN": (content("text.onnx.data", all_bits), ["text.onnx", "not finite"]),
-    "replacement NaN": (content("replacement.onnx.data", all_bits), ["replacement.onnx", "not finite"]),
     "vision no graph": (content("vision.onnx", b"nothing"), ["vision.onnx cannot be used"]),
     "weights cut off": (content("vision.onnx.data", lambda old: old[:-4096]), ["vision.onnx cannot be used"]),
     "an output missing": (content("vision.onnx", renamed_output), ["vision.onnx", "no output sigma"]),

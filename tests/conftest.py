@@ -7,6 +7,7 @@ parameter is moved away from its initial value.
 import gc
 import io
 import json
+import signal
 from dataclasses import replace
 from functools import cache
 
@@ -38,6 +39,9 @@ from vitrine.training.cards.build import Options, build_cards
 from vitrine.training.checkpoint import CheckpointMeta, save_checkpoint
 from vitrine.training.recipes.reading import load_recipe
 from vitrine.training.recipes.recipe import ResidualSaeRecipe
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell runs in the background, and its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # these matrices are too small to parallelise
 gc.set_threshold(100_000, 20, 100)  # exports create millions of objects: scanning them took a sixth of the time

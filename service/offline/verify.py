@@ -72,6 +72,14 @@ def _check_sums(engine: Engine) -> None:
             raise BundleError(f"{bundle.path}: the rows of {file} miss its embedding by {deviation:.1e}")
     if engine.runtime.precision != "fp32":
         return
+    if engine.replacement is not None:  # first: the graphs below read its decoders
+        embeddings, _ = engine.replacement.run(pixels, np.zeros((bundle.manifest.shape.layers, 2), bool))
+        deviation = float(np.abs(embeddings - np.stack([parts.embedding for parts in decompositions])).max())
+        if not deviation <= TOLERANCE:
+            raise BundleError(
+                f"{bundle.path}: with nothing replaced, replacement.onnx misses vision.onnx's embedding by "
+                f"{deviation:.1e}"
+            )
     if engine.sources is not None:
         _check_source_accounts(engine.sources, pixels[0], decompositions[0])
         if bundle.has_scores:
@@ -80,14 +88,6 @@ def _check_sums(engine: Engine) -> None:
         _check_rerun(engine.rerun, pixels, decompositions)
     if engine.residual is not None:
         _check_residual_accounts(engine.residual, pixels[0], decompositions[0])
-    if engine.replacement is not None:
-        embeddings, _ = engine.replacement.run(pixels, np.zeros((bundle.manifest.shape.layers, 2), bool))
-        deviation = float(np.abs(embeddings - np.stack([parts.embedding for parts in decompositions])).max())
-        if not deviation <= TOLERANCE:
-            raise BundleError(
-                f"{bundle.path}: with nothing replaced, replacement.onnx misses vision.onnx's embedding by "
-                f"{deviation:.1e}"
-            )
 
 
 def _check_rerun(graphs: RerunGraphs, pixels: NDArray[np.float32], decompositions: list[Decomposition]) -> None:

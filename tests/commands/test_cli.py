@@ -276,7 +276,7 @@ def test_bulk_writes_tables_and_resumes(run, refused, photo, tmp_path):
         (first, second), best = rows.fetchall(), {"cat", "dog"}
         assert (first[:3], second[:3]) == ((0, "a.png", 1), (2, "c.png", 1))
         assert {first[3], second[3]} <= best
-        problems = database.sql(f"SELECT name, code FROM '{out}/errors/*.parquet'").fetchall()
+        problems = database.sql(f"SELECT name, code FROM '{out}/_errors/*.parquet'").fetchall()
     assert problems == [("b.png", "unsupported_image")]
     assert "was begun with other options: top_k was 1 and is 2" in refused(*arguments, "--top-k", 2)
     (tmp_path / "empty").mkdir()

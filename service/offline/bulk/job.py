@@ -156,7 +156,7 @@ def lock_output(out: Path, job: Job) -> Iterator[tuple[bool, Job]]:
 def _rename(before: Path, now: Path) -> None:
     """Give what an earlier version wrote the present name. Without locks another run may do so at the same time."""
     with naming(now):
-        if not now.exists():
+        if before.exists() and not now.exists():
             with suppress(FileNotFoundError):
                 before.rename(now)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from tokenizers import Tokenizer
 
-from broken import BROKEN, copy, replace_file, tokenizer, write_manifest
+from broken import BROKEN, all_bits, content, copy, replace_file, tokenizer, write_manifest
 from vitrine.models.bundle.bundle import BundleError, open_bundle
 from vitrine.service.answers.reload import RELOAD_ERRORS, Serving
 from vitrine.service.engine import labels
@@ -36,6 +36,18 @@ def test_what_does_not_fit_is_refused_by_name(bundle_path, tmp_path, case):
         message = str(caught.value)
         assert not [word for word in words if word not in message], message
         assert len(message) < 1_000
+
+
+def test_a_replacement_graph_that_is_not_finite_is_refused_by_verify_and_on_first_use(bundle_path, tmp_path):
+    path = copy(bundle_path, tmp_path / "bundle")
+    content("replacement.onnx.data", all_bits)(path)
+
+    def use(path):
+        Engine(open_bundle(path), Settings(bundle=path)).replacement.open()
+
+    for load in (verify, use):
+        with pytest.raises(RELOAD_ERRORS, match=r"replacement\.onnx.*not finite"):
+            load(path)
 
 
 def test_the_same_bundle_written_anew_is_served(bundle_path, tmp_path):

@@ -344,7 +344,7 @@ def test_label_sets_by_name(start, photos, tmp_path):
 def test_output_that_is_something_else(start, photos, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letters.txt").write_text("mine")
-    with pytest.raises(BulkError, match=r"is not empty and has no job\.json"):
+    with pytest.raises(BulkError, match=r"is not empty and has no _job\.json"):
         start(photos, tmp_path / "out")
     with pytest.raises(BulkError, match="lies in the folder that is read"):
         start(photos, photos / "out")

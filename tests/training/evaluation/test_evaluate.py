@@ -331,7 +331,7 @@ def test_gains_are_paired(evaluated):
         assert gain.low <= gain.value <= gain.high
 
 
-def test_the_command_prints_every_table(evaluated):
+def test_the_command_prints_every_table(evaluated, runs):
     for words in (
         "Reconstruction",
         "Without outlier tokens",
@@ -340,7 +340,7 @@ def test_the_command_prints_every_table(evaluated):
         "C onto layer 2",
         "From all of them",
         "Retrieval",
-        "tiny",
+        runs[1].name,
     ):
         assert words in evaluated[1]
     assert "results.json" in evaluated[1].replace("\n", "")

@@ -27,7 +27,8 @@ from vitrine.training.data.images import DataError
 from vitrine.training.data.sources import open_images
 from vitrine.training.pretraining import pretrain as pretrain_module
 from vitrine.training.pretraining.captions import COLOURS, background_colour
-from vitrine.training.pretraining.pretrain import PretrainRecipe, pretrain
+from vitrine.training.pretraining.pretrain import pretrain
+from vitrine.training.pretraining.recipe import PretrainRecipe, PretrainTraining
 from vitrine.training.recipes.reading import load_recipe, read_toml
 from vitrine.training.recipes.recipe import RecipeError
 from vitrine.training.run.run import train
@@ -604,5 +605,5 @@ def test_demos_recipe():
     assert len(recipe.data.labels) == 10
     model = pretrain_module._build(recipe)  # open_clip takes it, and every sentence fits
     assert len(model.visual.transformer.resblocks) == 12
-    assert recipe.training == pretrain_module.PretrainTraining(epochs=22)
+    assert recipe.training == PretrainTraining(epochs=22)
     assert recipe.data.train.name == recipe.data.val.name == "CIFAR10"
