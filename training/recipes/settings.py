@@ -15,6 +15,7 @@ from vitrine.training.recipes.recipe import RecipeError
 
 _KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 _ABSENT = "nothing"
+_SHOWN = 80  # characters of a value in a message
 
 
 def with_settings(tables: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -54,10 +55,11 @@ def _parsed(setting: str) -> tuple[str, Any]:
 def differences(old: BaseModel | None, new: BaseModel | None, prefix: str = "") -> list[str]:
     """In which keys a recipe, or a section of it, differs from an older one: "KEY is A there and B here" each."""
     before, now = _flat(old, prefix), _flat(new, prefix)
+    pairs = {key: (before.get(key, _ABSENT), now.get(key, _ABSENT)) for key in dict.fromkeys([*before, *now])}
     return [
-        f"{key} is {before.get(key, _ABSENT)} there and {now.get(key, _ABSENT)} here"
-        for key in dict.fromkeys([*before, *now])
-        if before.get(key, _ABSENT) != now.get(key, _ABSENT)
+        f"{key} is {printable(there, _SHOWN)} there and {printable(here, _SHOWN)} here"
+        for key, (there, here) in pairs.items()
+        if there != here
     ]
 
 
@@ -71,7 +73,7 @@ def _flat(section: BaseModel | None, prefix: str) -> dict[str, str]:
             if isinstance(value, dict) and value:
                 add(value, where)
             else:
-                flat[where] = printable(_text(value), 80)
+                flat[where] = _text(value)
 
     add(section.model_dump(exclude_none=True) if section else {}, prefix)
     return flat

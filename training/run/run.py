@@ -277,7 +277,8 @@ class _Run:
             compared.append("cascade")
         other = [] if saved.clip_sha256 == current.clip_sha256 else ["the CLIP has other weights"]
         if saved.recipe.kind != kind:
-            other, compared = [f"its recipe has [{saved.recipe.kind}] and this one [{kind}]"], []
+            other.append(f"its recipe has [{saved.recipe.kind}] and this one [{kind}]")
+            compared = []
         for part in compared:
             other += differences(getattr(saved.recipe, part, None), getattr(current.recipe, part, None), part)
         if saved.train_images != current.train_images:

@@ -52,3 +52,13 @@ def test_recipes_differ_in_keys_with_their_sections(recipe_path):
     ]
     assert "cascade.steps is nothing there and 3 here" in differences(old, new)
     assert differences(old, old) == []
+
+
+def test_long_values_are_compared_whole(recipe_path):
+    """Their middle is left out of the message alone."""
+    templates = [f"a photo of a {{}}, number {number}" for number in range(20)]
+    old = load_recipe(recipe_path).data.model_copy(update={"templates": tuple(templates)})
+    templates[10] = "another {}"
+    (found,) = differences(old, old.model_copy(update={"templates": tuple(templates)}), "data")
+    assert found.startswith('data.templates is ["a photo of a {}, number 0"')
+    assert len(found) < 220
