@@ -47,6 +47,12 @@ torch.set_num_threads(1)  # these matrices are too small to parallelise
 gc.set_threshold(100_000, 20, 100)  # exports create millions of objects: scanning them took a sixth of the time
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Bytes are named by their argument, never by their content: that may hold a time (gzip's header does), and the
+    processes that share a run must all collect the same names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True, scope="session")
 def every_printed_table_is_whole():
     """Whichever test prints one: at 40, 60, 80 and 120 columns."""
