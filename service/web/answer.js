@@ -67,7 +67,7 @@
     const [best] = answer.predictions;
     const trust = answer.fidelity ? ` Trust: ${Vitrine.trust.overall(answer.fidelity)}.` : "";
     const rather = explanation.contrast === null ? "" : ` rather than ${explanation.contrast}`;
-    const account = `The account says why ${explanation.target}${rather}.`;
+    const account = `The account explains why ${explanation.target}${rather}.`;
     const said = answer.verdict ? ` ${Vitrine.predictions.judged(answer.verdict)}` : "";
     const warned = Vitrine.warnings.spoken(answer.warnings);
     return `${best.label}, ${percent(best.probability)}.${said} ${account}${trust}${warned}`;

@@ -75,19 +75,21 @@
   /** What fetch says of a broken network depends on the browser. */
   function gone(error) {
     if (error.name === "AbortError") throw error;
-    throw new CallError("The service cannot be reached. Is it running, and is the network up?", "network", null, true);
+    const message = "The service cannot be reached. Check that it is running, and check the network.";
+    throw new CallError(message, "network", null, true);
   }
 
   function refusal(response, text, attempts) {
     const { code, message, request_id: id } = envelope(text);
     const said = message && message[0].toUpperCase() + message.slice(1) + (/[.!?]$/.test(message) ? "" : ".");
     const more = {
-      401: "The service asks for a key.",
-      429: `The service is still busy after ${attempts} more tries; ask again in a while.`,
-      503: "The service is not ready; ask again in a while.",
+      401: "The service requires a key.",
+      429: `The service is still busy after ${attempts} retries; try again later.`,
+      503: "The service is not ready; try again later.",
     }[response.status];
     const passing = response.status === 429 || response.status >= 500;
-    return new CallError(more ?? said ?? `The service answered ${response.status}.`, code ?? "unknown", id, passing);
+    const status = `The service answered with status ${response.status}.`;
+    return new CallError(more ?? said ?? status, code ?? "unknown", id, passing);
   }
 
   /** The error of the API's envelope; what a proxy answers in its place is none. */

@@ -63,7 +63,7 @@
   });
   at("circuit-ask").addEventListener("click", () => {
     const opened = Vitrine.circuitAsk.open(question);
-    replace(at("circuit-error"), opened ? [] : "The browser opened no window: allow this page to open one.");
+    replace(at("circuit-error"), opened ? [] : "The browser did not open the window: allow pop-ups for this page.");
   });
   const narrow = matchMedia("not all and (min-width: 60rem)");
   narrow.addEventListener("change", place);
@@ -88,7 +88,7 @@
     if (asked === null) return;
     const lacking = [...labels.set(asked), ...options.set(asked)];
     await ask({ ...chosen, target: asked.target ?? null, contrast: asked.contrast ?? null });
-    if (lacking.length) complain(`The link names what this service has not: ${lacking.join(", ")}.`);
+    if (lacking.length) complain(`The link names what this service does not have: ${lacking.join(", ")}.`);
   }
 
   function hasCard(layer, index, dictionary = "clt") {
@@ -119,7 +119,7 @@
     if (picture === null) return;
     const mine = new AbortController();
     running = mine;
-    busy(true, "Asking …");
+    busy(true, "Waiting for the answer …");
     try {
       if (model === null) await know();
       if (picture !== loaded) await load(picture);
@@ -215,7 +215,7 @@
   /** The request's JSON. A target and a contrast last as long as they are among the labels. */
   function asked({ target, contrast }) {
     const named = labels.request();
-    if (named === null) throw new api.CallError("Name at least one label, or choose a set of them.", "no_labels");
+    if (named === null) throw new api.CallError("Enter at least one label, or choose a label set.", "no_labels");
     const compared = { ...named, ...options.request() };
     const known = (label) => label !== null && labels.listed().includes(label);
     const explain = {};
@@ -252,7 +252,7 @@
     replace(
       at("take"),
       el("p", { class: "buttons" }, Vitrine.save.json(text, picture.name), saved, linked),
-      el("p", {}, "The same request from a shell, in the photo's folder:"),
+      el("p", {}, "The same request from a shell in the photo's folder:"),
       Vitrine.reproduce.line(line),
       el("p", { class: "note" }, `Model ${Vitrine.answer.origin(answer)}. Request ${answer.request_id}.`),
     );
@@ -281,7 +281,7 @@
     const { picture, name, request } = question;
     const { target, contrast, ...named } = request;
     const mine = running;
-    busy(true, "Asking …");
+    busy(true, "Waiting for the answer …");
     try {
       const asked = { ...named, ...edits, explain: { targets: [target], contrast } };
       return (await api.post("v1/intervene", picture, name, asked, { signal: mine.signal })).answer;
@@ -294,7 +294,7 @@
   function offerContrasts({ target, contrast }) {
     const others = shown.listed.filter((label) => label !== target);
     const option = (label) => el("option", { value: label }, label);
-    at("contrast").replaceChildren(el("option", { value: "" }, "nothing: its logit alone"), ...others.map(option));
+    at("contrast").replaceChildren(el("option", { value: "" }, "nothing: only its logit"), ...others.map(option));
     at("contrast").value = contrast ?? "";
   }
 
@@ -302,7 +302,7 @@
   async function more(id, path, request, draw) {
     const { picture } = chosen;
     const signal = running?.signal;
-    replace(at(id), el("p", { role: "status" }, "Asking …"));
+    replace(at(id), el("p", { role: "status" }, "Waiting for the answer …"));
     try {
       const { answer } = await api.post(path, picture.blob, picture.name, request, { signal });
       replace(at(id), await draw(answer));
@@ -325,7 +325,7 @@
 
   function complain(sentence, requestId = null, again = null, kept = null) {
     const id = requestId ? el("span", { class: "note" }, ` Request ${requestId}.`) : null;
-    const still = kept ? el("p", {}, `What is below is still about ${kept}.`) : null;
+    const still = kept ? el("p", {}, `The answer below is still about ${kept}.`) : null;
     const retry = again ? el("p", {}, el("button", { type: "button", onclick: () => again() }, "Try again")) : null;
     replace(at("error"), sentence ? [el("span", {}, sentence), id, still, retry] : []);
   }

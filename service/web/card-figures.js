@@ -12,7 +12,7 @@
    */
   function masked(exemplar, { rows, columns }) {
     const most = Math.max(...exemplar.mask);
-    const where = most > 0 ? place(exemplar.mask.indexOf(most), columns) : "fires at the class token alone";
+    const where = most > 0 ? place(exemplar.mask.indexOf(most), columns) : "fires only at the class token";
     const thumbnail = picture(exemplar);
     const patches = most > 0 && grid(exemplar.mask, most, rows, columns, Boolean(thumbnail));
     return el(
@@ -32,8 +32,8 @@
 
   /** A button that shows its picture larger, and as it was. */
   function larger({ class_name: kind, name }, picture) {
-    const press = { type: "button", class: "stack", "aria-pressed": "false", "aria-label": `Larger: ${kind}, ${name}` };
-    const button = el("button", { ...press, title: "Larger", onclick: () => grow() }, picture);
+    const press = { type: "button", class: "stack", "aria-pressed": "false", "aria-label": `Enlarge: ${kind}, ${name}` };
+    const button = el("button", { ...press, title: "Enlarge", onclick: () => grow() }, picture);
     const grow = () => {
       const large = button.closest("li").classList.toggle("large");
       button.setAttribute("aria-pressed", String(large));
@@ -42,7 +42,7 @@
   }
 
   function place(patch, columns) {
-    return `most at row ${Math.floor(patch / columns) + 1}, column ${(patch % columns) + 1}`;
+    return `strongest at row ${Math.floor(patch / columns) + 1}, column ${(patch % columns) + 1}`;
   }
 
   /** The thumbnail of an image that the bundle names, if it brought one along. @returns {?HTMLElement} */

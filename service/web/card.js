@@ -5,18 +5,18 @@
   const { masked, histogram } = Vitrine.cardFigures;
 
   const ABSTAINED = {
-    too_few_exemplars: "it fires on too few images for that, or on nearly all.",
-    score: "no word tells well enough on which images it fires.",
-    clarity: "the images on which it fires most do not show one thing.",
-    margin: "two words fit its images about as well as each other.",
+    too_few_exemplars: "the feature fires on too few images, or on nearly all of them.",
+    score: "no word predicts well enough on which images the feature fires.",
+    clarity: "the images on which the feature fires most do not show the same thing.",
+    margin: "two words fit its images about equally well.",
   };
   const MEANING = {
     score:
-      "The chance that, of two images, one on which the feature fires and one on which it does not, the first fits the " +
-      "label better: 1 is always, 0.5 is a guess. On the images by which the label was chosen.",
-    margin: "How much better that word tells than the second-best one. Near 0, another word would do as well.",
-    clarity: "Mean cosine between any two of its top images: how far they show the same thing.",
-    auroc: "The same as the score, on images kept apart: this is what the label is worth.",
+      "Of two images, the feature fires on one and not on the other: the probability that the label fits the first one " +
+      "better. 1 is always, 0.5 is chance. Measured on the images that were used to choose the label.",
+    margin: "How much better the score of this word is than that of the second-best one. Near 0, both fit equally well.",
+    clarity: "Mean cosine between pairs of its top images: how far they show the same thing.",
+    auroc: "The same as the score, on held-out images: it shows how reliable the label is.",
   };
 
   /**
@@ -67,14 +67,14 @@
   }
 
   function unlabelled({ abstained }) {
-    return ["What it fires on could not be said: ", ABSTAINED[abstained] ?? abstained ?? "it was not looked into."];
+    return ["No label: ", ABSTAINED[abstained] ?? abstained ?? "the feature was not examined."];
   }
 
   function confidence({ label_auroc: auroc }) {
-    if (auroc === null) return "How sure: not tested, since it fires on too few or too many of the images kept apart.";
-    if (auroc >= 0.9) return "How sure: confident. The label tells very well on which other images it fires.";
-    if (auroc >= 0.8) return "How sure: fairly. The label tells on which other images it fires, with exceptions.";
-    return "How sure: doubtful. The label hardly tells on which other images it fires.";
+    if (auroc === null) return "Confidence: not tested, because it fires on too few or too many of the held-out images.";
+    if (auroc >= 0.9) return "Confidence: high. The label predicts very well on which other images it fires.";
+    if (auroc >= 0.8) return "Confidence: fair. The label predicts on which other images it fires, with exceptions.";
+    return "Confidence: low. The label hardly predicts on which other images it fires.";
   }
 
   function number(title, value, meaning) {
@@ -85,20 +85,20 @@
 
   function written({ label, score, margin }) {
     const { button, text } = hint(
-      "writes",
-      "The word that the feature's direction adds most to, whatever it fires on: what it argues for, not what it sees.",
+      "the word that it writes",
+      "The word that the feature's direction supports most. It may differ from what the feature fires on.",
     );
     const numbers = ` (score ${plain(score, 2)}, margin ${plain(margin, 2)}) `;
     return el("div", { class: "written" }, el("p", {}, "Writes ", el("em", {}, label), numbers, button), text);
   }
 
   function exemplars(card) {
-    if (card.exemplars.length === 0) return el("p", {}, "It fired on none of the images that were looked at.");
+    if (card.exemplars.length === 0) return el("p", {}, "It fired on none of the images examined.");
     const list = el("ul", { class: "exemplars" }, card.exemplars.map((one) => el("li", {}, masked(one, card))));
     const darken = { type: "checkbox", onchange: ({ target }) => list.classList.toggle("darkened", target.checked) };
     const note = card.exemplars.some(({ thumbnail }) => thumbnail !== null)
       ? el("label", {}, el("input", darken), " Darken them where it does not fire")
-      : el("p", { class: "note" }, "The bluer, the more it fires there. The images did not come with the model.");
+      : el("p", { class: "note" }, "A deeper blue means that it fires more strongly there. The bundle has no pictures.");
     return el("section", {}, el("h3", {}, "Where it fires most"), note, list);
   }
 
@@ -108,24 +108,24 @@
       "section",
       {},
       el("h3", {}, "The mean of those images"),
-      el("p", { class: "note" }, "One picture made of all of them; none of them can be seen in it."),
+      el("p", { class: "note" }, "The average of all of them; no single image can be recognised in it."),
       el("img", picture),
     );
   }
 
   function activations(card) {
     const { cls, patches } = card.frequency;
-    const often = `It fires at the class token on ${percent(cls, 2)} of images, on ${percent(patches, 2)} of patches.`;
+    const often = `It fires at the class token of ${percent(cls, 2)} of images and at ${percent(patches, 2)} of patches.`;
     const below = ([share, value]) => `${percent(Number(share), 0)} below ${plain(value, 2)}`;
     const quantiles = Object.entries(card.quantiles).map(below).join(", ");
-    const read = { cls: "at the class token", patches: "at the patches, for it hardly fires at the class token" };
+    const read = { cls: "at the class token", patches: "at the patches, because it hardly fires at the class token" };
     return el(
       "section",
       {},
       el("h3", {}, "How often, how strongly"),
       el("p", {}, often),
       card.histogram && histogram(card.histogram),
-      el("p", { class: "note" }, `Read ${read[card.read_at]}.`, quantiles && ` Where it fires: ${quantiles}.`),
+      el("p", { class: "note" }, `Measured ${read[card.read_at]}.`, quantiles && ` Where it fires: ${quantiles}.`),
     );
   }
 
@@ -139,7 +139,7 @@
     };
     const columns = [
       el("th", { scope: "col" }, "Feature"),
-      el("th", { scope: "col", class: "value" }, "Images shared"),
+      el("th", { scope: "col", class: "value" }, "Shared images"),
     ];
     return el(
       "section",

@@ -58,7 +58,7 @@
       back.hidden = trail.length < 2;
       kicker.textContent = above;
       heading.textContent = title;
-      content.replaceChildren(el("p", { role: "status" }, "One moment …"));
+      content.replaceChildren(el("p", { role: "status" }, "Loading …"));
       heading.focus();
       try {
         const answer = await promise;
@@ -73,7 +73,7 @@
       const onLabel = source.search && ((label) => go(() => showLabel(label, dictionary)));
       const onCard = (one, other) => open(one, other, dictionary);
       const known = { onCard, hasCard: (one, other) => source.hasCard(one, other, dictionary), onLabel };
-      const above = `${dictionary === "clt" ? "Layer" : "Stream after layer"} ${layer}, feature #${index}`;
+      const above = `${dictionary === "clt" ? "Layer" : "Residual stream after layer"} ${layer}, feature #${index}`;
       return show(above, `#${index}`, source.card(layer, index, dictionary), (card) => {
         heading.textContent = name(card);
         content.replaceChildren(...draw(card, known));
@@ -92,7 +92,7 @@
       return show("Features whose label contains", label, source.search(label, null, dictionary), (page) => {
         put(page);
         const table = el("table", { class: "list" }, el("thead", {}, el("tr", {}, head)), list);
-        const found = `${page.total} found, best label first.`;
+        const found = `${page.total} found, best labels first.`;
         content.replaceChildren(el("p", { class: "note" }, found), Vitrine.dom.scroller("Features found", table), more);
       });
     }

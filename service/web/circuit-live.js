@@ -32,7 +32,7 @@
   /** What to ask. Rejects where nobody says it: the page was opened by itself, or the other one is gone. */
   function question() {
     return new Promise((resolve, reject) => {
-      const gone = "The photo is not here any more: ask about it on the first page, and open its circuit from there.";
+      const gone = "The photo is no longer available: send it again on the main page and open its circuit from there.";
       const fail = () => reject(new Error(gone));
       addEventListener("message", ({ source, origin, data }) => {
         if (source === opener && origin === location.origin) resolve(data);

@@ -29,7 +29,7 @@
   function numbers({ images }, group) {
     const rows = [
       ["Influence", percent(group.influence)],
-      ["Straight to the logit", signed(group.contribution)],
+      ["Direct contribution to the logit", signed(group.contribution)],
       ["Tokens", plain(group.tokens, images > 1 ? 1 : 0)],
     ];
     if (images > 1) rows.push(["Images", `${group.images} of ${images}`]);
@@ -52,7 +52,7 @@
   }
 
   function unfollowed({ unfollowed_share: share }) {
-    const said = `${percent(share, 0)} of what flows into it comes from features that were not followed back.`;
+    const said = `${percent(share, 0)} of its input comes from features that were not followed back.`;
     return el("p", { class: "note" }, said);
   }
 
@@ -78,7 +78,7 @@
       {},
       el("h3", {}, title),
       scroller(said, el("table", { class: "list" }, el("thead", {}, el("tr", {}, head)), body)),
-      rest > 0 && el("p", { class: "note" }, `And ${rest} weaker.`),
+      rest > 0 && el("p", { class: "note" }, `And ${rest} weaker ones.`),
     );
   }
 

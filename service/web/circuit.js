@@ -4,8 +4,8 @@ Vitrine.circuitPage = (() => {
   const { el, replace, percent, plain, scroller } = Vitrine.dom;
   const { strengths, name } = Vitrine.circuitGraph;
   const at = (id) => document.getElementById(id);
-  const DICTIONARIES = { clt: "what the MLPs write (CLT)", residual: "the stream (residual SAEs)" };
-  const picture = el("img", { alt: "The photo that was asked about" });
+  const DICTIONARIES = { clt: "the MLPs' outputs (CLT)", residual: "the residual stream (SAEs)" };
+  const picture = el("img", { alt: "The photo" });
   const layer = el("div", { class: "layer" });
   const photo = el("div", { class: "photo" }, picture, layer);
   const nodes = el("div", {});
@@ -36,7 +36,7 @@ Vitrine.circuitPage = (() => {
     latest += 1;
     const asked = latest;
     replace(at("problem"));
-    at("scores").textContent = at("status").textContent = "One moment …";
+    at("scores").textContent = at("status").textContent = "Loading …";
     at("main").setAttribute("aria-busy", "true");
     try {
       const found = await circuits[number].get();
@@ -51,7 +51,7 @@ Vitrine.circuitPage = (() => {
     for (const part of [at("drawing"), nodes, at("chosen"), at("scores"), layer]) replace(part);
     at("caption").textContent = at("status").textContent = "";
     circuit = undefined;
-    replace(at("problem"), [sentence, " ", el("button", { type: "button", onclick: again }, "Ask again")]);
+    replace(at("problem"), [sentence, " ", el("button", { type: "button", onclick: again }, "Try again")]);
     at("main").setAttribute("aria-busy", "false");
   }
 
@@ -94,9 +94,9 @@ Vitrine.circuitPage = (() => {
     const { embeddings, errors, left_out: left } = circuit.scores;
     const count = circuit.groups.length;
     return [
-      count < all ? `The ${count} most influential of ${all} nodes are drawn, each over all tokens. ` : "",
-      `The influence ends at embeddings (${percent(embeddings, 0)}), at errors (${percent(errors, 0)}) and at features `,
-      `that were not followed (${percent(left, 0)}). `,
+      count < all ? `The ${count} most influential of ${all} nodes are drawn, each summed over all tokens. ` : "",
+      `Followed back, the influence ends at embeddings (${percent(embeddings, 0)}), errors (${percent(errors, 0)}) and features `,
+      `that were not followed further (${percent(left, 0)}). `,
       `${percent(circuit.kept_share)} of the active features are in the circuit.`,
     ].join("");
   }
@@ -127,8 +127,8 @@ Vitrine.circuitPage = (() => {
     const part = Vitrine.heatmap.seen(width, height, preprocessing);
     replace(layer, Vitrine.heatmap.overlay(drawn, view, { width, height, seen: part }));
     const where = place === null ? "The circuit's features" : name(circuit.groups[place]);
-    const cls = token > 0 ? ` ${percent(token)} lies at the class token, which is nowhere in the photo.` : "";
-    at("caption").textContent = `${where}: the bluer, the more influence from there.${cls}`;
+    const cls = token > 0 ? ` ${percent(token)} is at the class token, which has no place in the photo.` : "";
+    at("caption").textContent = `${where}: a deeper blue means more influence from there.${cls}`;
   }
 
   function chosen(place) {
@@ -137,7 +137,7 @@ Vitrine.circuitPage = (() => {
     if (place === null) return;
     const group = circuit.groups[place];
     const share = percent(group.influence);
-    at("status").textContent = `${name(group)}: ${share} of the influence. More of it is beside the graph.`;
+    at("status").textContent = `${name(group)}: ${share} of the influence. Details are next to the graph.`;
     if (!matchMedia("(min-width: 60rem)").matches) at("chosen").focus();
   }
 
@@ -145,19 +145,19 @@ Vitrine.circuitPage = (() => {
     if (place === null) {
       const how =
         "Each box is a feature, the errors of a layer, or the photo's embeddings, with its share of the influence on the " +
-        "target; what lies below feeds what lies above. Wide lines carry much of that influence; blue ones add, orange " +
-        "and dashed ones take away. Lines from errors and embeddings are drawn once these are chosen, or what they feed. " +
-        "Choose a box to see its card, where it lies, what feeds it and what it feeds.";
+        "target. Lower boxes feed higher ones. Wider lines carry more of that influence; blue lines add, orange dashed " +
+        "lines subtract. Lines from errors and embeddings are drawn only when one of them, or a box that they feed, is " +
+        "selected. Select a box to see its card, where it is in the photo, what feeds it and what it feeds.";
       replace(at("chosen"), el("h2", {}, "How to read this"), el("p", {}, how));
       return;
     }
     const group = circuit.groups[place];
     const kind = {
-      feature: `${circuit.dictionary === "clt" ? "Layer" : "Stream after layer"} ${group.layer}, feature #${group.index}`,
+      feature: `${circuit.dictionary === "clt" ? "Layer" : "Residual stream after layer"} ${group.layer}, feature #${group.index}`,
       error:
         circuit.dictionary === "clt"
-          ? "What an MLP wrote and no feature says"
-          : "What the stream has and its autoencoder does not say",
+          ? "What an MLP wrote that no feature explains"
+          : "What is in the stream that its autoencoder misses",
       embedding: "The tokens as they enter the first layer",
     };
     const go = (other) => {

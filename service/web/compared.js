@@ -8,9 +8,9 @@
   /** @param {Object} answer the API's InterveneResponse, of one list of edits @returns {HTMLElement[]} */
   function draw({ before, results: [{ after, difference }] }) {
     const [best] = after.predictions;
-    const it = difference.top1_changes ? "Now it is" : "It is still";
+    const it = difference.top1_changes ? "The prediction is now" : "The prediction is still";
     const [{ target, contrast }] = before.explanations;
-    const what = contrast === null ? `Logit of ${target}` : `Logit of ${target} less that of ${contrast}`;
+    const what = contrast === null ? `Logit of ${target}` : `Logit of ${target} minus that of ${contrast}`;
     const labels = difference.probabilities.map(({ label, ...both }) => changed(label, both));
     const points = (value) => `${signed(100 * value, 1)} pp`;
     return [

@@ -17,13 +17,13 @@
     const doubt = 2 * better > own.length ? "Perhaps none of these labels fits" : "Another label may fit better";
     const nearer = better === 1 ? "one is" : `${better.toLocaleString("en-GB")} are`;
     const total = own.length.toLocaleString("en-GB");
-    const cosines = `cosine ${plain(other.cosine, 2)}, against ${plain(best.cosine, 2)} of ${best.label}`;
+    const cosines = `cosine ${plain(other.cosine, 2)}, compared with ${plain(best.cosine, 2)} for ${best.label}`;
     return el(
       "p",
       { class: "note fit" },
-      `${doubt}: of the bundle's own ${total}, ${nearer} nearer to this picture: ${better === 1 ? "" : "first of all "}`,
+      `${doubt}: of the bundle's own ${total} labels, ${nearer} closer to this picture${better === 1 ? ": " : ", closest "}`,
       `${other.label} (${cosines}). `,
-      el("button", { type: "button", class: "link", onclick: onOwn }, "Ask with those"),
+      el("button", { type: "button", class: "link", onclick: onOwn }, "Use those labels"),
     );
   }
 

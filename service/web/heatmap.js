@@ -118,7 +118,7 @@
       Array.from({ length: 2 * steps + 1 }, (_, index) => step(index)),
     );
     const ends = [signed(-full), "0", signed(full)].map((text) => el("span", {}, text));
-    const sides = ["against (striped)", "logits a patch", "for (solid)"].map((text) => el("span", {}, text));
+    const sides = ["against (striped)", "logits per patch", "for (solid)"].map((text) => el("span", {}, text));
     return el("div", { class: "legend" }, strip, el("div", {}, ends), el("div", {}, sides));
   }
 

@@ -11,18 +11,18 @@
     const features = manifest.shape.features > 0;
     const similar = cards.includes("clt") && manifest.cards?.references > 0;
     const lacks = [
-      !features && "features (it has no CLT, and so no cards, similar images or circuits of features)",
+      !features && "features (it has no CLT, and therefore no cards, similar images or circuits of features)",
       features && !cards.includes("clt") && "cards of its features (the command “vitrine cards” makes them)",
-      features && !similar && "images to find similar ones among",
+      features && !similar && "reference images for finding similar ones",
       features && !circuits.includes("clt") && "circuits",
       !circuits.includes("residual") && "features of the stream (residual SAEs)",
       !model.source_baselines.length && "source accounts",
       !manifest.files["attention.npy"] && "heat maps",
       !interventions.length && "rows that can be switched off",
-      interventions.length > 0 && !interventions.includes("rerun") && "a network that runs again without a row",
+      interventions.length > 0 && !interventions.includes("rerun") && "reruns of the network without a row",
       !model.edits.length && "edits",
     ].filter(Boolean);
-    const sentence = lacks.length ? `Not offered, for this bundle has none: ${lacks.join("; ")}.` : "";
+    const sentence = lacks.length ? `Not offered, because this bundle does not have: ${lacks.join("; ")}.` : "";
     return { similar, circuit: circuits.length > 0, stream: circuits.includes("residual"), sentence };
   }
 

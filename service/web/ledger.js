@@ -5,16 +5,16 @@
   const { rows, name, featureRows, scale } = Vitrine.waterfall;
   const { figure, equation, body, group, line, fold, feature, glossary } = Vitrine.accountTable;
 
-  const MORE = ["Running total", "Share of all rows", "Change of probability if removed"];
+  const MORE = ["Running total", "Share of all rows", "Change in probability if removed"];
   const MEANING = {
-    Prior: "What the class token and its position bring: the same for every image.",
-    Attention: "What each layer's attention wrote to the class token: what was read from the image, and where.",
-    Features: "What each layer's features (its cross-layer transcoder, CLT) wrote, in the place of its MLP.",
-    MLPs: "What each layer's MLP wrote, without a CLT.",
+    Prior: "What the class token and its position contribute: the same for every image.",
+    Attention: "What each layer's attention read from the image and wrote to the class token.",
+    Features: "What each layer's features (its cross-layer transcoder, CLT) wrote, in place of its MLP.",
+    MLPs: "What each layer's MLP wrote, in a bundle without a CLT.",
     Bias: "Constants of the transcoder and of the last normalisation.",
-    Error: "What the MLPs did and no feature says. It is shown, never spread over other rows.",
-    Edit: "What an edit wrote by itself: directions that it takes out of the stream.",
-    Remainder: "Rounding: the logit less all rows.",
+    Error: "What the MLPs wrote that no feature explains. It has its own row and is never spread over other rows.",
+    Edit: "What an edit itself wrote: the directions that it removes from the residual stream.",
+    Remainder: "Rounding: the logit minus the sum of all rows.",
   };
 
   /**
@@ -71,7 +71,7 @@
     ];
     const { target, contrast, logit } = explanation;
     const rather = contrast === null ? "" : ` rather than ${contrast}`;
-    const what = "what each part of the network added, in logits. The rows add up to the last one.";
+    const what = "what each part of the network added, in logits. The rows add up to the last row.";
     const caption = `Why ${target}${rather}: ${what}`;
     return figure(explanation, { caption, axis, more: MORE, bodies, logit }, options);
   }

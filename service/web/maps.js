@@ -32,12 +32,12 @@
     const all = {
       key: "sources",
       group: "Where it came from",
-      choice: "all that was written",
+      choice: "all contributions",
       title: "Where it came from",
       values: patches,
       addition:
         `Features, errors and embeddings: patches ${signed(sum(patches))}, class token ${signed(token)}. ` +
-        `The other rows, ${signed(rest)}, lie nowhere.`,
+        `The other rows, ${signed(rest)}, have no place in the photo.`,
     };
     return [{ ...common, ...all }, ...account.features.map((feature) => ({ ...common, ...saw(feature) }))];
   }
@@ -48,9 +48,9 @@
     const choice = `${name}, layer ${layer}`;
     return {
       key: `${layer}/${index}`,
-      group: "What a feature saw",
+      group: "Where a feature contributed",
       choice,
-      title: `What ${choice} saw`,
+      title: `Where ${choice} contributed`,
       values,
       least: Math.abs(token) / 10, // beside a large part at the class token, next to nothing must not look like much
       addition: said(token, values),
@@ -59,9 +59,9 @@
 
   function said(token, values) {
     if (values.every((value) => value === 0)) {
-      return `It counts at the class token alone, which lies nowhere in the photo: ${signed(token)}.`;
+      return `It contributes only at the class token, which has no place in the photo: ${signed(token)}.`;
     }
-    const parts = `Patches ${signed(sum(values))}, class token, which lies nowhere in the photo, ${signed(token)}`;
+    const parts = `Patches ${signed(sum(values))}, class token, which has no place in the photo, ${signed(token)}`;
     return `${parts}: together ${signed(token + sum(values))}.`;
   }
 
@@ -76,7 +76,7 @@
       const parts = `patches ${signed(sum(values))}, class token ${signed(pick(heatmap.class_token))}`;
       const row = `${layer === null ? "attention" : `attention ${layer}`} ${signed(pick(ledger.attention))}`;
       const addition = `${parts}, constants ${signed(pick(heatmap.constant))} = ${row}`;
-      if (layer === null) return { ...common, key: "", choice: "all, added up", values, addition };
+      if (layer === null) return { ...common, key: "", choice: "all, summed", values, addition };
       return { ...common, key: String(layer), choice: account ? `layer ${layer}` : String(layer), values, addition };
     });
   }

@@ -26,8 +26,8 @@
       usual = own;
       const others = edits.filter(({ name, problem }) => problem === null && name !== own);
       const named = others.map(({ name }) => [name, name]);
-      const none = [own ? "none" : "", "none: CLIP as it is"];
-      const all = own ? [["", `${own}: the service's own`], none, ...named] : [none, ...named];
+      const none = [own ? "none" : "", "none: the unmodified CLIP"];
+      const all = own ? [["", `${own}: the service's default`], none, ...named] : [none, ...named];
       edit.replaceChildren(...all.map(([value, text]) => el("option", { value }, text)));
       edit.closest("p").hidden = all.length < 2;
     }
@@ -46,7 +46,7 @@
       const of = edit.value ? { edit: edit.value } : {};
       if (scoring.value === "softmax") return of;
       if (threshold.value === "" || !threshold.validity.valid) {
-        const message = "Give a threshold from −1 to 1: the cosine that a label must reach.";
+        const message = "Enter a threshold from −1 to 1: the minimum cosine of a label.";
         throw new Vitrine.api.CallError(message, "no_threshold");
       }
       return { ...of, scoring: "independent", threshold: threshold.valueAsNumber };

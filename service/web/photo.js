@@ -3,7 +3,7 @@
 {
   const { el, replace, signed } = Vitrine.dom;
   const { seen, overlay, legend, table } = Vitrine.heatmap;
-  const HELP = "Point at a patch, or go to the map and use the arrow keys, to read its value.";
+  const HELP = "To read a patch's value, point at it, or focus the map and use the arrow keys.";
   const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
   /**
@@ -25,7 +25,7 @@
     let preprocessing = null;
     let told = () => {};
 
-    const image = el("img", { alt: "The photo that was asked about" });
+    const image = el("img", { alt: "The photo" });
     const drawn = el("div", { class: "layer" });
     const map = el("div", {
       class: "map",
@@ -49,9 +49,9 @@
     const adds = el("p", { class: "note" });
     const caption = el("p", { class: "caption", hidden: true }); // beside the photo, for maps that are drawn from afar
     const swatch = el("span", { class: "swatch cut" });
-    const cut = el("p", { class: "note" }, swatch, "Darkened: cut off before the model saw it.");
+    const cut = el("p", { class: "note" }, swatch, "Darkened: cropped before the model saw it.");
     const numbers = el("div", {});
-    const outliers = el("p", { class: "note" }, "Circles mark outlier patches: their place in the photo means little.");
+    const outliers = el("p", { class: "note" }, "Circles mark outlier patches, whose position in the photo means little.");
     panel.append(
       heading,
       spoken,
@@ -159,7 +159,7 @@
         return false;
       }
       const [{ rows, columns }] = maps;
-      map.setAttribute("aria-label", `Heat map of ${rows} by ${columns} patches: arrow keys read them`);
+      map.setAttribute("aria-label", `Heat map of ${rows} by ${columns} patches: use the arrow keys to read them`);
       offer();
       refresh();
       return true;
@@ -234,7 +234,7 @@
       const [row, column] = [Math.floor(view.patch / shown.columns) + 1, (view.patch % shown.columns) + 1];
       const value = signed(shown.values[view.patch]);
       const rather = contrast === null ? "" : ` rather than ${contrast}`;
-      const note = shown.outliers.includes(view.patch) ? "; an outlier, whose place means little" : "";
+      const note = shown.outliers.includes(view.patch) ? "; an outlier, whose position means little" : "";
       readout.textContent = `Row ${row}, column ${column}: ${value} logits for ${target}${rather}${note}`;
     }
 

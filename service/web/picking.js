@@ -33,7 +33,7 @@
       dragged(-depth);
       const [dropped] = event.dataTransfer.files;
       if (dropped) onPicture(dropped, dropped.name, true);
-      else onProblem("What was dropped is no file. Drop a photo from a folder.");
+      else onProblem("What was dropped is not a file. Drop a photo from a folder.");
     });
 
     document.addEventListener("paste", (event) => {

@@ -33,22 +33,22 @@
     return [
       verdict && el("p", { class: "verdict" }, judged(verdict)),
       el("div", { class: "predictions" }, head, el("ol", {}, predictions.map(line))),
-      el("p", { class: "note" }, verdict ? "Each label for itself, against its threshold." : among(count)),
+      el("p", { class: "note" }, verdict ? "Each label is compared with its own threshold." : among(count)),
     ];
   }
 
   /** What a softmax says, and what it does not. */
   function among(count) {
-    if (count === 1) return "The only label that was asked about: its probability is 100\u202f% whatever the picture.";
+    if (count === 1) return "Only one label was given: its probability is 100\u202f% for every picture.";
     const labels = count === null ? "the labels" : `these ${count.toLocaleString("en-GB")} labels`;
-    return `The best of ${labels}, which share 100\u202f% out among them: one comes first even where none fits.`;
+    return `The best of ${labels}. Their probabilities sum to 100\u202f%, so one comes first even if none fits.`;
   }
 
   /** Which labels reach their threshold. @param {Object} verdict the API's @returns {string} */
   function judged({ above, none_of_these: none, softmax }) {
-    if (!none) return `Reach their threshold: ${above.slice(0, NAMED).join(", ")}${more(above.length - NAMED)}.`;
+    if (!none) return `Labels that reach their threshold: ${above.slice(0, NAMED).join(", ")}${more(above.length - NAMED)}.`;
     const forced = `${softmax.label}, ${percent(softmax.probability)}`;
-    return `None of these: no label reaches its threshold. The softmax would say ${forced}.`;
+    return `None of these: no label reaches its threshold. Softmax would give ${forced}.`;
   }
 
   function more(count) {

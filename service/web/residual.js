@@ -3,8 +3,8 @@
 {
   const { el, plain, scroller } = Vitrine.dom;
   const NOTE =
-    "After each layer an autoencoder says of which features the stream consists. The most active stand first, with their " +
-    "activation; of those at patches the picture shows where.";
+    "After each layer an autoencoder splits the residual stream into features. The most active ones come first, with " +
+    "their activation. For features at patches, the small picture shows where they fire.";
 
   /**
    * @param {Object} residual the API's ResidualFeatures
@@ -32,7 +32,7 @@
         ),
       );
     const table = el("table", { class: "list" }, el("thead", {}, el("tr", {}, head)), el("tbody", {}, layers.map(line)));
-    return [el("p", { class: "note" }, NOTE), scroller("Features of the stream", table)];
+    return [el("p", { class: "note" }, NOTE), scroller("Features of the residual stream", table)];
   }
 
   function named({ index, activation, label }, layer, { onCard, hasCard }) {

@@ -29,8 +29,8 @@
       el(
         "p",
         { class: "note" },
-        `Of ${answer.references.toLocaleString("en-GB")} reference images, those whose active features are nearest ` +
-          "(by cosine), nearest first.",
+        `Of ${answer.references.toLocaleString("en-GB")} reference images, those with the most similar active features ` +
+          "(by cosine), most similar first.",
       ),
       list(layers.slice(0, SHOWN)),
       layers.length > SHOWN && el("details", {}, el("summary", {}, "Earlier layers"), list(layers.slice(SHOWN))),

@@ -18,20 +18,20 @@
     remainder: "Remainder",
   };
   const MEANING = {
-    Features: "What a feature of any layer wrote at all tokens at which it fires, as far as attention carried it to this logit.",
-    Errors: "What the MLPs wrote, at any token, and no feature says. It is shown, never spread over other rows.",
-    Embeddings: "The class token and the patches as they enter the first layer: colours, edges and places.",
-    "Decoder biases": "What the transcoder adds to each layer whichever features fire.",
-    Constants: "What attention and the last normalisation add, whatever the picture.",
-    Remainder: "Rounding: what is left when all rows are taken from the logit.",
+    Features: "What a feature wrote at all tokens where it fires, as far as attention carried it to this logit.",
+    Errors: "What the MLPs wrote, at any token, that no feature explains. It has its own row and is never spread over others.",
+    Embeddings: "The class token and the patches as they enter the first layer: colours, edges and positions.",
+    "Decoder biases": "What the transcoder adds to each layer, regardless of which features fire.",
+    Constants: "What attention and the last normalisation add, regardless of the picture.",
+    Remainder: "Rounding: the logit minus the sum of all rows.",
   };
   /** Of a bundle without a CLT: what the MLPs wrote is one row, of which no part is a feature's or an error. */
   const OF_MLPS = {
-    MLPs: "What the MLPs of all layers wrote, at any token. This bundle has no features that would divide it.",
+    MLPs: "What the MLPs of all layers wrote, at any token. This bundle has no features that could split it.",
   };
   const OF_AVERAGE = {
-    "Average picture": "What the features bring in the average picture. Above they count from there on.",
-    "Silent here": "What this picture lacks: features that fire in the average picture, and not here.",
+    "Average picture": "What the features contribute in the average picture. The feature rows above are relative to it.",
+    "Silent here": "What is missing from this picture: features that fire in the average picture but not here.",
   };
 
   /**
@@ -75,16 +75,16 @@
 
   function introduction(about) {
     const from = about
-      ? " Each counts from its mean over many pictures: what this picture has that the average one has not."
+      ? " Each is relative to its mean over many pictures: what this picture has and the average one does not."
       : "";
-    return `The logit, followed back through attention to the features that made it, largest first.${from}`;
+    return `The logit, followed back through attention to the features that contributed to it, largest first.${from}`;
   }
 
   /** The errors' share; and the logit, where the prediction was made in another precision. */
   function trust({ logit, sources }) {
-    const errors = `Errors are ${percent(sources.error_share)} of this account, all rows taken without their signs.`;
+    const errors = `Errors are ${percent(sources.error_share)} of this account, with all rows counted without their signs.`;
     if (Math.abs(sources.logit - logit) < 0.0005) return errors;
-    return `${errors} It was computed in float32, and the prediction was not: there the logit is ${plain(logit)}.`;
+    return `${errors} The account was computed in float32 and the prediction was not: its logit is ${plain(logit)}.`;
   }
 
   /** The account's rows in order; `parts` are what a row opens into. They add up to the logit. */
@@ -130,14 +130,14 @@
     }
 
     const bodies = [
-      features.length > 0 && group("Features, the largest first", features, axis, MORE.length),
+      features.length > 0 && group("Features, largest first", features, axis, MORE.length),
       el("tbody", { class: "features" }, features.map((row) => featureLine(row, axis, options))),
       all.filter(({ kind }) => kind !== "source").map(other),
     ];
     const { target, contrast, sources } = explanation;
     const rather = contrast === null ? "" : ` rather than ${contrast}`;
     const made = explanation.ledger.clt.length ? "features of all layers" : "MLPs and patches";
-    const what = `the ${made} that made it, in logits. The rows add up to the last one.`;
+    const what = `the ${made} that contributed to it, in logits. The rows add up to the last row.`;
     const caption = `Why ${target}${rather}: ${what}`;
     return figure(explanation, { caption, axis, more: MORE, bodies, logit: sources.logit }, options);
   }
@@ -162,8 +162,8 @@
       "data-key": `where ${key}`,
       "data-map": key,
       "aria-pressed": String(maps?.chosen() === key),
-      "aria-label": `Draw on the photo what ${label ?? ""} #${index} of layer ${layer} saw`.replace("  ", " "),
-      title: "Draw on the photo what it saw",
+      "aria-label": `Show on the photo where ${label ?? ""} #${index} of layer ${layer} contributed`.replace("  ", " "),
+      title: "Show on the photo where it contributed",
       onclick: () => maps.choose(maps.chosen() === key ? null : key),
     };
     const name = el("div", {}, feature(row.feature, layer, options, [`layer ${layer}`]));

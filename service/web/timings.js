@@ -6,9 +6,9 @@
     decode: "reading the image",
     labels: "embedding the labels",
     queue: "waiting for the graph",
-    inference: "the graph: prediction and its parts",
-    ledger: "writing the account",
-    sources: "following it back to features",
+    inference: "running the graph: the prediction and its parts",
+    ledger: "computing the account",
+    sources: "following the logit back to features",
   };
 
   /**
@@ -33,7 +33,7 @@
         el("td", { class: "note" }, STAGES[stage] ?? ""),
         el("td", { class: "value" }, plain(ms, 1)),
       );
-    const network = seen === null ? "" : ` From here, with the way there and back, it took ${plain(seen, 0)} ms.`;
+    const network = seen === null ? "" : ` With the network, the request took ${plain(seen, 0)} ms.`;
     return [
       el("p", {}, `The service took ${plain(total, 1)} ms.${network}`),
       svg("svg", { class: "stages", "aria-hidden": "true", focusable: "false" }, parts),

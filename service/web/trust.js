@@ -13,8 +13,8 @@
       say: (value) => plain(value),
       rule: "good from 0.9, fair from 0.6",
       meaning:
-        "How much of what the MLPs add to this image's embedding the features reproduce. 1 is all; below 0 is worse " +
-        "than the average image's.",
+        "How much of what the MLPs add to this image's embedding the features reproduce. 1 is all of it; below 0 is " +
+        "worse than using the average image's.",
     },
     {
       name: "Cosine",
@@ -22,7 +22,7 @@
       bounds: [0.95, 0.8],
       say: (value) => plain(value),
       rule: "good from 0.95, fair from 0.8",
-      meaning: "Whether what the features add points the way that the MLPs point. 1 is the same direction.",
+      meaning: "How well the direction of what the features add matches that of what the MLPs add. 1 is the same.",
     },
     {
       name: "Error row",
@@ -30,7 +30,7 @@
       bounds: [-0.05, -0.15],
       say: (value) => percent(value),
       rule: "good up to 5 %, fair up to 15 %",
-      meaning: "The part of the top label's account, all rows taken without their signs, that no feature explains.",
+      meaning: "The share of the top label's account that no feature explains, with all rows counted without their signs.",
     },
     {
       name: "Top label without the error row",
@@ -38,14 +38,14 @@
       bounds: [1, 1],
       say: (value) => (value ? "stays" : "changes"),
       rule: "good if it stays, poor if it changes",
-      meaning: "Whether the prediction would be the same with the features alone.",
+      meaning: "Whether the prediction would be the same with only the features.",
     },
   ];
 
   const VERDICT = {
-    good: "Good: on this image the features stand for almost all that the MLPs did. Read them as you read the sums.",
-    fair: "Fair: the features miss part of what the MLPs did here. Rely on the layers' rows, less on single features.",
-    poor: "Poor: the features say too little of what the MLPs did here. Read the attention rows, not the features.",
+    good: "Good: on this image the features represent almost all that the MLPs did. Rely on them as on the sums.",
+    fair: "Fair: the features miss part of what the MLPs did here. Rely on the layers' rows more than on single features.",
+    poor: "Poor: the features miss too much of what the MLPs did here. Rely on the attention rows, not on the features.",
   };
 
   /** @param {Object} measure of `MEASURES` @param {Object} fidelity the API's @returns {string} good, fair or poor */
@@ -61,7 +61,7 @@
 
   /** @param {?Object} fidelity the API's @returns {HTMLElement[]} */
   function draw(fidelity) {
-    if (!fidelity) return [el("p", {}, "There are no features (no CLT): the rows are the MLPs' own, and exact.")];
+    if (!fidelity) return [el("p", {}, "There are no features (no CLT): the rows show the MLPs themselves, exactly.")];
     const verdict = overall(fidelity);
     const line = (measure) => {
       const found = level(measure, fidelity);
@@ -75,7 +75,7 @@
           el("strong", {}, measure.say(fidelity[measure.key])),
           " ",
           el("span", { class: "level" }, mark(found), found),
-          el("p", {}, `${measure.meaning} Here ${measure.rule}.`),
+          el("p", {}, `${measure.meaning} Rating: ${measure.rule}.`),
         ),
       );
     };
@@ -85,7 +85,7 @@
       el(
         "p",
         { class: "note" },
-        "Whatever these numbers are, the rows add up to the logit. None of them says that the prediction is right.",
+        "The rows add up to the logit whatever these numbers are. None of the numbers says that the prediction is right.",
       ),
     ];
   }

@@ -2,7 +2,7 @@
 /** What is said without the rows that are switched off: the question, its answer, and the command that keeps it. */
 {
   const { el, replace } = Vitrine.dom;
-  const MODES = { rerun: "in the running network", direct: "in the last residual alone" };
+  const MODES = { rerun: "in the running network", direct: "only in the last residual" };
   const LISTED = 4; // by their names
 
   /**
@@ -63,7 +63,7 @@
       try {
         const answer = await ask({ edits: all.map(({ edit }) => edit), mode });
         const heading = el("h2", { tabindex: "-1" }, `Without ${names(all)}`);
-        const how = el("p", { class: "note" }, `Taken out ${MODES[mode]}.`);
+        const how = el("p", { class: "note" }, `Removed ${MODES[mode]}.`);
         replace(result, heading, how, Vitrine.compared.draw(answer), keep(all, mode));
         result.hidden = false;
         draw();
@@ -92,9 +92,9 @@
     return el(
       "details",
       {},
-      el("summary", {}, "Keep as an edit"),
-      el("p", { class: "note" }, "For the bundle that VITRINE_BUNDLE names; served from the folder VITRINE_EDITS."),
-      line(command.join(" "), "Command that makes the edit"),
+      el("summary", {}, "Save as an edit"),
+      el("p", { class: "note" }, "For the bundle in VITRINE_BUNDLE. The service reads edits from the folder VITRINE_EDITS."),
+      line(command.join(" "), "Command that creates the edit"),
     );
   }
 

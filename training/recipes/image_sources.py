@@ -16,7 +16,7 @@ class FolderSource(Section):
 
     kind: Literal["folder"]
     path: str = Field(description="folder under the data root")
-    classes: bool = Field(default=True, description="false: its folders are no classes")
+    classes: bool = Field(default=True, description="false: its folders are not classes")
 
 
 class TorchvisionSource(Section):
@@ -26,15 +26,15 @@ class TorchvisionSource(Section):
     """
 
     kind: Literal["torchvision"]
-    name: str = Field(description="class name in torchvision.datasets, as CIFAR100")
-    split: Literal["train", "val"] = Field(description="val: what torchvision calls test or val")
+    name: str = Field(description="class name in torchvision.datasets, such as CIFAR100")
+    split: Literal["train", "val"] = Field(description="val: torchvision's test or val split")
 
 
 class HuggingFaceSource(Section):
     """A data set of the Hugging Face hub, or a folder that `datasets.load_dataset` reads."""
 
     kind: Literal["huggingface"]
-    id: str = Field(description="as clane9/imagenet-100, or a folder under the data root")
+    id: str = Field(description="data set of the hub, such as clane9/imagenet-100, or a folder under the data root")
     split: str
     image: str = Field(default="image", description="column of the image")
     label: str = Field(
@@ -47,8 +47,8 @@ class WebDatasetSource(Section):
 
     kind: Literal["webdataset"]
     shards: str = Field(description="under the data root: shards/train-{000000..000099}.tar, a glob, or a folder")
-    classes: str | None = Field(default=None, description="text file under the data root, one class name a line")
-    skip_broken: bool = Field(default=False, description="name shards that are damaged or missing, and go on")
+    classes: str | None = Field(default=None, description="text file under the data root, one class name per line")
+    skip_broken: bool = Field(default=False, description="report damaged or missing shards and continue without them")
 
 
 Source = Annotated[FolderSource | TorchvisionSource | HuggingFaceSource | WebDatasetSource, Field(discriminator="kind")]

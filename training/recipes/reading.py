@@ -26,7 +26,7 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> CltRecipe | Residua
     tables = with_settings(_tables(path), settings)
     kind = kind_of(tables)
     if kind not in tuple(KINDS):  # it may be a list
-        raise RecipeError(f"recipe {path}:\n  kind: {printable(repr(kind))} is none of {', '.join(KINDS)}")
+        raise RecipeError(f"recipe {path}:\n  kind: {printable(repr(kind))} is not one of {', '.join(KINDS)}")
     return _validated(path, tables, KINDS[kind])
 
 
@@ -83,7 +83,7 @@ def _explain(root: type[BaseModel], location: tuple[int | str, ...], kind: str, 
     if kind != "extra_forbidden":
         return f"{where}: {message}"
     if other := _kind_with(root, [*path, key]):
-        return f'{where}: a key of kind = "{other}", which this recipe is not'
+        return f'{where}: a key for recipes of kind = "{other}", but this recipe is of another kind'
     near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
     return f"{where}: no such key" + (
         f"; did you mean `{near[0]}`?" if near else f" (keys: {', '.join(section.model_fields)})"

@@ -40,13 +40,13 @@ class RecipeError(VitrineError, ValueError):
 class ClipSection(Section):
     """The CLIP to explain, as accepted by `models.clip.loading.load_clip`."""
 
-    name: str | None = Field(default=None, description="open_clip's name, or hf-hub:org/model")
+    name: str | None = Field(default=None, description="open_clip's name of the model, or hf-hub:org/model")
     weights: str | None = Field(default=None, description="open_clip's tag, or a checkpoint file under the data root")
     config: str | None = Field(default=None, description="open_clip model configuration under the data root")
     quick_gelu: bool | None = Field(
         default=None,
-        description="whether a checkpoint file was trained with QuickGELU, as OpenAI's were, where neither it nor the "
-        "name says so; nothing is assumed",
+        description="whether a checkpoint file was trained with QuickGELU, as OpenAI's were; required if neither the "
+        "file nor the name shows it",
     )
 
     @model_validator(mode="after")
@@ -59,23 +59,25 @@ class ClipSection(Section):
 class DataSection(Section):
     """Images for training and evaluation, and the bundle's default labels."""
 
-    name: str = Field(description="for people: stands in the bundle's manifest and card")
-    licence: str = Field(default="unknown", description="of the images")
+    name: str = Field(description="name of the data in the bundle's manifest and model card")
+    licence: str = Field(default="unknown", description="licence of the images")
     train: Source = Field(description="images to train on")
-    val: Source = Field(description="images to measure on")
+    val: Source = Field(description="images to evaluate on")
     labels: tuple[str, ...] | None = Field(
-        default=None, min_length=1, description="default: val's own classes, if it has any"
+        default=None, min_length=1, description="labels to predict; default: val's own classes, if it has any"
     )
     labels_file: str | None = Field(
-        default=None, description="instead of `labels`: a text file under the data root, a label a line"
+        default=None, description="instead of `labels`: a text file under the data root, one label per line"
     )
     classes: dict[str, str] | None = Field(
-        default=None, description='which label the images of a folder have: { "folder" = "label" }'
+        default=None, description='label of the images of a class folder: { "folder" = "label" }'
     )
     templates: tuple[Template, ...] = Field(
-        default=("a photo of a {}.",), min_length=1, description="sentences with {}, averaged as CLIP does"
+        default=("a photo of a {}.",),
+        min_length=1,
+        description="prompts in which {} is the label, averaged as CLIP does",
     )
-    max_broken: Share = Field(default=0.01, description="share of unreadable images at which a run gives up")
+    max_broken: Share = Field(default=0.01, description="largest share of unreadable images with which a run continues")
 
     @model_validator(mode="after")
     def _labels(self) -> DataSection:
@@ -91,7 +93,7 @@ class DictionarySection(Section):
 
     features: int | Budget  # as each kind says
     k: Budget = Field(
-        description="active features a token (jumprelu, batch_topk: on average); one number, or one a layer"
+        description="active features per token (jumprelu, batch_topk: on average); one number, or one per layer"
     )
     k_cls: Budget | None = Field(default=None, description="the same for [CLS]; default: k")
     sparsifier: Kind = Field(default="relu_topk", description="relu_topk, abs_topk, jumprelu or batch_topk")
@@ -100,8 +102,8 @@ class DictionarySection(Section):
 class CltSection(DictionarySection):
     """The Cross-Layer Transcoder."""
 
-    features: PositiveInt = Field(description="F, features a layer")
-    cross_layer: bool = Field(default=True, description="false: per-layer transcoders, the baseline")
+    features: PositiveInt = Field(description="F, number of features per layer")
+    cross_layer: bool = Field(default=True, description="false: per-layer transcoders, as a baseline")
 
     @model_validator(mode="after")
     def _k_fits(self) -> CltSection:
@@ -119,11 +121,17 @@ class CltSection(DictionarySection):
 class ResidualSaeSection(DictionarySection):
     """SAEs of the residual stream, one after every block but the last (arXiv 2509.17401): these are its layers."""
 
-    features: Budget = Field(description="F of the SAE after each block but the last; one number, or one a layer")
-    dead_weight: float = Field(
-        default=1 / 32, ge=0, description="weight of the error that dead features leave of what the SAE misses; 0: none"
+    features: Budget = Field(
+        description="F, number of features of the SAE after each block except the last; one number, or one per layer"
     )
-    dead_features: PositiveInt = Field(default=256, description="dead features a token that may lessen it")
+    dead_weight: float = Field(
+        default=1 / 32,
+        ge=0,
+        description="weight of the auxiliary loss (AuxK), by which dead features learn what the SAE misses; 0: none",
+    )
+    dead_features: PositiveInt = Field(
+        default=256, description="largest number of dead features per token in that loss"
+    )
 
     @model_validator(mode="after")
     def _k_fits(self) -> ResidualSaeSection:
@@ -156,51 +164,62 @@ def _per_layer(name: str, budget: Budget, count: int, of: str) -> tuple[int, ...
     if len(budget) == 1:
         return budget * count
     if len(budget) != count:
-        raise RecipeError(f"{name} has {len(budget)} numbers, {of}")
+        raise RecipeError(f"{name} has {len(budget)} numbers, but {of}")
     return budget
 
 
 class TrainingSection(Section):
     """The reconstruction phase, of either kind."""
 
-    seed: int = Field(default=0, description="of the first weights and of the order of images and tokens")
+    seed: int = Field(default=0, description="seed of the initial weights and of the order of images and tokens")
     epochs: PositiveInt = Field(default=1, description="passes over the images")
-    images_per_step: PositiveInt = Field(default=32, description="a step sees the tokens of so many images")
+    images_per_step: PositiveInt = Field(default=32, description="size of a step: the tokens of this many images")
     mixed_images: PositiveInt = Field(
-        default=256, description="tokens of so many images are shuffled together; images_per_step: whole images a step"
+        default=256,
+        description="tokens of this many images are shuffled together; if equal to images_per_step, each step has "
+        "whole images",
     )
-    learning_rate: PositiveFloat = Field(default=1e-3, description="of Adam, at its highest")
+    learning_rate: PositiveFloat = Field(default=1e-3, description="highest learning rate of Adam")
     beta2: float = Field(
-        default=0.999, gt=0, lt=1, description="of Adam: how long squared gradients are remembered, a share a step"
+        default=0.999,
+        gt=0,
+        lt=1,
+        description="Adam's beta2: the share of the running mean of squared gradients that each step keeps",
     )
-    warmup_steps: int = Field(default=100, ge=0, description="steps in which the rate rises to it")
+    warmup_steps: int = Field(
+        default=100, ge=0, description="number of steps in which the rate rises to its highest value"
+    )
     decay_share: float = Field(
-        default=1.0, gt=0, le=1, description="last share of the run in which the rate falls to 0"
+        default=1.0, gt=0, le=1, description="share of the run, at its end, in which the rate falls to 0"
     )
     gradient_clip: PositiveFloat = Field(default=1.0, description="largest norm of a step's gradient")
-    k_start: PositiveFloat = Field(default=1.0, ge=1, description="k begins at so many times its value")
-    k_anneal_share: Share = Field(default=0.0, description="first share of the run in which k falls to its value")
+    k_start: PositiveFloat = Field(default=1.0, ge=1, description="k starts at this multiple of its value")
+    k_anneal_share: Share = Field(
+        default=0.0, description="share of the run, at its start, in which k falls to its value"
+    )
     sparsity_weight: PositiveFloat = Field(default=1.0, description="jumprelu: weight of the loss on L0")
     sparsity_ramp_share: Share = Field(
-        default=0.5, description="jumprelu: first share of the run in which that weight rises from 0"
+        default=0.5, description="jumprelu: share of the run, at its start, in which that weight rises from 0"
     )
     revive_after: PositiveInt = Field(
-        default=200_000, description="tokens without firing after which a feature counts as dead"
+        default=200_000, description="number of tokens without firing after which a feature counts as dead"
     )
     revive_rate: float = Field(
         default=1.0,
         ge=0,
-        description="learning rates a step by which a dead feature's bias rises until it fires; 0: none",
+        description="rise of a dead feature's bias per step until it fires, in learning rates; 0: none",
     )
-    revive_share: Share = Field(default=0.7, description="first share of the run in which dead features are revived")
+    revive_share: Share = Field(
+        default=0.7, description="share of the run, at its start, in which dead features are revived"
+    )
     precision: Literal["32-true", "bf16-mixed"] = Field(
-        default="32-true", description="bf16-mixed: the CLIP's and the encoders' products in bfloat16"
+        default="32-true", description="bf16-mixed: matrix products of the CLIP and the encoders in bfloat16"
     )
     normalisation_images: PositiveInt = Field(
-        default=1024, description="images over which the activations' scale is estimated"
+        default=1024, description="number of images from which the activations' scale is estimated"
     )
     checkpoint_every: PositiveInt = Field(default=500, description="steps between checkpoints")
-    workers: int = Field(default=1, ge=0, description="processes that decode images")
+    workers: int = Field(default=1, ge=0, description="number of processes that decode images")
     cache: Literal["none", "float32", "bfloat16"] = Field(
         default="none", description="keep activations on disk, in the run's folder, from the first epoch on"
     )
@@ -209,7 +228,7 @@ class TrainingSection(Section):
     def _whole_steps(self) -> TrainingSection:
         if self.mixed_images % self.images_per_step:
             raise ValueError(
-                f"mixed_images = {self.mixed_images} is no multiple of images_per_step = {self.images_per_step}"
+                f"mixed_images = {self.mixed_images} is not a multiple of images_per_step = {self.images_per_step}"
             )
         return self
 
@@ -218,48 +237,62 @@ class CltTrainingSection(TrainingSection):
     """Every MLP's output from the MLP inputs."""
 
     start: Literal["neurons", "random"] = Field(
-        default="random", description="clt: the first weights: the MLPs' own neurons (not for abs_topk), or random"
+        default="random", description="clt: initial weights: the MLPs' own neurons (not for abs_topk), or random"
     )
     cls_weight: PositiveFloat | None = Field(
         default=None,
-        description="clt: weight of [CLS]'s unexplained variance; a patch weighs 1; default: root of their number",
+        description="clt: weight of [CLS]'s unexplained variance (a patch has 1); default: square root of the number "
+        "of patches",
     )
 
 
 class CascadeSection(Section):
     """Fine-tuning in replacement mode, so that the whole cascade keeps CLIP's predictions."""
 
-    steps: PositiveInt = Field(description="after the reconstruction's")
-    images_per_step: PositiveInt = Field(default=32, description="whole images")
-    learning_rate: PositiveFloat = Field(default=1e-4, description="of Adam, at its highest; falls to 0 by a cosine")
-    warmup_steps: int = Field(default=100, ge=0, description="steps in which the rate rises to it")
-    clean_weight: float = Field(default=1.0, ge=0, description="reconstruction on CLIP's own activations, as before")
-    replaced_weight: float = Field(default=0.25, ge=0, description="reconstruction under replaced inputs")
-    prediction_weight: float = Field(default=0.05, ge=0, description="divergence of the zero-shot distribution")
+    steps: PositiveInt = Field(description="number of steps after those of the reconstruction")
+    images_per_step: PositiveInt = Field(default=32, description="number of whole images per step")
+    learning_rate: PositiveFloat = Field(
+        default=1e-4, description="highest learning rate of Adam; falls to 0 along a cosine"
+    )
+    warmup_steps: int = Field(
+        default=100, ge=0, description="number of steps in which the rate rises to its highest value"
+    )
+    clean_weight: float = Field(
+        default=1.0, ge=0, description="weight of the reconstruction on CLIP's own activations, as before"
+    )
+    replaced_weight: float = Field(
+        default=0.25, ge=0, description="weight of the reconstruction on inputs from replaced MLPs"
+    )
+    prediction_weight: float = Field(
+        default=0.05, ge=0, description="weight of the zero-shot distribution's divergence from CLIP's own"
+    )
 
 
 class BundleSection(Section):
     """Options of `vitrine export` for the trained CLT."""
 
-    description: str = Field(default="A CLIP and its Cross-Layer Transcoder.", description="for the model card")
-    licence: str = Field(default="unstated", description="of the bundle")
+    description: str = Field(
+        default="A CLIP and its Cross-Layer Transcoder.", description="description in the model card"
+    )
+    licence: str = Field(default="unstated", description="licence of the bundle")
     tables: Literal["float32", "float16"] = Field(default="float32", description="precision of the CLT in the bundle")
     variants: tuple[Literal["int8", "fp16"], ...] = Field(
         default=("int8", "fp16"),
-        description="faster vision graphs, each written if it agrees with float32 on val images",
+        description="faster vision graphs, each written only if it agrees with float32 on val images",
     )
     replacement: bool = Field(
-        default=False, description="the replacement graph: `explain.matrix`, `vitrine replay`; every decoder, in bytes"
+        default=False,
+        description="the replacement graph (`explain.matrix`, `vitrine replay`); every decoder, one byte per number",
     )
     sources: bool = Field(
         default=True,
-        description="source accounts: `explain.sources`, `explain.attention`, circuits; the same decoders, stored once "
-        "where there are both",
+        description="source accounts: `explain.sources`, `explain.attention`, circuits; use the same decoders, which "
+        "are stored once if there are both",
     )
     rerun: bool = Field(
         default=True,
-        description="interventions in the running network (`mode: rerun`), if there are source accounts, whose tables "
-        "they share",
+        description="interventions in the running network (`mode: rerun`), if there are source accounts, with which "
+        "they share tables",
     )
 
 
@@ -289,7 +322,7 @@ class CltRecipe(Recipe):
     @model_validator(mode="after")
     def _start_fits(self) -> CltRecipe:
         if self.training.start == "neurons" and self.clt.sparsifier == "abs_topk":
-            raise ValueError('training.start = "neurons" does not fit abs_topk, which would choose silent neurons')
+            raise ValueError('training.start = "neurons" with abs_topk would choose silent neurons; use "random"')
         return self
 
 

@@ -31,7 +31,7 @@ def with_settings(tables: dict[str, Any], settings: Sequence[str]) -> dict[str, 
         for at, section in enumerate(sections):
             table = table.setdefault(section, {})
             if not isinstance(table, dict):
-                raise RecipeError(f"--set {key}: {'.'.join(sections[: at + 1])} has no keys, it is a value itself")
+                raise RecipeError(f"--set {key}: {'.'.join(sections[: at + 1])} is a value and has no keys")
         table[last] = value
     return changed
 
@@ -45,10 +45,10 @@ def _parsed(setting: str) -> tuple[str, Any]:
         read = tomllib.loads(f"value = {text}")
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(
-            f"--set {printable(setting)}: the value is not TOML; text stands in quotes, as in --set '{key}=\"text\"'"
+            f"--set {printable(setting)}: the value is not TOML; put text in quotes, as in --set '{key}=\"text\"'"
         ) from error
     if read.keys() != {"value"}:
-        raise RecipeError(f"--set {printable(setting)}: give one KEY=VALUE, and --set again for another")
+        raise RecipeError(f"--set {printable(setting)}: give one KEY=VALUE, and repeat --set for others")
     return key, read["value"]
 
 

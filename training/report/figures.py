@@ -94,9 +94,9 @@ def sparsity(results: AnyResults) -> str:
         dead = [100 * layer.dead_share for layer in results.reconstruction["all"].layers]
         right.bar(range(results.layers), dead, color=COLOURS["random"])
         right.set_ylim(0, max(5.0, *dead) * 1.05)
-        by_layer(left, results.layers, "active features a token")
+        by_layer(left, results.layers, "active features per token")
         by_layer(right, results.layers, "dead features, %")
-        return svg(figure, "sparsity", "Active features a token, and share of dead features, by layer")
+        return svg(figure, "sparsity", "Active features per token, and share of dead features, by layer")
 
 
 def cascades(results: AnyResults) -> str:
@@ -124,10 +124,10 @@ def cascades(results: AnyResults) -> str:
                 label = None
         axes.set_xticks(range(len(windows)), windows)
         axes.set_xlim(-0.5, len(windows) - 0.5)
-        axes.set(xlabel="layers replaced", ylabel="change of top-1, points")
+        axes.set(xlabel="layers replaced", ylabel="change in top-1, points")
         axes.grid(axis="x", visible=False)
         figure.legend(loc="outside upper left", ncols=5, fontsize=9)
-        return svg(figure, "cascades", "Change of zero-shot top-1 by window of replaced layers, and tokens")
+        return svg(figure, "cascades", "Change in zero-shot top-1 by window of replaced layers and by tokens")
 
 
 def contributions(results: Results) -> str:
@@ -168,7 +168,7 @@ def faithfulness(results: Results) -> str:
         panels[-2].set_ylabel("divergence, nats")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=5, fontsize=9)
         top1 = "Zero-shot top-1, and divergence" if results.baseline else "Divergence"
-        description = f"{top1} from CLIP's prediction, by number of source layers kept, and dropped"
+        description = f"{top1} from CLIP's prediction, by number of source layers kept and dropped"
         return svg(figure, "faithfulness", description)
 
 
@@ -205,7 +205,7 @@ def nodes(results: AnyResults) -> str:
             axes.set_xlabel(f"active nodes {'deleted' if way == 'deletion' else 'inserted'}, %")
         panels[0].set_ylabel("share of the logit left")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, fontsize=9)
-        return svg(figure, "nodes", "Share of the logit by fraction of nodes deleted, and inserted, by ranking")
+        return svg(figure, "nodes", "Share of the logit by fraction of nodes deleted and inserted, by ranking")
 
 
 def retrieval(results: Results) -> str:

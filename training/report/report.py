@@ -144,9 +144,9 @@ def _provenance(results: AnyResults) -> Sheet:
         kind = "cross-layer" if comparison.cross_layer else "per-layer"
         rows.append([f"compared with {comparison.name} ({kind})", comparison.checkpoint_sha256])
     if isinstance(results, SaeResults) and results.beside:
-        rows.append([f"beside: {results.beside.clt.name}", results.beside.clt.checkpoint_sha256])
-    rows += [["left out", reason] for reason in results.left_out]
-    return Sheet("What these figures belong to.", ["what", "which"], rows, text=2)
+        rows.append([f"compared with {results.beside.clt.name} (CLT)", results.beside.clt.checkpoint_sha256])
+    rows += [["not measured", reason] for reason in results.left_out]
+    return Sheet("What was measured, and on what.", ["item", "value"], rows, text=2)
 
 
 def _examples(results: Results, thumbnails: dict[int, str]) -> list[dict[str, Any]]:

@@ -16,9 +16,9 @@ def singles(results: SaeResults) -> str:
         errors(left, list(range(results.layers)), changes(results.singles), "all", "all tokens", None)
         line(right, [cascade.divergence.value for cascade in results.singles], "all", "all tokens")
         right.set_ylim(bottom=0)
-        by_layer(left, results.layers, "change of top-1, points")
+        by_layer(left, results.layers, "change in top-1, points")
         by_layer(right, results.layers, "divergence, nats")
-        return svg(figure, "singles", "Change of top-1, and divergence, with the stream replaced after one block")
+        return svg(figure, "singles", "Change in top-1, and divergence, with the stream replaced after one block")
 
 
 def levels(results: SaeResults) -> str:
@@ -42,7 +42,7 @@ def levels(results: SaeResults) -> str:
             axes.set_ylim(bottom=0)
             by_layer(axes, results.layers, label)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=9)
-        return svg(figure, "levels", "What features answer to by depth: position, class, colour and purity")
+        return svg(figure, "levels", "What features respond to, by depth: position, class, colour and purity")
 
 
 def beside(results: SaeResults) -> str:
@@ -72,7 +72,7 @@ def beside(results: SaeResults) -> str:
         panels[0].set_ylabel("share of the logit left")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=9)
         return svg(
-            figure, "beside", "Share of the logit by number of nodes deleted, and inserted, of both dictionaries"
+            figure, "beside", "Share of the logit by number of nodes deleted and inserted, for both dictionaries"
         )
 
 

@@ -46,7 +46,7 @@ def versions(results: SaeResults) -> Sheet:
         rows.append([str(layer), *row])
     r2 = results.reconstruction["all"].r2
     return Sheet(
-        f"Fraction of variance explained of standardised tokens, and of the raw stream, on {results.images:,} images. "
+        f"Fraction of variance explained, of standardised tokens and of the raw stream, on {results.images:,} images. "
         f"Mean over SAEs {r2.value:.4f} [{r2.low:.4f}, {r2.high:.4f}]. Cosine, error and dead features: all tokens.",
         columns,
         rows,
@@ -59,7 +59,7 @@ def singles(results: SaeResults) -> Sheet:
     columns = ["after block", *(["top-1", "change"] if is_known else []), "same prediction", "divergence"]
     rows = [[str(cascade.first), *_fidelity(cascade, is_known)] for cascade in results.singles]
     own = f": zero-shot top-1, CLIP itself {percent(results.baseline)}. Changes in points" if is_known else ""
-    return Sheet(f"The stream replaced after one block, all tokens{own}.", columns, rows)
+    return Sheet(f"Stream replaced after one block, all tokens{own}.", columns, rows)
 
 
 def _fidelity(cascade: Cascade, is_known: bool) -> list[str]:
@@ -75,7 +75,7 @@ def cascades(results: SaeResults) -> Sheet:
         [cascade.window, TOKEN_NAMES[cascade.tokens], *_fidelity(cascade, is_known)] for cascade in results.cascades
     ]
     return Sheet(
-        "The stream replaced after several blocks: every later block, and SAE, reads what those before it made. "
+        "Stream replaced after several blocks: every later block and SAE reads the result of the earlier ones. "
         "Divergence from CLIP's own distribution in nats.",
         ["after blocks", "tokens", *accuracies, "same prediction", "divergence"],
         rows,
@@ -105,9 +105,9 @@ def levels(measured: Levels) -> Sheet:
         row.append("–" if own.position is None else f"{own.position.over_half:.1%}")
         rows.append([*row, *(_share(figure) for figure in (own.fires, own.spread, own.evenness))])
     return Sheet(
-        f"What features answer to at patches, {measured.images:,} images of {measured.classes:,} classes: medians over "
-        "the features that fire in 16 images or more · shuffled · of the untrained SAE's · of neurons. Above chance: "
-        "above 95 % of the shuffled figures.",
+        f"What features respond to at patches, {measured.images:,} images of {measured.classes:,} classes: medians "
+        "over features that fire in 16 images or more · over shuffled ones · over an untrained SAE's · over neurons. "
+        "Above chance: share of features above 95 % of the shuffled figures.",
         columns,
         rows,
     )
@@ -123,12 +123,12 @@ def beside(results: SaeResults, measured: Beside) -> Sheet:
     rows = [
         ["trained parameters", *(f"{side.parameters:,}" for side in sides)],
         ["features of all layers", *(f"{side.features:,}" for side in sides)],
-        ["active features a token and layer", *(f"{side.l0:.1f}" for side in sides)],
+        ["active features per token and layer", *(f"{side.l0:.1f}" for side in sides)],
         ["R², mean over layers", *(f"{side.r2:.4f}" for side in sides)],
     ]
     replaced = [side.replaced for side in sides]
     if results.baseline:
-        rows.append(["change of top-1, everything replaced", *(points(c.difference if c else None) for c in replaced)])
+        rows.append(["change in top-1, everything replaced", *(points(c.difference if c else None) for c in replaced)])
     if all(replaced):
         rows.append(["same prediction, everything replaced", *(percent(c.agreement if c else None) for c in replaced)])
         rows.append(
@@ -140,7 +140,7 @@ def beside(results: SaeResults, measured: Beside) -> Sheet:
             ["deletion area", *(interval(curve.deletion_area) for curve in curves)],
             ["insertion area", *(interval(curve.insertion_area) for curve in curves)],
             ["regained by 2 % of the nodes", *(interval(curve.regained) for curve in curves)],
-            ["active nodes of an image", *(f"{curve.active:,.0f}" for curve in curves)],
+            ["active nodes per image", *(f"{curve.active:,.0f}" for curve in curves)],
             [
                 "nodes that regain 80 % of the logit",
                 *("–" if s.inserted is None else f"{s.inserted:,.0f}" for s in sides),
@@ -150,19 +150,19 @@ def beside(results: SaeResults, measured: Beside) -> Sheet:
     if len(circuits) == len(sides):
         rows += [
             ["circuit: nodes, edges", *(f"{c.nodes:,.0f}, {c.edges:,.0f}" for c in circuits)],
-            ["circuit: left out", *(f"{c.left_out:.0%}" for c in circuits)],
+            ["circuit: influence not followed", *(f"{c.left_out:.0%}" for c in circuits)],
             ["circuit: replacement score", *(f"{c.replacement:.2f}" for c in circuits)],
             ["circuit: completeness", *(f"{c.completeness:.2f}" for c in circuits)],
             ["circuit: seconds on this CPU", *(f"{c.seconds:.1f}" for c in circuits)],
         ]
     caption = (
-        "The two dictionaries on the same images. By its own account each: relevance of the SAEs, about medians; "
-        "sources about the mean of the CLT, with means over the same train images."
+        "The two dictionaries on the same images, each ranked by its own account: the SAEs by relevance, about "
+        "medians; the CLT by sources about the mean, with means over the same train images."
     )
     if circuits:
         caption += (
             f" Circuits: medians of {circuits[0].images} images, {circuits[0].followed:,.0f} features followed back, "
-            "pruned to .8 of the influence and .98 of the edges'; nodes token by token."
+            "pruned to .8 of the nodes' influence and .98 of the edges'; nodes are token by token."
         )
     columns = ["", f"residual SAEs, {measured.saes.name}", f"CLT, {measured.clt.name}"]
     return Sheet(caption, columns, rows)

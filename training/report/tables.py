@@ -28,7 +28,7 @@ NODE_RANKING_NAMES = {
     "random": "random",
     "relevance": "relevance",
     "through_errors": "relevance, through errors",
-    "plain": "relevance, nothing held fast",
+    "plain": "relevance, nothing held constant",
     "tokens": "relevance, token by token",
     "neurons": "neurons, relevance",
 }
@@ -105,8 +105,8 @@ def outliers(results: Results) -> Sheet:
             row += [or_none(other.r2_kept), f"{other.relative_error:.4f}"]
         rows.append([str(layer), *row])
     return Sheet(
-        "Without outlier tokens, whose MLP output is longer than three times the median of its layer: R² of the tokens "
-        "kept, about their mean. Relative error: median of |y − y′|/|y| over all tokens.",
+        "Without outlier tokens, whose MLP output is longer than three times the median of its layer: R² of the "
+        "remaining tokens, relative to their mean. Relative error: median of |y − y′|/|y| over all tokens.",
         columns,
         rows,
     )
@@ -182,10 +182,10 @@ def faithfulness(results: Results) -> Sheet:
     if measured.drop_one_mean:
         rows.append(["any one layer, mean", signed(measured.drop_one_mean.value - own), "", "", "", "1.0 ×", "1.0 ×"])
     all_kept = measured.curves[0].drop
-    from_all = f"From all of them: {signed(all_kept[0].value - own)}. " if all_kept else ""
+    from_all = f"From all source layers: {signed(all_kept[0].value - own)}. " if all_kept else ""
     return Sheet(
-        f"Layer {results.layers - 1}'s MLP output at [CLS] from some source layers: change of top-1 in points. "
-        f"{from_all}Harm: of dropping the first, against dropping any one layer.",
+        f"Layer {results.layers - 1}'s MLP output at [CLS], rebuilt from some source layers: change in top-1, points. "
+        f"{from_all}Harm: effect of dropping the first layer, relative to the mean effect of dropping one layer.",
         columns,
         rows,
     )
@@ -200,9 +200,9 @@ def _divergences(measured: Faithfulness, layers: int) -> Sheet:
         rows.append([RANKING_NAMES[curve.ranking], *(f"{value:.4f}" for value in divergences)])
         rows[-1].append("–" if harm is None else f"{harm:.1f} ×")
     return Sheet(
-        f"Layer {layers - 1}'s MLP output at [CLS] from some source layers: divergence from CLIP's own distribution in "
-        f"nats. From all of them: {measured.curves[0].drop_divergence[0]:.4f}. Harm: of dropping the first, against "
-        "dropping any one layer.",
+        f"Layer {layers - 1}'s MLP output at [CLS], rebuilt from some source layers: divergence from CLIP's own "
+        f"distribution in nats. From all source layers: {measured.curves[0].drop_divergence[0]:.4f}. Harm: effect of "
+        "dropping the first layer, relative to the mean effect of dropping one layer.",
         ["ranked by", "drop the first", "keep the first four", "harm"],
         rows,
     )
@@ -221,13 +221,13 @@ def contributions(results: Results) -> Sheet:
         if results.layers == paper.LAYERS:
             columns[f"the paper's {TOKEN_NAMES[tokens]} raw"] = list(paper.ONTO_LAST[tokens])
     rows = [[str(layer), *(f"{column[layer]:.3f}" for column in columns.values())] for layer in range(results.layers)]
-    return Sheet(f"C onto layer {last}, by source layer.", ["source layer", *columns], rows)
+    return Sheet(f"Contribution scores C(i→{last}), by source layer i.", ["source layer", *columns], rows)
 
 
 def nodes(measured: NodeFaithfulness) -> Sheet:
     """Insertion and deletion of nodes in the running network, by ranking."""
     shown = [at for at, fraction in enumerate(measured.fractions) if 0.005 <= fraction <= 0.1]
-    columns = ["ranked by", "nodes", f"{measured.nodes} deleted", "the same top-1", "deletion area", "insertion area"]
+    columns = ["ranked by", "nodes", f"{measured.nodes} deleted", "same top-1", "deletion area", "insertion area"]
     columns += ["2.0% regain", *(f"{measured.fractions[at]:.1%} inserted" for at in shown)]
     rows = []
     for curve in measured.curves:
@@ -238,9 +238,9 @@ def nodes(measured: NodeFaithfulness) -> Sheet:
     none_left = measured.curves[0].insertion[0].above_mean.value
     usual = f"medians over {measured.medians:,} train images" if measured.medians else "means"
     return Sheet(
-        f"Active nodes set to their {usual} in the running network, {measured.images:,} images: what is left of the "
-        f"top-1's logit less the mean over labels, as a share; {_decimal(none_left)} with all of them there. "
-        "Regain: of the way from there to all of the logit.",
+        f"Active nodes set to their {usual} in the running network, {measured.images:,} images: the share that is left "
+        f"of the top-1's logit minus the mean over labels; {_decimal(none_left)} with all nodes set. "
+        "Regain: the share that is closed of the gap between that and the full logit.",
         columns,
         rows,
     )

@@ -133,7 +133,7 @@ def test_labels_are_warned_of(page, photo):
     assert upload(page, photo)["warnings"] == []
     assert page.locator(".warnings").count() == 0
     page.fill("#labels", "Cat, dog, cat")
-    answer, _ = trigger(page, page.get_by_role("button", name="Ask with these labels").click)
+    answer, _ = trigger(page, page.get_by_role("button", name="Use these labels").click)
     (warning,) = answer["warnings"]
     expect(page.get_by_role("list", name="Warnings").get_by_role("listitem")).to_have_text([warning["message"]])
     expect(page.locator("#status")).to_contain_text(f"Warning: {warning['message']}")

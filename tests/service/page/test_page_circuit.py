@@ -154,11 +154,11 @@ def test_one_switches_to_the_circuit_of_another_dictionary(browser, circuit, pho
             assert page.locator("button.box").count() == 2
             expect(page.locator("#chosen")).to_contain_text("How to read this")
             page.locator("button.box.of-feature").click()
-            kicker = f"Stream after layer {first.layer}, feature #{first.index}"
+            kicker = f"Residual stream after layer {first.layer}, feature #{first.index}"
             expect(page.locator("#chosen .kicker")).to_have_text(kicker)
             expect(page.locator("#chosen .card")).to_contain_text("It fired on none of the images")
             page.locator("button.box.of-error").click()
-            expect(page.locator("#chosen .kicker")).to_have_text("What the stream has and its autoencoder does not say")
+            expect(page.locator("#chosen .kicker")).to_have_text("What is in the stream that its autoencoder misses")
             assert not serious_violations(page)
             width, scrolled = page.evaluate("[innerWidth, document.documentElement.scrollWidth]")
             assert scrolled <= width

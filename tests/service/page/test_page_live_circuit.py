@@ -55,7 +55,7 @@ def test_one_circuit_after_another_is_asked_for_once(page, photo):
         expect(circuit.locator("#problem")).to_be_empty()
         ready(circuit)
         circuit.locator("button.box.of-error").first.click()
-        expect(circuit.locator("#chosen .kicker")).to_have_text("What the stream has and its autoencoder does not say")
+        expect(circuit.locator("#chosen .kicker")).to_have_text("What is in the stream that its autoencoder misses")
         clt.check()
         ready(circuit)
         expect(circuit.locator(".box.target")).to_have_text(first)
@@ -73,7 +73,7 @@ def test_what_fails_is_said_and_can_be_asked_again(page, photo):
         expect(circuit.locator("#problem")).to_contain_text("today")
         assert circuit.locator("button.box").count() == 0
         page.context.unroute("**/v1/circuit")
-        circuit.get_by_role("button", name="Ask again").click()
+        circuit.get_by_role("button", name="Try again").click()
         expect(circuit.locator("button.box").first).to_be_visible()
         expect(circuit.locator("#problem")).to_be_empty()
 
@@ -81,7 +81,7 @@ def test_what_fails_is_said_and_can_be_asked_again(page, photo):
 def test_a_circuit_page_without_a_question_says_where_to_ask(browser, service):
     with open_page(browser, service) as page:
         page.goto(f"http://127.0.0.1:{service.port}/circuit")
-        expect(page.locator("#problem")).to_contain_text("ask about it on the first page")
+        expect(page.locator("#problem")).to_contain_text("send it again on the main page")
 
 
 def test_circuits_are_summed_over_tokens_as_elsewhere(browser, service, photo):

@@ -30,7 +30,7 @@ def asked(page, act):
 
 
 def press_ask(page):
-    return asked(page, page.get_by_role("button", name="Ask with these labels").click)
+    return asked(page, page.get_by_role("button", name="Use these labels").click)
 
 
 def test_without_cards_nothing_leads_to_one(bare_page, photo):
@@ -42,7 +42,7 @@ def test_without_cards_nothing_leads_to_one(bare_page, photo):
         assert page.locator("button.feature-name").count() == 0
     assert not page.locator("#similar-ask").is_visible()
     expect(page.locator("#lacks")).to_contain_text("cards of its features (the command “vitrine cards” makes them)")
-    expect(page.locator("#lacks")).to_contain_text("images to find similar ones among")
+    expect(page.locator("#lacks")).to_contain_text("reference images for finding similar ones")
     assert "−0.000" not in page.locator("#account").inner_text()
 
 
@@ -59,7 +59,7 @@ def test_the_labels_stand_after_the_account_on_a_phone_and_the_answer_comes_into
     other = page.locator(".predictions button").nth(1)
     answer = asked(page, lambda: other.press("Enter"))
     expect(page.locator("#why")).to_be_in_viewport()
-    expect(page.locator("#status")).to_contain_text(f"The account says why {answer['explanations'][0]['target']}")
+    expect(page.locator("#status")).to_contain_text(f"The account explains why {answer['explanations'][0]['target']}")
     page.set_viewport_size({"width": 1200, "height": 740})
     assert page.locator(".ask-column #labels-section").count() == 1
 
@@ -67,17 +67,17 @@ def test_the_labels_stand_after_the_account_on_a_phone_and_the_answer_comes_into
 def test_each_label_for_itself_and_a_link_that_asks_so_again(browser, bare, bare_page, photo):
     page = bare_page
     cosine = upload(page, photo)["predictions"][0]["cosine"]
-    field = page.get_by_label("Cosine that a label must reach")
+    field = page.get_by_label("Threshold: minimum cosine")
     assert not field.is_visible()
     page.get_by_label("Probability", exact=True).select_option("independent")
     requests = []
     page.on("request", lambda request: requests.append(request.url))
-    page.get_by_role("button", name="Ask with these labels").click()  # the browser asks for the threshold
+    page.get_by_role("button", name="Use these labels").click()  # the browser asks for the threshold
     assert field.evaluate("field => !field.validity.valid")
     assert requests == []
     field.fill(str(cosine - 0.01))
     (above, *_) = press_ask(page)["verdict"]["above"]
-    expect(page.locator("#predictions .verdict")).to_contain_text(f"Reach their threshold: {above}")
+    expect(page.locator("#predictions .verdict")).to_contain_text(f"Labels that reach their threshold: {above}")
     field.fill("0.99")
     page.fill("#labels", 'red circle, "a, b"')
     assert press_ask(page)["verdict"]["none_of_these"]
@@ -94,14 +94,14 @@ def test_each_label_for_itself_and_a_link_that_asks_so_again(browser, bare, bare
     with open_page(browser, bare) as other:
         other.goto(link)
         expect(other.locator("#labels")).to_have_value('red circle, "a, b"')
-        assert other.get_by_label("Cosine that a label must reach").input_value() == "0.99"
+        assert other.get_by_label("Threshold: minimum cosine").input_value() == "0.99"
         assert upload(other, photo)["verdict"]["none_of_these"]
         expect(other.locator(".curl code")).to_contain_text('"scoring":"independent","threshold":0.99')
 
 
 def test_a_link_names_what_the_service_has_not(bare_page):
     bare_page.evaluate("location.hash = 'label_set=gone&edit=no-snow'")
-    expect(bare_page.locator("#error")).to_contain_text("not: label set “gone”, edit “no-snow”")
+    expect(bare_page.locator("#error")).to_contain_text("does not have: label set “gone”, edit “no-snow”")
 
 
 def test_labels_of_ones_own_are_compared_with_the_bundles(bare_page, photo):
@@ -114,9 +114,9 @@ def test_labels_of_ones_own_are_compared_with_the_bundles(bare_page, photo):
     own = classified.value.json()["predictions"]
     assert own[0]["label"] == first["label"]
     hint = page.locator(".fit")
-    expect(hint).to_contain_text(f"{len(own) - 1} are nearer to this picture: first of all {first['label']}")
+    expect(hint).to_contain_text(f"{len(own) - 1} are closer to this picture, closest {first['label']}")
     expect(hint).to_contain_text(f"{first['cosine']:.2f}".replace("-", "−"))
-    answer = asked(page, page.get_by_role("button", name="Ask with those").click)
+    answer = asked(page, page.get_by_role("button", name="Use those labels").click)
     assert answer["predictions"][0]["label"] == first["label"]
     assert page.locator(".fit").count() == 0
 
@@ -130,7 +130,7 @@ def test_an_error_keeps_the_last_answer_and_can_be_tried_again(bare_page, photo,
     )
     error = page.locator("#error")
     expect(error).to_contain_text("cannot be reached")
-    expect(error).to_contain_text("What is below is still about first.png.")
+    expect(error).to_contain_text("The answer below is still about first.png.")
     expect(page.locator("#take")).to_contain_text(before["request_id"])
     assert page.locator(".photo img").evaluate("image => image.naturalWidth") == 90
     page.unroute_all()

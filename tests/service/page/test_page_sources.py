@@ -141,7 +141,7 @@ def test_a_logit_of_another_precision_is_told_apart(page, photo):
     answer = upload(page, photo)
     assert values(page)["logit"] == pytest.approx(account_of(answer)["logit"], abs=0.0006)
     explained = number(answer["explanations"][0]["logit"])
-    expect(page.locator(".account-panel")).to_contain_text(f"there the logit is {explained}")
+    expect(page.locator(".account-panel")).to_contain_text(f"its logit is {explained}")
 
 
 def test_as_a_table_it_says_what_came_from_the_class_token(page, photo):
@@ -180,7 +180,8 @@ def test_the_photo_shows_where_it_came_from(page, photo):
     expect(caption).to_contain_text(
         f"patches {signed(sum(account['map'][1:]))}, class token {signed(account['map'][0])}"
     )
-    expect(caption).to_contain_text(f"The other rows, {signed(account['logit'] - sum(account['map']))}, lie nowhere.")
+    others = signed(account["logit"] - sum(account["map"]))
+    expect(caption).to_contain_text(f"The other rows, {others}, have no place in the photo.")
 
 
 def test_what_a_feature_saw_is_drawn_while_it_is_pointed_at(page, photo):
@@ -190,9 +191,9 @@ def test_what_a_feature_saw_is_drawn_while_it_is_pointed_at(page, photo):
     for feature in (first, second):
         row_of(page, feature).hover()
         assert shades(page) == pytest.approx(expected_of(feature), abs=1e-3)
-        expect(page.locator(".caption")).to_contain_text(f"#{feature['index']}, layer {feature['layer']} saw.")
+        expect(page.locator(".caption")).to_contain_text(f"#{feature['index']}, layer {feature['layer']} contributed.")
         expect(page.locator(".caption")).to_contain_text(
-            f"class token, which lies nowhere in the photo, {signed(feature['tokens'][0])}"
+            f"class token, which has no place in the photo, {signed(feature['tokens'][0])}"
         )
     page.mouse.move(2, 2)
     assert shades(page) == pytest.approx(whole)
@@ -205,14 +206,14 @@ def test_what_a_feature_saw_is_drawn_while_it_is_pointed_at(page, photo):
 def test_a_chosen_feature_stays_drawn(page, photo):
     answer = upload(page, photo)
     whole, feature = shades(page), seen_at_patches(answer)[0]
-    button = row_of(page, feature).get_by_role("button", name="Draw on the photo")
+    button = row_of(page, feature).get_by_role("button", name="Show on the photo")
     button.press("Enter")
     page.locator("#labels").focus()
     expect(button).to_have_attribute("aria-pressed", "true")
     assert shades(page) == pytest.approx(expected_of(feature), abs=1e-3)
     assert page.locator(".map-panel select").input_value() == f"{feature['layer']}/{feature['index']}"
     expect(page.locator(".map-panel [role=status]")).to_contain_text(
-        f"#{feature['index']}, layer {feature['layer']} saw"
+        f"#{feature['index']}, layer {feature['layer']} contributed"
     )
     cells = page.locator(".patches td").all_text_contents()[1:]
     assert [text.rstrip("*") for text in cells] == [signed(value) for value in places(feature)]
@@ -249,9 +250,9 @@ def test_a_feature_at_the_class_token_alone_is_put_into_words(page, photo):
 
     change_answers(page, at_class_token)
     feature = account_of(upload(page, photo))["features"][0]
-    row_of(page, feature).get_by_role("button", name="Draw on the photo").click()
+    row_of(page, feature).get_by_role("button", name="Show on the photo").click()
     assert not shades(page).any()
-    said = f"the class token alone, which lies nowhere in the photo: {signed(feature['contribution'])}."
+    said = f"only at the class token, which has no place in the photo: {signed(feature['contribution'])}."
     expect(page.locator(".caption")).to_contain_text(said)
     expect(page.locator(".legend")).to_be_hidden()
 
@@ -282,7 +283,7 @@ def test_the_photo_stays_in_sight(browser, service, photo):
         assert button.bounding_box()["y"] >= end_of_photo["y"] + end_of_photo["height"]
     with open_page(browser, service, viewport={"width": 360, "height": 740}) as page:
         answer = upload(page, photo)
-        row_of(page, account_of(answer)["features"][-1]).get_by_role("button", name="Draw on the photo").click()
+        row_of(page, account_of(answer)["features"][-1]).get_by_role("button", name="Show on the photo").click()
         expect(page.locator(".photo")).to_be_in_viewport(ratio=0.99)
 
 
@@ -351,7 +352,7 @@ def test_a_bundle_without_them_is_not_asked(page, photo):
     expect(page.locator(".map-panel h3")).to_have_text("Where attention read")
     maps = page.get_by_label("Layer")
     assert maps.locator("optgroup").count() == 0
-    assert maps.locator("option").all_text_contents() == ["all, added up", *map(str, range(12))]
+    assert maps.locator("option").all_text_contents() == ["all, summed", *map(str, range(12))]
 
 
 def test_a_bundle_without_an_average_picture_is_asked_about_zero(page, photo):
@@ -381,11 +382,11 @@ def test_a_bundle_that_went_out_of_service_is_not_asked_twice(page, photo):
     expect(page.locator("[data-row=prior]")).to_be_visible()
     expect(page.locator("#error")).to_be_empty()
     assert len(asked) == 2
-    page.get_by_role("button", name="Ask with these labels").click()
+    page.get_by_role("button", name="Use these labels").click()
     page.wait_for_timeout(300)
     assert [b'"sources"' in body for body in asked] == [True, False, False]
     page.fill("#labels", "a" * 400)  # refused for another reason: once
-    page.get_by_role("button", name="Ask with these labels").click()
+    page.get_by_role("button", name="Use these labels").click()
     expect(page.locator("#error")).not_to_be_empty()
     assert len(asked) == 4
 
@@ -394,7 +395,7 @@ def test_drawn_pixels_are_the_features(page, photo):
     """What can be seen, not only what is in the document: the strongest patch is blue or orange, an empty one grey."""
     feature = max(seen_at_patches(upload(page, photo)), key=lambda one: (places(one) == 0).sum())
     page.locator("input[type=range]").fill("100")
-    row_of(page, feature).get_by_role("button", name="Draw on the photo").click()
+    row_of(page, feature).get_by_role("button", name="Show on the photo").click()
     page.locator("#labels").focus()
     page.mouse.move(2, 2)
     seen = np.asarray(Image.open(io.BytesIO(page.locator(".photo").screenshot())).convert("RGB")).astype(int)

@@ -50,13 +50,14 @@ def test_a_card_says_what_is_known(page, photo):
     index = open_card(page, upload(page, photo))
     dialog = page.get_by_role("dialog", name="stripes")
     text = dialog.inner_text()
-    for part in (f"Layer 11, feature #{index}", "confident", "0.43", "0.12", "0.31", "0.93", "tiger", "3.10", "0.42"):
+    numbers = ("0.43", "0.12", "0.31", "0.93", "3.10", "0.42")
+    for part in (f"Layer 11, feature #{index}", "Confidence: high", "tiger", *numbers):
         assert part in text, part
     assert "5\u202f% below 0.20, 50\u202f% below 1.20, 95\u202f% below 3.90" in text
     question = dialog.get_by_role("button", name="What is Held-out AUROC?")
-    assert "what the label is worth" not in text
+    assert "how reliable the label is" not in text
     question.press("Enter")
-    expect(dialog.get_by_text("what the label is worth")).to_be_visible()
+    expect(dialog.get_by_text("how reliable the label is")).to_be_visible()
     expect(question).to_have_attribute("aria-expanded", "true")
     exemplars = dialog.locator(".exemplar")
     assert exemplars.locator("img").count() == 2
@@ -70,12 +71,12 @@ def test_a_card_says_what_is_known(page, photo):
         .evaluate_all("all => all.map((one) => Number(one.getAttribute('fill-opacity')))")
     )
     assert shades[63] == 0 < 0.5 < shades[0]  # bright where it fires
-    larger, width = dialog.get_by_role("button", name="Larger: cat").first, exemplars.nth(0).bounding_box()["width"]
+    larger, width = dialog.get_by_role("button", name="Enlarge: cat").first, exemplars.nth(0).bounding_box()["width"]
     larger.press("Enter")
     expect(larger).to_have_attribute("aria-pressed", "true")
     assert exemplars.nth(0).bounding_box()["width"] > 2 * width
-    assert "most at row 8, column 8" in exemplars.nth(0).inner_text()
-    assert "fires at the class token alone" in exemplars.nth(2).inner_text()
+    assert "strongest at row 8, column 8" in exemplars.nth(0).inner_text()
+    assert "fires only at the class token" in exemplars.nth(2).inner_text()
     assert dialog.locator("img.mean").evaluate("image => getComputedStyle(image).imageRendering") == "pixelated"
     assert dialog.locator(".histogram > svg rect").count() == 3
     dialog.get_by_text("Histogram as a table").click()
@@ -112,7 +113,7 @@ def test_cards_lead_to_cards_and_back(page, photo):
     [
         ("too_few_exemplars", "too few images"),
         ("score", "well enough"),
-        ("clarity", "one thing"),
+        ("clarity", "the same thing"),
         ("margin", "two words"),
     ],
 )
@@ -193,9 +194,9 @@ def test_features_of_the_stream_open_their_cards_where_there_are_any(page, photo
     address, _, query = request.value.url.partition("?")
     assert query == "dictionary=residual"
     kicker = page.get_by_role("dialog").locator(".kicker")
-    expect(kicker).to_have_text(f"Stream after layer 0, feature #{address.split('/')[-1]}")
+    expect(kicker).to_have_text(f"Residual stream after layer 0, feature #{address.split('/')[-1]}")
     page.get_by_role("dialog").get_by_role("button", name="#7 layer 10 #7").click()
-    expect(kicker).to_have_text("Stream after layer 10, feature #7")
+    expect(kicker).to_have_text("Residual stream after layer 10, feature #7")
 
 
 # Mistakes and refusals
@@ -214,8 +215,8 @@ def test_without_labels_no_request_is_sent(page, photo):
     requests = []
     page.on("request", lambda request: requests.append(request.url))
     page.fill("#labels", " ,\n ,")
-    page.get_by_role("button", name="Ask with these labels").click()
-    expect(page.locator("#error")).to_have_text("Name at least one label, or choose a set of them.")
+    page.get_by_role("button", name="Use these labels").click()
+    expect(page.locator("#error")).to_have_text("Enter at least one label, or choose a label set.")
     assert not requests
 
 
@@ -255,7 +256,7 @@ def test_a_request_to_a_busy_service_is_retried(page, photo):
 def test_retries_are_limited(page, photo):
     urls = refuse_requests(page, 429, "queue_full", 99, **{"Retry-After": "0"})
     page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": photo})
-    expect(page.locator("#error")).to_contain_text("still busy after 3 more tries")
+    expect(page.locator("#error")).to_contain_text("still busy after 3 retries")
     assert len(urls) == 4
 
 
@@ -284,7 +285,7 @@ def test_a_key_is_asked_for_and_kept_nowhere(browser, service, photo):
         expect(field).to_be_focused()
         field.fill("wrong")
         field.press("Enter")
-        expect(page.locator("#error")).to_contain_text("asks for a key")
+        expect(page.locator("#error")).to_contain_text("requires a key")
         field.fill("the-key")
         field.press("Enter")
         expect(field).to_be_hidden()

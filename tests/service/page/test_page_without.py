@@ -55,7 +55,7 @@ def test_rows_are_switched_off_and_the_network_is_asked_again(browser, server, p
         assert cells(page, f"Attention {layer}") == [*map(number, most), signed(most[1] - most[0])]
         one = answer["results"][0]["difference"]["probabilities"][0]
         assert cells(page, one["label"])[2] == f"{signed(100 * (one['after'] - one['before']), 1)} pp"
-        result.get_by_text("Keep as an edit").press("Enter")
+        result.get_by_text("Save as an edit").press("Enter")
         assert edits_of(result.locator("code").inner_text()) == edits
         assert not serious_violations(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
@@ -68,7 +68,7 @@ def test_rows_are_switched_off_and_the_network_is_asked_again(browser, server, p
         page.route("**/v1/intervene", lambda route: route.fulfill(status=500, json={"error": error}))
         page.get_by_role("button", name="Try without").click()
         expect(panel.get_by_role("alert")).to_have_text("No memory left.")
-        expect(result).to_contain_text("Taken out in the running network.")  # the last answer stays
+        expect(result).to_contain_text("Removed in the running network.")  # the last answer stays
         page.unroute("**/v1/intervene")
         rows = [{"op": "ablate", "row": "attention", "layer": 1}, {"op": "ablate", "row": "error"}]
         assert asked(tried(page)) == ("direct", [*edits, *rows])

@@ -27,7 +27,7 @@ def test_the_account_shows_mlps_in_the_place_of_features(browser, plain_server, 
         expect(page.locator("#circuit")).to_be_hidden()
         expect(page.locator("#similar-ask, #residual-ask")).to_have_count(2)
         assert not page.locator("#similar-ask, #residual-ask").filter(visible=True).count()
-        expect(page.locator("#lacks")).to_contain_text("has none: features (it has no CLT")
+        expect(page.locator("#lacks")).to_contain_text("does not have: features (it has no CLT")
         assert not serious_violations(page)
 
 

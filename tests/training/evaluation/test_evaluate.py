@@ -337,8 +337,8 @@ def test_the_command_prints_every_table(evaluated, runs):
         "Without outlier tokens",
         "worst",
         "Cascaded replacement",
-        "C onto layer 2",
-        "From all of them",
+        "Contribution scores C(i→2)",
+        "From all source layers",
         "Retrieval",
         runs[1].name,
     ):

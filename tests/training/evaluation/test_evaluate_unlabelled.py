@@ -82,7 +82,7 @@ def test_tables_and_report_say_what_was_left_out(found, images, clip, tmp_path, 
     assert {part for part in OPTIONAL if f'<section id="{part}">' in page} == sections
     assert {part for part in OPTIONAL if f'href="#{part}"' in page} == sections
     assert ("left out: " in printed) == bool(said)
-    assert ("change of top-1 in points" in " ".join(printed.split())) == (name == "classes")
+    assert ("change in top-1, points" in " ".join(printed.split())) == (name == "classes")
     assert ("divergence from CLIP's own distribution in nats. From all" in " ".join(printed.split())) == (
         name == "labels"
     )

@@ -119,7 +119,7 @@ def test_the_command_writes_results_tables_and_a_page(results, sae_checkpoint, d
         "same prediction",
         "raw cosine",
         "medians over 20 train images",
-        "What features answer to",
+        "What features respond to",
     ):
         assert phrase in done.output
     page = (tmp_path / "report.html").read_text()

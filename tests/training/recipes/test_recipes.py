@@ -176,7 +176,7 @@ def test_the_cascade_differs_from_its_cell_in_that_phase_alone():
         ("k = 8", "k = 8\n[cascade]\nstep = 5", "cascade.step: no such key; did you mean `steps`?"),
         ("k = 8", "k = 8\n[cascade]", "cascade.steps: Field required"),
         ("k = 8", "k = 8\n[bundle]\nlicense = 'MIT'", "bundle.license: no such key; did you mean `licence`?"),
-        ("mixed_images = 16", "mixed_images = 12", "mixed_images = 12 is no multiple of images_per_step = 8"),
+        ("mixed_images = 16", "mixed_images = 12", "mixed_images = 12 is not a multiple of images_per_step = 8"),
         ("mixed_images = 16", "precision = 'bf16'", "training.precision: Input should be '32-true' or 'bf16-mixed'"),
         (TRAIN, 'kind = "folder", pth = "train"', "data.train.pth: no such key; did you mean `path`?"),
         (TRAIN, 'kind = "folder", pth = "train"', "data.train.path: Field required"),
@@ -272,7 +272,7 @@ def test_k_is_one_number_or_one_a_layer(changed):
     architecture = load_recipe(changed("k = 8", "k = 8\nk_cls = [2, 3, 4]")).clt.architecture(3, 32)
     assert (architecture.k, architecture.k_cls) == ((8, 8, 8), (2, 3, 4))
     assert load_recipe(changed("k = 8", "k = 5")).clt.architecture(3, 32).k_cls == (5, 5, 5)
-    with pytest.raises(RecipeError, match=r"clt.k_cls has 2 numbers, the CLIP has 3 layers"):
+    with pytest.raises(RecipeError, match=r"clt.k_cls has 2 numbers, but the CLIP has 3 layers"):
         load_recipe(changed("k = 8", "k = 8\nk_cls = [2, 3]")).clt.architecture(3, 32)
 
 
@@ -303,7 +303,7 @@ def test_a_recipe_of_residual_saes_has_sections_of_its_own(saes):
     )
     architecture = recipe.residual_sae.architecture(3, 32)
     assert (architecture.features, architecture.k, architecture.k_cls) == ((16, 32), (8, 8), (2, 4))
-    with pytest.raises(RecipeError, match=r"features has 2 numbers, the CLIP has 3 blocks before its last"):
+    with pytest.raises(RecipeError, match=r"features has 2 numbers, but the CLIP has 3 blocks before its last"):
         recipe.residual_sae.architecture(4, 32)
     with pytest.raises(RecipeError, match="a CLIP of one layer has no residual SAEs"):
         load_recipe(saes()).residual_sae.architecture(1, 32)
@@ -316,17 +316,17 @@ def test_a_recipe_of_residual_saes_has_sections_of_its_own(saes):
         (
             "epochs = 4",
             "epochs = 4\nstart = 'neurons'",
-            'training.start: a key of kind = "clt", which this recipe is not',
+            'training.start: a key for recipes of kind = "clt", but',
         ),
-        ("epochs = 4", "epochs = 4\ncls_weight = 1", 'training.cls_weight: a key of kind = "clt"'),
-        ("[training]", "[bundle]\nsources = true\n[training]", 'bundle: a key of kind = "clt"'),
-        ("[training]", "[cascade]\nsteps = 3\n[training]", 'cascade: a key of kind = "clt"'),
+        ("epochs = 4", "epochs = 4\ncls_weight = 1", 'training.cls_weight: a key for recipes of kind = "clt"'),
+        ("[training]", "[bundle]\nsources = true\n[training]", 'bundle: a key for recipes of kind = "clt"'),
+        ("[training]", "[cascade]\nsteps = 3\n[training]", 'cascade: a key for recipes of kind = "clt"'),
         ("k = 8", "k = 8\ncross_layer = true", "residual_sae.cross_layer: no such key"),
         ("k = 8", "k = [8, 65]", "k = 65 is larger than features = 64"),
         ("features = 64", "features = [64, 4]", "k = 8 is larger than features = 4"),
         ("epochs = 4", "epoch = 4", "training.epoch: no such key; did you mean `epochs`?"),
-        ('"residual_sae"', '"sae"', "kind: 'sae' is none of clt, residual_sae"),
-        ('kind = "residual_sae"\n', "", 'residual_sae: a key of kind = "residual_sae", which this recipe is not'),
+        ('"residual_sae"', '"sae"', "kind: 'sae' is not one of clt, residual_sae"),
+        ('kind = "residual_sae"\n', "", 'residual_sae: a key for recipes of kind = "residual_sae", but'),
     ],
 )
 def test_keys_of_another_kind_are_refused_by_name(saes, old, new, message):
@@ -354,7 +354,7 @@ def test_an_unknown_recipe_is_refused_with_the_nearest(wrong):
 
 
 def test_an_unknown_recipe_like_no_other_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="`vitrine recipes` lists those"):
+    with pytest.raises(RecipeError, match="`vitrine recipes` lists them"):
         find_recipe("zzz")
     with pytest.raises(RecipeError, match="neither a file"):
         find_recipe(tmp_path)
