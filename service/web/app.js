@@ -101,7 +101,7 @@
     if (at("labels-section").parentElement !== column) column.append(at("labels-section"));
   }
 
-  /** What the page needs before any picture: the model and its label sets. */
+  /** The bundle in service, its label sets and edits: before any picture, and again where an answer is another one's. */
   async function know() {
     const [served, { label_sets: sets }] = await Promise.all([api.get("v1/model"), api.get("v1/labels")]);
     model = served;
@@ -123,10 +123,9 @@
     try {
       if (model === null) await know();
       if (picture !== loaded) await load(picture);
-      const listed = labels.listed();
-      const { found, request } = await send(wanted, mine.signal);
+      const { found, request, listed } = await send(wanted, mine.signal);
       performance.mark("vitrine:answer");
-      if (found.answer.model.digest !== model.digest) model = await api.get("v1/model"); // a new bundle is in service
+      if (found.answer.model.digest !== model.digest) await know(); // a new bundle is in service
       if (mine !== running) return;
       const before = shown;
       show({ found, wanted, request, listed });
@@ -184,20 +183,23 @@
     }
   }
 
-  /** The answer and its request: a second one, if a new bundle in service cannot give what the first asked for. */
+  /** The answer, its request and labels: of a second request, if the first asked for what a new bundle cannot give. */
   async function send(wanted, signal) {
     const { blob, name } = wanted.picture;
     const options = { signal, onWait: (sentence) => busy(true, sentence) };
-    const first = asked(wanted);
-    try {
-      return { found: await api.post("v1/attribute", blob, name, first, options), request: first };
-    } catch (error) {
-      if (error.code !== "invalid_request") throw error;
-      const { digest, default_edit: edit } = model;
-      model = await api.get("v1/model");
-      if (model.digest === digest && model.default_edit === edit) throw error;
+    const answered = async () => {
       const request = asked(wanted);
-      return { found: await api.post("v1/attribute", blob, name, request, options), request };
+      const listed = labels.listed();
+      return { found: await api.post("v1/attribute", blob, name, request, options), request, listed };
+    };
+    try {
+      return await answered();
+    } catch (error) {
+      if (!["invalid_request", "unknown_edit", "unknown_label_set"].includes(error.code)) throw error;
+      const { digest, default_edit: edit } = model;
+      await know();
+      if (model.digest === digest && model.default_edit === edit) throw error;
+      return answered();
     }
   }
 
@@ -244,11 +246,13 @@
     answers.show(answer, explanation, ms);
     offerContrasts(explanation);
     Vitrine.save.forget();
-    Vitrine.link.write(request);
+    const linkable = Vitrine.link.write(request);
     const url = new URL("v1/attribute", document.baseURI).href;
     const line = Vitrine.reproduce.curl({ url, file: picture.name, request, withKey: api.key() !== null });
     const saved = picture.mine ? null : Vitrine.save.file(picture.blob, picture.name, `Save ${picture.name}`);
-    const linked = el("a", { class: "button", href: location.href }, "Link to these options, without the picture");
+    const linked = linkable
+      ? el("a", { class: "button", href: location.href }, "Link to these options, without the picture")
+      : el("span", { class: "note" }, "The labels are too long for a link.");
     replace(
       at("take"),
       el("p", { class: "buttons" }, Vitrine.save.json(text, picture.name), saved, linked),

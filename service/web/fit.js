@@ -1,5 +1,5 @@
 "use strict";
-/** Whether any of the labels fits: by the same picture's cosines with the bundle's own labels. */
+/** Whether another label fits better: by the same picture's cosines with the bundle's own labels. */
 {
   const { el, plain } = Vitrine.dom;
 
@@ -14,14 +14,13 @@
     const [best, other] = [predictions, own].map(highest);
     const better = own.filter(({ cosine }) => cosine > best.cosine && cosine - best.cosine > 1e-6).length;
     if (!better) return null;
-    const doubt = 2 * better > own.length ? "Perhaps none of these labels fits" : "Another label may fit better";
     const nearer = better === 1 ? "one is" : `${better.toLocaleString("en-GB")} are`;
     const total = own.length.toLocaleString("en-GB");
     const cosines = `cosine ${plain(other.cosine, 2)}, compared with ${plain(best.cosine, 2)} for ${best.label}`;
     return el(
       "p",
       { class: "note fit" },
-      `${doubt}: of the bundle's own ${total} labels, ${nearer} closer to this picture${better === 1 ? ": " : ", closest "}`,
+      `Another label may fit better: of the bundle's own ${total} labels, ${nearer} closer to this picture${better === 1 ? ": " : ", closest "}`,
       `${other.label} (${cosines}). `,
       el("button", { type: "button", class: "link", onclick: onOwn }, "Use those labels"),
     );

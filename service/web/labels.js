@@ -25,7 +25,7 @@
    * @param {function()} onAsk told when it is to be asked again
    * @returns {{offer: function(Object[]), set: function(Object): string[], request: function(): ?Object,
    *   listed: function(): string[], size: function(string): number}}
-   *   offer: the API's label sets; set: what `Vitrine.link` says, it returns what of it there is not, in words;
+   *   offer: the API's label sets, of which the chosen one stays if it is there; set: what `Vitrine.link` says, it returns what of it there is not, in words;
    *   request: the part of a request that names the labels, null if there are none; listed: the labels themselves;
    *   size: how many a set has, by its name
    */
@@ -53,11 +53,12 @@
     }
 
     function offer(given) {
+      const before = sets.length ? select.value : "default";
       sets = given;
       const each = sets.map(({ name, labels }) => el("option", { value: name }, `${setName(name)} (${labels.length})`));
       select.replaceChildren(...each, el("option", { value: OWN }, "your own, below"));
-      select.value = "default";
-      text.value = format(chosen().labels);
+      select.value = before === OWN || sets.some(({ name }) => name === before) ? before : "default";
+      if (select.value !== OWN) text.value = format(chosen().labels);
     }
 
     function set({ labels, label_set: name = "default" }) {

@@ -3,13 +3,21 @@
 {
   const FIELDS = ["labels", "label_set", "scoring", "threshold", "edit", "target", "contrast"];
 
-  /** Put a request into the address. @param {Object} request the API's AttributeRequest */
+  const LONGEST = 8000; // characters that programs pass on without cutting them
+
+  /**
+   * Put a request into the address.
+   * @param {Object} request the API's AttributeRequest
+   * @returns {boolean} false: it is too long, and the address says nothing of it
+   */
   function write({ labels, explain = {}, ...named }) {
     const asked = { ...named, labels: labels && Vitrine.labels.format(labels), target: explain.targets?.[0] };
     const all = { ...asked, contrast: explain.contrast };
     const given = FIELDS.filter((name) => all[name] !== undefined).map((name) => [name, all[name]]);
-    const fragment = given.length ? `#${new URLSearchParams(given)}` : location.pathname + location.search;
-    history.replaceState(null, "", fragment);
+    const fragment = `#${new URLSearchParams(given)}`;
+    const fits = fragment.length <= LONGEST;
+    history.replaceState(null, "", given.length && fits ? fragment : location.pathname + location.search);
+    return fits;
   }
 
   /** @returns {?Object} its fields as texts; null: the address says nothing of them */

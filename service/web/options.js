@@ -27,8 +27,10 @@
       const others = edits.filter(({ name, problem }) => problem === null && name !== own);
       const named = others.map(({ name }) => [name, name]);
       const none = [own ? "none" : "", "none: the unmodified CLIP"];
+      const before = edit.value;
       const all = own ? [["", `${own}: the service's default`], none, ...named] : [none, ...named];
       edit.replaceChildren(...all.map(([value, text]) => el("option", { value }, text)));
+      edit.value = all.some(([value]) => value === before) ? before : "";
       edit.closest("p").hidden = all.length < 2;
     }
 

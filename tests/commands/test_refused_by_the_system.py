@@ -1,8 +1,10 @@
 """What the operating system refuses to a command: one sentence, exit code 1, no traceback."""
 
 import os
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 from PIL import Image
@@ -32,9 +34,9 @@ def words(bundle_path, carded, checkpoint, data_root, recipe_path, tmp_path):
             "bulk": [photos, "--bundle", bundle_path],
             "replay": [photos, "--bundle", bundle_path],
             "train": ["--recipe", recipe_path, *data],
-            "evaluate": [*trained, "--images", 4],
+            "evaluate": [*trained, "--images", 4, "--workers", 0],
             "export": [*trained],
-            "cards": [*trained, "--bundle", bundle_path],
+            "cards": [*trained, "--bundle", bundle_path, "--workers", 0],
         }[name]
         return [str(word) for word in (name, *rest, option, out)]
 
@@ -61,6 +63,35 @@ def test_outputs_that_cannot_be(words, tmp_path, command, place):
     assert str(tmp_path) in message
     assert any(reason in message for reason in REASONS)
     assert everything(tmp_path).keys() == {"file", "photos/0.png"}
+
+
+@pytest.fixture
+def no_room():
+    """`with no_room():` no file becomes longer than 512 bytes, as where a quota or a disk ends."""
+
+    @contextmanager
+    def limited():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (512, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
+
+
+@pytest.mark.parametrize("command", [name for name in WRITERS if name.split()[0] in ("attribute", "bulk", "replay")])
+def test_no_room_for_outputs(words, no_room, tmp_path, command):
+    out = tmp_path / ("out.json" if command in ("attribute --graph", "replay --json") else "out")
+    with no_room():
+        result = CliRunner().invoke(app, words(command, out))
+    assert isinstance(result.exception, SystemExit), result.output
+    assert result.exit_code == 1
+    (message,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert str(tmp_path) in message
+    assert "File too large; the file system, or `ulimit -f`, has no room" in message
+    assert not out.is_file()  # nothing that is half written
 
 
 @pytest.mark.parametrize("command", [["verify"], ["serve", "--bundle"], ["doctor", "--bundle"]])

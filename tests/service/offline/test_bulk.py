@@ -15,6 +15,7 @@ from importlib.util import find_spec
 import duckdb
 import numpy as np
 import pandas
+import polars
 import pytest
 from pyarrow import dataset
 from rich.console import Console
@@ -583,6 +584,7 @@ def with_errors(start, photos, tmp_path_factory):
 READERS = {
     "pandas": lambda out: pandas.read_parquet(out).id.tolist(),
     "pyarrow": lambda out: dataset.dataset(out).to_table()["id"].to_pylist(),
+    "polars": lambda out: polars.read_parquet(out / "*.parquet")["id"].to_list(),
     "duckdb": lambda out: [row[0] for row in duckdb.sql(f"SELECT id FROM '{out}/*.parquet'").fetchall()],
 }
 

@@ -104,6 +104,54 @@ def test_a_link_names_what_the_service_has_not(bare_page):
     expect(bare_page.locator("#error")).to_contain_text("does not have: label set “gone”, edit “no-snow”")
 
 
+def test_labels_that_are_too_long_for_a_link(bare_page, photo):
+    page = bare_page
+    page.fill("#labels", ", ".join(f"a label of number {number}" for number in range(500)))
+    upload(page, photo)
+    expect(page.locator("#take")).to_contain_text("The labels are too long for a link.")
+    assert page.get_by_role("link", name="Link to these options").count() == 0
+    assert page.evaluate("location.hash") == ""
+    page.fill("#labels", "red circle, a ship")
+    press_ask(page)
+    assert page.get_by_role("link", name="Link to these options").count() == 1
+    assert page.evaluate("location.hash") != ""
+
+
+def test_what_a_new_bundle_has_is_offered_and_choices_stay(bare_page, photo):
+    page = bare_page
+    upload(page, photo)
+    page.fill("#labels", "red circle, a ship")
+    edit = {"name": "no-snow", "digest": "sha256:00", "mode": "direct", "description": "", "problem": None}
+    renewed, sets = {"digest": "sha256:new", "edits": [edit]}, [{"name": "pets", "labels": ["cat", "dog"]}]
+
+    def with_sets(found):
+        return found | {"label_sets": found["label_sets"] + sets}
+
+    def served(route):
+        answer = route.fetch()
+        changed = (
+            answer.json() | {"model": {"name": "tiny", "digest": renewed["digest"]}} if answer.ok else answer.json()
+        )
+        route.fulfill(response=answer, json=changed)
+
+    page.route("**/v1/model", lambda route: route.fulfill(json=route.fetch().json() | renewed))
+    page.route("**/v1/labels", lambda route: route.fulfill(json=with_sets(route.fetch().json())))
+    page.route("**/v1/attribute", served)
+    press_ask(page)
+    edits, chosen = page.locator("select[name=edit] option"), page.locator("select[name=set]")
+    assert page.locator("#labels").input_value() == "red circle, a ship"
+    assert edits.all_inner_texts() == ["none: the unmodified CLIP", "no-snow"]
+    chosen.select_option("pets")  # which the service refuses, since only the page was told of it
+    expect(page.locator("#error")).to_contain_text("pets")
+    expect(chosen).to_have_value("pets")
+    sets.clear()
+    renewed["digest"], renewed["edits"] = "sha256:newer", []
+    page.get_by_role("button", name="Use these labels").click()  # refused, and asked again with what is there now
+    expect(chosen).to_have_value("default")
+    expect(page.locator("#error")).to_be_empty()
+    assert edits.all_inner_texts() == ["none: the unmodified CLIP"]
+
+
 def test_labels_of_ones_own_are_compared_with_the_bundles(bare_page, photo):
     page = bare_page
     first, *_, last = upload(page, photo)["predictions"]
