@@ -60,8 +60,8 @@ clip-bundle: $(if $(wildcard $(CLIP_BUNDLE)),,.venv-dev/installed)
 	  $(if $(IMAGES),--images $(IMAGES)) $(if $(LABELS),--labels-file $(LABELS)) --out $(CLIP_BUNDLE); fi
 
 # A process a core, four at most (each needs 2 GB): tests compute on one thread. A file's tests stay together, for their
-# fixtures' sake.
-test: .venv/installed .venv-dev/installed
+# fixtures' sake. The documents' requests are of the photo.
+test: .venv/installed .venv-dev/installed $(PHOTO)
 	.venv-dev/bin/ruff check .
 	.venv-dev/bin/ruff format --check .
 	.venv-dev/bin/mypy

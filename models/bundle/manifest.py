@@ -84,6 +84,16 @@ class Shape(_Part):
         return self
 
 
+FIT_IMAGES, FIT_SHARE = 100, 0.01  # the fewest images for it, and the share of them below `low_cosine`
+
+
+class LabelFit(_Part):
+    """How well the best of the default labels fits the images that the bundle was checked on."""
+
+    images: Annotated[int, Field(ge=FIT_IMAGES)]
+    low_cosine: Annotated[float, Field(ge=-1, le=1)]  # of image and best label; `FIT_SHARE` of the images are below it
+
+
 class Text(_Part):
     """How labels are embedded."""
 
@@ -96,6 +106,7 @@ class Text(_Part):
     clean: Clean | None = None
     written: tuple[str, ...] = ()  # special tokens that a text may contain
     zeroed: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # token that open_clip replaces by 0
+    fit: LabelFit | None = None  # None: there were too few images to measure it, or the bundle is of an older version
 
 
 class Data(_Part):

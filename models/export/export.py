@@ -36,6 +36,7 @@ from vitrine.models.bundle.sealing import seal
 from vitrine.models.clip.loading import Clip
 from vitrine.models.clip.tokens import Converted, check_tokenizer, convert_tokenizer
 from vitrine.models.dictionary.clt import Architecture, CrossLayerTranscoder
+from vitrine.models.export.label_fit import label_fit
 from vitrine.models.export.parity import check_replacement, check_text, check_vision, no_replacement
 from vitrine.models.export.rerun import write_rerun
 from vitrine.models.export.residual import ResidualExport, write_residual
@@ -94,8 +95,9 @@ def export_bundle(
             features, whose accounts have the MLPs' rows in their place.
         tables: precision of the CLT's weights in the bundle.
         label_sets: by name; their embeddings are computed here, so that the service need not.
-        variants: of the vision graph; one that does not agree with float32 on the images of `calibration` (batches of
-            normalised pixels) is not written, which is reported to `log`. int8 finds the products that it must leave in
+        calibration: batches of normalised pixels. How well the default labels fit them is kept in the manifest.
+        variants: of the vision graph; one that does not agree with float32 on the images of `calibration`
+            is not written, which is reported to `log`. int8 finds the products that it must leave in
             float32 on the first of them.
         replacement: also write replacement.onnx, mostly L (L + 1) / 2 decoders at one byte per number.
         sources: also write trace.onnx and sources.onnx, for accounts that go on through attention to the features of
@@ -164,13 +166,16 @@ def export_bundle(
         progress.begin("checking the graphs against torch")
         check_vision(clip, graph, partial / "vision.onnx")
         check_text(clip, text, tokens, texts, partial / "text.onnx")
-        default = _default_labels(clip, provenance) if variants else np.zeros((0, clip.tower.embedding), np.float32)
+        default = _default_labels(clip, provenance) if calibration else np.zeros((0, clip.tower.embedding), np.float32)
         agreement = {
             variant: result
             for variant, model in variant_models.items()
             if (result := _write_variant(model, variant, partial, images, default, log, progress))
         }
-        manifest = manifest.model_copy(update={"precisions": ("fp32", *agreement), "agreement": agreement})
+        text_part = manifest.text.model_copy(update={"fit": label_fit(clip, calibration, default, progress)})
+        manifest = manifest.model_copy(
+            update={"precisions": ("fp32", *agreement), "agreement": agreement, "text": text_part}
+        )
         sealed = seal(partial, manifest)
         move_folder(partial, out, last=MANIFEST)
     return replace(sealed, path=out)

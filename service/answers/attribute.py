@@ -14,7 +14,7 @@ from vitrine.service.answers.attention import attention_account
 from vitrine.service.answers.attributor import Attributor, Inferred
 from vitrine.service.answers.explain import account, check_edited, check_explain, lens, matrix, predict
 from vitrine.service.answers.many import all_of
-from vitrine.service.answers.notices import to_notices
+from vitrine.service.answers.notices import to_notices, unlike_labels
 from vitrine.service.answers.residual import residual_features
 from vitrine.service.answers.scoring import scoring_of, verdict
 from vitrine.service.answers.serialise import json_text
@@ -34,7 +34,7 @@ from vitrine.service.schemas.attribute import (
     Fidelity,
     LensLayer,
 )
-from vitrine.service.schemas.base import ItemError
+from vitrine.service.schemas.base import ItemError, Notice
 from vitrine.service.schemas.batch import BatchItem, BatchResponse
 from vitrine.service.schemas.classify import Prediction, Verdict
 from vitrine.service.schemas.edits import EditUsed
@@ -64,7 +64,7 @@ async def answer_attribute(
     with attributor.admit():
         await attributor.check_labels(texts, request.strict)
         attribution, inferred = await attribute_image(attributor, image, request, *texts, edit)
-    fields = dict(attribution) | {"warnings": inferred.warnings}
+    fields = dict(attribution) | {"warnings": all_warnings(inferred, attribution)}
     return AttributeResponse(request_id=request_id, model=attributor.model, **fields)
 
 
@@ -120,7 +120,7 @@ async def attribute_each(
 
     async def one(image: bytes) -> tuple[bytes, list[Prediction]]:
         answer, inferred = await attribute_image(attributor, image, request, *texts, edit)
-        answer = answer.model_copy(update={"warnings": inferred.warnings})
+        answer = answer.model_copy(update={"warnings": all_warnings(inferred, answer)})
         return await attributor.in_thread(json_text, answer, in_turn=False), answer.predictions
 
     with attributor.admit(len(images)), attributor.taking_turns():
@@ -169,9 +169,11 @@ async def attribute_image(
             attention = await attention_account(attributor, inferred.pixels, trace, explain.attention)
     residual = await _residual(attributor, inferred, explain, timings) if explain.residual else None
     _observe(explanations, fidelity)
+    fit = attributor.bundle.manifest.text.fit if judged is None else None
+    notes = (*inferred.notes, *unlike_labels(fit, predictions))
     attribution = Attribution(
         edit=inferred.edit,
-        warnings=to_notices(image=inferred.notes),
+        warnings=to_notices(image=notes),
         predictions=predictions,
         verdict=judged,
         explanations=explanations,
@@ -183,6 +185,11 @@ async def attribute_image(
         timings_ms=timings,
     )
     return attribution, inferred
+
+
+def all_warnings(inferred: Inferred, attribution: Attribution) -> list[Notice]:
+    """The labels' warnings before the image's own."""
+    return to_notices(inferred.labels.notices) + attribution.warnings
 
 
 async def _with_sources(

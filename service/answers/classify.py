@@ -9,8 +9,10 @@ from vitrine.service.answers.answer_size import check_answer_size
 from vitrine.service.answers.attributor import Attributor, Inferred
 from vitrine.service.answers.explain import predict
 from vitrine.service.answers.many import all_of
+from vitrine.service.answers.notices import to_notices, unlike_labels
 from vitrine.service.answers.scoring import scoring_of, verdict
 from vitrine.service.operations.stages import timed_stage
+from vitrine.service.schemas.base import Notice
 from vitrine.service.schemas.classify import ClassifyRequest, ClassifyResponse, Prediction, Verdict
 
 
@@ -20,6 +22,7 @@ class Classified(NamedTuple):
     predictions: list[Prediction]
     verdict: Verdict | None
     inferred: Inferred
+    warnings: list[Notice]
     timings: dict[str, float]
 
 
@@ -32,7 +35,7 @@ async def answer_classify(
         request_id=request_id,
         model=attributor.model,
         edit=found.inferred.edit,
-        warnings=found.inferred.warnings,
+        warnings=found.warnings,
         predictions=found.predictions,
         verdict=found.verdict,
         timings_ms=found.timings,
@@ -58,7 +61,10 @@ async def classify(
         of = inferred.parts, inferred.labels, scale
         with timed_stage("predict", timings):
             predictions = await attributor.in_thread(predict, *of, request.top_k, scoring)
-        return Classified(predictions, verdict(*of, scoring), inferred, timings)
+        judged = verdict(*of, scoring)
+        fit = attributor.bundle.manifest.text.fit if judged is None else None
+        notices = to_notices(inferred.labels.notices, (*inferred.notes, *unlike_labels(fit, predictions)))
+        return Classified(predictions, judged, inferred, notices, timings)
 
     with attributor.admit(len(images)), attributor.taking_turns():
         await attributor.check_labels(texts, request.strict)

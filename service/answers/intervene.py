@@ -14,7 +14,7 @@ from vitrine.models.interventions import direct
 from vitrine.models.interventions.changes import Changes, InterventionError, resolve
 from vitrine.models.interventions.spec import Intervention
 from vitrine.service.answers.answer_size import attribution_values, check_answer_size
-from vitrine.service.answers.attribute import attribute_image
+from vitrine.service.answers.attribute import all_warnings, attribute_image
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.answers.changes import Before, compared
 from vitrine.service.answers.counterfactual import search
@@ -72,7 +72,7 @@ async def answer_intervene(
     return InterveneResponse(
         request_id=request_id,
         model=attributor.model,
-        warnings=inferred.warnings,
+        warnings=all_warnings(inferred, answer),
         mode="rerun" if asked.counterfactual else request.mode,
         before=answer,
         results=results,

@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vitrine.models.bundle.manifest import FIT_SHARE, LabelFit
 from vitrine.models.images.decode import Note
 from vitrine.models.texts.labels import LabelNotice
 from vitrine.service.errors import ServiceError
 from vitrine.service.schemas.base import DETAILS, Notice
+from vitrine.service.schemas.classify import Prediction
+
+UNLIKE = "image_unlike_labels"
 
 
 def to_notices(labels: Sequence[LabelNotice] = (), image: Sequence[Note] = ()) -> list[Notice]:
     """Notices of labels and of an image, as answers have them."""
     of_labels = [Notice(code=code, message=message, labels=list(about)) for code, message, about in labels]
     return [*of_labels, *(Notice(code=code, message=message) for code, message in image)]
+
+
+def unlike_labels(fit: LabelFit | None, predictions: Sequence[Prediction]) -> tuple[Note, ...]:
+    """A note if the best label fits the image worse than the bundle's own labels fit nearly all of its images.
+
+    fit: of the bundle's manifest; predictions: of a softmax, which names a best label for any image.
+    """
+    best = max(prediction.cosine for prediction in predictions)
+    if fit is None or best >= fit.low_cosine:
+        return ()
+    says = (
+        f"Perhaps none of the labels fits this image: the best one has a cosine of {best:.2f}. With the bundle's own "
+        f"labels, {1 - FIT_SHARE:.0%} of {fit.images:,} images have at least {fit.low_cosine:.2f}."
+    )
+    return (Note(UNLIKE, says),)
 
 
 def refuse(notices: Sequence[LabelNotice], field: str) -> None:

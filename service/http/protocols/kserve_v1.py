@@ -87,7 +87,7 @@ async def predict(request: Request, name: str) -> Response:
             predictions=one.predictions,
             verdict=one.verdict,
             edit=one.inferred.edit,
-            warnings=one.inferred.warnings,
+            warnings=one.warnings,
         )
         for key, one in zip(keys, found, strict=True)
     ]

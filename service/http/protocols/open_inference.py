@@ -208,7 +208,7 @@ def _outputs(asked: InferRequest) -> dict[str, bool]:
 
 def _written(head: dict[str, Any], outputs: dict[str, bool], found: list[Classified]) -> tuple[bytes, int | None]:
     notes = Notes(
-        [Note(edit=one.inferred.edit, verdict=one.verdict, warnings=one.inferred.warnings) for one in found]
+        [Note(edit=one.inferred.edit, verdict=one.verdict, warnings=one.warnings) for one in found]
     ).model_dump_json()
     head = head | {"parameters": {"notes": notes}}
     return write_infer(head, [Output(name, _values(name, found), as_bytes) for name, as_bytes in outputs.items()])

@@ -26,6 +26,7 @@ from vitrine.models.files.writing import temporary, written
 from vitrine.models.images.decode import Note
 from vitrine.models.inputs.duck import READ_PARQUET, connect, literal
 from vitrine.service.answers.explain import account, predict
+from vitrine.service.answers.notices import unlike_labels
 from vitrine.service.engine.labels import LabelSet
 from vitrine.service.schemas.attribute import Explain, Feature, Fidelity, LedgerAccount
 from vitrine.service.schemas.classify import Prediction
@@ -144,7 +145,7 @@ def row(
         ledger=Ledger.model_construct(target=explanation.target, logit=explanation.logit, **vars(explanation.ledger)),
         features=[LayerFeature.model_construct(layer=layer, **vars(feature)) for layer, feature in features[:count]],
         fidelity=fidelity,
-        warnings=[note.code for note in notes],
+        warnings=[note.code for note in (*notes, *unlike_labels(bundle.manifest.text.fit, predictions))],
         sources=sources,
         edited=edited,
     ).model_dump_json(exclude={name for name, value in optional.items() if value is None})
