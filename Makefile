@@ -3,15 +3,15 @@ PYTHON ?= python3
 # cpu, or gpu on a machine with CUDA: `make serve RUNTIME=gpu`
 RUNTIME ?= cpu
 PORT ?= 3000
-# `make serve CLIP=ViT-B-32/openai`: a CLIP of open_clip's, NAME/TAG or hf-hub:ORG/MODEL, exported once. IMAGES: a folder
-# on which int8 must agree with float32, else there is no int8; LABELS: a file with one a line, else ImageNet's classes.
+# `make serve CLIP=ViT-B-32/openai`: an open_clip CLIP, NAME/TAG or hf-hub:ORG/MODEL, exported once. IMAGES: a folder on
+# which int8 must agree with float32, else there is no int8; LABELS: a file with one label per line, else ImageNet's classes.
 CLIP ?=
 IMAGES ?=
 LABELS ?=
-# Data root of `make demo`: torchvision puts CIFAR-10 there, unless it has class folders cifar10/{train,val}/<class>/.
+# Data root of `make demo`: torchvision downloads CIFAR-10 to it, unless it has class folders cifar10/{train,val}/<class>/.
 DATA ?= data
 RUN ?= runs/demo
-# Of `make loadtest`: loadtests/profiles.py, requests a second, classify, attribute, batch, mixed or paired.
+# For `make loadtest`: LOAD of loadtests/profiles.py, requests per second, and classify, attribute, batch, mixed or paired.
 LOAD ?= steady
 RATE ?= 20
 MIX ?= attribute
@@ -30,13 +30,13 @@ CLIP_BUNDLE = build/clip/$(subst :,-,$(subst /,-,$(CLIP)))
 
 help:
 	@echo "make serve   the service on the embedded bundle, http://127.0.0.1:$(PORT)  (light environment, no torch)"
-	@echo "make serve CLIP=ViT-B-32/openai   the same on a CLIP of open_clip's, as it is  (needs the full environment once)"
+	@echo "make serve CLIP=ViT-B-32/openai   the same with an unmodified open_clip CLIP  (needs the full environment once)"
 	@echo "make test    ruff, mypy, pytest  (full environment: torch and open_clip, about 5 GB)"
-	@echo "make test-image  the Dockerfile's steps in a clean Debian root (as root; needs debootstrap, 5 minutes)"
-	@echo "make loadtest  users on a service of their own, and a report: LOAD=step RATE=150 MIX=attribute"
-	@echo "make audit   the pinned versions against the public list of vulnerabilities"
-	@echo "make demo    the embedded bundle anew, from CIFAR-10 alone: hours; after an interruption it goes on"
-	@echo "             (DATA=$(DATA): where CIFAR-10 and the CLIP are put; RUN=$(RUN): the CLT's run, beside it the SAEs')"
+	@echo "make test-image  run the Dockerfile's steps in a clean Debian root (as root; needs debootstrap, 5 minutes)"
+	@echo "make loadtest  simulated users on a separate service, and a report: LOAD=step RATE=150 MIX=attribute"
+	@echo "make audit   check the pinned versions against the public list of vulnerabilities"
+	@echo "make demo    build the embedded bundle again, from CIFAR-10 only: takes hours; if interrupted, run it again to resume"
+	@echo "             (DATA=$(DATA): folder for CIFAR-10 and the CLIP; RUN=$(RUN): the CLT's run, next to it that of the SAEs)"
 	@echo "make clean   remove both environments and build/"
 
 serve: $(if $(CLIP),announce) .venv/installed $(PHOTO) $(if $(CLIP),clip-bundle)
@@ -49,13 +49,13 @@ serve: $(if $(CLIP),announce) .venv/installed $(PHOTO) $(if $(CLIP),clip-bundle)
 
 announce:
 	@test -e $(CLIP_BUNDLE) || { \
-	  echo "Once: the full environment (about 5 GB), the weights of $(CLIP), and their export to $(CLIP_BUNDLE)."; \
-	  echo "ViT-B-32: 0.6 GB of weights, a bundle as large, and 5 minutes on two cores, downloads of weights apart."; \
-	  echo "Interrupted, it goes on when run again."; }
+	  echo "Once: the full environment (about 5 GB) is installed, and the weights of $(CLIP) are downloaded and exported to $(CLIP_BUNDLE)."; \
+	  echo "ViT-B-32: 0.6 GB of weights, a bundle of the same size, and 5 minutes on two cores, not counting the download of the weights."; \
+	  echo "If it is interrupted, run it again to continue."; }
 
-# A bundle is there as a whole or not at all. Downloads lie in the hub's cache.
+# A bundle exists completely or not at all. Downloads are in the hub's cache.
 clip-bundle: $(if $(wildcard $(CLIP_BUNDLE)),,.venv-dev/installed)
-	@if [ -e $(CLIP_BUNDLE) ]; then echo "$(CLIP_BUNDLE) is there, and is served as it is: remove it to export it anew"; \
+	@if [ -e $(CLIP_BUNDLE) ]; then echo "$(CLIP_BUNDLE) exists and is served unchanged; remove it to export it again"; \
 	else mkdir -p build/clip && $(VITRINE) export --clip $(CLIP_NAME) $(if $(CLIP_TAG),--weights $(CLIP_TAG)) \
 	  $(if $(IMAGES),--images $(IMAGES)) $(if $(LABELS),--labels-file $(LABELS)) --out $(CLIP_BUNDLE); fi
 
@@ -80,9 +80,9 @@ audit: .venv-dev/installed
 	@mkdir -p build
 	.venv-dev/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --format json --output build/audit.json
 
-# Pretraining and training take up what they find, and do nothing where they are done. The new bundle is made beside
-# the old one, which only moves away (to build/demo-before) once the new one is verified.
-# An edit belongs to the graphs that it was made for: models/demo/edits are to be made anew (training/RESULTS.md).
+# Pretraining and training resume what they find, and do nothing if they are complete. The new bundle is made next to the
+# old one, which is moved away (to build/demo-before) only once the new one is verified.
+# An edit is valid only for the graphs that it was made for: make models/demo/edits again (training/RESULTS.md).
 demo: .venv-dev/installed
 	$(VITRINE) pretrain --recipe training/recipes/clip/demo.toml --data-root $(DATA) --out $(DATA)/demo-clip
 	$(VITRINE) train --recipe demo --data-root $(DATA) --out $(RUN)
@@ -96,7 +96,7 @@ demo: .venv-dev/installed
 	$(VITRINE) cards --checkpoint $(RUN)-residual --bundle build/demo-clt --data-root $(DATA) --out build/demo \
 	  --vocabulary training/vocabularies/demo.txt --pictures means
 	$(VITRINE) verify build/demo
-	if cmp -s build/demo/manifest.json models/demo/manifest.json; then echo "models/demo is this very bundle"; else \
+	if cmp -s build/demo/manifest.json models/demo/manifest.json; then echo "models/demo is already this bundle"; else \
 	  rm -rf build/demo-before && \
 	  if [ -d models/demo ]; then mv models/demo build/demo-before; fi && \
 	  mv build/demo models/demo; fi

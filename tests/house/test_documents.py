@@ -125,7 +125,7 @@ def test_the_readme_has_the_embedded_bundles_numbers():
     features = sum(saes.features)
     for said in (
         f"{shape.layers} layers and {manifest.preprocessing.size[0]} × {manifest.preprocessing.size[1]} pixels",
-        f"a CLT of {shape.features:,} features a layer",
+        f"a CLT of {shape.features:,} features per layer",
         f"{quality.labelled:,} of its {shape.layers * shape.features:,} features have a label",
         f"{quality.auroc_share:.0%} of the labels".replace("%", " %"),
         f"{quality.auroc_share_shuffled:.0%} of shuffled ones".replace("%", " %"),
