@@ -75,5 +75,5 @@ def test_who_does_not_ask_sees_none(run):
 def test_a_baseline_is_of_sources(run):
     result = run("--baseline", "mean")
     assert result.exit_code == 1
-    assert "ask for both" in result.stderr
+    assert "set both" in result.stderr
     assert run("--sources", "--baseline", "median").exit_code == 2

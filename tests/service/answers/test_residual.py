@@ -73,7 +73,7 @@ def test_more_are_followed_than_of_a_clt_unless_less_is_allowed(with_residual, p
     assert answer.followed > 4 * 10
     (answer,) = ask(with_residual, picture(), asked, max_circuit_nodes=10)
     assert answer.followed == 4 * 10
-    with pytest.raises(ServiceError, match="nodes: 41 features; at most 40 are followed"):
+    with pytest.raises(ServiceError, match="`nodes` is 41; at most 40 features are followed back"):
         ask(with_residual, picture(), CircuitRequest(dictionary="residual", nodes=41), max_circuit_nodes=10)
 
 
@@ -164,8 +164,8 @@ def test_their_cards_are_asked_for_by_dictionary(carded_residual, with_residual)
     one = card(carded_residual, model, "residual", best[0].layer, best[0].index)
     assert (one.dictionary, one.label, len(one.exemplars)) == ("residual", best[0].label, 3)
     for bundle, asked, code, said in (
-        (carded_residual, ("residual", 2, 0), "not_found", "there is no layer 2, only 0 to 1"),
-        (carded_residual, ("residual", 0, 48), "not_found", "layer 0 has no feature 48, only 0 to 47"),
+        (carded_residual, ("residual", 2, 0), "not_found", "there is no layer 2; the layers are 0 to 1"),
+        (carded_residual, ("residual", 0, 48), "not_found", "layer 0 has no feature 48; its features are 0 to 47"),
         (carded_residual, ("clt", 0, 0), "no_cards", "has no feature cards"),
         (with_residual, ("residual", 0, 0), "no_cards", "has no cards of its residual SAEs' features"),
     ):

@@ -81,7 +81,7 @@ def test_a_bundle_from_before_accounts_of_attention_says_so(change):
     older = change(without("scores.onnx"))
     engine = Engine(older, Settings(bundle=older.path))
     check_explain(Explain(sources=True), ("cat",), 10, engine)
-    assert "is older than accounts of attention: export it again" in refused(HEAD, engine)
+    assert "is from a version without accounts of attention; export it again" in refused(HEAD, engine)
     assert attention_heads(engine) == 0
     verify(older.path)
 

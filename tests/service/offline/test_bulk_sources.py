@@ -147,7 +147,7 @@ def test_the_commands_options(carded, photos, tmp_path):
 
     refused = run("--baseline", "mean")
     assert refused.exit_code == 1
-    assert "ask for both" in refused.stderr
+    assert "set both" in refused.stderr
     assert run("--sources", "3", "--baseline", "mean").exit_code == 0
     assert [len(row["sources"]["features"]) for row in read(tmp_path / "out")] == [3] * COUNT
     assert json.loads((tmp_path / "out" / "_job.json").read_text())["baseline"] == "mean"
