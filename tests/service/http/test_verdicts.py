@@ -101,9 +101,15 @@ def test_a_batch_has_a_verdict_for_each_image(server, picture):
         ({"scoring": "independent", "threshold": True}, "threshold"),
         ({"scoring": "independent", "threshold": math.nan}, "threshold"),
         ({"scoring": "independent", "threshold": {"cat": None}}, "threshold"),
-        ({"scoring": "independent", "threshold": {LABELS[0]: 0.2}}, f"no `threshold` for {LABELS[1]!r}, {LABELS[2]!r}"),
+        (
+            {"scoring": "independent", "threshold": {LABELS[0]: 0.2}},
+            f"`threshold` is missing for {LABELS[1]!r}, {LABELS[2]!r}",
+        ),
         ({"scoring": "independent", "threshold": dict.fromkeys([*LABELS, "cat"], 0.2)}, "not among the labels: 'cat'"),
-        ({"scoring": "independent", "threshold": {"cat": 0.2}, "labels": ["cat", "dog"]}, "no `threshold` for 'dog'"),
+        (
+            {"scoring": "independent", "threshold": {"cat": 0.2}, "labels": ["cat", "dog"]},
+            "`threshold` is missing for 'dog'",
+        ),
     ],
 )
 def test_thresholds_that_do_not_fit_are_refused(server, picture, refused, request_part, says):
