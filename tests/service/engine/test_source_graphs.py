@@ -156,8 +156,8 @@ def test_graphs_of_another_kind_are_refused(change, file, rename, said):
     ("file", "name", "said"),
     [
         ("trace.onnx", "tower.blocks.0.mlp.c_proj.bias", "misses vision.onnx's"),
-        ("sources.onnx", "tower.blocks.1.ln_1.weight", "miss what they are"),
-        ("scores.onnx", "attention.1.ln.weight", "miss the attention weights"),
+        ("sources.onnx", "tower.blocks.1.ln_1.weight", "differ from the logit"),
+        ("scores.onnx", "attention.1.ln.weight", "differ from the attention weights"),
     ],
 )
 def test_graphs_that_do_not_belong_together_are_noticed(change, file, name, said):
