@@ -53,6 +53,6 @@ def check_texts(labels: tuple[str, ...], templates: tuple[str, ...], settings: S
     if filled > settings.max_prompt_chars:
         raise ServiceError(
             "invalid_request",
-            f"a template filled in with the longest label has {filled:,} characters; "
-            f"at most {settings.max_prompt_chars:,} are accepted",
+            f"a template filled in with the longest label has {filled:,} characters; at most "
+            f"{settings.max_prompt_chars:,} are accepted",
         )

@@ -179,7 +179,7 @@ def test_verify_counts_the_labels_of_their_cards(carded_residual, tmp_path):
     wrong = summary.model_copy(update={"quality": summary.quality.model_copy(update={"labelled": 1})})
     copy = shutil.copytree(carded_residual.path, tmp_path / "copy")
     seal(copy, carded_residual.manifest.model_copy(update={"residual_cards": wrong}))
-    with pytest.raises(BundleError, match=r"residual_cards: \d+ cards have a label, the manifest says 1"):
+    with pytest.raises(BundleError, match=r"residual_cards: \d+ cards have a label, but the manifest says 1"):
         verify(copy)
 
 

@@ -335,9 +335,9 @@ def test_label_sets_by_name(start, photos, tmp_path):
     job = Job.model_validate_json((tmp_path / "out" / "_job.json").read_bytes())
     assert (job.labels, job.templates) == (("cat", "dog"), ("my {}",))
     assert {row["ledger"]["target"] for row in read(tmp_path / "out")} <= {"cat", "dog"}
-    with pytest.raises(ServiceError, match="no label set 'birds'; there are: default, pets"):
+    with pytest.raises(ServiceError, match="there is no label set 'birds'; the label sets are: default, pets"):
         start(photos, tmp_path / "other", settings=settings, label_set="birds")
-    with pytest.raises(ServiceError, match="give labels or a label set, not both"):
+    with pytest.raises(ServiceError, match="labels and a label set cannot be used together"):
         start(photos, tmp_path / "other", labels=["cat"], label_set="pets")
 
 
@@ -346,7 +346,7 @@ def test_output_that_is_something_else(start, photos, tmp_path):
     (tmp_path / "out" / "letters.txt").write_text("mine")
     with pytest.raises(BulkError, match=r"is not empty and has no _job\.json"):
         start(photos, tmp_path / "out")
-    with pytest.raises(BulkError, match="lies in the folder that is read"):
+    with pytest.raises(BulkError, match="is in the input folder"):
         start(photos, photos / "out")
     with pytest.raises(FileError, match=r"letters\.txt cannot be written"):
         start(photos, tmp_path / "out" / "letters.txt")
@@ -403,7 +403,7 @@ def test_progress_shows_what_is_done_and_broken(start, photos, tmp_path):
 def test_missing_ray_is_named(start, photos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "vitrine.service.offline.bulk.ray_engine", raising=False)
-    with pytest.raises(BulkError, match=r"--ray needs Ray: pip install 'vitrine\[bulk\]'"):
+    with pytest.raises(BulkError, match=r"--ray requires Ray: pip install 'vitrine\[bulk\]'"):
         start(photos, tmp_path / "out", ray_workers=2)
 
 
@@ -536,7 +536,7 @@ def test_inputs_may_have_any_name(start, photos, found, tmp_path):
     shutil.copytree(photos, strange)
     assert start(strange, tmp_path / "out") == Summary(COUNT, 0)
     assert read(tmp_path / "out") == found
-    with pytest.raises(BulkError, match="lies in the folder that is read"):
+    with pytest.raises(BulkError, match="is in the input folder"):
         start(strange, strange / "out")
 
 
@@ -545,7 +545,7 @@ def test_a_folder_begun_by_another_version_is_refused(start, photos, tmp_path):
     job = json.loads((tmp_path / "out" / "_job.json").read_text())
     del job["format"]
     (tmp_path / "out" / "_job.json").write_text(json.dumps(job))
-    with pytest.raises(BulkError, match="was begun by another version of Vitrine, which numbered images otherwise"):
+    with pytest.raises(BulkError, match="was started by another version of Vitrine, which numbered images differently"):
         start(photos, tmp_path / "out")
 
 
