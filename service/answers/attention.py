@@ -48,7 +48,7 @@ def check_attention(asked: HeadQuestion, engine: Engine) -> None:
         if number is not None and number >= count:
             raise ServiceError(
                 "invalid_request",
-                f"`explain.attention.{name}` is {number:,}, and this CLIP has only 0 to {count - 1:,}",
+                f"`explain.attention.{name}` is {number:,}; this CLIP allows 0 to {count - 1:,}",
             )
 
 

@@ -25,7 +25,7 @@ def scoring_of(request: ClassifyRequest, labels: tuple[str, ...], logit_scale: f
         if len(threshold) > len(labels):
             known = set(labels)
             raise _invalid(
-                "`threshold` names what is not among the labels: ", [it for it in threshold if it not in known]
+                "`threshold` has keys that are not among the labels: ", [it for it in threshold if it not in known]
             )
         thresholds = np.array([threshold[label] for label in labels])
     else:

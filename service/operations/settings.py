@@ -88,7 +88,9 @@ class Settings(BaseSettings):
         default=True,
         description="offer interventions in the running network if the bundle has its graph; it is opened on first use",
     )
-    gpu_memory_bytes: NonNegativeInt = Field(default=0, description="maximum GPU memory for CUDA; 0: no limit")
+    gpu_memory_bytes: NonNegativeInt = Field(
+        default=0, description="maximum GPU memory for CUDA, in bytes; 0: no limit"
+    )
     tensorrt_cache: Path | None = Field(
         default=None, description="directory in which TensorRT keeps its engines, which take minutes to build"
     )
@@ -127,20 +129,20 @@ class Settings(BaseSettings):
         description="time after SIGTERM to finish the current requests; a process that still runs then is killed",
     )
     max_body_bytes: PositiveInt = Field(
-        default=16 * 2**20, description="maximum size of a request body; beyond it the answer is 413"
+        default=16 * 2**20, description="maximum size of a request body, in bytes; beyond it the answer is 413"
     )
     max_bytes_in_hand: int = Field(
         default=256 * 2**20,
         ge=2**20,
         le=2**40,
-        description="maximum size of all request bodies and unsent answers per worker; an upload beyond it is "
+        description="maximum bytes of all request bodies and unsent answers per worker; an upload beyond it is "
         "answered 429",
     )
     max_header_bytes: int = Field(
         default=32 * 2**10,
         ge=2**10,
         le=2**20,
-        description="maximum size of URL and headers together; beyond it the answer is 431",
+        description="maximum size of URL and headers together, in bytes; beyond it the answer is 431",
     )
     header_seconds: float = Field(
         default=10.0, ge=0.1, le=3_600, description="maximum time to receive the headers; beyond it the answer is 408"
@@ -165,12 +167,13 @@ class Settings(BaseSettings):
         description="maximum number of open connections per worker; beyond it an idle one is closed for each new one",
     )
     max_image_pixels: PositiveInt = Field(
-        default=40_000_000, description="maximum size of an image; beyond it the answer is 413, before decoding"
+        default=40_000_000,
+        description="maximum number of pixels of an image; beyond it the answer is 413, before decoding",
     )
     max_jpeg_pixels: PositiveInt = Field(
         default=200_000_000,
-        description="maximum size of a JPEG; beyond 40,000,000 pixels it is decoded at 1/2, 1/4 or 1/8 of its width "
-        "and height",
+        description="maximum number of pixels of a JPEG; beyond 40,000,000 it is decoded at 1/2, 1/4 or 1/8 of its "
+        "width and height",
     )
     max_image_side: PositiveInt = Field(
         default=16_384, description="maximum width and height of an image; beyond it the answer is 413, before decoding"
@@ -266,7 +269,7 @@ class Settings(BaseSettings):
         for origin in _listed(origins):
             if not _ORIGIN.fullmatch(origin):
                 raise ValueError(
-                    f"{origin!r} is not an origin: write `https://app.example` or `http://localhost:8080`, in lower "
+                    f"{origin!r} is not an origin; write `https://app.example` or `http://localhost:8080`, in lower "
                     "case, without a path or a final slash; `*` is not accepted, list the origins"
                 )
         return origins

@@ -28,7 +28,7 @@ class Explain(RequestShape):
     )
     heatmap: bool = Field(default=False, description="split each target's attention rows by patch and by head")
     lens: bool = Field(default=False, description="the prediction after each layer")
-    matrix: bool = Field(default=False, description="which part of each layer's output each source layer writes")
+    matrix: bool = Field(default=False, description="which share of each layer's output each source layer writes")
     sources: bool = Field(
         default=False, description="follow each target's logit back through attention to the features that made it"
     )
@@ -134,7 +134,7 @@ class LensLayer(BaseModel):
 
 
 class Matrix(BaseModel):
-    """C_{i->j} (arXiv 2604.13304): what part of a target layer's output j the features of a source layer i write.
+    """C_{i->j} (arXiv 2604.13304): the share of target layer j's output that the features of source layer i write.
 
     One list per target layer with one number per source layer. They sum to 1, or are all 0 if no feature is active.
     """

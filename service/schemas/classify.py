@@ -44,8 +44,8 @@ class ClassifyRequest(LabelsRequest):
     edit: str | None = Field(default=None, description=EDIT)
     scoring: Literal["softmax", "independent"] = Field(
         default="softmax",
-        description="how probabilities are made. softmax: they sum to 1 over all labels. independent: each label is "
-        "checked on its own, whether its cosine reaches `threshold`, so the result may be none of the labels",
+        description="how labels are scored. softmax: probabilities sum to 1 over all labels. independent: each label "
+        "is accepted on its own if its cosine reaches `threshold`; possibly none is",
     )
     threshold: Threshold | dict[Label, Threshold] | None = Field(
         default=None,

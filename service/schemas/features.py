@@ -89,7 +89,7 @@ class CoactiveFeature(BaseModel):
 
 
 class CardResponse(BaseModel):
-    """What is known of one feature."""
+    """What is known about one feature."""
 
     model: Model
     dictionary: Dictionary

@@ -35,8 +35,8 @@ class SourceLayer(BaseModel):
 class SourceAccount(BaseModel):
     """The logit, or in `attention` the score, followed back through attention to what was written, in its units.
 
-    sum(layers: features + error + bias + baseline + silent) + sum(embedding) + constants + remainder = logit. The
-    float32 graph makes it, whatever the precision of the prediction.
+    sum(layers: features + error + bias + baseline + silent) + sum(embedding) + constants + remainder = logit. It is
+    computed with the float32 graph, whatever the precision of the prediction.
     """
 
     logit: float = Field(description="the logit; in `attention` the value of `explained`")

@@ -79,4 +79,4 @@ def test_what_is_no_head_is_wrong_use(run, text):
 def test_a_head_that_is_not_there(run):
     result = run("--attention", "1/4")
     assert result.exit_code == 1
-    assert "`explain.attention.head` is 4, and this CLIP has only 0 to 3" in result.stderr
+    assert "`explain.attention.head` is 4; this CLIP allows 0 to 3" in result.stderr
