@@ -675,7 +675,7 @@ def test_exports_without_cards(run, photo, tmp_path):
 
 
 def test_a_graph_goes_to_a_name_that_viewers_read(refused, photo, tmp_path):
-    assert "viewers read NAME.json" in refused("attribute", photo, "--graph", tmp_path / "out.txt")
+    assert "name the file NAME.json" in refused("attribute", photo, "--graph", tmp_path / "out.txt")
 
 
 def test_verify_counts_the_labels_of_cards(run, refused, with_cards, tmp_path):

@@ -185,7 +185,7 @@ def test_verify_counts_the_labels_of_their_cards(carded_residual, tmp_path):
 
 def test_verify_notices_graphs_that_do_not_belong_together(with_residual, tmp_path):
     verify(with_residual.path)
-    for file, said in ((RESIDUAL_TRACE, "embedding"), (residual_file(1), "residual accounts miss")):
+    for file, said in ((RESIDUAL_TRACE, "embedding"), (residual_file(1), "accounts by residual SAEs differ")):
         copy = shutil.copytree(with_residual.path, tmp_path / file)
         model = onnx.load(copy / file, load_external_data=False)
         names = ("tower.visual.ln_post.bias", "biases")

@@ -113,7 +113,7 @@ def test_a_bundle_without_an_average_picture_says_so(change):
     built = change(without(*BASELINE))
     engine = Engine(built, Settings(bundle=built.path))
     check_explain(Explain(sources=True), ("cat",), 10, engine)
-    assert "no average picture" in refused(Explain(sources=True, baseline="mean"), engine)
+    assert "no average image" in refused(Explain(sources=True, baseline="mean"), engine)
     assert source_baselines(engine) == ["zero"]
 
 
@@ -155,7 +155,7 @@ def test_graphs_of_another_kind_are_refused(change, file, rename, said):
 @pytest.mark.parametrize(
     ("file", "name", "said"),
     [
-        ("trace.onnx", "tower.blocks.0.mlp.c_proj.bias", "misses vision.onnx's"),
+        ("trace.onnx", "tower.blocks.0.mlp.c_proj.bias", "differs from that of vision.onnx"),
         ("sources.onnx", "tower.blocks.1.ln_1.weight", "differ from the logit"),
         ("scores.onnx", "attention.1.ln.weight", "differ from the attention weights"),
     ],

@@ -168,7 +168,7 @@ def test_options_of_classify_are_parameters(client, name, picture):
         (
             {"inputs": [image_input(parameters={"binary_data_size": 0})]},
             400,
-            "invalid_request: the input 'image' has `data` and",
+            "invalid_request: the input 'image' has both `data` and",
         ),
         ({"inputs": [image_input()], "outputs": []}, 400, "invalid_request: outputs: "),
         ({"inputs": [image_input()], "outputs": [{"name": "x"}]}, 400, "invalid_request: outputs.0.name: "),
@@ -182,7 +182,7 @@ def test_options_of_classify_are_parameters(client, name, picture):
         (
             {"inputs": [image_input()], "outputs": [{"name": "label", "parameters": {"classification": 3}}]},
             400,
-            "invalid_request: the output 'label' has a parameter",
+            "invalid_request: the output 'label' has an unknown parameter",
         ),
     ],
 )

@@ -93,8 +93,8 @@ def test_a_batch_has_a_verdict_for_each_image(server, picture):
 @pytest.mark.parametrize(
     ("request_part", "says"),
     [
-        ({"scoring": "independent"}, "needs `threshold`"),
-        ({"threshold": 0.2}, "the softmax has none"),
+        ({"scoring": "independent"}, "requires `threshold`"),
+        ({"threshold": 0.2}, "can only be used with `scoring` independent"),
         ({"scoring": "sigmoid", "threshold": 0.2}, "scoring: "),
         ({"scoring": "independent", "threshold": 1.1}, "threshold"),
         ({"scoring": "independent", "threshold": "0.2"}, "threshold"),

@@ -352,14 +352,14 @@ def test_output_that_is_something_else(start, photos, tmp_path):
         start(photos, tmp_path / "out" / "letters.txt")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "_job.json").write_text("{}")
-    with pytest.raises(BulkError, match="none of this version's"):
+    with pytest.raises(BulkError, match="is not from this version"):
         start(photos, tmp_path / "old")
 
 
 def test_two_runs_do_not_share_an_output(start, bundle, photos, tmp_path):
     source = open_inputs(str(photos))
     job = make_job(bundle, SETTINGS, source, AttributeRequest(), path=str(photos), part_size=4)
-    with lock_output(tmp_path / "out", job), pytest.raises(BulkError, match="another run writes to"):
+    with lock_output(tmp_path / "out", job), pytest.raises(BulkError, match="another run is writing to"):
         start(photos, tmp_path / "out")
     assert start(photos, tmp_path / "out") == Summary(COUNT, 0)
 

@@ -99,11 +99,11 @@ def test_a_run_is_taken_up_with_the_same_sources_only(start, tmp_path):
         "baseline": "zero",
     }
     for explain, message in (
-        ({"sources": True, "source_features": 3}, "sources was 2 and is 3"),
-        ({}, "sources was 2 and is 0"),
-        ({"sources": True, "source_features": 2, "baseline": "mean"}, "baseline was zero and is mean"),
+        ({"sources": True, "source_features": 3}, "sources was 2 and is now 3"),
+        ({}, "sources was 2 and is now 0"),
+        ({"sources": True, "source_features": 2, "baseline": "mean"}, "baseline was zero and is now mean"),
     ):
-        with pytest.raises(BulkError, match=f"begun with other options: {message}. Give"):
+        with pytest.raises(BulkError, match=f"started with other options: {message}. Give"):
             start(**explain)
     (out / "part-000001.parquet").unlink()
     assert start(sources=True, source_features=2) == Summary(COUNT, 0)

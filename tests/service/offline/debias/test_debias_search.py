@@ -107,7 +107,7 @@ def test_an_edit_that_moves_images_a_little_for_the_worse_is_made_conditional():
     assert found.best.worst == 1.0
     assert found.best.candidate.moves_logit == pytest.approx(0.4 + 0.25 * 2.6), "a quarter moves as much"
     assert found.best.candidate.condition == Condition(moves_logit=found.best.candidate.moves_logit)
-    assert "where that moves" in found.best.candidate.title
+    assert "if that changes the lead" in found.best.candidate.title
 
 
 @pytest.mark.parametrize("op", OPS)

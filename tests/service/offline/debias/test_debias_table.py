@@ -49,8 +49,8 @@ def test_columns_may_be_named_and_a_byte_order_mark_is_nothing(write):
         ("image,y\na,0\n", {}, None, "has numbers as labels; give their names"),
         ("image,y\na,2\n", {}, ["cat", "dog"], "has a label 2, but --labels names only 2"),
         ("image,label\na,cow\n", {}, ["cat", "dog"], "label 'cow', which is not among cat, dog"),
-        (b"image,label\n\xff,cat\n", {}, None, "no CSV in UTF-8"),
-        ('image,label\n"a,cat\n', {}, None, "is no CSV: "),
+        (b"image,label\n\xff,cat\n", {}, None, "is not CSV in UTF-8"),
+        ('image,label\n"a,cat\n', {}, None, "is not CSV: "),
     ],
 )
 def test_what_is_wrong_with_a_table_is_said(write, text, columns, labels, said):
