@@ -280,7 +280,7 @@ def test_bulk_writes_tables_and_resumes(run, refused, photo, tmp_path):
         assert {first[3], second[3]} <= best
         problems = database.sql(f"SELECT name, code FROM '{out}/_errors/*.parquet'").fetchall()
     assert problems == [("b.png", "unsupported_image")]
-    assert "was begun with other options: top_k was 1 and is 2" in refused(*arguments, "--top-k", 2)
+    assert "was started with other options: top_k was 1 and is now 2" in refused(*arguments, "--top-k", 2)
     (tmp_path / "empty").mkdir()
     assert "has no images" in refused("bulk", tmp_path / "empty", "--out", tmp_path / "other")
 

@@ -308,16 +308,16 @@ def test_a_resume_with_other_options_is_refused(start, photos, found, tmp_path, 
         with pytest.raises(BulkError, match=message):
             start(source, out, **options)
 
-    refused(r"begun with other options: labels was red circle, .* and is cat, dog\. Give", labels=["cat", "dog"])
+    refused(r"started with other options: labels was red circle, .* and is now cat, dog\. Give", labels=["cat", "dog"])
     refused(r"templates was a photo of a \{\}, a drawing of one \{\} and is my \{\}", templates=["my {}"])
-    refused("top_k was 5 and is 2", top_k=2)
-    refused("features was 5 and is 7", explain={"features": 7})
-    refused("part_size was 4 and is 5", part_size=5)
-    refused("max_image_side was 16384 and is 99", settings=Settings(max_image_side=99))
+    refused("top_k was 5 and is now 2", top_k=2)
+    refused("features was 5 and is now 7", explain={"features": 7})
+    refused("part_size was 4 and is now 5", part_size=5)
+    refused("max_image_side was 16384 and is now 99", settings=Settings(max_image_side=99))
     refused("bundle was sha256:", bundle=carded)
     (photos / "new.png").write_bytes(b"")
     try:
-        refused(r"inputs\.images was 10 and is 11; inputs\.digest was")
+        refused(r"inputs\.images was 10 and is now 11; inputs\.digest was")
     finally:
         (photos / "new.png").unlink()
     (tmp_path / "list.txt").write_text("\n".join(map(str, files(photos))))
@@ -566,7 +566,7 @@ def test_a_folder_keeps_the_columns_that_it_was_begun_with(start, photos, found,
         assert [set(one) for one in row["predictions"]] == [{"label", "probability", "logit"}] * len(row["predictions"])
     job["columns"] = 3
     (out / "_job.json").write_text(json.dumps(job))
-    with pytest.raises(BulkError, match="columns was 3 and is 2"):
+    with pytest.raises(BulkError, match="columns was 3 and is now 2"):
         start(photos, out)
 
 
@@ -603,7 +603,7 @@ def test_a_folder_begun_with_the_names_of_before_is_taken_up(start, photos, tmp_
     (out / "_job.json").rename(out / "job.json")
     (out / "_errors").rename(out / "errors")
     (out / "part-000001.parquet").unlink()
-    with pytest.raises(BulkError, match=rf"^{out} was begun with other options: top_k was 5 and is 3"):
+    with pytest.raises(BulkError, match=rf"^{out} was started with other options: top_k was 5 and is now 3"):
         start(broken, out, top_k=3)
     assert (out / "job.json").exists()
     assert start(broken, out) == Summary(COUNT, 1)
@@ -682,4 +682,4 @@ def test_more_than_ray_has_is_refused_and_not_waited_for(photos, tmp_path, bundl
     environment = {**os.environ, "HOME": str(tmp_path)}
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
     assert finished.returncode == 1
-    assert "BulkError: --ray 9 needs 9 GPUs and Ray has" in finished.stderr
+    assert "BulkError: --ray 9 needs 9 GPUs, but Ray has" in finished.stderr

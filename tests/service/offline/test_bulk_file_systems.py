@@ -137,7 +137,7 @@ def test_two_jobs_cannot_begin_one_folder_without_locks(work, monkeypatch):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", meanwhile)
-    with pytest.raises(BulkError, match="top_k was 3 and is 5"), lock_output(work.out, work.job):
+    with pytest.raises(BulkError, match="top_k was 3 and is now 5"), lock_output(work.out, work.job):
         pass
 
 

@@ -118,7 +118,7 @@ def test_a_folder_begun_before_there_were_sources_is_taken_up(start, tmp_path):
     file.write_text(json.dumps(job))
     (tmp_path / "out" / "part-000001.parquet").unlink()
     assert start() == Summary(COUNT, 0)
-    with pytest.raises(BulkError, match="sources was 0 and is 1"):
+    with pytest.raises(BulkError, match="sources was 0 and is now 1"):
         start(sources=True, source_features=1)
 
 

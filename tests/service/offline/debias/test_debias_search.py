@@ -52,11 +52,11 @@ def test_what_a_bundle_cannot_do_is_tried_once_and_named():
     def outcome(candidate):
         asked.append(candidate)
         if candidate.op == "ablate to mean" or candidate.mode == "direct":
-            raise InterventionError("the bundle has no average picture")
+            raise InterventionError("the bundle has no average image")
         return wrong(b=5)
 
     found = run(outcome, modes=("direct", "rerun"))
-    assert found.refused["ablate to mean, rerun"] == "the bundle has no average picture"
+    assert found.refused["ablate to mean, rerun"] == "the bundle has no average image"
     assert len(found.refused) == len(OPS) + 1
     assert sum(candidate.mode == "direct" for candidate in asked) == len(OPS)
 

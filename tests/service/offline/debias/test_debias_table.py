@@ -96,7 +96,7 @@ def test_drawn_halves_have_their_part_of_every_cell():
     [
         (rows(64, labels=("cat",)), "all images have one label, cat"),
         (rows(20), "the finding half has 6 images of 'cat'; at least 8"),
-        (rows(64, groups=("red",)), "all 32 images of the finding half are of one group, red"),
+        (rows(64, groups=("red",)), "all 32 images of the finding half belong to one group, red"),
         ([row._replace(group=row.label) for row in rows(64)], "has only one label; .* not label and cue"),
     ],
 )
