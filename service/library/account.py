@@ -60,6 +60,7 @@ class Account:
 
     @property
     def predictions(self) -> list[Prediction]:
+        """The predictions, largest logit first."""
         return self.answer.predictions
 
     @property
@@ -99,6 +100,7 @@ class Account:
 
     @property
     def warnings(self) -> list[Notice]:
+        """Warnings about the labels and the image."""
         return self.answer.warnings
 
     def to_frame(self, of: Literal["ledger", "features", "sources"] = "ledger") -> pandas.DataFrame:

@@ -126,7 +126,7 @@ class Explainer:
     def classify(
         self, images: ImageLike | Iterable[ImageLike], **options: Unpack[ClassifyOptions]
     ) -> ClassifyResponse | list[ClassifyResponse]:
-        """The prediction alone, as `POST /v1/classify` answers, or a list of them. Raises as `explain` does."""
+        """Only the prediction, as `POST /v1/classify` answers; or a list of them. Raises what `explain` raises."""
         request = request_of(ClassifyRequest, options)
 
         async def one(attributor: Attributor, image: Given) -> ClassifyResponse:
