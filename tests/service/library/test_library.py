@@ -133,7 +133,7 @@ def test_no_more_images_are_in_hand_than_there_are_places(carded, picture):
         (np.zeros((0, 4, 3), np.uint8), "is not an image"),
         (7, "int is not an image"),
         (None, "NoneType is not an image"),
-        ("https://example.org/cat.jpg", "nothing is fetched"),
+        ("https://example.org/cat.jpg", "URLs are not fetched"),
         ([7], "int is not an image"),
     ],
 )
@@ -162,7 +162,7 @@ def test_refusals_are_sentences(loaded, picture, tmp_path):
         ({"features": -1}, "^features: "),
         (
             {"matrix": True, "edit": "none", "lens": True, "scoring": "independent", "threshold": 0.2},
-            "`lens` is of the",
+            "`lens` shows softmax",
         ),
     ]:
         with pytest.raises(ServiceError) as refused:

@@ -309,7 +309,7 @@ def test_a_resume_with_other_options_is_refused(start, photos, found, tmp_path, 
             start(source, out, **options)
 
     refused(r"started with other options: labels was red circle, .* and is now cat, dog\. Give", labels=["cat", "dog"])
-    refused(r"templates was a photo of a \{\}, a drawing of one \{\} and is my \{\}", templates=["my {}"])
+    refused(r"templates was a photo of a \{\}, a drawing of one \{\} and is now my \{\}", templates=["my {}"])
     refused("top_k was 5 and is now 2", top_k=2)
     refused("features was 5 and is now 7", explain={"features": 7})
     refused("part_size was 4 and is now 5", part_size=5)
@@ -321,7 +321,7 @@ def test_a_resume_with_other_options_is_refused(start, photos, found, tmp_path, 
     finally:
         (photos / "new.png").unlink()
     (tmp_path / "list.txt").write_text("\n".join(map(str, files(photos))))
-    refused(r"inputs\.kind was folder and is list; inputs\.path was", source=tmp_path / "list.txt")
+    refused(r"inputs\.kind was folder and is now list; inputs\.path was", source=tmp_path / "list.txt")
     # These settings do not affect answers.
     assert start(photos, out, settings=Settings(batch_size=3, decode_threads=1)) == Summary(COUNT, 0)
     assert read(out) == found

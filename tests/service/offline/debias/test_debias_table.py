@@ -45,7 +45,7 @@ def test_columns_may_be_named_and_a_byte_order_mark_is_nothing(write):
         ("image,label\n", {}, None, "no images, only a first line"),
         ("image,label\na.png\n", {}, None, "line 2 has 1 fields, but the first line has 2"),
         ("photo,label\na,b\n", {}, None, "no column with a known name for the image.*--columns image=NAME"),
-        ("image,label\na,b\n", {"group": "mat"}, None, "no column mat; it has image, label"),
+        ("image,label\na,b\n", {"group": "mat"}, None, "no column mat; its columns are image, label"),
         ("image,y\na,0\n", {}, None, "has numbers as labels; give their names"),
         ("image,y\na,2\n", {}, ["cat", "dog"], "has a label 2, but --labels names only 2"),
         ("image,label\na,cow\n", {}, ["cat", "dog"], "label 'cow', which is not among cat, dog"),
