@@ -44,7 +44,7 @@ def test_a_provider_that_onnxruntime_does_not_use_is_refused(bundle, monkeypatch
             super().__init__(path, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", FallsBack)
-    with pytest.raises(EngineError, match=r"CUDAExecutionProvider could not be used for vision\.onnx"):
+    with pytest.raises(EngineError, match=r"CUDAExecutionProvider cannot be used for vision\.onnx"):
         Engine(bundle, Settings(bundle=bundle.path, provider="cuda"))
 
 

@@ -173,7 +173,7 @@ def test_refusals_are_sentences(loaded, picture, tmp_path):
         loaded.explain([picture(), b"text", picture()])
     with pytest.raises(FileNotFoundError) as missing:
         loaded.explain([tmp_path / "none.png"])
-    assert "place 0" in missing.value.__notes__[0]
+    assert "index 0 of the list" in missing.value.__notes__[0]
     with pytest.raises(NoImageError, match="it is a folder"):
         loaded.explain(tmp_path)
     for wrong in ({}, {"images": picture(), "texts": ["cat"]}, {"texts": "cat"}):
