@@ -103,7 +103,7 @@ class Vitrine:
 
     @bentoml.api(route="/v1/attribute")
     def attribute(self, image: Path, request: dict[str, Any] = {}) -> dict[str, Any]:  # noqa: B006
-        """Zero-shot prediction of one image, and the account of it."""
+        """Zero-shot prediction of one image, and its account."""
         raise NotImplementedError("service.http.application answers this")
 
     @bentoml.api(route="/v1/classify")

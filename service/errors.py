@@ -64,5 +64,7 @@ def queue_full() -> ServiceError:
 def uploads_full() -> ServiceError:
     """The error for more bytes of uploads than may be in hand."""
     return ServiceError(
-        "queue_full", "too many bytes of uploads are in hand; try again in a second", headers={"Retry-After": "1"}
+        "queue_full",
+        "too many bytes of uploads are being processed; try again in a second",
+        headers={"Retry-After": "1"},
     )

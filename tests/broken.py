@@ -184,7 +184,7 @@ BROKEN = {
     "an output missing": (content("vision.onnx", renamed_output), ["vision.onnx", "no output sigma"]),
     "text of another width": (another_text(12), ["text.onnx", "text_embedding"]),
     "text of another context": (another_text(24, context=8), ["text.onnx", "tokens", "text.context"]),
-    "text of length 0": (another_text(24, value=0.0), ["text.onnx", "not of length 1"]),
+    "text of length 0": (another_text(24, value=0.0), ["text.onnx", "does not have length 1"]),
     # tokenizer
     "no tokenizer": (content("tokenizer.json", b"{}"), ["tokenizer.json cannot be used"]),
     "tokenizer without padding": (tokenizer(lambda t: t.update(padding=None)), ["tokenizer.json", "padding"]),
@@ -200,7 +200,7 @@ BROKEN = {
     "another cleaning": (field("text.clean", "upper"), ["manifest.json", "text.clean"]),
     # label sets
     "label set NaN": (label_set(PETS, UNIT * NAN), ["pets.npy", "not finite"]),
-    "label set of length 2": (label_set(PETS, UNIT * 2), ["'cat'", "not of length 1"]),
+    "label set of length 2": (label_set(PETS, UNIT * 2), ["'cat'", "does not have length 1"]),
     "label set of one row": (label_set(PETS, UNIT[:1]), ["pets.npy", "(2, 24)"]),
     "label set without table": (label_set(PETS, None), ["does not list label_sets/pets.npy"]),
     "label set no UTF-8": (label_set(b'{"labels": ["\xff"]}', UNIT), ["pets.json"]),

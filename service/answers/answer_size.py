@@ -21,7 +21,7 @@ def check_answer_size(values: int, limit: int, advice: str) -> None:
     if values > limit:
         raise ServiceError(
             "answer_too_large",
-            f"the answer would have about {values:,} numbers; at most {limit:,} are given at once: {advice}",
+            f"the answer would have about {values:,} numbers, and at most {limit:,} are allowed; {advice}",
         )
 
 

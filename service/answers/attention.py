@@ -31,11 +31,13 @@ def check_attention(asked: HeadQuestion, engine: Engine) -> None:
     bundle, shape = engine.bundle, engine.bundle.manifest.shape
     heads = attention_heads(engine)
     if not heads:
-        reason = f"the bundle {bundle.manifest.name!r} has no source graphs (`bundle.sources`)"
+        reason = f"the bundle {bundle.manifest.name!r} has no source graphs; export it with `bundle.sources`"
         if bundle.has_sources:
-            reason = f"the bundle {bundle.manifest.name!r} is older than accounts of attention: export it again"
+            reason = (
+                f"the bundle {bundle.manifest.name!r} is from a version without accounts of attention; export it again"
+            )
         if bundle.has_scores:
-            reason = "VITRINE_SOURCES=false"
+            reason = "VITRINE_SOURCES=false switches them off"
         raise ServiceError("invalid_request", f"`explain.attention` cannot be answered: {reason}")
     for name, number, count in (
         ("layer", asked.layer, shape.layers),
@@ -45,7 +47,8 @@ def check_attention(asked: HeadQuestion, engine: Engine) -> None:
     ):
         if number is not None and number >= count:
             raise ServiceError(
-                "invalid_request", f"`explain.attention.{name}` is {number:,}; this CLIP's go from 0 to {count - 1:,}"
+                "invalid_request",
+                f"`explain.attention.{name}` is {number:,}; this CLIP allows 0 to {count - 1:,}",
             )
 
 

@@ -136,10 +136,10 @@ def _check_request(
         check_edited(request.explain)
     check_explain(request.explain, texts[0], settings.max_targets, attributor.engine)
     if request.scoring != "softmax" and request.explain.lens:
-        raise ServiceError("invalid_request", "`explain.lens` is of the softmax; ask for it with `scoring` softmax")
+        raise ServiceError("invalid_request", "`explain.lens` shows softmax probabilities; set `scoring` to softmax")
     scoring_of(request, texts[0], attributor.bundle.manifest.logit_scale)  # refuses before anything is computed
     values = images * attribution_values(attributor.bundle.manifest, request, len(texts[0]))
-    check_answer_size(values, settings.max_answer_values, "send fewer images, or ask for fewer targets or details")
+    check_answer_size(values, settings.max_answer_values, "send fewer images, or request fewer targets or details")
     return texts, edit
 
 

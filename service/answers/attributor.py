@@ -247,8 +247,8 @@ class Attributor:
             logger.error("the graphs of %s cannot be opened: %s", graphs.name, error)
             raise ServiceError(
                 "internal",
-                f"the graphs of {graphs.name} of the bundle {self.model.name!r} cannot be opened: the service's log "
-                "says why; the next request for them tries again",
+                f"the graphs of {graphs.name} of the bundle {self.model.name!r} cannot be opened; the service's log "
+                "has the reason, and the next request that needs them tries again",
             ) from error
         logger.info("the graphs of %s were opened in %.2f s", graphs.name, time.perf_counter() - start)
 

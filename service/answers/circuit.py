@@ -104,13 +104,15 @@ def check_circuit(attributor: Attributor, request: CircuitRequest) -> tuple[Text
     explain = Explain(targets=targets, contrast=request.contrast, sources=by_clt)
     if by_clt and not attributor.bundle.manifest.has_features:
         why = attributor.bundle.manifest.why_no_features
-        raise ServiceError("invalid_request", f"a circuit is of the CLT's features: {why}")
+        raise ServiceError("invalid_request", f"a circuit requires a CLT, unless `dictionary` is residual: {why}")
     if not by_clt:
         check_residual("`dictionary` residual", attributor.bundle, enabled=attributor.engine.residual is not None)
     check_explain(explain, texts[0], settings.max_targets, attributor.engine)
     allowed = _allowed(settings, request.dictionary)
     if request.nodes is not None and request.nodes > allowed:
-        raise ServiceError("invalid_request", f"nodes: {request.nodes:,} features; at most {allowed:,} are followed")
+        raise ServiceError(
+            "invalid_request", f"`nodes` is {request.nodes:,}; at most {allowed:,} features are followed back"
+        )
     return texts, explain
 
 
@@ -139,7 +141,7 @@ async def _followed(
 def _check_size(attributor: Attributor, circuit: Circuit) -> None:
     """Raise `ServiceError` answer_too_large."""
     values = NODE_VALUES * len(circuit.nodes) + EDGE_VALUES * len(circuit.weights)
-    check_answer_size(values, attributor.settings.max_answer_values, "ask for a smaller `node_share` or `edge_share`")
+    check_answer_size(values, attributor.settings.max_answer_values, "set a smaller `node_share` or `edge_share`")
 
 
 def _parts(

@@ -53,7 +53,7 @@ async def classify(
     scale = attributor.bundle.manifest.logit_scale
     scoring = scoring_of(request, texts[0], scale)
     values = 4 * len(images) * min(request.top_k, len(texts[0]))
-    check_answer_size(values, attributor.settings.max_answer_values, "send fewer images, or ask for a smaller `top_k`")
+    check_answer_size(values, attributor.settings.max_answer_values, "send fewer images, or set a smaller `top_k`")
 
     async def one(image: bytes) -> Classified:
         timings: dict[str, float] = {}

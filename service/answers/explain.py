@@ -44,12 +44,12 @@ def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int, e
     if (explain.heatmap or explain.lens) and bundle.attention_fold is None:
         raise ServiceError(
             "invalid_request",
-            f"the bundle {bundle.manifest.name!r} is older than heat maps and the lens: export it again",
+            f"the bundle {bundle.manifest.name!r} is from a version without heat maps and the lens; export it again",
         )
     if explain.matrix and engine.replacement is None:
-        reason = "its recipe has no `bundle.replacement = true`"
+        reason = "it was exported without `bundle.replacement = true` in its recipe"
         if bundle.has_replacement:
-            reason = "VITRINE_REPLACEMENT=false"
+            reason = "VITRINE_REPLACEMENT=false switches it off"
         elif not bundle.manifest.has_features:
             reason = bundle.manifest.why_no_features
         raise ServiceError(
@@ -62,11 +62,15 @@ def check_explain(explain: Explain, labels: tuple[str, ...], max_targets: int, e
         check_attention(explain.attention, engine)
     if explain.targets and len(explain.targets) > max_targets:
         raise ServiceError(
-            "invalid_request", f"{len(explain.targets)} targets; at most {max_targets} are explained at once"
+            "invalid_request",
+            f"there are {len(explain.targets)} targets; at most {max_targets} are explained per request",
         )
     known = set(labels)
     if unknown := [label for label in (*(explain.targets or ()), explain.contrast) if label and label not in known]:
-        raise ServiceError("invalid_request", f"not among the labels: {', '.join(map(repr, unknown[:5]))}")
+        raise ServiceError(
+            "invalid_request",
+            f"targets and contrast must be labels; not among the labels: {', '.join(map(repr, unknown[:5]))}",
+        )
 
 
 def check_edited(explain: Explain) -> None:
@@ -76,7 +80,7 @@ def check_edited(explain: Explain) -> None:
     if names := [f"`explain.{name}`" for name, value in asked.items() if value]:
         raise ServiceError(
             "invalid_request",
-            f"{', '.join(names)}: of CLIP as it is, not of an edited one; ask with `edit` {NONE}, or without them",
+            f"{', '.join(names)} can only explain the unmodified CLIP; set `edit` to {NONE}, or leave them out",
         )
 
 

@@ -51,9 +51,11 @@ def card(bundle: Bundle, model: Model, dictionary: Dictionary, layer: int, index
     """One feature's card. Raises `ServiceError` no_cards, or not_found for a feature that does not exist."""
     cards, features = require_cards(bundle, dictionary), bundle.manifest.features_of(dictionary)
     if not 0 <= layer < len(features):
-        raise ServiceError("not_found", f"there is no layer {layer}, only 0 to {len(features) - 1}")
+        raise ServiceError("not_found", f"there is no layer {layer}; the layers are 0 to {len(features) - 1}")
     if not 0 <= index < features[layer]:
-        raise ServiceError("not_found", f"layer {layer} has no feature {index}, only 0 to {features[layer] - 1}")
+        raise ServiceError(
+            "not_found", f"layer {layer} has no feature {index}; its features are 0 to {features[layer] - 1}"
+        )
     record = cards.card(layer, index)
     images = cards.images([exemplar.image for exemplar in record.exemplars])
     rows, columns = patch_grid(bundle.manifest.preprocessing, bundle.manifest.shape.tokens - 1)

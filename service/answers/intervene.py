@@ -89,8 +89,11 @@ def check_intervene(attributor: Attributor, request: InterveneRequest) -> Asked:
     check_explain(explain, texts[0], settings.max_targets, attributor.engine)
     most, counted = settings.max_interventions, sum(map(len, variants))
     if max(counted, len(variants)) > most:
-        asked_for = f"{counted:,} interventions in {len(variants):,} variants"
-        raise ServiceError("invalid_request", f"{asked_for}; at most {most:,} of both are made in one request")
+        asked_for = f"there are {counted:,} interventions in {len(variants):,} variants"
+        raise ServiceError(
+            "invalid_request",
+            f"{asked_for}; at most {most:,} of either are made per request",
+        )
     if isinstance(wanted, str):
         wanted = Counterfactual(label=wanted)
     if wanted is not None:
@@ -101,13 +104,13 @@ def check_intervene(attributor: Attributor, request: InterveneRequest) -> Asked:
     elif counted and not attributor.engine.has_components:
         raise ServiceError(
             "invalid_request",
-            f"the bundle {attributor.model.name!r} is older than interventions: export it again",
+            f"the bundle {attributor.model.name!r} is from a version without interventions; export it again",
         )
     asked = AttributeRequest(**request.model_dump(include=set(AttributeRequest.model_fields) - {"explain"}))
     asked = asked.model_copy(update={"explain": explain})
     manifest = attributor.bundle.manifest
     values = (1 + 2 * len(variants or (wanted,))) * attribution_values(manifest, asked, len(texts[0]))
-    check_answer_size(values, settings.max_answer_values, "ask for fewer variants, targets or features")
+    check_answer_size(values, settings.max_answer_values, "request fewer variants, targets or features")
     return Asked(asked, texts, variants, wanted)
 
 
@@ -118,28 +121,32 @@ def check_rerun(asked: str, engine: Engine, *, residual: bool = False) -> None:
     """
     files, name = engine.bundle.manifest.files, f"{RESIDUAL if residual else ''}{RERUN}"
     if engine.rerun is None or (residual and name not in files):
-        reason = f"it has no {name}: export it again"
+        reason = f"it has no {name}; export it again"
         if name in files:
-            reason = "VITRINE_RERUN=false"
+            reason = "VITRINE_RERUN=false switches it off"
         raise ServiceError(
             "invalid_request",
-            f"{asked} needs the graph of the changed network of {engine.bundle.manifest.name!r}: {reason}",
+            f"{asked} needs the graph for interventions in the bundle {engine.bundle.manifest.name!r}: {reason}",
         )
 
 
 def _check_counterfactual(attributor: Attributor, wanted: Counterfactual, texts: Texts, most: int) -> None:
     if wanted.label not in texts[0]:
-        raise ServiceError("invalid_request", f"counterfactual: not among the labels: {wanted.label!r}")
+        raise ServiceError("invalid_request", f"`counterfactual.label` {wanted.label!r} is not among the labels")
     if wanted.members > most:
-        raise ServiceError("invalid_request", f"counterfactual.members: {wanted.members:,}; at most {most:,}")
+        raise ServiceError(
+            "invalid_request", f"`counterfactual.members` is {wanted.members:,}; at most {most:,} are allowed"
+        )
     if wanted.of == "features" and not attributor.bundle.manifest.has_features:
         why = attributor.bundle.manifest.why_no_features
-        raise ServiceError("invalid_request", f"a `counterfactual` of features (`of`: patches needs none): {why}")
+        raise ServiceError(
+            "invalid_request", f"a `counterfactual` of features requires a CLT, unless `of` is patches: {why}"
+        )
     if attributor.engine.sources is None:
         raise ServiceError(
             "invalid_request",
             f"`counterfactual` needs the source graphs of {attributor.model.name!r}: it was exported without them "
-            "(`bundle.sources`), or VITRINE_SOURCES=false",
+            "(`bundle.sources`), or VITRINE_SOURCES=false switches them off",
         )
     if wanted.of == "features":
         check_rerun("a `counterfactual` of features", attributor.engine)

@@ -124,10 +124,10 @@ class Serving:
                 current = await self._load_with_keys()
                 outcome = "taken"
             except RELOAD_ERRORS as error:
-                logger.error("reload refused, the bundle in service stays: %s", error)
+                logger.error("reload refused, the current bundle stays in service: %s", error)
                 raise
             except Exception:
-                logger.exception("reload failed, the bundle in service stays")
+                logger.exception("reload failed, the current bundle stays in service")
                 raise
             finally:
                 metrics.RELOADS.labels(outcome).inc()
@@ -188,7 +188,7 @@ async def _close(instance: _Instance) -> None:
 
 
 def _not_ready() -> ServiceError:
-    return ServiceError("not_ready", "no bundle is in service, yet or any more; see /readyz")
+    return ServiceError("not_ready", "no bundle is in service: the service is starting or stopping; see /readyz")
 
 
 def read_keys(settings: Settings) -> tuple[Keys, Keys]:

@@ -37,9 +37,9 @@ def check_residual(asked: str, bundle: Bundle, *, enabled: bool) -> None:
     enabled: VITRINE_RESIDUAL.
     """
     if not (bundle.has_residual and enabled):
-        reason = "it was exported without them (`vitrine export --residual` adds them)"
+        reason = "it was exported without them; `vitrine export --residual` adds them"
         if bundle.has_residual:
-            reason = "VITRINE_RESIDUAL=false"
+            reason = "VITRINE_RESIDUAL=false switches them off"
         raise ServiceError(
             "invalid_request", f"{asked} needs residual SAEs in the bundle {bundle.manifest.name!r}: {reason}"
         )

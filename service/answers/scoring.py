@@ -21,11 +21,11 @@ def scoring_of(request: ClassifyRequest, labels: tuple[str, ...], logit_scale: f
         return SOFTMAX
     if isinstance(threshold, dict):
         if missing := [label for label in labels if label not in threshold]:
-            raise _invalid("there is no `threshold` for ", missing)
+            raise _invalid("`threshold` is missing for ", missing)
         if len(threshold) > len(labels):
             known = set(labels)
             raise _invalid(
-                "`threshold` has what is not among the labels: ", [it for it in threshold if it not in known]
+                "`threshold` has keys that are not among the labels: ", [it for it in threshold if it not in known]
             )
         thresholds = np.array([threshold[label] for label in labels])
     else:

@@ -41,11 +41,11 @@ def _check_request(bundle: Bundle, request: SimilarRequest) -> None:
     """Raise `ServiceError` no_cards, or invalid_request for layers that do not exist or are named twice."""
     cards, layers, count = require_cards(bundle), request.layers or [], bundle.manifest.shape.layers
     if not len(cards.references[0]):
-        raise ServiceError("no_cards", f"the cards of {bundle.manifest.name!r} have no reference images")
+        raise ServiceError("no_cards", f"the cards of the bundle {bundle.manifest.name!r} have no reference images")
     if unknown := [layer for layer in layers if layer >= count]:
-        raise ServiceError("invalid_request", f"layers: there is no layer {unknown[0]}, only 0 to {count - 1}")
+        raise ServiceError("invalid_request", f"there is no layer {unknown[0]}; `layers` may name 0 to {count - 1}")
     if len(set(layers)) < len(layers):
-        raise ServiceError("invalid_request", "layers must differ from one another")
+        raise ServiceError("invalid_request", "`layers` must differ from one another; send each layer once")
 
 
 def _nearest(bundle: Bundle, parts: Decomposition, request: SimilarRequest) -> list[SimilarLayer]:

@@ -35,15 +35,17 @@ def check_sources(explain: Explain, bundle: Bundle, *, enabled: bool) -> None:
     """
     name = bundle.manifest.name
     if explain.baseline == "mean" and not explain.sources:
-        raise ServiceError("invalid_request", "`explain.baseline` is the baseline of `explain.sources`: ask for both")
+        raise ServiceError("invalid_request", "`explain.baseline` requires `explain.sources`; set both")
     if explain.sources and not (bundle.has_sources and enabled):
-        reason = "VITRINE_SOURCES=false" if bundle.has_sources else "it was exported without them (`bundle.sources`)"
+        reason = "it was exported without them (`bundle.sources`)"
+        if bundle.has_sources:
+            reason = "VITRINE_SOURCES=false switches them off"
         raise ServiceError("invalid_request", f"`explain.sources` needs source graphs in the bundle {name!r}: {reason}")
     if explain.baseline == "mean" and not bundle.manifest.has_features:
         why = bundle.manifest.why_no_features
-        raise ServiceError("invalid_request", f"`explain.baseline` mean is of the average picture's features: {why}")
+        raise ServiceError("invalid_request", f"`explain.baseline` mean requires a CLT: {why}")
     if explain.baseline == "mean" and bundle.baseline is None:
-        raise ServiceError("invalid_request", f"the bundle {name!r} has no average picture: export it with images")
+        raise ServiceError("invalid_request", f"the bundle {name!r} has no average image; export it with images")
 
 
 def directions(labels: LabelSet, explain: Explain, top1: int) -> NDArray[np.floating]:

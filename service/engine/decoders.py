@@ -165,7 +165,7 @@ class Decoders:
     def _unavailable(self, reason: str) -> ServiceError:
         self._can_start = False
         logger.error("a decoder process cannot be started: %s", reason)
-        return ServiceError("not_ready", "no process can be started to decode images; see the log")
+        return ServiceError("not_ready", "no process to decode images can be started; the service's log has the reason")
 
     def _drop(self, process: _Process) -> None:
         process.kill()
@@ -182,14 +182,14 @@ class Decoders:
         if status == OUT_OF_MEMORY or (status == -signal.SIGKILL and not was_late):  # the kernel's, for want of memory
             reason = "memory"
         metrics.DECODER_RESTARTS.labels(reason).inc()
-        logger.warning("a decoder process has ended (%s, status %s); another takes its place", reason, status)
+        logger.warning("a decoder process has ended (%s, status %s); a new one replaces it", reason, status)
         with suppress(ServiceError):  # the next image will tell
             self._idle.appendleft(self._start())  # ready by the time that it is needed
         if reason == "timeout":
-            return _refused(too_costly(f"the image cannot be decoded within {self._seconds:g} s"))
+            return _refused(too_costly(f"the image takes longer than {self._seconds:g} s to decode"))
         if reason == "memory":
-            return _refused(too_costly("the image takes too much memory to be decoded"))
-        return ServiceError("invalid_image", "the image makes its decoder crash; save it anew")
+            return _refused(too_costly("the image takes too much memory to decode"))
+        return ServiceError("invalid_image", "the image makes its decoder crash; save it again with another program")
 
 
 @contextmanager

@@ -177,7 +177,7 @@ def load_edits(engine: Engine, settings: Settings) -> Edits:
     if default is not None and default != NONE:
         if default not in named:
             names = ", ".join(named) or "none"
-            raise EditError(f"VITRINE_EDIT={default[:100]}: no such edit; there are: {names}")
+            raise EditError(f"VITRINE_EDIT={default[:100]}: there is no such edit; the edits are: {names}")
         if named[default].problem:
             raise EditError(named[default].problem)
     return Edits(named, None if default == NONE else default)
@@ -221,7 +221,7 @@ def rerun_graph(engine: Engine, edit: ServedEdit) -> RerunGraph:
 
 
 def _unknown(name: str, named: Iterable[str]) -> ServiceError:
-    return ServiceError("unknown_edit", f"no edit {name[:100]!r}; there are: {', '.join([NONE, *named])}")
+    return ServiceError("unknown_edit", f"there is no edit {name[:100]!r}; the edits are: {', '.join([NONE, *named])}")
 
 
 def _problem(edit: Edit, engine: Engine, key: bytes | None) -> str:
@@ -230,9 +230,11 @@ def _problem(edit: Edit, engine: Engine, key: bytes | None) -> str:
         try:
             check_signature(edit, key)
         except EditError as error:
-            return f"{error}; VITRINE_EDIT_KEY_FILE asks for its own signature"
+            return f"{error}; VITRINE_EDIT_KEY_FILE requires edits signed with its key"
     if edit.mode == "direct" and not engine.has_components:
-        return f"edit {edit.name!r} is direct, and the vision graph gives no components: export the bundle again"
+        return (
+            f"edit {edit.name!r} is direct, but the bundle's vision graph gives no components; export the bundle again"
+        )
     if edit.mode == "rerun" and engine.rerun is None:
-        return f"edit {edit.name!r} re-runs the network: it needs the bundle's rerun graph, and VITRINE_RERUN=true"
+        return f"edit {edit.name!r} has the mode rerun, which needs the bundle's rerun graph and VITRINE_RERUN=true"
     return ""

@@ -137,7 +137,7 @@ class Engine:
         self.text_groups.record(tokens.size, perf_counter() - start)
         return embeddings[: len(texts)]
 
-    @session_errors("a graph of this bundle, at the largest VITRINE_BATCH_SIZE,")
+    @session_errors("a graph of this bundle, run with a batch of VITRINE_BATCH_SIZE images,")
     def warm_up(self) -> None:
         """Run the graphs once at every relevant size, so that no request pays for it, and learn the text encoder's
         pace; the graphs that few requests need run when they are opened. Raises `EngineError`."""

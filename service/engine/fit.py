@@ -198,22 +198,24 @@ def check_graph(
     file = bundle.path / graph.file
     _check_inputs(bundle, graph, session)
     if missing := graph.outputs.keys() - {output.name for output in session.get_outputs()}:
-        raise BundleError(f"{file} has no output {min(missing)}: it was not exported for this bundle")
+        raise BundleError(f"{file} has no output {min(missing)}: it belongs to another bundle; export this one again")
     feeds = feeds or _feeds(graph)
     given = ", ".join(f"{name} {list(feed.shape)} ({_FIELDS.get(name, 'shape')})" for name, feed in feeds.items())
-    with session_errors(f"{file}, given {given} as {MANIFEST} says,"):
+    with session_errors(f"{file}, run with the inputs of {MANIFEST}, {given},"):
         values = session.run(list(graph.outputs), feeds)
     for (name, dimensions), value in zip(graph.outputs.items(), values, strict=True):
         if not _fits(value.shape, (1, *dimensions[1:])):
             said = ", ".join("any" if size is None else str(size) for size in (1, *dimensions[1:]))
-            raise BundleError(f"{file}: its output {name} is {list(value.shape)}, {MANIFEST} says [{said}] (shape)")
+            raise BundleError(
+                f"{file}: its output {name} has the shape {list(value.shape)}, but {MANIFEST} says [{said}] (shape)"
+            )
         if not np.isfinite(value).all():
             raise BundleError(f"{file}: its output {name} has values that are not finite")
         if name in ("embedding", "text_embedding"):
             check_unit(value, f"{file}: its output {name}")
         if name in ("feature_indices", "indices") and not 0 <= value.min() <= value.max() < graph.features:
             raise BundleError(
-                f"{file}: its output {name} goes up to {value.max()}, {MANIFEST} says {graph.field_of_features} = "
+                f"{file}: its output {name} goes up to {value.max()}, but {MANIFEST} says {graph.field_of_features} = "
                 f"{graph.features}"
             )
 
@@ -222,7 +224,7 @@ def check_unit(embeddings: NDArray[np.floating], what: str) -> None:
     """Raise `BundleError` unless embeddings [N, D] are finite and of length 1."""
     lengths = np.linalg.norm(embeddings.astype(np.float32), axis=-1)
     if not np.abs(lengths - 1).max(initial=0) <= UNIT_TOLERANCE:  # false for NaN, too
-        raise BundleError(f"{what} is not of length 1, or not finite")
+        raise BundleError(f"{what} does not have length 1, or is not finite")
 
 
 @dataclass(frozen=True)
@@ -241,25 +243,27 @@ def check_tokenizer(bundle: Bundle, tokens: TokenizerFile, session: InferenceSes
     length = (tokens.truncation or {}).get("max_length")
     if length != text.context:
         raise BundleError(
-            f"{file} cuts texts to {length} tokens (truncation), {MANIFEST} says text.context = {text.context}"
+            f"{file} cuts texts to {length} tokens (truncation), but {MANIFEST} says text.context = {text.context}"
         )
     padding = tokens.padding or {}
     if (padding.get("length"), padding.get("pad_id")) != (text.context, text.pad):
         raise BundleError(
-            f"{file} pads texts to {padding.get('length')} tokens with {padding.get('pad_id')} (padding), {MANIFEST} "
-            f"says text.context = {text.context}, text.pad = {text.pad}"
+            f"{file} pads texts to {padding.get('length')} tokens with {padding.get('pad_id')} (padding), but "
+            f"{MANIFEST} says text.context = {text.context}, text.pad = {text.pad}"
         )
     prompt = text.templates[0].replace("{}", text.labels[0])
     try:
         reader = TextReader(tokens.tokenizer, text.clean, text.written, text.zeroed)
         (ids, _), *_ = reader.read([prompt, *text.written])
     except ValueError as error:
-        raise BundleError(f"{file} does not go with text.written of {MANIFEST}: {error}") from error
+        raise BundleError(f"{file} does not match text.written in {MANIFEST}: {error}") from error
     except Exception as error:  # `tokenizers` raises nothing more specific
-        raise BundleError(f"{file} cannot take {prompt[:100]!r}: {error}") from error
+        raise BundleError(f"{file} cannot read the text {prompt[:100]!r}: {error}") from error
     if not ids:
-        raise BundleError(f"{file} makes no token of {prompt[:100]!r}")
-    with session_errors(f"{bundle.path / 'text.onnx'} with token {tokens.largest}, the last of tokenizer.json,"):
+        raise BundleError(f"{file} makes no tokens from {prompt[:100]!r}")
+    with session_errors(
+        f"{bundle.path / 'text.onnx'} run with token {tokens.largest}, the last one in tokenizer.json,"
+    ):
         session.run(None, {"tokens": np.full((1, text.context), max(tokens.largest, text.pad), np.int64)})
     return reader
 
@@ -268,16 +272,18 @@ def _check_inputs(bundle: Bundle, graph: Graph, session: InferenceSession) -> No
     file, inputs = bundle.path / graph.file, {node.name: node for node in session.get_inputs()}
     if unknown := inputs.keys() - graph.inputs.keys():
         why = f"; {MANIFEST} does not list attention.npy, which belongs to it" if unknown == {DETAILS_INPUT} else ""
-        raise BundleError(f"{file} has an input {min(unknown)}, which this bundle's graph has not{why}")
+        raise BundleError(f"{file} has an input {min(unknown)}, which this bundle's graph does not have{why}")
     for name, (kind, dimensions) in graph.inputs.items():
         if name not in inputs:
-            raise BundleError(f"{file} has no input {name}: it was not exported for this bundle")
+            raise BundleError(f"{file} has no input {name}: it belongs to another bundle; export this one again")
         node = inputs[name]
         declared = tuple(size if isinstance(size, int) else None for size in node.shape)
         if node.type != kind or not _fits(declared, dimensions):
             said = [size or "any" for size in dimensions]
             field = _FIELDS.get(name, "shape")
-            raise BundleError(f"{file}: its input {name} is {node.type} {node.shape}, {MANIFEST} says {said} ({field})")
+            raise BundleError(
+                f"{file}: its input {name} is {node.type} {node.shape}, but {MANIFEST} says {said} ({field})"
+            )
 
 
 def _fits(found: Dimensions, wanted: Dimensions) -> bool:

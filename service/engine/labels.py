@@ -108,7 +108,10 @@ class LabelEncoder:
         notices: tuple[LabelNotice, ...] = (),
     ) -> _Key:
         labels, templates = named
-        check_unit(embeddings, f"{self.engine.bundle.path}: the embedding of a label, {labels[0]!r} or one of its set,")
+        check_unit(
+            embeddings,
+            f"{self.engine.bundle.path}: the embedding of the label {labels[0]!r}, or of another label of its set,",
+        )
         key = labels, _digest(templates)
         self._named_sets[key] = LabelSet(labels, embeddings.astype(np.float32, copy=False), notices)
         return key

@@ -33,10 +33,10 @@ def check_precision(bundle: Bundle, vision: InferenceSession, runtime: Runtime) 
     expected = agreement.drawn_cosine if agreement else None
     least = LEAST if expected is None else expected - SLACK
     if not cosine >= least:
-        known = "" if expected is None else f", and {expected:.4f} where it was exported"
+        known = "" if expected is None else f", and had {expected:.4f} where it was exported"
         raise EngineError(
-            f"{bundle.path / vision_file(precision)} is wrong on this machine: its embeddings of drawn pictures have a "
-            f"cosine of {cosine:.4f} with float32's{known}; at least {least:.4f} is asked for. int8 instructions: "
-            f"{here} here, {there or 'not known'} there. Set VITRINE_PRECISION=fp32, or export the bundle on such a "
-            "machine"
+            f"{bundle.path / vision_file(precision)} is wrong on this machine: its embeddings of drawn images have a "
+            f"cosine of {cosine:.4f} with float32's{known}; at least {least:.4f} is required. int8 instructions: "
+            f"{here} here, {there or 'not known'} there. Set VITRINE_PRECISION=fp32, or export the bundle on a "
+            "machine like this one"
         )

@@ -27,7 +27,7 @@ def available_processors(root: Path = _ROOT) -> tuple[int, str]:
     if quotas:
         quota, group = min(quotas)
         if (allowed := max(1, int(quota))) < processors:
-            return allowed, f"the container's quota, of {processors} processors ({group})"
+            return allowed, f"the container's quota, out of {processors} processors ({group})"
     return processors, "the processors that this process may use"
 
 
@@ -42,7 +42,7 @@ def memory_limit(root: Path = _ROOT) -> tuple[int, str]:
             limits.append((int(text), group))
     if limits and min(limits)[0] < total:
         limit, group = min(limits)
-        return limit, f"the container's limit, of {total / 2**30:.1f} GiB ({group})"
+        return limit, f"the container's limit, out of {total / 2**30:.1f} GiB ({group})"
     return total, "the machine's memory"
 
 

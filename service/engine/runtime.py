@@ -70,7 +70,7 @@ def choose(bundle: Bundle, settings: Settings) -> Runtime:
             "precision": why_precision,
             "threads": f"VITRINE_THREADS={settings.threads}"
             if settings.threads
-            else why_threads + (f", by {settings.workers} workers" if settings.workers > 1 else ""),
+            else why_threads + (f", divided among {settings.workers} workers" if settings.workers > 1 else ""),
         },
     )
 
@@ -88,7 +88,8 @@ def open_session(path: Path, runtime: Runtime, precise: bool | None = None) -> o
         session = onnxruntime.InferenceSession(path, options, providers=list(runtime.options.items()))
     if session.get_providers()[0] != runtime.provider:
         raise EngineError(
-            f"{runtime.provider} could not be used for {path.name}; ONNX Runtime would use {session.get_providers()[0]}"
+            f"{runtime.provider} cannot be used for {path.name}: ONNX Runtime would use {session.get_providers()[0]} "
+            "instead"
         )
     return session
 
@@ -108,7 +109,7 @@ def requested_provider(settings: Settings) -> str:
     if requested not in available:
         raise EngineError(
             f"VITRINE_PROVIDER={settings.provider}, but the installed onnxruntime has only {', '.join(available)}; "
-            "install vitrine[gpu] in place of vitrine[cpu], or set VITRINE_PROVIDER=cpu"
+            "install vitrine[gpu] instead of vitrine[cpu], or set VITRINE_PROVIDER=cpu"
         )
     return requested
 
@@ -122,15 +123,17 @@ def _precision(bundle: Bundle, settings: Settings) -> tuple[Precision, str]:
             )
         if requested != "fp32" and (requested == "int8") != on_cpu:
             target = "for the CPU" if requested == "int8" else "for GPUs"
-            raise EngineError(f"VITRINE_PRECISION={requested} is {target}, and VITRINE_PROVIDER={settings.provider}")
+            raise EngineError(
+                f"VITRINE_PRECISION={requested} is only {target}, but VITRINE_PROVIDER={settings.provider}"
+            )
         return requested, f"VITRINE_PRECISION={requested}"
     if not on_cpu:
-        return ("fp16", "auto: a GPU") if "fp16" in available else ("fp32", "auto: the bundle has no fp16")
+        return ("fp16", "auto: a GPU") if "fp16" in available else ("fp32", "auto: a GPU, but the bundle has no fp16")
     instructions = int8_instructions()
     if instructions is None:
-        return "fp32", "auto: this CPU has no instructions for int8"
+        return "fp32", "auto: this CPU has no int8 instructions"
     if "int8" not in available:
-        return "fp32", f"auto: this CPU has {instructions}, but the bundle no int8"
+        return "fp32", f"auto: this CPU has {instructions}, but the bundle has no int8"
     return "int8", f"auto: this CPU has {instructions}"
 
 

@@ -1,4 +1,4 @@
-"""Python with BentoML's own client, which learns from /schema.json what there is.
+"""Python with BentoML's own client, which reads the API from /schema.json.
 
 python service/examples/attribute_bentoml.py photo.jpg cat dog truck
 """
@@ -11,9 +11,9 @@ import bentoml
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("photo", type=Path)
-parser.add_argument("labels", nargs="*", help="default: the bundle's own")
+parser.add_argument("labels", nargs="*", help="labels to choose from; default: the bundle's own")
 parser.add_argument("--url", default="http://127.0.0.1:3000")
-parser.add_argument("--key", help="API key, where the service asks for one")
+parser.add_argument("--key", help="API key, if the service requires one")
 arguments = parser.parse_args()
 
 with bentoml.SyncHTTPClient(arguments.url, token=arguments.key, timeout=60) as client:

@@ -1,4 +1,4 @@
-"""Python with httpx: why a photo is what it is.
+"""Python with httpx: why a photo gets its label.
 
 python service/examples/attribute_httpx.py photo.jpg cat dog truck
 """
@@ -12,9 +12,9 @@ import httpx
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("photo", type=Path)
-parser.add_argument("labels", nargs="*", help="default: the bundle's own")
+parser.add_argument("labels", nargs="*", help="labels to choose from; default: the bundle's own")
 parser.add_argument("--url", default="http://127.0.0.1:3000")
-parser.add_argument("--key", default="none", help="API key, where the service asks for one")
+parser.add_argument("--key", default="none", help="API key, if the service requires one")
 arguments = parser.parse_args()
 
 request = {"labels": arguments.labels} if arguments.labels else {}

@@ -43,7 +43,7 @@ async def account_for(
         page = await page_for(attributor, content, request) if with_page else ""
         if graph is not None:
             if not bundle.manifest.has_features:
-                raise CircuitError(f"a graph for circuit-tracer is of features: {bundle.manifest.why_no_features}")
+                raise CircuitError(f"a graph for circuit-tracer requires a CLT: {bundle.manifest.why_no_features}")
             labels = await attributor.label_set(request)
             full_request = _with_explain(request, heatmap=True, attention=None, features=bundle.manifest.shape.k)
             # all labels, so that the targets are among the predictions

@@ -24,16 +24,16 @@ from vitrine.service.schemas.circuit import CircuitNode, CircuitResponse
 DEFINITIONS: dict[Dictionary, str] = {
     "clt": "A link is a direct effect on the logit, in logits, or on a feature's activation, with the attention "
     "weights and the denominators of all LayerNorms taken from this image. An error is what an MLP wrote at a token "
-    "and the CLT does not say.",
+    "and the CLT does not explain.",
     "residual": "A link is a direct effect on the logit, in logits, or on a feature's activation, with the attention "
-    "weights, the MLPs' gates and the denominators of all LayerNorms taken from this image. Features are of the stream "
-    "after a block, made by those of the block before. An error is what the stream has at a token and its SAE does not "
-    "say.",
+    "weights, the MLPs' gates and the denominators of all LayerNorms taken from this image. Features describe the "
+    "stream after a block, and are made by those of the previous block. An error is what the stream contains at a "
+    "token and its SAE does not explain.",
 }
 SUMS = (
-    "The links into a feature add up to its activation, and those into the logit to the logit, with what `inflow` in "
-    "the settings says of that node: what came from features that were not followed back, from what was pruned, and "
-    "from biases and constants."
+    "The links into a feature, plus the `inflow` of its node in the settings, add up to the feature's activation; the "
+    "links into the logit, plus its `inflow`, add up to the logit. `inflow` is what came from features that were not "
+    "followed back, from what was pruned, and from biases and constants."
 )
 
 

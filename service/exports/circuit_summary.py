@@ -19,14 +19,21 @@ SHOWN = 3  # labels that were explained, and images that could not be used
 def print_circuit(circuit: GroupedCircuit, count: int, console: Console) -> None:
     """Print the `count` most influential features, errors and embeddings, and the scores."""
     many = circuit.images > 1
-    by = "" if circuit.dictionary == "clt" else "; by residual SAEs"
+    by = "" if circuit.dictionary == "clt" else ", by residual SAEs"
     mean = "mean " if many else ""
     table = Table(
         title=Text(f"{question(circuit)} ({mean}logit {circuit.logit:.2f}{by})"), box=None, title_justify="left"
     )
-    headings = ["feature", *(["images"] if many else []), "tokens", "influence", "straight to the logit", "fed most by"]
-    for heading in (*headings, "by unfollowed"):
-        is_text = heading in ("feature", "fed most by")
+    headings = [
+        "feature",
+        *(["images"] if many else []),
+        "tokens",
+        "influence",
+        "direct effect on the logit",
+        "largest sources",
+    ]
+    for heading in (*headings, "from unfollowed"):
+        is_text = heading in ("feature", "largest sources")
         table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
     into: defaultdict[int, list[GroupEdge]] = defaultdict(list)
     for edge in circuit.edges:
@@ -43,10 +50,10 @@ def print_circuit(circuit: GroupedCircuit, count: int, console: Console) -> None
     plain: dict[str, Any] = {"style": "yellow", "markup": False, "highlight": False, "soft_wrap": True}
     for warning in circuit.warnings:
         console.print(f"warning: {warning.message}", **plain)
-    scores, each = circuit.scores, "Each, in the mean: " if many else ""
+    scores, each = circuit.scores, "Mean per image: " if many else ""
     console.print(
-        f"\n{each}{_number(circuit.nodes)} nodes. Of {_number(circuit.active)} active features "
-        f"{_number(circuit.followed)} were followed back, {_number(circuit.kept)} ({circuit.kept_share:.1%}) are in "
+        f"\n{each}{_number(circuit.nodes)} nodes. Of {_number(circuit.active)} active features, "
+        f"{_number(circuit.followed)} were followed back and {_number(circuit.kept)} ({circuit.kept_share:.1%}) are in "
         f"the circuit.\nThe influence ends at embeddings ({scores.embeddings:.0%}), errors ({scores.errors:.0%}) and "
         f"features that were not followed ({scores.left_out:.0%}).\n"
         f"Replacement score {scores.replacement:.2f}, completeness {scores.completeness:.2f}.",

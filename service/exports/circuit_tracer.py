@@ -34,10 +34,11 @@ from vitrine.service.schemas.attribute import AttributeResponse, Explanation, He
 from vitrine.service.schemas.classify import Prediction
 
 DEFINITION = (
-    "A link is a direct effect on the logit, in logits: what its source wrote to [CLS]'s residual, through ln_post and "
-    "the projection, with ln_post's sigma and the norm taken from this image. An embedding is what attention took from "
-    "that token in all layers, [CLS] with the prior; the error is all layers'. Links, bias, attention's constants and "
-    "remainder add up to the logit. Effects between features are not listed: the account of [CLS] is direct."
+    "A link is a direct effect on the logit, in logits: what its source wrote to the residual at [CLS], through "
+    "ln_post and the projection, with ln_post's sigma and the norm taken from this image. An embedding is what "
+    "attention took from that token in all layers (for [CLS], with the prior); the error is that of all layers. Links, "
+    "bias, attention's constants and remainder add up to the logit. Effects between features are not listed, because "
+    "the account of [CLS] is direct."
 )
 FEATURE, ERROR = "cross layer transcoder", "mlp reconstruction error"
 RANKED_LABELS = 10  # labels listed at each end of a feature's ranking
@@ -163,11 +164,14 @@ def opened_at(logit: Node) -> dict[str, Any]:
 def _require_heat_map(explanation: Explanation) -> HeatMap:
     """The explanation's heat map. Raises `CircuitError` if there is none, or if features are missing."""
     if explanation.heatmap is None:
-        raise CircuitError(f"the account of {explanation.target!r} has no heat map: ask with `explain.heatmap`")
+        raise CircuitError(f"the account of {explanation.target!r} has no heat map; request it with `explain.heatmap`")
     for layer in explanation.layers:
         listed = [feature.contribution for feature in layer.features]
         if abs(layer.contribution - fsum(listed)) > 1e-3 * fsum(map(abs, listed)) + 1e-6:
-            raise CircuitError(f"layer {layer.layer} lists {len(listed)} of its features: ask for all of them")
+            raise CircuitError(
+                f"layer {layer.layer} lists only {len(listed)} of its features; set `explain.features` to list all of "
+                "them"
+            )
     return explanation.heatmap
 
 
@@ -198,7 +202,7 @@ def logit_node(predictions: Sequence[Prediction], target: str, contrast: str | N
     """The target's node. Its number is 0, as answers do not number labels."""
     probabilities = {prediction.label: prediction.probability for prediction in predictions}
     if (probability := probabilities.get(target)) is None:
-        raise CircuitError(f"{target!r} is not among the predictions: ask with a larger `top_k`")
+        raise CircuitError(f"{target!r} is not among the predictions; set a larger `top_k`")
     name = (target + (f" - {contrast}" if contrast else "")).translate(ESCAPES)
     clerp = f'Output "{name}" (p={probability:.3f})'
     return make_node("logit", str(layers + 1), 0, clerp, token_prob=probability, is_target_logit=True)
@@ -252,7 +256,9 @@ def write_graphs(
     to. Raises `CircuitError` before anything is written, `FileError` if a file cannot be.
     """
     if not re.fullmatch(r"[A-Za-z0-9_.-]+\.json", path.name):
-        raise CircuitError(f"{path.name!r}: viewers read NAME.json, NAME of letters, digits, '.', '-' and '_' alone")
+        raise CircuitError(
+            f"viewers cannot read {path.name!r}; name the file NAME.json with only letters, digits, '.', '-' and '_'"
+        )
     folder = path.with_name(f"{path.stem}-features")
     features_url = f"./data/{folder.name}" if cards else "./data/none"  # no files of an earlier export
     graphs = {}

@@ -32,7 +32,7 @@ def print_intervention(answer: InterveneResponse, features: int, console: Consol
             console.print()
             show(_changes(change, features), console)
         if variant.edits:
-            how = "only [CLS]'s final residual was changed" if answer.mode == "direct" else "the network ran again"
+            how = "only the final residual at [CLS] was changed" if answer.mode == "direct" else "the network ran again"
             console.print(f"\nmode {answer.mode}: {how}.", highlight=False)
 
 
@@ -68,19 +68,21 @@ def _changes(change: ExplanationChange, features: int) -> Table:
 def _print_counterfactual(found: CounterfactualAnswer, console: Console) -> None:
     """What would have to go, and the way there."""
     if not found.path:
-        said = "comes first as it is" if found.found else f"was not looked for: {found.stopped}"
+        said = "comes first already" if found.found else f"was not searched for: {found.stopped}"
         console.print(f"{found.label} {said}.\n", highlight=False, markup=False)
         return
-    table = Table(box=None, title_justify="left", title=Text(f"On the way to {found.label}, one {found.of[:-1]} a row"))
+    table = Table(
+        box=None, title_justify="left", title=Text(f"Steps towards {found.label}, one {found.of[:-1]} per row")
+    )
     for heading in ("without", "comes first", found.label, "lead"):
         table.add_column(Text(heading), justify="left" if heading in ("without", "comes first") else "right")
     for step in found.path:
         table.add_row(Text(_named(step.member, found)), Text(step.top1), f"{step.probability:.1%}", f"{step.lead:+.2f}")
     show(table, console)
     if not found.found:
-        console.print(f"None found: {found.stopped}.", highlight=False)
+        console.print(f"No solution was found: {found.stopped}.", highlight=False)
         return
-    every = "each of them is needed" if found.minimal else "perhaps not all of them are needed"
+    every = "all of them are needed" if found.minimal else "possibly not all of them are needed"
     names = ", ".join(_named(member, found) for member in found.members)
     console.print(
         f"{found.label} comes first without these {len(found.members)}, and {every}: {names}\n",

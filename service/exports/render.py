@@ -36,7 +36,7 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
     if answer.verdict is not None:
         console.print(_verdict(answer.verdict))
     if answer.edit is not None:
-        was = "applied" if answer.edit.applied else "not applied: its condition is not met"
+        was = "applied" if answer.edit.applied else "not applied, its condition is not met"
         console.print(Text(f"edit {answer.edit.name} ({answer.edit.digest[:19]}…, {answer.edit.mode}): {was}"))
     for warning in answer.warnings:
         console.print(Text(f"warning: {warning.message}", style="yellow"))
@@ -56,7 +56,7 @@ def print_answer(answer: AttributeResponse, console: Console) -> None:
         return
     agrees = ("stays", "") if fidelity.reconstructed_top1_agrees else ("changes", "bold")
     share = f"error row {fidelity.error_share:.1%} of the account"
-    console.print(Text.assemble(f"\nFidelity: R² {fidelity.r2:.3f}, {share}; without it the top-1 ", agrees, "."))
+    console.print(Text.assemble(f"\nFidelity: R² {fidelity.r2:.3f}, {share}; without it the top-1 label ", agrees, "."))
 
 
 def _verdict(verdict: Verdict) -> Text:
@@ -64,11 +64,11 @@ def _verdict(verdict: Verdict) -> Text:
     if verdict.none_of_these:
         forced = verdict.softmax
         return Text(
-            f"None of these: no label reaches its threshold (the softmax would say {forced.label}, "
+            f"None of these: no label reaches its threshold (the softmax would rank {forced.label} first, "
             f"{forced.probability:.1%})"
         )
     more = f" and {len(verdict.above) - _NAMED:,} more" if len(verdict.above) > _NAMED else ""
-    return Text(f"Reach their threshold: {', '.join(verdict.above[:_NAMED])}{more}")
+    return Text(f"These reach their threshold: {', '.join(verdict.above[:_NAMED])}{more}")
 
 
 def draw_answer(answer: AttributeResponse) -> str:
@@ -90,7 +90,7 @@ def _account(explanation: Explanation) -> Table:
     if ledger.clt:
         rows.append(("error", ledger.error, ""))
     if ledger.edit:
-        rows.append(("edit", ledger.edit, "taken out by an intervention"))
+        rows.append(("edit", ledger.edit, "removed by an intervention"))
     title = f"Why {_named(explanation)}: the account of its logit"
     return _table(title, "features (contribution)", rows, ledger.remainder, explanation.logit)
 
@@ -99,7 +99,7 @@ def _source_account(explanation: Explanation, account: SourceAccount) -> Table:
     """As `_source_rows`, of a logit."""
     about = ""
     if any(layer.baseline is not None for layer in account.layers):
-        about = ", about the average picture"
+        about = ", relative to the average image"
     title = f"Why {_named(explanation)}: followed back through attention{about}"
     return _table(title, "label", _source_rows(account), account.remainder, account.logit)
 
@@ -130,7 +130,7 @@ def _named_feature(index: int, label: str | None) -> str:
 
 
 def _print_lens(lens: list[LensLayer], console: Console) -> None:
-    table = Table(title=Text("The prediction as it stands after each layer"), box=None, title_justify="left")
+    table = Table(title=Text("The prediction after each layer"), box=None, title_justify="left")
     table.add_column("layer", justify="right")
     table.add_column("label", overflow="fold")
     table.add_column("probability", justify="right")
@@ -143,10 +143,10 @@ def _print_lens(lens: list[LensLayer], console: Console) -> None:
 
 def _print_attention(account: AttentionAccount, console: Console) -> None:
     """Why a head looks there: what made the query, what made the key, and the pairs of both."""
-    least = f" less its mean over all keys, {account.mean_score:.3f}" if account.relative else ""
+    least = f" minus its mean over all keys, {account.mean_score:.3f}" if account.relative else ""
     console.print(
-        f"\nHead {account.head} of layer {account.layer} looks from {_token(account, account.query)} at "
-        f"{_token(account, account.key)} with {account.weight:.1%} of its attention.\nThe accounts are of the score "
+        f"\nHead {account.head} of layer {account.layer} attends from {_token(account, account.query)} to "
+        f"{_token(account, account.key)} with {account.weight:.1%} of its attention.\nThe accounts explain the score "
         f"{account.score:.3f}{least}.",
         highlight=False,
         markup=False,
@@ -154,13 +154,13 @@ def _print_attention(account: AttentionAccount, console: Console) -> None:
     for what, side in (("the query", account.of_query), ("the key", account.of_key)):
         console.print()
         rows = _source_rows(side)
-        show(_table(f"By what made {what}", "label", rows, side.remainder, account.explained, "scores"), console)
+        show(_table(f"What made {what}", "label", rows, side.remainder, account.explained, "scores"), console)
     if not account.pairs:
         return
     pairs = [(f"{_pair(pair.query)} · {_pair(pair.key)}", pair.contribution, _labels(pair)) for pair in account.pairs]
-    rows = [*pairs, ("all else", account.other_pairs, "other features, embeddings, errors, biases, constants")]
+    rows = [*pairs, ("all others", account.other_pairs, "other features, embeddings, errors, biases, constants")]
     console.print()
-    show(_table("By pairs of features, query · key", "labels", rows, 0.0, account.explained, "scores"), console)
+    show(_table("Pairs of features, query · key", "labels", rows, 0.0, account.explained, "scores"), console)
 
 
 def _token(account: AttentionAccount, token: int) -> str:
@@ -189,12 +189,12 @@ def _source_rows(account: SourceAccount) -> list[tuple[str, float, str]]:
         ("error", sum(layer.error for layer in account.layers), f"{account.error_share:.1%} of this account"),
         ("embeddings", sum(account.embedding), "the tokens as they enter the first block"),
         ("biases", sum(layer.bias for layer in account.layers), ""),
-        ("constants", account.constants, "attention's own, whatever the picture"),
+        ("constants", account.constants, "added by attention for every image"),
     ]
     if any(layer.baseline is not None for layer in account.layers):
         rows += [
-            ("baseline", sum(layer.baseline or 0 for layer in account.layers), "features of the average picture"),
-            ("silent", sum(layer.silent or 0 for layer in account.layers), "less those of them that do not fire here"),
+            ("baseline", sum(layer.baseline or 0 for layer in account.layers), "features in the average image"),
+            ("silent", sum(layer.silent or 0 for layer in account.layers), "minus those that do not fire here"),
         ]
     return rows
 

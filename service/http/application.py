@@ -88,6 +88,6 @@ async def _no_route(request: Request) -> Response:
     routes = request.app.routes[:-1]
     methods = {m for r in routes if r.matches(request.scope)[0] is Match.PARTIAL for m in getattr(r, "methods", ())}
     if methods:
-        message = f"{request.method} is not possible at {request.url.path}"
+        message = f"{request.method} is not allowed at {request.url.path}"
         raise ServiceError("method_not_allowed", message, headers={"Allow": ", ".join(sorted(methods))})
-    raise ServiceError("not_found", f"there is nothing at {request.url.path}")
+    raise ServiceError("not_found", f"there is no page or endpoint at {request.url.path}")

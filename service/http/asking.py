@@ -54,7 +54,9 @@ def authorise(request: Request, keys: Keys) -> None:
     """Check the key, before any of the body is read. Raises `ServiceError` unauthorized."""
     if keys and not keys.accept(request.headers.get("authorization", "")):
         raise ServiceError(
-            "unauthorized", "send a valid key: `Authorization: Bearer KEY`", headers={"WWW-Authenticate": "Bearer"}
+            "unauthorized",
+            "the key is missing or not valid; send `Authorization: Bearer KEY`",
+            headers={"WWW-Authenticate": "Bearer"},
         )
 
 
@@ -66,7 +68,9 @@ async def _deadline(request: Request) -> AsyncIterator[None]:
         async with asyncio.timeout(seconds):
             yield
     except TimeoutError:
-        raise ServiceError("deadline_exceeded", f"no answer within {seconds:g} s") from None
+        raise ServiceError(
+            "deadline_exceeded", f"the request took longer than {seconds:g} s; send it again, or request less"
+        ) from None
 
 
 async def _until_disconnect(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:

@@ -68,7 +68,7 @@ class Connection(Incoming):
         elif self._door.may_answer:
             self._refuse("too_many", _too_many())
         else:
-            self._door.refused("too_many", "no descriptor is left for an answer")
+            self._door.refused("too_many", "no file descriptor is left to send an answer")
             transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -103,7 +103,9 @@ class Connection(Incoming):
         elif self._unread_since is None:
             self._unread_since = now
         elif now - self._unread_since > self._settings.send_seconds:
-            self._door.refused("send_timeout", f"{unread:,} bytes were not read in {self._settings.send_seconds:g} s")
+            self._door.refused(
+                "send_timeout", f"the client did not read {unread:,} bytes within {self._settings.send_seconds:g} s"
+            )
             self._socket.abort()
             return 0
         if not self._socket.is_closing():
@@ -115,7 +117,7 @@ class Connection(Incoming):
             if seconds <= self._settings.header_seconds:
                 return
             if self._in_head:
-                message = f"the headers did not come within {self._settings.header_seconds:g} s"
+                message = f"the headers did not arrive within {self._settings.header_seconds:g} s"
                 self._refuse("header_timeout", ServiceError("request_timeout", message))
             else:  # browsers open connections in advance; an answer that nobody asked for might be taken for another
                 self._socket.close()
@@ -263,5 +265,5 @@ class _LingeringTransport:
 
 
 def _too_many() -> ServiceError:
-    message = "too many connections are open; try again in a second, and keep connections alive"
+    message = "too many connections are open; try again in a second, and reuse connections (keep-alive)"
     return ServiceError("too_many_connections", message, headers={"Retry-After": "1"})

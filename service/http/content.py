@@ -30,7 +30,8 @@ def check_coding(request: Request) -> str | None:
     if coding not in WINDOWS:
         raise ServiceError(
             "unsupported_media_type",
-            f"Content-Encoding {coding[:100]!r}: send the body as it is, or with gzip or deflate, once",
+            f"Content-Encoding {coding[:100]!r} is not supported; send the body uncompressed, or compressed once with "
+            "gzip or deflate",
             headers={"Accept-Encoding": "gzip, deflate"},
         )
     return coding
@@ -61,13 +62,13 @@ def inflate(body: bytes, coding: str, limit: int) -> bytes:
     try:
         inflated = inflater.decompress(body, limit + 1)
     except zlib.error as error:
-        raise _invalid(f"is not {coding}, as its Content-Encoding says: {error}") from error
+        raise _invalid(f"cannot be decompressed as {coding}, its Content-Encoding: {error}") from error
     if len(inflated) > limit:
-        raise ServiceError("body_too_large", f"the body is larger than {limit:,} bytes once it is inflated")
+        raise ServiceError("body_too_large", f"the body is larger than {limit:,} bytes after decompression")
     if not inflater.eof:
-        raise _invalid(f"ends before its {coding} stream does")
+        raise _invalid(f"ends before the end of its {coding} stream")
     if inflater.unused_data:
-        raise _invalid(f"goes on after the end of its {coding} stream")
+        raise _invalid(f"continues after the end of its {coding} stream")
     return inflated
 
 

@@ -36,7 +36,8 @@ class CorsMiddleware(CORSMiddleware):
             response = self.preflight_response(headers)
             if response.status_code != 200:
                 text = bytes(response.body).decode()
-                message = f"{text}: VITRINE_CORS_ORIGINS has the origins that may ask, with {', '.join(METHODS)}"
+                methods = ", ".join(METHODS)
+                message = f"{text}: VITRINE_CORS_ORIGINS lists the allowed origins; the allowed methods are {methods}"
                 refusal = ServiceError("invalid_request", message, headers={"Vary": "Origin"})
                 response = error_response(Request(scope), refusal)
             await response(scope, receive, send)

@@ -70,7 +70,9 @@ class Door:
                 return False
             self._forget(longest)
             longest.give_way()
-            self.refused("too_many", f"closed a waiting connection for a new one: {self._limit:,} are open")
+            self.refused(
+                "too_many", f"closed an idle connection to accept a new one: the limit of {self._limit:,} is reached"
+            )
         self._admitted.add(connection)
         metrics.CONNECTIONS.set(len(self._admitted))
         return True
@@ -101,7 +103,7 @@ class Door:
             self._logged[reason] = last, unlogged + 1
             return
         self._logged[reason] = now, 0
-        more = f" ({unlogged:,} more since the last such line)" if unlogged else ""
+        more = f" ({unlogged:,} more since the last line of this kind)" if unlogged else ""
         logger.warning("connection refused, %s: %s%s", reason, message, more)
 
     def _forget(self, connection: Entrant) -> None:
@@ -130,8 +132,8 @@ def _connection_limit(wanted: int) -> int:
     limit = min(wanted, max(FEWEST, (soft - in_use) // 2))
     if limit < wanted:
         logger.warning(
-            "%d connections at most, not the %d of VITRINE_MAX_CONNECTIONS: this process may open %d files, and keeps "
-            "half of those that are free for other things; raise the limit (ulimit -n)",
+            "only %d connections are accepted, not the %d of VITRINE_MAX_CONNECTIONS: this process may open %d files, "
+            "and keeps half of the free ones for other purposes; raise the limit (ulimit -n)",
             limit,
             wanted,
             soft,

@@ -79,4 +79,6 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def on_disconnect(request: Request, error: Exception) -> Response:
-    return error_response(request, ServiceError("client_gone", "the client went away before it was answered"))
+    return error_response(
+        request, ServiceError("client_gone", "the client closed the connection before the answer was ready")
+    )

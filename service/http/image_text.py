@@ -29,9 +29,9 @@ def image_of_text(text: str, field: str) -> bytes:
     if data[:5].lower() == b"data:":
         found = _DATA_URL.match(data[:MOST_HEAD])
         if found is None:
-            raise _invalid(field, "is not a data URL: there is no comma before its data")
+            raise _invalid(field, "is not a valid data URL: there is no comma before its data")
         if not found[1]:
-            raise _invalid(field, "is a data URL that is not base64: send data:…;base64,…")
+            raise _invalid(field, "is a data URL without base64; send data:…;base64,…")
         data = data[found.end() :]
         if b"%" in data:
             for quoted in QUOTED:

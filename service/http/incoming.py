@@ -59,7 +59,7 @@ class Incoming(HttpToolsProtocol):
             cause = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else None
             if not isinstance(cause, httptools.HttpParserError | None):
                 logger.error("a request could not be parsed", exc_info=error)  # not the client's fault
-            message = f"this is not valid HTTP/1.1: {cause or error}"
+            message = f"the request is not valid HTTP/1.1: {cause or error}"
             self._refuse("not_http", ServiceError("invalid_request", message))
         if self._in_body and self._loose > self._max_header_bytes:
             self._refuse("headers_too_large", self._too_large())
@@ -145,7 +145,7 @@ class Incoming(HttpToolsProtocol):
 
     def _too_large(self) -> ServiceError:
         limit = self._max_header_bytes
-        message = f"more than {limit:,} bytes or {MAX_HEADERS} lines of URL and headers; send less in them"
+        message = f"the URL and headers have more than {limit:,} bytes or {MAX_HEADERS} lines; shorten them"
         return ServiceError("headers_too_large", message)
 
 

@@ -81,7 +81,9 @@ class RequestMiddleware:
             logger.error("request %s failed", request_id, exc_info=error)
             if status:
                 raise
-            internal_error = ServiceError("internal", "something went wrong here; the request id is in our log")
+            internal_error = ServiceError(
+                "internal", "the service has a fault; its log has the details under this request id"
+            )
             await error_response(Request(scope), internal_error)(scope, receive, send_with_headers)
         finally:
             endpoint, seconds = _endpoint(scope), perf_counter() - start

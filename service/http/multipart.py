@@ -88,7 +88,7 @@ def parse_multipart(content_type: str, body: bytes, max_parts: int) -> list[Part
     except FormParserError as error:
         raise _invalid(str(error)) from error
     if not ended and body:
-        raise _invalid("it ends before its last boundary")
+        raise _invalid("it ends before its final boundary")
     return parts
 
 
@@ -100,7 +100,7 @@ def _boundary(content_type: str) -> bytes:
     except (LookupError, ValueError):  # unknown, or not a name (a null byte)
         is_utf8 = False
     if not is_utf8:
-        raise _invalid(f"its charset is {charset[:100]!r}: send UTF-8")
+        raise _invalid(f"its charset is {charset[:100]!r}; send UTF-8")
     boundary = parameters.get(b"boundary", b"")
     if not boundary:
         raise _invalid("its Content-Type has no boundary")

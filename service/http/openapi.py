@@ -60,8 +60,8 @@ def multipart_or_json(
     Args:
         part: model of the part `request`.
         json_body: model of a JSON body.
-        min_images: fewest images that the route takes.
-        max_images: most images that the route takes.
+        min_images: minimum number of images of the route.
+        max_images: maximum number of images of the route.
     """
     image: dict[str, Any] = {"type": "string", "format": "binary"}
     body = _inlined(json_body.model_json_schema())

@@ -79,7 +79,7 @@ def add_page(app: FastAPI) -> None:
     async def file(request: Request, path: str) -> Response:
         asset = files.get(path)
         if asset is None:
-            raise ServiceError("not_found", f"there is nothing at {request.url.path}")
+            raise ServiceError("not_found", f"there is no file at {request.url.path}")
         return _response(request, asset)
 
     app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)(page)

@@ -23,11 +23,11 @@ def query_fields(request: Request, shape: type[BaseModel]) -> dict[str, Any]:
         kind = kinds(shape).get(name)
         if kind is None:
             known = ", ".join(kinds(shape))
-            raise _invalid(f"there is no query parameter {name[:100]!r}; there are: {known}")
+            raise _invalid(f"there is no query parameter {name[:100]!r}; the parameters are: {known}")
         if kind == "texts":
             fields[name] = values
         elif len(values) > 1:
-            raise _invalid(f"the query parameter {name!r} is there more than once")
+            raise _invalid(f"the query parameter {name!r} is sent more than once")
         else:
             fields[name] = values[0] if kind == "text" else _from_json(name, values[0])
     return fields
@@ -53,7 +53,7 @@ def merged(query: dict[str, Any], fields: Any) -> Any:
     if not query or not isinstance(fields, dict):
         return fields
     if both := sorted(query.keys() & fields.keys()):
-        raise _invalid(f"{both[0]!r} is in the query and in the body; send it once")
+        raise _invalid(f"{both[0]!r} is both in the query and in the body; send it once")
     return fields | query
 
 

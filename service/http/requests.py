@@ -91,7 +91,9 @@ def _parse_batch(
 def load_json(text: bytes, where: str) -> Any:
     """Parsed JSON. Raises `ServiceError` for what is none, or has too many values."""
     if len(text) > MAX_JSON_VALUES and sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
-        raise ServiceError("invalid_request", f"{where} has more than {MAX_JSON_VALUES:,} JSON values")
+        raise ServiceError(
+            "invalid_request", f"{where} has more than {MAX_JSON_VALUES:,} JSON values; send less in one request"
+        )
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # malformed, not UTF-8, integers of thousands of digits, too deep
@@ -108,8 +110,8 @@ def _kind(request: Request) -> str:
         return "raw"
     raise ServiceError(
         "unsupported_media_type",
-        f"content type {kind[:100] or '(none)'!r}: send multipart/form-data with a file part `image`, "
-        "application/json with `image_base64`, or an image as it is, as image/jpeg or whatever it is",
+        f"content type {kind[:100] or '(none)'!r} is not supported; send multipart/form-data with a file part "
+        "`image`, application/json with `image_base64`, or the bytes of an image with its own type, such as image/jpeg",
     )
 
 
@@ -138,13 +140,15 @@ def _parse_parts(
     except TooManyParts as error:
         raise (too_many(max_images) if many else error) from error
     if unknown := sorted(part.name for part in parts if part.name != "request" and not _IMAGE.fullmatch(part.name)):
-        raise ServiceError("invalid_request", f"unknown part {unknown[0][:100]!r}; parts are `image` and `request`")
+        raise ServiceError(
+            "invalid_request", f"there is no part {unknown[0][:100]!r}; the parts are `image` and `request`"
+        )
     requests = [part for part in parts if part.name == "request"]
     images = _in_order([part for part in parts if part.name != "request"])
     if repeated := [
         name for name, found in (("request", requests), ("image", () if many else images)) if len(found) > 1
     ]:
-        raise ServiceError("invalid_request", f"part {repeated[0]!r} is there more than once")
+        raise ServiceError("invalid_request", f"part {repeated[0]!r} is sent more than once")
     contents = [_image_of_part(part) for part in images]
     if len(images) > max_images:
         raise too_many(max_images)
@@ -170,10 +174,11 @@ def _image_of_part(part: Part) -> bytes:
     if is_data_url(text):  # of a form's field, into which a script wrote what a canvas drew
         return image_of_text(text, "part `image`")
     raise ServiceError(
-        "missing_image", "`image` must be a file part (curl: -F image=@photo.jpg), or a data URL; no URL is fetched"
+        "missing_image",
+        "`image` must be a file part (curl: -F image=@photo.jpg) or a data URL; other URLs are not fetched",
     )
 
 
 def too_many(max_images: int) -> ServiceError:
     """The error for more images than one request may have."""
-    return ServiceError("batch_too_large", f"more than {max_images} images; send them in several requests")
+    return ServiceError("batch_too_large", f"there are more than {max_images} images; send them in several requests")

@@ -1,4 +1,4 @@
-"""What `Explainer.explain` gives: an answer, to be read, tabulated, drawn and kept."""
+"""What `Explainer.explain` returns: an answer that can be read, tabulated, drawn and saved."""
 
 from __future__ import annotations
 
@@ -35,85 +35,87 @@ HEIGHT = 720  # pixels of the page in a notebook, which scrolls
 
 
 class MissingPackageError(VitrineError, ImportError):
-    """A package that is not among Vitrine's own has to be installed for this."""
+    """This needs a package that Vitrine does not install; the message names it."""
 
 
 class Account:
-    """A prediction and its account. In Jupyter it shows the page; printed, the terminal's tables."""
+    """A prediction and its account. Jupyter shows it as a page; `print` shows the tables of the command line."""
 
     answer: AttributeResponse
-    """All of it, as the service would answer."""
+    """The complete answer, as the service would send it."""
 
     def __init__(self, answer: AttributeResponse, draw: Callable[[], str]) -> None:
-        """draw: makes the page, which is done when it is first shown or saved."""
+        """draw: makes the page; called when the page is first shown or saved."""
         self.answer, self._draw = answer, draw
 
     @property
     def label(self) -> str:
-        """The top-1."""
+        """The top-1 label."""
         return self.predictions[0].label
 
     @property
     def probability(self) -> float:
-        """Of the top-1."""
+        """The probability of the top-1 label."""
         return self.predictions[0].probability
 
     @property
     def predictions(self) -> list[Prediction]:
+        """The predictions, largest logit first."""
         return self.answer.predictions
 
     @property
     def explanations(self) -> list[Explanation]:
-        """One per target. The properties below are of the first."""
+        """One explanation per target. The properties below belong to the first."""
         return self.answer.explanations
 
     @property
     def ledger(self) -> LedgerAccount:
-        """Its rows, in logits, add up to `logit`."""
+        """The ledger: its rows, in logits, add up to `logit`."""
         return self.explanations[0].ledger
 
     @property
     def logit(self) -> float:
-        """What is explained: the target's logit; with a contrast, minus the contrast's."""
+        """The logit that is explained: the target's; with a contrast, minus the contrast's."""
         return self.explanations[0].logit
 
     @property
     def layers(self) -> list[LayerAccount]:
-        """With the features of each."""
+        """The layers, each with its features."""
         return self.explanations[0].layers
 
     @property
     def sources(self) -> SourceAccount | None:
-        """None unless asked for by `sources=True`."""
+        """The source account; None unless requested with `sources=True`."""
         return self.explanations[0].sources
 
     @property
     def heatmap(self) -> HeatMap | None:
-        """None unless asked for by `heatmap=True`."""
+        """The heat map; None unless requested with `heatmap=True`."""
         return self.explanations[0].heatmap
 
     @property
     def fidelity(self) -> Fidelity | None:
-        """How far to trust the features. None in a bundle without a CLT."""
+        """How far the features can be trusted. None in a bundle without a CLT."""
         return self.answer.fidelity
 
     @property
     def warnings(self) -> list[Notice]:
+        """Warnings about the labels and the image."""
         return self.answer.warnings
 
     def to_frame(self, of: Literal["ledger", "features", "sources"] = "ledger") -> pandas.DataFrame:
-        """A table of all targets, a row of the account in each line; needs pandas.
+        """A table of all targets, one line per row of the account; requires pandas.
 
-        of: ledger: target, contrast, row, layer, logits, which add up to each target's logit. sources: the same of the
-        source account, and token. features: target, contrast, layer, index, activation, logits, label, of those listed.
-        Raises `MissingPackageError`; `VitrineError` for sources that were not asked for.
+        of: which table. ledger: target, contrast, row, layer, logits (they add up to each target's logit). sources: the
+        same for the source account, and token. features: target, contrast, layer, index, activation, logits, label of
+        the listed features. Raises `MissingPackageError`; `VitrineError` for sources that were not requested.
         """
         try:
             import pandas
         except ImportError as error:
-            raise MissingPackageError("to_frame() needs pandas: pip install pandas") from error
+            raise MissingPackageError("to_frame() requires pandas: pip install pandas") from error
         if of not in ("ledger", "features", "sources"):
-            raise VitrineError(f"there is no table of {of!r}: ask for ledger, features or sources")
+            raise VitrineError(f"there is no table {of!r}; the tables are ledger, features and sources")
         lines: list[dict[str, Any]] = []
         for one in self.explanations:
             named = {"target": one.target, "contrast": one.contrast}
@@ -122,7 +124,7 @@ class Account:
             elif of == "ledger":
                 lines += [named | _line(row.kind, row.layer, row.value) for row in ledger_rows(one.ledger)]
             elif one.sources is None:
-                raise VitrineError("there is no source account here: ask for it with explain(…, sources=True)")
+                raise VitrineError("there is no source account here; request it with explain(…, sources=True)")
             else:
                 lines += [
                     named | _line(row.kind, row.layer, row.value) | {"token": row.token}
@@ -132,15 +134,15 @@ class Account:
         return frame.astype({name: "Int64" for name in ("layer", "token") if name in frame})
 
     def plot(self, target: str | None = None, *, ax: Axes | None = None) -> Axes:
-        """The ledger as a waterfall from 0 to the logit, in the order of the network; needs matplotlib.
+        """The ledger as a waterfall from 0 to the logit, in the order of the network; requires matplotlib.
 
-        target: one of those explained; default: the first. ax: to draw on. Rows too small to be seen are one. Raises
-        `MissingPackageError`; `VitrineError` for a target that is not explained.
+        target: one of the explained labels; default: the first. ax: the axes to draw on. Rows that are too small to see
+        are drawn as one. Raises `MissingPackageError`; `VitrineError` for a target that is not explained.
         """
         try:
             import matplotlib.pyplot as plt
         except ImportError as error:
-            raise MissingPackageError("plot() needs matplotlib: pip install matplotlib") from error
+            raise MissingPackageError("plot() requires matplotlib: pip install matplotlib") from error
         explanation = self._explained(target)
         steps = [(row.name, row.value) for row in ledger_rows(explanation.ledger)]
         least = max(abs(value) for _, value in steps) / 100
@@ -172,7 +174,7 @@ class Account:
         return self.answer.model_dump_json(indent=indent)
 
     def save_html(self, path: str | PathLike[str]) -> Path:
-        """Write the account as a page of its own, with photo, heat map and cards, as `vitrine attribute --html` does.
+        """Write the account as an HTML file with photo, heat map and cards, as `vitrine attribute --html` does.
 
         Raises `FileError`.
         """
@@ -205,7 +207,7 @@ class Account:
             if target in (None, explanation.target):
                 return explanation
         explained = ", ".join(explanation.target for explanation in self.explanations)
-        raise VitrineError(f"{target!r} is not explained here, only {explained}: ask for it with targets=[{target!r}]")
+        raise VitrineError(f"{target!r} is not explained here, only {explained}; request it with targets=[{target!r}]")
 
 
 _COLUMNS = {

@@ -1,4 +1,4 @@
-"""A loaded bundle, to be asked from Python."""
+"""A loaded bundle, ready to answer from Python."""
 
 from __future__ import annotations
 
@@ -50,25 +50,24 @@ IDENTITY = "python"  # in the place of a request's
 
 
 class Explainer:
-    """A bundle that explains what its CLIP makes of images. `vitrine.load` opens one.
+    """A bundle that explains how its CLIP classifies images. `vitrine.load` opens one.
 
-    It may be used by several threads at once, and within a running event loop (Jupyter's), which it does not use: its
-    work is done in threads and processes of its own. They end with `close`, at the end of a `with` block, or when
-    nothing refers to it or to its accounts any more. It cannot be used by a process forked after it was loaded; load
-    the bundle there.
+    Several threads may use it at once. It works inside a running event loop (such as Jupyter's), because it does its
+    work in its own threads and processes. They end with `close`, at the end of a `with` block, or when nothing refers
+    to it or to its accounts any more. A process that is forked after loading cannot use it; load the bundle there.
 
-    An image is a path, an image file's bytes, a PIL image, or a numpy array [H, W, 3] of uint8; files are read as the
-    service reads them. Anything else is refused (`images.NoImageError`), and so is an address: nothing is fetched. A
-    list of images gives a list of answers, made in batches, and the first image that cannot be answered raises its
-    error; to go on without such images, ask for one at a time, or use `vitrine bulk`.
+    An image is a path, the bytes of an image file, a PIL image, or a numpy array [H, W, 3] of uint8; files are read as
+    the service reads them. Anything else is refused (`images.NoImageError`), also URLs: nothing is fetched. A list of
+    images returns a list of answers, made in batches, and the first image that cannot be answered raises its error. To
+    skip such images, send them one at a time, or use `vitrine bulk`.
 
-    Options have the names of the service's requests (service/README.md), those of `explain` among them:
-    `explain(image, labels=["cat", "dog"], contrast="dog", heatmap=True)`. What cannot be answered raises
-    `vitrine.VitrineError` with a sentence.
+    Options have the names of the fields in the service's requests (service/README.md), including those of `explain`:
+    `explain(image, labels=["cat", "dog"], contrast="dog", heatmap=True)`. A call that cannot be answered raises
+    `vitrine.VitrineError`; its message says what is wrong and what to do.
     """
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
-        """Load the bundle, which takes a second and more. Raises `BundleError`, `EngineError`, `LabelSetError`,
+        """Load the bundle, which takes a second or more. Raises `BundleError`, `EngineError`, `LabelSetError`,
         `EditError`."""
         self.bundle, self.settings = bundle, settings
         self._runner = Runner(bundle, settings)
@@ -87,17 +86,17 @@ class Explainer:
         return f"<vitrine.Explainer {self.bundle.manifest.name} {self.bundle.digest[:19]}…, {state}>"
 
     def close(self) -> None:
-        """End its threads and processes, once what has been asked is answered. Accounts that it gave stay."""
+        """End its threads and processes after all current calls are answered. Accounts that it returned stay usable."""
         self._runner.close()
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing can be asked any more."""
+        """Whether it has been closed; then it answers no more calls."""
         return self._runner.is_closed
 
     @property
     def labels(self) -> list[str]:
-        """The bundle's own labels, which images are compared with where no others are given."""
+        """The bundle's own labels, which are used if a call gives no others."""
         return list(self.bundle.manifest.text.labels)
 
     @overload
@@ -107,7 +106,7 @@ class Explainer:
     def explain(
         self, images: ImageLike | Iterable[ImageLike], **options: Unpack[ExplainOptions]
     ) -> Account | list[Account]:
-        """The prediction of an image and the account of it, as `POST /v1/attribute` answers; or a list of them.
+        """The prediction for an image and its account, as `POST /v1/attribute` answers; for several images, a list.
 
         Raises `VitrineError`, `OSError` for a file that cannot be read.
         """
@@ -127,7 +126,7 @@ class Explainer:
     def classify(
         self, images: ImageLike | Iterable[ImageLike], **options: Unpack[ClassifyOptions]
     ) -> ClassifyResponse | list[ClassifyResponse]:
-        """The prediction alone, as `POST /v1/classify` answers, or a list of them. Raises as `explain` does."""
+        """Only the prediction, as `POST /v1/classify` answers; or a list of them. Raises what `explain` raises."""
         request = request_of(ClassifyRequest, options)
 
         async def one(attributor: Attributor, image: Given) -> ClassifyResponse:
@@ -143,14 +142,15 @@ class Explainer:
         edit: str | None = None,
         strict: bool = False,
     ) -> NDArray[np.float32]:
-        """CLIP's embeddings, of length 1: [D] of one image, [N, D] of several, or [N, D] of `texts`, as they are.
+        """CLIP's embeddings, of length 1: [D] for one image, [N, D] for several, or [N, D] for `texts`.
 
-        edit, strict: as in `POST /v1/embed`. Raises as `explain` does, and if both or neither are given.
+        Texts are embedded without templates. edit, strict: as in `POST /v1/embed`. Raises what `explain` raises, and if
+        both or neither of `images` and `texts` are given.
         """
         if (images is None) == (texts is None):
-            raise ServiceError("invalid_request", "give images, or `texts`, and the others in a second call")
+            raise ServiceError("invalid_request", "`images` and `texts` need separate calls; give one of them")
         if isinstance(texts, str):
-            raise ServiceError("invalid_request", "`texts` is a list: give [text]")
+            raise ServiceError("invalid_request", "`texts` must be a list; give [text]")
         request = request_of(EmbedRequest, {"texts": texts, "edit": edit, "strict": strict})
         if images is None:
             found = self._runner.call(lambda attributor: embed(attributor, [], request))
@@ -167,7 +167,7 @@ class Explainer:
         return made
 
     def card(self, layer: int, index: int, *, dictionary: Dictionary = "clt") -> CardResponse:
-        """What is known of a feature, as `GET /v1/features/{layer}/{index}` answers. Raises `VitrineError`."""
+        """The card of a feature, as `GET /v1/features/{layer}/{index}` answers. Raises `VitrineError`."""
 
         async def ask(attributor: Attributor) -> CardResponse:
             return await attributor.query(card, self.bundle, attributor.model, dictionary, layer, index)
@@ -183,10 +183,10 @@ class Explainer:
     def intervene(
         self, images: ImageLike | Iterable[ImageLike], **options: Unpack[InterveneOptions]
     ) -> InterveneResponse | list[InterveneResponse]:
-        """The prediction and its account before and after changes, as `POST /v1/intervene` answers, or a list of them.
+        """The prediction and its account before and after changes, as `POST /v1/intervene` answers; or a list of them.
 
-        `edits=["ablate 7/123"]`, in the words of `vitrine intervene` or as dicts; or `counterfactual="dog"`. Raises as
-        `explain` does.
+        `edits=["ablate 7/123"]`, written as for `vitrine intervene` or as dicts; or `counterfactual="dog"`. Raises what
+        `explain` raises.
         """
         request = request_of(InterveneRequest, options)
 
@@ -252,7 +252,7 @@ def _placed(error: VitrineError | OSError, place: int) -> VitrineError | OSError
     """The error, which says of which image it is."""
     if isinstance(error, ServiceError):
         return ServiceError(error.code, f"image {place}: {error.message}", error.details, error.headers)
-    error.add_note(f"It is the image at place {place} of the list.")
+    error.add_note(f"This is the image at index {place} of the list.")
     return error
 
 

@@ -16,14 +16,14 @@ from vitrine.models.files.reading import NotRegular, open_regular
 from vitrine.models.images.decode import Note, from_pillow
 
 ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[np.uint8]
-"""A path, an image file's bytes, a picture of Pillow's, or its pixels [H, W, 3], uint8, red first."""
+"""A path, the bytes of an image file, a Pillow image, or its pixels [H, W, 3], uint8, red first."""
 
 _TYPES = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)  # of the above
-KINDS = "a path, bytes of an image file, a PIL image or a numpy array [H, W, 3] of uint8"
+KINDS = "a path, the bytes of an image file, a PIL image or a numpy array [H, W, 3] of uint8"
 
 
 class NoImageError(VitrineError, TypeError):
-    """What was given cannot be taken for an image without a guess; the message says what to give."""
+    """The argument cannot be read as an image without guessing; the message says what to give."""
 
 
 class Given(NamedTuple):
@@ -38,7 +38,7 @@ def is_one(images: object) -> bool:
     if isinstance(images, _TYPES):
         return True
     if not isinstance(images, Iterable):
-        raise NoImageError(f"{_kind(images)} is no image: give {KINDS}, or a list of these")
+        raise NoImageError(f"{_kind(images)} is not an image; give {KINDS}, or a list of these")
     if hasattr(images, "__array__") and getattr(images, "ndim", 2) > 1:  # not a column of paths in a table
         _refuse_array_like(images)
     return False
@@ -52,7 +52,7 @@ def read(image: object) -> Given:
     if isinstance(image, bytes | bytearray | memoryview):
         return Given(bytes(image))
     if isinstance(image, str) and image.partition("://")[0].lower() in ("http", "https", "s3", "gs", "data"):
-        raise NoImageError("this is an address, and nothing is fetched from the network: give the bytes that are there")
+        raise NoImageError("the image is a URL, and URLs are not fetched; download it and give the bytes")
     if isinstance(image, str | os.PathLike):
         try:
             with open_regular(image) as file:
@@ -67,7 +67,7 @@ def read(image: object) -> Given:
         return Given(_file(image))
     if hasattr(image, "__array__"):
         _refuse_array_like(image)
-    raise NoImageError(f"{_kind(image)} is no image: give {KINDS}")
+    raise NoImageError(f"{_kind(image)} is not an image; give {KINDS}")
 
 
 def _file(levels: NDArray[np.uint8]) -> bytes:
@@ -80,29 +80,29 @@ def _check(array: NDArray[np.generic]) -> None:
     """Raise `NoImageError` unless there is one way to read the array."""
     shape = "×".join(map(str, array.shape))
     if array.dtype != np.uint8:
-        hint = "multiply numbers of 0 to 1 by 255, round them and use .astype(numpy.uint8)"
-        raise NoImageError(f"an array of {array.dtype} does not say what is white: give uint8, 0 to 255; {hint}")
+        hint = "multiply numbers from 0 to 1 by 255, round them and use .astype(numpy.uint8)"
+        raise NoImageError(f"an array of {array.dtype} has no known range of values; give uint8, 0 to 255: {hint}")
     if array.ndim == 4:
-        raise NoImageError(f"an array {shape} is several images: give list(array)")
+        raise NoImageError(f"an array {shape} holds several images; give list(array)")
     if array.ndim == 2:
-        raise NoImageError(f"an array {shape} has no colours: give PIL.Image.fromarray(array), which is read as grey")
+        raise NoImageError(f"an array {shape} has no colours; give PIL.Image.fromarray(array), which is read as grey")
     if array.ndim != 3:
-        raise NoImageError(f"an array {shape} is no image: give one [H, W, 3]")
+        raise NoImageError(f"an array {shape} is not an image; give one [H, W, 3]")
     if array.shape[2] == 4:
         raise NoImageError(
-            f"an array {shape} may be transparent: give PIL.Image.fromarray(array), which is laid on white, "
-            "or array[..., :3]"
+            f"an array {shape} may be transparent; give PIL.Image.fromarray(array), which is put on white, or "
+            "array[..., :3]"
         )
     if array.shape[2] != 3 and array.shape[0] == 3:
-        raise NoImageError(f"an array {shape} has its colours first: give array.transpose(1, 2, 0)")
+        raise NoImageError(f"an array {shape} has its colours first; give array.transpose(1, 2, 0)")
     if array.shape[2] != 3 or not array.size:
-        raise NoImageError(f"an array {shape} is no image: give one [H, W, 3]")
+        raise NoImageError(f"an array {shape} is not an image; give one [H, W, 3]")
 
 
 def _refuse_array_like(image: object) -> None:
     raise NoImageError(
-        f"{_kind(image)} may have been scaled or normalised: give the picture that it was made from, or a numpy array "
-        "[H, W, 3] of uint8"
+        f"{_kind(image)} may have been scaled or normalised; give the original image, or a numpy array [H, W, 3] of "
+        "uint8"
     )
 
 

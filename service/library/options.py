@@ -1,4 +1,4 @@
-"""Options of the questions that can be asked in Python: the fields of the service's requests, without the nesting."""
+"""Options of the Python calls: the fields of the service's requests, without the nesting."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Shape = TypeVar("Shape", bound=RequestShape)
 
 
 class LabelOptions(TypedDict, total=False):
-    """What an image is compared with. service/README.md says what each field means."""
+    """The labels that an image is compared with. service/README.md explains each field."""
 
     labels: Sequence[str] | None  # default: the bundle's own
     label_set: str | None  # a named one, in place of labels
@@ -43,7 +43,7 @@ class _Explain(TypedDict, total=False):
 
 
 class ExplainOptions(ClassifyOptions, _Explain, total=False):
-    """The fields of `POST /v1/attribute`, those of its `explain` among them."""
+    """The fields of `POST /v1/attribute`, including those of its `explain`."""
 
     heatmap: bool
     lens: bool
@@ -53,7 +53,7 @@ class ExplainOptions(ClassifyOptions, _Explain, total=False):
 
 
 class InterveneOptions(LabelOptions, _Explain, total=False):
-    """The fields of `POST /v1/intervene`; an edit may be in the command's words, "ablate 7/123"."""
+    """The fields of `POST /v1/intervene`; an edit may be written as for the command, "ablate 7/123"."""
 
     edits: Sequence[str | Mapping[str, Any]]
     variants: Sequence[Sequence[str | Mapping[str, Any]]] | None
@@ -67,8 +67,8 @@ def request_of(shape: type[Shape], options: Mapping[str, Any]) -> Shape:
     for name in options:
         if name not in (*outer, *inner):
             near = difflib.get_close_matches(name, [*outer, *inner], 1)
-            hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(sorted([*outer, *inner]))}"
-            raise ServiceError("invalid_request", f"`{name}` is no option here; {hint}")
+            hint = f"did you mean `{near[0]}`?" if near else f"the options are {', '.join(sorted([*outer, *inner]))}"
+            raise ServiceError("invalid_request", f"`{name}` is not an option here; {hint}")
     fields = {name: _plain(options[name]) for name in outer if name in options}
     if explain := {name: _plain(options[name]) for name in inner if name in options}:
         fields["explain"] = explain

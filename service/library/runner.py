@@ -21,7 +21,7 @@ Question = Callable[[Attributor], Awaitable[Result]]
 
 
 class ClosedError(VitrineError, RuntimeError):
-    """Something was asked of an `Explainer` that has been closed."""
+    """A call to an `Explainer` that has been closed."""
 
 
 class Runner:
@@ -83,7 +83,7 @@ class Runner:
 
         with self._lock:
             if self._closed:
-                raise ClosedError("this bundle has been closed: load it again")
+                raise ClosedError("this bundle has been closed; load it again")
             call = asyncio.run_coroutine_threadsafe(ask(), self._loop)
             self._calls.add(call)
         try:

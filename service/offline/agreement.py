@@ -46,10 +46,10 @@ class Report(BaseModel):
     bundle: str = Field(description="digest")
     precision: Precision
     provider: str
-    instructions: str = Field(description="of this processor, for int8; or none")
-    slower_kernels: bool = Field(description="whether ONNX Runtime's usual byte products are wrong here")
-    drawn_cosine: float = Field(description="mean cosine with float32's embeddings, on drawn pictures")
-    here: Agreement | None = Field(description="on the images that were given")
+    instructions: str = Field(description="int8 instructions of this processor, or none")
+    slower_kernels: bool = Field(description="whether ONNX Runtime's usual byte products are wrong on this machine")
+    drawn_cosine: float = Field(description="mean cosine with float32's embeddings, on drawn images")
+    here: Agreement | None = Field(description="agreement on the given images")
     at_export: Agreement | None
     unreadable: int
 
@@ -70,7 +70,7 @@ def agreement(
     precision or none of the images can be used, `EngineError` if it is refused already (`service.engine.precision`).
     """
     if precision not in bundle.manifest.precisions:
-        raise AgreementError(f"{bundle.path} has no {precision}: only {', '.join(bundle.manifest.precisions)}")
+        raise AgreementError(f"{bundle.path} has no {precision}; it has {', '.join(bundle.manifest.precisions)}")
     settings = settings.model_copy(update={"precision": precision, "replacement": False})
     engine = Engine(bundle, settings, choose(bundle, settings))
     runtime = engine.runtime
@@ -119,11 +119,15 @@ def _batches(
 def print_agreement(report: Report, console: Console) -> None:
     """A row for this machine, and one for that which exported."""
     plain: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
-    kernels = ", by ONNX Runtime's slower kernels: the usual ones are wrong here" if report.slower_kernels else ""
-    console.print(f"{report.precision} against float32 on {report.provider}{kernels}", **plain)
+    kernels = (
+        ", with ONNX Runtime's slower kernels, because the usual ones are wrong on this machine"
+        if report.slower_kernels
+        else ""
+    )
+    console.print(f"{report.precision} compared with float32 on {report.provider}{kernels}", **plain)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("where")
-    for heading in ("images", "top-1", "ledgers' cosine", "top features", "drawn, cosine", "int8 instructions"):
+    for heading in ("images", "top-1", "ledgers' cosine", "top features", "drawn images' cosine", "int8 instructions"):
         table.add_column(heading, justify="right")
     drawn = report.at_export.drawn_cosine if report.at_export else None
     rows: list[tuple[str, Agreement | None, float | None, str]] = [

@@ -44,7 +44,7 @@ class ClassEffect(BaseModel):
 
     label: str
     images: int
-    before: float = Field(description="share that is predicted as this label")
+    before: float = Field(description="share of images predicted as this label")
     after: float
 
 
@@ -52,11 +52,11 @@ class Effect(BaseModel):
     """Predictions before and after."""
 
     images: int
-    failed: dict[str, int] = Field(description="images that cannot be used, by the service's code")
+    failed: dict[str, int] = Field(description="number of images that cannot be used, by error code")
     labels: list[str]
     templates: list[str]
     applied: float = Field(description="share of images that the edit was applied to")
-    changed: float = Field(description="share of images whose top-1 is another")
+    changed: float = Field(description="share of images whose top-1 label changes")
     before: float | None = Field(description="top-1 accuracy; null: the images have no labels of their own")
     after: float | None
     classes: list[ClassEffect]
@@ -139,7 +139,8 @@ def measure(
 
 def print_effect(effect: Effect, console: Console) -> None:
     """Print a sentence, and a row per class, the one that was worst first."""
-    line = f"{effect.images:,} images: the edit applies to {effect.applied:.1%} and changes {effect.changed:.1%}"
+    line = f"{effect.images:,} images: the edit is applied to {effect.applied:.1%} and changes the top-1 label of "
+    line += f"{effect.changed:.1%}"
     if effect.before is not None and effect.after is not None:
         line += f"; top-1 {effect.before:.2%} before, {effect.after:.2%} after"
     console.print(line, highlight=False)

@@ -47,24 +47,24 @@ class ReplayError(VitrineError, ValueError):
 class Row(BaseModel):
     """Predictions with the MLPs of a window replaced, for some tokens. None: the images have no labels of their own."""
 
-    first: int = Field(description="layer of the window, which ends with the last one")
+    first: int = Field(description="first layer of the window, which ends with the last layer")
     tokens: Tokens
     top1: float | None = Field(description="share of images whose own label has the largest logit")
-    agreement: float = Field(description="share of images with the same top-1 as CLIP's")
-    divergence: float = Field(description="Kullback-Leibler divergence from CLIP's probabilities, mean, in nats")
+    agreement: float = Field(description="share of images with the same top-1 label as the unmodified CLIP")
+    divergence: float = Field(description="mean Kullback-Leibler divergence from CLIP's probabilities, in nats")
 
 
 class Replay(BaseModel):
     bundle: str = Field(description="digest")
     images: int
     unreadable: list[str] = Field(description="images that cannot be used, with the reason")
-    failed: dict[str, int] = Field(description="how many of these, by the service's code")
-    skipped: list[str] = Field(description="what else was left out of the inputs: a line for each reason")
+    failed: dict[str, int] = Field(description="number of these images, by error code")
+    skipped: list[str] = Field(description="what else was left out of the inputs, one line per reason")
     labels: list[str]
-    warnings: list[Notice] = Field(description="of the labels")
-    top1: float | None = Field(description="CLIP's own")
+    warnings: list[Notice] = Field(description="warnings about the labels")
+    top1: float | None = Field(description="top-1 accuracy of the unmodified CLIP")
     rows: list[Row]
-    matrix: Matrix = Field(description="C_{i->j} of CLIP itself, mean over images")
+    matrix: Matrix = Field(description="C_{i->j} of the unmodified CLIP, mean over images")
 
 
 def replay(
@@ -89,9 +89,9 @@ def replay(
     """
     manifest = engine.bundle.manifest
     if not manifest.has_features:
-        raise ReplayError(f"replay runs CLIP with its MLPs replaced by features: {manifest.why_no_features}")
+        raise ReplayError(f"replay replaces CLIP's MLPs by a CLT: {manifest.why_no_features}")
     if engine.replacement is None:
-        raise ReplayError(f"{engine.bundle.path} has no replacement graph: export it with `bundle.replacement = true`")
+        raise ReplayError(f"{engine.bundle.path} has no replacement graph; export it with `bundle.replacement = true`")
     folders: tuple[str, ...] = ()
     if isinstance(inputs, Files) and inputs.kind == "folder":
         folders, inputs = by_class(inputs)
@@ -166,8 +166,9 @@ def labels_of(folders: Sequence[str], labels: Sequence[str]) -> dict[str, int]:
     if unknown:
         more = f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else ""
         raise ReplayError(
-            f"folders that are no labels: {', '.join(map(printable, unknown[:5]))}{more}; name each by its label, or "
-            "by the WordNet id of one of ImageNet's 1,000 classes; a pattern, 'photos/**/*.jpg', has no classes"
+            f"these folders are not labels: {', '.join(map(printable, unknown[:5]))}{more}; name each folder after "
+            "its label or the WordNet id of one of ImageNet's 1,000 classes, or give a pattern without classes, "
+            "'photos/**/*.jpg'"
         )
     return {folder: numbers[class_label(folder)] for folder in folders}
 
@@ -177,11 +178,11 @@ def print_replay(result: Replay, console: Console) -> None:
     for warning in result.warnings:
         console.print(f"warning: {warning.message}", style="yellow", highlight=False, markup=False)
     last = len(result.matrix.cls) - 1
-    accuracy = "" if result.top1 is None else f"; CLIP's own top-1 {result.top1:.2%}"
+    accuracy = "" if result.top1 is None else f"; top-1 of the unmodified CLIP {result.top1:.2%}"
     console.print(f"{result.images:,} images, {len(result.labels):,} labels{accuracy}", highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("MLPs replaced")
-    for heading in ("tokens", "top-1", "points", "same top-1 as CLIP", "divergence, nats"):
+    for heading in ("tokens", "top-1", "points", "same top-1 as CLIP", "divergence (nats)"):
         table.add_column(heading, justify="left" if heading == "tokens" else "right")
     for row in result.rows:
         accuracies = ["", ""]

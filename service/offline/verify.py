@@ -69,7 +69,10 @@ def _check_sums(engine: Engine) -> None:
         deviation = float(np.abs(parts.rows.sum(0) - parts.embedding).max())
         if not deviation <= TOLERANCE:
             file = vision_file(engine.runtime.precision)
-            raise BundleError(f"{bundle.path}: the rows of {file} miss its embedding by {deviation:.1e}")
+            raise BundleError(
+                f"{bundle.path}: the rows of {file} differ from its embedding by {deviation:.1e}; export the bundle "
+                "again"
+            )
     if engine.runtime.precision != "fp32":
         return
     if engine.replacement is not None:  # first: the graphs below read its decoders
@@ -77,8 +80,8 @@ def _check_sums(engine: Engine) -> None:
         deviation = float(np.abs(embeddings - np.stack([parts.embedding for parts in decompositions])).max())
         if not deviation <= TOLERANCE:
             raise BundleError(
-                f"{bundle.path}: with nothing replaced, replacement.onnx misses vision.onnx's embedding by "
-                f"{deviation:.1e}"
+                f"{bundle.path}: with nothing replaced, the embedding of replacement.onnx differs from that of "
+                f"vision.onnx by {deviation:.1e}; export the bundle again"
             )
     if engine.sources is not None:
         _check_source_accounts(engine.sources, pixels[0], decompositions[0])
@@ -100,7 +103,10 @@ def _check_rerun(graphs: RerunGraphs, pixels: NDArray[np.float32], decomposition
         for parts, own in zip(graphs.run(pixels, [changes] * len(pixels)), decompositions, strict=True):
             deviation = float(np.abs(parts.rows.sum(0) - (parts if items else own).embedding).max())
             if not deviation <= TOLERANCE:
-                raise BundleError(f"{graphs.bundle.path}: the rows of {RERUN} miss the embedding by {deviation:.1e}")
+                raise BundleError(
+                    f"{graphs.bundle.path}: the rows of {RERUN} differ from the embedding by {deviation:.1e}; export "
+                    "the bundle again"
+                )
 
 
 def _check_source_accounts(graphs: SourceGraphs, pixels: NDArray[np.float32], parts: Decomposition) -> None:
@@ -110,11 +116,17 @@ def _check_source_accounts(graphs: SourceGraphs, pixels: NDArray[np.float32], pa
     trace, outputs = graphs.run(pixels, directions)
     deviation = float(np.abs(trace.embedding - parts.embedding).max())
     if not deviation <= TOLERANCE:
-        raise BundleError(f"{bundle.path}: trace.onnx misses vision.onnx's embedding by {deviation:.1e}")
+        raise BundleError(
+            f"{bundle.path}: the embedding of trace.onnx differs from that of vision.onnx by {deviation:.1e}; export "
+            "the bundle again"
+        )
     found = accounts(trace, outputs, directions, bundle.beta, bundle.manifest.logit_scale)
     worst = max(abs(sources.remainder) for sources in found)
     if not worst <= REMAINDER:
-        raise BundleError(f"{bundle.path}: the parts of sources.onnx miss what they are the account of by {worst:.1e}")
+        raise BundleError(
+            f"{bundle.path}: the source accounts of sources.onnx differ from the logit by {worst:.1e}; export the "
+            "bundle again"
+        )
 
 
 def _check_residual_accounts(graphs: ResidualGraphs, pixels: NDArray[np.float32], parts: Decomposition) -> None:
@@ -124,7 +136,10 @@ def _check_residual_accounts(graphs: ResidualGraphs, pixels: NDArray[np.float32]
     trace = graphs.trace(pixels)
     deviation = float(np.abs(trace.embedding - parts.embedding).max())
     if not deviation <= TOLERANCE:
-        raise BundleError(f"{bundle.path}: {RESIDUAL_TRACE} misses vision.onnx's embedding by {deviation:.1e}")
+        raise BundleError(
+            f"{bundle.path}: the embedding of {RESIDUAL_TRACE} differs from that of vision.onnx by {deviation:.1e}; "
+            "export the bundle again"
+        )
     assert trace.indices is not None
     assert trace.values is not None
     found = graphs.of_directions(trace, np.eye(bundle.manifest.shape.embedding, dtype=np.float32)[:DIRECTIONS])
@@ -134,7 +149,10 @@ def _check_residual_accounts(graphs: ResidualGraphs, pixels: NDArray[np.float32]
         found += graphs.of_features(trace, Wanted(layers, tokens, indices[tokens, places], activations))
     worst = max(abs(sources.remainder) for sources in found)
     if not worst <= REMAINDER:
-        raise BundleError(f"{bundle.path}: the parts of residual accounts miss what they are of by {worst:.1e}")
+        raise BundleError(
+            f"{bundle.path}: the accounts by residual SAEs differ from what they explain by {worst:.1e}; export the "
+            "bundle again"
+        )
 
 
 def _check_attention_scores(graphs: SourceGraphs, pixels: NDArray[np.float32]) -> None:
@@ -149,14 +167,14 @@ def _check_attention_scores(graphs: SourceGraphs, pixels: NDArray[np.float32]) -
             deviation = float(np.abs(weights / weights.sum() - score.weights).max())
             if not deviation <= TOLERANCE:
                 raise BundleError(
-                    f"{bundle.path}: the scores of scores.onnx miss the attention weights of trace.onnx by "
-                    f"{deviation:.1e} (layer {layer}, head {head})"
+                    f"{bundle.path}: the scores of scores.onnx differ from the attention weights of trace.onnx by "
+                    f"{deviation:.1e} (layer {layer}, head {head}); export the bundle again"
                 )
             worst = max(abs(sources.remainder) for sources in sides)
             if not worst <= REMAINDER:
                 raise BundleError(
-                    f"{bundle.path}: the parts of an attention score miss it by {worst:.1e} (layer {layer}, "
-                    f"head {head})"
+                    f"{bundle.path}: the account of an attention score differs from the score by {worst:.1e} (layer "
+                    f"{layer}, head {head}); export the bundle again"
                 )
 
 
@@ -176,5 +194,6 @@ def _check_cards(bundle: Bundle, dictionary: Dictionary) -> None:
         raise BundleError(str(error)) from error
     if labelled != summary.quality.labelled:
         raise BundleError(
-            f"{cards.path}: {labelled:,} cards have a label, the manifest says {summary.quality.labelled:,}"
+            f"{cards.path}: {labelled:,} cards have a label, but the manifest says {summary.quality.labelled:,}; make "
+            "the cards again"
         )

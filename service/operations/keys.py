@@ -29,7 +29,9 @@ class Keys:
             entries += [line for line in lines if not line.lstrip().startswith("#")]
         keys = {key.strip() for key in entries} - {""}
         if not keys and not (value is None and file is None):
-            raise SettingsError(f"{PREFIX}{name.upper()} and {PREFIX}{name.upper()}_FILE name no key")
+            raise SettingsError(
+                f"{PREFIX}{name.upper()} and {PREFIX}{name.upper()}_FILE have no key; add one, or unset both"
+            )
         self._digests = [_digest(spelling) for key in keys for spelling in _spellings(key)]
 
     def __bool__(self) -> bool:

@@ -104,7 +104,7 @@ def _remember(error: OSError) -> None:
 
 def _log(error: OSError) -> None:
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-    logger.warning("no room for metrics in %s (%s): this worker keeps them in its memory", folder, error.strerror)
+    logger.warning("there is no space for metrics in %s (%s): this worker keeps them in memory", folder, error.strerror)
 
 
 def _allocate(descriptor: int, size: int) -> None:

@@ -51,140 +51,190 @@ class Settings(BaseSettings):
 
     bundle: Path = Field(default=DEMO_BUNDLE, description="directory of the bundle to serve")
     label_sets: Path | None = Field(
-        default=None, description="directory of named label sets, NAME.json each; encoded before the service is ready"
+        default=None,
+        description="directory of named label sets, one NAME.json each; they are encoded before the service is ready",
     )
     edits: Path | None = Field(
-        default=None, description="directory of edits, NAME.json each, beside those that the bundle brings along"
+        default=None, description="directory of edits, one NAME.json each, in addition to the bundle's own edits"
     )
     edit: str | None = Field(
-        default=None, description="the edit for requests that name none; it must be there and fit the bundle"
+        default=None, description="the edit for requests that do not name one; it must exist and fit the bundle"
     )
     edit_key_file: Path | None = Field(
-        default=None, description="a secret key: edits that are not signed by it are refused; read again by a reload"
+        default=None,
+        description="file with a secret key: edits that are not signed with it are refused; a reload reads it again",
     )
     provider: Literal["cpu", "cuda", "tensorrt"] = Field(
-        default="cpu", description="where the graphs run; a provider that is not there stops the start"
+        default="cpu", description="where the graphs run; the service does not start if the provider is not available"
     )
     precision: Literal["fp32", "int8", "fp16", "auto"] = Field(
         default="fp32",
-        description="of the vision graph: int8 for CPUs, fp16 for GPUs, where the bundle has them; auto: the fastest",
+        description="precision of the vision graph: int8 (CPUs) and fp16 (GPUs) if the bundle has them; auto: the "
+        "fastest",
     )
     replacement: bool = Field(
         default=True,
-        description="offer `explain.matrix`, where the bundle has the replacement graph; opened when first needed",
+        description="offer `explain.matrix` if the bundle has the replacement graph; it is opened on first use",
     )
     sources: bool = Field(
         default=True,
-        description="offer source accounts, where the bundle has their graphs; opened when first needed",
+        description="offer source accounts if the bundle has their graphs; they are opened on first use",
     )
     residual: bool = Field(
         default=True,
-        description="offer residual SAEs, where the bundle has them; opened when first needed",
+        description="offer residual SAEs if the bundle has them; they are opened on first use",
     )
     rerun: bool = Field(
         default=True,
-        description="take interventions in the running network, where the bundle has its graph; loaded on first use",
+        description="offer interventions in the running network if the bundle has its graph; it is opened on first use",
     )
-    gpu_memory_bytes: NonNegativeInt = Field(default=0, description="the most that CUDA may take; 0: no limit")
+    gpu_memory_bytes: NonNegativeInt = Field(
+        default=0, description="maximum GPU memory for CUDA, in bytes; 0: no limit"
+    )
     tensorrt_cache: Path | None = Field(
-        default=None, description="directory where TensorRT keeps its engines, which take minutes to build"
+        default=None, description="directory in which TensorRT keeps its engines, which take minutes to build"
     )
     workers: PositiveInt = Field(
-        default=1, description="processes, each with the whole bundle; one makes the best use of the processors"
+        default=1,
+        description="number of worker processes, each with the complete bundle; one makes the best use of the "
+        "processors",
     )
     threads: NonNegativeInt = Field(
-        default=0, description="threads of one inference; 0: the processors that this container may use, by workers"
+        default=0,
+        description="threads per inference; 0: the number of processors that this container may use, divided by the "
+        "workers",
     )
-    decode_threads: PositiveInt = Field(default=2, description="processes that decode images")
+    decode_threads: PositiveInt = Field(default=2, description="number of processes that decode images")
     decode_seconds: PositiveFloat = Field(
         default=10.0,
         allow_inf_nan=False,
-        description="processor time for decoding one image, or twice as long by the clock; more is answered 413",
+        description="maximum processor time to decode one image (elapsed time: twice as much); beyond it the answer "
+        "is 413",
     )
-    batch_size: PositiveInt = Field(default=8, description="images in one inference, at most")
+    batch_size: PositiveInt = Field(default=8, description="maximum number of images per inference")
     batch_wait_ms: NonNegativeFloat = Field(
         default=0,
         allow_inf_nan=False,
-        description="how long the first image waits for a full batch; 0: not at all",
+        description="how long the first image waits for a full batch; 0: it does not wait",
     )
-    queue_size: PositiveInt = Field(default=256, description="images waiting; more are answered 429 at once")
+    queue_size: PositiveInt = Field(
+        default=256, description="maximum number of waiting images; beyond it the answer is 429 at once"
+    )
     deadline_seconds: PositiveFloat = Field(
-        default=30.0, allow_inf_nan=False, description="a request that takes longer is answered 504"
+        default=30.0, allow_inf_nan=False, description="maximum time of a request; beyond it the answer is 504"
     )
     shutdown_seconds: PositiveFloat = Field(
         default=25.0,
         allow_inf_nan=False,
-        description="after SIGTERM, for the requests in hand; a process that is still there then is ended",
+        description="time after SIGTERM to finish the current requests; a process that still runs then is killed",
     )
-    max_body_bytes: PositiveInt = Field(default=16 * 2**20, description="larger request bodies are answered 413")
+    max_body_bytes: PositiveInt = Field(
+        default=16 * 2**20, description="maximum size of a request body, in bytes; beyond it the answer is 413"
+    )
     max_bytes_in_hand: int = Field(
         default=256 * 2**20,
         ge=2**20,
         le=2**40,
-        description="of bodies and unsent answers, a worker; an upload that would take more is answered 429",
+        description="maximum bytes of all request bodies and unsent answers per worker; an upload beyond it is "
+        "answered 429",
     )
     max_header_bytes: int = Field(
-        default=32 * 2**10, ge=2**10, le=2**20, description="longer URLs and headers, together, are answered 431"
+        default=32 * 2**10,
+        ge=2**10,
+        le=2**20,
+        description="maximum size of URL and headers together, in bytes; beyond it the answer is 431",
     )
-    header_seconds: float = Field(default=10.0, ge=0.1, le=3_600, description="headers that take longer, likewise 408")
+    header_seconds: float = Field(
+        default=10.0, ge=0.1, le=3_600, description="maximum time to receive the headers; beyond it the answer is 408"
+    )
     send_seconds: float = Field(
         default=60.0,
         ge=0.1,
         le=3_600,
-        description="a client that has not read, so long after, what was sent to it is disconnected",
+        description="a client that does not read its answer for this long is disconnected",
     )
     keep_alive_seconds: float = Field(
         default=75.0,
         ge=0.1,
         le=86_400,
-        description="a connection without a request stays open; longer than a balancer before it keeps its own",
+        description="how long a connection without a request stays open; set it longer than your load balancer's idle "
+        "timeout",
     )
     max_connections: int = Field(
-        default=1_024, ge=1, le=2**20, description="open at once, a worker; for one more, a waiting one is closed"
+        default=1_024,
+        ge=1,
+        le=2**20,
+        description="maximum number of open connections per worker; beyond it an idle one is closed for each new one",
     )
-    max_image_pixels: PositiveInt = Field(default=40_000_000, description="larger images are answered 413, undecoded")
+    max_image_pixels: PositiveInt = Field(
+        default=40_000_000,
+        description="maximum number of pixels of an image; beyond it the answer is 413, before decoding",
+    )
     max_jpeg_pixels: PositiveInt = Field(
         default=200_000_000,
-        description="of a JPEG, which is decoded at a half, a quarter or an eighth of its sides beyond 40,000,000",
+        description="maximum number of pixels of a JPEG; beyond 40,000,000 it is decoded at 1/2, 1/4 or 1/8 of its "
+        "width and height",
     )
-    max_image_side: PositiveInt = Field(default=16_384, description="pixels a side, likewise")
-    max_batch: PositiveInt = Field(default=64, description="images in one `/v1/attribute:batch`; more are answered 413")
-    max_labels: PositiveInt = Field(default=2_048, description="labels in one request")
-    max_label_chars: PositiveInt = Field(default=256, description="characters in one label, and in one template")
-    max_templates: PositiveInt = Field(default=128, description="templates in one request")
-    max_prompts: PositiveInt = Field(default=16_384, description="labels times templates in one request")
-    max_prompt_chars: PositiveInt = Field(default=1_024, description="characters in a template filled in with a label")
-    max_targets: PositiveInt = Field(default=32, description="labels explained in one request")
+    max_image_side: PositiveInt = Field(
+        default=16_384, description="maximum width and height of an image; beyond it the answer is 413, before decoding"
+    )
+    max_batch: PositiveInt = Field(
+        default=64, description="maximum number of images in one `/v1/attribute:batch`; beyond it the answer is 413"
+    )
+    max_labels: PositiveInt = Field(default=2_048, description="maximum number of labels in one request")
+    max_label_chars: PositiveInt = Field(
+        default=256, description="maximum number of characters in one label, and in one template"
+    )
+    max_templates: PositiveInt = Field(default=128, description="maximum number of templates in one request")
+    max_prompts: PositiveInt = Field(default=16_384, description="maximum of labels times templates in one request")
+    max_prompt_chars: PositiveInt = Field(
+        default=1_024, description="maximum number of characters in a template filled in with a label"
+    )
+    max_targets: PositiveInt = Field(default=32, description="maximum number of labels explained in one request")
     max_circuit_nodes: PositiveInt = Field(
         default=512,
-        description="features of a CLT followed back in one circuit, of residual SAEs 4 times as many; takes memory",
+        description="maximum number of features of a CLT to follow back in one circuit (residual SAEs: 4 times as "
+        "many); costs memory",
     )
     max_interventions: PositiveInt = Field(
-        default=256, description="in one `/v1/intervene`; and features or patches of a counterfactual"
+        default=256,
+        description="maximum number of interventions in one `/v1/intervene`, and of features or patches in a "
+        "counterfactual",
     )
     max_answer_values: PositiveInt = Field(
-        default=2_000_000, description="numbers in one answer, about 10 bytes each: images x targets x details; 413"
+        default=2_000_000,
+        description="maximum of numbers in one answer (images x targets x details), 10 bytes each; beyond it the "
+        "answer is 413",
     )
-    label_cache: PositiveInt = Field(default=65_536, description="label embeddings kept in memory")
+    label_cache: PositiveInt = Field(default=65_536, description="number of label embeddings kept in memory")
     api_keys: SecretStr | None = Field(
-        default=None, description="keys, separated by commas, one of which `/v1/` then asks for"
+        default=None, description="keys, separated by commas; if set, requests to `/v1/` must send one of them"
     )
-    api_keys_file: Path | None = Field(default=None, description="more of them, one a line; read again by a reload")
-    admin_keys: SecretStr | None = Field(default=None, description="keys for `/admin/`, which is not there without")
-    admin_keys_file: Path | None = Field(default=None, description="more of them, likewise")
+    api_keys_file: Path | None = Field(
+        default=None, description="file with more of these keys, one per line; a reload reads it again"
+    )
+    admin_keys: SecretStr | None = Field(
+        default=None, description="keys for `/admin/`, which only exists if they are set"
+    )
+    admin_keys_file: Path | None = Field(
+        default=None, description="file with more of these keys, one per line; a reload reads it again"
+    )
     cors_origins: str | None = Field(
         default=None,
-        description="origins whose pages may ask, separated by commas: `https://app.example`; none without",
+        description="origins whose pages may send requests, separated by commas: `https://app.example`; default: no "
+        "other origin",
     )
-    log_format: Literal["json", "text"] = Field(default="json", description="of the log lines on standard output")
-    log_labels: bool = Field(default=False, description="log what was predicted; images are never logged")
+    log_format: Literal["json", "text"] = Field(
+        default="json", description="format of the log lines on standard output"
+    )
+    log_labels: bool = Field(default=False, description="log the predicted labels; images are never logged")
     trace_endpoint: str | None = Field(
         default=None,
         pattern="^https?://.",
-        description="OTLP collector, `http://HOST:4318/v1/traces`; needs the extra `tracing`",
+        description="URL of an OTLP collector, `http://HOST:4318/v1/traces`; requires the extra `tracing`",
     )
     trace_share: float = Field(
-        default=1.0, ge=0, le=1, description="of the requests that bring no trace context, those that are traced"
+        default=1.0, ge=0, le=1, description="share of the requests without a trace context that are traced"
     )
 
     @model_validator(mode="before")
@@ -207,7 +257,10 @@ class Settings(BaseSettings):
     @classmethod
     def _check_that_a_body_fits(cls, limit: int, others: ValidationInfo) -> int:
         if limit < (body := others.data.get("max_body_bytes", 0)):
-            raise ValueError(f"a body may have {body:,} bytes ({PREFIX}MAX_BODY_BYTES), which would be refused forever")
+            raise ValueError(
+                f"a body may have {body:,} bytes ({PREFIX}MAX_BODY_BYTES), and would always be refused; set at least "
+                "this many"
+            )
         return limit
 
     @field_validator("cors_origins")
@@ -216,8 +269,8 @@ class Settings(BaseSettings):
         for origin in _listed(origins):
             if not _ORIGIN.fullmatch(origin):
                 raise ValueError(
-                    f"{origin!r} is no origin: write `https://app.example` or `http://localhost:8080`, in lower case, "
-                    "without a path or a final slash; `*` is not taken, name them"
+                    f"{origin!r} is not an origin; write `https://app.example` or `http://localhost:8080`, in lower "
+                    "case, without a path or a final slash; `*` is not accepted, list the origins"
                 )
         return origins
 
@@ -294,4 +347,4 @@ def _describe_unknown(variables: Iterable[str]) -> Iterable[str]:
     for variable in variables:
         matches = difflib.get_close_matches(variable.removeprefix(PREFIX).upper(), names, 1)
         hint = f"did you mean {PREFIX}{matches[0]}?" if matches else "service/README.md lists them"
-        yield f"{variable} is no setting; {hint}"
+        yield f"{variable} is not a setting; {hint}"

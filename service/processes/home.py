@@ -29,8 +29,8 @@ def bentoml_home() -> Iterator[None]:
         place = tempfile.gettempdir()
     except FileNotFoundError as error:
         raise HomeError(
-            f"no folder for temporary files can be written ({error.strerror or error}); "
-            "make room there, or let TMPDIR name one that can"
+            f"no folder for temporary files can be written ({error.strerror or error}); make space there, or set "
+            "TMPDIR to a writable folder"
         ) from error
     try:
         if chosen := os.environ.get("BENTOML_HOME"):
@@ -42,7 +42,7 @@ def bentoml_home() -> Iterator[None]:
             yield
         except OSError as error:
             raise HomeError(
-                f"the server cannot start, or go on: {error}; it needs room and permission to write in "
+                f"the server cannot start or continue: {error}; it needs space and permission to write in "
                 f"{os.environ.get('BENTOML_HOME', '~/bentoml')} and {place}"
             ) from error
     finally:
@@ -59,7 +59,7 @@ def _prepare_chosen(chosen: str) -> Path:
     except (OSError, RuntimeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise HomeError(
-            f"BENTOML_HOME={chosen} cannot be written ({reason}); let it name a folder that can, or leave it out"
+            f"BENTOML_HOME={chosen} cannot be written ({reason}); set it to a writable folder, or unset it"
         ) from error
     return home
 

@@ -60,7 +60,7 @@ def serve(host: str, port: int, shutdown_seconds: float = 25.0) -> None:
     if problem:
         raise ServeError(problem)
     if failures:
-        raise ServeError(f"the server came to an end: {failures[0]}") from failures[0]
+        raise ServeError(f"the server stopped: {failures[0]}") from failures[0]
 
 
 @contextmanager
@@ -117,7 +117,10 @@ class _Supervision:
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
-            print(f"error: not at an end {seconds:.0f} s after the signal to stop; ended now", file=sys.stderr)
+            print(
+                f"error: the server was still running {seconds:.0f} s after the signal to stop; it has been killed",
+                file=sys.stderr,
+            )
             sys.stderr.flush()
             os._exit(1)
 
@@ -127,7 +130,7 @@ class _Supervision:
                 self._ready.add(pid)
                 self._early_deaths = 0
             elif any(psutil.pid_exists(other) for other in self._ready - self._dead):
-                _log(f"a worker cannot start, others go on: {problem}")
+                _log(f"a worker cannot start, the others continue: {problem}")
             else:
                 self._problem = problem
                 self._ask_to_stop()
@@ -142,7 +145,10 @@ class _Supervision:
             with suppress(RuntimeError):  # the loop is shutting down
                 self._arbiter.loop.add_callback(_manage, self._arbiter)
         elif new:
-            _log(f"{self._early_deaths} workers in a row have died before they were ready; the next follows in seconds")
+            _log(
+                f"{self._early_deaths} workers in a row died before they were ready; the next one starts in a few "
+                "seconds"
+            )
 
 
 def _manage(arbiter: Any) -> Any:

@@ -104,7 +104,11 @@ def end_in_time(seconds: float) -> Iterator[None]:
 
 def _end_after(seconds: float) -> None:
     def end() -> None:
-        print(f"error: not at an end {seconds:g} s after the signal to stop; ended now", file=sys.stderr, flush=True)
+        print(
+            f"error: a worker was still running {seconds:g} s after the signal to stop; it has been killed",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(LATE)
 
     timer = threading.Timer(seconds, end)

@@ -25,7 +25,7 @@ MAX_FIELDS = 50  # far more than any request has; beyond it unknown fields are n
 
 
 class RequestShape(BaseModel):
-    """What every request is: without fields that are none."""
+    """What every request has in common: unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -33,11 +33,13 @@ class RequestShape(BaseModel):
     @classmethod
     def _limit_fields(cls, fields: Any) -> Any:
         if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
-            raise ValueError(f"{len(fields):,} fields; there are only {', '.join(cls.model_fields)}")
+            raise ValueError(f"the request has {len(fields):,} fields; the only ones are {', '.join(cls.model_fields)}")
         return fields
 
 
-Base64 = Annotated[str, Field(min_length=1, description="an image file, base64", json_schema_extra={"format": "byte"})]
+Base64 = Annotated[
+    str, Field(min_length=1, description="an image file in base64", json_schema_extra={"format": "byte"})
+]
 
 
 class WithImage(BaseModel):
@@ -46,20 +48,22 @@ class WithImage(BaseModel):
 
 class Model(BaseModel):
     name: str
-    digest: str = Field(description="sha256 of the bundle's manifest, and so of everything in it")
+    digest: str = Field(description="sha256 of the bundle's manifest, and so of every file in the bundle")
 
 
 class Notice(BaseModel):
-    """Something that whoever reads the answer should know of what was sent."""
+    """A warning about what was sent, for the reader of the answer."""
 
-    code: str = Field(description="labels_…, image_…: service/README.md has all", examples=["labels_same"])
+    code: str = Field(description="labels_… or image_…; service/README.md lists all codes", examples=["labels_same"])
     message: str = Field(
         examples=['"Cat" and "cat" are one and the same text to this CLIP: their order means nothing. Keep one.']
     )
-    labels: list[str] | None = Field(default=None, description="that it is about, if it is about labels")
+    labels: list[str] | None = Field(
+        default=None, description="the labels that the warning is about, if it is about labels"
+    )
 
 
-Warnings = Annotated[list[Notice], Field(description="empty where there is nothing to say")]
+Warnings = Annotated[list[Notice], Field(description="warnings about what was sent; empty if there are none")]
 
 
 class AnswerShape(BaseModel):
@@ -67,14 +71,20 @@ class AnswerShape(BaseModel):
 
     request_id: str
     model: Model
-    edit: EditUsed | None = Field(default=None, description="null: the answer is CLIP's as it is")
+    edit: EditUsed | None = Field(
+        default=None, description="the edit that was used; null: the answer is the unmodified CLIP's"
+    )
     warnings: Warnings = []
 
 
 Strict = Annotated[
-    bool, Field(strict=True, description="refuse labels that are cut, unknown, or the same as another to this CLIP")
+    bool,
+    Field(
+        strict=True,
+        description="refuse labels that this CLIP cuts, does not know, or cannot distinguish from another label",
+    ),
 ]
-TimingsMs = Annotated[dict[str, float], Field(description="of each stage, in milliseconds")]
+TimingsMs = Annotated[dict[str, float], Field(description="time of each stage, in milliseconds")]
 
 
 class ItemError(BaseModel):
@@ -103,7 +113,7 @@ def _problem(shape: type[BaseModel], error: ErrorDetails) -> str:
     return (
         f"no such field; did you mean {near[0]}?"
         if near
-        else f"no such field; there are {', '.join(shape.model_fields)}"
+        else f"no such field; the fields are {', '.join(shape.model_fields)}"
     )
 
 

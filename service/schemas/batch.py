@@ -15,14 +15,16 @@ class BatchJson(AttributeRequest):
 
 
 class BatchItem(BaseModel):
-    """One image's `answer`, or the `error` that it alone would have been answered with."""
+    """The `answer` for one image, or the `error` that a request with only this image would have got."""
 
-    status: int = Field(description="what the image alone would have been answered with", examples=[200])
+    status: int = Field(
+        description="the HTTP status that a request with only this image would have got", examples=[200]
+    )
     answer: Attribution | None
     error: ItemError | None
 
 
 class BatchResponse(AnswerShape):
-    """`warnings` here are of the labels, which all images share; an image's own are in its answer."""
+    """`warnings` here are about the labels, which all images share; warnings about one image are in its answer."""
 
-    results: list[BatchItem] = Field(description="one per image, in the order of the request")
+    results: list[BatchItem] = Field(description="one result per image, in the order of the request")

@@ -21,19 +21,25 @@ class ModelResponse(BaseModel):
     precision: str
     manifest: dict[str, Any]
     source_baselines: list[Literal["zero", "mean"]] = Field(
-        description="what `explain.baseline` may be; empty where there is no `explain.sources`"
+        description="values that `explain.baseline` accepts; empty if the bundle does not support `explain.sources`"
     )
-    attention_heads: int = Field(description="of a layer, that `explain.attention` may name; 0 where there is none")
+    attention_heads: int = Field(
+        description="number of heads per layer that `explain.attention` accepts; 0 if the bundle does not support it"
+    )
     circuit_dictionaries: list[Dictionary] = Field(
-        description="what `dictionary` of a circuit may be; without residual there is no `explain.residual`"
+        description="values that `dictionary` of a circuit accepts; without residual, `explain.residual` is not "
+        "supported"
     )
     interventions: list[Mode] = Field(
-        description="what `mode` of interventions may be; empty where the bundle was exported before there were any"
+        description="values that `mode` of interventions accepts; empty if the bundle is from a version without "
+        "interventions"
     )
-    card_dictionaries: list[Dictionary] = Field(description="of whose features there are cards")
+    card_dictionaries: list[Dictionary] = Field(description="the dictionaries whose features have cards")
 
-    edits: list[EditSummary] = Field(description="that a request may name under `edit`")
-    default_edit: str | None = Field(description="for requests that name none; null: CLIP as it is")
+    edits: list[EditSummary] = Field(description="edits that a request may name in `edit`")
+    default_edit: str | None = Field(
+        description="the edit for requests that do not name one; null: the unmodified CLIP"
+    )
     warnings: Warnings = []
 
 
@@ -44,7 +50,7 @@ class LabelSetResponse(BaseModel):
 
 
 class LabelsResponse(BaseModel):
-    """What `label_set` may name. `default` is what a request without labels gets."""
+    """The values of `label_set`. `default` is used for requests without labels."""
 
     model: Model
     label_sets: list[LabelSetResponse]

@@ -16,34 +16,36 @@ class GroupToken(BaseModel):
 
     token: int = Field(description="0: [CLS], then the patches row by row")
     influence: float
-    activation: float | None = Field(description="of a feature")
+    activation: float | None = Field(description="activation of a feature; null for others")
 
 
 class CircuitGroup(BaseModel):
-    """One feature at all tokens, or the errors of a layer, or all embeddings. Means are over all images: where it is
-    not in the circuit it counts as 0."""
+    """One feature at all tokens, or the errors of a layer, or all embeddings. Means are over all images: an image
+    without it in its circuit counts as 0."""
 
     kind: Literal["feature", "embedding", "error"]
     layer: int | None = Field(description="null for embeddings")
-    index: int | None = Field(description="of a feature")
+    index: int | None = Field(description="index of the feature; null for others")
     label: str | None = None
     label_score: float | None = None
-    images: int = Field(description="in whose circuits it is")
-    tokens: float = Field(description="at which it is in the circuit: the mean over those images")
-    influence: float = Field(description="on the target, over all paths: a share; the mean")
-    contribution: float = Field(description="straight to the target, in logits; the mean")
+    images: int = Field(description="number of images with it in their circuits")
+    tokens: float = Field(description="number of tokens at which it is in the circuit: the mean over those images")
+    influence: float = Field(description="share of the influence on the target, over all paths; the mean")
+    contribution: float = Field(description="direct contribution to the target, in logits; the mean")
     unfollowed_share: float | None = Field(
-        description="of what flows into it (all |edges|), the part from features that were not followed back; "
-        "null where nothing was followed"
+        description="share of what flows into it (all |edges|) that comes from features that were not followed back; "
+        "null if it was not followed"
     )
-    where: list[GroupToken] = Field(description="its nodes, the most influential first; empty for many images")
+    where: list[GroupToken] = Field(description="its nodes, most influential first; empty for the mean of many images")
 
 
 class GroupEdge(BaseModel):
-    source: int = Field(description="a place in `groups`")
-    target: int | None = Field(description="a place in `groups`; null: the target's logit")
-    weight: float = Field(description="summed over tokens; in units of the target's activation, or in logits; the mean")
-    images: int = Field(description="in whose circuits it is")
+    source: int = Field(description="position in `groups`")
+    target: int | None = Field(description="position in `groups`; null: the target's logit")
+    weight: float = Field(
+        description="summed over tokens, in units of the activation of the edge's target or in logits; the mean"
+    )
+    images: int = Field(description="number of images with it in their circuits")
 
 
 class GroupedCircuit(BaseModel):
@@ -53,21 +55,23 @@ class GroupedCircuit(BaseModel):
     warnings: Warnings = []
     dictionary: Dictionary
     images: int
-    targets: dict[str, int] = Field(description="label that was explained: images; most images first")
+    targets: dict[str, int] = Field(description="number of images for each label that was explained, most images first")
     contrast: str | None
-    logit: float = Field(description="the target's; with a contrast, minus the contrast's")
-    groups: list[CircuitGroup] = Field(description="the most influential first")
+    logit: float = Field(description="the target's logit; with a contrast, minus the contrast's logit")
+    groups: list[CircuitGroup] = Field(description="most influential first")
     edges: list[GroupEdge]
-    unfollowed_share: float = Field(description="of what flows into the target, from features that were not followed")
+    unfollowed_share: float = Field(
+        description="share of what flows into the target that comes from features that were not followed"
+    )
     scores: CircuitScores
-    nodes: float = Field(description="features at single tokens, embeddings and errors in the circuit")
-    followed: float = Field(description="features whose sources were looked for")
-    active: float = Field(description="active features: (layer, index, token)")
-    kept: float = Field(description="features in the circuit")
-    kept_share: float = Field(description="of the active features")
+    nodes: float = Field(description="number of nodes in the circuit: features at single tokens, embeddings and errors")
+    followed: float = Field(description="number of features whose sources were searched for")
+    active: float = Field(description="number of active features, each counted by (layer, index, token)")
+    kept: float = Field(description="number of features in the circuit")
+    kept_share: float = Field(description="`kept` divided by `active`")
     layers: int
-    rows: int = Field(description="of patches")
+    rows: int = Field(description="number of rows of patches")
     columns: int
-    failed: dict[str, int] = Field(default={}, description="images that cannot be used, by the service's code")
-    unreadable: list[str] = Field(default=[], description="these images, with the reason")
-    skipped: list[str] = Field(default=[], description="what else was left out of the inputs: a line for each reason")
+    failed: dict[str, int] = Field(default={}, description="number of images that cannot be used, by error code")
+    unreadable: list[str] = Field(default=[], description="those images, each with the reason")
+    skipped: list[str] = Field(default=[], description="what else was left out of the inputs, one line per reason")

@@ -22,43 +22,48 @@ Threshold = Annotated[float, Field(ge=-1, le=1, strict=True, allow_inf_nan=False
 
 
 class LabelsRequest(RequestShape):
-    """Labels and templates; without either, the bundle's own."""
+    """Labels and templates; by default the bundle's own."""
 
     labels: Labels | None = Field(default=None, examples=[["cat", "dog", "truck"]])
-    label_set: str | None = Field(default=None, description="a named label set; `default` is the bundle's")
+    label_set: str | None = Field(default=None, description="the name of a label set; `default` is the bundle's own")
     templates: Templates | None = Field(default=None, examples=[["a photo of a {}"]])
     strict: Strict = False
-    top_k: int = Field(default=5, ge=1, strict=True, description="predictions listed, largest logit first")
+    top_k: int = Field(default=5, ge=1, strict=True, description="number of predictions to list, largest logit first")
 
     @field_validator("labels")
     @classmethod
     def _distinct(cls, labels: list[str] | None) -> list[str] | None:
         if labels and len(set(labels)) < len(labels):
-            raise ValueError("labels must differ from one another")
+            raise ValueError("labels must differ from one another; send each label once")
         return labels
 
 
 class ClassifyRequest(LabelsRequest):
-    """The same, of CLIP or of an edited one."""
+    """Labels and templates, for the unmodified CLIP or an edited one, with the way of scoring."""
 
     edit: str | None = Field(default=None, description=EDIT)
     scoring: Literal["softmax", "independent"] = Field(
         default="softmax",
-        description="of probabilities: softmax shares 1 out among the labels; independent asks of each label for "
-        "itself whether its cosine reaches `threshold`, so that it may be none of them",
+        description="how labels are scored. softmax: probabilities sum to 1 over all labels. independent: each label "
+        "is accepted on its own if its cosine reaches `threshold`; possibly none is",
     )
     threshold: Threshold | dict[Label, Threshold] | None = Field(
         default=None,
-        description="of independent scoring: the cosine that a label must reach, one for all or one for each",
+        description="for `scoring` independent: the cosine that a label must reach; one number for all labels, or one "
+        "per label",
         examples=[0.25, {"cat": 0.24, "dog": 0.26}],
     )
 
     @model_validator(mode="after")
     def _has_threshold(self) -> Self:
         if self.scoring == "independent" and self.threshold is None:
-            raise ValueError("`scoring` independent needs `threshold`: a cosine for all labels, or {label: cosine}")
+            raise ValueError(
+                "`scoring` independent requires `threshold`: one cosine for all labels, or {label: cosine}"
+            )
         if self.scoring == "softmax" and self.threshold is not None:
-            raise ValueError("`threshold` is of `scoring` independent; the softmax has none")
+            raise ValueError(
+                "`threshold` can only be used with `scoring` independent; leave it out, or set `scoring` to independent"
+            )
         return self
 
 
@@ -68,24 +73,26 @@ class ClassifyJson(ClassifyRequest, WithImage):
 
 class Prediction(BaseModel):
     label: str
-    probability: float = Field(description="by the softmax over all labels, or of this one for itself: see `scoring`")
-    logit: float = Field(description="the cosine times the CLIP's logit scale")
-    cosine: float = Field(description="of the image's and the label's embedding")
+    probability: float = Field(
+        description="from the softmax over all labels, or for this label on its own: see `scoring`"
+    )
+    logit: float = Field(description="the cosine multiplied by the CLIP's logit scale")
+    cosine: float = Field(description="cosine of the image's embedding and the label's embedding")
 
 
 class Forced(BaseModel):
-    """What the softmax puts first."""
+    """The label that the softmax ranks first."""
 
     label: str
     probability: float
 
 
 class Verdict(BaseModel):
-    """Whether any of the labels fits: of all of them, listed under `predictions` or not."""
+    """Whether any label fits. All labels count, also those not listed in `predictions`."""
 
-    above: list[str] = Field(description="labels whose cosine reaches their threshold, furthest above it first")
-    none_of_these: bool = Field(description="no label does")
-    softmax: Forced = Field(description="what the softmax names first: it always names one")
+    above: list[str] = Field(description="labels whose cosine reaches their threshold, the one furthest above it first")
+    none_of_these: bool = Field(description="true if no label reaches its threshold")
+    softmax: Forced = Field(description="the label that the softmax ranks first; the softmax always names one")
 
 
 class ClassifyResponse(AnswerShape):

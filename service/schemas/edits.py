@@ -9,18 +9,18 @@ from pydantic import BaseModel, Field
 from vitrine.models.interventions.edit import Condition
 from vitrine.models.interventions.spec import Mode
 
-EDIT = "an edit by its name; default: the service's (`default_edit` of `/v1/model`); none: CLIP as it is"
+EDIT = "name of an edit; default: the service's (`default_edit` in `/v1/model`); none: the unmodified CLIP"
 
 
 class EditUsed(BaseModel):
-    """The edit that an answer was asked for with."""
+    """The edit that the request asked for."""
 
     name: str
-    digest: str = Field(description="sha256 of all that the edit says")
+    digest: str = Field(description="sha256 of the edit's content")
     mode: Mode
     applied: bool = Field(
-        description="whether the answer is the edited network's; false: the edit's condition was not met, and it is "
-        "CLIP's own. Of a batch: whether any of its answers is"
+        description="true: the answer is from the edited network; false: the edit's condition was not met, and the "
+        "answer is from the unmodified CLIP. In a batch: true if this holds for any of its answers"
     )
 
 
@@ -32,7 +32,7 @@ class EditSummary(BaseModel):
     description: str
     created: datetime
     mode: Mode
-    interventions: int = Field(description="how many")
+    interventions: int = Field(description="number of interventions")
     condition: Condition | None
     signed: bool
-    problem: str | None = Field(description="why it cannot be used here; null: it can")
+    problem: str | None = Field(description="why this bundle cannot use the edit; null: it can")

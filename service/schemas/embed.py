@@ -11,9 +11,11 @@ from vitrine.service.schemas.edits import EDIT
 class EmbedRequest(RequestShape):
     """An image, texts, or both."""
 
-    texts: Labels | None = Field(default=None, examples=[["a photo of a cat"]], description="embedded as they are")
+    texts: Labels | None = Field(
+        default=None, examples=[["a photo of a cat"]], description="texts to embed, without templates"
+    )
     strict: Strict = False
-    edit: str | None = Field(default=None, description=f"of the image's embedding: {EDIT}")
+    edit: str | None = Field(default=None, description=f"for the image's embedding: {EDIT}")
 
 
 class EmbedJson(EmbedRequest):
@@ -21,6 +23,6 @@ class EmbedJson(EmbedRequest):
 
 
 class EmbedResponse(AnswerShape):
-    embedding: list[float] | None = Field(description="of the image, of length 1")
-    text_embeddings: list[list[float]] | None = Field(description="one per text, of length 1")
+    embedding: list[float] | None = Field(description="embedding of the image, normalised to length 1")
+    text_embeddings: list[list[float]] | None = Field(description="one embedding per text, normalised to length 1")
     timings_ms: TimingsMs

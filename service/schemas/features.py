@@ -11,30 +11,35 @@ from vitrine.service.schemas.base import AnswerShape, Model, RequestShape, Timin
 
 
 class SimilarRequest(RequestShape):
-    """Which of the nearest reference images."""
+    """Which of the nearest reference images to list."""
 
     layers: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)] | None = Field(
-        default=None, description="layers whose code is compared; default: all"
+        default=None, description="layers whose codes are compared; default: all"
     )
-    limit: int = Field(default=5, ge=1, le=50, strict=True, description="images a layer")
-    offset: int = Field(default=0, ge=0, le=10**9, strict=True, description="nearer images that are left out")
+    limit: int = Field(default=5, ge=1, le=50, strict=True, description="number of images per layer")
+    offset: int = Field(default=0, ge=0, le=10**9, strict=True, description="number of nearer images to skip")
 
 
 class CardQuery(RequestShape):
-    """Whose feature."""
+    """The dictionary of a feature."""
 
-    dictionary: Dictionary = Field(default="clt", description="of the CLT, or of the residual SAEs")
+    dictionary: Dictionary = Field(
+        default="clt", description="clt: a feature of the CLT; residual: a feature of the residual SAEs"
+    )
 
 
 class FeaturesQuery(CardQuery):
-    """A search among labelled features, a page at a time."""
+    """A search among labelled features, one page at a time."""
 
     label: str | None = Field(
-        default=None, min_length=1, max_length=256, description="part of the label, in letters of either case"
+        default=None,
+        min_length=1,
+        max_length=256,
+        description="text that the label contains; upper and lower case are treated alike",
     )
-    layer: int | None = Field(default=None, ge=0, le=10_000, description="features of this layer alone")
-    offset: int = Field(default=0, ge=0, le=10**9, description="better features that are left out")
-    limit: int = Field(default=20, ge=1, le=100, description="features on a page")
+    layer: int | None = Field(default=None, ge=0, le=10_000, description="only features of this layer")
+    offset: int = Field(default=0, ge=0, le=10**9, description="number of better features to skip")
+    limit: int = Field(default=20, ge=1, le=100, description="number of features per page")
 
 
 class SimilarJson(SimilarRequest, WithImage):
@@ -42,25 +47,25 @@ class SimilarJson(SimilarRequest, WithImage):
 
 
 class ReferenceImage(BaseModel):
-    """An image of the data that the cards were made of."""
+    """An image of the data that the cards were made from."""
 
     name: str
     class_name: str
-    thumbnail: str | None = Field(description="data: URL of a small picture, if the bundle has them")
+    thumbnail: str | None = Field(description="data: URL of a small version of the image, if the bundle has them")
 
 
 class Exemplar(ReferenceImage):
-    """An image on which the feature fires most."""
+    """One of the images on which the feature fires most."""
 
     activation: float
     mask: list[float] = Field(
-        description="the feature's |activation| on every patch, row by row; all 0 where it fires at [CLS] alone"
+        description="the feature's |activation| on every patch, row by row; all 0 if it fires only at [CLS]"
     )
 
 
 class Histogram(BaseModel):
-    edges: list[float] = Field(description="of the bins, one more than there are")
-    counts: list[int] = Field(description="images")
+    edges: list[float] = Field(description="edges of the bins, one more than there are bins")
+    counts: list[int] = Field(description="number of images in each bin")
 
 
 class Frequency(BaseModel):
@@ -69,51 +74,56 @@ class Frequency(BaseModel):
 
 
 class Written(BaseModel):
-    """The label that a feature's direction adds most to, whatever the feature fires on."""
+    """The label that a feature's direction adds most to, independent of what the feature fires on."""
 
     label: str
     score: float = Field(description="cosine of the folded direction and the label, centred over the vocabulary")
-    margin: float = Field(description="to the runner-up")
+    margin: float = Field(description="`score` minus the runner-up's")
 
 
 class CoactiveFeature(BaseModel):
     layer: int
     index: int
     label: str | None
-    jaccard: float = Field(description="images on which both fire, as a part of those on which one does")
+    jaccard: float = Field(description="images on which both features fire, divided by images on which either fires")
 
 
 class CardResponse(BaseModel):
-    """What is known of one feature."""
+    """What is known about one feature."""
 
     model: Model
     dictionary: Dictionary
     layer: int
     index: int
-    label: str | None = Field(description="what it fires on; null where that could not be said")
+    label: str | None = Field(description="what it fires on; null if no label was good enough")
     abstained: str | None = Field(
-        description="why there is no label: too_few_exemplars, or a score that is too low (or, in bundles whose cards "
-        "are of an older version, a clarity or margin)"
+        description="why there is no label: too_few_exemplars, or the score that is too low (in cards of an older "
+        "version also clarity or margin)"
     )
     label_score: float | None = Field(
-        description="how well the label tells images on which it fires from others, among those that it was chosen by: "
-        "AUROC, 0.5 is chance (in cards of an older version the mean cosine of an exemplar and the label)"
+        description="how well the label distinguishes images on which the feature fires from others, on the images "
+        "that the label was chosen with: AUROC, 0.5 is chance (in cards of an older version the mean cosine of an "
+        "exemplar and the label)"
     )
-    label_margin: float | None = Field(description="that score minus the runner-up's")
-    label_clarity: float | None = Field(description="how far exemplars agree: the mean cosine of two of them")
+    label_margin: float | None = Field(description="`label_score` minus the runner-up's")
+    label_clarity: float | None = Field(
+        description="how similar the exemplars are to each other: the mean cosine of two of them"
+    )
     label_auroc: float | None = Field(
-        description="the same on held-out images; null: it fires on too few or on too many of them"
+        description="the AUROC on held-out images; null if it fires on too few or too many of them"
     )
     writes: Written | None
     read_at: Literal["cls", "patches"] = Field(
-        description="where its activation is read: at [CLS], or, if it hardly fires there, the largest over patches"
+        description="where its activation is read: at [CLS], or, if it rarely fires there, as the largest over patches"
     )
     frequency: Frequency
-    quantiles: dict[str, float] = Field(description="of its activation where it fires; empty if it never does")
-    histogram: Histogram | None = Field(description="of |activation|; null if it never fires")
+    quantiles: dict[str, float] = Field(
+        description="quantiles of its activation where it fires; empty if it never fires"
+    )
+    histogram: Histogram | None = Field(description="histogram of |activation|; null if it never fires")
     exemplars: list[Exemplar] = Field(description="largest |activation| first")
-    mean_picture: str | None = Field(description="data: URL of the exemplars' mean, if the bundle has one")
-    rows: int = Field(description="of patches, in masks")
+    mean_picture: str | None = Field(description="data: URL of the mean of the exemplars, if the bundle has one")
+    rows: int = Field(description="number of rows of patches in masks")
     columns: int
     coactive: list[CoactiveFeature]
     warnings: Warnings = []
@@ -133,7 +143,7 @@ class FeaturesResponse(BaseModel):
 
     model: Model
     dictionary: Dictionary
-    total: int = Field(description="that were found, on all pages")
+    total: int = Field(description="number of features found, on all pages")
     offset: int
     limit: int
     next: str | None = Field(description="path of the next page")
@@ -153,6 +163,6 @@ class SimilarLayer(BaseModel):
 class SimilarResponse(AnswerShape):
     """The reference images whose sparse codes are nearest, layer by layer, nearest first."""
 
-    references: int = Field(description="images that were compared with")
+    references: int = Field(description="number of reference images that were compared")
     layers: list[SimilarLayer]
     timings_ms: TimingsMs

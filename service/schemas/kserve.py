@@ -19,13 +19,13 @@ class Base64Bytes(RequestShape):
 
 
 class ImageInstance(RequestShape):
-    """An image under one of the names that KServe's examples have for it, and the client's own `key`."""
+    """An image under one of the names that KServe's examples use, and the client's own `key`."""
 
     b64: str | None = None
     image: str | Base64Bytes | None = None
     image_bytes: str | Base64Bytes | None = None
     data: str | Base64Bytes | None = None
-    key: str | int | None = Field(default=None, description="comes back with the prediction")
+    key: str | int | None = Field(default=None, description="returned with the prediction")
 
 
 Instances = Annotated[
@@ -33,7 +33,7 @@ Instances = Annotated[
     Field(
         min_length=1,
         fail_fast=True,
-        description="images: base64 or data URLs. No URL is fetched",
+        description="images, in base64 or as data URLs. Other URLs are not fetched",
         examples=[[{"image": {"b64": "iVBORw0KGgo…"}}]],
     ),
 ]
@@ -41,16 +41,20 @@ Instances = Annotated[
 
 class PredictRequest(RequestShape):
     instances: Instances
-    parameters: ClassifyRequest = Field(default=ClassifyRequest(), description="as of `/v1/classify`, for all images")
+    parameters: ClassifyRequest = Field(
+        default=ClassifyRequest(), description="the options of `/v1/classify`, for all images"
+    )
 
 
 class ExplainRequest(RequestShape):
     instances: Instances
-    parameters: AttributeRequest = Field(default=AttributeRequest(), description="as of `/v1/attribute`, likewise")
+    parameters: AttributeRequest = Field(
+        default=AttributeRequest(), description="the options of `/v1/attribute`, for all images"
+    )
 
 
 class InstancePrediction(BaseModel):
-    key: str | int | None = Field(description="of the instance")
+    key: str | int | None = Field(description="key of the instance")
     predictions: list[Prediction]
     verdict: Verdict | None
     edit: EditUsed | None
@@ -58,11 +62,11 @@ class InstancePrediction(BaseModel):
 
 
 class PredictResponse(BaseModel):
-    predictions: list[InstancePrediction] = Field(description="one per instance, in their order")
+    predictions: list[InstancePrediction] = Field(description="one per instance, in the same order")
 
 
 class ExplainResponse(BaseModel):
-    explanations: list[Attribution] = Field(description="one per instance, in their order")
+    explanations: list[Attribution] = Field(description="one per instance, in the same order")
 
 
 class PlainError(BaseModel):

@@ -40,29 +40,31 @@ class TensorMetadata(BaseModel):
 
 class ModelMetadata(BaseModel):
     name: str
-    versions: list[str] = Field(description="one, the start of the bundle's digest")
+    versions: list[str] = Field(description="one version: the start of the bundle's digest")
     platform: str
-    inputs: list[TensorMetadata] = Field(description="`labels` and `templates` may be left out")
+    inputs: list[TensorMetadata] = Field(description="`labels` and `templates` are optional")
     outputs: list[TensorMetadata]
 
 
 class InputTensor(RequestShape):
     name: Literal["image", "labels", "templates"] = Field(
-        description="`image`: files of images; in JSON in base64, or as data URLs. No URL is fetched"
+        description="`image`: image files; in JSON, in base64 or as data URLs. Other URLs are not fetched"
     )
     datatype: Literal["BYTES"]
     shape: list[int] = Field(min_length=1, max_length=2, description="[N] or [N, 1]", examples=[[1]])
-    data: list[Any] | None = Field(default=None, description="texts; absent where they follow as bytes")
-    parameters: dict[str, Any] = Field(default={}, description="`binary_data_size`: bytes that follow")
+    data: list[Any] | None = Field(default=None, description="texts; absent if they follow as bytes")
+    parameters: dict[str, Any] = Field(default={}, description="`binary_data_size`: number of bytes that follow")
 
 
 class OutputAsked(RequestShape):
     name: Literal["label", "probability", "logit", "cosine", "embedding"]
-    parameters: dict[str, Any] = Field(default={}, description="`binary_data`: as bytes after the JSON")
+    parameters: dict[str, Any] = Field(
+        default={}, description="`binary_data`: return the tensor as bytes after the JSON"
+    )
 
 
 class InferRequest(RequestShape):
-    id: str | None = Field(default=None, description="comes back with the answer")
+    id: str | None = Field(default=None, description="returned with the answer")
     parameters: dict[str, Any] = Field(
         default={},
         description="options of `/v1/classify` (`top_k`, `label_set`, `strict`, `edit`, `scoring`, `threshold`), and "
@@ -78,13 +80,13 @@ class InferRequest(RequestShape):
 class OutputTensor(BaseModel):
     name: str
     datatype: Datatype
-    shape: list[int] = Field(description="[images, predictions], or [images, D] of embeddings")
+    shape: list[int] = Field(description="[images, predictions], or [images, D] for embeddings")
     parameters: dict[str, Any] | None = None
-    data: list[Any] | None = Field(default=None, description="row by row; absent where it follows as bytes")
+    data: list[Any] | None = Field(default=None, description="row by row; absent if the data follows as bytes")
 
 
 class Note(BaseModel):
-    """What is to be said of one image beside its tensors."""
+    """What the answer says about one image in addition to its tensors."""
 
     edit: EditUsed | None
     verdict: Verdict | None
@@ -92,11 +94,13 @@ class Note(BaseModel):
 
 
 class Notes(RootModel[list[Note]]):
-    """One per image, in their order."""
+    """One per image, in the same order."""
 
 
 class ResponseParameters(BaseModel):
-    notes: str = Field(description="JSON, since parameters are texts: of each image `edit`, `verdict` and `warnings`")
+    notes: str = Field(
+        description="JSON in a text, because parameters are texts: `edit`, `verdict` and `warnings` of each image"
+    )
 
 
 class InferResponse(BaseModel):

@@ -18,64 +18,69 @@ PIXEL = (
 def _no_tokens(value: Any) -> Any:
     first = value[0] if isinstance(value, list) and value else None
     if isinstance(first, int | list):
-        raise ValueError("numbers of tokens are another model's: send texts")
+        raise ValueError("token numbers belong to another model's tokenizer: send texts")
     return value
 
 
 class EmbeddingsRequest(RequestShape):
-    """Texts and images, one or many."""
+    """One or more texts and images."""
 
-    model: str = Field(description="the bundle's name, as `GET /v1/models` has it", examples=["demo"])
+    model: str = Field(description="the bundle's name, as in `GET /v1/models`", examples=["demo"])
     input: Annotated[Label | Labels, BeforeValidator(_no_tokens)] = Field(
-        description="texts, and images as data URLs (`data:image/png;base64,…`), in any order. No URL is fetched",
+        description="texts, and images as data URLs (`data:image/png;base64,…`), in any order. Other URLs are not "
+        "fetched",
         examples=["a photo of a cat", ["a photo of a cat", PIXEL]],
     )
     encoding_format: Literal["float", "base64"] = Field(
-        default="float", description="of the vectors: numbers, or float32 in little-endian order, in base64"
+        default="float", description="format of the vectors. float: numbers; base64: little-endian float32 in base64"
     )
     dimensions: int | None = Field(
-        default=None, strict=True, description="as many as the CLIP's embeddings have: CLIP's cannot be shortened"
+        default=None,
+        strict=True,
+        description="must equal the width of the CLIP's embeddings, which cannot be shortened",
     )
-    user: str | None = Field(default=None, description="is not used")
+    user: str | None = Field(default=None, description="not used")
     strict: Strict = False
-    edit: str | None = Field(default=None, description=f"of images' embeddings: {EDIT}")
+    edit: str | None = Field(default=None, description=f"for the embeddings of images: {EDIT}")
 
 
 class Embedding(BaseModel):
     object: Literal["embedding"] = "embedding"
-    index: int = Field(description="of `input`")
-    embedding: list[float] | str = Field(description="of length 1; products are cosines")
+    index: int = Field(description="position in `input`")
+    embedding: list[float] | str = Field(description="normalised to length 1, so that products are cosines")
 
 
 class Usage(BaseModel):
-    prompt_tokens: int = Field(description="of all texts as the CLIP reads them, with start and end; images have none")
+    prompt_tokens: int = Field(
+        description="number of tokens of all texts as the CLIP reads them, with start and end tokens; images count as 0"
+    )
     total_tokens: int
 
 
 class EmbeddingsResponse(BaseModel):
-    """As OpenAI's, and what every answer of this service has."""
+    """OpenAI's fields, and those that every answer of this service has."""
 
     object: Literal["list"] = "list"
     data: list[Embedding]
     model: str
     usage: Usage
-    edit: EditUsed | None = Field(default=None, description="of the images; null: CLIP as it is")
+    edit: EditUsed | None = Field(default=None, description="the edit used for the images; null: the unmodified CLIP")
     warnings: Warnings = []
 
 
 class ServedModel(BaseModel):
-    """As OpenAI has it (`id` …), and KServe's V1 protocol (`name`, `ready`)."""
+    """The fields of OpenAI's API (`id` …) and of KServe's V1 protocol (`name`, `ready`)."""
 
     id: str
     object: Literal["model"] = "model"
-    created: int = Field(description="when it came into service, in seconds since 1970")
+    created: int = Field(description="when the bundle came into service, in seconds since 1970")
     owned_by: Literal["vitrine"] = "vitrine"
     name: str
     ready: bool
 
 
 class ServedModels(BaseModel):
-    """As OpenAI has it (`data`), and KServe's V1 protocol (`models`)."""
+    """The field of OpenAI's API (`data`) and that of KServe's V1 protocol (`models`)."""
 
     object: Literal["list"] = "list"
     data: list[ServedModel]
@@ -85,8 +90,8 @@ class ServedModels(BaseModel):
 class OpenAIErrorBody(BaseModel):
     message: str
     type: str
-    param: str | None = Field(description="the field that is wrong")
-    code: str = Field(description="as everywhere in this service")
+    param: str | None = Field(description="the field with the problem")
+    code: str = Field(description="an error code of this service, as in its other answers")
 
 
 class OpenAIError(BaseModel):

@@ -7,7 +7,9 @@ from pydantic import BaseModel, Field
 
 class ResidualFeature(BaseModel):
     index: int
-    activation: float = Field(description="in standard deviations of its token; of several tokens the largest by size")
+    activation: float = Field(
+        description="in standard deviations of its token; for several tokens, the one with the largest magnitude"
+    )
     label: str | None = None
     label_score: float | None = None
 
@@ -17,20 +19,21 @@ class ResidualPatchFeature(ResidualFeature):
 
 
 class ResidualLayer(BaseModel):
-    """What the SAE after one block reads in the stream."""
+    """What the SAE after one block reads in the residual stream."""
 
-    layer: int = Field(description="the block before it")
-    active_cls: int = Field(description="features active at [CLS]")
-    active_patches: int = Field(description="features active at any patch")
-    cls: list[ResidualFeature] = Field(description="at [CLS], the largest activation first")
-    patches: list[ResidualPatchFeature] = Field(description="at patches, likewise")
+    layer: int = Field(description="the block that the SAE follows")
+    active_cls: int = Field(description="number of features active at [CLS]")
+    active_patches: int = Field(description="number of features active at any patch")
+    cls: list[ResidualFeature] = Field(description="features at [CLS], largest activation first")
+    patches: list[ResidualPatchFeature] = Field(description="features at patches, largest activation first")
 
 
 class ResidualFeatures(BaseModel):
-    """Features of the residual SAEs (arXiv 2509.17401), one after every block but the last. They say of what the stream
-    consists there, whatever the label; which of them made a logit, `POST /v1/circuit` says with `dictionary: residual`.
+    """Features of the residual SAEs (arXiv 2509.17401), one after every block except the last. They show what
+    the stream consists of there, whatever the label. `POST /v1/circuit` with `dictionary: residual` shows which of them
+    made a logit.
     """
 
     layers: list[ResidualLayer]
-    rows: int = Field(description="of patches")
+    rows: int = Field(description="number of rows of patches")
     columns: int

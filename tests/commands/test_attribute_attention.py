@@ -30,11 +30,11 @@ def test_three_accounts_of_one_score(run):
     result = run("--attention", "2/1")
     assert result.exit_code == 0, result.output
     theirs = json.loads(run("--attention", "2/1", "--json").stdout)["attention"]
-    said = f"Head 1 of layer 2 looks from [CLS] at token {theirs['key']} (patch in row "
+    said = f"Head 1 of layer 2 attends from [CLS] to token {theirs['key']} (patch in row "
     assert said in result.output or theirs["key"] == 0
     assert f"with {theirs['weight']:.1%} of its attention" in result.output
-    assert f"score {theirs['score']:.3f} less its mean over all keys, {theirs['mean_score']:.3f}." in result.output
-    for title, name in (("By what made the query", "of_query"), ("By what made the key", "of_key")):
+    assert f"score {theirs['score']:.3f} minus its mean over all keys, {theirs['mean_score']:.3f}." in result.output
+    for title, name in (("What made the query", "of_query"), ("What made the key", "of_key")):
         *rows, remainder, score = table(result.output, title)
         assert (remainder[0], score[0]) == ("remainder", "score")
         for (row, value, rest), feature in zip(rows[:12], theirs[name]["features"], strict=True):
@@ -44,29 +44,29 @@ def test_three_accounts_of_one_score(run):
         assert [row for row, _, _ in rows[12:]] == ["other features", "error", "embeddings", "biases", "constants"]
         assert sum(value for _, value, _ in rows) == pytest.approx(theirs["explained"], abs=6e-4 * len(rows))
         assert score[1] == pytest.approx(theirs["explained"], abs=6e-4)
-    *pairs, rest, _, score = table(result.output, "By pairs of features")
+    *pairs, rest, _, score = table(result.output, "Pairs of features")
     for (row, value, _), pair in zip(pairs, theirs["pairs"], strict=True):
         ends = [f"{pair[end]['layer']}/{pair[end]['index']}" for end in ("query", "key")]
         assert row == " · ".join(ends)
         assert value == pytest.approx(pair["contribution"], abs=6e-4)
-    assert rest[0] == "all else"
+    assert rest[0] == "all others"
     assert sum(value for _, value, _ in (*pairs, rest)) == pytest.approx(score[1], abs=6e-4 * 14)
 
 
 def test_tokens_may_be_named(run):
     output = run("--attention", "1/0/5/16").output
-    assert "looks from token 5 (patch in row 2, column 1) at token 16 (patch in row 4, column 4)" in output
-    assert "looks from token 3 (patch in row 1, column 3) at" in run("--attention", "1/0/3").output
+    assert "attends from token 5 (patch in row 2, column 1) to token 16 (patch in row 4, column 4)" in output
+    assert "attends from token 3 (patch in row 1, column 3) to" in run("--attention", "1/0/3").output
 
 
 def test_a_layer_that_reads_no_feature_has_no_pairs(run):
     output = run("--attention", "0/0").output
-    assert "By what made the key" in output
-    assert "By pairs" not in output
+    assert "What made the key" in output
+    assert "Pairs of" not in output
 
 
 def test_who_does_not_ask_sees_none(run):
-    assert "looks from" not in run().output
+    assert "attends from" not in run().output
 
 
 @pytest.mark.parametrize("text", ["2", "2/", "a/b", "1/0/5/16/2", "-1/0", "1/0x2"])
@@ -79,4 +79,4 @@ def test_what_is_no_head_is_wrong_use(run, text):
 def test_a_head_that_is_not_there(run):
     result = run("--attention", "1/4")
     assert result.exit_code == 1
-    assert "`explain.attention.head` is 4; this CLIP's go from 0 to 3" in result.stderr
+    assert "`explain.attention.head` is 4; this CLIP allows 0 to 3" in result.stderr

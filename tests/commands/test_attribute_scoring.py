@@ -17,9 +17,9 @@ def run(monkeypatch, bundle, picture, tmp_path):
 
 def test_none_of_the_labels_or_all_of_them_reach_a_threshold(run, bundle):
     none = run("--scoring", "independent", "--threshold", "1").stdout
-    assert "None of these: no label reaches its threshold (the softmax would say " in none
+    assert "None of these: no label reaches its threshold (the softmax would rank " in none
     every = run("--scoring", "independent", "--threshold", "-1").stdout
-    listed = every.partition("Reach their threshold: ")[2].splitlines()[0]
+    listed = every.partition("These reach their threshold: ")[2].splitlines()[0]
     assert set(listed.split(", ")) == set(bundle.manifest.text.labels)
     assert "threshold" not in run().stdout
 

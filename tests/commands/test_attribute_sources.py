@@ -38,7 +38,7 @@ def test_the_rows_are_the_accounts_and_add_up_to_its_logit(run, baseline):
     options = ["--sources", "--source-features", "7", "--baseline", baseline, *LABELS]
     result = run(*options)
     assert result.exit_code == 0, result.output
-    about = ", about the average picture" if baseline == "mean" else ""
+    about = ", relative to the average image" if baseline == "mean" else ""
     assert f"Why dog rather than cat: followed back through attention{about} " in result.output
     theirs, (*rows, remainder, logit) = account(run, *options), printed(result.output)
     assert (remainder[0], logit[0]) == ("remainder", "logit")
@@ -75,5 +75,5 @@ def test_who_does_not_ask_sees_none(run):
 def test_a_baseline_is_of_sources(run):
     result = run("--baseline", "mean")
     assert result.exit_code == 1
-    assert "ask for both" in result.stderr
+    assert "set both" in result.stderr
     assert run("--sources", "--baseline", "median").exit_code == 2

@@ -156,7 +156,7 @@ def test_replay_prints_and_writes_its_figures(run, data_root, tmp_path):
     assert result.exit_code == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (figures["images"], len(figures["rows"])) == (6, 9)
-    assert f"6 images, 3 labels; CLIP's own top-1 {figures['top1']:.2%}" in result.output
+    assert f"6 images, 3 labels; top-1 of the unmodified CLIP {figures['top1']:.2%}" in result.output
     lines = [line.split() for line in result.output.splitlines()]
     for row in figures["rows"]:
         points = 100 * (row["top1"] - figures["top1"])
@@ -198,7 +198,9 @@ def test_verify_names_a_replacement_graph_of_another_clip(refused, damaged, bund
     projection.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(values[::-1]), projection.name))
     onnx.save_model(model, damaged / "replacement.onnx", save_as_external_data=True, location="replacement.onnx.data")
     seal(damaged, bundle.manifest)
-    assert "with nothing replaced, replacement.onnx misses vision.onnx's embedding by" in refused("verify", damaged)
+    assert "with nothing replaced, the embedding of replacement.onnx differs from that of vision.onnx by" in refused(
+        "verify", damaged
+    )
 
 
 @pytest.mark.parametrize(
@@ -278,7 +280,7 @@ def test_bulk_writes_tables_and_resumes(run, refused, photo, tmp_path):
         assert {first[3], second[3]} <= best
         problems = database.sql(f"SELECT name, code FROM '{out}/_errors/*.parquet'").fetchall()
     assert problems == [("b.png", "unsupported_image")]
-    assert "was begun with other options: top_k was 1 and is 2" in refused(*arguments, "--top-k", 2)
+    assert "was started with other options: top_k was 1 and is now 2" in refused(*arguments, "--top-k", 2)
     (tmp_path / "empty").mkdir()
     assert "has no images" in refused("bulk", tmp_path / "empty", "--out", tmp_path / "other")
 
@@ -428,7 +430,7 @@ def test_attributes_labels_templates_and_lens_are_the_requests(run, refused, pho
     assert (last["layer"], last["label"]) == (2, other["predictions"][0]["label"])
     assert "templates" in refused("attribute", photo, "--template", "a photo")
     printed = run("attribute", photo, "--lens").output
-    assert "The prediction as it stands after each layer" in printed
+    assert "The prediction after each layer" in printed
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -642,7 +644,9 @@ def test_attribute_draws_a_page(run, photo, with_cards, tmp_path):
     assert data["answer"]["explanations"][0]["contrast"] == LABELS[1]
     assert data["answer"]["explanations"][0]["heatmap"]
     explanation = data["answer"]["explanations"][0]
-    assert explanation["sources"]["layers"][0]["silent"] is not None  # about the average picture, which the bundle has
+    assert (
+        explanation["sources"]["layers"][0]["silent"] is not None
+    )  # relative to the average image, which the bundle has
     ledger = {(layer["layer"], feature["index"]) for layer in explanation["layers"] for feature in layer["features"]}
     sources = {(feature["layer"], feature["index"]) for feature in explanation["sources"]["features"]}
     assert set(data["cards"]) == {f"clt/{layer}/{index}" for layer, index in ledger | sources}
@@ -671,7 +675,7 @@ def test_exports_without_cards(run, photo, tmp_path):
 
 
 def test_a_graph_goes_to_a_name_that_viewers_read(refused, photo, tmp_path):
-    assert "viewers read NAME.json" in refused("attribute", photo, "--graph", tmp_path / "out.txt")
+    assert "name the file NAME.json" in refused("attribute", photo, "--graph", tmp_path / "out.txt")
 
 
 def test_verify_counts_the_labels_of_cards(run, refused, with_cards, tmp_path):

@@ -40,12 +40,12 @@ def test_changes_are_printed_and_are_those_of_the_json(run, tmp_path):
 
 def test_a_counterfactual_is_printed_with_the_way_there(run):
     ranked = json.loads(run("--edit", "scale bias 1", "--json").stdout)["before"]["predictions"]
-    assert "comes first as it is" in run("--counterfactual", ranked[0]["label"]).output
+    assert "comes first already" in run("--counterfactual", ranked[0]["label"]).output
     options = ["--counterfactual", ranked[-1]["label"], "--of", "patches", "--seconds", "60"]
     found, output = json.loads(run(*options, "--json").stdout)["counterfactual"], run(*options).output
     assert found["path"]
     assert len(re.findall(r"^ patch in row \d, column \d .*%", output, re.MULTILINE)) == len(found["path"])
-    assert ("comes first without these" if found["found"] else f"None found: {found['stopped']}") in output
+    assert ("comes first without these" if found["found"] else f"No solution was found: {found['stopped']}") in output
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_counterfactual_is_printed_with_the_way_there(run):
         (["--edit", "remove 1/2"], "begin with one of"),
         (["--edit", "ablate 9/2"], "there are layers 0 to 2, not 9"),
         (["--counterfactual", "unicorn"], "not among the labels"),
-        (["--counterfactual", "cat", "--edit", "ablate 1/2"], "ask for one of"),
+        (["--counterfactual", "cat", "--edit", "ablate 1/2"], "cannot be used together"),
     ],
 )
 def test_what_cannot_be_asked(run, options, said):

@@ -42,10 +42,10 @@ def add_kserve_v1(app: FastAPI) -> None:
     """`/v1/models/{name}:predict` and `/v1/models/{name}:explain`."""
     app.state.error_shapes.add(r"/v1/models/.*:.*", error_shape)
     for verb, summary, endpoint, answer, body in (
-        ("predict", "Predict images' labels, as KServe asks", predict, PredictResponse, PredictRequest),
+        ("predict", "Predict labels of images (KServe V1)", predict, PredictResponse, PredictRequest),
         (
             "explain",
-            "Predict images' labels with their accounts, as KServe asks",
+            "Predict labels of images, with their accounts (KServe V1)",
             explain,
             ExplainResponse,
             ExplainRequest,
@@ -67,7 +67,7 @@ def error_shape(error: ServiceError) -> dict[str, Any]:
 
 
 async def predict(request: Request, name: str) -> Response:
-    """Zero-shot predictions of images, in the shape of KServe's V1 protocol."""
+    """Zero-shot predictions of one or more images, in the format of KServe's V1 protocol."""
     keys: list[str | int | None] = []
 
     async def read() -> tuple[list[bytes], ClassifyRequest]:
@@ -95,7 +95,7 @@ async def predict(request: Request, name: str) -> Response:
 
 
 async def explain(request: Request, name: str) -> Response:
-    """Zero-shot predictions of images with their account, in the shape of KServe's V1 protocol."""
+    """Zero-shot predictions of one or more images with their accounts, in the format of KServe's V1 protocol."""
 
     async def read() -> tuple[list[bytes], AttributeRequest]:
         asked = validated(ExplainRequest, await read_json(request))
@@ -128,7 +128,7 @@ def _image(instance: str | ImageInstance, field: str) -> bytes:
         return image_of_text(instance, field)
     found = [(name, value) for name in _NAMES if (value := getattr(instance, name)) is not None]
     if len(found) != 1:
-        problem = f"it has an image under one of the names {', '.join(_NAMES)}"
+        problem = f"it must have one image, under one of the names {', '.join(_NAMES)}"
         raise ServiceError("missing_image", f"{field}: {problem}", [{"field": field, "problem": problem}])
     ((name, value),) = found
     return image_of_text(value.b64 if isinstance(value, Base64Bytes) else value, f"{field}.{name}")

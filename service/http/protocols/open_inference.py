@@ -64,56 +64,67 @@ def add_open_inference(app: FastAPI) -> None:
         known = errors_of(PlainError, *statuses)
         app.get(path, summary=summary, response_model=answer, responses=known, tags=[_TAG], **more)(endpoint)
 
-    get("/v2/health/live", "Whether the process answers", live, Live)
-    get("/v2/health/ready", "Whether it is ready for images", ready, Ready, 503)
-    get("/v2", "What serves", server, ServerMetadata, 401, 503)
+    get("/v2/health/live", "Check that the process answers", live, Live)
+    get("/v2/health/ready", "Check that the service can answer questions about images", ready, Ready, 503)
+    get("/v2", "Name and version of the server", server, ServerMetadata, 401, 503)
     # The paths with a version first: a model's name may have slashes.
     version = {"parameters": [{"name": "version", "in": "path", "required": True, "schema": {"type": "string"}}]}
     for path, whole, more in (
         ("/v2/models/{name:any}/versions/{version}", "/v2/models/{name:any}/versions/{version}", version),
         ("/v2/models/{name:any}", "/v2/models/{name:model}", {}),
     ):
-        get(f"{path}/ready", "Whether the model is ready", model_ready, ModelReady, 401, 404, 503, openapi_extra=more)
+        get(
+            f"{path}/ready", "Check that the model is ready", model_ready, ModelReady, 401, 404, 503, openapi_extra=more
+        )
         app.post(
             f"{path}/infer",
-            summary="Predict images' labels, by tensors",
+            summary="Predict labels of images, with tensors",
             response_model=InferResponse,
             responses=errors_of(PlainError, 400, 401, 404, 413, 415, 429, 500, 503, 504),
             openapi_extra=json_body(InferRequest) | more,
             tags=[_TAG],
         )(infer)
-        get(whole, "What the model takes and gives", metadata, ModelMetadata, 401, 404, 503, openapi_extra=more)
+        get(
+            whole,
+            "List the model's input and output tensors",
+            metadata,
+            ModelMetadata,
+            401,
+            404,
+            503,
+            openapi_extra=more,
+        )
 
 
 async def live() -> Response:
-    """The process answers."""
+    """Answers 200 as long as the process answers."""
     return json_response(Live(live=True))
 
 
 async def ready(request: Request) -> Response:
-    """The bundle is loaded, and images can be decoded; else 503."""
+    """Answers 200 if the bundle is loaded and images can be decoded, otherwise 503."""
     attributor = request.app.state.serving.attributor
     if attributor is None or not attributor.can_decode():
-        raise ServiceError("not_ready", "no bundle is in service yet, or images cannot be decoded")
+        raise ServiceError("not_ready", "no bundle is in service yet, or images cannot be decoded; see /readyz")
     return json_response(Ready(ready=True))
 
 
 async def server(request: Request) -> Response:
-    """What serves."""
+    """Name, version and extensions of the server."""
     with lease_attributor(request):
         extensions = ["binary_tensor_data"]
         return json_response(ServerMetadata(name="vitrine", version=request.app.version, extensions=extensions))
 
 
 async def model_ready(request: Request, name: str) -> Response:
-    """The bundle in service, by its name, is ready."""
+    """Whether the bundle in service, addressed by its name, is ready."""
     with lease_attributor(request) as attributor:
         _check(attributor, request)
         return json_response(ModelReady(name=name, ready=attributor.can_decode()))
 
 
 async def metadata(request: Request, name: str) -> Response:
-    """The tensors that the bundle in service takes and gives."""
+    """The input and output tensors of the bundle in service."""
     with lease_attributor(request) as attributor:
         _check(attributor, request)
         inputs = [TensorMetadata(name=it, datatype="BYTES", shape=[-1]) for it in ("image", *_TEXTS)]
@@ -128,14 +139,17 @@ async def metadata(request: Request, name: str) -> Response:
 
 
 async def infer(request: Request, name: str) -> Response:
-    """Zero-shot predictions of images, as tensors; as bytes after the JSON where the request has its so, or asks."""
+    """Zero-shot predictions of images, as tensors. They follow as bytes after the JSON if the request sets that."""
     asked: list[InferRequest] = []
     outputs: dict[str, bool] = {}  # whether each follows as bytes
 
     async def read() -> tuple[list[bytes], ClassifyRequest]:
         check_coding(request)
         if (kind := media_type(request)) not in (*JSON_TYPES, BINARY_TYPE):
-            message = f"content type {kind[:100]!r}: send application/json, or {BINARY_TYPE} with {LENGTH_HEADER}"
+            message = (
+                f"content type {kind[:100]!r} is not supported; send application/json, or {BINARY_TYPE} with "
+                f"{LENGTH_HEADER}"
+            )
             raise ServiceError("unsupported_media_type", message)
         inputs = await parse_body(request, parse_infer, request.headers.get(LENGTH_HEADER))
         asked.append(inputs.request)
@@ -189,7 +203,7 @@ def _options(inputs: Inputs) -> ClassifyRequest:
     for name in _TEXTS:
         if name in inputs.elements:
             if name in fields:
-                raise ServiceError("invalid_request", f"{name!r} is an input and a parameter; send it once")
+                raise ServiceError("invalid_request", f"{name!r} is both an input and a parameter; send it once")
             fields[name] = texts_of(inputs.elements[name], name)
     return validated(ClassifyRequest, fields)
 
@@ -201,7 +215,7 @@ def _outputs(asked: InferRequest) -> dict[str, bool]:
         return dict.fromkeys(_BY_DEFAULT, as_bytes)
     for output in asked.outputs:
         if unknown := sorted(output.parameters.keys() - {"binary_data"}):
-            message = f"the output {output.name!r} has a parameter {unknown[0][:100]!r}, which is not known"
+            message = f"the output {output.name!r} has an unknown parameter {unknown[0][:100]!r}"
             raise ServiceError("invalid_request", message)
     return {output.name: _flag(output.parameters, "binary_data", as_bytes) for output in asked.outputs}
 
@@ -226,5 +240,5 @@ def _values(name: str, found: list[Classified]) -> Any:
 def _flag(parameters: dict[str, Any], name: str, default: bool = False) -> bool:
     value = parameters.get(name, default)
     if not isinstance(value, bool):
-        raise ServiceError("invalid_request", f"the parameter {name!r} is true or false, not {str(value)[:100]!r}")
+        raise ServiceError("invalid_request", f"the parameter {name!r} must be true or false, not {str(value)[:100]!r}")
     return value

@@ -44,7 +44,7 @@ def add_openai(app: FastAPI) -> None:
     app.state.error_shapes.add(r"/v1/embeddings|/v1/models(/[^:]*)?", error_shape)
     app.post(
         "/v1/embeddings",
-        summary="Embed texts and images, in OpenAI's shape",
+        summary="Embed texts and images (OpenAI)",
         response_model=EmbeddingsResponse,
         responses=errors_of(OpenAIError, 400, 401, 404, 413, 415, 429, 500, 503, 504),
         openapi_extra=json_body(EmbeddingsRequest),
@@ -53,14 +53,14 @@ def add_openai(app: FastAPI) -> None:
     known = errors_of(OpenAIError, 401, 503)
     app.get(
         "/v1/models",
-        summary="List the models, of which one is served",
+        summary="List the model that is served",
         response_model=ServedModels,
         responses=known,
         tags=["OpenAI", "KServe V1"],
     )(models)
     app.get(
         "/v1/models/{name:model}",
-        summary="Whether the model of this name is served",
+        summary="Check that the model with this name is served",
         response_model=ServedModel,
         responses=known | errors_of(OpenAIError, 404),
         tags=["OpenAI", "KServe V1"],
@@ -75,7 +75,7 @@ def error_shape(error: ServiceError) -> dict[str, Any]:
 
 
 async def embeddings(request: Request) -> Response:
-    """Embeddings of texts and images, in OpenAI's shape."""
+    """Embeddings of texts and images, in the format of OpenAI's API."""
 
     async def read() -> tuple[EmbeddingsRequest, EmbedRequest]:
         asked = validated(EmbeddingsRequest, await read_json(request))
@@ -85,14 +85,14 @@ async def embeddings(request: Request) -> Response:
 
 
 async def models(request: Request) -> Response:
-    """The bundle in service, as the list of models that it is."""
+    """The bundle in service, as a list with one model."""
     with lease_attributor(request) as attributor:
         served = _served(attributor)
         return json_response(ServedModels(data=[served], models=[served.id]))
 
 
 async def model(request: Request, name: str) -> Response:
-    """The bundle in service, by its name."""
+    """The bundle in service, addressed by its name."""
     with lease_attributor(request) as attributor:
         check_model(attributor, name)
         return json_response(_served(attributor))
@@ -107,8 +107,8 @@ async def _answer(attributor: Attributor, asked: EmbeddingsRequest, options: Emb
     check_model(attributor, asked.model)
     size = attributor.bundle.manifest.shape.embedding
     if asked.dimensions not in (None, size):
-        message = f"dimensions: embeddings of {attributor.model.name!r} have {size} and cannot be shortened"
-        raise ServiceError("invalid_request", message, [{"field": "dimensions", "problem": f"it is {size} here"}])
+        message = f"`dimensions` must be {size}: embeddings of {attributor.model.name!r} cannot be shortened"
+        raise ServiceError("invalid_request", message, [{"field": "dimensions", "problem": f"it must be {size}"}])
     inputs = [asked.input] if isinstance(asked.input, str) else asked.input
     images, texts = _sorted(inputs, attributor.settings.images_per_request)
     options = options.model_copy(update={"texts": list(texts.values()) or None})
@@ -137,7 +137,7 @@ def _sorted(inputs: Sequence[str], most_images: int) -> tuple[dict[int, bytes], 
                 raise too_many(most_images)
             images[place] = image_of_text(text, f"input.{place}")
         elif text.lower().startswith(_URLS) and len(text.split()) == 1:
-            problem = "no URL is fetched: send the image itself, as data:image/jpeg;base64,…"
+            problem = "URLs are not fetched; send the image itself, as data:image/jpeg;base64,…"
             field = f"input.{place}"
             raise ServiceError("invalid_request", f"{field}: {problem}", [{"field": field, "problem": problem}])
         else:

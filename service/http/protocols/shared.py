@@ -44,7 +44,9 @@ async def read_json(request: Request) -> Any:
     """The JSON of a body. Raises `ServiceError`, before any of it is read where it is of another type."""
     check_coding(request)
     if (kind := media_type(request)) not in JSON_TYPES:
-        raise ServiceError("unsupported_media_type", f"content type {kind[:100]!r}: send application/json")
+        raise ServiceError(
+            "unsupported_media_type", f"content type {kind[:100]!r} is not supported; send application/json"
+        )
     return await parse_body(request, load_json, "the body")
 
 
@@ -53,6 +55,6 @@ def check_model(attributor: Attributor, name: str) -> None:
     if name != (served := attributor.model.name):
         raise ServiceError(
             "model_not_found",
-            f"there is no model {name[:100]!r}; the one in service is {served!r}",
-            [{"field": "model", "problem": f"it is {served!r} here"}],
+            f"there is no model named {name[:100]!r}; the one in service is {served!r}",
+            [{"field": "model", "problem": f"it must be {served!r}"}],
         )

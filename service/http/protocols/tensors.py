@@ -39,39 +39,44 @@ def parse_infer(body: bytes, header_length: str | None) -> Inputs:
     size = len(body)
     if header_length is not None:
         if not header_length.isdecimal() or len(header_length) > 12 or int(header_length) > len(body):
-            raise _invalid(f"{LENGTH_HEADER} {header_length[:100]!r} is no number up to the body's {len(body):,} bytes")
+            raise _invalid(
+                f"{LENGTH_HEADER} {header_length[:100]!r} is not a number from 0 to the body's {len(body):,} bytes"
+            )
         size = int(header_length)
     request = validated(InferRequest, load_json(body[:size], "the body"))
     rest = memoryview(body)[size:]
     elements: dict[str, Sequence[str | bytes]] = {}
     for tensor in request.inputs:
         if tensor.name in elements:
-            raise _invalid(f"the input {tensor.name!r} is there more than once")
+            raise _invalid(f"the input {tensor.name!r} is sent more than once")
         if unknown := sorted(tensor.parameters.keys() - _PARAMETERS):
-            raise _invalid(f"the input {tensor.name!r} has a parameter {unknown[0][:100]!r}, which is not known")
+            raise _invalid(f"the input {tensor.name!r} has an unknown parameter {unknown[0][:100]!r}")
         length = tensor.parameters.get("binary_data_size")
         if length is None:
             elements[tensor.name] = _of_json(tensor)
         elif not isinstance(length, int) or isinstance(length, bool) or not 0 <= length <= len(rest):
-            raise _invalid(f"binary_data_size {length!r} of {tensor.name!r} is no number up to the bytes that follow")
+            raise _invalid(
+                f"binary_data_size {length!r} of {tensor.name!r} is not a number from 0 to the {len(rest):,} bytes "
+                "that follow"
+            )
         else:
             if tensor.data is not None:
-                raise _invalid(f"the input {tensor.name!r} has `data` and `binary_data_size`; send one")
+                raise _invalid(f"the input {tensor.name!r} has both `data` and `binary_data_size`; send one of them")
             elements[tensor.name], rest = _of_bytes(rest[:length], tensor.name), rest[length:]
         _check_shape(tensor, len(elements[tensor.name]))
     if rest:
-        raise _invalid(f"{len(rest):,} bytes follow the JSON that are no input's")
+        raise _invalid(f"{len(rest):,} bytes after the JSON belong to no input; check each `binary_data_size`")
     return Inputs(request, elements)
 
 
 def _of_json(tensor: InputTensor) -> list[str]:
     if tensor.data is None:
-        raise _invalid(f"the input {tensor.name!r} has neither `data` nor `binary_data_size`")
+        raise _invalid(f"the input {tensor.name!r} has neither `data` nor `binary_data_size`; send one of them")
     flat: list[Any] = []
     for element in tensor.data:
         flat.extend(element if isinstance(element, list) else [element])
     if not all(isinstance(element, str) for element in flat):
-        raise _invalid(f"the data of {tensor.name!r} is not all texts")
+        raise _invalid(f"the data of {tensor.name!r} must only have texts")
     return flat
 
 
@@ -82,7 +87,9 @@ def _of_bytes(data: memoryview, name: str) -> list[bytes]:
             raise _invalid(f"the input {name!r} has more than {MAX_ELEMENTS:,} elements")
         length = struct.unpack_from("<I", data)[0] if len(data) >= 4 else len(data)
         if 4 + length > len(data):
-            raise _invalid(f"the bytes of {name!r} end within an element: each comes behind its length, 4 bytes")
+            raise _invalid(
+                f"the bytes of {name!r} end within an element; each element must follow its length, in 4 bytes"
+            )
         elements.append(bytes(data[4 : 4 + length]))
         data = data[4 + length :]
     return elements
@@ -91,7 +98,7 @@ def _of_bytes(data: memoryview, name: str) -> list[bytes]:
 def _check_shape(tensor: InputTensor, count: int) -> None:
     rows, *rest = tensor.shape
     if rows != count or rest not in ([], [1]):
-        raise _invalid(f"the input {tensor.name!r} has {count:,} elements, not of the shape {tensor.shape}")
+        raise _invalid(f"the input {tensor.name!r} has {count:,} elements, which do not fit its shape {tensor.shape}")
 
 
 def texts_of(elements: Sequence[str | bytes], name: str) -> list[str]:

@@ -40,7 +40,7 @@ def add_knowledge(app: FastAPI) -> None:
     known = errors(401, 503)
     app.get(
         "/v1/model",
-        summary="What the bundle in service is and can do",
+        summary="Describe the bundle in service and what it supports",
         response_model=ModelResponse,
         responses=known,
         tags=["know"],
@@ -63,7 +63,7 @@ def add_knowledge(app: FastAPI) -> None:
     # With these converters, what is not a number gets the 404 of unknown paths.
     app.get(
         "/v1/features/{layer:number}/{index:number}",
-        summary="What is known of one feature",
+        summary="Show the card of one feature",
         response_model=CardResponse,
         responses=errors(400, 401, 404, 503),
         openapi_extra=query_parameters(CardQuery),
@@ -72,7 +72,7 @@ def add_knowledge(app: FastAPI) -> None:
 
 
 async def model(request: Request) -> Response:
-    """The bundle that is being served, with its manifest."""
+    """The bundle in service, with its manifest."""
     with lease_attributor(request) as attributor:
         return json_response(
             ModelResponse(
@@ -109,7 +109,7 @@ async def features(request: Request) -> Response:
 
 
 async def feature(request: Request, layer: int, index: int) -> Response:
-    """What is known of one feature: its label, if it earned one, exemplars, statistics."""
+    """What is known about one feature: its label, if one was good enough, exemplars and statistics."""
     with lease_attributor(request) as attributor:
         query = validated(CardQuery, dict(request.query_params))
         found = attributor.query(card, attributor.bundle, attributor.model, query.dictionary, layer, index)

@@ -23,7 +23,7 @@ def add_operations(app: FastAPI, serving: Serving) -> None:
         statuses = errors(401, 409, 503)
         app.post(
             "/admin/reload",
-            summary="Take over a new bundle, label sets and keys",
+            summary="Load a new bundle, label sets and keys",
             response_model=ReloadResponse,
             responses=statuses,
             tags=["operate"],
@@ -32,7 +32,7 @@ def add_operations(app: FastAPI, serving: Serving) -> None:
 
 
 async def reload(request: Request) -> Response:
-    """Take over the bundle, label sets and keys that the settings name, as they are now, without losing a request."""
+    """Load the bundle, label sets and keys that the settings name, as they are on disk now. No request is lost."""
     serving = request.app.state.serving
     authorise(request, serving.admin_keys)
     try:

@@ -39,7 +39,7 @@ def add_questions(app: FastAPI, settings: Settings) -> None:
     for path, summary, endpoint, answer, part, json_body, min_images, max_images in (
         (
             "/v1/attribute",
-            "Predict an image's label, with the account of it",
+            "Predict the label of an image, with its account",
             attribute,
             AttributeResponse,
             AttributeRequest,
@@ -49,7 +49,7 @@ def add_questions(app: FastAPI, settings: Settings) -> None:
         ),
         (
             "/v1/attribute:batch",
-            "Predict many images' labels, with their accounts",
+            "Predict the labels of many images, with their accounts",
             attribute_batch,
             BatchResponse,
             AttributeRequest,
@@ -57,11 +57,20 @@ def add_questions(app: FastAPI, settings: Settings) -> None:
             1,
             batch_limit,
         ),
-        ("/v1/classify", "Predict an image's label", classify, ClassifyResponse, ClassifyRequest, ClassifyJson, 1, 1),
+        (
+            "/v1/classify",
+            "Predict the label of an image",
+            classify,
+            ClassifyResponse,
+            ClassifyRequest,
+            ClassifyJson,
+            1,
+            1,
+        ),
         ("/v1/embed", "Embed an image, texts, or both", embed, EmbedResponse, EmbedRequest, EmbedJson, 0, 1),
         (
             "/v1/circuit",
-            "Find the features that made the features",
+            "Find the features that made the features of a logit",
             circuit,
             CircuitResponse,
             CircuitRequest,
@@ -102,7 +111,7 @@ def add_questions(app: FastAPI, settings: Settings) -> None:
 
 
 async def attribute(request: Request) -> Response:
-    """Zero-shot prediction of one image, and the account of it."""
+    """Zero-shot prediction of one image, and its account."""
     read = partial(read_image, request, AttributeRequest, AttributeJson)
     answer = await handle(request, read, answer_attribute)
     log_predictions(request, answer.predictions)
@@ -112,7 +121,7 @@ async def attribute(request: Request) -> Response:
 
 
 async def attribute_batch(request: Request) -> Response:
-    """The same for many images; each is answered or refused for itself."""
+    """Zero-shot predictions of many images, and their accounts; each image is answered or refused separately."""
     read = partial(read_batch, request, request.app.state.settings.images_per_request)
     answer = await handle(request, read, answer_batch)
     log_predictions(request, *answer.predictions)
@@ -128,14 +137,14 @@ async def classify(request: Request) -> Response:
 
 
 async def embed(request: Request) -> Response:
-    """CLIP's embeddings of an image, of texts, or of both: vectors of length 1, whose products are cosines."""
+    """CLIP's embeddings of an image, of texts, or of both: vectors of length 1, so that their products are cosines."""
     read = partial(read_optional_image, request, EmbedRequest, EmbedJson)
     answer = await handle(request, read, answer_embed)
     return await large_json_response(answer) if answer.text_embeddings else json_response(answer)
 
 
 async def circuit(request: Request) -> Response:
-    """Which features made the features that made a logit: its attribution graph, pruned."""
+    """Which features made the features that made a logit: its pruned attribution graph."""
     read = partial(read_image, request, CircuitRequest, CircuitJson)
     answer = await handle(request, read, answer_circuit)
     log_predictions(request, answer.predictions)
@@ -143,7 +152,7 @@ async def circuit(request: Request) -> Response:
 
 
 async def intervene(request: Request) -> Response:
-    """What the prediction would be with some features, ledger rows or heads changed; or what would have to go for
+    """What the prediction would be with some features, ledger rows or heads changed; or what must be removed for
     another label to come first."""
     read = partial(read_image, request, InterveneRequest, InterveneJson)
     answer = await handle(request, read, answer_intervene)

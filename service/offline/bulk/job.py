@@ -134,11 +134,13 @@ def lock_output(out: Path, job: Job) -> Iterator[tuple[bool, Job]]:
         FileError: it cannot be written.
     """
     if Path(display(out.resolve())).is_relative_to(job.inputs.path):
-        raise BulkError(f"{out} lies in the folder that is read, {job.inputs.path}; write elsewhere")
+        raise BulkError(f"{out} is in the input folder {job.inputs.path}; write to another folder")
     with naming(out):
         jobs = [out / name for name in (FILE, FILE_BEFORE) if (out / name).exists()]
         if out.is_dir() and not jobs and any(not path.name.startswith(".") for path in out.iterdir()):
-            raise BulkError(f"{out} is not empty and has no {FILE}; give a new folder, or one of a run to take up")
+            raise BulkError(
+                f"{out} is not empty and has no {FILE}; give a new folder, or the folder of a run to resume"
+            )
         prepare_folder(out)
         file = (out / ".lock").open("w")
     with file:
@@ -146,7 +148,7 @@ def lock_output(out: Path, job: Job) -> Iterator[tuple[bool, Job]]:
             try:
                 locked = lock(file)
             except BlockingIOError as error:
-                raise BulkError(f"another run writes to {out}; wait for it, or write elsewhere") from error
+                raise BulkError(f"another run is writing to {out}; wait for it, or write to another folder") from error
         existing = _create_or_resume(jobs[0] if jobs else out / FILE, job)
         for before, now in ((FILE_BEFORE, FILE), (ERRORS_BEFORE, ERRORS)):
             _rename(out / before, out / now)
@@ -168,17 +170,19 @@ def _create_or_resume(file: Path, job: Job) -> Job:
     try:
         existing = Job.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        raise BulkError(f"{file} is none of this version's: {error.errors()[0]['msg']}; write elsewhere") from error
+        raise BulkError(
+            f"{file} is not from this version: {error.errors()[0]['msg']}; write to another folder"
+        ) from error
     if existing.format != FORMAT:
         raise BulkError(
-            f"{file.parent} was begun by another version of Vitrine, which numbered images otherwise; "
-            "finish it with that one, or write elsewhere"
+            f"{file.parent} was started by another version of Vitrine, which numbered images differently; finish it "
+            "with that version, or write to another folder"
         )
     job = job.model_copy(update={"columns": min(existing.columns, COLUMNS)})
     if differences := _differences(_flat(existing), _flat(job)):
         raise BulkError(
-            f"{file.parent} was begun with other options: {'; '.join(differences)}. "
-            "Give the same ones to take it up, or write elsewhere"
+            f"{file.parent} was started with other options: {'; '.join(differences)}. Give the same options to resume "
+            "it, or write to another folder"
         )
     return existing
 
@@ -189,7 +193,7 @@ def _flat(job: Job) -> dict[str, Any]:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return [f"{name} was {_short(old[name])} and is {_short(new[name])}" for name in new if old[name] != new[name]]
+    return [f"{name} was {_short(old[name])} and is now {_short(new[name])}" for name in new if old[name] != new[name]]
 
 
 def _short(value: Any) -> str:
@@ -204,11 +208,14 @@ def _texts(bundle: Bundle, settings: Settings, request: AttributeRequest) -> tup
     if settings.label_sets:
         named |= read_label_sets(settings.label_sets)
     if request.labels is not None and request.label_set is not None:
-        raise ServiceError("invalid_request", "give labels or a label set, not both")
+        raise ServiceError("invalid_request", "labels and a label set cannot be used together; give one of them")
     labels, templates = text.labels, text.templates
     if (name := request.label_set or DEFAULT) != DEFAULT:
         if name not in named:
-            raise ServiceError("unknown_label_set", f"no label set {name!r}; there are: {', '.join([DEFAULT, *named])}")
+            raise ServiceError(
+                "unknown_label_set",
+                f"there is no label set {name!r}; the label sets are: {', '.join([DEFAULT, *named])}",
+            )
         labels, templates = named[name].labels, named[name].templates or templates
     if request.templates is not None:
         templates = tuple(request.templates)

@@ -33,7 +33,7 @@ class _Process:
         try:
             opened = open_bundle(bundle)
             if opened.digest != work.job.bundle:
-                raise BulkError(f"{bundle} is another bundle here than where the run was started")
+                raise BulkError(f"{bundle} on this machine is not the bundle that the run was started with")
             self._worker = Worker(opened, work)
         except VitrineError as error:
             self._problem = str(error)
@@ -63,14 +63,14 @@ def run(bundle: Path, work: Work, parts: list[int], workers: int) -> Iterator[St
             try:
                 ray.init(**options)
             except ConnectionError as error:
-                raise BulkError(f"no Ray at RAY_ADDRESS={address}: {error}") from error
+                raise BulkError(f"cannot connect to Ray at RAY_ADDRESS={address}: {error}") from error
         else:
             processors, _ = available_processors()
             cpus = max(processors, workers * settings.threads, workers)
             try:
                 ray.init(num_cpus=cpus, include_dashboard=False, **options)
             except OSError as error:  # no room, or a TMPDIR too long for the names of sockets
-                raise BulkError(f"Ray cannot start: {error}; let TMPDIR be a short path with room") from error
+                raise BulkError(f"Ray cannot start: {error}; set TMPDIR to a short path with free space") from error
     try:
         logging.getLogger("ray.data").setLevel(logging.WARNING)  # it logs its plans, across our progress bar
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -80,7 +80,8 @@ def run(bundle: Path, work: Work, parts: list[int], workers: int) -> Iterator[St
         for name, required in (("CPU", workers * threads), ("GPU", workers * gpus)):
             if required > cluster.get(name, 0):
                 raise BulkError(
-                    f"--ray {workers} needs {required} {name}s and Ray has {cluster.get(name, 0):g}; take fewer"
+                    f"--ray {workers} needs {required} {name}s, but Ray has {cluster.get(name, 0):g}; set a smaller "
+                    "number"
                 )
         settings = settings.model_copy(update={"threads": threads})
         shared = Work(work.job, work.source, work.out.resolve(), settings)

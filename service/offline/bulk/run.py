@@ -18,8 +18,8 @@ from vitrine.service.offline.bulk.tables import count, done_parts, remove_partia
 from vitrine.service.offline.bulk.work import Step, Work, Worker
 
 NO_LOCKS = (
-    "{out} is on a file system without locks: a second run there is not kept out. Both would write the same parts, "
-    "each whole; hidden .part-* files of a run that was killed stay"
+    "{out} is on a file system without locks, so a second run cannot be kept out. Both would write the same parts, "
+    "each of them complete; hidden .part-* files of a killed run are not removed"
 )
 
 
@@ -61,7 +61,7 @@ def _by_ray(bundle: Bundle, work: Work, parts: list[int], workers: int) -> Itera
         except ModuleNotFoundError as error:
             if error.name != "ray":
                 raise
-            raise BulkError("--ray needs Ray: pip install 'vitrine[bulk]'") from error
+            raise BulkError("--ray requires Ray: pip install 'vitrine[bulk]'") from error
         yield from run(bundle.path, work, parts, workers)
 
 

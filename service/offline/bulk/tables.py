@@ -54,7 +54,7 @@ class Sources(BaseModel):
     """The source account of the top-1, in short."""
 
     logit: float
-    features: list[LayerFeature] = Field(description="over all tokens, largest |contribution| first")
+    features: list[LayerFeature] = Field(description="summed over all tokens, largest |contribution| first")
     error_share: float
     remainder: float
 
@@ -66,11 +66,13 @@ class Row(BaseModel):
     name: str
     predictions: list[Prediction]
     ledger: Ledger
-    features: list[LayerFeature] = Field(description="of all layers, largest |contribution| first")
+    features: list[LayerFeature] = Field(description="features of all layers, largest |contribution| first")
     fidelity: Fidelity | None = Field(description="null in a bundle without a CLT")
-    warnings: list[str] = Field(description="codes of what was done to the image that one may not expect")
-    sources: Sources | None = Field(default=None, description="no column unless they are asked for")
-    edited: bool | None = Field(default=None, description="whether the run's edit was applied; no column without one")
+    warnings: list[str] = Field(description="codes of the warnings about this image")
+    sources: Sources | None = Field(default=None, description="only if requested; otherwise there is no such column")
+    edited: bool | None = Field(
+        default=None, description="whether the run's edit was applied; without an edit there is no such column"
+    )
 
 
 class Problem(BaseModel):
@@ -78,7 +80,7 @@ class Problem(BaseModel):
 
     id: int
     name: str
-    code: str = Field(description="as of the service's errors; `unreadable`: the file could not be read")
+    code: str = Field(description="the service's error code; `unreadable`: the file could not be read")
     message: str
 
 

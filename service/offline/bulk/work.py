@@ -76,7 +76,9 @@ class Worker:
             self.engine.sources.open()  # an error comes before the first image
         self.edit = load_edits(self.engine, work.settings).chosen(job.edit or NONE)
         if self.edit is not None and self.edit.edit.digest != job.edit_digest:
-            raise BulkError(f"the edit {job.edit!r} is another one by now than when the run was started")
+            raise BulkError(
+                f"the edit {job.edit!r} has changed since the run was started; restore it, or write to another folder"
+            )
         encoder = LabelEncoder(self.engine, capacity=len(job.labels))
         self.labels = asyncio.run(encoder.resolve(job.labels, job.templates, _call_directly))
         self.engine.warm_up()

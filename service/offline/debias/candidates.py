@@ -112,7 +112,7 @@ class Candidate:
     @property
     def title(self) -> str:
         tokens = "" if self.tokens is None else f" at {self.tokens}"
-        tokens += f", {self.shift:+.1f} of their distance from the middle" if self.shift else ""
+        tokens += f", {self.shift:+.1f} of the groups' distance from the middle" if self.shift else ""
         what = f"{self.count} {'feature' if self.of_features else 'direction'}{'' if self.count == 1 else 's'}"
-        where = "" if self.moves_logit is None else f", where that moves {self.moves_logit:.2f} logits"
+        where = "" if self.moves_logit is None else f", if that changes the lead by {self.moves_logit:.2f} logits"
         return f"{self.op}{tokens}, {what}, {self.mode}{where}"

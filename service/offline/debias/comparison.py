@@ -29,7 +29,7 @@ class Comparison:
         return Method(name=name, what=what, accuracy=self.judge.accuracy(predicted), change=change)
 
     def zero_shot(self) -> Method:
-        return self.method(ZERO_SHOT, "the bundle as it is", self.before)
+        return self.method(ZERO_SHOT, "the unmodified bundle", self.before)
 
     def projections(self, embeddings: Array, texts: Texts, question: Question) -> list[Method]:
         """Orth-Proj and Orth-Cali, of the images' plain embeddings [n, D]; there must be prompts of the cue."""
@@ -39,8 +39,12 @@ class Comparison:
         return [
             self.method(name, f"{what}: {prompts}", predicted(embeddings, projected(texts.labels, matrix)))
             for name, what, matrix in (
-                ("Orth-Proj", "labels projected off the cue's prompts", projection),
-                ("Orth-Cali", "labels projected off the cue's prompts, calibrated by pairs", also),
+                ("Orth-Proj", "labels with the direction of the cue's prompts projected out", projection),
+                (
+                    "Orth-Cali",
+                    "labels with the direction of the cue's prompts projected out, calibrated by pairs",
+                    also,
+                ),
             )
         ]
 

@@ -49,13 +49,13 @@ class Examples(Grouped):
             present = np.unique(self.groups[half])
             if len(present) < 2:
                 raise DebiasError(
-                    f"all {half.sum():,} images of the {name} half are of one group, {self._group(present)}; there "
-                    "must be images with the cue and without it"
+                    f"all {half.sum():,} images of the {name} half belong to one group, {self._group(present)}; "
+                    "images with the cue and without it are needed"
                 )
             if not any(len(np.unique(self.labels[half & (self.groups == group)])) > 1 for group in present):
                 raise DebiasError(
-                    f"no group of the {name} half is seen with more than one label; the column of groups must hold "
-                    "the cue alone (Waterbirds' `place`), not label and cue together"
+                    f"every group of the {name} half has only one label; the column of groups must hold only the cue "
+                    "(Waterbirds' `place`), not label and cue together"
                 )
 
     def _group(self, present: NDArray[np.int64]) -> str:
@@ -97,10 +97,15 @@ def of_folders(root: Path, labels: Sequence[str] | None, seed: int) -> Examples:
     source = open_inputs(str(root))
     names, source = by_class(source) if isinstance(source, Files) else ((), source)
     if not names or not isinstance(source, Files):
-        raise DebiasError(f"{root} has no folder a label, and no table says what the images are: give --groups FILE")
+        raise DebiasError(
+            f"{root} does not have one folder per label, and there is no table of the images; give --groups FILE"
+        )
     rows = [Row(path, class_label(class_name(path)), None, None) for path in source.paths]
     if labels is not None and (unknown := sorted({row.label for row in rows} - set(labels))):
-        raise DebiasError(f"{root} has a folder {printable(unknown[0])!r} that is none of the labels")
+        raise DebiasError(
+            f"{root} has a folder {printable(unknown[0])!r}, which is not one of the labels; rename it, or add it to "
+            "--labels"
+        )
     return of_table(rows, labels, seed, None)
 
 
@@ -118,13 +123,13 @@ def check_halves(examples: Examples) -> None:
     """Raise `DebiasError` if a half has too few images of a label, or there is one label alone."""
     if len(present := np.unique(examples.labels)) < 2:
         name = examples.label_names[present[0]] if len(present) else "none"
-        raise DebiasError(f"all images have one label, {printable(name)}; a cue stands out against another")
+        raise DebiasError(f"all images have one label, {printable(name)}; images of at least two labels are needed")
     for half, name in ((examples.finding, "finding"), (~examples.finding, "held-out")):
         for label in present:
             if (count := int((half & (examples.labels == label)).sum())) < LEAST:
                 raise DebiasError(
-                    f"the {name} half has {count} images of {printable(examples.label_names[label])!r}; "
-                    f"at least {LEAST} of every label are needed"
+                    f"the {name} half has {count} images of {printable(examples.label_names[label])!r}; at least "
+                    f"{LEAST} of every label are needed"
                 )
 
 
@@ -133,6 +138,6 @@ def _splits(rows: Sequence[Row], asked: tuple[str, str] | None) -> tuple[str, st
     if asked is not None:
         if missing := [name for name in asked if name not in present]:
             there = ", ".join(sorted(name for name in present if name is not None)) or "no column of splits"
-            raise DebiasError(f"--splits names {printable(missing[0])}, and the table has {there}")
+            raise DebiasError(f"--splits names {printable(missing[0])}, but the table has {there}")
         return asked
     return next((pair for pair in SPLITS if present.issuperset(pair)), None)

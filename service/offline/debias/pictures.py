@@ -58,7 +58,7 @@ class Pictures:
                 self.pixels(image)
             except FileNotFoundError as error:
                 raise DebiasError(
-                    f"{self.root} has no {printable(image)}; images' names are paths below --data"
+                    f"{self.root} has no file {printable(image)}; names of images must be paths below --data"
                 ) from error
             except (OSError, ServiceError) as error:
                 usable[number] = False

@@ -22,13 +22,13 @@ SHOWN_WRITERS = 5
 def print_report(report: Report, console: Console) -> None:
     """Ranking, trials, and accuracies by group before and after; then what could not be done."""
     console.print(
-        f"{report.finding_images:,} images to find, {report.held_out_images:,} held out to decide; groups by "
-        f"{report.groups_by}: {', '.join(report.groups)}",
+        f"{report.finding_images:,} images to find edits, {report.held_out_images:,} held out to measure them; groups "
+        f"by {report.groups_by}: {', '.join(report.groups)}",
         **PLAIN,
     )
-    console.print(f"labels: {', '.join(report.labels)}; under {'; '.join(report.templates)}", **PLAIN)
+    console.print(f"labels: {', '.join(report.labels)}; templates: {'; '.join(report.templates)}", **PLAIN)
     if report.cue:
-        console.print(f"the cue: {'; '.join(report.cue)}; instead: {'; '.join(report.others)}", **PLAIN)
+        console.print(f"cue: {'; '.join(report.cue)}; other: {'; '.join(report.others)}", **PLAIN)
     show(_ranking(report), console)
     if report.directions:
         show(_directions(report), console)
@@ -37,7 +37,9 @@ def print_report(report: Report, console: Console) -> None:
     show(_methods(report), console)
     show(_by_group(report), console)
     if report.proposed is None:
-        console.print("no edit was better than none on the finding half: none is proposed", style="yellow", **PLAIN)
+        console.print(
+            "no edit was better than no edit on the finding half, so none is proposed", style="yellow", **PLAIN
+        )
     else:
         console.print(f"proposed: {report.proposed}", style="green", **PLAIN)
     for line in (
@@ -58,7 +60,7 @@ def _table(title: str, *columns: str, left: int = 1) -> Table:
 
 def _ranking(report: Report) -> Table:
     table = _table(
-        "features that tell the groups apart within a label (finding half)",
+        "features that distinguish the groups within a label (finding half)",
         "feature",
         "label of its card",
         "exemplars",
@@ -101,8 +103,8 @@ def _directions(report: Report) -> Table:
 
 def _trials(report: Report) -> Table:
     rounds = ", ".join(map(str, report.tried))
-    title = f"the best edits on the whole finding half (tried, round by round: {rounds})"
-    table = _table(title, "op", "tokens", "features", "mode", "moves the lead by", "worst group", "average", left=2)
+    title = f"the best edits on the complete finding half (number tried in each round: {rounds})"
+    table = _table(title, "op", "tokens", "features", "mode", "changes the lead by", "worst group", "average", left=2)
     for trial in sorted(report.trials, key=lambda trial: -trial.worst)[:10]:
         moves = "" if trial.moves_logit is None else f"{trial.moves_logit:.2f}"
         shares = f"{trial.worst:.1%}", f"{trial.average:.1%}"

@@ -12,17 +12,21 @@ from vitrine.service.offline.debias.search import Trial
 
 
 class Ranked(BaseModel):
-    """A feature that tells the groups apart. Logits are those of one label less another's."""
+    """A feature that distinguishes the groups. Logits are those of one label minus those of another."""
 
     layer: int
     index: int
-    pair: tuple[str, str] = Field(description="the labels")
+    pair: tuple[str, str] = Field(description="the two labels")
     group: str
-    logits: Estimate = Field(description="how many more the feature gives in this group than in others, within a label")
-    label_logits: float = Field(description="how many more with the first label than with the second, within a group")
-    size: float = Field(description="`logits` over the standard deviation within label and group")
+    logits: Estimate = Field(
+        description="how much more the feature contributes in this group than in others, within a label"
+    )
+    label_logits: float = Field(
+        description="how much more it contributes with the first label than with the second, within a group"
+    )
+    size: float = Field(description="`logits` divided by the standard deviation within label and group")
     label: str | None = Field(description="of its card")
-    exemplars: list[str] = Field(description="names of images on its card")
+    exemplars: list[str] = Field(description="names of the images on its card")
 
 
 class Writer(BaseModel):
@@ -30,7 +34,9 @@ class Writer(BaseModel):
 
     layer: int
     index: int
-    along: float = Field(description="how much more in this group than in others, within a label; the stream's units")
+    along: float = Field(
+        description="how much more it writes in this group than in others, within a label; in the stream's units"
+    )
     label: str | None = Field(description="of its card")
 
 
@@ -38,24 +44,28 @@ class RankedDirection(BaseModel):
     """A direction of the stream at [CLS] after the last layer, in which a group differs from the others."""
 
     group: str
-    pair: tuple[str, str] = Field(description="labels")
+    pair: tuple[str, str] = Field(description="the two labels")
     logits: Estimate = Field(
-        description="how many more of the first label less the second it gives in this group, within a label"
+        description="how much it adds to the first label's logit minus the second's in this group, within a label"
     )
-    along: float = Field(description="how much more of the stream is along it in this group; the stream's units")
-    by_features: float = Field(description="of that, what features wrote, at any token")
-    written_by: list[Writer] = Field(description="by their source accounts, the largest first")
+    along: float = Field(description="how much longer the stream is along it in this group; in the stream's units")
+    by_features: float = Field(description="the part of `along` that features wrote, at any token")
+    written_by: list[Writer] = Field(
+        description="features that write along it, by their source accounts, largest first"
+    )
 
 
 class TrialRow(BaseModel):
     """A candidate on the finding half."""
 
     op: str
-    features: int = Field(description="or directions")
+    features: int = Field(description="number of features or directions")
     mode: Mode
     tokens: str
-    shift: float = Field(description="of directions: beyond the middle, as a share of the groups' difference")
-    moves_logit: float | None = Field(description="applied only where it moves the lead by as much")
+    shift: float = Field(description="for directions: distance beyond the middle, as a share of the groups' difference")
+    moves_logit: float | None = Field(
+        description="the edit is only applied if it changes the lead by at least this much"
+    )
     worst: float
     average: float
 
@@ -76,12 +86,12 @@ class TrialRow(BaseModel):
 
 
 class Method(BaseModel):
-    """Something done about the cue, on the held-out half."""
+    """One method against the cue, measured on the held-out half."""
 
     name: str
-    what: str = Field(description="in a sentence, with its prompts or features")
+    what: str = Field(description="description in one sentence, with its prompts or features")
     accuracy: Accuracy
-    change: Change | None = Field(description="from zero-shot; None: it is that")
+    change: Change | None = Field(description="change from zero-shot; None for zero-shot itself")
 
 
 class Report(BaseModel):
@@ -91,21 +101,21 @@ class Report(BaseModel):
     labels: list[str]
     templates: list[str]
     cue: list[str] = Field(description="prompts of the cue, if it was given in words")
-    others: list[str] = Field(description="prompts of what is there instead")
-    groups_by: str = Field(description="table, cue or errors")
+    others: list[str] = Field(description="prompts of what is there instead of the cue")
+    groups_by: str = Field(description="how the groups were found: table, cue or errors")
     groups: list[str]
     finding_images: int
     held_out_images: int
     unreadable: list[str]
     ranking: list[Ranked]
     directions: list[RankedDirection]
-    interventions: list[Intervention] = Field(description="proposed; empty: nothing was better than no edit")
-    condition: Condition | None = Field(description="of the proposed edit")
+    interventions: list[Intervention] = Field(description="the proposed edit; empty if nothing was better than no edit")
+    condition: Condition | None = Field(description="condition of the proposed edit")
     mode: Mode | None
-    proposed: str | None = Field(description="the op, how many features, and the mode")
-    tried: list[int] = Field(description="how many edits were tried in each round, on more images each time")
-    trials: list[TrialRow] = Field(description="of the last round, on all images of the finding half")
-    refused: dict[str, str] = Field(description="what this bundle cannot do, and why")
+    proposed: str | None = Field(description="op, number of features, and mode of the proposed edit")
+    tried: list[int] = Field(description="number of edits tried in each round; each round uses more images")
+    trials: list[TrialRow] = Field(description="results of the last round, on all images of the finding half")
+    refused: dict[str, str] = Field(description="edits that this bundle does not support, and why")
     methods: list[Method] = Field(description="zero-shot first, the edit second, if there is one")
     left_out: list[str] = Field(description="baselines that could not be run, and why")
     seconds: float
@@ -114,7 +124,7 @@ class Report(BaseModel):
     def description(self) -> str:
         """Of the edit, in a sentence."""
         cue = " or ".join(self.cue) if self.cue else ", ".join(self.groups)
-        return f"takes out what tells groups apart beside {', '.join(self.labels)} ({cue}): {self.proposed}"[:2000]
+        return f"removes what distinguishes groups other than {', '.join(self.labels)} ({cue}): {self.proposed}"[:2000]
 
     def evidence(self, data: str) -> dict[str, JsonValue]:
         """What there is to say for the edit. data: of what images."""

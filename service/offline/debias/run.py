@@ -36,13 +36,13 @@ Track = Callable[[Sequence[Any], str], Iterable[Any]]
 # of each pair of labels the finding half's images that are of it, and their contributions
 Given = dict[tuple[int, int], tuple[NDArray[np.int64], Contributions]]
 WITH_CUE = ("without the cue", "with the cue")
-NO_CUE = "Orth-Proj and Orth-Cali need the cue in words: --cue"
+NO_CUE = "Orth-Proj and Orth-Cali require the cue in words; give --cue"
 
 
 def check_features(bundle: Bundle) -> None:
     """Raise `DebiasError` for a bundle without a CLT."""
     if not bundle.manifest.has_features:
-        raise DebiasError(f"debiasing edits features: {bundle.manifest.why_no_features}")
+        raise DebiasError(f"debiasing requires a CLT: {bundle.manifest.why_no_features}")
 
 
 class Debias:
@@ -61,8 +61,8 @@ class Debias:
         check_features(engine.bundle)
         if engine.sources is None:
             raise DebiasError(
-                f"{engine.bundle.path} has no source accounts, by which features are ranked: export it with "
-                "`bundle.sources`, and leave VITRINE_SOURCES as it is"
+                f"{engine.bundle.path} has no source accounts, which are needed to rank features; export it with "
+                "`bundle.sources`, and do not set VITRINE_SOURCES=false"
             )
         self.engine, self.sources, self.encoder, self.runner = engine, engine.sources, encoder, runner
         self.pictures, self.question, self.track = pictures, question, track
@@ -82,7 +82,9 @@ class Debias:
         finding, held_out = np.flatnonzero(examples.finding), np.flatnonzero(~examples.finding)
         half = examples.only(finding)
         if (logits[finding].argmax(-1) == half.labels).all():
-            raise DebiasError(f"all {len(half):,} images of the finding half are right: there is nothing to repair")
+            raise DebiasError(
+                f"all {len(half):,} images of the finding half are predicted correctly, so there is nothing to repair"
+            )
         compared = contrasts(half, logits[finding])
         given = {contrast.pair: self._given(half, contrast.pair, texts) for contrast in compared}
         ranking = self._rank(half, compared, given)
@@ -142,7 +144,7 @@ class Debias:
         np.add.at(mistaken, (np.minimum(truth, predicted)[wrong], np.maximum(truth, predicted)[wrong]), 1)
         first, second = divmod(int(mistaken.argmax()), len(mistaken))
         if not wrong.any():
-            raise DebiasError("no image of the finding half is mistaken: there is nothing to repair")
+            raise DebiasError("no image of the finding half is predicted wrongly, so there is nothing to repair")
         members, given = self._given(examples, (first, second), texts)
         some = examples.only(members)
         is_first, predicted_first = some.labels == first, logits[members, first] > logits[members, second]

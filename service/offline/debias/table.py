@@ -37,7 +37,10 @@ def parse_columns(text: str | None) -> dict[str, str]:
     for part in (text or "").split(",") if text else ():
         what, equals, name = (piece.strip() for piece in part.partition("="))
         if not equals or not name or what not in KNOWN:
-            raise DebiasError(f"--columns {printable(text or '')}: give what=name for some of {', '.join(KNOWN)}")
+            raise DebiasError(
+                f"cannot read --columns {printable(text or '')}; give KIND=NAME, where KIND is one of "
+                f"{', '.join(KNOWN)}"
+            )
         columns[what] = name
     return columns
 
@@ -57,11 +60,11 @@ def read_table(file: Path, columns: dict[str, str], labels: Sequence[str] | None
     rows = []
     for number, record in enumerate(records, start=2):
         if len(record) != len(header):
-            raise DebiasError(f"{file}, line {number}: {len(record)} fields, and the first line has {len(header)}")
+            raise DebiasError(f"{file}, line {number} has {len(record)} fields, but the first line has {len(header)}")
         fields = {what: None if place is None else record[place].strip() for what, place in places.items()}
         rows.append(Row(fields["image"] or "", fields["label"] or "", fields["group"], fields["split"]))
     if not rows:
-        raise DebiasError(f"{file} has no images: only a first line")
+        raise DebiasError(f"{file} has no images, only a first line")
     return [row._replace(label=name) for row, name in zip(rows, _named(file, rows, labels), strict=True)]
 
 
@@ -71,13 +74,13 @@ def _read(file: Path) -> tuple[list[str], list[list[str]]]:
     except OSError as error:
         raise DebiasError(f"{file} cannot be read: {reason(error)}") from error
     except UnicodeDecodeError as error:
-        raise DebiasError(f"{file} is no CSV in UTF-8; save it as one") from error
+        raise DebiasError(f"{file} is not CSV in UTF-8; save it in this format") from error
     try:
         lines = [line for line in csv.reader(io.StringIO(text, newline=""), strict=True) if line]
     except csv.Error as error:
-        raise DebiasError(f"{file} is no CSV: {error}") from error
+        raise DebiasError(f"{file} is not CSV: {error}") from error
     if not lines:
-        raise DebiasError(f"{file} is empty; its first line names the columns")
+        raise DebiasError(f"{file} is empty; its first line must name the columns")
     return [name.strip() for name in lines[0]], lines[1:]
 
 
@@ -85,15 +88,17 @@ def _column(file: Path, header: Sequence[str], what: str, name: str | None) -> i
     """The place of a column; None if there is none and none is needed."""
     if name is not None:
         if name not in header:
-            raise DebiasError(f"{file} has no column {printable(name)}; it has {', '.join(map(printable, header))}")
+            raise DebiasError(
+                f"{file} has no column {printable(name)}; its columns are {', '.join(map(printable, header))}"
+            )
         return header.index(name)
     for known in KNOWN[what]:
         if known in header:
             return header.index(known)
     if what in REQUIRED:
         raise DebiasError(
-            f"{file} has no column that is known to hold the {what}: it has {', '.join(map(printable, header))}; "
-            f"name it, --columns {what}=NAME"
+            f"{file} has no column with a known name for the {what}; its columns are "
+            f"{', '.join(map(printable, header))}; name it with --columns {what}=NAME"
         )
     return None
 
@@ -103,12 +108,14 @@ def _named(file: Path, rows: Sequence[Row], labels: Sequence[str] | None) -> lis
     found = dict.fromkeys(row.label for row in rows)
     if all(name.isdigit() for name in found):
         if labels is None:
-            raise DebiasError(f"{file} has numbers for labels; name them in that order, from 0: --labels landbird,…")
+            raise DebiasError(
+                f"{file} has numbers as labels; give their names in order, starting with 0: --labels landbird,…"
+            )
         if beyond := [name for name in found if int(name) >= len(labels)]:
-            raise DebiasError(f"{file} has a label {beyond[0]}, and --labels names {len(labels)}, from 0")
+            raise DebiasError(f"{file} has a label {beyond[0]}, but --labels names only {len(labels)}, starting with 0")
         return [labels[int(row.label)] for row in rows]
     if labels is not None and (unknown := [name for name in found if name not in labels]):
         raise DebiasError(
-            f"{file} has a label {printable(unknown[0])!r} that is not among {', '.join(map(printable, labels[:10]))}"
+            f"{file} has a label {printable(unknown[0])!r}, which is not among {', '.join(map(printable, labels[:10]))}"
         )
     return [row.label for row in rows]

@@ -50,8 +50,8 @@ def by_errors(
     right = is_first == predicted_first
     if not any(right[is_first == label].any() and not right[is_first == label].all() for label in (False, True)):
         raise DebiasError(
-            f"of {len(right):,} images of two labels each label's are all right or all wrong: that does not tell what "
-            "moves the errors; give groups (--groups), or the cue in words (--cue)"
+            f"the {len(right):,} images of two labels are, for each label, all right or all wrong, which does not "
+            "show what causes the errors; give groups (--groups), or the cue in words (--cue)"
         )
     found = effects(contributions, is_first, predicted_first)
     signs = np.sign(found.group)
@@ -59,7 +59,7 @@ def by_errors(
     keys = np.argsort(-against, kind="stable")[:FEATURES]
     keys = keys[against[keys] > 0]
     if not len(keys):
-        raise DebiasError("no feature goes with the prediction against the label: nothing like a cue moves the errors")
+        raise DebiasError("no feature agrees with the prediction and not with the label, so no cue causes the errors")
     sums = _sums(contributions, keys, signs[keys])
     thresholds = np.array([otsu(sums[is_first == label]) for label in (False, True)])
     return CueScore(keys, signs[keys], thresholds)

@@ -155,14 +155,16 @@ def test_details_of_a_bundle_that_has_none_are_refused(bundle, wanted):
     older = replace(bundle, manifest=bundle.manifest.model_copy(update={"files": files}))
     old_engine = SimpleNamespace(bundle=older, sources=None)
     check_explain(Explain(), NAMES, 3, old_engine)
-    with pytest.raises(ServiceError, match="'tiny' is older than heat maps and the lens: export it again") as caught:
+    with pytest.raises(
+        ServiceError, match="'tiny' is from a version without heat maps and the lens; export it again"
+    ) as caught:
         check_explain(Explain(**{wanted: True}), NAMES, 3, old_engine)
     assert caught.value.code == "invalid_request"
 
 
 @pytest.mark.parametrize(
     ("has_replacement", "reason"),
-    [(True, "VITRINE_REPLACEMENT=false"), (False, "its recipe has no `bundle.replacement = true`")],
+    [(True, "VITRINE_REPLACEMENT=false"), (False, "it was exported without `bundle.replacement = true` in its recipe")],
 )
 def test_matrix_without_the_graph_is_refused(bundle, has_replacement, reason):
     files = {name: entry for name, entry in bundle.manifest.files.items() if not name.startswith("replacement")}

@@ -73,7 +73,7 @@ def test_more_are_followed_than_of_a_clt_unless_less_is_allowed(with_residual, p
     assert answer.followed > 4 * 10
     (answer,) = ask(with_residual, picture(), asked, max_circuit_nodes=10)
     assert answer.followed == 4 * 10
-    with pytest.raises(ServiceError, match="nodes: 41 features; at most 40 are followed"):
+    with pytest.raises(ServiceError, match="`nodes` is 41; at most 40 features are followed back"):
         ask(with_residual, picture(), CircuitRequest(dictionary="residual", nodes=41), max_circuit_nodes=10)
 
 
@@ -164,8 +164,8 @@ def test_their_cards_are_asked_for_by_dictionary(carded_residual, with_residual)
     one = card(carded_residual, model, "residual", best[0].layer, best[0].index)
     assert (one.dictionary, one.label, len(one.exemplars)) == ("residual", best[0].label, 3)
     for bundle, asked, code, said in (
-        (carded_residual, ("residual", 2, 0), "not_found", "there is no layer 2, only 0 to 1"),
-        (carded_residual, ("residual", 0, 48), "not_found", "layer 0 has no feature 48, only 0 to 47"),
+        (carded_residual, ("residual", 2, 0), "not_found", "there is no layer 2; the layers are 0 to 1"),
+        (carded_residual, ("residual", 0, 48), "not_found", "layer 0 has no feature 48; its features are 0 to 47"),
         (carded_residual, ("clt", 0, 0), "no_cards", "has no feature cards"),
         (with_residual, ("residual", 0, 0), "no_cards", "has no cards of its residual SAEs' features"),
     ):
@@ -179,13 +179,13 @@ def test_verify_counts_the_labels_of_their_cards(carded_residual, tmp_path):
     wrong = summary.model_copy(update={"quality": summary.quality.model_copy(update={"labelled": 1})})
     copy = shutil.copytree(carded_residual.path, tmp_path / "copy")
     seal(copy, carded_residual.manifest.model_copy(update={"residual_cards": wrong}))
-    with pytest.raises(BundleError, match=r"residual_cards: \d+ cards have a label, the manifest says 1"):
+    with pytest.raises(BundleError, match=r"residual_cards: \d+ cards have a label, but the manifest says 1"):
         verify(copy)
 
 
 def test_verify_notices_graphs_that_do_not_belong_together(with_residual, tmp_path):
     verify(with_residual.path)
-    for file, said in ((RESIDUAL_TRACE, "embedding"), (residual_file(1), "residual accounts miss")):
+    for file, said in ((RESIDUAL_TRACE, "embedding"), (residual_file(1), "accounts by residual SAEs differ")):
         copy = shutil.copytree(with_residual.path, tmp_path / file)
         model = onnx.load(copy / file, load_external_data=False)
         names = ("tower.visual.ln_post.bias", "biases")

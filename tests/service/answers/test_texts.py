@@ -14,17 +14,17 @@ SETTINGS = Settings(max_labels=4, max_templates=3, max_prompts=6, max_label_char
 @pytest.mark.parametrize(
     ("labels", "templates", "problem"),
     [
-        (["a"] * 5, ["{}"], "5 labels; at most 4 are taken"),
-        (["a"], ["{}"] * 4, "4 templates; at most 3 are taken"),
-        (["a"] * 4, ["{}", "a {}"], "4 labels under 2 templates are 8 texts; at most 6 are taken"),
-        (["a" * 41], ["{}"], "a label or template has 41 characters; at most 40 are taken"),
-        (["a"], ["{}" + "a" * 39], "a label or template has 41 characters; at most 40 are taken"),
+        (["a"] * 5, ["{}"], "there are 5 labels; at most 4 are accepted"),
+        (["a"], ["{}"] * 4, "there are 4 templates; at most 3 are accepted"),
+        (["a"] * 4, ["{}", "a {}"], "4 labels in 2 templates make 8 texts; at most 6 are accepted"),
+        (["a" * 41], ["{}"], "a label or template has 41 characters; at most 40 are accepted"),
+        (["a"], ["{}" + "a" * 39], "a label or template has 41 characters; at most 40 are accepted"),
         (
             ["a", "a" * 26],
             ["{}{}", "{}"],
             "a template filled in with the longest label has 52 characters; at most 50 are",
         ),
-        (["a" * 3], ["{}" * 17], "has 51 characters; at most 50 are taken"),
+        (["a" * 3], ["{}" * 17], "has 51 characters; at most 50 are accepted"),
     ],
 )
 def test_beyond_a_limit_the_request_is_refused(labels, templates, problem):

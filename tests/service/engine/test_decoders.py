@@ -242,7 +242,7 @@ def test_without_processes_nothing_is_ready_until_they_start_again(picture, monk
         assert running.can_decode()
         with monkeypatch.context() as broken:
             broken.setattr(sys, "executable", "/nowhere/python")
-            with pytest.raises(EngineError, match="no process can be started"):
+            with pytest.raises(EngineError, match="no process to decode images can be started"):
                 running.start()
             assert refusal(running, picture()).code == "not_ready"
             broken.setattr(sys, "executable", "/bin/false")

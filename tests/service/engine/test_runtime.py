@@ -44,7 +44,7 @@ def test_a_provider_that_onnxruntime_does_not_use_is_refused(bundle, monkeypatch
             super().__init__(path, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", FallsBack)
-    with pytest.raises(EngineError, match=r"CUDAExecutionProvider could not be used for vision\.onnx"):
+    with pytest.raises(EngineError, match=r"CUDAExecutionProvider cannot be used for vision\.onnx"):
         Engine(bundle, Settings(bundle=bundle.path, provider="cuda"))
 
 
@@ -81,10 +81,10 @@ def every_provider(monkeypatch):
 AUTO = [
     ("cpu", "avx512_vnni", ("fp32", "int8", "fp16"), "int8", "auto: this CPU has AVX-512 VNNI"),
     ("cpu", "avx_vnni avx2", ("fp32", "int8"), "int8", "auto: this CPU has AVX VNNI"),
-    ("cpu", "avx512f", ("fp32", "int8"), "fp32", "auto: this CPU has no instructions for int8"),
-    ("cpu", "avx512_vnni", ("fp32", "fp16"), "fp32", "auto: this CPU has AVX-512 VNNI, but the bundle no int8"),
+    ("cpu", "avx512f", ("fp32", "int8"), "fp32", "auto: this CPU has no int8 instructions"),
+    ("cpu", "avx512_vnni", ("fp32", "fp16"), "fp32", "auto: this CPU has AVX-512 VNNI, but the bundle has no int8"),
     ("cuda", "avx512_vnni", ("fp32", "int8", "fp16"), "fp16", "auto: a GPU"),
-    ("tensorrt", "", ("fp32", "int8"), "fp32", "auto: the bundle has no fp16"),
+    ("tensorrt", "", ("fp32", "int8"), "fp32", "auto: a GPU, but the bundle has no fp16"),
 ]
 
 
@@ -108,8 +108,8 @@ def test_precision_is_as_set_whatever_the_cpu(cpu, every_provider, bundle_with, 
     [
         ("cpu", "int8", ("fp32",), "VITRINE_PRECISION=int8, but the bundle tiny has only fp32"),
         ("cuda", "fp16", ("fp32", "int8"), "VITRINE_PRECISION=fp16, but the bundle tiny has only fp32, int8"),
-        ("cuda", "int8", ("fp32", "int8"), "VITRINE_PRECISION=int8 is for the CPU, and VITRINE_PROVIDER=cuda"),
-        ("cpu", "fp16", ("fp32", "fp16"), "VITRINE_PRECISION=fp16 is for GPUs, and VITRINE_PROVIDER=cpu"),
+        ("cuda", "int8", ("fp32", "int8"), "VITRINE_PRECISION=int8 is only for the CPU, but VITRINE_PROVIDER=cuda"),
+        ("cpu", "fp16", ("fp32", "fp16"), "VITRINE_PRECISION=fp16 is only for GPUs, but VITRINE_PROVIDER=cpu"),
     ],
 )
 def test_precision_that_cannot_be_had_is_refused(every_provider, bundle_with, provider, precision, present, message):

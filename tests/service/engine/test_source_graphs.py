@@ -81,7 +81,7 @@ def test_a_bundle_from_before_accounts_of_attention_says_so(change):
     older = change(without("scores.onnx"))
     engine = Engine(older, Settings(bundle=older.path))
     check_explain(Explain(sources=True), ("cat",), 10, engine)
-    assert "is older than accounts of attention: export it again" in refused(HEAD, engine)
+    assert "is from a version without accounts of attention; export it again" in refused(HEAD, engine)
     assert attention_heads(engine) == 0
     verify(older.path)
 
@@ -113,7 +113,7 @@ def test_a_bundle_without_an_average_picture_says_so(change):
     built = change(without(*BASELINE))
     engine = Engine(built, Settings(bundle=built.path))
     check_explain(Explain(sources=True), ("cat",), 10, engine)
-    assert "no average picture" in refused(Explain(sources=True, baseline="mean"), engine)
+    assert "no average image" in refused(Explain(sources=True, baseline="mean"), engine)
     assert source_baselines(engine) == ["zero"]
 
 
@@ -155,9 +155,9 @@ def test_graphs_of_another_kind_are_refused(change, file, rename, said):
 @pytest.mark.parametrize(
     ("file", "name", "said"),
     [
-        ("trace.onnx", "tower.blocks.0.mlp.c_proj.bias", "misses vision.onnx's"),
-        ("sources.onnx", "tower.blocks.1.ln_1.weight", "miss what they are"),
-        ("scores.onnx", "attention.1.ln.weight", "miss the attention weights"),
+        ("trace.onnx", "tower.blocks.0.mlp.c_proj.bias", "differs from that of vision.onnx"),
+        ("sources.onnx", "tower.blocks.1.ln_1.weight", "differ from the logit"),
+        ("scores.onnx", "attention.1.ln.weight", "differ from the attention weights"),
     ],
 )
 def test_graphs_that_do_not_belong_together_are_noticed(change, file, name, said):

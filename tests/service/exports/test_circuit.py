@@ -397,8 +397,8 @@ def without_last_feature():
     ("changes", "missing"),
     [
         ({"heatmap": None}, "`explain.heatmap`"),
-        ({"layers": without_last_feature()}, "layer 0 lists 1 of its features"),
-        ({"target": "frog"}, "'frog' is not among the predictions: ask with a larger `top_k`"),
+        ({"layers": without_last_feature()}, "layer 0 lists only 1 of its features"),
+        ({"target": "frog"}, "'frog' is not among the predictions; set a larger `top_k`"),
     ],
     ids=["heat map", "features", "target"],
 )

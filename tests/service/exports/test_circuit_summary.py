@@ -116,7 +116,7 @@ def test_what_is_printed(answer):
     assert "2/5 fur" in text
     assert "error 1 -3.00  embeddings +1.75" in text
     assert "35%" in text, "a quarter of .4 and three quarters of .1, of .5"
-    assert "5 nodes. Of 700 active features 2 were followed back, 2 (0.3%) are in the circuit" in text
+    assert "5 nodes. Of 700 active features, 2 were followed back and 2 (0.3%) are in the circuit" in text
     assert "errors (10%)" in text
     assert "not followed (40%)" in text
     assert text.count("error 1") == 1, "two groups alone were asked for"
@@ -173,5 +173,5 @@ def test_a_mean_is_printed_with_the_images_that_have_it(mean):
     row = next(line for line in text.splitlines() if "2/5 fur" in line)
     assert row.split()[2:6] == ["2", "1.5", "35.0%", "+0.625"]
     assert "0/7 +2.00" in row
-    assert "Each, in the mean: 4 nodes. Of 400 active features 2 were" in text
+    assert "Mean per image: 4 nodes. Of 400 active features, 2 were" in text
     assert "warning: it was" in text

@@ -99,10 +99,10 @@ def test_a_batch_has_each_images_own(server, picture):
 @pytest.mark.parametrize(
     ("attention", "said"),
     [
-        ({"layer": 3, "head": 0}, "`explain.attention.layer` is 3; this CLIP's go from 0 to 2"),
-        ({"layer": 0, "head": 4}, "`explain.attention.head` is 4; this CLIP's go from 0 to 3"),
-        ({"layer": 0, "head": 0, "query": 17}, "`explain.attention.query` is 17; this CLIP's go from 0 to 16"),
-        ({"layer": 0, "head": 0, "key": 9_999}, "`explain.attention.key` is 9,999; this CLIP's go from 0 to 16"),
+        ({"layer": 3, "head": 0}, "`explain.attention.layer` is 3; this CLIP allows 0 to 2"),
+        ({"layer": 0, "head": 4}, "`explain.attention.head` is 4; this CLIP allows 0 to 3"),
+        ({"layer": 0, "head": 0, "query": 17}, "`explain.attention.query` is 17; this CLIP allows 0 to 16"),
+        ({"layer": 0, "head": 0, "key": 9_999}, "`explain.attention.key` is 9,999; this CLIP allows 0 to 16"),
         ({"layer": -1, "head": 0}, "explain.attention.layer"),
         ({"layer": 0}, "explain.attention.head"),
         ({"layer": 0, "head": 0, "features": 101}, "explain.attention.features"),

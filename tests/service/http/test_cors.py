@@ -63,7 +63,7 @@ def test_without_the_setting_nobody_may(server, refused):
 )
 def test_what_is_no_origin_stops_the_start(monkeypatch, value):
     monkeypatch.setenv("VITRINE_CORS_ORIGINS", f"https://good.example, {value}")
-    with pytest.raises(SettingsError, match=r"VITRINE_CORS_ORIGINS.*is no origin"):
+    with pytest.raises(SettingsError, match=r"VITRINE_CORS_ORIGINS.*is not an origin"):
         load_settings()
 
 

@@ -237,11 +237,14 @@ def test_what_cannot_be_answered_with_an_edit_is_refused_and_its_line_names_the_
     async def conversation(client, app):
         for explain in ("heatmap", "lens", "matrix", "sources"):
             refused = await ask(client, "attribute", picture(), 400, explain={explain: True})
-            assert f"`explain.{explain}`: of CLIP as it is" in refused["error"]["message"]
+            assert f"`explain.{explain}` can only explain the unmodified CLIP" in refused["error"]["message"]
             await ask(client, "attribute", picture(), explain={explain: True}, edit="none")
         for path in ("classify", "attribute", "embed", "attribute:batch"):
             error = (await ask(client, path, picture(), 400, edit="Usual"))["error"]
-            assert (error["code"], error["message"]) == ("unknown_edit", "no edit 'Usual'; there are: none, usual")
+            assert (error["code"], error["message"]) == (
+                "unknown_edit",
+                "there is no edit 'Usual'; the edits are: none, usual",
+            )
         assert (await ask(client, "circuit", picture(), 400, edit="usual"))["error"]["code"] == "invalid_request"
         await ask(client, "classify", b"no image", 415)
 
@@ -255,7 +258,7 @@ def test_what_cannot_be_answered_with_an_edit_is_refused_and_its_line_names_the_
 
 
 WRONG = {
-    "missing": ({"edit": "nowhere"}, (), "VITRINE_EDIT=nowhere: no such edit; there are: usual"),
+    "missing": ({"edit": "nowhere"}, (), "VITRINE_EDIT=nowhere: there is no such edit; the edits are: usual"),
     "of another bundle": ({}, ("other",), "edit 'other' was made for another bundle"),
     "tampered": ({}, ("tampered",), r"tampered\.json was changed after it was made"),
     "not signed": ({"edit_key_file": "key"}, (), "edit 'usual' is not signed"),

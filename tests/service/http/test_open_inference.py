@@ -145,14 +145,14 @@ def test_options_of_classify_are_parameters(client, name, picture):
         ({"inputs": [image_input(data=["https://example.org/a.png"])]}, 400, "invalid_image: image[0] is not base64"),
         ({"inputs": [image_input(data=[])]}, 400, "invalid_request: the input 'image' has 0 elements"),
         ({"inputs": [image_input(data=[], shape=[0])]}, 400, "missing_image: "),
-        ({"inputs": [image_input(data=[1])]}, 400, "invalid_request: the data of 'image' is not all texts"),
+        ({"inputs": [image_input(data=[1])]}, 400, "invalid_request: the data of 'image' must only have texts"),
         ({"inputs": [image_input(data=None)]}, 400, "invalid_request: the input 'image' has neither"),
         ({"inputs": [image_input(shape=[2])]}, 400, "invalid_request: the input 'image' has 1 elements"),
         ({"inputs": [image_input(shape=[1, 2])]}, 400, "invalid_request: the input 'image' has 1 elements"),
         ({"inputs": [image_input(shape=[-1])]}, 400, "invalid_request: the input 'image' has 1 elements"),
         ({"inputs": [image_input(datatype="FP32")]}, 400, "invalid_request: inputs.0.datatype: "),
         ({"inputs": [image_input(name="pixels")]}, 400, "invalid_request: inputs.0.name: "),
-        ({"inputs": [image_input(), image_input()]}, 400, "invalid_request: the input 'image' is there more than once"),
+        ({"inputs": [image_input(), image_input()]}, 400, "invalid_request: the input 'image' is sent more than once"),
         ({"inputs": [image_input(name="labels")]}, 400, "missing_image: "),
         ({"inputs": [image_input(data=["AAAA"] * 65, shape=[65])]}, 413, "batch_too_large: "),
         (
@@ -168,7 +168,7 @@ def test_options_of_classify_are_parameters(client, name, picture):
         (
             {"inputs": [image_input(parameters={"binary_data_size": 0})]},
             400,
-            "invalid_request: the input 'image' has `data` and",
+            "invalid_request: the input 'image' has both `data` and",
         ),
         ({"inputs": [image_input()], "outputs": []}, 400, "invalid_request: outputs: "),
         ({"inputs": [image_input()], "outputs": [{"name": "x"}]}, 400, "invalid_request: outputs.0.name: "),
@@ -182,7 +182,7 @@ def test_options_of_classify_are_parameters(client, name, picture):
         (
             {"inputs": [image_input()], "outputs": [{"name": "label", "parameters": {"classification": 3}}]},
             400,
-            "invalid_request: the output 'label' has a parameter",
+            "invalid_request: the output 'label' has an unknown parameter",
         ),
     ],
 )
@@ -244,12 +244,12 @@ def test_any_bytes_are_read_or_refused(data, size):
 
 @pytest.mark.parametrize("length", ["x", "-1", "9" * 30, "1000", "", "٣"])
 def test_a_wrong_length_of_the_json_is_refused(length):
-    with pytest.raises(ServiceError, match="is no number up to the body's 2 bytes"):
+    with pytest.raises(ServiceError, match="is not a number from 0 to the body's 2 bytes"):
         parse_infer(b"{}", length)
 
 
 def test_bytes_that_are_no_inputs_are_refused():
     text = json.dumps({"inputs": [image_input()]}).encode()
     assert parse_infer(text, None).elements == parse_infer(text, str(len(text))).elements
-    with pytest.raises(ServiceError, match="1 bytes follow the JSON that are no input's"):
+    with pytest.raises(ServiceError, match="1 bytes after the JSON belong to no input"):
         parse_infer(text + b"x", str(len(text)))

@@ -116,7 +116,7 @@ def test_a_batch_has_each_images_own(server, picture):
 @pytest.mark.parametrize(
     ("explain", "said"),
     [
-        ({"baseline": "mean"}, "ask for both"),
+        ({"baseline": "mean"}, "set both"),
         ({"sources": True, "source_features": -1}, "source_features"),
         ({"sources": True, "baseline": "median"}, "baseline"),
     ],

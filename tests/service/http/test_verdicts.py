@@ -93,17 +93,23 @@ def test_a_batch_has_a_verdict_for_each_image(server, picture):
 @pytest.mark.parametrize(
     ("request_part", "says"),
     [
-        ({"scoring": "independent"}, "needs `threshold`"),
-        ({"threshold": 0.2}, "the softmax has none"),
+        ({"scoring": "independent"}, "requires `threshold`"),
+        ({"threshold": 0.2}, "can only be used with `scoring` independent"),
         ({"scoring": "sigmoid", "threshold": 0.2}, "scoring: "),
         ({"scoring": "independent", "threshold": 1.1}, "threshold"),
         ({"scoring": "independent", "threshold": "0.2"}, "threshold"),
         ({"scoring": "independent", "threshold": True}, "threshold"),
         ({"scoring": "independent", "threshold": math.nan}, "threshold"),
         ({"scoring": "independent", "threshold": {"cat": None}}, "threshold"),
-        ({"scoring": "independent", "threshold": {LABELS[0]: 0.2}}, f"no `threshold` for {LABELS[1]!r}, {LABELS[2]!r}"),
+        (
+            {"scoring": "independent", "threshold": {LABELS[0]: 0.2}},
+            f"`threshold` is missing for {LABELS[1]!r}, {LABELS[2]!r}",
+        ),
         ({"scoring": "independent", "threshold": dict.fromkeys([*LABELS, "cat"], 0.2)}, "not among the labels: 'cat'"),
-        ({"scoring": "independent", "threshold": {"cat": 0.2}, "labels": ["cat", "dog"]}, "no `threshold` for 'dog'"),
+        (
+            {"scoring": "independent", "threshold": {"cat": 0.2}, "labels": ["cat", "dog"]},
+            "`threshold` is missing for 'dog'",
+        ),
     ],
 )
 def test_thresholds_that_do_not_fit_are_refused(server, picture, refused, request_part, says):

@@ -55,7 +55,7 @@ def test_the_table_of_features(account):
     listed = [f for one in account.explanations for layer in one.layers for f in layer.features]
     assert list(frame["index"]) == [feature.index for feature in listed]
     assert list(frame.logits) == [feature.contribution for feature in listed]
-    with pytest.raises(vitrine.VitrineError, match="ledger, features or sources"):
+    with pytest.raises(vitrine.VitrineError, match="ledger, features and sources"):
         account.to_frame("rows")
 
 

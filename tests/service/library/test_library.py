@@ -125,16 +125,16 @@ def test_no_more_images_are_in_hand_than_there_are_places(carded, picture):
 @pytest.mark.parametrize(
     ("image", "sentence"),
     [
-        (np.zeros((4, 4, 3)), "does not say what is white"),
+        (np.zeros((4, 4, 3)), "has no known range of values"),
         (np.zeros((3, 5, 7), np.uint8), "colours first"),
         (np.zeros((4, 4), np.uint8), "PIL.Image.fromarray"),
         (np.zeros((4, 4, 4), np.uint8), "transparent"),
         (np.zeros((2, 4, 4, 3), np.uint8), "list(array)"),
-        (np.zeros((0, 4, 3), np.uint8), "is no image"),
-        (7, "int is no image"),
-        (None, "NoneType is no image"),
-        ("https://example.org/cat.jpg", "nothing is fetched"),
-        ([7], "int is no image"),
+        (np.zeros((0, 4, 3), np.uint8), "is not an image"),
+        (7, "int is not an image"),
+        (None, "NoneType is not an image"),
+        ("https://example.org/cat.jpg", "URLs are not fetched"),
+        ([7], "int is not an image"),
     ],
 )
 def test_what_is_no_image_is_refused_without_a_guess(loaded, image, sentence):
@@ -157,12 +157,12 @@ def test_a_column_of_a_table_is_a_list(loaded, photo):
 def test_refusals_are_sentences(loaded, picture, tmp_path):
     for options, sentence in [
         ({"label": LABELS}, "did you mean `labels`?"),
-        ({"explain": {"heatmap": True}}, "`explain` is no option"),
+        ({"explain": {"heatmap": True}}, "`explain` is not an option"),
         ({"labels": LABELS, "contrast": "unicorn"}, "not among the labels: 'unicorn'"),
         ({"features": -1}, "^features: "),
         (
             {"matrix": True, "edit": "none", "lens": True, "scoring": "independent", "threshold": 0.2},
-            "`lens` is of the",
+            "`lens` shows softmax",
         ),
     ]:
         with pytest.raises(ServiceError) as refused:
@@ -173,7 +173,7 @@ def test_refusals_are_sentences(loaded, picture, tmp_path):
         loaded.explain([picture(), b"text", picture()])
     with pytest.raises(FileNotFoundError) as missing:
         loaded.explain([tmp_path / "none.png"])
-    assert "place 0" in missing.value.__notes__[0]
+    assert "index 0 of the list" in missing.value.__notes__[0]
     with pytest.raises(NoImageError, match="it is a folder"):
         loaded.explain(tmp_path)
     for wrong in ({}, {"images": picture(), "texts": ["cat"]}, {"texts": "cat"}):
@@ -271,8 +271,8 @@ def test_a_program_that_closes_nothing_needs_no_extra_package_and_ends_quietly(r
     assert done.stderr == ""
     *_, head, tables, drawing = done.stdout.splitlines()
     assert head.split() == ["label", "probability", "logit"]
-    assert tables == "to_frame() needs pandas: pip install pandas"
-    assert drawing == "plot() needs matplotlib: pip install matplotlib"
+    assert tables == "to_frame() requires pandas: pip install pandas"
+    assert drawing == "plot() requires matplotlib: pip install matplotlib"
 
 
 TYPED = """

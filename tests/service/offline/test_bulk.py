@@ -309,20 +309,20 @@ def test_a_resume_with_other_options_is_refused(start, photos, found, tmp_path, 
         with pytest.raises(BulkError, match=message):
             start(source, out, **options)
 
-    refused(r"begun with other options: labels was red circle, .* and is cat, dog\. Give", labels=["cat", "dog"])
-    refused(r"templates was a photo of a \{\}, a drawing of one \{\} and is my \{\}", templates=["my {}"])
-    refused("top_k was 5 and is 2", top_k=2)
-    refused("features was 5 and is 7", explain={"features": 7})
-    refused("part_size was 4 and is 5", part_size=5)
-    refused("max_image_side was 16384 and is 99", settings=Settings(max_image_side=99))
+    refused(r"started with other options: labels was red circle, .* and is now cat, dog\. Give", labels=["cat", "dog"])
+    refused(r"templates was a photo of a \{\}, a drawing of one \{\} and is now my \{\}", templates=["my {}"])
+    refused("top_k was 5 and is now 2", top_k=2)
+    refused("features was 5 and is now 7", explain={"features": 7})
+    refused("part_size was 4 and is now 5", part_size=5)
+    refused("max_image_side was 16384 and is now 99", settings=Settings(max_image_side=99))
     refused("bundle was sha256:", bundle=carded)
     (photos / "new.png").write_bytes(b"")
     try:
-        refused(r"inputs\.images was 10 and is 11; inputs\.digest was")
+        refused(r"inputs\.images was 10 and is now 11; inputs\.digest was")
     finally:
         (photos / "new.png").unlink()
     (tmp_path / "list.txt").write_text("\n".join(map(str, files(photos))))
-    refused(r"inputs\.kind was folder and is list; inputs\.path was", source=tmp_path / "list.txt")
+    refused(r"inputs\.kind was folder and is now list; inputs\.path was", source=tmp_path / "list.txt")
     # These settings do not affect answers.
     assert start(photos, out, settings=Settings(batch_size=3, decode_threads=1)) == Summary(COUNT, 0)
     assert read(out) == found
@@ -336,9 +336,9 @@ def test_label_sets_by_name(start, photos, tmp_path):
     job = Job.model_validate_json((tmp_path / "out" / "_job.json").read_bytes())
     assert (job.labels, job.templates) == (("cat", "dog"), ("my {}",))
     assert {row["ledger"]["target"] for row in read(tmp_path / "out")} <= {"cat", "dog"}
-    with pytest.raises(ServiceError, match="no label set 'birds'; there are: default, pets"):
+    with pytest.raises(ServiceError, match="there is no label set 'birds'; the label sets are: default, pets"):
         start(photos, tmp_path / "other", settings=settings, label_set="birds")
-    with pytest.raises(ServiceError, match="give labels or a label set, not both"):
+    with pytest.raises(ServiceError, match="labels and a label set cannot be used together"):
         start(photos, tmp_path / "other", labels=["cat"], label_set="pets")
 
 
@@ -347,20 +347,20 @@ def test_output_that_is_something_else(start, photos, tmp_path):
     (tmp_path / "out" / "letters.txt").write_text("mine")
     with pytest.raises(BulkError, match=r"is not empty and has no _job\.json"):
         start(photos, tmp_path / "out")
-    with pytest.raises(BulkError, match="lies in the folder that is read"):
+    with pytest.raises(BulkError, match="is in the input folder"):
         start(photos, photos / "out")
     with pytest.raises(FileError, match=r"letters\.txt cannot be written"):
         start(photos, tmp_path / "out" / "letters.txt")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "_job.json").write_text("{}")
-    with pytest.raises(BulkError, match="none of this version's"):
+    with pytest.raises(BulkError, match="is not from this version"):
         start(photos, tmp_path / "old")
 
 
 def test_two_runs_do_not_share_an_output(start, bundle, photos, tmp_path):
     source = open_inputs(str(photos))
     job = make_job(bundle, SETTINGS, source, AttributeRequest(), path=str(photos), part_size=4)
-    with lock_output(tmp_path / "out", job), pytest.raises(BulkError, match="another run writes to"):
+    with lock_output(tmp_path / "out", job), pytest.raises(BulkError, match="another run is writing to"):
         start(photos, tmp_path / "out")
     assert start(photos, tmp_path / "out") == Summary(COUNT, 0)
 
@@ -404,7 +404,7 @@ def test_progress_shows_what_is_done_and_broken(start, photos, tmp_path):
 def test_missing_ray_is_named(start, photos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "vitrine.service.offline.bulk.ray_engine", raising=False)
-    with pytest.raises(BulkError, match=r"--ray needs Ray: pip install 'vitrine\[bulk\]'"):
+    with pytest.raises(BulkError, match=r"--ray requires Ray: pip install 'vitrine\[bulk\]'"):
         start(photos, tmp_path / "out", ray_workers=2)
 
 
@@ -537,7 +537,7 @@ def test_inputs_may_have_any_name(start, photos, found, tmp_path):
     shutil.copytree(photos, strange)
     assert start(strange, tmp_path / "out") == Summary(COUNT, 0)
     assert read(tmp_path / "out") == found
-    with pytest.raises(BulkError, match="lies in the folder that is read"):
+    with pytest.raises(BulkError, match="is in the input folder"):
         start(strange, strange / "out")
 
 
@@ -546,7 +546,7 @@ def test_a_folder_begun_by_another_version_is_refused(start, photos, tmp_path):
     job = json.loads((tmp_path / "out" / "_job.json").read_text())
     del job["format"]
     (tmp_path / "out" / "_job.json").write_text(json.dumps(job))
-    with pytest.raises(BulkError, match="was begun by another version of Vitrine, which numbered images otherwise"):
+    with pytest.raises(BulkError, match="was started by another version of Vitrine, which numbered images differently"):
         start(photos, tmp_path / "out")
 
 
@@ -567,7 +567,7 @@ def test_a_folder_keeps_the_columns_that_it_was_begun_with(start, photos, found,
         assert [set(one) for one in row["predictions"]] == [{"label", "probability", "logit"}] * len(row["predictions"])
     job["columns"] = 3
     (out / "_job.json").write_text(json.dumps(job))
-    with pytest.raises(BulkError, match="columns was 3 and is 2"):
+    with pytest.raises(BulkError, match="columns was 3 and is now 2"):
         start(photos, out)
 
 
@@ -605,7 +605,7 @@ def test_a_folder_begun_with_the_names_of_before_is_taken_up(start, photos, tmp_
     (out / "_job.json").rename(out / "job.json")
     (out / "_errors").rename(out / "errors")
     (out / "part-000001.parquet").unlink()
-    with pytest.raises(BulkError, match=rf"^{out} was begun with other options: top_k was 5 and is 3"):
+    with pytest.raises(BulkError, match=rf"^{out} was started with other options: top_k was 5 and is now 3"):
         start(broken, out, top_k=3)
     assert (out / "job.json").exists()
     assert start(broken, out) == Summary(COUNT, 1)
@@ -684,4 +684,4 @@ def test_more_than_ray_has_is_refused_and_not_waited_for(photos, tmp_path, bundl
     environment = {**os.environ, "HOME": str(tmp_path)}
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
     assert finished.returncode == 1
-    assert "BulkError: --ray 9 needs 9 GPUs and Ray has" in finished.stderr
+    assert "BulkError: --ray 9 needs 9 GPUs, but Ray has" in finished.stderr

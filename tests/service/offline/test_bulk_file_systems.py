@@ -91,7 +91,7 @@ def test_what_ray_is_told(work, bundle, monkeypatch):
     with largest_file(2_000):
         assert "part-000000.parquet cannot be written: File too large" in process(parts)["problem"][0]
     other = replace(work, job=work.job.model_copy(update={"bundle": "sha256:other"}))
-    assert "is another bundle here" in _Process(bundle.path, other)(parts)["problem"][0]
+    assert "is not the bundle that the run was started with" in _Process(bundle.path, other)(parts)["problem"][0]
     assert _Process(bundle.path, work)(parts) == {"images": [2], "problems": [0], "problem": [""]}
 
 
@@ -137,7 +137,7 @@ def test_two_jobs_cannot_begin_one_folder_without_locks(work, monkeypatch):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", meanwhile)
-    with pytest.raises(BulkError, match="top_k was 3 and is 5"), lock_output(work.out, work.job):
+    with pytest.raises(BulkError, match="top_k was 3 and is now 5"), lock_output(work.out, work.job):
         pass
 
 

@@ -99,11 +99,11 @@ def test_a_run_is_taken_up_with_the_same_sources_only(start, tmp_path):
         "baseline": "zero",
     }
     for explain, message in (
-        ({"sources": True, "source_features": 3}, "sources was 2 and is 3"),
-        ({}, "sources was 2 and is 0"),
-        ({"sources": True, "source_features": 2, "baseline": "mean"}, "baseline was zero and is mean"),
+        ({"sources": True, "source_features": 3}, "sources was 2 and is now 3"),
+        ({}, "sources was 2 and is now 0"),
+        ({"sources": True, "source_features": 2, "baseline": "mean"}, "baseline was zero and is now mean"),
     ):
-        with pytest.raises(BulkError, match=f"begun with other options: {message}. Give"):
+        with pytest.raises(BulkError, match=f"started with other options: {message}. Give"):
             start(**explain)
     (out / "part-000001.parquet").unlink()
     assert start(sources=True, source_features=2) == Summary(COUNT, 0)
@@ -118,7 +118,7 @@ def test_a_folder_begun_before_there_were_sources_is_taken_up(start, tmp_path):
     file.write_text(json.dumps(job))
     (tmp_path / "out" / "part-000001.parquet").unlink()
     assert start() == Summary(COUNT, 0)
-    with pytest.raises(BulkError, match="sources was 0 and is 1"):
+    with pytest.raises(BulkError, match="sources was 0 and is now 1"):
         start(sources=True, source_features=1)
 
 
@@ -147,7 +147,7 @@ def test_the_commands_options(carded, photos, tmp_path):
 
     refused = run("--baseline", "mean")
     assert refused.exit_code == 1
-    assert "ask for both" in refused.stderr
+    assert "set both" in refused.stderr
     assert run("--sources", "3", "--baseline", "mean").exit_code == 0
     assert [len(row["sources"]["features"]) for row in read(tmp_path / "out")] == [3] * COUNT
     assert json.loads((tmp_path / "out" / "_job.json").read_text())["baseline"] == "mean"

@@ -125,10 +125,12 @@ def test_folders_by_wordnet_ids_and_labels_that_no_folder_has(engine, data_root,
     assert (result.images, result.labels) == (12, ["tench", "sunglasses"])
     more = replay(engine, tmp_path, LIMITS, labels=["a, b", "sunglasses", "tench"], count=3)
     assert (more.labels, more.top1 is not None) == (["a, b", "sunglasses", "tench"], True)
-    with pytest.raises(ReplayError, match="folders that are no labels: n04355933, n04356056; name each by its label"):
+    with pytest.raises(
+        ReplayError, match="these folders are not labels: n04355933, n04356056; name each folder after its label"
+    ):
         replay(engine, tmp_path, LIMITS, labels=["tench"])
     shutil.move(tmp_path / "n01440764", tmp_path / "n00005787")
-    with pytest.raises(ReplayError, match=r"no labels: n00005787; .* or by the WordNet id of one of ImageNet's 1,000"):
+    with pytest.raises(ReplayError, match=r"not labels: n00005787; .* or the WordNet id of one of ImageNet's 1,000"):
         replay(engine, tmp_path, LIMITS)
 
 
@@ -175,7 +177,7 @@ def test_a_sample_is_of_the_seed(engine, data_root):
 
 def test_what_cannot_be_replayed(engine, export_variant, data_root, tmp_path):
     _, bundle = export_variant("relu_topk")
-    with pytest.raises(ReplayError, match=r"has no replacement graph: export it with `bundle\.replacement = true`"):
+    with pytest.raises(ReplayError, match=r"has no replacement graph; export it with `bundle\.replacement = true`"):
         replay(Engine(bundle, Settings()), data_root / "val", LIMITS)
     with pytest.raises(InputError, match="has no images"):
         replay(engine, tmp_path, LIMITS)

@@ -30,7 +30,7 @@ def test_no_room(run_python, tmp_path, limit):
     folder.mkdir()
     finished = run_python("-c", PROGRAM, limit, PROMETHEUS_MULTIPROC_DIR=folder)
     assert finished.returncode == 0, finished.stderr
-    warnings = [line for line in finished.stdout.splitlines() if "no room for metrics" in line]
+    warnings = [line for line in finished.stdout.splitlines() if "no space for metrics" in line]
     assert len(warnings) == (limit < 10**9)
     # Another worker's sum leaves out what is in that one's memory, and is no worse for it.
     other = run_python(
@@ -70,4 +70,4 @@ def test_a_server_on_a_full_disk(full_disk, start_server, bundle_path, picture):
         lines = server.http.get("/metrics").text.splitlines()
         assert 'vitrine_requests_total{endpoint="/v1/attribute",status="200"} 1.0' in lines
         assert worker.pid == server.workers[0].pid
-        assert server.log.read_text().count("no room for metrics") == 1
+        assert server.log.read_text().count("no space for metrics") == 1

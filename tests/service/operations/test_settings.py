@@ -49,7 +49,7 @@ def test_absurd_numbers_are_refused_with_the_reason(monkeypatch, name):
     monkeypatch.setenv(f"VITRINE_{name.upper()}", str(most))
     assert getattr(load_settings(), name) == most
     monkeypatch.setenv(f"VITRINE_{name.upper()}", "1" + 23 * "0")
-    with pytest.raises(SettingsError, match=f"VITRINE_{name.upper()}=.*at most {most:,}, since {reason}"):
+    with pytest.raises(SettingsError, match=f"VITRINE_{name.upper()}=.*at most {most:,}, because {reason}"):
         load_settings()
 
 
@@ -113,7 +113,7 @@ def test_a_wrong_value_is_refused_by_name(monkeypatch, name, value):
 def test_a_name_that_is_no_setting_is_refused_with_the_nearest_one(monkeypatch, name, hint):
     """Otherwise it would be ignored silently, even the name of an API key setting."""
     monkeypatch.setenv(name, "1")
-    with pytest.raises(SettingsError, match=rf"{name} is no setting.*{re.escape(hint)}"):
+    with pytest.raises(SettingsError, match=rf"{name} is not a setting.*{re.escape(hint)}"):
         load_settings()
 
 

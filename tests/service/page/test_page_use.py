@@ -275,7 +275,12 @@ def test_a_key_is_asked_for_and_kept_nowhere(browser, service, photo):
         if route.request.headers.get("authorization") == "Bearer the-key":
             route.continue_()
         else:
-            error = {"code": "unauthorized", "message": "send a valid key", "details": [], "request_id": "x"}
+            error = {
+                "code": "unauthorized",
+                "message": "the key is missing or not valid",
+                "details": [],
+                "request_id": "x",
+            }
             route.fulfill(status=401, json={"error": error})
 
     with open_page(browser, service) as page:

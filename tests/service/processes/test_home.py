@@ -46,7 +46,7 @@ def test_a_chosen_home_is_made_absolute(monkeypatch, tmp_path):
 def test_no_folder_for_temporary_files(monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [UNWRITABLE])
-    with pytest.raises(HomeError, match="let TMPDIR name one"), bentoml_home():
+    with pytest.raises(HomeError, match="set TMPDIR to a writable folder"), bentoml_home():
         pass
 
 

@@ -149,7 +149,7 @@ def test_workers_that_die_one_after_the_other_before_they_are_ready_are_replaced
     """BentoML's own check comes every ten seconds; without a pause they would take a processor for themselves."""
     arbiter, problem = supervise(*({number} for number in range(1, 10)))
     assert (arbiter.managed, problem) == (2, None)
-    assert "3 workers in a row have died before they were ready" in capsys.readouterr().err
+    assert "3 workers in a row died before they were ready" in capsys.readouterr().err
 
 
 def test_a_worker_that_became_ready_ends_the_row(supervise):

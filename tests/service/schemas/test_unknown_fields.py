@@ -13,7 +13,7 @@ from vitrine.service.schemas.intervene import InterveneRequest
     [
         (AttributeRequest, {"label": ["a"]}, "label: no such field; did you mean labels?"),
         (AttributeRequest, {"explain": {"heatmaps": True}}, "explain.heatmaps: no such field; did you mean heatmap?"),
-        (AttributeRequest, {"zzz": 1}, "zzz: no such field; there are labels, label_set, "),
+        (AttributeRequest, {"zzz": 1}, "zzz: no such field; the fields are labels, label_set, "),
         (InterveneRequest, {"edits": [{"op": "ablate", "layr": 1}]}, "layr: no such field; did you mean layer?"),
     ],
 )

@@ -75,7 +75,7 @@ def test_it_is_compared_with_what_others_would_do(report):
 def test_what_cannot_be_done_is_said(report, table):
     assert report.refused["ablate to mean, rerun"] == "the toy has no mean activations"
     assert not report.left_out
-    assert ask(*table).left_out == ["Orth-Proj and Orth-Cali need the cue in words: --cue"]
+    assert ask(*table).left_out == ["Orth-Proj and Orth-Cali require the cue in words; give --cue"]
 
 
 def test_the_cue_is_found_in_words(table):
@@ -96,7 +96,7 @@ def test_the_cue_is_found_by_what_moves_the_errors(table):
 
 def test_images_that_are_not_there_and_those_that_cannot_be_read(table, tmp_path):
     folder, rows = table
-    with pytest.raises(DebiasError, match=r"has no missing\.png; images' names are paths below --data"):
+    with pytest.raises(DebiasError, match=r"has no file missing\.png; names of images must be paths below --data"):
         ask(folder, [*rows, Row("missing.png", "a", "plain", None)])
     broken = folder / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\nno more")
@@ -109,7 +109,7 @@ def test_nothing_to_repair_is_said(table):
     plain = [row for row in rows if (row.label, row.group) == ("b", "plain")]
     right = [*plain, *plain, *(row for row in rows if row.label == "a")]
     right = [row._replace(group=("one", "other")[number // 2 % 2]) for number, row in enumerate(right)]
-    with pytest.raises(DebiasError, match="there is nothing to repair"):
+    with pytest.raises(DebiasError, match="so there is nothing to repair"):
         ask(folder, right)
 
 

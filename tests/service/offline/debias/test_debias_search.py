@@ -52,11 +52,11 @@ def test_what_a_bundle_cannot_do_is_tried_once_and_named():
     def outcome(candidate):
         asked.append(candidate)
         if candidate.op == "ablate to mean" or candidate.mode == "direct":
-            raise InterventionError("the bundle has no average picture")
+            raise InterventionError("the bundle has no average image")
         return wrong(b=5)
 
     found = run(outcome, modes=("direct", "rerun"))
-    assert found.refused["ablate to mean, rerun"] == "the bundle has no average picture"
+    assert found.refused["ablate to mean, rerun"] == "the bundle has no average image"
     assert len(found.refused) == len(OPS) + 1
     assert sum(candidate.mode == "direct" for candidate in asked) == len(OPS)
 
@@ -107,7 +107,7 @@ def test_an_edit_that_moves_images_a_little_for_the_worse_is_made_conditional():
     assert found.best.worst == 1.0
     assert found.best.candidate.moves_logit == pytest.approx(0.4 + 0.25 * 2.6), "a quarter moves as much"
     assert found.best.candidate.condition == Condition(moves_logit=found.best.candidate.moves_logit)
-    assert "where that moves" in found.best.candidate.title
+    assert "if that changes the lead" in found.best.candidate.title
 
 
 @pytest.mark.parametrize("op", OPS)

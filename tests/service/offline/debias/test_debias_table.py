@@ -42,15 +42,15 @@ def test_columns_may_be_named_and_a_byte_order_mark_is_nothing(write):
     ("text", "columns", "labels", "said"),
     [
         ("", {}, None, "is empty"),
-        ("image,label\n", {}, None, "no images: only a first line"),
-        ("image,label\na.png\n", {}, None, "line 2: 1 fields, and the first line has 2"),
-        ("photo,label\na,b\n", {}, None, "no column that is known to hold the image.*--columns image=NAME"),
-        ("image,label\na,b\n", {"group": "mat"}, None, "no column mat; it has image, label"),
-        ("image,y\na,0\n", {}, None, "has numbers for labels; name them"),
-        ("image,y\na,2\n", {}, ["cat", "dog"], "has a label 2, and --labels names 2"),
-        ("image,label\na,cow\n", {}, ["cat", "dog"], "label 'cow' that is not among cat, dog"),
-        (b"image,label\n\xff,cat\n", {}, None, "no CSV in UTF-8"),
-        ('image,label\n"a,cat\n', {}, None, "is no CSV: "),
+        ("image,label\n", {}, None, "no images, only a first line"),
+        ("image,label\na.png\n", {}, None, "line 2 has 1 fields, but the first line has 2"),
+        ("photo,label\na,b\n", {}, None, "no column with a known name for the image.*--columns image=NAME"),
+        ("image,label\na,b\n", {"group": "mat"}, None, "no column mat; its columns are image, label"),
+        ("image,y\na,0\n", {}, None, "has numbers as labels; give their names"),
+        ("image,y\na,2\n", {}, ["cat", "dog"], "has a label 2, but --labels names only 2"),
+        ("image,label\na,cow\n", {}, ["cat", "dog"], "label 'cow', which is not among cat, dog"),
+        (b"image,label\n\xff,cat\n", {}, None, "is not CSV in UTF-8"),
+        ('image,label\n"a,cat\n', {}, None, "is not CSV: "),
     ],
 )
 def test_what_is_wrong_with_a_table_is_said(write, text, columns, labels, said):
@@ -59,7 +59,7 @@ def test_what_is_wrong_with_a_table_is_said(write, text, columns, labels, said):
 
 
 def test_wrong_columns_are_refused():
-    with pytest.raises(DebiasError, match=r"give what=name for some of image, label, group, split"):
+    with pytest.raises(DebiasError, match=r"give KIND=NAME, where KIND is one of image, label, group, split"):
         parse_columns("picture=f")
 
 
@@ -79,7 +79,7 @@ def test_halves_are_the_splits_where_they_have_usual_names_or_are_named():
     assert {image for image, found in zip(swapped.images, swapped.finding, strict=True) if found} == {
         row.image for row in table if row.split == "test"
     }
-    with pytest.raises(DebiasError, match="--splits names other, and the table has test, train, val"):
+    with pytest.raises(DebiasError, match="--splits names other, but the table has test, train, val"):
         of_table(table, None, 0, ("val", "other"))
 
 
@@ -96,8 +96,8 @@ def test_drawn_halves_have_their_part_of_every_cell():
     [
         (rows(64, labels=("cat",)), "all images have one label, cat"),
         (rows(20), "the finding half has 6 images of 'cat'; at least 8"),
-        (rows(64, groups=("red",)), "all 32 images of the finding half are of one group, red"),
-        ([row._replace(group=row.label) for row in rows(64)], "seen with more than one label; .* not label and cue"),
+        (rows(64, groups=("red",)), "all 32 images of the finding half belong to one group, red"),
+        ([row._replace(group=row.label) for row in rows(64)], "has only one label; .* not label and cue"),
     ],
 )
 def test_images_that_do_not_do_are_refused(table, said):
@@ -110,5 +110,5 @@ def test_class_folders_say_the_labels(data_root, tmp_path):
     assert examples.label_names == ("blue triangle", "green square", "red circle")
     assert examples.images[0].startswith("blue triangle/")
     assert (len(examples), examples.finding.sum(), examples.group_names) == (48, 24, ("all",))
-    with pytest.raises(DebiasError, match="a folder 'blue triangle' that is none of the labels"):
+    with pytest.raises(DebiasError, match="a folder 'blue triangle', which is not one of the labels"):
         of_folders(data_root / "train", ("red circle", "green square"), 0)
