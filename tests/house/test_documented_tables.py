@@ -54,7 +54,7 @@ def test_codes_of_warnings():
     shown = {
         code
         for about in ("labels", "image")
-        for row in table("service/README.md", "code", f"the {about}", "then")
+        for row in table("service/README.md", "code", f"the {about}", "consequence")
         for code in codes(row[0])
     }
     of_labels = set(re.findall(r'"(labels_\w+)"', (ROOT / "models/texts/labels.py").read_text()))
@@ -62,7 +62,7 @@ def test_codes_of_warnings():
 
 
 def test_metrics():
-    paragraph = re.search(r"^\*\*Metrics\*\*.*?\n\n", README, flags=re.MULTILINE | re.DOTALL)[0]
+    paragraph = re.search(r"^\*\*Metrics\*\*.*?\n\n- .*?\n\n", README, flags=re.MULTILINE | re.DOTALL)[0]
     shown = set(re.findall(r"`(\w+)`", paragraph))
     named = {
         metric._name.removeprefix("vitrine_") + ("_total" if metric._type == "counter" else "")
