@@ -76,7 +76,7 @@ def photo(tmp_path, draw):
 def test_it_says_what_there_is_and_what_is_left_out(exported):
     output, bundle = exported
     assert "int8 and fp16 are left out: there are no --images" in output
-    assert "no CLT: accounts have the MLPs' rows, and no features" in output
+    assert "no CLT: accounts have the MLPs' rows but no features" in output
     assert "interventions: direct and rerun" in output
     assert (bundle.manifest.name, bundle.manifest.precisions) == ("hf-hub-tiny-clip-its-own", ("fp32",))
     assert bundle.manifest.text.labels == tuple(LABELS)
@@ -145,10 +145,10 @@ def test_labels_are_imagenets_and_variants_are_checked_on_images(run, hub, data_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give a CLT's --checkpoint, a --clip, or a --bundle"),
-        (("--clip", NAME, "--checkpoint", "runs/x"), "give a CLT's --checkpoint, a --clip, or a --bundle"),
-        (("--checkpoint", "runs/x", "--weights", "openai"), "--weights, --quick-gelu and --images are of --clip"),
-        (("--clip", NAME, "--residual", "runs/x"), "--residual is added to a bundle of the CLIP"),
+        ((), "give one of --checkpoint (a CLT), --clip, and --bundle"),
+        (("--clip", NAME, "--checkpoint", "runs/x"), "give one of --checkpoint (a CLT), --clip, and --bundle"),
+        (("--checkpoint", "runs/x", "--weights", "openai"), "--weights, --quick-gelu and --images require --clip"),
+        (("--clip", NAME, "--residual", "runs/x"), "--residual cannot be used with --clip"),
         (("--clip", NAME, "--images", "nowhere"), "nowhere"),
     ],
 )
