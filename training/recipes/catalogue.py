@@ -38,8 +38,8 @@ def find_recipe(name_or_path: str | Path) -> Path:
         return path
     near = difflib.get_close_matches(path.stem, by_name, n=1)
     raise RecipeError(
-        f"recipe {name_or_path}: neither a file nor one that comes with Vitrine"
-        + (f"; did you mean {near[0]}?" if near else "; `vitrine recipes` lists those")
+        f"recipe {name_or_path}: there is no such file, and no recipe of this name comes with Vitrine"
+        + (f"; did you mean {near[0]}?" if near else "; see `vitrine recipes` for a list")
     )
 
 
@@ -144,27 +144,26 @@ def print_one(path: Path, data_root: Path, share: float, console: Console) -> No
         return
     shape, clip = costs.architecture, costs.clip
     console.print(
-        f"{clip.layers} layers of width {shape.width}, {clip.tokens} tokens an image; {_bounds(features(shape))} "
-        f"features {'a layer' if isinstance(recipe, CltRecipe) else 'an SAE'}, {shape.sparsifier}; "
-        f"{_millions(shape.parameters)} parameters trained, CLIP has "
-        f"{_millions(clip.parameters)}",
+        f"{clip.layers} layers of width {shape.width}, {clip.tokens} tokens per image; {_bounds(features(shape))} "
+        f"features {'per layer' if isinstance(recipe, CltRecipe) else 'per SAE'}, {shape.sparsifier}; "
+        f"{_millions(shape.parameters)} parameters trained, the CLIP has {_millions(clip.parameters)}",
         **plain,
     )
     images = "an unknown number of" if costs.images is None else f"{costs.images:,}"
     settings = recipe.training
     console.print(
-        f"{settings.epochs} epochs of {images} images, {settings.images_per_step * clip.tokens:,} tokens a step",
+        f"{settings.epochs} epochs of {images} images, {settings.images_per_step * clip.tokens:,} tokens per step",
         **plain,
     )
     show(_memory_table(costs), console)
     show(_step_table(costs.step), console)
     if costs.images is None:
-        console.print("hours: unknown, since the images cannot be counted")
+        console.print("hours: unknown, because the images cannot be counted")
         return
     show(_hours_table(costs, share), console)
     _explain(share, console)
     float32, bfloat16 = (cache_bytes(costs.images, shape, clip, kind) / 1e9 for kind in ("float32", "bfloat16"))
-    console.print(f"activation cache, if wanted: {float32:,.0f} GB as float32, {bfloat16:,.0f} GB as bfloat16", **plain)
+    console.print(f"activation cache, if used: {float32:,.0f} GB as float32, {bfloat16:,.0f} GB as bfloat16", **plain)
 
 
 def _numbers(costs: Costs, share: float) -> list[str]:
@@ -175,7 +174,7 @@ def _numbers(costs: Costs, share: float) -> list[str]:
 
 def _memory_table(costs: Costs) -> Table:
     table = _table("memory", justify="GiB")
-    for name, size in (*costs.memory.items(), ("in all", costs.total_memory)):
+    for name, size in (*costs.memory.items(), ("total", costs.total_memory)):
         table.add_row(name, f"{size / GIB:.2f}")
     return table
 
@@ -209,8 +208,8 @@ def _table(*headings: str, justify: str | None = None) -> Table:
 
 def _explain(share: float, console: Console) -> None:
     console.print(
-        f"Estimates by counting, nothing was run. M: million parameters; hours at {share:.0%} of a GPU's data-sheet "
-        "peaks, – where its memory does not suffice, without decoding images.",
+        f"Estimates by counting; nothing was run. M: million parameters. Hours: at {share:.0%} of a GPU's data-sheet "
+        f"peak, without the time to decode images; – where its memory is too small.",
         highlight=False,
     )
 

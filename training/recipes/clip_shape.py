@@ -57,11 +57,11 @@ def clip_shape(clip: ClipSection, data_root: Path) -> ClipShape:
         return _shape(_read(data_root / clip.config), clip.config)
     name = str(clip.name)
     if ":" in name:
-        raise UnknownShape(f"{name} brings its own configuration, which is read when it is loaded")
+        raise UnknownShape(f"{name} has its own configuration, which is read only when the CLIP is loaded")
     configurations = {path.stem: path for path in _open_clip_configurations()}
     if name not in configurations:
         near = difflib.get_close_matches(name, configurations, n=1)
-        raise UnknownShape(f"open_clip knows no model {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise UnknownShape(f"open_clip has no model named {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
     return _shape(_read(configurations[name]), name)
 
 
@@ -77,7 +77,7 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise UnknownShape(f"{path} is not there") from error
+        raise UnknownShape(f"{path} does not exist") from error
     except (OSError, ValueError) as error:
         raise UnknownShape(f"{path} cannot be read: {error}") from error
 

@@ -26,7 +26,7 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> CltRecipe | Residua
     tables = with_settings(_tables(path), settings)
     kind = kind_of(tables)
     if kind not in tuple(KINDS):  # it may be a list
-        raise RecipeError(f"recipe {path}:\n  kind: {printable(repr(kind))} is none of {', '.join(KINDS)}")
+        raise RecipeError(f"recipe {path}:\n  kind: {printable(repr(kind))} is not one of {', '.join(KINDS)}")
     return _validated(path, tables, KINDS[kind])
 
 
@@ -41,7 +41,9 @@ def skip_broken_shards(recipe: RecipeT) -> RecipeT:
         name: source for name in ("train", "val") if isinstance(source := getattr(recipe.data, name), WebDatasetSource)
     }
     if not sources:
-        raise RecipeError(f'{recipe.name} reads no shards (kind = "webdataset") that could be skipped')
+        raise RecipeError(
+            f'{recipe.name} reads no shards, so none can be skipped; only data of kind = "webdataset" has shards'
+        )
     changed = {name: source.model_copy(update={"skip_broken": True}) for name, source in sources.items()}
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=changed)})
 
@@ -83,7 +85,7 @@ def _explain(root: type[BaseModel], location: tuple[int | str, ...], kind: str, 
     if kind != "extra_forbidden":
         return f"{where}: {message}"
     if other := _kind_with(root, [*path, key]):
-        return f'{where}: a key of kind = "{other}", which this recipe is not'
+        return f'{where}: this key requires a recipe of kind = "{other}"'
     near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
     return f"{where}: no such key" + (
         f"; did you mean `{near[0]}`?" if near else f" (keys: {', '.join(section.model_fields)})"

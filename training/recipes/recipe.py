@@ -52,7 +52,7 @@ class ClipSection(Section):
     @model_validator(mode="after")
     def _one_of(self) -> ClipSection:
         if (self.name is None) == (self.config is None):
-            raise ValueError("give either `name` (known to open_clip) or `config` (a file)")
+            raise ValueError("give either `name` (a model of open_clip) or `config` (a file)")
         return self
 
 
@@ -156,7 +156,7 @@ def _per_layer(name: str, budget: Budget, count: int, of: str) -> tuple[int, ...
     if len(budget) == 1:
         return budget * count
     if len(budget) != count:
-        raise RecipeError(f"{name} has {len(budget)} numbers, {of}")
+        raise RecipeError(f"{name} has {len(budget)} numbers, but {of}")
     return budget
 
 
@@ -209,7 +209,7 @@ class TrainingSection(Section):
     def _whole_steps(self) -> TrainingSection:
         if self.mixed_images % self.images_per_step:
             raise ValueError(
-                f"mixed_images = {self.mixed_images} is no multiple of images_per_step = {self.images_per_step}"
+                f"mixed_images = {self.mixed_images} is not a multiple of images_per_step = {self.images_per_step}"
             )
         return self
 
@@ -289,7 +289,9 @@ class CltRecipe(Recipe):
     @model_validator(mode="after")
     def _start_fits(self) -> CltRecipe:
         if self.training.start == "neurons" and self.clt.sparsifier == "abs_topk":
-            raise ValueError('training.start = "neurons" does not fit abs_topk, which would choose silent neurons')
+            raise ValueError(
+                'training.start = "neurons" cannot be used with abs_topk, which would choose silent neurons'
+            )
         return self
 
 

@@ -31,7 +31,7 @@ def with_settings(tables: dict[str, Any], settings: Sequence[str]) -> dict[str, 
         for at, section in enumerate(sections):
             table = table.setdefault(section, {})
             if not isinstance(table, dict):
-                raise RecipeError(f"--set {key}: {'.'.join(sections[: at + 1])} has no keys, it is a value itself")
+                raise RecipeError(f"--set {key}: {'.'.join(sections[: at + 1])} is a value and has no keys")
         table[last] = value
     return changed
 
@@ -40,15 +40,15 @@ def _parsed(setting: str) -> tuple[str, Any]:
     key, equals, text = setting.partition("=")
     key = key.strip()
     if not equals or not _KEY.fullmatch(key):
-        raise RecipeError(f"--set {printable(setting)}: give KEY=VALUE, as in training.learning_rate=1e-3")
+        raise RecipeError(f"--set {printable(setting)}: give KEY=VALUE, such as training.learning_rate=1e-3")
     try:
         read = tomllib.loads(f"value = {text}")
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(
-            f"--set {printable(setting)}: the value is not TOML; text stands in quotes, as in --set '{key}=\"text\"'"
+            f"--set {printable(setting)}: the value is not TOML; text needs quotes, as in --set '{key}=\"text\"'"
         ) from error
     if read.keys() != {"value"}:
-        raise RecipeError(f"--set {printable(setting)}: give one KEY=VALUE, and --set again for another")
+        raise RecipeError(f"--set {printable(setting)}: give one KEY=VALUE per --set")
     return key, read["value"]
 
 

@@ -192,7 +192,7 @@ def test_files_that_vanish_are_computed_again(numbers, marking_tower, start, tmp
 def test_cache_of_another_run_is_refused(start, tmp_path, changes, name):
     start()
     start(plan=replace(PLAN, epochs=9))  # a longer run has the same chunks
-    with pytest.raises(CacheError, match=rf"^{tmp_path}/cache holds activations of another {name}; delete it"):
+    with pytest.raises(CacheError, match=rf"^{tmp_path}/cache holds activations that differ in {name}; delete it"):
         start(**changes)
 
 
@@ -233,7 +233,7 @@ def test_full_disk_is_reported_beforehand(numbers, marking_tower, start, monkeyp
 
     needed = cache_bytes(Activations, PLAN, marking_tower, "float32")
     free(needed - 1)
-    with pytest.raises(CacheError, match="make room, take bfloat16, or leave `cache` out"):
+    with pytest.raises(CacheError, match="free some space, use bfloat16, or remove `cache`"):
         start()
     free(needed)
     run(marking_tower, numbers(23), cache=start())

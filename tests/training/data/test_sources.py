@@ -142,11 +142,11 @@ def test_failed_download_is_reported(tmp_path, no_network):
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("CIFAR-100", "did you mean CIFAR100?"), ("Cityscapes", "known are CIFAR10, CIFAR100")]
+    ("name", "hint"), [("CIFAR-100", "did you mean CIFAR100?"), ("Cityscapes", "known sets: CIFAR10, CIFAR100")]
 )
 def test_unknown_torchvision_set_is_refused(tmp_path, name, hint):
     source = TorchvisionSource(kind="torchvision", name=name, split="train")
-    message = re.escape(f"{name} is none of torchvision's classification sets; {hint}")
+    message = re.escape(f"{name} is not one of torchvision's classification sets; {hint}")
     with pytest.raises(DataError, match=f"^{message}"):
         open_images(source, tmp_path, colour)
 
@@ -213,7 +213,7 @@ def test_what_save_to_disk_wrote(tmp_path):
     datasets.DatasetDict({"train": rows, "val": rows.select([1])}).save_to_disk(tmp_path / "both")
     assert reds(open_images(hub(), tmp_path, colour)) == [(1, 1), (2, 0)]
     assert reds(open_images(hub(id="both", split="val"), tmp_path, colour)) == [(2, 0)]
-    with pytest.raises(DataError, match=r"^both has no split 'test', as it was saved; it has train, val$"):
+    with pytest.raises(DataError, match=r"^both was saved without split 'test'; it has train, val$"):
         open_images(hub(id="both", split="test"), tmp_path, colour)
 
 
@@ -285,7 +285,7 @@ def test_class_of_a_detection_set_is_the_largest_objects(tmp_path, boxes, layout
         ({"image": "text"}, r"hub\[train\]: column 'text' is no image"),
         ({"label": "boxes"}, r"hub\[train\]: column 'boxes' has no category"),
         ({"split": "test"}, r"hub\[test\] cannot be loaded"),
-        ({"id": "nobody/nothing"}, r"nobody/nothing\[train\] cannot be loaded, neither as the folder .* nor from the"),
+        ({"id": "nobody/nothing"}, r"nobody/nothing\[train\] can be loaded neither from the folder .* nor from the"),
     ],
 )
 def test_hugging_face_sets_that_cannot_be_used(tmp_path, changes, message):
@@ -310,7 +310,7 @@ def test_hugging_face_images_without_classes(tmp_path):
     parquet(tmp_path, {"image": embedded(1, 2), "withheld": [-1, 0]}, features)
     for source, reason in (
         (hub(), "it has no column 'label' but image, withheld"),
-        (hub(label="withheld"), "its column 'withheld' has none in this split (-1)"),
+        (hub(label="withheld"), "its column 'withheld' has no classes in this split (-1)"),
     ):
         images = open_images(source, tmp_path, colour)
         assert (images.classes, reds(images)) == ((), [(1, 0), (2, 0)])
@@ -381,11 +381,14 @@ def test_broken_image_in_a_shard(tmp_path):
     ("files", "why"),
     [
         ({"1.png": b"", "2.png": b"", "2.cls": b"0"}, "1 of 2 samples have neither .cls (an index) nor .txt"),
-        ({"1.png": b"", "1.cls": b"cat"}, "1 of 1 samples have a .cls that is no index of a class, as '1': 'cat'"),
-        ({"1.png": b"", "1.cls": b"0", "2.png": b"", "2.txt": b"a"}, "1 of 2 samples have no .cls but only .txt"),
+        (
+            {"1.png": b"", "1.cls": b"cat"},
+            "1 of 1 samples have a .cls that is not the index of a class, such as '1': 'cat'",
+        ),
+        ({"1.png": b"", "1.cls": b"0", "2.png": b"", "2.txt": b"a"}, "1 of 2 samples have only .txt"),
         (
             {"1.png": b"", "1.txt": b"a car", "2.png": b"", "2.txt": b"a dog"},
-            "its 2 texts are captions and no classes: 2 of them differ",
+            "its 2 texts are captions, not classes: 2 of them differ",
         ),
     ],
 )
@@ -426,7 +429,7 @@ def test_a_folder_of_images_alone_has_no_classes(tmp_path):
     images = open_images(source, tmp_path, colour)
     assert (images.classes, reds(images)) == ((), [(10, 0), (11, 0)])
     assert images.summary() == [
-        f"{tmp_path}/flat: 2 images without classes: its images lie in no folders of classes",
+        f"{tmp_path}/flat: 2 images without classes: its images are not in folders named after classes",
         "left out, no images by their names: 1 (notes.txt)",
     ]
     section = DataSection(name="x", train=source, val=source, labels=("cat",))
@@ -434,7 +437,7 @@ def test_a_folder_of_images_alone_has_no_classes(tmp_path):
     (batch,) = images.batches()
     assert (batch[1].tolist(), images.labels) == ([-1, -1], ("cat",))
     (reason,) = images.left_out
-    assert "flat has no classes, so no prediction is right or wrong" in reason
+    assert "flat has no classes, so predictions cannot be checked" in reason
 
 
 def test_folders_that_are_no_classes(tmp_path):

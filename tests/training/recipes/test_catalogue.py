@@ -60,7 +60,7 @@ def test_one_recipe_in_detail(run):
     output = run("b32-coco-jumprelu")
     path = next(path for path in shipped() if path.stem == "b32-coco-jumprelu")
     assert str(path) in output
-    for phrase in ("12 layers of width 768, 50 tokens an image", "118,287 images", "Adam's moments", "mixing buffer"):
+    for phrase in ("12 layers of width 768, 50 tokens per image", "118,287 images", "Adam's moments", "mixing buffer"):
         assert phrase in output
     for gpu in GPUS:
         assert gpu.name in output
@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_reported(run, tmp_path):
 
 def test_your_own_recipe_by_its_path(run, recipe_path, data_root):
     output = run(recipe_path, "--data-root", data_root)
-    assert "3 layers of width 32, 17 tokens an image" in output
+    assert "3 layers of width 32, 17 tokens per image" in output
     assert "4 epochs of 48 images" in output
 
 
@@ -101,12 +101,12 @@ def test_json_has_every_recipe_and_its_numbers(run, tmp_path):
             assert row["costs"]["memory_bytes"]["total"] == costs.total_memory
             assert row["costs"]["flops"] == costs.flops
         else:
-            assert "is not there" in row["unknown"]
+            assert "does not exist" in row["unknown"]
 
 
 def test_an_unknown_name_is_refused_with_the_nearest(run):
     assert run("b32-coco-jumprelo", code=1) == (
-        "error: recipe b32-coco-jumprelo: neither a file nor one that comes with Vitrine; "
+        "error: recipe b32-coco-jumprelo: there is no such file, and no recipe of this name comes with Vitrine; "
         "did you mean b32-coco-jumprelu?\n"
     )
 

@@ -97,7 +97,7 @@ def test_the_towers_flops_are_what_torch_counts(write_clip, make_clip, data_root
     ("clip", "message"),
     [
         ({"name": "ViT-B-33", "weights": "openai"}, "did you mean ViT-B-32"),
-        ({"name": "hf-hub:org/model"}, "brings its own configuration"),
+        ({"name": "hf-hub:org/model"}, "has its own configuration"),
         ({"config": "nowhere.json"}, "nowhere.json is not there"),
         ({"config": "broken.json"}, "broken.json cannot be read"),
         ({"config": "folder.json"}, "folder.json cannot be read"),

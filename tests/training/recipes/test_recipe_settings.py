@@ -26,15 +26,15 @@ def test_the_tables_that_were_read_stay_as_they_are():
     [
         ("training.learning_rat=1", "training.learning_rat: no such key; did you mean `learning_rate`?"),
         ("trainin.seed=1", "trainin: no such key; did you mean `training`?"),
-        ("residual_sae.k=1", 'residual_sae: a key of kind = "residual_sae", which this recipe is not'),
+        ("residual_sae.k=1", 'residual_sae: this key requires a recipe of kind = "residual_sae"'),
         ("training.seed=1.5", "training.seed: Input should be a valid integer"),
         ('clt.k="many"', "clt.k: Input should be a valid tuple"),
         ("kind=[1]", "kind: [1] is none of clt, residual_sae"),
-        ("name.of=1", "--set name.of: name has no keys, it is a value itself"),
-        ("clt.sparsifier=jumprelu", "the value is not TOML; text stands in quotes, as in --set 'clt.sparsifier="),
-        ("clt.k", "--set clt.k: give KEY=VALUE, as in training.learning_rate=1e-3"),
+        ("name.of=1", "--set name.of: name is a value and has no keys"),
+        ("clt.sparsifier=jumprelu", "the value is not TOML; text needs quotes, as in --set 'clt.sparsifier="),
+        ("clt.k", "--set clt.k: give KEY=VALUE, such as training.learning_rate=1e-3"),
         ("clt..k=1", "--set clt..k=1: give KEY=VALUE"),
-        ("clt.k=1\nclt.features=2", "give one KEY=VALUE, and --set again for another"),
+        ("clt.k=1\nclt.features=2", "give one KEY=VALUE per --set"),
     ],
 )
 def test_what_cannot_be_set_is_refused(recipe_path, setting, message):

@@ -176,7 +176,7 @@ def test_the_cascade_differs_from_its_cell_in_that_phase_alone():
         ("k = 8", "k = 8\n[cascade]\nstep = 5", "cascade.step: no such key; did you mean `steps`?"),
         ("k = 8", "k = 8\n[cascade]", "cascade.steps: Field required"),
         ("k = 8", "k = 8\n[bundle]\nlicense = 'MIT'", "bundle.license: no such key; did you mean `licence`?"),
-        ("mixed_images = 16", "mixed_images = 12", "mixed_images = 12 is no multiple of images_per_step = 8"),
+        ("mixed_images = 16", "mixed_images = 12", "mixed_images = 12 is not a multiple of images_per_step = 8"),
         ("mixed_images = 16", "precision = 'bf16'", "training.precision: Input should be '32-true' or 'bf16-mixed'"),
         (TRAIN, 'kind = "folder", pth = "train"', "data.train.pth: no such key; did you mean `path`?"),
         (TRAIN, 'kind = "folder", pth = "train"', "data.train.path: Field required"),
@@ -316,17 +316,17 @@ def test_a_recipe_of_residual_saes_has_sections_of_its_own(saes):
         (
             "epochs = 4",
             "epochs = 4\nstart = 'neurons'",
-            'training.start: a key of kind = "clt", which this recipe is not',
+            'training.start: this key requires a recipe of kind = "clt"',
         ),
-        ("epochs = 4", "epochs = 4\ncls_weight = 1", 'training.cls_weight: a key of kind = "clt"'),
-        ("[training]", "[bundle]\nsources = true\n[training]", 'bundle: a key of kind = "clt"'),
-        ("[training]", "[cascade]\nsteps = 3\n[training]", 'cascade: a key of kind = "clt"'),
+        ("epochs = 4", "epochs = 4\ncls_weight = 1", 'training.cls_weight: this key requires a recipe of kind = "clt"'),
+        ("[training]", "[bundle]\nsources = true\n[training]", 'bundle: this key requires a recipe of kind = "clt"'),
+        ("[training]", "[cascade]\nsteps = 3\n[training]", 'cascade: this key requires a recipe of kind = "clt"'),
         ("k = 8", "k = 8\ncross_layer = true", "residual_sae.cross_layer: no such key"),
         ("k = 8", "k = [8, 65]", "k = 65 is larger than features = 64"),
         ("features = 64", "features = [64, 4]", "k = 8 is larger than features = 4"),
         ("epochs = 4", "epoch = 4", "training.epoch: no such key; did you mean `epochs`?"),
         ('"residual_sae"', '"sae"', "kind: 'sae' is none of clt, residual_sae"),
-        ('kind = "residual_sae"\n', "", 'residual_sae: a key of kind = "residual_sae", which this recipe is not'),
+        ('kind = "residual_sae"\n', "", 'residual_sae: this key requires a recipe of kind = "residual_sae"'),
     ],
 )
 def test_keys_of_another_kind_are_refused_by_name(saes, old, new, message):
@@ -349,12 +349,12 @@ def test_a_recipe_is_found_by_name_or_by_path(recipe_path):
     "wrong", ["b32-cifar-relu_topk", "b32-cifar100-relu_topk.tml", "runs/b32-cifar100-relu_top.toml"]
 )
 def test_an_unknown_recipe_is_refused_with_the_nearest(wrong):
-    with pytest.raises(RecipeError, match=r"neither a file nor .* did you mean b32-cifar100-relu_topk\?"):
+    with pytest.raises(RecipeError, match=r"there is no such file nor .* did you mean b32-cifar100-relu_topk\?"):
         find_recipe(wrong)
 
 
 def test_an_unknown_recipe_like_no_other_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="`vitrine recipes` lists those"):
+    with pytest.raises(RecipeError, match="see `vitrine recipes` for a list"):
         find_recipe("zzz")
-    with pytest.raises(RecipeError, match="neither a file"):
+    with pytest.raises(RecipeError, match="there is no such file"):
         find_recipe(tmp_path)
