@@ -54,7 +54,7 @@ class Notice(BaseModel):
 
     code: str = Field(description="labels_…, image_…: service/README.md has all", examples=["labels_same"])
     message: str = Field(
-        examples=['"Cat" and "cat" are one and the same text to this CLIP: their order means nothing. Keep one.']
+        examples=['"Cat" and "cat" are the same text to this CLIP, so their order means nothing. Keep one of them.']
     )
     labels: list[str] | None = Field(default=None, description="that it is about, if it is about labels")
 

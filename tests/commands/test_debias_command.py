@@ -43,7 +43,7 @@ def test_an_edit_is_written_with_its_evidence(run, bundle, data_root, table, tmp
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--out", "No.json"), "small letters"),
+        (("--out", "No.json"), "lower-case letters"),
         (("--out", "no.json", "--columns", "image=a"), "--columns and --splits require --groups"),
         (("--out", "no.json", "--by", "cue"), "requires the cue in words"),
     ],

@@ -86,7 +86,7 @@ def test_what_was_changed_since_it_was_verified_is_refused(path, name, read, how
         file.rename(path / "before")
     if how == "replaced":
         shutil.copy(path / "before", file)
-    with pytest.raises(BundleError, match=f"{name} (was changed since it was verified|cannot be read)"):
+    with pytest.raises(BundleError, match=f"{name} (has changed since it was verified|cannot be read)"):
         read(bundle)
 
 

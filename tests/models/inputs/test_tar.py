@@ -100,7 +100,7 @@ def test_a_damaged_header_is_an_error_that_names_its_byte(place, at):
         with pytest.raises(ShardError, match=r"no tar file|damaged: at byte [\d,]+ there is neither"):
             read(place)
     if at == HEADERS[1]:
-        with pytest.raises(ShardError, match=r"at byte 2,048 .*, but something else behind zeros"):
+        with pytest.raises(ShardError, match=r"at byte 2,048 .*, but something else after zeros"):
             read(place)
 
 
@@ -146,8 +146,8 @@ def header(**fields):
         (header(size=(124, b"-0000000001\0")), "no valid size"),
         (header(size=(124, b"\x80" + b"\xff" * 11)), "cut short in the member that begins at byte 0"),
         (header(size=(124, b"77777777777\0"), kind=(156, b"x")), "extended header at byte 0 would have 8,589,934,591"),
-        (header(size=(124, b"00000000011\0"), kind=(156, b"x")) + b"99999 a=b".ljust(512, b"\0"), "is none"),
-        (header(kind=(156, b"L")), "cut short behind an extended header"),
+        (header(size=(124, b"00000000011\0"), kind=(156, b"x")) + b"99999 a=b".ljust(512, b"\0"), "is not a valid one"),
+        (header(kind=(156, b"L")), "cut short after an extended header"),
         (header(kind=(156, b"S"), more=(482, b"\1")), "cut short in the member"),
     ],
 )

@@ -151,7 +151,7 @@ def test_there_are_no_cards_without_saes(carded_residual, bundle, tmp_path):
     manifest = bundle.manifest.model_copy(update={"residual_cards": carded_residual.manifest.residual_cards})
     path = tmp_path / "copy"
     path.mkdir()
-    with pytest.raises(BundleError, match="residual_cards: there are no residual SAEs"):
+    with pytest.raises(BundleError, match="residual_cards are given, but there are no residual SAEs"):
         seal(path, manifest)
 
 

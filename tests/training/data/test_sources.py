@@ -24,7 +24,7 @@ from vitrine.training.recipes.image_sources import FolderSource, HuggingFaceSour
 from vitrine.training.recipes.recipe import DataSection
 
 NO_IMAGE = b"no image"
-NO_FORMAT = f"this is no image in a supported format ({FORMATS})"
+NO_FORMAT = f"this is not an image in a supported format ({FORMATS})"
 
 
 def colour(image):
@@ -430,7 +430,7 @@ def test_a_folder_of_images_alone_has_no_classes(tmp_path):
     assert (images.classes, reds(images)) == ((), [(10, 0), (11, 0)])
     assert images.summary() == [
         f"{tmp_path}/flat: 2 images without classes: its images are not in folders named after classes",
-        "left out, no images by their names: 1 (notes.txt)",
+        "left out, not images, judging by their names: 1 (notes.txt)",
     ]
     section = DataSection(name="x", train=source, val=source, labels=("cat",))
     images = held_out(section, tmp_path, SimpleNamespace(transform=lambda: colour), workers=0)
@@ -460,7 +460,7 @@ def test_links_to_folders_are_classes_and_names_are_any_bytes(tmp_path):
     assert reds(images) == [(1, 0), (3, 1), (2, 2), (1, 0)]  # the broken one gives way to the next
     assert list(images.broken) == [rf"{tmp_path}/train/cat/\xff.png"]
     assert images.summary()[1:] == [
-        "left out, folders that lead back to themselves, or that links reach too often: 1 (cat/up)"
+        "left out, folders that contain themselves, or that too many links lead to: 1 (cat/up)"
     ]
 
 
@@ -482,9 +482,9 @@ def test_one_image_of_a_sample_is_taken_and_the_others_are_named(tmp_path):
     assert reds(images) == [(1, 0), (2, 1), (3, 1)]
     assert images.summary() == [
         f"{tmp_path}/x.tar: 3 images in 2 classes",
-        "left out, no images, classes or texts of samples: 1 (x.tar/c.json)",
-        "left out, hidden, or some system's own: 1 (x.tar/._c.png)",
-        "left out, further images of a sample that has one: 2 (x.tar/b.depth.png; x.tar/c.two.png)",
+        "left out, not images, classes or texts of samples: 1 (x.tar/c.json)",
+        "left out, hidden files, or files of an operating system: 1 (x.tar/._c.png)",
+        "left out, additional images of a sample: 2 (x.tar/b.depth.png; x.tar/c.two.png)",
     ]
 
 
@@ -507,7 +507,7 @@ def test_unreadable_shard_is_named(tmp_path, kind):
             pass
     elif kind != "missing":
         path.write_bytes((tmp_path / "shards/00.tar").read_bytes()[: int(kind.removeprefix("cut at "))])
-    with pytest.raises(DataError, match=f"^{path} is no readable tar file"):
+    with pytest.raises(DataError, match=f"^{path} is not a readable tar file"):
         open_images(shards(), tmp_path, colour)
     source = shards().model_copy(update={"skip_broken": True})
     images = open_images(source, tmp_path, colour)
