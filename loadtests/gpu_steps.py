@@ -158,10 +158,10 @@ STEPS: dict[str, Callable[[Place], Iterator[Row]]] = {
 
 def main(
     name: Annotated[str, typer.Argument(help=", ".join(STEPS))],
-    rows: Annotated[Path, typer.Argument(help="File to append rows to, a JSON object a line.")],
-    cpu: Annotated[bool, typer.Option("--cpu", help="On the processors, with small shapes.")] = False,
+    rows: Annotated[Path, typer.Argument(help="File to append rows to, one JSON object per line.")],
+    cpu: Annotated[bool, typer.Option("--cpu", help="Run on the processors, with small shapes.")] = False,
 ) -> None:
-    """One step; see the top of this file."""
+    """Run one step; see the top of this file."""
     place = Place(rows.resolve().parent, cpu)
     try:
         with rows.open("a", encoding="utf-8") as file:

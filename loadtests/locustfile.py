@@ -46,8 +46,8 @@ _rows: list[list[Any]] = []
 def _options(parser: Any) -> None:
     parser.add_argument("--mix", choices=sorted(MIXES), default="attribute")
     parser.add_argument("--load", choices=sorted(PROFILES), default="steady")
-    parser.add_argument("--rate", type=float, default=10.0, help="requests a second that the profile is built on")
-    parser.add_argument("--seconds", type=float, default=0.0, help="of one step; 0: the profile's own")
+    parser.add_argument("--rate", type=float, default=10.0, help="requests per second that the profile is based on")
+    parser.add_argument("--seconds", type=float, default=0.0, help="seconds of one step; 0: as in the profile")
     parser.add_argument("--rows", default="", help="CSV file for every answer")
 
 

@@ -140,17 +140,19 @@ def variants(folder: Path, plain: Path, case: Case, threads: int, edited: int) -
 
 
 def main(
-    shape: Annotated[Shape, typer.Option(help="Of the CLIP.")] = Shape.B32,
-    features: Annotated[int, typer.Option(min=1, help="Features a layer.")] = 6144,
-    k: Annotated[int, typer.Option(min=1, help="Active features a token and layer.")] = 32,
-    edited: Annotated[int, typer.Option(min=1, help="Features that are changed.")] = 10,
-    pairs: Annotated[int, typer.Option(min=1, help="Rounds in which every variant runs once.")] = 20,
-    threads: Annotated[int, typer.Option(min=0, help="Of an inference; 0: all processors.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A small shape and few rounds, to see that it runs.")] = False,
-    cache: Annotated[Path, typer.Option(help="Where graphs are kept.")] = Path("build/benchmark"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="The rows too, in this file.")] = None,
+    shape: Annotated[Shape, typer.Option(help="Shape of the CLIP.")] = Shape.B32,
+    features: Annotated[int, typer.Option(min=1, help="Number of features per layer.")] = 6144,
+    k: Annotated[int, typer.Option(min=1, help="Number of active features per token and layer.")] = 32,
+    edited: Annotated[int, typer.Option(min=1, help="Number of features that are changed.")] = 10,
+    pairs: Annotated[int, typer.Option(min=1, help="Number of rounds; in each, every variant runs once.")] = 20,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of an inference; 0: all processors.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Use a small shape and few rounds, to check that it runs.")
+    ] = False,
+    cache: Annotated[Path, typer.Option(help="Folder in which graphs are kept.")] = Path("build/benchmark"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
 ) -> None:
-    """Time interventions beside plain CLIP. Example: python loadtests/rerun.py --shape b32 --pairs 20"""
+    """Time interventions compared with plain CLIP. Example: python loadtests/rerun.py --shape b32 --pairs 20"""
     if quick:
         shape, features, k, pairs = Shape.QUICK, 256, 8, min(pairs, 2)
     threads = threads or available_processors()[0]

@@ -24,7 +24,7 @@ REMEDIES = {
     errno.EACCES: _PERMISSION,
     errno.EPERM: _PERMISSION,
     errno.EIO: "the disk or the connection to it failed, see the system's log; start again when it is fixed",
-    errno.ESTALE: "the network file system was lost; start again when it is there",
+    errno.ESTALE: "the network file system was lost; start again when it is available",
     errno.ETIMEDOUT: "the network file system does not answer; start again when it does",
     errno.EBUSY: "another program uses it; start again when it is free",
     errno.ETXTBSY: "another program uses it; start again when it is free",

@@ -536,7 +536,7 @@ def test_labels_are_given_in_one_way(run, refused, photo, tmp_path, command):
     both = run(command, *arguments, "--labels", "cat", "--labels-file", tmp_path / "names.txt")
     assert both.exit_code == 2
     assert "give --labels or --labels-file, not both" in both.output
-    assert "'cat' is there twice" in refused(command, *arguments, "--labels-file", tmp_path / "names.txt")
+    assert "'cat' is given twice" in refused(command, *arguments, "--labels-file", tmp_path / "names.txt")
     assert "--labels: a label has no letters" in refused(command, *arguments, "--labels", "cat,,dog")
     assert not (tmp_path / "out").exists()
 

@@ -224,7 +224,7 @@ def test_impossible_configuration_is_reported(tmp_path, write_clip, vision_cfg):
     [
         (None, "does not exist"),
         ("{not json", "is not JSON"),
-        ('{"embed_dim": 8}', "lacks text_cfg, vision_cfg"),
+        ('{"embed_dim": 8}', "does not have text_cfg, vision_cfg"),
         ("3", ""),
     ],
 )

@@ -79,7 +79,7 @@ def test_a_model_of_the_hub_and_without_a_network(filled, plain, monkeypatch):
         assert loaded.preprocess["resize_mode"] == "squash"
         assert (len(filled.requests) == asked) == offline
     for name, weights in ((MODEL, "gelu"), (f"{MODEL}@main", None)):
-        assert "leave" in refused(name, weights)
+        assert "omit" in refused(name, weights)
 
 
 def test_without_a_network_and_not_in_the_cache(filled, monkeypatch):
@@ -101,7 +101,7 @@ def test_a_hub_that_cannot_be_reached_is_not_needed_for_what_is_in_the_cache(fil
     ask_nobody(monkeypatch)
     assert load_clip("small", "quick").weights == "quick"
     assert re.match(
-        r"small gelu: hf-hub:org/small: http://127\.0\.0\.1:9 cannot be asked: .*; see to the net", refused()
+        r"small gelu: hf-hub:org/small: http://127\.0\.0\.1:9 cannot be reached: .*; check the net", refused()
     )
 
 

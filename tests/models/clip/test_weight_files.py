@@ -185,7 +185,7 @@ def test_published_files_are_known_by_their_sha256(monkeypatch, write_clip, make
         tag = open_clip.pretrained._pcfg(url=url, quick_gelu=quick_gelu)
         monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small", {"tag": tag})
         assert load_clip("small", str(file)).sha256 == make_clip(**SMALL, quick_gelu=bool(quick_gelu)).sha256
-    assert "is of GELU, small-quickgelu has QuickGELU: leave out" in refused(file, "small-quickgelu")
+    assert "is of GELU, small-quickgelu has QuickGELU: remove or correct" in refused(file, "small-quickgelu")
 
 
 def test_what_openai_published_is_known():
@@ -350,7 +350,8 @@ def test_what_does_not_fit_is_named_with_both_shapes(write_clip, state, tmp_path
     save_file(other | {"head.weight": torch.zeros(2)}, tmp_path / "other")
     lacking = ("ln_1.weight", "ln_1.bias", "attn.in_proj_weight")
     assert refused(tmp_path / "other") == (
-        f"does not fit single: it lacks {', '.join(f'visual.transformer.resblocks.2.{key}' for key in lacking)} and 9 "
+        f"does not fit single: it does not have "
+        f"{', '.join(f'visual.transformer.resblocks.2.{key}' for key in lacking)} and 9 "
         "more; it has head.weight in vain: give the name of the CLIP that was saved, or its configuration (`config`)"
     )
 

@@ -195,7 +195,8 @@ def test_no_room_is_known_before_the_download(hub, get, monkeypatch, bundle, bun
     usage = type("Usage", (), {"free": 2 * total - 1})  # cache and bundle
     monkeypatch.setattr(pulling.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(
-        HubError, match=r"has no room: hf-hub:org/tiny@\w{40} takes [\d.]+ MB there, [\d.]+ MB are free"
+        HubError,
+        match=r"has too little space: hf-hub:org/tiny@\w{40} needs [\d.]+ MB there, but only [\d.]+ MB are free",
     ):
         get()
     assert hub.downloads() == ["manifest.json"]
@@ -211,7 +212,7 @@ def test_what_the_disk_refuses_names_the_place(hub, get, out, bundle_path, monke
         raise OSError(28, "No space left on device", str(target))
 
     monkeypatch.setattr(pulling.shutil, "copyfile", full)
-    with pytest.raises(FileError, match=r"bundles/tiny cannot be written: No space left on device; make room"):
+    with pytest.raises(FileError, match=r"bundles/tiny cannot be written: No space left on device; free some space"):
         get()
     assert not out.exists()
 

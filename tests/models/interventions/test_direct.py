@@ -251,8 +251,8 @@ def test_vectors_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"op": "ablate"}, "ablate is not of vectors"),
-        ({"op": "set", "value": 1}, "set is not of vectors"),
+        ({"op": "ablate"}, "ablate cannot be used with a vector"),
+        ({"op": "set", "value": 1}, "set cannot be used with a vector"),
         ({"vector": (0.0, 0.0)}, "a vector of zeros has no direction"),
         ({"vector": (float("nan"),)}, "finite"),
         ({"vector": ()}, "at least 1 item"),

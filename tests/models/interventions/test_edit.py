@@ -79,7 +79,7 @@ WRONG = {
     "no JSON": ("ablate", "is not JSON"),
     "not UTF-8": (b'{"format": 1, "name": "\xff"}', "is not JSON"),
     "twice the same name": (SIGNED.replace(b'"mode"', b'"graphs"'), "a name is given twice"),
-    "not a number": (SIGNED.replace(b"0.75", b"NaN"), "NaN is no number"),
+    "not a number": (SIGNED.replace(b"0.75", b"NaN"), "NaN is not a JSON number"),
     "too deep": ('{"format": 1, "evidence": ' + 100_000 * "[", "is not JSON"),
     "a list": ("[]", "has no `format`"),
     "of a later version": (changed(format=2), "has the format 2; this version of Vitrine reads 1"),
@@ -119,7 +119,7 @@ def test_what_cannot_be_written_is_refused():
 
 @pytest.mark.parametrize("fields", [{}, {"moves_logit": 1, "changes_prediction": True}, {"moves_logit": 0}])
 def test_a_condition_is_one(fields):
-    with pytest.raises(ValueError, match=r"name one of|greater than 0"):
+    with pytest.raises(ValueError, match=r"give exactly one of|greater than 0"):
         Condition(**fields)
 
 

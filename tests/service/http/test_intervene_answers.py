@@ -206,7 +206,7 @@ def test_a_search_keeps_to_its_bounds(server, picture):
         ({"edits": [{"op": "ablate", "layer": 0, "row": "mlp"}]}, "use `mode: rerun` to change it"),
         ({"edits": [{"op": "ablate", "row": "bias"}] * 2}, "intervention 1 changes the same as an earlier one"),
         ({"edits": [{"op": "ablate", "row": "features"}]}, "edits.0.row"),
-        ({"edits": [{"op": "ablate"}]}, "edits.0: name one of"),
+        ({"edits": [{"op": "ablate"}]}, "edits.0: give exactly one of"),
         ({"edits": [{"op": "ablate", "layer": 0, "index": 0, "dictionary": "residual"}]}, "only in `mode: rerun`"),
         ({"edits": [{"op": "ablate", "row": "bias"}], "mode": "rerun"}, "use `mode: direct` to change it"),
         ({"edits": [{"op": "set", "layer": 0, "index": 0, "value": "NaN"}]}, "edits.0.value"),

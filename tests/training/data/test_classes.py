@@ -71,8 +71,11 @@ def test_labels_of_a_file(tmp_path):
     ("fields", "message"),
     [
         ({}, r"n00005787: WordNet ids that are not among ImageNet's 1,000 classes; .* as { \"n00005787\" = "),
-        ({"labels": ("dog",)}, r"none of the labels: cat, n00005787. Add .* as { \"cat\" = \"dog\" }; .*= false"),
-        ({"classes": {"n00005787": "se"}, "labels": ("sea", "cat")}, "none of the labels: se."),
+        (
+            {"labels": ("dog",)},
+            r"not among the labels: cat, n00005787. Add .* such as { \"cat\" = \"dog\" }; .*= false",
+        ),
+        ({"classes": {"n00005787": "se"}, "labels": ("sea", "cat")}, "not among the labels: se."),
         (
             {"classes": {"n00005787": "sea", "cot": "cat"}},
             "data.classes: 'cot' is not a class of .*; did you mean 'cat'?",

@@ -282,7 +282,7 @@ def test_class_of_a_detection_set_is_the_largest_objects(tmp_path, boxes, layout
     [
         ({"image": "picture"}, r"hub\[train\] has no column 'picture'; it has image, label, text"),
         ({"label": "class"}, r"hub\[train\] has no column 'class'; it has image, label, text"),
-        ({"image": "text"}, r"hub\[train\]: column 'text' is no image"),
+        ({"image": "text"}, r"hub\[train\]: column 'text' is not an image"),
         ({"label": "boxes"}, r"hub\[train\]: column 'boxes' has no category"),
         ({"split": "test"}, r"hub\[test\] cannot be loaded"),
         ({"id": "nobody/nothing"}, r"nobody/nothing\[train\] can be loaded neither from the folder .* nor from the"),
@@ -409,8 +409,8 @@ def test_shards_without_classes_are_images_to_train_on(tmp_path, files, why):
 @pytest.mark.parametrize(
     ("files", "classes", "message"),
     [
-        ({"1.png": b"", "1.cls": b"2"}, "ant\nbee", "x.tar: 1 is of class 2, which is none of the 2 classes of names"),
-        ({"1.png": b"", "1.txt": b"cat"}, "ant", "x.tar: 1 is of class 'cat', which is none of the 1 classes"),
+        ({"1.png": b"", "1.cls": b"2"}, "ant\nbee", "x.tar: 1 has class 2, which is not one of the 2 classes of names"),
+        ({"1.png": b"", "1.txt": b"cat"}, "ant", "x.tar: 1 has class 'cat', which is not one of the 1 classes"),
         ({"1.txt": b"cat"}, None, r"no images in .*x.tar. left out, samples without an image: 1 \(x.tar/1\)"),
     ],
 )

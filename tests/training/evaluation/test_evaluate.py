@@ -251,7 +251,7 @@ def test_labels_default_to_the_datas_own(recipe, data_root, clip, images):
 
 
 def test_classes_that_are_no_labels_are_refused(recipe, data_root, clip):
-    with pytest.raises(DataError, match="none of the labels: red circle"):
+    with pytest.raises(DataError, match="not among the labels: red circle"):
         held_out(recipe.data.model_copy(update={"labels": ("green square", "blue triangle")}), data_root, clip)
 
 

@@ -29,7 +29,7 @@ def test_the_tables_that_were_read_stay_as_they_are():
         ("residual_sae.k=1", 'residual_sae: this key requires a recipe of kind = "residual_sae"'),
         ("training.seed=1.5", "training.seed: Input should be a valid integer"),
         ('clt.k="many"', "clt.k: Input should be a valid tuple"),
-        ("kind=[1]", "kind: [1] is none of clt, residual_sae"),
+        ("kind=[1]", "kind: [1] is not one of clt, residual_sae"),
         ("name.of=1", "--set name.of: name is a value and has no keys"),
         ("clt.sparsifier=jumprelu", "the value is not TOML; text needs quotes, as in --set 'clt.sparsifier="),
         ("clt.k", "--set clt.k: give KEY=VALUE, such as training.learning_rate=1e-3"),

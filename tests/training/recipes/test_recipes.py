@@ -325,7 +325,7 @@ def test_a_recipe_of_residual_saes_has_sections_of_its_own(saes):
         ("k = 8", "k = [8, 65]", "k = 65 is larger than features = 64"),
         ("features = 64", "features = [64, 4]", "k = 8 is larger than features = 4"),
         ("epochs = 4", "epoch = 4", "training.epoch: no such key; did you mean `epochs`?"),
-        ('"residual_sae"', '"sae"', "kind: 'sae' is none of clt, residual_sae"),
+        ('"residual_sae"', '"sae"', "kind: 'sae' is not one of clt, residual_sae"),
         ('kind = "residual_sae"\n', "", 'residual_sae: this key requires a recipe of kind = "residual_sae"'),
     ],
 )
@@ -349,7 +349,7 @@ def test_a_recipe_is_found_by_name_or_by_path(recipe_path):
     "wrong", ["b32-cifar-relu_topk", "b32-cifar100-relu_topk.tml", "runs/b32-cifar100-relu_top.toml"]
 )
 def test_an_unknown_recipe_is_refused_with_the_nearest(wrong):
-    with pytest.raises(RecipeError, match=r"there is no such file nor .* did you mean b32-cifar100-relu_topk\?"):
+    with pytest.raises(RecipeError, match=r"there is no such file, .* did you mean b32-cifar100-relu_topk\?"):
         find_recipe(wrong)
 
 
