@@ -44,7 +44,7 @@ def decide_quick_gelu(name: str, file: Path, weights: Weights, said: bool | None
         in_file = _published(file)
     configured = open_clip.get_model_config(name).get("quick_gelu")
     told = {
-        f"{display(file)} is of": in_file,
+        f"{display(file)} has": in_file,
         f"{name} has": configured,
         "`quick_gelu` says": said,
     }

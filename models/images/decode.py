@@ -115,7 +115,7 @@ def decode(data: bytes, limits: ImageLimits) -> Picture:
         raise ImageError("invalid_image", f"the {format} image is damaged or incomplete") from error
     notes = []
     if not has_end:
-        notes.append(Note(WITHOUT_END, "The JPEG image has no end marker; but all of its pixels are present."))
+        notes.append(Note(WITHOUT_END, "The JPEG image has no end marker, but all of its pixels are present."))
     if scale > 1:
         half = {2: "half", 4: "a quarter", 8: "an eighth"}[scale]
         notes.append(

@@ -217,5 +217,5 @@ def _content(folder: Path, content: bytes | None, path: str | None) -> bytes:
     if path is None:
         raise MissingImage("the row has neither bytes nor a path")
     if "\0" in path:
-        raise Unreadable("the row's path is not a path")
+        raise Unreadable("the row's path is not valid")
     return read_file(folder / path)

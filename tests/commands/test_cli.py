@@ -373,7 +373,7 @@ def test_circuits_of_one_image_and_of_many_are_drawn(run, photo, tmp_path):
     assert [group["influence"] for group in mean["groups"]] == sorted(
         (group["influence"] for group in mean["groups"]), reverse=True
     )
-    assert "is 3 images" in run(*asked, "--graph", tmp_path / "x.json").output
+    assert "has 3 images" in run(*asked, "--graph", tmp_path / "x.json").output
     assert not (tmp_path / "x.json").exists()
 
 

@@ -39,7 +39,9 @@ class ClassFolders:
         self._indices = {name: index for index, name in enumerate(self.classes)}
         if not self.classes:
             self.unlabelled = (
-                "its images are not in folders named after classes" if has_classes else "the recipe says so"
+                "its images are not in folders named after classes"
+                if has_classes
+                else "the recipe sets classes = false"
             )
 
     def __len__(self) -> int:

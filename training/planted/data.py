@@ -49,14 +49,14 @@ class PlantedData(Section):
 
     seed: int = 0
     train: Source = Field(description="photos to train on")
-    test: Source = Field(description="photos to find a repair on and to measure it on")
+    test: Source = Field(description="photos to find and to measure a repair on")
     kind: Kind = "mat"
-    colour: Colour | None = Field(default=None, description="default: one of eight")
-    classes: tuple[str, str] | None = Field(default=None, description="the first goes with the cue")
+    colour: Colour | None = Field(default=None, description="default: one of eight, chosen by the seed")
+    classes: tuple[str, str] | None = Field(default=None, description="two classes; the cue goes with the first")
     correlation: float = Field(default=0.95, gt=0.5, le=1, description="share of the first class that has the cue")
-    train_images: PositiveInt = Field(default=1000, description="of each class")
+    train_images: PositiveInt = Field(default=1000, description="number of images of each class")
     group_images: PositiveInt = Field(
-        default=125, description="of each class, with and without the cue, in val and test"
+        default=125, description="number of images of each class, with and without the cue, in val and in test"
     )
 
 

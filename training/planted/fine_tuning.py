@@ -34,7 +34,7 @@ CONFIG, WEIGHTS = "planted-clip.json", "model.safetensors"
 class FineTuning(Section):
     """How strongly."""
 
-    blocks: PositiveInt = Field(default=6, description="so many of the last blocks are trained, or all there are")
+    blocks: PositiveInt = Field(default=6, description="number of last blocks that are trained, at most all")
     epochs: PositiveInt = 4
     images_per_step: PositiveInt = 64
     learning_rate: PositiveFloat = 3e-4

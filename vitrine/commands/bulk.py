@@ -51,7 +51,9 @@ def bulk(
     ] = 0,
     baseline: Baseline = SourceBaseline.zero,
     edit: EditName = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: VITRINE_BATCH_SIZE.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Number of images per batch; default: VITRINE_BATCH_SIZE.")
+    ] = None,
     part_size: Annotated[int, typer.Option(min=1, help="Number of images in one Parquet file.")] = 512,
     ray: Annotated[
         int, typer.Option(min=0, help="Number of Ray processes (vitrine\\[bulk]); 0: only this process.")

@@ -71,7 +71,11 @@ def circuit(
         ),
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=0.01, help="Time limit for --nodes; the share that is not reached is reported.")
+        float,
+        typer.Option(
+            min=0.01,
+            help="Time limit for following features back, in seconds; the share that is not reached is reported.",
+        ),
     ] = 5,
     node_share: Annotated[float, typer.Option(help="Share of all influence that the circuit's nodes keep.")] = 0.8,
     edge_share: Annotated[
@@ -107,7 +111,7 @@ def circuit(
         typer.Option(help="Write the circuit of one image for circuit-tracer and Neuronpedia to NAME.json."),
     ] = None,
 ) -> None:
-    """Print the circuit of a prediction: its attribution graph, pruned and summed over tokens; or the mean of many."""
+    """Print the circuit of a prediction: its attribution graph, pruned and summed over tokens, or a mean of many."""
     from vitrine.models.files.writing import prepare_file, write_text
     from vitrine.models.inputs.opening import open_inputs
     from vitrine.models.inputs.source import Files
@@ -126,7 +130,7 @@ def circuit(
     is_one = isinstance(source, Files) and source.kind == "files" and len(source) == 1
     if graph is not None and not is_one:
         raise typer.BadParameter(
-            f"can only be used with one image, and {inputs} is {len(source):,} images", param_hint="--graph"
+            f"can only be used with one image, but {inputs} has {len(source):,} images", param_hint="--graph"
         )
     for file in (html, graph):
         if file is not None:

@@ -64,7 +64,7 @@ Settings = Annotated[
     ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Short for --set training.seed=…")]
-LabelsList = Annotated[str | None, typer.Option("--labels", help="Comma-separated; default: the bundle's labels.")]
+LabelsList = Annotated[str | None, typer.Option("--labels", help="Comma-separated labels; default: the bundle's.")]
 LabelsFile = Annotated[
     Path | None,
     typer.Option(

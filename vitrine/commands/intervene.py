@@ -51,7 +51,9 @@ def intervene(
     ] = None,
     of: Annotated[Of, typer.Option(help="With --counterfactual: what may be removed.")] = Of.features,
     members: Annotated[int, typer.Option(min=1, help="With --counterfactual: how many may be removed.")] = 32,
-    seconds: Annotated[float, typer.Option(min=0.01, help="With --counterfactual: time limit of the search.")] = 10,
+    seconds: Annotated[
+        float, typer.Option(min=0.01, help="With --counterfactual: time limit of the search, in seconds.")
+    ] = 10,
     labels: LabelsList = None,
     labels_file: LabelsFile = None,
     target: Annotated[list[str] | None, typer.Option(help="Label to explain (repeatable); default: top-1.")] = None,

@@ -185,7 +185,7 @@ def test_published_files_are_known_by_their_sha256(monkeypatch, write_clip, make
         tag = open_clip.pretrained._pcfg(url=url, quick_gelu=quick_gelu)
         monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small", {"tag": tag})
         assert load_clip("small", str(file)).sha256 == make_clip(**SMALL, quick_gelu=bool(quick_gelu)).sha256
-    assert "is of GELU, small-quickgelu has QuickGELU: remove or correct" in refused(file, "small-quickgelu")
+    assert "has GELU, small-quickgelu has QuickGELU: remove or correct" in refused(file, "small-quickgelu")
 
 
 def test_what_openai_published_is_known():
@@ -198,8 +198,8 @@ def test_what_openai_published_is_known():
 
 def test_facts_that_contradict_one_another_are_refused(archive, write_clip):
     file = archive()
-    assert refused(file, "small", False) == "is of QuickGELU, `quick_gelu` says GELU: remove or correct what is wrong"
-    assert "is of GELU, small-quickgelu has QuickGELU" in refused(archive(False, False), "small-quickgelu")
+    assert refused(file, "small", False) == "has QuickGELU, `quick_gelu` says GELU: remove or correct what is wrong"
+    assert "has GELU, small-quickgelu has QuickGELU" in refused(archive(False, False), "small-quickgelu")
     assert "small-quickgelu has QuickGELU, `quick_gelu` says GELU" in _refused_of(write_clip(**SMALL)[1])
 
 

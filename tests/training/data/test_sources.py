@@ -446,7 +446,7 @@ def test_folders_that_are_no_classes(tmp_path):
     Image.new("RGB", (4, 4), (40, 0, 0)).save(tmp_path / "photos/top.png")
     images = open_images(FolderSource(kind="folder", path="photos", classes=False), tmp_path, colour)
     assert (images.classes, reds(images)) == ((), [(40, 0), (20, 0), (30, 0), (10, 0)])
-    assert images.summary() == [f"{tmp_path}/photos: 4 images without classes: the recipe says so"]
+    assert images.summary() == [f"{tmp_path}/photos: 4 images without classes: the recipe sets classes = false"]
 
 
 def test_links_to_folders_are_classes_and_names_are_any_bytes(tmp_path):
