@@ -246,7 +246,7 @@ def test_manifest_says_what_the_clt_is(any_bundle, exported_clt):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({}, ["relu_topk; active features a token and layer:\n  8 on [CLS], 8 on patches", "cross-layer: each"]),
+        ({}, ["relu_topk; active features per token and layer:\n  8 on [CLS], 8 on patches", "cross-layer: each"]),
         ({"k_cls": (2, 4, 8)}, ["2, 4, 8 (by layer) on [CLS], 8 on patches"]),
         ({"k_cls": None, "k_patches": None}, ["8 on [CLS], 8 on patches"]),  # written before there were budgets
         ({"k_patches": (3, 3, 3), "k_cls": (1, 1, 1)}, ["1 on [CLS], 3 on patches"]),
@@ -270,7 +270,7 @@ def test_model_card_names_the_first_of_many_labels(bundle):
 
 def test_model_card_says_that_thresholds_hold_budgets_on_average(any_bundle):
     sparsifier, k = any_bundle.manifest.sparsifier, any_bundle.manifest.shape.k
-    on_average = f"{sparsifier}; active features a token and layer on average (at most {k} when served):"
+    on_average = f"{sparsifier}; active features per token and layer on average (at most {k} when served):"
     assert (on_average in model_card(any_bundle.manifest)) == (sparsifier in ("jumprelu", "batch_topk"))
 
 

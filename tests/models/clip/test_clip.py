@@ -146,7 +146,7 @@ def test_clips_of_the_same_weights_that_compute_otherwise_have_another_sha256(ma
 
 
 def test_unknown_name_is_named():
-    with pytest.raises(ClipError, match="no model 'ViT-Z-99'"):
+    with pytest.raises(ClipError, match="no model named 'ViT-Z-99'"):
         load_clip("ViT-Z-99", "openai")
 
 

@@ -192,7 +192,7 @@ def test_a_model_that_does_not_fit_its_configuration_is_no_page(filled, write_cl
     hub_files = {"open_clip_config.json": json.dumps(content).encode(), SAFE: other.read_bytes()}
     filled.commit("org/model", hub_files)
     assert re.match(
-        rf"open_clip cannot load {MODEL}: Error.*size mismatch for visual.*lines more", refused(MODEL, None)
+        rf"open_clip cannot load {MODEL}: Error.*size mismatch for visual.*more lines", refused(MODEL, None)
     )
     filled.commit("org/model", hub_files | {"open_clip_config.json": b'{"model_cfg": {"embed_dim": 3}}'})
     assert refused(MODEL, None).startswith(f"open_clip cannot load {MODEL}: ")
