@@ -1,14 +1,14 @@
-"""What a service on the open net gets: damaged images by the thousand, bursts of everything at once, months of load.
+"""What a public service receives: thousands of damaged images, bursts of requests of all kinds, months of load.
 
     python loadtests/abuse.py images --count 10000        # mutated image files: 4xx or 200, never 5xx; memory flat
-    python loadtests/abuse.py bursts                      # valid, invalid, slow and leaving clients, 64 at once
-    python loadtests/abuse.py overload                    # far more clients than places
+    python loadtests/abuse.py bursts                      # valid, invalid, slow and aborting clients, 64 at once
+    python loadtests/abuse.py overload                    # far more clients than are admitted
     python loadtests/abuse.py recovery                    # kill -9 of the worker
     python loadtests/abuse.py soak --minutes 30           # memory under steady load
-    python loadtests/abuse.py attacks                     # every attack of attacks.py, beside valid requests
-    python loadtests/abuse.py attacks --minutes 30        # again and again
+    python loadtests/abuse.py attacks                     # every attack of attacks.py, together with valid requests
+    python loadtests/abuse.py attacks --minutes 30        # repeated
 
-Each starts a server of its own on the embedded bundle (or --bundle) and ends with 1 if it did not hold.
+Each command starts its own server on the embedded bundle (or --bundle); exit code 1 means that a check failed.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
     python loadtests/bulk.py ray --bundle build/b32-random --small 128 --large 512
     python loadtests/bulk.py kill --images 10000 --kills 3
 
-Speed: a bare loop of the engine on one batch, and bulk runs on drawn images in five formats from files to Parquet,
-alternating in one process; the ratio is the median over the rounds. Ray: one process and Ray's, each with a small and a
-large job: the difference of the two excludes the start-up. Kill: a run in a separate process, killed with SIGKILL when
-a random share of it is done, then resumed.
+Speed: a bare loop of the engine on one batch, and bulk runs on generated images in five formats from files to Parquet,
+alternating in one process; the ratio is the median over the rounds. Ray: one process without Ray and several with it,
+each with a small and a large job: the difference between the two jobs excludes the start-up. Kill: a run in a separate
+process, killed with SIGKILL when a random share of it is done, then resumed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""From the cost of one image to processors or GPUs, and dollars a day: the tables of deploy/CAPACITY.md.
+"""From the cost of one image to processors or GPUs, and dollars per day: the tables of deploy/CAPACITY.md.
 
     python loadtests/capacity.py --milliseconds 110 --price 0.041
     python loadtests/capacity.py --milliseconds 1.2 --price 1.0 --unit GPUs
 
-`--milliseconds` is what `loadtests/latency.py` prints: processor time in the service an answer (or a GPU's time).
+For `--milliseconds` use what `loadtests/latency.py` prints: processor time in the service per answer (or a GPU's time).
 """
 
 from __future__ import annotations

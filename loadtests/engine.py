@@ -1,4 +1,4 @@
-"""Cost of an account: our vision graph against plain CLIP and the usual ways to explain it, in one paired run.
+"""Cost of an account: our vision graph compared with plain CLIP and common explanation methods, in one paired run.
 
     python loadtests/engine.py --quick
     python loadtests/engine.py --shape b32 --features 6144 --features 24576 --batch 1 --batch 8 --pairs 20
@@ -9,7 +9,7 @@ Weights and pixels are random: speed does not depend on them. In each round ever
 on the same pixels; figures are medians, ratios are medians of the rounds' ratios to plain CLIP in the same ONNX
 Runtime.
 
-    plain, plain int8         CLIP's image encoder as an ONNX graph (with --device cuda fp16 in place of int8)
+    plain, plain int8         CLIP's image encoder as an ONNX graph (with --device cuda: fp16 instead of int8)
     ledger, ledger int8       the same with all outputs that an account needs
     ledger, details           also with the outputs for heat maps and the lens
     account                   ledger, and the account of the top-1 among ten labels, in numpy
@@ -19,7 +19,7 @@ Runtime.
     input x gradient          Captum, of the top-1's logit
     integrated gradients      Captum, 50 steps
 
-Graphs are kept in --cache between runs. The training environment is needed ('.[cpu,training,dev]').
+Graphs are kept in --cache between runs. This needs the training environment ('.[cpu,training,dev]').
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Every image of a folder through /v1/attribute of a running service: statuses, how exactly the ledgers add up, top-1.
+"""Sends every image of a folder to /v1/attribute of a running service: statuses, how exactly ledgers add up, top-1.
 
 python loadtests/folder.py photos/
 python loadtests/folder.py cifar10/val --classes          # folders are the true labels
-python loadtests/folder.py photos/ --beside ViT-B-32/openai   # embeddings beside those of open_clip itself
+python loadtests/folder.py photos/ --beside ViT-B-32/openai   # embeddings compared with open_clip's
 """
 
 from __future__ import annotations

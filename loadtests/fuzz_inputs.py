@@ -1,12 +1,12 @@
-"""Damaged inputs by the thousand, to the readers of `bulk` and of training: Parquet files, tars, lists, JSON, recipes.
+"""Thousands of damaged inputs for the readers of `bulk` and of training: Parquet files, tars, lists, JSON, recipes.
 
     python loadtests/fuzz_inputs.py                               # 12,000 inputs, some minutes on one processor
     python loadtests/fuzz_inputs.py --count 500 --kind parquet --seed 7
-    python loadtests/fuzz_inputs.py --show parquet/123 --seed 7   # make one again, and print what its readers say
+    python loadtests/fuzz_inputs.py --show parquet/123 --seed 7   # make one again, and print what its readers report
 
-Each is listed, read and decoded as `vitrine bulk` does, and tars as training does, too. It must be read, or be refused
-by one sentence: no other exception, no end of the process, in bounded time and memory. Whatever fails is kept in a
-folder. Ends with 1 if anything did.
+Each input is listed, read and decoded as `vitrine bulk` does, and tars also as training does. It must be read, or be
+refused with one sentence, in bounded time and memory, without another exception and without a crash. Inputs that fail
+are kept in a folder, and the exit code is then 1.
 """
 
 from __future__ import annotations

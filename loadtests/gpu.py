@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in eight minutes: steps that each run in a process of their own, and one JSON of it all.
+"""Everything that needs a GPU, in eight minutes: steps in separate processes, and one JSON file of all results.
 
     loadtests/gpu.sh                               (makes the environment first, then this)
     python loadtests/gpu.py --seconds 480
@@ -6,15 +6,15 @@
     python loadtests/gpu.py --cpu                  (the same steps on small shapes, to try the script; no figures)
     python loadtests/gpu.py --table build/gpu/gpu.json
 
-The most valuable steps come first. A step that fails, hangs or lacks a package costs only itself; gpu.json is written
-anew after each, so that a run that was stopped goes on where it stopped: what is done is not done again. The states:
+The most valuable steps come first. A step that fails, hangs or misses a package does not affect the others; gpu.json
+is written again after each step, so a stopped run continues where it stopped, without repeating steps. The states:
 
     done          its rows are complete
-    failed        the reason is the last line of its log, NAME.log beside the JSON; it is repeated only with --again
-    skipped       something that it needs is not there; tried again with the next run
-    out of time   the --seconds of this run did not suffice; goes on with the next run
+    failed        the reason is the last line of its log, NAME.log next to the JSON; it is repeated only with --again
+    skipped       something that it needs is missing; the next run tries it again
+    out of time   the --seconds of this run were too few; the next run continues with it
 
-What each step does is in gpu_steps.py; RESULTS.md and deploy/CAPACITY.md take the rows as --table prints them.
+What each step does is in gpu_steps.py; RESULTS.md and deploy/CAPACITY.md contain the rows as --table prints them.
 """
 
 from __future__ import annotations

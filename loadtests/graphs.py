@@ -1,8 +1,8 @@
-"""Two vision graphs in turns, on the same pixels: whether a change of the graph costs anything.
+"""Runs two vision graphs in turns on the same pixels, to see whether a change of the graph costs time.
 
     python loadtests/graphs.py old/vision.onnx new/vision.onnx --batch 1 --pairs 300
 
-A graph against a copy of itself says how much of a difference is noise.
+A graph compared with a copy of itself shows how much of a difference is noise.
 """
 
 from __future__ import annotations

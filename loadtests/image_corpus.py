@@ -1,10 +1,10 @@
-"""Every image file under some folders, as `vitrine.models.images` and as open_clip read it, and where they differ.
+"""Reads every image file in some folders with `vitrine.models.images` and with open_clip, and lists the differences.
 
     python loadtests/image_corpus.py FOLDER ...
 
-Meant for collections of odd images: the tests in Pillow's source archive (Tests/images; `pip download --no-binary
+Meant for collections of unusual images: the tests in Pillow's source archive (Tests/images; `pip download --no-binary
 pillow pillow==12.0.0`), Debian's libjxl-testdata (with PNG's own test suite). Each difference must have one of the
-reasons of models/images/decode.py's table; ends with 1 if one has none. Give it a limit of memory (`ulimit -v`).
+reasons of models/images/decode.py's table; the exit code is 1 if one has none. Set a memory limit (`ulimit -v`).
 """
 
 from __future__ import annotations

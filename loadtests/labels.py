@@ -1,10 +1,10 @@
-"""New labels, and what everybody else notices of them: one client asks for 16,000 texts, others classify meanwhile.
+"""Cost of new labels for other clients: one client requests 16,000 texts while the others classify images.
 
     python loadtests/labels.py --bundle build/b32-random --rounds 3 --seconds 10
 
-In each round, one after the other: 64 new labels are asked for while nobody else asks; `--clients` classify a picture
-under the bundle's labels, alone; then beside the client with its 16,000 texts, and beside another that asks for one new
-label at a time. Ratios are of all answers of a kind.
+Each round has three parts: 64 new labels are requested without other clients; `--clients` clients classify a picture
+with the bundle's labels; then they do this while one client requests its 16,000 texts and another one new label at a
+time. Ratios are over all answers of a kind.
 """
 
 from __future__ import annotations

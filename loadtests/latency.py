@@ -1,4 +1,4 @@
-"""`make loadtest`: starts a service, puts users on it, and reports what they saw.
+"""`make loadtest`: starts a service, sends it requests of many users, and reports what they saw.
 
     python loadtests/latency.py --load step --rate 150 --out build/loadtest
     python loadtests/latency.py --url http://gpu-node:3000 --load steady --rate 400 --max-p99 80

@@ -2,7 +2,7 @@
 
     python loadtests/random_bundle.py build/b32-random
     python loadtests/overhead.py --bundle build/b32-random --photo photo.jpg
-    python loadtests/overhead.py --against ../older        # another checkout's service, in turns with this one's
+    python loadtests/overhead.py --against ../older        # compare with the service of another checkout, in turns
 
 Latency: requests and bare calls alternate on the same photo, medians of both. Throughput: full batches in a bare loop,
 then wrk's clients (a C program: a client in Python would use the processors that it measures), in alternating rounds.

@@ -1,4 +1,4 @@
-"""A bundle of a published CLIP's shape with random weights: to measure speed, which does not depend on them.
+"""Writes a bundle with a published CLIP's shape and random weights: to measure speed, which does not depend on them.
 
 python loadtests/random_bundle.py build/b32-random --shape b32 --features 6144 --k 32 --sources --fp16
 """

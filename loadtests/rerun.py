@@ -1,4 +1,4 @@
-"""Cost of an intervention in the running network beside plain CLIP and the vision graph, one image, in one paired run.
+"""Cost of an intervention in the running network compared with plain CLIP and the vision graph, one image, paired runs.
 
     python loadtests/rerun.py --quick
     python loadtests/rerun.py --shape b32 --features 6144 --k 32 --edited 10 --pairs 20
@@ -8,13 +8,13 @@ order; figures are medians, ratios are medians of the rounds' ratios to plain CL
 
     plain                     CLIP's image encoder as an ONNX graph
     vision                    the graph of every prediction, with its account
-    vision and components     what interventions in direct mode need of it besides
-    an edit in direct mode    that, and n of the features active at [CLS] set to their mean
+    vision and components     the same with what interventions in direct mode need
+    an edit in direct mode    the same, with n of the features active at [CLS] set to their mean
     rerun, n features         the network with n features of random layers changed at all tokens
     rerun, a row              with all features of a layer
-    rerun, n directions       with n directions taken out after every block
+    rerun, n directions       with n directions removed after every block
 
-Graphs are kept in --cache between runs. The training environment is needed ('.[cpu,training,dev]').
+Graphs are kept in --cache between runs. This needs the training environment ('.[cpu,training,dev]').
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Cost of a source account: trace and sources graphs beside plain CLIP, one image, in one paired run.
+"""Cost of a source account: trace and sources graphs compared with plain CLIP, one image, in one paired run.
 
     python loadtests/sources.py --quick
     python loadtests/sources.py --shape b32 --features 6144 --k 32 --pairs 20
     python loadtests/sources.py --shape b16 --features 6144 --k 32 --pairs 10 --json rows.json
 
-Weights and pixels are random: speed does not depend on them, but for how many tokens share a feature. In each round
+Weights and pixels are random: speed does not depend on them, except on how many tokens share a feature. In each round
 every variant runs once, in random order; figures are medians, ratios are medians of the rounds' ratios to plain CLIP.
 
     plain                  CLIP's image encoder as an ONNX graph
@@ -12,7 +12,7 @@ every variant runs once, in random order; figures are medians, ratios are median
     sources, n targets     the backward half, from a trace
     account, n targets     both, and the account in numpy
 
-Graphs are kept in --cache between runs. The training environment is needed ('.[cpu,training,dev]').
+Graphs are kept in --cache between runs. This needs the training environment ('.[cpu,training,dev]').
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One training step, sparse against dense: tokens a second, peak memory, and whether the gradients are equal.
+"""One training step, sparse against dense: tokens per second, peak memory, and whether the gradients are equal.
 
     python loadtests/training_step.py --quick
     python loadtests/training_step.py --shape b32 --tokens 256 --pairs 3
@@ -6,7 +6,7 @@
     python loadtests/training_step.py --dictionary residual_sae --shape photo --k 48 --tokens 1576
     python loadtests/training_step.py --features 768 --features 1536 --k 16 --k 32     (a grid: every combination)
 
-A step is encode, decode, loss, backward; fused Adam is timed beside it. Weights and tokens are random: speed does not
+A step is encode, decode, loss, backward; fused Adam is timed separately. Weights and tokens are random: speed does not
 depend on them, except for caches, where random features are the worst case. Sparse and dense alternate on the same
 tokens and weights; medians of the pairs. Peak memory comes from one process for each configuration and each side.
 """

@@ -351,7 +351,8 @@ def test_what_does_not_fit_is_named_with_both_shapes(write_clip, state, tmp_path
     assert refused(tmp_path / "other") == (
         f"does not fit single: it does not have "
         f"{', '.join(f'visual.transformer.resblocks.2.{key}' for key in lacking)} and 9 "
-        "more; single does not have head.weight: give the name of the CLIP that was saved, or its configuration (`config`)"
+        "more; single does not have head.weight: give the name of the CLIP that was saved, or "
+        "its configuration (`config`)"
     )
 
 
