@@ -181,8 +181,8 @@ def _found(names: list[str] | None, bundle: Bundle, folder: Path | None) -> list
     found = []
     for name in names:
         if name not in named and not name.endswith(".json"):
-            names = ", ".join(named) or "none"
-            raise EditError(f"no edit {name!r}; available: {names}; the name of a file must end in .json")
+            known = ", ".join(named) or "none"
+            raise EditError(f"no edit {name!r}; available: {known}; the name of a file must end in .json")
         found.append(named[name] if name in named else read_edit(Path(name)))
     return found
 
