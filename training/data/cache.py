@@ -178,5 +178,5 @@ def _check_fingerprint(folder: Path, stored: Any, expected: dict[str, Any]) -> N
     fields = stored if isinstance(stored, dict) else {}
     if other := [key for key in {**expected, **fields} if fields.get(key) != expected.get(key)]:
         raise CacheError(
-            f"{folder} holds activations that differ in {', '.join(other)}; delete it or choose another --out"
+            f"{folder} holds activations made with a different {', '.join(other)}; delete it or choose another --out"
         )

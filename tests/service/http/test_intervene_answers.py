@@ -200,7 +200,10 @@ def test_a_search_keeps_to_its_bounds(server, picture):
             "intervention 0: there is no layer 3, only layers 0 to 2",
         ),
         ({"edits": [{"op": "ablate", "row": "bias"}, {"op": "ablate", "layer": 0, "index": 64}]}, "intervention 1"),
-        ({"variants": [[], [{"op": "ablate", "layer": 0, "head": 99}]]}, "variants.1: intervention 0: there are heads"),
+        (
+            {"variants": [[], [{"op": "ablate", "layer": 0, "head": 99}]]},
+            "variants.1: intervention 0: there is no head",
+        ),
         ({"edits": [{"op": "ablate", "layer": 0, "index": 1, "tokens": "patches"}]}, "`mode: rerun` can change all"),
         ({"edits": [{"op": "ablate", "layer": 0, "index": 1, "tokens": [17]}]}, "tokens 0 to 16"),
         ({"edits": [{"op": "ablate", "layer": 0, "row": "mlp"}]}, "use `mode: rerun` to change it"),

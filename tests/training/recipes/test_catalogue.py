@@ -53,7 +53,7 @@ def test_the_lists_numbers_are_the_estimates(run, tmp_path):
 def test_a_share_of_the_peak_can_be_chosen(run):
     whole, half = (json.loads(run("quick", "--json", "--share", share))["costs"]["hours"] for share in ("1", "0.5"))
     assert half == {gpu: pytest.approx(2 * hours) for gpu, hours in whole.items()}
-    assert "hours at 50%" in run("--share", "0.5")
+    assert "Hours: at 50%" in run("--share", "0.5")
 
 
 def test_one_recipe_in_detail(run):
@@ -83,7 +83,7 @@ def test_your_own_recipe_by_its_path(run, recipe_path, data_root):
 
 def test_what_is_unknown_is_reported(run, recipe_path, data_root, tmp_path):
     assert "costs unknown: " in run(recipe_path)
-    assert "clip/tiny.json is not there" in run(recipe_path)
+    assert "clip/tiny.json does not exist" in run(recipe_path)
     path = tmp_path / "shards.toml"
     text = recipe_path.read_text().replace('kind = "folder", path = "train"', 'kind = "webdataset", shards = "a.tar"')
     path.write_text(text)

@@ -98,7 +98,7 @@ def test_the_towers_flops_are_what_torch_counts(write_clip, make_clip, data_root
     [
         ({"name": "ViT-B-33", "weights": "openai"}, "did you mean ViT-B-32"),
         ({"name": "hf-hub:org/model"}, "has its own configuration"),
-        ({"config": "nowhere.json"}, "nowhere.json is not there"),
+        ({"config": "nowhere.json"}, "nowhere.json does not exist"),
         ({"config": "broken.json"}, "broken.json cannot be read"),
         ({"config": "folder.json"}, "folder.json cannot be read"),
         ({"name": "RN50", "weights": "openai"}, "RN50 is not a plain Vision Transformer"),
@@ -313,7 +313,7 @@ def test_half_precision_is_for_products_alone(costs):
 
 
 def test_a_wrong_number_of_layers_in_k_is_refused(make_recipe, data_root):
-    with pytest.raises(RecipeError, match=r"clt.k has 2 numbers, the CLIP has 3 layers"):
+    with pytest.raises(RecipeError, match=r"clt.k has 2 numbers, but the CLIP has 3 layers"):
         estimate(make_recipe(clt={"k": [4, 4]}), data_root)
 
 

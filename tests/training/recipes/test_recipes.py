@@ -272,7 +272,7 @@ def test_k_is_one_number_or_one_a_layer(changed):
     architecture = load_recipe(changed("k = 8", "k = 8\nk_cls = [2, 3, 4]")).clt.architecture(3, 32)
     assert (architecture.k, architecture.k_cls) == ((8, 8, 8), (2, 3, 4))
     assert load_recipe(changed("k = 8", "k = 5")).clt.architecture(3, 32).k_cls == (5, 5, 5)
-    with pytest.raises(RecipeError, match=r"clt.k_cls has 2 numbers, the CLIP has 3 layers"):
+    with pytest.raises(RecipeError, match=r"clt.k_cls has 2 numbers, but the CLIP has 3 layers"):
         load_recipe(changed("k = 8", "k = 8\nk_cls = [2, 3]")).clt.architecture(3, 32)
 
 
@@ -303,7 +303,7 @@ def test_a_recipe_of_residual_saes_has_sections_of_its_own(saes):
     )
     architecture = recipe.residual_sae.architecture(3, 32)
     assert (architecture.features, architecture.k, architecture.k_cls) == ((16, 32), (8, 8), (2, 4))
-    with pytest.raises(RecipeError, match=r"features has 2 numbers, the CLIP has 3 blocks before its last"):
+    with pytest.raises(RecipeError, match=r"features has 2 numbers, but the CLIP has 3 blocks before its last"):
         recipe.residual_sae.architecture(4, 32)
     with pytest.raises(RecipeError, match="a CLIP of one layer has no residual SAEs"):
         load_recipe(saes()).residual_sae.architecture(1, 32)

@@ -129,7 +129,7 @@ def test_checkpoints_of_the_other_kind_are_refused_by_what_they_are(straight, ch
 def test_folder_of_another_run_is_refused(straight, start, write, recipe_path):
     for named, path in {
         r"residual_sae\.k is \[6, 8\] there and 5 here": write(("k = [6, 8]", "k = 5")),
-        r"its recipe has \[residual_sae\] and this one \[clt\]\)": recipe_path,
+        r"its recipe has \[residual_sae\], this one has \[clt\]\)": recipe_path,
     }.items():
         with pytest.raises(CheckpointError, match=rf"belongs to another run \({named}.*choose an empty --out"):
             start(straight.parent, path)
