@@ -55,7 +55,7 @@ def straight(recipe, clip, data_root, tmp_path_factory):
 
 def test_a_run_warns_of_labels_and_of_a_tokenizer_that_no_bundle_can_have(clip):
     warnings = run_module._label_warnings(clip, ["Cat", "cat"], ["a {}"])
-    assert [text.partition(" are one")[0] for text in warnings] == ['"Cat" and "cat"']
+    assert [text.partition(" are the same")[0] for text in warnings] == ['"Cat" and "cat"']
     (warning,) = run_module._label_warnings(replace(clip, tokenizer=object()), ["cat"], ["a {}"])
     assert warning == "cannot convert a tokenizer of type object. No bundle can be exported"
 
