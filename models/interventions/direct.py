@@ -121,7 +121,7 @@ def _factors(parts: Decomposition, changes: Changes) -> Array:
     mlp = changes.mlp[:, 0]
     if parts.has_features and (layers := np.flatnonzero(mlp != 1).tolist()):
         raise InterventionError(
-            f"the row mlp of layer {layers[0]} is not part of the ledger, which has its features and the error "
+            f"the row mlp of layer {layers[0]} is not part of the ledger, which has the rows `clt` and `error` "
             f"instead: use `mode: rerun` to change it"
         )
     factors = np.ones(parts.error_row + 2)
