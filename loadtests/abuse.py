@@ -1,14 +1,14 @@
-"""What a service on the open net gets: damaged images by the thousand, bursts of everything at once, months of load.
+"""What a public service receives: thousands of damaged images, bursts of requests of all kinds, months of load.
 
     python loadtests/abuse.py images --count 10000        # mutated image files: 4xx or 200, never 5xx; memory flat
-    python loadtests/abuse.py bursts                      # valid, invalid, slow and leaving clients, 64 at once
-    python loadtests/abuse.py overload                    # far more clients than places
+    python loadtests/abuse.py bursts                      # valid, invalid, slow and aborting clients, 64 at once
+    python loadtests/abuse.py overload                    # far more clients than are admitted
     python loadtests/abuse.py recovery                    # kill -9 of the worker
     python loadtests/abuse.py soak --minutes 30           # memory under steady load
-    python loadtests/abuse.py attacks                     # every attack of attacks.py, beside valid requests
-    python loadtests/abuse.py attacks --minutes 30        # again and again
+    python loadtests/abuse.py attacks                     # every attack of attacks.py, together with valid requests
+    python loadtests/abuse.py attacks --minutes 30        # repeated
 
-Each starts a server of its own on the embedded bundle (or --bundle) and ends with 1 if it did not hold.
+Each command starts its own server on the embedded bundle (or --bundle); exit code 1 means that a check failed.
 """
 
 from __future__ import annotations
@@ -42,21 +42,23 @@ from vitrine.service.engine.labels import LabelEncoder, LabelSet
 from vitrine.service.operations.settings import DEMO_BUNDLE, Settings
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
-BundleOption = Annotated[Path | None, typer.Option(help="Default: the embedded one.")]
-Corpus = Annotated[Path | None, typer.Option(help="Folder of real image files; default: drawn ones.")]
+BundleOption = Annotated[Path | None, typer.Option(help="Bundle to serve; default: the embedded one.")]
+Corpus = Annotated[Path | None, typer.Option(help="Folder of real image files; default: generated ones.")]
 
 WARM_UP = 500  # requests before memory is measured
 
 
 @app.command()
 def images(
-    count: Annotated[int, typer.Option(help="Mutated files.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Of the mutations.")] = 0,
-    allowed_mib: Annotated[float, typer.Option(help="Growth of memory after the first 500.")] = 50,
+    count: Annotated[int, typer.Option(help="Number of mutated files.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Seed of the mutations.")] = 0,
+    allowed_mib: Annotated[
+        float, typer.Option(help="Allowed growth of memory after the first 500 requests, in MiB.")
+    ] = 50,
     bundle: BundleOption = None,
     corpus: Corpus = None,
 ) -> None:
-    """Mutated image files through /v1/classify: every answer 200 or 4xx in the envelope, no crash, memory flat."""
+    """Send mutated image files to /v1/classify: all answers are 200 or 4xx in the envelope, memory stays flat."""
     statuses: Counter[str] = Counter()
     mutants = itertools.islice(mutated_files(image_files(corpus, ALL_FORMATS), seed), count)
     with serving(bundle) as server, httpx.Client(base_url=server.url, timeout=60) as http:
@@ -78,12 +80,12 @@ def images(
 
 @app.command()
 def bursts(
-    requests: Annotated[int, typer.Option(help="In all.")] = 1024,
-    burst: Annotated[int, typer.Option(help="At once.")] = 64,
+    requests: Annotated[int, typer.Option(help="Number of requests in total.")] = 1024,
+    burst: Annotated[int, typer.Option(help="Number of clients at once.")] = 64,
     bundle: BundleOption = None,
 ) -> None:
-    """Bursts of valid, invalid, slow and leaving clients: every valid request is answered as the engine alone would,
-    every invalid one 4xx."""
+    """Send bursts of valid, invalid, slow and aborting clients: valid requests are answered as by the engine without a
+    server, invalid ones with 4xx."""
     settings = Settings(bundle=bundle or DEMO_BUNDLE)
     files = drawn_images(16)
     expected = _expected(settings, files)
@@ -178,12 +180,14 @@ async def _bursts(
 
 @app.command()
 def overload(
-    clients: Annotated[int, typer.Option(help="At once, without pause.")] = 100,
-    seconds: Annotated[float, typer.Option(help="Of overload.")] = 20,
-    herd: Annotated[bool, typer.Option(help="All begin in the same instant, not within a second.")] = False,
+    clients: Annotated[int, typer.Option(help="Number of clients at once, without pause.")] = 100,
+    seconds: Annotated[float, typer.Option(help="Seconds of overload.")] = 20,
+    herd: Annotated[
+        bool, typer.Option(help="Start all clients at the same time instead of within one second.")
+    ] = False,
     bundle: BundleOption = None,
 ) -> None:
-    """Far more clients than places: how soon the others are told (429), and what the admitted ones notice."""
+    """Send far more clients than are admitted: how soon the others get 429, and what the admitted ones notice."""
     with serving(bundle, VITRINE_QUEUE_SIZE="8", VITRINE_BATCH_SIZE="8", VITRINE_MAX_BATCH="8") as server:
         with suppress(PermissionError):  # the clients represent other machines
             os.nice(-10)
@@ -230,11 +234,11 @@ async def _hammer(server: Server, clients: int, seconds: float, herd: bool) -> d
 
 @app.command()
 def recovery(
-    clients: Annotated[int, typer.Option(help="At once, without pause.")] = 8,
-    within: Annotated[float, typer.Option(help="Seconds until there are answers again.")] = 10,
+    clients: Annotated[int, typer.Option(help="Number of clients at once, without pause.")] = 8,
+    within: Annotated[float, typer.Option(help="Allowed seconds until there are answers again.")] = 10,
     bundle: BundleOption = None,
 ) -> None:
-    """kill -9 of the worker under load: how long until there are answers again, and how many requests were lost."""
+    """Kill the worker (kill -9) under load: how long until there are answers again, and how many requests were lost."""
     with serving(bundle) as server:
         gap, lost, answered = asyncio.run(_recover(server, clients))
     print(
@@ -279,12 +283,14 @@ async def _recover(server: Server, clients: int) -> tuple[float, int, int]:
 
 @app.command()
 def soak(
-    minutes: Annotated[float, typer.Option(help="Of load.")] = 30,
-    clients: Annotated[int, typer.Option(help="At once.")] = 4,
-    allowed_share: Annotated[float, typer.Option(help="Growth of memory after the first tenth of the time.")] = 0.05,
+    minutes: Annotated[float, typer.Option(help="Minutes of load.")] = 30,
+    clients: Annotated[int, typer.Option(help="Number of clients at once.")] = 4,
+    allowed_share: Annotated[
+        float, typer.Option(help="Allowed growth of memory after the first tenth of the time, as a share.")
+    ] = 0.05,
     bundle: BundleOption = None,
 ) -> None:
-    """Steady load of every kind of request, new labels in each: memory stays flat after the warm-up."""
+    """Send a steady load of every kind of request, each with new labels: memory stays flat after the warm-up."""
     with serving(bundle) as server:
         count, readings = asyncio.run(_soak(server, drawn_images(16), minutes * 60, clients))
     for seconds, mib in readings:
@@ -331,18 +337,22 @@ async def _soak(
 
 @app.command()
 def attacks(
-    names: Annotated[list[str] | None, typer.Argument(help="Of attacks.py; default: all.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Names of attacks in attacks.py; default: all.")] = None,
     minutes: Annotated[float, typer.Option(help="Repeat them for this long; 0: each once.")] = 0,
-    allowed_stall_ms: Annotated[float, typer.Option(help="Longest stall of the event loop.")] = 100,
-    allowed_mib: Annotated[float, typer.Option(help="Most memory of workers and decoders.")] = 2048,
-    allowed_share: Annotated[float, typer.Option(help="Growth of memory at rest after the first round.")] = 0.05,
+    allowed_stall_ms: Annotated[
+        float, typer.Option(help="Longest allowed stall of the event loop, in milliseconds.")
+    ] = 100,
+    allowed_mib: Annotated[float, typer.Option(help="Largest allowed memory of workers and decoders, in MiB.")] = 2048,
+    allowed_share: Annotated[
+        float, typer.Option(help="Allowed growth of memory at rest after the first round, as a share.")
+    ] = 0.05,
     bundle: BundleOption = None,
 ) -> None:
-    """Every attack of attacks.py beside valid requests, which are answered 200 or 429 and nothing else; the event loop
-    never stalls for long, and memory stays bounded."""
+    """Run every attack of attacks.py together with valid requests, which are answered only with 200 or 429; the event
+    loop never stalls for long, and memory stays bounded."""
     chosen = [attack for attack in hostile.ATTACKS if not names or attack.__name__ in names]
     if names and len(chosen) < len(set(names)):
-        raise typer.BadParameter(f"there are {', '.join(attack.__name__ for attack in hostile.ATTACKS)}")
+        raise typer.BadParameter(f"the attacks are {', '.join(attack.__name__ for attack in hostile.ATTACKS)}")
     (photo,), watched, at_rest = drawn_images(1, 400), [], []
     with serving(bundle) as server:
         print(f"{'attack':<18} {'s':>5} {'stall ms':>8} {'livez ms':>8} {'MiB':>6} {'p99 ms':>7}  valid; attack")

@@ -1,4 +1,4 @@
-"""What hostile or broken clients send, one function an attack; `abuse.py attacks` runs them beside valid requests.
+"""What hostile or broken clients send, one function per attack; `abuse.py attacks` runs them with valid requests.
 
 Each returns how its requests were answered, by status; `unanswered` are those whose connection ended without an answer.
 """

@@ -5,10 +5,10 @@
     python loadtests/bulk.py ray --bundle build/b32-random --small 128 --large 512
     python loadtests/bulk.py kill --images 10000 --kills 3
 
-Speed: a bare loop of the engine on one batch, and bulk runs on drawn images in five formats from files to Parquet,
-alternating in one process; the ratio is the median over the rounds. Ray: one process and Ray's, each with a small and a
-large job: the difference of the two excludes the start-up. Kill: a run in a separate process, killed with SIGKILL when
-a random share of it is done, then resumed.
+Speed: a bare loop of the engine on one batch, and bulk runs on generated images in five formats from files to Parquet,
+alternating in one process; the ratio is the median over the rounds. Ray: one process without Ray and several with it,
+each with a small and a large job: the difference between the two jobs excludes the start-up. Kill: a run in a separate
+process, killed with SIGKILL when a random share of it is done, then resumed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from vitrine.service.operations.settings import DEMO_BUNDLE, Settings
 from vitrine.service.schemas.attribute import AttributeRequest
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-Bundle = Annotated[Path, typer.Option(help="Default: the embedded one.")]
+Bundle = Annotated[Path, typer.Option(help="Bundle to serve; default: the embedded one.")]
 DISTINCT = 200  # drawn pictures, repeated
 PER_THOUSAND_BROKEN = 1
 
@@ -48,12 +48,12 @@ PER_THOUSAND_BROKEN = 1
 @app.command()
 def speed(
     bundle: Bundle = DEMO_BUNDLE,
-    images: Annotated[int, typer.Option(help="Of each round, for bulk and for the bare loop.")] = 256,
-    rounds: Annotated[int, typer.Option(help="Of both, in turns.")] = 7,
-    batch_size: Annotated[int, typer.Option(help="Of both.")] = 8,
-    side: Annotated[int, typer.Option(help="Of the drawn images, in pixels.")] = 224,
+    images: Annotated[int, typer.Option(help="Number of images in each round, for bulk and for the bare loop.")] = 256,
+    rounds: Annotated[int, typer.Option(help="Number of rounds of both, in turns.")] = 7,
+    batch_size: Annotated[int, typer.Option(help="Batch size of both.")] = 8,
+    side: Annotated[int, typer.Option(help="Side of the generated images, in pixels.")] = 224,
 ) -> None:
-    """Images a second of bulk runs over those of a bare engine loop."""
+    """Compare images per second of bulk runs with those of a bare engine loop."""
     rates = []
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -83,13 +83,13 @@ def speed(
 @app.command()
 def ray(
     bundle: Bundle = DEMO_BUNDLE,
-    small: Annotated[int, typer.Option(help="Images of the small job.")] = 1_000,
-    large: Annotated[int, typer.Option(help="Images of the large job.")] = 5_000,
-    workers: Annotated[int, typer.Option(help="Of Ray's.")] = 2,
-    rounds: Annotated[int, typer.Option(help="Of both, in turns.")] = 3,
-    batch_size: Annotated[int, typer.Option(help="Of both.")] = 8,
+    small: Annotated[int, typer.Option(help="Number of images of the small job.")] = 1_000,
+    large: Annotated[int, typer.Option(help="Number of images of the large job.")] = 5_000,
+    workers: Annotated[int, typer.Option(help="Number of Ray processes.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Number of rounds of both, in turns.")] = 3,
+    batch_size: Annotated[int, typer.Option(help="Batch size of both.")] = 8,
 ) -> None:
-    """Images a second of Ray's processes over those of one without Ray, the start left out."""
+    """Compare images per second of Ray processes with those of one process without Ray, not counting the start."""
     rates = []
     for _ in track(range(rounds), "rounds", transient=True):
         one, several = (
@@ -97,18 +97,20 @@ def ray(
             for count in (0, workers)
         )
         rates.append((one, several))
-        print(f"one process {one:.1f} images/s, {workers} of Ray's {several:.1f}; ratio {several / one:.3f}")
+        print(f"one process {one:.1f} images/s, {workers} Ray processes {several:.1f}; ratio {several / one:.3f}")
     print(f"median ratio {statistics.median(several / one for one, several in rates):.3f}")
 
 
 @app.command()
 def kill(
     bundle: Bundle = DEMO_BUNDLE,
-    images: Annotated[int, typer.Option(help="Sound ones; one in a thousand more is broken.")] = 10_000,
-    kills: Annotated[int, typer.Option(help="With SIGKILL, each at a random share.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+    images: Annotated[
+        int, typer.Option(help="Number of sound images; one per thousand is added that is broken.")
+    ] = 10_000,
+    kills: Annotated[int, typer.Option(help="Number of kills with SIGKILL, each at a random moment.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the moments.")] = 0,
 ) -> None:
-    """Kill a run again and again, take it up, and count."""
+    """Kill a run again and again, resume it, and count."""
     chance = random.Random(seed)  # noqa: S311
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)

@@ -1,9 +1,9 @@
-"""From the cost of one image to processors or GPUs, and dollars a day: the tables of deploy/CAPACITY.md.
+"""From the cost of one image to processors or GPUs, and dollars per day: the tables of deploy/CAPACITY.md.
 
     python loadtests/capacity.py --milliseconds 110 --price 0.041
     python loadtests/capacity.py --milliseconds 1.2 --price 1.0 --unit GPUs
 
-`--milliseconds` is what `loadtests/latency.py` prints: processor time in the service an answer (or a GPU's time).
+For `--milliseconds` use what `loadtests/latency.py` prints: processor time in the service per answer (or a GPU's time).
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ def plan(images_a_day: float, milliseconds: float, price: float, peak: float = 2
 
 
 def main(
-    milliseconds: Annotated[float, typer.Option(min=1e-6, help="Of a processor, or GPU, that an image takes.")],
-    price: Annotated[float, typer.Option(min=0, help="Dollars an hour of one.")],
-    peak: Annotated[float, typer.Option(min=1, help="Busiest second over the mean one.")] = 2.0,
-    load: Annotated[float, typer.Option(min=0.01, max=1, help="Share of their time that they may be busy.")] = 0.8,
-    unit: Annotated[str, typer.Option(help="What is counted.")] = "processors",
+    milliseconds: Annotated[float, typer.Option(min=1e-6, help="Milliseconds of a processor, or GPU, per image.")],
+    price: Annotated[float, typer.Option(min=0, help="Dollars per hour of one processor or GPU.")],
+    peak: Annotated[float, typer.Option(min=1, help="Load of the busiest second, relative to the mean.")] = 2.0,
+    load: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the time in which the units may be busy.")
+    ] = 0.8,
+    unit: Annotated[str, typer.Option(help="Name of the unit that is counted.")] = "processors",
 ) -> None:
-    """Print a table for 1 million, 100 million and 10 billion images a day."""
+    """Print a table for 1 million, 100 million and 10 billion images per day."""
     print(f"| images a day | mean, a second | peak | {unit} | $ a day | $ a day, scaled by the hour |")
     print("|---|---|---|---|---|---|")
     for images in IMAGES_A_DAY:

@@ -30,8 +30,8 @@ WARM_UP = 20
 
 
 def main(
-    bundle: Annotated[Path, typer.Option(help="One with cards.")] = DEMO_BUNDLE,
-    pairs: Annotated[int, typer.Option(help="Requests to each of the two.")] = 500,
+    bundle: Annotated[Path, typer.Option(help="A bundle with cards.")] = DEMO_BUNDLE,
+    pairs: Annotated[int, typer.Option(help="Number of requests to each of the two services.")] = 500,
 ) -> None:
     """Print the ratio of the medians, and the medians of the cards' routes."""
     opened = open_bundle(bundle)

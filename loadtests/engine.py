@@ -1,4 +1,4 @@
-"""Cost of an account: our vision graph against plain CLIP and the usual ways to explain it, in one paired run.
+"""Cost of an account: our vision graph compared with plain CLIP and common explanation methods, in one paired run.
 
     python loadtests/engine.py --quick
     python loadtests/engine.py --shape b32 --features 6144 --features 24576 --batch 1 --batch 8 --pairs 20
@@ -9,7 +9,7 @@ Weights and pixels are random: speed does not depend on them. In each round ever
 on the same pixels; figures are medians, ratios are medians of the rounds' ratios to plain CLIP in the same ONNX
 Runtime.
 
-    plain, plain int8         CLIP's image encoder as an ONNX graph (with --device cuda fp16 in place of int8)
+    plain, plain int8         CLIP's image encoder as an ONNX graph (with --device cuda: fp16 instead of int8)
     ledger, ledger int8       the same with all outputs that an account needs
     ledger, details           also with the outputs for heat maps and the lens
     account                   ledger, and the account of the top-1 among ten labels, in numpy
@@ -19,7 +19,7 @@ Runtime.
     input x gradient          Captum, of the top-1's logit
     integrated gradients      Captum, 50 steps
 
-Graphs are kept in --cache between runs. The training environment is needed ('.[cpu,training,dev]').
+Graphs are kept in --cache between runs. This needs the training environment ('.[cpu,training,dev]').
 """
 
 from __future__ import annotations
@@ -389,20 +389,20 @@ def report(found: list[dict[str, Any]], threads: int, json_file: Path | None) ->
 
 
 def main(
-    shape: Annotated[list[Shape], typer.Option(help="Of the CLIP (repeatable).")] = [Shape.B32],  # noqa: B006
-    features: Annotated[list[int], typer.Option(help="F, features a layer; 0: no CLT (repeatable).")] = [6144],  # noqa: B006
-    k: Annotated[list[int], typer.Option(help="Active features (repeatable).")] = [32],  # noqa: B006
-    batch: Annotated[list[int], typer.Option(help="Images at once (repeatable).")] = [1, 8],  # noqa: B006
+    shape: Annotated[list[Shape], typer.Option(help="Shape of the CLIP (repeatable).")] = [Shape.B32],  # noqa: B006
+    features: Annotated[list[int], typer.Option(help="F, features per layer; 0: no CLT (repeatable).")] = [6144],  # noqa: B006
+    k: Annotated[list[int], typer.Option(help="Number of active features (repeatable).")] = [32],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(help="Number of images per batch (repeatable).")] = [1, 8],  # noqa: B006
     pairs: Annotated[int, typer.Option(min=1, help="Rounds.")] = 20,
-    threads: Annotated[int, typer.Option(help="Of one inference; 0: all that this process may use.")] = 0,
-    device: Annotated[Device, typer.Option(help="Where to run.")] = "cpu",
-    peers_at: Annotated[int, typer.Option(help="Largest batch for the ways in PyTorch; 0: leave them out.")] = 1,
-    scaling: Annotated[bool, typer.Option(help="Also over F, k, labels and targets.")] = False,
-    quick: Annotated[bool, typer.Option(help="A small shape, few rounds: within a minute.")] = False,
-    cache: Annotated[Path, typer.Option(help="Where exported graphs are kept.")] = Path("build/engine"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads of one inference; 0: all that this process may use.")] = 0,
+    device: Annotated[Device, typer.Option(help="Device to run on.")] = "cpu",
+    peers_at: Annotated[int, typer.Option(help="Largest batch for the variants in PyTorch; 0: leave them out.")] = 1,
+    scaling: Annotated[bool, typer.Option(help="Also vary F, k, labels and targets.")] = False,
+    quick: Annotated[bool, typer.Option(help="Use a small shape and few rounds: within a minute.")] = False,
+    cache: Annotated[Path, typer.Option(help="Folder in which exported graphs are kept.")] = Path("build/engine"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
 ) -> None:
-    """One paired run; see the top of this file."""
+    """Run one paired comparison; see the top of this file."""
     console = Console()
     if quick:
         shape, features, k, batch, pairs = [Shape.QUICK], [1024], [16], [1, 8], 5

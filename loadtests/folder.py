@@ -1,8 +1,8 @@
-"""Every image of a folder through /v1/attribute of a running service: statuses, how exactly the ledgers add up, top-1.
+"""Sends every image of a folder to /v1/attribute of a running service: statuses, how exactly ledgers add up, top-1.
 
 python loadtests/folder.py photos/
 python loadtests/folder.py cifar10/val --classes          # folders are the true labels
-python loadtests/folder.py photos/ --beside ViT-B-32/openai   # embeddings beside those of open_clip itself
+python loadtests/folder.py photos/ --beside ViT-B-32/openai   # embeddings compared with open_clip's
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ def main(
     folder: Path,
     url: str = "http://127.0.0.1:3000",
     classes: Annotated[
-        bool, typer.Option(help="The name of an image's folder is its label, or its WordNet id.")
+        bool, typer.Option(help="Use the name of an image's folder as its label, or as its WordNet id.")
     ] = False,
     beside: Annotated[
-        str | None, typer.Option(help="NAME/TAG of open_clip's, with its own transform and tokenizer.")
+        str | None,
+        typer.Option(help="NAME/TAG of a CLIP in open_clip, with its own transform and tokenizer, to compare with."),
     ] = None,
     clients: int = 4,
 ) -> None:
-    """Exit code 1 unless every answer is 200 with |remainder| <= 1e-3 and rows that sum to the logit, and embeddings,
-    if compared, differ by 1e-5 at most."""
+    """Send a folder of images to a service. Exit code 1 unless every answer is 200 with |remainder| <= 1e-3 and rows
+    that sum to the logit, and embeddings, if compared, differ by at most 1e-5."""
     images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not images:
         raise typer.BadParameter(f"no images under {folder}")
@@ -87,7 +88,10 @@ def _beside(clip: str, url: str, images: list[Path]) -> float:
             few = texts[at : at + 20]
             own = model.encode_text(tokenize(few), normalize=True)
             compare("texts", client.post("/v1/embeddings", json={"model": model_id, "input": few}), own)
-    print(f"beside open_clip: {len(images)} images {worst['images']:.1e}, {len(texts)} texts {worst['texts']:.1e}")
+    print(
+        f"largest difference from open_clip: {len(images)} images {worst['images']:.1e}, {len(texts)} texts "
+        f"{worst['texts']:.1e}"
+    )
     return max(worst.values())
 
 

@@ -1,12 +1,12 @@
-"""Damaged inputs by the thousand, to the readers of `bulk` and of training: Parquet files, tars, lists, JSON, recipes.
+"""Thousands of damaged inputs for the readers of `bulk` and of training: Parquet files, tars, lists, JSON, recipes.
 
     python loadtests/fuzz_inputs.py                               # 12,000 inputs, some minutes on one processor
     python loadtests/fuzz_inputs.py --count 500 --kind parquet --seed 7
-    python loadtests/fuzz_inputs.py --show parquet/123 --seed 7   # make one again, and print what its readers say
+    python loadtests/fuzz_inputs.py --show parquet/123 --seed 7   # make one again, and print what its readers report
 
-Each is listed, read and decoded as `vitrine bulk` does, and tars as training does, too. It must be read, or be refused
-by one sentence: no other exception, no end of the process, in bounded time and memory. Whatever fails is kept in a
-folder. Ends with 1 if anything did.
+Each input is listed, read and decoded as `vitrine bulk` does, and tars also as training does. It must be read, or be
+refused with one sentence, in bounded time and memory, without another exception and without a crash. Inputs that fail
+are kept in a folder, and the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -345,7 +345,7 @@ class Result:
             yield f"{kind:10} {sum(outcomes.values()):6,}: {counted}"
         yield f"images: {self.images:,} decoded, {self.broken:,} refused"
         yield f"slowest: {self.slowest[0]:.2f} s ({self.slowest[1]})"
-        yield f"most memory: {self.largest[0]:.0f} MiB more than at rest ({self.largest[1]})"
+        yield f"most memory: {self.largest[0]:.0f} MiB above the memory at rest ({self.largest[1]})"
 
 
 def fuzz(
@@ -385,15 +385,19 @@ def fuzz(
 
 def main(
     count: Annotated[int, typer.Option(min=1, help="Inputs.")] = 12_000,
-    seed: Annotated[int, typer.Option(help="Of the mutations.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the mutations.")] = 0,
     kind: Annotated[list[str] | None, typer.Option(help=f"{', '.join(KINDS)} (repeatable); default: all.")] = None,
     keep: Annotated[Path, typer.Option(help="Folder for inputs that fail.")] = Path("build/fuzz"),
-    seconds: Annotated[float, typer.Option(help="Longest time for one input.")] = 30,
-    allowed_mib: Annotated[float, typer.Option(help="Most memory for one input, beyond what is there at rest.")] = 1024,
-    show: Annotated[str | None, typer.Option(help="KIND/NUMBER: make this input, and read it here.")] = None,
+    seconds: Annotated[float, typer.Option(help="Longest allowed time for one input, in seconds.")] = 30,
+    allowed_mib: Annotated[
+        float, typer.Option(help="Largest allowed memory for one input, above the memory at rest, in MiB.")
+    ] = 1024,
+    show: Annotated[
+        str | None, typer.Option(help="KIND/NUMBER: make only this input, and read it in this process.")
+    ] = None,
 ) -> None:
     if unknown := set(kind or ()) - KINDS.keys():
-        raise typer.BadParameter(f"{', '.join(unknown)}: none of {', '.join(KINDS)}", param_hint="--kind")
+        raise typer.BadParameter(f"{', '.join(unknown)}: not one of {', '.join(KINDS)}", param_hint="--kind")
     if show is not None:
         chosen, _, number = show.partition("/")
         with tempfile.TemporaryDirectory() as place:

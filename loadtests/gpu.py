@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in eight minutes: steps that each run in a process of their own, and one JSON of it all.
+"""Everything that needs a GPU, in eight minutes: steps in separate processes, and one JSON file of all results.
 
     loadtests/gpu.sh                               (makes the environment first, then this)
     python loadtests/gpu.py --seconds 480
@@ -6,15 +6,15 @@
     python loadtests/gpu.py --cpu                  (the same steps on small shapes, to try the script; no figures)
     python loadtests/gpu.py --table build/gpu/gpu.json
 
-The most valuable steps come first. A step that fails, hangs or lacks a package costs only itself; gpu.json is written
-anew after each, so that a run that was stopped goes on where it stopped: what is done is not done again. The states:
+The most valuable steps come first. A step that fails, hangs or misses a package does not affect the others; gpu.json
+is written again after each step, so a stopped run continues where it stopped, without repeating steps. The states:
 
     done          its rows are complete
-    failed        the reason is the last line of its log, NAME.log beside the JSON; it is repeated only with --again
-    skipped       something that it needs is not there; tried again with the next run
-    out of time   the --seconds of this run did not suffice; goes on with the next run
+    failed        the reason is the last line of its log, NAME.log next to the JSON; it is repeated only with --again
+    skipped       something that it needs is missing; the next run tries it again
+    out of time   the --seconds of this run were too few; the next run continues with it
 
-What each step does is in gpu_steps.py; RESULTS.md and deploy/CAPACITY.md take the rows as --table prints them.
+What each step does is in gpu_steps.py; RESULTS.md and deploy/CAPACITY.md contain the rows as --table prints them.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Recorder:
         ):
             if is_ != was:
                 raise typer.BadParameter(
-                    f"{file} was measured with {what} {_shown(was)}, and here it is {_shown(is_)}: give another --out"
+                    f"{file} was measured with {what} {_shown(was)}, but here it is {_shown(is_)}: give another --out"
                 )
         return cls(file, found)
 
@@ -126,11 +126,11 @@ def run(
         if recorder.state(step.name) == "done" or (recorder.state(step.name) == "failed" and not again):
             continue
         if missing := [name for name in step.after if recorder.state(name) != "done"]:
-            recorder.record(step.name, "skipped", 0, [], f"it needs the step {missing[0]}, which is not done")
+            recorder.record(step.name, "skipped", 0, [], f"it requires the step {missing[0]}, which is not done")
             continue
         left = end - time.monotonic()
         if left < step.least:
-            reason = f"{max(0.0, left):.0f} s were left, and it takes at least {step.least:g}"
+            reason = f"{max(0.0, left):.0f} s were left, but it takes at least {step.least:g} s"
             recorder.record(step.name, "out of time", 0, [], reason)
             continue
         _run_step(step, command, recorder, min(step.share, left), environment)
@@ -163,12 +163,12 @@ def _run_step(
     elif code == SKIPPED:
         recorder.record(step.name, "skipped", took, rows, said)
     elif code is not None:
-        recorder.record(step.name, "failed", took, rows, said or f"it ended with {code}, and said nothing")
+        recorder.record(step.name, "failed", took, rows, said or f"it ended with code {code}, without a message")
     elif limit < step.share:
-        reason = f"it was stopped after {limit:.0f} s, when the time of all steps was over"
+        reason = f"it was stopped after {limit:.0f} s, because the time of all steps was over"
         recorder.record(step.name, "out of time", took, rows, reason)
     else:
-        recorder.record(step.name, "failed", took, rows, f"it did not end within its {limit:g} s")
+        recorder.record(step.name, "failed", took, rows, f"it did not end within {limit:g} s")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -271,22 +271,24 @@ def environment() -> dict[str, str]:
 
 
 def main(
-    seconds: Annotated[float, typer.Option(min=1, help="For all steps of this run together.")] = 480,
+    seconds: Annotated[float, typer.Option(min=1, help="Seconds for all steps of this run together.")] = 480,
     again: Annotated[bool, typer.Option("--again", help="Repeat the steps that failed.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Only this step (repeatable).")] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Small shapes on the processors, to try the script.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder; default: build/gpu, with --cpu build/gpu-cpu.")] = None,
-    table: Annotated[Path | None, typer.Option(help="Print this gpu.json as Markdown, and do nothing else.")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Run small shapes on the processors, to try the script.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results; default: build/gpu, with --cpu build/gpu-cpu.")
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="Only print this gpu.json as Markdown.")] = None,
 ) -> None:
     """Measure all that needs a GPU. Example: python loadtests/gpu.py --seconds 480"""
     if table:
         typer.echo(markdown(json.loads(table.read_text(encoding="utf-8"))))
         return
     if unknown := sorted({*(only or ())} - {step.name for step in STEPS}):
-        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(step.name for step in STEPS)}")
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(step.name for step in STEPS)}")
     here = machine()
     if not cpu and "gpu" not in here:
-        raise typer.BadParameter("nvidia-smi shows no GPU here; --cpu tries the same steps on the processors")
+        raise typer.BadParameter("nvidia-smi shows no GPU here; use --cpu to try the same steps on the processors")
     folder = (out or ROOT / "build" / ("gpu-cpu" if cpu else "gpu")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     recorder = Recorder.open(folder / "gpu.json", here, "cpu" if cpu else "cuda")

@@ -1,4 +1,4 @@
-"""For gpu_steps.py: the engine on a GPU beside the one on the CPU, in its answers and in its time."""
+"""For gpu_steps.py: the engine on a GPU compared with the one on the CPU: answers and times."""
 
 from __future__ import annotations
 

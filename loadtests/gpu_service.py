@@ -1,4 +1,4 @@
-"""For gpu_steps.py: the service under growing load, and how busy the GPU and the processors are meanwhile."""
+"""For gpu_steps.py: the service under growing load, and how busy the GPU and the processors are then."""
 
 from __future__ import annotations
 

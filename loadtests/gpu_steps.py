@@ -1,19 +1,19 @@
-"""The steps of gpu.py, each for a process of its own.
+"""The steps of gpu.py, each of which runs in a separate process.
 
     python loadtests/gpu_steps.py parity-demo rows.jsonl
     python loadtests/gpu_steps.py engine rows.jsonl --cpu
 
-    doctor        what `vitrine doctor` says with these settings
-    parity-demo   the embedded bundle's graphs on the GPU beside the CPU's float32: logits, ledgers, source accounts
-    bundle        a bundle of B/32's shape with random weights, for the others; it is kept beside the rows
+    doctor        what `vitrine doctor` prints with these settings
+    parity-demo   the embedded bundle's graphs on the GPU against float32 on the CPU: logits, ledgers, source accounts
+    bundle        a bundle of B/32's shape with random weights, for the other steps; it is kept next to the rows
     parity-b32    parity of that bundle, fp16 too
-    engine        milliseconds a batch: plain CLIP, attribution, source accounts
-    service       requests a second that the service keeps up with
+    engine        milliseconds per batch: plain CLIP, attribution, source accounts
+    service       requests per second that the service keeps up with
     training-*    one training step of a CLT, sparse and dense
-    tensorrt      parity, and milliseconds a batch, where TensorRT is installed
+    tensorrt      parity, and milliseconds per batch, if TensorRT is installed
 
-Rows are appended as they are measured: what a step has found before it is stopped is not lost. A package that is not
-installed, or a TensorRT that is not there, ends a step with the exit code `gpu.SKIPPED` and the reason.
+Rows are appended as they are measured, so rows that a step has written before it is stopped are kept. If a package or
+TensorRT is not installed, a step ends with the exit code `gpu.SKIPPED` and the reason.
 """
 
 from __future__ import annotations
@@ -158,10 +158,10 @@ STEPS: dict[str, Callable[[Place], Iterator[Row]]] = {
 
 def main(
     name: Annotated[str, typer.Argument(help=", ".join(STEPS))],
-    rows: Annotated[Path, typer.Argument(help="File to append rows to, a JSON object a line.")],
-    cpu: Annotated[bool, typer.Option("--cpu", help="On the processors, with small shapes.")] = False,
+    rows: Annotated[Path, typer.Argument(help="File to append rows to, one JSON object per line.")],
+    cpu: Annotated[bool, typer.Option("--cpu", help="Run on the processors, with small shapes.")] = False,
 ) -> None:
-    """One step; see the top of this file."""
+    """Run one step; see the top of this file."""
     place = Place(rows.resolve().parent, cpu)
     try:
         with rows.open("a", encoding="utf-8") as file:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 Row = dict[str, Any]
-TRIAL = "**Small shapes on processors, to try the script: none of this is a figure of a GPU.**"
+TRIAL = "**Small shapes on processors, to try the script: no figure here is from a GPU.**"
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -57,7 +57,11 @@ def _parity(rows: list[Row]) -> list[str]:
     found = _table(
         [*headings, "nodes elsewhere"], [[*row, _elsewhere(of)] for row, of in zip(cells, rows, strict=True)]
     )
-    return [*found, "", f"Largest differences from float32 on the CPU, in logits, {rows[0]['images']} drawn pictures."]
+    return [
+        *found,
+        "",
+        f"Largest differences from float32 on the CPU, in logits, on {rows[0]['images']} generated pictures.",
+    ]
 
 
 def _elsewhere(row: Row) -> str:
@@ -89,7 +93,7 @@ def _engine(rows: list[Row]) -> list[str]:
     return [
         *_table(headings, cells),
         "",
-        "Medians, and in brackets those of the rounds' ratios to plain CLIP in the same precision.",
+        "Medians; in brackets, medians of the rounds' ratios to plain CLIP in the same precision.",
     ]
 
 
@@ -116,7 +120,7 @@ def _service(rows: list[Row]) -> list[str]:
         *_table(headings, cells),
         "",
         *knees,
-        "GPU busy: the share of the time in which a kernel ran, however small.",
+        "GPU busy: share of the time in which any kernel ran.",
     ]
 
 

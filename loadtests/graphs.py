@@ -1,8 +1,8 @@
-"""Two vision graphs in turns, on the same pixels: whether a change of the graph costs anything.
+"""Runs two vision graphs in turns on the same pixels, to see whether a change of the graph costs time.
 
     python loadtests/graphs.py old/vision.onnx new/vision.onnx --batch 1 --pairs 300
 
-A graph against a copy of itself says how much of a difference is noise.
+A graph compared with a copy of itself shows how much of a difference is noise.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import typer
 
 
 def main(
-    first: Annotated[Path, typer.Argument(exists=True, help="vision.onnx of one bundle.")],
-    second: Annotated[Path, typer.Argument(exists=True, help="vision.onnx of another.")],
-    pairs: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 300,
-    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
+    first: Annotated[Path, typer.Argument(exists=True, help="vision.onnx of the first bundle.")],
+    second: Annotated[Path, typer.Argument(exists=True, help="vision.onnx of the second bundle.")],
+    pairs: Annotated[int, typer.Option(min=1, help="Number of runs of each.")] = 300,
+    batch: Annotated[int, typer.Option(min=1, help="Number of images per batch.")] = 1,
 ) -> None:
     """Print the median of the pairs' ratios, second over first, and both medians."""
     sessions = [_open(path) for path in (first, second)]

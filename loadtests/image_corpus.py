@@ -1,10 +1,10 @@
-"""Every image file under some folders, as `vitrine.models.images` and as open_clip read it, and where they differ.
+"""Reads every image file in some folders with `vitrine.models.images` and with open_clip, and lists the differences.
 
     python loadtests/image_corpus.py FOLDER ...
 
-Meant for collections of odd images: the tests in Pillow's source archive (Tests/images; `pip download --no-binary
+Meant for collections of unusual images: the tests in Pillow's source archive (Tests/images; `pip download --no-binary
 pillow pillow==12.0.0`), Debian's libjxl-testdata (with PNG's own test suite). Each difference must have one of the
-reasons of models/images/decode.py's table; ends with 1 if one has none. Give it a limit of memory (`ulimit -v`).
+reasons of models/images/decode.py's table; the exit code is 1 if one has none. Set a memory limit (`ulimit -v`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vitrine.models.images.decode import TRUSTED, Picture, decode
 from vitrine.models.images.errors import DAMAGED_IMAGE_ERRORS, ImageError
 from vitrine.models.images.formats import format_of
 
-UNEXPLAINED = "DIFFERENT, AND NO REASON KNOWN"
+UNEXPLAINED = "DIFFERENT FOR AN UNKNOWN REASON"
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
             outcomes[compare(data)].append(path.name)
     for outcome, names in sorted(outcomes.items(), key=lambda item: -len(item[1])):
         print(f"{len(names):5} {outcome}: {', '.join(names[:6])}{' …' if len(names) > 6 else ''}")
-    print(f"{sum(map(len, outcomes.values())):5} files of the formats that are read, of {len(files)} in all")
+    print(f"{sum(map(len, outcomes.values())):5} files of supported formats, of {len(files)} in total")
     return int(UNEXPLAINED in outcomes)
 
 
@@ -48,9 +48,9 @@ def compare(data: bytes) -> str:
     try:
         ours = decode(data, TRUSTED)
     except ImageError as error:
-        return f"refused by both ({error.code})" if usual is None else f"refused here alone: {error}"
+        return f"refused by both ({error.code})" if usual is None else f"refused only here: {error}"
     if usual is None:
-        return f"read here alone{_notes(ours)}"
+        return f"read only here{_notes(ours)}"
     if usual.shape == np.asarray(ours.image).shape and np.array_equal(usual, np.asarray(ours.image)):
         return "the same pixels"
     if ours.notes:
@@ -58,7 +58,7 @@ def compare(data: bytes) -> str:
     if orientation != 1:
         return "different: turned upright"
     if mode.startswith("I"):
-        return "different: 16 bits a channel"
+        return "different: 16 bits per channel"
     return UNEXPLAINED
 
 

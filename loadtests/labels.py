@@ -1,10 +1,10 @@
-"""New labels, and what everybody else notices of them: one client asks for 16,000 texts, others classify meanwhile.
+"""Cost of new labels for other clients: one client requests 16,000 texts while the others classify images.
 
     python loadtests/labels.py --bundle build/b32-random --rounds 3 --seconds 10
 
-In each round, one after the other: 64 new labels are asked for while nobody else asks; `--clients` classify a picture
-under the bundle's labels, alone; then beside the client with its 16,000 texts, and beside another that asks for one new
-label at a time. Ratios are of all answers of a kind.
+Each round has three parts: 64 new labels are requested without other clients; `--clients` clients classify a picture
+with the bundle's labels; then they do this while one client requests its 16,000 texts and another one new label at a
+time. Ratios are over all answers of a kind.
 """
 
 from __future__ import annotations
@@ -35,24 +35,30 @@ Times = list[float]  # seconds
 
 
 def main(
-    bundle: Annotated[Path | None, typer.Option(help="To serve; default: the embedded one.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Of quiet and busy in turn.")] = 3,
-    seconds: Annotated[float, typer.Option(min=1, help="Of each.")] = 10,
-    clients: Annotated[int, typer.Option(min=1, help="Who classify; each asks again once it is answered.")] = 3,
-    repeats: Annotated[int, typer.Option(min=1, help="How often a round asks for 64 new labels.")] = 5,
+    bundle: Annotated[Path | None, typer.Option(help="Bundle to serve; default: the embedded one.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds, quiet and busy in turn.")] = 3,
+    seconds: Annotated[float, typer.Option(min=1, help="Seconds of each round.")] = 10,
+    clients: Annotated[
+        int, typer.Option(min=1, help="Number of clients that classify; each sends its next request after an answer.")
+    ] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of requests with 64 new labels per round.")] = 5,
 ) -> None:
-    """Print what 64 new labels take, and quantiles of the others' answers, quiet and busy."""
+    """Print the time that 64 new labels take, and quantiles of other clients' answers, quiet and busy."""
     with serving(bundle) as server:
         new, used, quiet, busy, single = asyncio.run(_measure(server, rounds, seconds, clients, repeats))
     quantiles = [np.quantile(times, (0.5, 0.99)) * 1e3 for times in (quiet, busy)]
     print(
-        f"64 new labels: least {min(new) * 1e3:.0f} ms, median {statistics.median(new) * 1e3:.0f}; "
-        f"processor time of the service: least {min(used) * 1e3:.0f} ms"
+        f"64 new labels: minimum {min(new) * 1e3:.0f} ms, median {statistics.median(new) * 1e3:.0f}; processor time "
+        f"of the service: minimum {min(used) * 1e3:.0f} ms"
     )
     print(f"{clients} clients, quiet: p50 {quantiles[0][0]:.0f} ms, p99 {quantiles[0][1]:.0f} ({len(quiet)} answers)")
-    print(f"beside 16,000 texts: p50 {quantiles[1][0]:.0f} ms, p99 {quantiles[1][1]:.0f} ({len(busy)} answers)")
+    print(
+        f"while 16,000 texts are encoded: p50 {quantiles[1][0]:.0f} ms, p99 {quantiles[1][1]:.0f} ({len(busy)} answers)"
+    )
     print("busy over quiet: p50 {:.2f}, p99 {:.2f}".format(*quantiles[1] / quantiles[0]))
-    print(f"one new label beside both: median {statistics.median(single) * 1e3:.0f} ms, most {max(single) * 1e3:.0f}")
+    print(
+        f"one new label in addition: median {statistics.median(single) * 1e3:.0f} ms, maximum {max(single) * 1e3:.0f}"
+    )
 
 
 async def _measure(

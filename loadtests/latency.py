@@ -1,4 +1,4 @@
-"""`make loadtest`: starts a service, puts users on it, and reports what they saw.
+"""`make loadtest`: starts a service, sends it requests of many users, and reports what they saw.
 
     python loadtests/latency.py --load step --rate 150 --out build/loadtest
     python loadtests/latency.py --url http://gpu-node:3000 --load steady --rate 400 --max-p99 80
@@ -28,22 +28,24 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main(
     load: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "steady",
-    rate: Annotated[float, typer.Option(min=1, help="Requests a second that the load is built on.")] = 20,
+    rate: Annotated[float, typer.Option(min=1, help="Requests per second that the load is based on.")] = 20,
     mix: Annotated[
-        str, typer.Option(help="classify, attribute, batch, mixed; paired: the first two in turns.")
+        str, typer.Option(help="classify, attribute, batch, mixed; or paired: the first two in turns.")
     ] = "attribute",
-    seconds: Annotated[float, typer.Option(min=0, help="Of every step; 0: the load's own.")] = 0,
-    bundle: Annotated[Path | None, typer.Option(help="To serve; default: the embedded one.")] = None,
-    url: Annotated[str | None, typer.Option(help="Of a service that runs already, in place of one of our own.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds of every step; 0: as in the load.")] = 0,
+    bundle: Annotated[Path | None, typer.Option(help="Bundle to serve; default: the embedded one.")] = None,
+    url: Annotated[str | None, typer.Option(help="URL of a running service, instead of starting one.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for rows.csv and report.html.")] = Path("build/loadtest"),
-    max_p99: Annotated[float | None, typer.Option(help="Milliseconds that 99 of 100 answers may take.")] = None,
-    max_refused: Annotated[float, typer.Option(help="Share of answers that may be 429.")] = 1.0,
-    max_failed: Annotated[float, typer.Option(help="Share of answers that may be neither 200 nor 429.")] = 0.0,
-    min_answered: Annotated[float, typer.Option(help="Share of what is offered that must be answered.")] = 0.0,
+    max_p99: Annotated[float | None, typer.Option(help="Allowed p99 of the answers, in milliseconds.")] = None,
+    max_refused: Annotated[float, typer.Option(help="Allowed share of answers with 429.")] = 1.0,
+    max_failed: Annotated[float, typer.Option(help="Allowed share of answers other than 200 and 429.")] = 0.0,
+    min_answered: Annotated[
+        float, typer.Option(help="Required share of the offered requests that are answered.")
+    ] = 0.0,
 ) -> None:
-    """Load a service, and write what its clients saw."""
+    """Put a load on a service, and write what its clients saw."""
     if load not in PROFILES:
-        raise typer.BadParameter(f"{load!r} is none of {', '.join(PROFILES)}", param_hint="--load")
+        raise typer.BadParameter(f"{load!r} is not one of {', '.join(PROFILES)}", param_hint="--load")
     out.mkdir(parents=True, exist_ok=True)
     file = out / "rows.csv"
     file.unlink(missing_ok=True)
@@ -56,11 +58,11 @@ def main(
     rows = read_rows(file)
     steps = by_step(rows)
     if not steps:
-        typer.echo(f"error: {len(rows)} answers are too few to say anything; let the steps last longer", err=True)
+        typer.echo(f"error: {len(rows)} answers are too few; make the steps longer", err=True)
         raise typer.Exit(1)
-    title = f"{mix}, {load} load, {rate:g} requests a second"
+    title = f"{mix}, {load} load, {rate:g} requests per second"
     if used is not None and (answers := sum(row.status == 200 for row in rows)):
-        cost = f"{used / answers * 1e3:.1f} ms of processor time in the service, an answer"
+        cost = f"{used / answers * 1e3:.1f} ms of processor time in the service per answer"
         title = f"{title}; {cost}"
         print(cost)
     report = write_report(out / "report.html", steps, rows, title)
@@ -71,7 +73,7 @@ def main(
             f"{shown} ms"
         )
     if (limit := knee(steps)) and len(steps) > 1:
-        print(f"knee: {limit.offered} requests a second")
+        print(f"knee: {limit.offered} requests per second")
     if pair := paired(rows):
         print(f"classify p50 {pair[0]:.2f} ms, attribute {pair[1]:.2f} ms: {pair[1] / pair[0] - 1:+.1%}")
     print(report)
@@ -122,7 +124,7 @@ def _missed(
     if failed > max_failed:
         missed.append(f"{failed:.1%} failed, {max_failed:.1%} allowed")
     if answered < min_answered:
-        missed.append(f"{answered:.1%} of what was offered answered, {min_answered:.1%} wanted")
+        missed.append(f"{answered:.1%} of the offered requests answered, {min_answered:.1%} required")
     return missed
 
 

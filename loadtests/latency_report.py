@@ -56,7 +56,7 @@ def write_report(path: Path, steps: list[StepFigures], rows: list[Row], title: s
         for step in steps
     )
     limit, pair = knee(steps), paired(rows)
-    verdict = f"Knee: {limit.offered} requests a second." if limit else "Not even the smallest rate was kept up with."
+    verdict = f"Knee: {limit.offered} requests per second." if limit else "Even the smallest rate was too high."
     if pair:
         verdict += (
             f" Under the same load, classify takes {pair[0]:.1f} ms and attribute {pair[1]:.1f} ms at the median: "
@@ -74,7 +74,7 @@ def _percentiles(steps: list[StepFigures]) -> str:
             axes.plot(
                 [step.offered for step in steps], [step.percentiles[at] for step in steps], marker="o", label=f"p{at}"
             )
-        axes.set(xlabel="offered, requests a second", ylabel="milliseconds", yscale="log")
+        axes.set(xlabel="offered, requests per second", ylabel="milliseconds", yscale="log")
         axes.legend()
 
     return _figure("Latency by percentile over load", draw)
@@ -86,7 +86,7 @@ def _answered(steps: list[StepFigures]) -> str:
         axes.plot(offered, offered, color="grey", linestyle=":", label="offered")
         axes.plot(offered, [step.answered for step in steps], marker="o", label="answered")
         axes.plot(offered, [step.refused / step.seconds for step in steps], marker="x", label="refused (429)")
-        axes.set(xlabel="offered, requests a second", ylabel="a second")
+        axes.set(xlabel="offered, requests per second", ylabel="a second")
         axes.legend()
 
     return _figure("Offered against answered", draw)
@@ -103,7 +103,7 @@ def _stages(steps: list[StepFigures]) -> str:
             axes.bar(places, heights, bottom=bottom, label=name)
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
         axes.set_xticks(list(places), [str(step.offered) for step in steps])
-        axes.set(xlabel="offered, requests a second", ylabel="mean milliseconds")
+        axes.set(xlabel="offered, requests per second", ylabel="mean milliseconds")
         axes.legend()
 
     return _figure("Where the time goes", draw)

@@ -2,9 +2,9 @@
 
     locust -f loadtests/locustfile.py --headless --host http://127.0.0.1:3000 --mix attribute --load steady --rate 20
 
-A user sends one request a second on average, 0.75 to 1.25 s after its previous one, whether that was answered quickly
-or slowly: N users are an open load of N requests a second, unless they have to wait, and independent of one another.
-(With locust's own `constant_throughput`, users that start together keep sending together: one burst a second.) A 429
+A user sends one request per second on average, 0.75 to 1.25 s after its previous one, whether that was answered quickly
+or slowly. So N independent users are an open load of N requests per second, unless they have to wait.
+(With locust's own `constant_throughput`, users that start together keep sending together: one burst per second.) A 429
 counts neither as a success nor as a failure. Every answer is recorded (`--rows`), with the stage times that the service
 reports.
 `loadtests/latency.py` starts the service, runs this, and writes the report.
@@ -46,8 +46,8 @@ _rows: list[list[Any]] = []
 def _options(parser: Any) -> None:
     parser.add_argument("--mix", choices=sorted(MIXES), default="attribute")
     parser.add_argument("--load", choices=sorted(PROFILES), default="steady")
-    parser.add_argument("--rate", type=float, default=10.0, help="requests a second that the profile is built on")
-    parser.add_argument("--seconds", type=float, default=0.0, help="of one step; 0: the profile's own")
+    parser.add_argument("--rate", type=float, default=10.0, help="requests per second that the profile is based on")
+    parser.add_argument("--seconds", type=float, default=0.0, help="seconds of one step; 0: as in the profile")
     parser.add_argument("--rows", default="", help="CSV file for every answer")
 
 

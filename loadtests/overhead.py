@@ -2,7 +2,7 @@
 
     python loadtests/random_bundle.py build/b32-random
     python loadtests/overhead.py --bundle build/b32-random --photo photo.jpg
-    python loadtests/overhead.py --against ../older        # another checkout's service, in turns with this one's
+    python loadtests/overhead.py --against ../older        # compare with the service of another checkout, in turns
 
 Latency: requests and bare calls alternate on the same photo, medians of both. Throughput: full batches in a bare loop,
 then wrk's clients (a C program: a client in Python would use the processors that it measures), in alternating rounds.
@@ -46,14 +46,18 @@ wrk.headers["Content-Type"] = "multipart/form-data; boundary=x"
 
 
 def main(
-    bundle: Annotated[Path | None, typer.Option(help="Default: the embedded one.")] = None,
-    photo: Annotated[Path | None, typer.Option(help="Default: a drawn picture of 224 x 224, as JPEG.")] = None,
-    pairs: Annotated[int, typer.Option(help="Requests, and bare calls, of one client.")] = 200,
-    seconds: Annotated[int, typer.Option(help="Of each round of load.")] = 10,
-    rounds: Annotated[int, typer.Option(help="Of load and bare loop, in turns.")] = 5,
-    clients: Annotated[int, typer.Option(help="At once, under load.")] = 32,
-    path: Annotated[str, typer.Option(help="What is asked.")] = "/v1/attribute",
-    against: Annotated[Path | None, typer.Option(help="Compare with this checkout's service instead.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Bundle to serve; default: the embedded one.")] = None,
+    photo: Annotated[
+        Path | None, typer.Option(help="Image to send; default: a generated picture of 224 x 224, as JPEG.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(help="Number of requests, and of bare calls, of one client.")] = 200,
+    seconds: Annotated[int, typer.Option(help="Seconds of each round of load.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Number of rounds of load and bare loop, in turns.")] = 5,
+    clients: Annotated[int, typer.Option(help="Number of clients at once, under load.")] = 32,
+    path: Annotated[str, typer.Option(help="Request to send.")] = "/v1/attribute",
+    against: Annotated[
+        Path | None, typer.Option(help="Compare with the service of this other checkout instead.")
+    ] = None,
 ) -> None:
     """Print both ratios and the largest difference between answers."""
     if against:

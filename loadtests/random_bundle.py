@@ -1,4 +1,4 @@
-"""A bundle of a published CLIP's shape with random weights: to measure speed, which does not depend on them.
+"""Writes a bundle with a published CLIP's shape and random weights: to measure speed, which does not depend on them.
 
 python loadtests/random_bundle.py build/b32-random --shape b32 --features 6144 --k 32 --sources --fp16
 """
@@ -48,7 +48,7 @@ def write_bundle(
     clt.eval().requires_grad_(False)
     provenance = Provenance(
         name=f"{shape}-random",
-        description=f"The shape {shape} with random weights. It knows nothing: for load tests alone.",
+        description=f"The shape {shape} with random weights. It knows nothing; it is only for load tests.",
         labels=LABELS,
         templates=("a photo of a {}",),
         data=Data(name="none", licence="none", train_images=0, val_images=0),
@@ -72,13 +72,13 @@ def write_bundle(
 
 def main(
     out: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
-    shape: Annotated[Shape, typer.Option(help="Of the CLIP.")] = Shape.B32,
-    features: Annotated[int, typer.Option(help="F, features a layer.")] = 6144,
-    k: Annotated[int, typer.Option(help="Active features a token and layer.")] = 32,
-    sources: Annotated[bool, typer.Option("--sources", help="With the graphs of source accounts.")] = False,
-    fp16: Annotated[bool, typer.Option("--fp16", help="With a vision graph in half precision, for GPUs.")] = False,
+    shape: Annotated[Shape, typer.Option(help="Shape of the CLIP.")] = Shape.B32,
+    features: Annotated[int, typer.Option(help="F, number of features per layer.")] = 6144,
+    k: Annotated[int, typer.Option(help="Number of active features per token and layer.")] = 32,
+    sources: Annotated[bool, typer.Option("--sources", help="Include the graphs of source accounts.")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Include a vision graph in half precision, for GPUs.")] = False,
 ) -> None:
-    """Write it; takes some minutes and, for the defaults, 8 GB of memory."""
+    """Write a bundle with random weights; this takes some minutes and, with the defaults, 8 GB of memory."""
     write_bundle(out, shape, features, k, sources, ("fp16",) if fp16 else ())
 
 

@@ -1,4 +1,4 @@
-"""Cost of an intervention in the running network beside plain CLIP and the vision graph, one image, in one paired run.
+"""Cost of an intervention in the running network compared with plain CLIP and the vision graph, one image, paired runs.
 
     python loadtests/rerun.py --quick
     python loadtests/rerun.py --shape b32 --features 6144 --k 32 --edited 10 --pairs 20
@@ -8,13 +8,13 @@ order; figures are medians, ratios are medians of the rounds' ratios to plain CL
 
     plain                     CLIP's image encoder as an ONNX graph
     vision                    the graph of every prediction, with its account
-    vision and components     what interventions in direct mode need of it besides
-    an edit in direct mode    that, and n of the features active at [CLS] set to their mean
+    vision and components     the same with what interventions in direct mode need
+    an edit in direct mode    the same, with n of the features active at [CLS] set to their mean
     rerun, n features         the network with n features of random layers changed at all tokens
     rerun, a row              with all features of a layer
-    rerun, n directions       with n directions taken out after every block
+    rerun, n directions       with n directions removed after every block
 
-Graphs are kept in --cache between runs. The training environment is needed ('.[cpu,training,dev]').
+Graphs are kept in --cache between runs. This needs the training environment ('.[cpu,training,dev]').
 """
 
 from __future__ import annotations
@@ -140,17 +140,19 @@ def variants(folder: Path, plain: Path, case: Case, threads: int, edited: int) -
 
 
 def main(
-    shape: Annotated[Shape, typer.Option(help="Of the CLIP.")] = Shape.B32,
-    features: Annotated[int, typer.Option(min=1, help="Features a layer.")] = 6144,
-    k: Annotated[int, typer.Option(min=1, help="Active features a token and layer.")] = 32,
-    edited: Annotated[int, typer.Option(min=1, help="Features that are changed.")] = 10,
-    pairs: Annotated[int, typer.Option(min=1, help="Rounds in which every variant runs once.")] = 20,
-    threads: Annotated[int, typer.Option(min=0, help="Of an inference; 0: all processors.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A small shape and few rounds, to see that it runs.")] = False,
-    cache: Annotated[Path, typer.Option(help="Where graphs are kept.")] = Path("build/benchmark"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="The rows too, in this file.")] = None,
+    shape: Annotated[Shape, typer.Option(help="Shape of the CLIP.")] = Shape.B32,
+    features: Annotated[int, typer.Option(min=1, help="Number of features per layer.")] = 6144,
+    k: Annotated[int, typer.Option(min=1, help="Number of active features per token and layer.")] = 32,
+    edited: Annotated[int, typer.Option(min=1, help="Number of features that are changed.")] = 10,
+    pairs: Annotated[int, typer.Option(min=1, help="Number of rounds; in each, every variant runs once.")] = 20,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of an inference; 0: all processors.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Use a small shape and few rounds, to check that it runs.")
+    ] = False,
+    cache: Annotated[Path, typer.Option(help="Folder in which graphs are kept.")] = Path("build/benchmark"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
 ) -> None:
-    """Time interventions beside plain CLIP. Example: python loadtests/rerun.py --shape b32 --pairs 20"""
+    """Time interventions compared with plain CLIP. Example: python loadtests/rerun.py --shape b32 --pairs 20"""
     if quick:
         shape, features, k, pairs = Shape.QUICK, 256, 8, min(pairs, 2)
     threads = threads or available_processors()[0]

@@ -1,10 +1,10 @@
-"""Cost of a source account: trace and sources graphs beside plain CLIP, one image, in one paired run.
+"""Cost of a source account: trace and sources graphs compared with plain CLIP, one image, in one paired run.
 
     python loadtests/sources.py --quick
     python loadtests/sources.py --shape b32 --features 6144 --k 32 --pairs 20
     python loadtests/sources.py --shape b16 --features 6144 --k 32 --pairs 10 --json rows.json
 
-Weights and pixels are random: speed does not depend on them, but for how many tokens share a feature. In each round
+Weights and pixels are random: speed does not depend on them, except on how many tokens share a feature. In each round
 every variant runs once, in random order; figures are medians, ratios are medians of the rounds' ratios to plain CLIP.
 
     plain                  CLIP's image encoder as an ONNX graph
@@ -12,7 +12,7 @@ every variant runs once, in random order; figures are medians, ratios are median
     sources, n targets     the backward half, from a trace
     account, n targets     both, and the account in numpy
 
-Graphs are kept in --cache between runs. The training environment is needed ('.[cpu,training,dev]').
+Graphs are kept in --cache between runs. This needs the training environment ('.[cpu,training,dev]').
 """
 
 from __future__ import annotations
@@ -97,16 +97,18 @@ def variants(folder: Path, plain: Path, shape: Shape, threads: int) -> dict[str,
 
 
 def main(
-    shape: Annotated[Shape, typer.Option(help="Of the CLIP.")] = Shape.B32,
-    features: Annotated[int, typer.Option(min=1, help="Features a layer.")] = 6144,
-    k: Annotated[int, typer.Option(min=1, help="Active features a token and layer.")] = 32,
-    pairs: Annotated[int, typer.Option(min=1, help="Rounds in which every variant runs once.")] = 20,
-    threads: Annotated[int, typer.Option(min=0, help="Of an inference; 0: all processors.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A small shape and few rounds, to see that it runs.")] = False,
-    cache: Annotated[Path, typer.Option(help="Where graphs are kept.")] = Path("build/benchmark"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="The rows too, in this file.")] = None,
+    shape: Annotated[Shape, typer.Option(help="Shape of the CLIP.")] = Shape.B32,
+    features: Annotated[int, typer.Option(min=1, help="Number of features per layer.")] = 6144,
+    k: Annotated[int, typer.Option(min=1, help="Number of active features per token and layer.")] = 32,
+    pairs: Annotated[int, typer.Option(min=1, help="Number of rounds; in each, every variant runs once.")] = 20,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of an inference; 0: all processors.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Use a small shape and few rounds, to check that it runs.")
+    ] = False,
+    cache: Annotated[Path, typer.Option(help="Folder in which graphs are kept.")] = Path("build/benchmark"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
 ) -> None:
-    """Time source accounts beside plain CLIP. Example: python loadtests/sources.py --shape b32 --pairs 20"""
+    """Time source accounts compared with plain CLIP. Example: python loadtests/sources.py --shape b32 --pairs 20"""
     if quick:
         shape, features, k, pairs = Shape.QUICK, 256, 8, min(pairs, 2)
     threads = threads or available_processors()[0]

@@ -1,4 +1,4 @@
-"""One training step, sparse against dense: tokens a second, peak memory, and whether the gradients are equal.
+"""One training step, sparse against dense: tokens per second, peak memory, and whether the gradients are equal.
 
     python loadtests/training_step.py --quick
     python loadtests/training_step.py --shape b32 --tokens 256 --pairs 3
@@ -6,7 +6,7 @@
     python loadtests/training_step.py --dictionary residual_sae --shape photo --k 48 --tokens 1576
     python loadtests/training_step.py --features 768 --features 1536 --k 16 --k 32     (a grid: every combination)
 
-A step is encode, decode, loss, backward; fused Adam is timed beside it. Weights and tokens are random: speed does not
+A step is encode, decode, loss, backward; fused Adam is timed separately. Weights and tokens are random: speed does not
 depend on them, except for caches, where random features are the worst case. Sparse and dense alternate on the same
 tokens and weights; medians of the pairs. Peak memory comes from one process for each configuration and each side.
 """
@@ -292,18 +292,22 @@ def _side(row: dict[str, Any], side: Side) -> list[str]:
 
 
 def main(
-    dictionary: Annotated[Dictionary, typer.Option(help="A CLT, or SAEs after all layers but the last.")] = "clt",
+    dictionary: Annotated[
+        Dictionary, typer.Option(help="What to train: a CLT, or SAEs after all layers but the last.")
+    ] = "clt",
     shape: Annotated[Shape, typer.Option(help="L, d and F of a known CLT.")] = "demo",
     layers: Annotated[list[int] | None, typer.Option(help="L; repeat an option for a grid.")] = None,
     width: Annotated[list[int] | None, typer.Option(help="d.")] = None,
-    features: Annotated[list[int] | None, typer.Option(help="F, features a layer.")] = None,
-    k: Annotated[list[int] | None, typer.Option(help="Active features a token; default 32.")] = None,
-    tokens: Annotated[list[int] | None, typer.Option(help="Tokens a step; default: those of eight images.")] = None,
-    sparsifier: Annotated[Kind, typer.Option(help="From activations to codes.")] = "relu_topk",
-    pairs: Annotated[int, typer.Option(min=1, help="Timed pairs, after one that is not counted.")] = 5,
-    device: Annotated[Device, typer.Option(help="Where to run.")] = "cpu",
+    features: Annotated[list[int] | None, typer.Option(help="F, number of features per layer.")] = None,
+    k: Annotated[list[int] | None, typer.Option(help="Number of active features per token; default: 32.")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Number of tokens per step; default: those of eight images.")
+    ] = None,
+    sparsifier: Annotated[Kind, typer.Option(help="Sparsifier, from activations to codes.")] = "relu_topk",
+    pairs: Annotated[int, typer.Option(min=1, help="Number of timed pairs, after one that is not counted.")] = 5,
+    device: Annotated[Device, typer.Option(help="Device to run on.")] = "cpu",
     matmul: Annotated[Matmul, typer.Option(help="Precision of matrix products.")] = "fp32",
-    quick: Annotated[bool, typer.Option("--quick", help="Four small configurations.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Run four small configurations.")] = False,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -329,10 +333,10 @@ def main(
     peaks = [(row["machine_tflops"], row["machine_gb_per_second"]) for row in rows if "machine_tflops" in row]
     tflops, bandwidth = max(peaks, default=(0.0, 0.0))
     console.print(
-        f"This machine, at best: {tflops:.2f} TFLOP/s in {matmul} products, {bandwidth:.0f} GB/s. "
-        "'of peak': the sparse step's time by training.recipes.costs at what was measured here, over what it took. "
-        "'gradients differ by': the largest difference over a parameter's largest gradient. "
-        "'does not fit': GiB as estimated beforehand."
+        f"Peak of this machine: {tflops:.2f} TFLOP/s in {matmul} products, {bandwidth:.0f} GB/s. 'of peak': time of "
+        f"the sparse step as estimated by training.recipes.costs for this peak, over the measured time. 'gradients "
+        f"differ by': largest difference, relative to the parameter's largest gradient. 'does not fit': GiB as "
+        f"estimated before the run."
     )
 
 

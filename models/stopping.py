@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_AGAIN = "nothing unfinished is left behind; the same command starts again"
+_AGAIN = "no unfinished files are left; run the same command to start again"
 
 
 class Stopped(KeyboardInterrupt):

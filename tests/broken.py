@@ -152,7 +152,7 @@ BROKEN = {
     "mean infinite": (field("preprocessing.mean", [0.5, 0.5, float("inf")]), ["preprocessing.mean.2"]),
     "no labels": (field("text.labels", []), ["text.labels"]),
     "blank label": (field("text.labels", ["cat", " "]), ["text.labels.1"]),
-    "a label twice": (field("text.labels", ["cat", "dog", "cat"]), ["text.labels", "'cat' is there twice"]),
+    "a label twice": (field("text.labels", ["cat", "dog", "cat"]), ["text.labels", "'cat' is given twice"]),
     "no templates": (field("text.templates", []), ["text.templates"]),
     "template without {}": (field("text.templates", ["a photo"]), ["text.templates.0"]),
     "layers without end": (field("shape.layers", 10**12), ["shape.layers"]),

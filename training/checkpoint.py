@@ -105,7 +105,7 @@ def latest(path: Path) -> Path:
         return path
     if saved := checkpoints(path):
         return saved[-1]
-    raise CheckpointError(f"no checkpoint in {path}: expected step-*/checkpoint.json")
+    raise CheckpointError(f"no checkpoint in {path}: it has no step-*/checkpoint.json; give the folder of a run")
 
 
 def read_meta(checkpoint: Path) -> CheckpointMeta:
@@ -118,7 +118,7 @@ def read_meta(checkpoint: Path) -> CheckpointMeta:
         return CheckpointMeta.model_validate_json(text)
     except ValidationError as error:
         raise CheckpointError(
-            f"{checkpoint}/checkpoint.json is not one of Vitrine's: {first_problem(error)}"
+            f"{checkpoint}/checkpoint.json was not written by Vitrine: {first_problem(error)}"
         ) from error
 
 
@@ -142,7 +142,9 @@ def load_clip_of(recipe: AnyRecipe, data_root: Path) -> Clip:
 def check_clip(checkpoint: Path, meta: CheckpointMeta, clip: Clip) -> None:
     """Raise `CheckpointError` unless the checkpoint was trained on this CLIP."""
     if clip.sha256 != meta.clip_sha256:
-        raise CheckpointError(f"{checkpoint} was trained on a CLIP with other weights than {clip.name} {clip.weights}")
+        raise CheckpointError(
+            f"{checkpoint} was trained on a CLIP whose weights differ from {clip.name} {clip.weights}"
+        )
 
 
 class _Format(BaseModel):
@@ -154,8 +156,8 @@ def clt_recipe(checkpoint: Path, meta: CheckpointMeta) -> CltRecipe:
     if isinstance(meta.recipe, CltRecipe):
         return meta.recipe
     raise CheckpointError(
-        f"{checkpoint} has residual SAEs, and a Cross-Layer Transcoder is needed here: give a checkpoint of a recipe "
-        'of kind = "clt"'
+        f"{checkpoint} has residual SAEs, but a Cross-Layer Transcoder is needed here: give a checkpoint of a recipe "
+        f'of kind = "clt"'
     )
 
 
@@ -176,8 +178,8 @@ def load_residual_saes(checkpoint: Path) -> tuple[ResidualSaes, CheckpointMeta]:
     meta = read_meta(checkpoint)
     if not isinstance(meta.recipe, ResidualSaeRecipe):
         raise CheckpointError(
-            f"{checkpoint} has a Cross-Layer Transcoder, and residual SAEs are needed here: give a checkpoint of a "
-            'recipe of kind = "residual_sae"'
+            f"{checkpoint} has a Cross-Layer Transcoder, but residual SAEs are needed here: give a checkpoint of a "
+            f'recipe of kind = "residual_sae"'
         )
     saes = ResidualSaes(meta.recipe.residual_sae.architecture(meta.layers, meta.width))
     saes.load_state_dict(load_tensors(weights_file(checkpoint, meta)))

@@ -60,11 +60,11 @@ def export_checkpoint(
     default = list(labels or meta.labels or recipe.data.labels or ())
     if not default:
         raise ExportError(
-            f"{newest} was trained without labels, and a bundle needs some to predict where a request brings none: "
-            "give `vitrine export` --labels or --labels-file"
+            f"{newest} was trained without labels, but a bundle needs default labels for requests that give none: "
+            f"give `vitrine export` --labels or --labels-file"
         )
     if meta.metrics.r2 is None:
-        log(f"{newest} is unfinished (step {meta.step} of {meta.steps}): the bundle has no metrics")
+        log(f"{newest} is not finished (step {meta.step} of {meta.steps}): the bundle will have no metrics")
     if message := cls_warning(meta.metrics, recipe):
         log(message)
     provenance = Provenance(

@@ -1,4 +1,4 @@
-"""`vitrine.load`: a bundle, or the checkpoint of a run, ready to be asked."""
+"""`vitrine.load`: opens a bundle, or the checkpoint of a run, for use from Python."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from vitrine.service.operations.settings import load_settings
 
 
 def load(source: str | os.PathLike[str] | None = None, **settings: Any) -> Explainer:
-    """Open a bundle, to explain images with it: `vitrine.load("bundles/b32").explain("photo.jpg").ledger`.
+    """Open a bundle and explain images with it: `vitrine.load("bundles/b32").explain("photo.jpg").ledger`.
 
     Args:
-        source: the folder of a bundle; or of a run (`runs/b32`), or one of its checkpoints, for which see below.
-            Default: VITRINE_BUNDLE, or the small bundle that Vitrine brings along.
-        settings: the service's, by their names in lower case (`precision="auto"`, `threads=4`), before the
-            environment's VITRINE_ variables. Those of HTTP have no effect.
+        source: the folder of a bundle, the folder of a run (`runs/b32`), or one checkpoint of a run (see below).
+            Default: VITRINE_BUNDLE, or else the small bundle that comes with Vitrine.
+        settings: settings of the service, by their names in lower case (`precision="auto"`, `threads=4`). They
+            override the VITRINE_ variables of the environment. Settings that concern HTTP have no effect.
 
-    A checkpoint is exported first, as long as `vitrine export` takes for it, with its progress and warnings on standard
-    error. That needs vitrine[training] and the run's CLIP and images (VITRINE_DATA, default `data`, is what its
-    paths are relative to). The bundle stays under ~/.cache/vitrine (XDG_CACHE_HOME), from where the same checkpoint is
-    loaded the next time; remove it there when it is no longer wanted. Its features have no labels: `vitrine cards`
-    makes them.
+    A checkpoint is exported first. This takes as long as `vitrine export`; progress and warnings go to standard error.
+    The export needs vitrine[training], and the run's CLIP and images; the run's paths are relative to VITRINE_DATA
+    (default: `data`). The bundle is kept under ~/.cache/vitrine (XDG_CACHE_HOME), and the next call with the same
+    checkpoint loads it from there; delete it there when you no longer need it. Its features have no labels:
+    `vitrine cards` makes them.
 
     Raises `VitrineError`, whose message says what is wrong and what to do.
     """
@@ -44,7 +44,7 @@ def _exported(path: Path) -> Path:
     if not (path / "checkpoint.json").is_file() and not any(path.glob("step-*/checkpoint.json")):
         raise BundleError(
             f"{path} is neither a bundle (it has no {MANIFEST}) nor a run (no step-*/checkpoint.json): give the folder "
-            "of one; `vitrine pull` fetches a bundle from a hub"
+            "of a bundle or of a run; `vitrine pull` fetches a bundle from a hub"
         )
     try:
         from vitrine.models.progress import Progress
@@ -53,15 +53,15 @@ def _exported(path: Path) -> Path:
         from vitrine.training.export import export_checkpoint
     except ModuleNotFoundError as error:
         raise BundleError(
-            f"{path} is a checkpoint, and {error.name}, which its export needs, is not installed: pip install "
-            "'vitrine[cpu,training]', or export it elsewhere and load the bundle"
+            f"cannot export the checkpoint {path}: {error.name} is not installed; pip install 'vitrine[cpu,training]', "
+            "or export it on another machine and load the bundle"
         ) from error
     checkpoint = latest(path)
     out = _cache() / _digest(checkpoint)
     if (out / MANIFEST).exists():
         return out
     console = new_console(stderr=True)
-    console.print(f"exporting {checkpoint} to {out}, once", soft_wrap=True)
+    console.print(f"exporting {checkpoint} to {out}; the next call loads it from there", soft_wrap=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     data_root = Path(os.environ.get("VITRINE_DATA") or "data")
     try:

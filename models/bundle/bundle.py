@@ -118,7 +118,7 @@ class Bundle:
                 raise self._changed(name)
 
     def _changed(self, name: str) -> BundleError:
-        return BundleError(f"{self.path / name} was changed since it was verified; load the bundle again")
+        return BundleError(f"{self.path / name} has changed since it was verified; load the bundle again")
 
     def close(self) -> None:
         """Close what is held open for the cards; they cannot be read any more."""
@@ -290,12 +290,12 @@ def _verify(file: Path, entry: FileEntry) -> Identity:
         if not file.is_file():
             raise BundleError(f"{file} is missing")
         if (size := file.stat().st_size) != entry.bytes:
-            raise BundleError(f"{file} has {size:,} bytes, the manifest says {entry.bytes:,}")
+            raise BundleError(f"{file} has {size:,} bytes, but the manifest says {entry.bytes:,}")
         sha256, identity = sha256_and_identity(file)
     except OSError as error:
         raise BundleError(f"{file} cannot be read: {error}") from error
     if sha256 != entry.sha256:
-        raise BundleError(f"{file} does not have the manifest's sha256: it was changed or damaged")
+        raise BundleError(f"{file} does not have the sha256 of the manifest: it was changed or is damaged")
     return identity
 
 
@@ -306,4 +306,4 @@ def _refuse_unlisted(path: Path, manifest: Manifest) -> None:
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
     if unlisted := [name for name in names if name not in manifest.files]:
-        raise BundleError(f"{path / MANIFEST} does not list {', '.join(unlisted)}, which lies beside it")
+        raise BundleError(f"{path / MANIFEST} does not list {', '.join(unlisted)}, which is next to it")

@@ -191,7 +191,7 @@ class Cards:
         query = f"SELECT image, name, class_name, picture FROM {self._table(IMAGES)} WHERE image IN ?"  # noqa: S608
         images = {image: CardImage(*fields) for image, *fields in self._rows(query, [list(set(numbers))])}
         if missing := set(numbers) - set(images):
-            raise CardsError(f"{self.path / IMAGES} has no image {min(missing)}, which a card names")
+            raise CardsError(f"{self.path / IMAGES} has no image {min(missing)}, which a card refers to")
         return [images[number] for number in numbers]
 
     def search(self, text: str | None, layer: int | None, offset: int, limit: int) -> tuple[int, list[SearchHit]]:
@@ -231,11 +231,11 @@ class Cards:
         except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
             raise CardsError(f"{file} cannot be used: {error}") from error
         if indices.shape != values.shape or indices.ndim != 3 or indices.shape[1] != len(self.features):
-            raise CardsError(f"{file}: codes {indices.shape}, {values.shape} do not fit")
+            raise CardsError(f"{file}: codes of shapes {indices.shape} and {values.shape} do not fit the bundle")
         if not np.issubdtype(indices.dtype, np.integer) or not np.issubdtype(values.dtype, np.floating):
             raise CardsError(f"{file}: indices are {indices.dtype}, values {values.dtype}")
         if (indices < 0).any() or (indices >= self.features[:, None]).any():
-            raise CardsError(f"{file} names a feature beyond those that there are")
+            raise CardsError(f"{file} names a feature that does not exist")
         if not is_finite(values):
             raise CardsError(f"{file} has values that are not finite")
         return indices, values

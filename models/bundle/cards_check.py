@@ -20,18 +20,18 @@ def feature_checks(features: str, images: str, counts: Sequence[int], bins: int,
     rows = f"SELECT count(*) FROM {features} WHERE "  # noqa: S608
     return {
         "features that do not exist": f"{rows} coalesce({place}, true)",
-        "features that are there twice": f"SELECT count(*) - count(DISTINCT (layer, index)) FROM {features}",  # noqa: S608
+        "features that are listed twice": f"SELECT count(*) - count(DISTINCT (layer, index)) FROM {features}",  # noqa: S608
         "numbers that are missing or not finite": rows + " OR ".join(numbers),
-        "values that are none": f"""{rows}
+        "invalid values": f"""{rows}
             coalesce(read_at NOT IN ('cls', 'patches'), true) OR len(quantiles) NOT IN (0, {quantiles})
             OR len(histogram) NOT IN (0, {bins})
             OR abstained NOT IN ('too_few_exemplars', 'score', 'clarity', 'margin')
             OR octet_length(mean_picture) = 0 OR concat(label, writes) IS NULL""",
-        "exemplars that are not finite, or no image": f"""
+        "exemplars that are not finite, or have no image": f"""
             SELECT count(*) FROM (SELECT unnest(exemplars) AS one FROM {features})
             WHERE NOT coalesce(isfinite(one.activation), false) OR octet_length(one.mask) IS NULL
             OR coalesce(one.image NOT IN (SELECT image FROM {images}), true)""",  # noqa: S608
-        "coactive features that do not exist, or not finite": f"""
+        "coactive features that do not exist, or are not finite": f"""
             SELECT count(*) FROM (SELECT unnest(coactive, recursive := true) FROM {features})
             WHERE NOT coalesce(isfinite(jaccard), false) OR coalesce({place}, true)""",  # noqa: S608
     }
@@ -40,10 +40,10 @@ def feature_checks(features: str, images: str, counts: Sequence[int], bins: int,
 def image_checks(images: str, references: int) -> dict[str, str]:
     """The same for the table of images, of which the first `references` are compared with."""
     return {
-        "images that are there twice": f"SELECT count(*) - count(DISTINCT image) FROM {images}",  # noqa: S608
-        "rows without number, name or class": f"""
+        "images that are listed twice": f"SELECT count(*) - count(DISTINCT image) FROM {images}",  # noqa: S608
+        "rows without a number, name or class": f"""
             SELECT count(*) FROM {images}
             WHERE image IS NULL OR name IS NULL OR class_name IS NULL OR octet_length(picture) = 0""",  # noqa: S608
-        "reference images too few": f"""
+        "too few reference images, missing": f"""
             SELECT {references} - count(*) FROM {images} WHERE image BETWEEN 0 AND {references - 1}""",  # noqa: S608
     }

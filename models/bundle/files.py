@@ -56,10 +56,10 @@ def map_table(stream: BinaryIO, shape: tuple[int, ...]) -> NDArray[np.floating]:
     """
     version = np.lib.format.read_magic(stream)
     if version not in _HEADERS:
-        raise ValueError(f"version {version} of the .npy format is not read")
+        raise ValueError(f"version {version} of the .npy format is not supported")
     found, by_column, dtype = _HEADERS[version](stream)
     if found != shape or not np.issubdtype(dtype, np.floating):
-        raise ValueError(f"it is {dtype} {found}, the manifest says {shape}")
+        raise ValueError(f"it is {dtype} {found}, but the manifest says {shape}")
     table = np.memmap(stream, dtype, "r", stream.tell(), shape, "F" if by_column else "C")
     if not is_finite(table):
         raise ValueError("it has values that are not finite")

@@ -30,7 +30,7 @@ def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
     seen: set[str] = set()
     for label in labels:
         if label in seen:
-            raise ValueError(f"labels must differ from one another, and {label[:100]!r} is there twice")
+            raise ValueError(f"labels must differ from one another, but {label[:100]!r} is given twice")
         seen.add(label)
     return labels
 
@@ -70,8 +70,8 @@ def parse_label_set(file: Path, stream: BinaryIO) -> NamedLabels:
     """The contents of an opened file. Raises `LabelSetError`; `OSError` if it cannot be read."""
     if file.stem == DEFAULT or not _NAME.fullmatch(file.stem):
         raise LabelSetError(
-            f"{file}: a label set's name has small letters, digits, '.', '_' and '-', at most 64 of them, and is not "
-            f"{DEFAULT!r}, which is the bundle's own"
+            f"{file}: the name of a label set must consist of at most 64 lower-case letters, digits, '.', '_' and "
+            f"'-', and must not be {DEFAULT!r}, the name of the bundle's own labels"
         )
     raw = stream.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:

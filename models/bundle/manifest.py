@@ -48,7 +48,7 @@ class Preprocessing(_Part):
     @model_validator(mode="after")
     def _square(self) -> Preprocessing:
         if self.resize_mode == "shortest" and self.size[0] != self.size[1]:
-            raise ValueError("resize_mode 'shortest' is supported for square sizes alone")
+            raise ValueError("resize_mode 'shortest' is supported only for square sizes")
         return self
 
 
@@ -76,7 +76,7 @@ class Shape(_Part):
     @model_validator(mode="after")
     def _one_budget_per_layer(self) -> Shape:
         if bool(self.features) != bool(self.k):
-            raise ValueError(f"features is {self.features}, k is {self.k}: without a CLT both are 0")
+            raise ValueError(f"features is {self.features}, k is {self.k}: without a CLT both must be 0")
         for name in ("k_cls", "k_patches"):
             budgets = getattr(self, name)
             if budgets is not None and len(budgets) != self.layers:
@@ -262,8 +262,8 @@ class Manifest(_Part):
     def why_no_features(self) -> str:
         """Of a bundle without a CLT: a clause for errors about what it has not."""
         return (
-            f"the bundle {self.name!r} has no CLT, and so no features; `vitrine train` makes one, and `vitrine export "
-            "--checkpoint` a bundle with it"
+            f"the bundle {self.name!r} has no CLT and therefore no features; train a CLT with `vitrine train`, and "
+            f"export it with `vitrine export --checkpoint`"
         )
 
     def features_of(self, dictionary: Dictionary) -> tuple[int, ...]:
@@ -289,10 +289,14 @@ class Manifest(_Part):
         """What a CLT brings along is there with one, and not without."""
         for name in ("sparsifier", "data"):
             if (getattr(self, name) is not None) != self.has_features:
-                has = "it is missing, and there are some" if self.has_features else "it is given, and there are none"
-                raise ValueError(f"{name}: it is of the CLT's features: {has} (shape.features)")
+                has = (
+                    "it is missing, but there are features"
+                    if self.has_features
+                    else "it is given, but there are no features"
+                )
+                raise ValueError(f"{name} describes the CLT's features: {has} (shape.features)")
         if self.cards is not None and not self.has_features:
-            raise ValueError("cards: there is no CLT (shape.features)")
+            raise ValueError("cards are given, but there is no CLT (shape.features)")
         return self
 
     @model_validator(mode="after")
@@ -300,13 +304,13 @@ class Manifest(_Part):
         for name in ("features", "k", "k_cls") if self.residual else ():
             numbers, layers = len(getattr(self.residual, name)), self.shape.layers
             if numbers != layers - 1:
-                raise ValueError(f"residual.{name} has {numbers} numbers; {layers} layers have {layers - 1} SAEs")
+                raise ValueError(f"residual.{name} has {numbers} numbers, but {layers} layers have {layers - 1} SAEs")
         return self
 
     @model_validator(mode="after")
     def _cards_of_saes(self) -> Manifest:
         if self.residual_cards is not None and self.residual is None:
-            raise ValueError("residual_cards: there are no residual SAEs")
+            raise ValueError("residual_cards are given, but there are no residual SAEs")
         return self
 
     @field_validator("files")
@@ -315,9 +319,9 @@ class Manifest(_Part):
         for name in files:
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\\" in name:
-                raise ValueError(f"file name {name!r} leaves the bundle")
+                raise ValueError(f"file name {name!r} points outside the bundle")
             if not path.parts or str(path) != name or not name.isprintable():
-                raise ValueError(f"file name {name!r} is no plain path")
+                raise ValueError(f"file name {name!r} is not a plain path")
         return files
 
 

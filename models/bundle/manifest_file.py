@@ -37,15 +37,15 @@ def _read(path: Path) -> bytes:
     """The bytes of manifest.json. Only the format version is checked here: other versions have other fields."""
     try:
         if not path.is_dir():
-            raise BundleError(f"{path} is no directory")
+            raise BundleError(f"{path} is not a directory")
         with open_regular(path / MANIFEST) as stream:
             raw = stream.read(MAX_MANIFEST_BYTES + 1)
     except FileNotFoundError as error:
-        raise BundleError(f"{path / MANIFEST} is missing: {path} is no bundle") from error
+        raise BundleError(f"{path / MANIFEST} is missing: {path} is not a bundle") from error
     except OSError as error:
         raise BundleError(f"{path / MANIFEST} cannot be read: {error}") from error
     if len(raw) > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{path / MANIFEST} is larger than {MAX_MANIFEST_BYTES:,} bytes: that is no manifest")
+        raise BundleError(f"{path / MANIFEST} is larger than {MAX_MANIFEST_BYTES:,} bytes, too large for a manifest")
     try:
         version = _Version.model_validate_json(raw).format_version
     except ValidationError as error:

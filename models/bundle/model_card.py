@@ -32,12 +32,12 @@ def model_card(manifest: Manifest) -> str:
 def _clt(manifest: Manifest) -> str:
     shape = manifest.shape
     if not manifest.has_features:
-        return f"""- **CLT**: none, so that accounts have the MLPs' rows and no features; {shape.layers} layers,
+        return f"""- **CLT**: none, so accounts have the MLPs' rows but no features; {shape.layers} layers,
   width {shape.width}, embedding {shape.embedding}
 """
     return f"""- **CLT**: {shape.layers} layers x {shape.features:,} features, {_decoder_targets(shape)};
   width {shape.width}, embedding {shape.embedding}, tables in {manifest.tables}
-- **Sparsifier**: {manifest.sparsifier}; active features a token and layer{_budget_note(manifest)}:
+- **Sparsifier**: {manifest.sparsifier}; active features per token and layer{_budget_note(manifest)}:
   {_budget(shape.k_cls, shape.k)} on [CLS], {_budget(shape.k_patches, shape.k)} on patches
 """
 
@@ -64,11 +64,11 @@ A ledger accounts for what *this CLIP* computed. It does not say that the predic
 |---|---|
 {rows}
 
-r2, cosine: CLT against true MLP outputs, all tokens, mean over layers; r2_cls: [CLS] alone. dead_share: features that
-never fired on val. zero_shot_top1: the CLIP's own, with the default templates.
+r2, cosine: CLT against true MLP outputs, all tokens, mean over layers; r2_cls: only [CLS]. dead_share: features
+that never fired on val. zero_shot_top1: of the unmodified CLIP, with the default templates.
 {_by_layer(manifest.metrics)}
-A ledger accounts for what *this CLIP* computed. It does not say that the prediction is right, and its features stand
-in for the MLPs only as well as `fidelity` in every answer says.
+A ledger accounts for what *this CLIP* computed. It does not say that the prediction is right, and its features
+represent the MLPs only as well as `fidelity` in every answer says.
 """
 
 
@@ -109,7 +109,7 @@ def _by_layer(metrics: Metrics) -> str:
     head = f"| layer | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}"
     return f"""
 outliers: share of tokens whose MLP output is longer than three times the median of its layer; kept: the others. A few
-such tokens own the variance, so that R² alone says little of the others. relative_error: median over tokens of
+such tokens have most of the variance, so R² says little about the others. relative_error: median over tokens of
 |y - y'| / |y|. worst: of the layer where it is lowest. agreement: share of images that keep CLIP's own top-1.
 
 {head}
@@ -124,8 +124,8 @@ def _cards(title: str, cards: CardsSummary | None) -> str:
     label_check = "none of them could be checked on held-out images"
     if quality.auroc_share is not None:
         label_check = (
-            f"of the {quality.measured:,} that could be checked on {quality.held_out_images:,} held-out images, "
-            f"{quality.auroc_share:.1%} tell when their feature fires (AUROC of 0.8 or better; "
+            f"of the {quality.measured:,} that could be checked on {quality.held_out_images:,} held-out "
+            f"images, {quality.auroc_share:.1%} predict when their feature fires (AUROC of 0.8 or better; "
             f"{quality.auroc_share_shuffled:.1%} with the same labels shuffled)"
         )
     return f"""
@@ -133,7 +133,7 @@ def _cards(title: str, cards: CardsSummary | None) -> str:
 
 From {cards.images:,} images of {cards.data} and {cards.vocabulary:,} words; pictures: {cards.pictures}.
 {quality.labelled:,} features have a label: {label_check}.
-The others have none rather than a poor one.
+The others have no label, because none was good enough.
 """
 
 
@@ -146,7 +146,7 @@ def _residual(residual: ResidualSummary | None) -> str:
         "variance explained, the worst layer": figures.r2_worst,
         "variance explained at [CLS], mean of layers": figures.r2_cls,
         "features that never fired": figures.dead_share,
-        "top-1 with every SAE in place of the stream": figures.replacement_all_top1,
+        "top-1 with every SAE replacing the stream": figures.replacement_all_top1,
     }
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in measured.items() if value is not None)
     table = f"\n| metric (val) | value |\n|---|---|\n{rows}\n" if rows else ""
@@ -157,10 +157,10 @@ One after every block but the last ([arXiv 2509.17401](https://arxiv.org/abs/250
 the stream; {residual.bytes / 1e6:.1f} MB of this bundle, tables in {residual.tables}.
 
 - **Features**: {_budget(residual.features, 0)}
-- **Sparsifier**: {residual.sparsifier}; active features a token: {_budget(residual.k_cls, 0)} on [CLS],
+- **Sparsifier**: {residual.sparsifier}; active features per token: {_budget(residual.k_cls, 0)} on [CLS],
   {_budget(residual.k, 0)} on patches
 - **Trained on**: {data.name}, {data.train_images:,} images; licence of the data: {data.licence}
-- **Measured on**: {data.name}, {data.val_images:,} held-out images, tokens standardised each by itself
+- **Measured on**: {data.name}, {data.val_images:,} held-out images, each token standardised by itself
 {table}
 ```toml
 {residual.recipe.strip()}
@@ -172,22 +172,22 @@ def _agreement(variant: tuple[Variant, Agreement]) -> str:
     name, result = variant
     features = "" if result.top_features is None else f" and {result.top_features:.1%} of the ten top features"
     return (
-        f"; {name}, which agrees with it on {result.images:,} held-out images in {result.top1:.1%} of the top-1"
-        f"{features} (cosine of the ledgers {result.ledger_cosine:.4f})"
+        f"; {name}, which on {result.images:,} held-out images agrees with fp32 in {result.top1:.1%} of the "
+        f"top-1{features} (cosine of the ledgers {result.ledger_cosine:.4f})"
     )
 
 
 def _decoder_targets(shape: Shape) -> str:
     if shape.cross_layer:
         return "cross-layer: each writes to the MLP outputs of its own layer and of all later ones"
-    return "per-layer: each writes to the MLP output of its own layer alone"
+    return "per-layer: each writes to the MLP output of its own layer only"
 
 
 def _budget_note(manifest: Manifest) -> str:
     """Whether the budgets hold per token or on average; if on average, the upper bound per token."""
     if manifest.sparsifier in ("relu_topk", "abs_topk"):
         return ""
-    return f" on average (at most {manifest.shape.k} as served)"
+    return f" on average (at most {manifest.shape.k} when served)"
 
 
 def _budget(budgets: tuple[int, ...] | None, k: int) -> str:

@@ -44,20 +44,20 @@ def decide_quick_gelu(name: str, file: Path, weights: Weights, said: bool | None
         in_file = _published(file)
     configured = open_clip.get_model_config(name).get("quick_gelu")
     told = {
-        f"{display(file)} is of": in_file,
+        f"{display(file)} has": in_file,
         f"{name} has": configured,
         "`quick_gelu` says": said,
     }
     told = {source: quick_gelu for source, quick_gelu in told.items() if quick_gelu is not None}
     if len(set(told.values())) > 1:
         facts = ", ".join(f"{source} {'QuickGELU' if quick_gelu else 'GELU'}" for source, quick_gelu in told.items())
-        raise ClipError(f"{facts}: leave out, or correct, what is wrong")
+        raise ClipError(f"{facts}: remove or correct what is wrong")
     if told:
         return next(iter(told.values()))
     if has_twin:
         raise ClipError(
-            f"nothing in {display(file)} says whether it was trained with GELU or, as OpenAI's weights, with "
-            f"QuickGELU: name {name}{TWIN}, or say quick_gelu = false (--no-quick-gelu) if it was GELU"
+            f"nothing in {display(file)} says whether it was trained with GELU or, like OpenAI's weights, with "
+            f"QuickGELU: for QuickGELU give the name {name}{TWIN}, for GELU set quick_gelu = false (--no-quick-gelu)"
         )
     return False
 
@@ -89,12 +89,12 @@ def fit(model: nn.Module, name: str, file: Path, state: dict[str, Tensor]) -> No
             state[key] = state[key].reshape(own[key].shape)
     problems = []
     if missing := [key for key in own if key not in state]:
-        problems.append(f"it lacks {listed(missing)}")
+        problems.append(f"it does not have {listed(missing)}")
     if extra := [key for key in state if key not in own]:
-        problems.append(f"it has {listed(extra)} in vain")
+        problems.append(f"{name} does not have {listed(extra)}")
     other = [key for key in state if key in own and state[key].shape != own[key].shape]
     if other:
-        shapes = [f"{key} is {_shape(state[key])} there and {_shape(own[key])} in {name}" for key in other]
+        shapes = [f"{key} is {_shape(state[key])} in the file and {_shape(own[key])} in {name}" for key in other]
         problems.append(listed(shapes))
     if problems:
         raise ClipError(f"{display(file)} does not fit {name}: {'; '.join(problems)}: {_remedy(state)}")
@@ -109,8 +109,8 @@ def _remedy(state: Mapping[str, Any]) -> str:
     """Whose shapes these are."""
     fitting = [name for name in open_clip.list_models() if not name.endswith(TWIN) and _has_shapes(name, state)]
     if fitting:
-        return f"these are the shapes of {' or '.join(fitting[:NAMED])}"
-    return "name the CLIP that it was saved from, or its configuration (`config`)"
+        return f"the shapes are those of {' or '.join(fitting[:NAMED])}"
+    return "give the name of the CLIP that was saved, or its configuration (`config`)"
 
 
 def _has_shapes(name: str, state: Mapping[str, Any]) -> bool:

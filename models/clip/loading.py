@@ -140,10 +140,10 @@ def load_clip(
     if config is not None:
         name = _add_config(config)
     if name is None:
-        raise ClipError("name a CLIP: an open_clip model name, or a configuration file")
+        raise ClipError("no CLIP is given: set the name of an open_clip model, or a configuration file")
     if name.startswith(PREFIXES_WITH_WEIGHTS):
         if weights is not None or quick_gelu is not None:
-            raise ClipError(f"{name} brings its own weights; leave `weights` out, and `quick_gelu`")
+            raise ClipError(f"{name} has its own weights; omit `weights` and `quick_gelu`")
         model = _own_weights(name)
     elif weights in _tags(name):
         model = _published(name, str(weights), quick_gelu)
@@ -151,7 +151,9 @@ def load_clip(
         model, name = _from_file(name, _check_file(name, weights), quick_gelu, config is None)
     model.eval().requires_grad_(False)
     if getattr(model, "logit_bias", None) is not None:
-        raise UnsupportedTower(f"{name} has a logit bias (sigmoid loss, as SigLIP): no zero-shot softmax")
+        raise UnsupportedTower(
+            f"{name} has a logit bias (sigmoid loss, like SigLIP), so it has no zero-shot softmax; choose another CLIP"
+        )
     return Clip(
         model=model,
         tower=Tower(model.visual),
@@ -180,7 +182,7 @@ def _published(name: str, tag: str, quick_gelu: bool | None) -> Any:
     # OpenAI's weights (and some others) were trained with QuickGELU, which plain model names do not imply.
     trained = bool(published.get("quick_gelu"))
     if quick_gelu not in (None, trained):
-        raise ClipError(f"{name} {tag} is of {'QuickGELU' if trained else 'GELU'}; leave `quick_gelu` out")
+        raise ClipError(f"{name} {tag} was trained with {'QuickGELU' if trained else 'GELU'}; omit `quick_gelu`")
     of = f"{name} {tag}"
     weights = str(fetch_tag(of, published)) if published.get("hf_hub") else tag
     preprocess = {key: value for key, value in published.items() if key != "size"}  # which is the model's
@@ -230,7 +232,7 @@ def _short(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"it needs {error.name}, which is not installed: `pip install {error.name}`"
     lines = [line for line in map(str.strip, str(error).splitlines()) if line]
-    rest = f"; and {len(lines) - 3:,} lines more" if len(lines) > 3 else ""
+    rest = f"; and {len(lines) - 3:,} more lines" if len(lines) > 3 else ""
     return "; ".join(lines[:3]).replace(":;", ":") + rest if lines else "its parts do not fit together"
 
 
@@ -244,7 +246,7 @@ def _add_config(config: Path) -> str:
         raise ClipError(f"CLIP configuration {config} is not JSON: {error}") from error
     keys = set(fields) if isinstance(fields, dict) else set()
     if missing := {"embed_dim", "vision_cfg", "text_cfg"} - keys:
-        raise ClipError(f"CLIP configuration {config} lacks {', '.join(sorted(missing))}")
+        raise ClipError(f"CLIP configuration {config} does not have {', '.join(sorted(missing))}")
     open_clip.add_model_config(config)
     return config.stem
 
@@ -254,7 +256,7 @@ def _tags(name: str) -> list[str]:
     if name not in open_clip.list_models():
         near = difflib.get_close_matches(name, open_clip.list_models(), 1)
         hint = f"did you mean {near[0]}?" if near else "see `open_clip.list_models()`"
-        raise ClipError(f"open_clip knows no model {name!r}; {hint}")
+        raise ClipError(f"open_clip has no model named {name!r}; {hint}")
     return list(open_clip.list_pretrained_tags_by_model(name))
 
 
@@ -263,10 +265,10 @@ def _check_file(name: str, weights: str | None) -> Path:
     if weights is not None and Path(weights).is_file():
         return Path(weights)
     tags = _tags(name)
-    choices = f"tags for {name}: {', '.join(tags)}" if tags else f"{name} has no published weights, so name a file"
+    choices = f"tags for {name}: {', '.join(tags)}" if tags else f"{name} has no published weights, so give a file"
     if weights is None:
-        raise ClipError(f"{name} needs `weights`: a tag of open_clip's, or a file; {choices}")
-    raise ClipError(f"weights {weights!r} are neither a file nor a tag of open_clip's; {choices}")
+        raise ClipError(f"{name} needs `weights`: one of open_clip's tags, or a file; {choices}")
+    raise ClipError(f"weights {weights!r} are neither a file nor one of open_clip's tags; {choices}")
 
 
 def model_sha256(model: nn.Module) -> str:

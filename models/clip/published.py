@@ -50,11 +50,11 @@ def fetch_model(name: str) -> Path:
     except HubError as error:
         raise ClipError(str(error)) from error
     if address.revision is not None:
-        raise ClipError(f"{name}: open_clip takes the main branch alone; leave @{address.revision} out")
+        raise ClipError(f"{name}: open_clip reads only the main branch; omit @{address.revision}")
     config = _fetch("", address, (CONFIG,))
     weights = _fetch("", address, (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME))
     if weights.parent != config.parent:
-        raise ClipError(f"{name} was changed meanwhile; start again")
+        raise ClipError(f"{name} was changed on the hub in the meantime; start again")
     return config.parent
 
 
@@ -72,10 +72,10 @@ def _fetch(of: str, address: Address, names: tuple[str, ...]) -> Path:
     try:
         file = _download(address, names)
     except (HubError, FileError) as error:
-        place = " (HF_HUB_CACHE says where the cache is)" if isinstance(error, FileError) else ""
+        place = " (HF_HUB_CACHE sets where the cache is)" if isinstance(error, FileError) else ""
         raise ClipError(f"{of}{error}{place}") from error
     if file is None:
-        raise ClipError(f"{of}{address} is no CLIP of open_clip's: it has no {' and no '.join(names)}")
+        raise ClipError(f"{of}{address} is not a CLIP for open_clip: it has no {' and no '.join(names)}")
     _check_whole(of, file)
     return file
 
@@ -101,9 +101,9 @@ def _check_whole(of: str, file: Path) -> None:
     data = file.resolve()  # of large files named by their sha256
     try:
         if _SHA256.fullmatch(data.name) and file_sha256(data) != data.name:
-            raise ClipError(f"{display(file)} is damaged, as its sha256 tells: {AGAIN}")
+            raise ClipError(f"{display(file)} is damaged, its sha256 is wrong: {AGAIN}")
         if file.name != CONFIG:
             check_readable(file)
     except VitrineError as error:
         problem = str(error).removesuffix(f": {AGAIN}")
-        raise ClipError(f"{of}{problem}; remove {display(data)}, and start again") from error
+        raise ClipError(f"{of}{problem}; delete {display(data)}, and start again") from error

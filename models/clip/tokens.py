@@ -106,12 +106,14 @@ def _cleaning(function: Any) -> Clean:
 def _simple(tokenizer: SimpleTokenizer) -> Converted:
     """CLIP's byte-pair encoding with `</w>` at the end of words."""
     if tokenizer.reduction_fn is not None:
-        raise UnsupportedTokenizer("cannot convert a tokenizer with a reduction_mask: it leaves out tokens at random")
+        raise UnsupportedTokenizer(
+            "cannot convert a tokenizer with a reduction_mask, which leaves out tokens at random"
+        )
     start, end, *more = (tokenizer.decoder[number] for number in tokenizer.all_special_ids)
     if more:
         raise UnsupportedTokenizer(f"cannot convert a tokenizer with additional_special_tokens: {', '.join(more)}")
     if tokenizer.pat.pattern != f"{start}|{end}{_PIECES}":
-        raise UnsupportedTokenizer(f"cannot convert a tokenizer that divides texts by {tokenizer.pat.pattern!r}")
+        raise UnsupportedTokenizer(f"cannot convert a tokenizer that splits texts by {tokenizer.pat.pattern!r}")
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
     converted = Tokenizer(models.BPE(vocab=tokenizer.encoder, merges=merges, end_of_word_suffix="</w>"))
     converted.pre_tokenizer = pre_tokenizers.Sequence(
@@ -166,7 +168,7 @@ def _hugging_face(tokenizer: HFTokenizer) -> Converted:
         raise UnsupportedTokenizer(f"cannot convert {type(inner).__name__}: it has no `tokenizers` object")
     for side in ("padding_side", "truncation_side"):
         if (value := getattr(inner, side)) != "right":
-            raise UnsupportedTokenizer(f"cannot convert a tokenizer with {side} {value!r}, only 'right'")
+            raise UnsupportedTokenizer(f"cannot convert a tokenizer with {side} {value!r}; only 'right' is supported")
     zeroed = inner.sep_token_id if tokenizer.strip_sep_token else None
     return Converted(
         Tokenizer.from_str(backend.to_str()), inner.pad_token_id, _cleaning(tokenizer.clean_fn), zeroed=zeroed

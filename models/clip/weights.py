@@ -26,18 +26,18 @@ from vitrine.models.clip.errors import ClipError
 from vitrine.models.files.names import display, printable
 
 AGAIN = "copy or download it again"
-_UNPACK = "unpack it, and name the file of weights in it"
+_UNPACK = "unpack it, and give the file of weights in it"
 _WEB_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
 _FOREIGN = (  # how a file begins, what it is, and what to do
     (rb"version https://git-lfs", f"is a pointer of git-lfs, not the weights: run `git lfs pull` there, or {AGAIN}"),
-    (rb"\s*[{\[]", "is JSON, not weights: name the file of weights (a configuration of a CLIP is `config`)"),
+    (rb"\s*[{\[]", "is JSON, not weights: give the file of weights (for a CLIP's configuration use `config`)"),
     (rb".{257}ustar", f"is a tar archive: {_UNPACK}"),
     (rb"\x1f\x8b|\x28\xb5\x2f\xfd|\xfd7zXZ|BZh|7z\xbc\xaf", f"is compressed: {_UNPACK}"),
-    (rb"\x93NUMPY", "is an array of numpy's, not named weights: save the model's state_dict with torch.save"),
+    (rb"\x93NUMPY", "is a numpy array, not named weights: save the model's state_dict with torch.save"),
 )
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how `torch.save` began its files before it wrote zip archives
 _LONGEST_HEADER = 100_000_000  # bytes, of safetensors
-_KINDS = "safetensors, torch.save's files and TorchScript"
+_KINDS = "safetensors, torch.save and TorchScript"
 _INSIDE = ("state_dict", "model_state_dict", "model", "module")  # where checkpoints of training keep the weights
 _WRAPPERS = (
     "module.",
@@ -94,8 +94,8 @@ def _kind(file: Path) -> str:
         return "safetensors"
     if _WEB_PAGE.match(head):
         raise ClipError(
-            f"{where} is a web page, not weights (most likely what a server answered in their place): download them "
-            "again, logged in if need be"
+            f"{where} is a web page, not weights (most likely a server's answer instead of the file): download them "
+            f"again, logged in if necessary"
         )
     for pattern, what in _FOREIGN:
         if re.match(pattern, head, re.DOTALL):
@@ -108,7 +108,7 @@ def _kind(file: Path) -> str:
         raise ClipError(
             f"{where} is a pickle, which could run code when it is read: save the model's state_dict with torch.save"
         )
-    raise ClipError(f"{where} is no file of weights (read are {_KINDS}), or it is damaged: {AGAIN}")
+    raise ClipError(f"{where} is not a file of weights ({_KINDS}), or it is damaged: {AGAIN}")
 
 
 def _archive(file: Path) -> str:
@@ -117,12 +117,12 @@ def _archive(file: Path) -> str:
         with zipfile.ZipFile(file) as archive:
             names = {PurePosixPath(name).name for name in archive.namelist()}
     except zipfile.BadZipFile as error:
-        raise ClipError(f"{display(file)} is damaged, or not all there: {AGAIN}") from error
+        raise ClipError(f"{display(file)} is damaged or incomplete: {AGAIN}") from error
     if "constants.pkl" in names:
         return "TorchScript"
     if "data.pkl" in names:
         return "torch.save"
-    raise ClipError(f"{display(file)} is a zip archive, and no file of torch's: {_UNPACK}")
+    raise ClipError(f"{display(file)} is a zip archive, not a file of torch: {_UNPACK}")
 
 
 def _load(file: Path, kind: str) -> Any:
@@ -137,10 +137,10 @@ def _load(file: Path, kind: str) -> Any:
             raise ClipError(f"{display(file)} is damaged: {AGAIN}") from error
         raise ClipError(
             f"{display(file)} has Python objects ({printable(named[1])}), which could run code when they are read: "
-            "save the model's state_dict alone, torch.save(model.state_dict(), …)"
+            f"save only the model's state_dict, torch.save(model.state_dict(), …)"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, IndexError, KeyError, ValueError) as error:
-        raise ClipError(f"{display(file)} is damaged, or not all there ({_line(error)}): {AGAIN}") from error
+        raise ClipError(f"{display(file)} is damaged or incomplete ({_line(error)}): {AGAIN}") from error
 
 
 def _script(file: Path) -> tuple[dict[str, Any], bool | None]:
@@ -150,7 +150,7 @@ def _script(file: Path) -> tuple[dict[str, Any], bool | None]:
             warnings.simplefilter("ignore", DeprecationWarning)  # torch would have us use a format that OpenAI does not
             module = torch.jit.load(file, map_location="cpu")
     except (RuntimeError, ValueError) as error:
-        raise ClipError(f"{display(file)} is damaged, or not all there ({_line(error)}): {AGAIN}") from error
+        raise ClipError(f"{display(file)} is damaged or incomplete ({_line(error)}): {AGAIN}") from error
     types = {part.original_name for part in module.modules()}
     quick_gelu = True if "QuickGELU" in types else False if "GELU" in types else None
     return dict(module.state_dict()), quick_gelu
@@ -169,12 +169,12 @@ def _state_dict(file: Path, content: Any) -> dict[str, Tensor]:
     if not content:
         raise ClipError(f"{where} has no weights in it: save the model's state_dict")
     if "param_groups" in content:
-        raise ClipError(f"{where} is the state of an optimizer, not weights: name the file with the model's state_dict")
+        raise ClipError(f"{where} is the state of an optimizer, not weights: give the file with the model's state_dict")
     others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if others:
         raise ClipError(
-            f"{where} has {listed(others)} beside or in place of weights, and no state_dict: save the model's "
-            "state_dict alone"
+            f"{where} has {listed(others)} in addition to weights or instead of them, and no state_dict: save only "
+            f"the model's state_dict"
         )
     return {str(key): value for key, value in content.items()}
 
@@ -195,13 +195,13 @@ def _of_something_else(state: Mapping[str, Any]) -> str:
     """What weights are that are not a CLIP's."""
     parts = {key.split(".")[0] for key in state}
     if {"encoders", "decoders"} <= parts:
-        return "is a dictionary's (a CLT's or residual SAEs'), not a CLIP's: `weights` are those of the CLIP"
+        return "has the weights of a dictionary (a CLT or residual SAEs), not of a CLIP: give the CLIP's weights"
     if "vision_model" in parts:
         return (
-            "is a CLIP in the format of transformers, not of open_clip: take the same model in open_clip's format "
+            "is a CLIP in the format of transformers, not of open_clip: use the same model in open_clip's format "
             "(hf-hub:org/model), or convert the names of its weights"
         )
-    return f"has no vision tower of open_clip's (visual.…), but {listed(state)}: name the weights of a CLIP"
+    return f"has no vision tower of open_clip (visual.…), but {listed(state)}: give the weights of a CLIP"
 
 
 def listed(keys: Iterable[str]) -> str:

@@ -43,7 +43,8 @@ class Replacement(nn.Module):
         super().__init__()
         if (clt.layers, clt.width) != (tower.layers, tower.width):
             raise ValueError(
-                f"the CLT has {clt.layers} layers of width {clt.width}, the tower {tower.layers} of {tower.width}"
+                f"the CLT has {clt.layers} layers of width {clt.width}, but the tower has {tower.layers} of "
+                f"{tower.width}"
             )
         self.tower, self.clt = tower, clt
 
@@ -56,7 +57,7 @@ class Replacement(nn.Module):
         """
         layers = range(self.tower.layers)
         if window and (window.step != 1 or window[0] not in layers or window[-1] not in layers):
-            raise ValueError(f"{window} is no window of {self.tower.layers} layers")
+            raise ValueError(f"{window} is not a window of {self.tower.layers} layers")
         encoded = {source for target in window for source in self.clt.architecture.sources(target)}
         stream = self.tower.embed(pixels)
         is_cls = which_are_cls(stream, tokens)

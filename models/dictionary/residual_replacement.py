@@ -38,8 +38,8 @@ class ResidualReplacement(nn.Module):
         super().__init__()
         if (saes.layers, saes.width) != (tower.layers - 1, tower.width):
             raise ValueError(
-                f"there are {saes.layers} SAEs of width {saes.width}, the tower has {tower.layers} blocks of "
-                f"{tower.width}, the last of which has none"
+                f"there are {saes.layers} SAEs of width {saes.width}, but the tower has {tower.layers} blocks of "
+                f"width {tower.width}, and the last block has no SAE"
             )
         self.tower, self.saes = tower, saes
 
@@ -54,7 +54,7 @@ class ResidualReplacement(nn.Module):
         """
         saes = range(self.saes.layers)
         if window and (window.step != 1 or window[0] not in saes or window[-1] not in saes):
-            raise ValueError(f"{window} is no window of {self.saes.layers} SAEs")
+            raise ValueError(f"{window} is not a window of {self.saes.layers} SAEs")
         stream = self.tower.embed(pixels)
         codes: list[SortedCode | None] = []
         for layer in range(self.tower.layers):

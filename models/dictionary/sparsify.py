@@ -42,7 +42,7 @@ class Sparsifier(nn.Module):
     def __init__(self, features: int, k: int, k_cls: int) -> None:
         super().__init__()
         if not 0 < min(k, k_cls) <= max(k, k_cls) <= features:
-            raise ValueError(f"k = {k} and k_cls = {k_cls} must lie between 1 and the number of features, {features}")
+            raise ValueError(f"k = {k} and k_cls = {k_cls} must be between 1 and the number of features, {features}")
         self.features, self.budgets = features, (k, k_cls)
         self.widen(1.0)
 

@@ -51,16 +51,16 @@ def export_clip(
     Raises `ExportError`, `FileError` (see `export_bundle`).
     """
     if not images:
-        log(f"{' and '.join(VARIANTS)} are left out: there are no --images on which they could be checked")
+        log(f"{' and '.join(VARIANTS)} are left out: there are no --images to check them on")
     of_clip = Provenance(
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", f"{clip.name}-{clip.weights}"),
-        description=f"CLIP {clip.name} ({clip.weights}), as it is: accounts by layer, without a CLT.",
+        description=f"CLIP {clip.name} ({clip.weights}), unmodified: accounts by layer, without a CLT.",
         labels=list(labels or class_labels()),
         templates=TEMPLATES,
         data=None,
         recipe="",
         metrics=Metrics(),
-        licence="that of the CLIP's weights",
+        licence="the licence of the CLIP's weights",
     )
     return export_bundle(
         clip,

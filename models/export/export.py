@@ -113,7 +113,7 @@ def export_bundle(
     """
     check_new(out)
     if variants and not calibration:
-        raise ExportError(f"{', '.join(variants)} must be checked against float32: give images for it")
+        raise ExportError(f"{', '.join(variants)} must be checked against float32, but there are no images; give some")
     prepare_folder(out.parent)
     progress = progress or Progress(Console(quiet=True))
     progress.begin("exporting the graphs")
@@ -186,7 +186,7 @@ def check_new(out: Path) -> None:
     UTF-8."""
     check_name(out)
     if out.exists():
-        raise ExportError(f"{out} exists; a bundle is never changed, choose another place")
+        raise ExportError(f"{out} already exists, and a bundle is never changed; choose another place")
 
 
 def _default_labels(clip: Clip, provenance: Provenance) -> NDArray[np.float32]:
@@ -212,7 +212,7 @@ def _write_variant(
         InferenceSession(graph, session_options(), providers=["CPUExecutionProvider"])
         for graph in (bundle / "vision.onnx", path)
     )
-    task = progress.task(f"{variant} beside fp32", sum(map(len, calibration)), "images")
+    task = progress.task(f"{variant} against fp32", sum(map(len, calibration)), "images")
     result = measure(reference, session, calibration, labels, *tables, done=task.advance)
     if result.is_sufficient:
         return result

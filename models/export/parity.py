@@ -70,7 +70,10 @@ def check_vision(clip: Clip, graph: VisionGraph, path: Path) -> None:
                 continue
             check_close(f"{name} at batch {batch}", outputs[name][same], torch_outputs[name][same], TOLERANCE)
     if not compared:
-        raise ExportError("in every image a feature ties with the edge of its budget: nothing could be compared")
+        raise ExportError(
+            "the check could not compare anything: in every image two features tie at the limit of the budget; export "
+            "again"
+        )
 
 
 def check_replacement(clip: Clip, graph: ReplacementGraph, path: Path) -> None:
@@ -171,7 +174,7 @@ def check_codes(file: str, ours: Mapping[str, NDArray[Any]], theirs: Mapping[str
     codes = [_dense(of["indices"], of["values"], features) for of in (ours, theirs)]
     differs = np.abs(codes[0] - codes[1]).max(-1) > TOLERANCE * np.abs(codes[1]).max()  # [B, L, T]
     if differs.mean() > TIES:  # a sum over features is the same where two of them tie
-        raise ExportError(f"{file} has other features than torch at {differs.mean():.1%} of the tokens")
+        raise ExportError(f"{file} has different features than torch at {differs.mean():.1%} of the tokens")
 
 
 def _dense(indices: NDArray[np.int64], values: NDArray[np.float32], features: int) -> NDArray[np.float32]:

@@ -73,7 +73,7 @@ def add_residual(bundle: Bundle, clip: Clip, export: ResidualExport, out: Path) 
     """
     check_name(out)
     if out.exists():
-        raise ExportError(f"{out} exists; a bundle is never changed, choose another place")
+        raise ExportError(f"{out} already exists, and a bundle is never changed; choose another place")
     if bundle.manifest.clip.sha256 != clip.sha256:
         raise ExportError(f"{bundle.path} has a CLIP with other weights than {clip.name} {clip.weights}")
     prepare_folder(out.parent)

@@ -56,7 +56,7 @@ def check_residual(
         gross = sum(np.abs(part.reshape(len(part), -1)).sum(1, dtype=np.float64) for part in found)
         missed = np.abs(sums - totals).max()
         if not missed <= TOLERANCE * np.max(gross):
-            raise ExportError(f"the parts of {residual_file(block)} miss what they are parts of by {missed:.1e}")
+            raise ExportError(f"the parts of {residual_file(block)} differ from their sum by {missed:.1e}")
 
 
 def held_by(trace: ResidualTrace, block: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def json_files(folder: Path, what: str, most: int, refused: type[VitrineError]) 
     try:  # not by glob, which passes over a folder that may not be read
         files = [folder / name for name in sorted(os.listdir(folder)) if name.endswith(".json")]
     except OSError as error:
-        raise refused(f"{folder} is no directory of {what}: {error.strerror}") from error
+        raise refused(f"{folder} is not a directory of {what}: {error.strerror}") from error
     if len(files) > most:
-        raise refused(f"{folder} has {len(files):,} {what}; at most {most:,} are taken")
+        raise refused(f"{folder} has {len(files):,} {what}; at most {most:,} are accepted")
     return files

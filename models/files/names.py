@@ -27,4 +27,4 @@ def check_name(path: Path) -> None:
     try:
         os.fsencode(path).decode()
     except UnicodeDecodeError as error:
-        raise FileError(f"{display(path)} has a name that is no UTF-8; rename it, or choose another") from error
+        raise FileError(f"{display(path)} has a name that is not UTF-8; rename it, or choose another") from error

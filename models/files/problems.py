@@ -13,31 +13,31 @@ from vitrine.models.errors import VitrineError
 from vitrine.models.files.errors import FileError
 from vitrine.models.files.names import display
 
-_ROOM = "make room there and start again, or write elsewhere"
-_PERMISSION = "see to its permissions, or take another place"
-_UNABLE = "this file system cannot do that; write elsewhere"
+_ROOM = "free some space there and start again, or write to another place"
+_PERMISSION = "check its permissions, or choose another place"
+_UNABLE = "this file system cannot do that; write to another place"
 REMEDIES = {
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
-    errno.EFBIG: "the file system, or `ulimit -f`, has no room for larger files; raise the limit, or write elsewhere",
-    errno.EROFS: "write elsewhere",
+    errno.EFBIG: "the file system, or `ulimit -f`, allows no larger files; raise the limit, or write to another place",
+    errno.EROFS: "write to another place",
     errno.EACCES: _PERMISSION,
     errno.EPERM: _PERMISSION,
-    errno.EIO: "the disk or the way to it failed, see the system's log; start again when it is mended",
-    errno.ESTALE: "the network file system was lost; start again when it is there",
+    errno.EIO: "the disk or the connection to it failed, see the system's log; start again when it is fixed",
+    errno.ESTALE: "the network file system was lost; start again when it is available",
     errno.ETIMEDOUT: "the network file system does not answer; start again when it does",
-    errno.EBUSY: "something else uses it; start again when it is free",
-    errno.ETXTBSY: "something else uses it; start again when it is free",
+    errno.EBUSY: "another program uses it; start again when it is free",
+    errno.ETXTBSY: "another program uses it; start again when it is free",
     errno.ENAMETOOLONG: "give a shorter name",
-    errno.EILSEQ: "this file system holds no such name; give another",
-    errno.ELOOP: "its links lead in a circle; take another path",
-    errno.ENOENT: "see to the path",
-    errno.ENOTDIR: "see to the path",
+    errno.EILSEQ: "this file system does not allow such names; give another",
+    errno.ELOOP: "its links form a loop; give another path",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
     errno.EISDIR: "give the name of a file",
     errno.EEXIST: "give another name",
     errno.ENOTEMPTY: "give another name",
     errno.EMFILE: "raise `ulimit -n`",
-    errno.ENFILE: "close other programs: the system has no more",
+    errno.ENFILE: "close other programs: the system cannot open more files",
     errno.EINVAL: _UNABLE,
     errno.ENOSYS: _UNABLE,
     errno.ENOTSUP: _UNABLE,

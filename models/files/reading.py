@@ -29,12 +29,12 @@ def open_regular(path: str | os.PathLike[str], buffering: int = -1) -> BinaryIO:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
         if error.errno in (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP):
-            raise NotRegular("it is a socket or a device, no regular file") from error
+            raise NotRegular("it is a socket or a device, not a regular file") from error
         raise
     try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
-            raise NotRegular(f"it is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, no regular file")
+            raise NotRegular(f"it is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file")
         return open(descriptor, "rb", buffering=buffering)
     except BaseException:
         os.close(descriptor)

@@ -54,7 +54,8 @@ class AttributionGraph(VisionGraph):
         super().__init__(tower)
         if (clt.layers, clt.width) != (tower.layers, tower.width):
             raise ValueError(
-                f"the CLT has {clt.layers} layers of width {clt.width}, the tower {tower.layers} of {tower.width}"
+                f"the CLT has {clt.layers} layers of width {clt.width}, but the tower has {tower.layers} of "
+                f"{tower.width}"
             )
         sparsifiers = [encoder.sparsifier for encoder in clt.encoders]
         self.features, self.signed = clt.features, sparsifiers[0].signed

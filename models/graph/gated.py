@@ -61,7 +61,9 @@ def gates(activation: nn.Module, hidden: Tensor) -> Tensor:
         return (1 + torch.erf(hidden / math.sqrt(2))) / 2
     if kind == "QuickGELU":
         return torch.sigmoid(1.702 * hidden)
-    raise UnsupportedTower(f"MLPs with {kind} have no gates that could be held fast, only those with GELU or QuickGELU")
+    raise UnsupportedTower(
+        f"MLPs with {kind} have no gates to hold constant; only MLPs with GELU or QuickGELU have them"
+    )
 
 
 class GatedBlock(nn.Module):

@@ -64,7 +64,9 @@ def to_onnx(
     _turn_weights(model)
     weights = {tensor.name for tensor in model.graph.initializer}
     if same := weights & {value.name for value in (*model.graph.input, *model.graph.output)}:
-        raise ExportError(f"{', '.join(sorted(same))}: weights of the module have the names of its inputs or outputs")
+        raise ExportError(
+            f"{', '.join(sorted(same))}: weights of the module have the same names as its inputs or outputs"
+        )
     if on_request:
         _compute_on_request(model, on_request, flag)
     return model
@@ -103,7 +105,7 @@ def _compute_on_request(model: onnx.ModelProto, names: Sequence[str], flag: str)
             needed.update(node.input)
     optional_outputs = {output for node in optional for output in node.output}
     if missing := [name for name in names if name not in optional_outputs]:
-        raise ExportError(f"{', '.join(missing)} cannot be left to a request: the other outputs need it")
+        raise ExportError(f"{', '.join(missing)} cannot be made optional: other outputs need it")
     renamed = {name: f"{name}.asked" for name in names}
     for node in optional:
         for values in (node.input, node.output):

@@ -54,9 +54,11 @@ def parse_address(text: str) -> Address:
     except HFValidationError:
         is_named = False
     if not text.startswith(PREFIX) or not is_named:
-        raise HubError(f"{text!r} is no address of a hub: write {PREFIX}org/name or {PREFIX}org/name@revision")
+        raise HubError(
+            f"{text!r} is not the address of a repository: write {PREFIX}org/name or {PREFIX}org/name@revision"
+        )
     if at and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise HubError(f"{text!r}: {revision!r} is no branch, tag or commit")
+        raise HubError(f"{text!r}: {revision!r} is not a branch, tag or commit")
     return Address(repository, revision or None)
 
 
@@ -72,15 +74,15 @@ def hub_errors(address: Address) -> Iterator[None]:
         raise HubError(f"{address} is gated: ask its owner for access on the hub, then {_LOG_IN}") from error
     except RepositoryNotFoundError as error:
         raise HubError(
-            f"{address}: the hub has no such repository, or you may not see it; see to its name, or {_LOG_IN}"
+            f"{address}: the hub has no such repository, or you have no access to it; check its name, or {_LOG_IN}"
         ) from error
     except RevisionNotFoundError as error:
         raise HubError(f"{address}: the repository has no such branch, tag or commit") from error
     except LocalEntryNotFoundError as error:
         if constants.is_offline_mode():
             raise HubError(
-                f"{address} is not in the cache {constants.HF_HUB_CACHE}, at least not all of it, and HF_HUB_OFFLINE "
-                "forbids to ask the hub; unset that, or copy a cache that has it"
+                f"{address} is missing or incomplete in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE "
+                f"forbids downloads; unset it, or copy a cache that has it"
             ) from error
         raise HubError(_unreachable(address, error.__cause__ or error)) from error
     except RemoteEntryNotFoundError:
@@ -97,7 +99,7 @@ def _unreachable(address: Address, error: BaseException) -> str:
     """What did not work, in a sentence. (`HfHubHTTPError` has several lines, of which the status says enough.)"""
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        remedy = f"; {_LOG_IN}, and see that you may do that" if status in (401, 403) else ""
+        remedy = f"; {_LOG_IN}, and check that you have permission" if status in (401, 403) else ""
         return f"{address}: {constants.ENDPOINT} answers {status} {error.response.reason_phrase}{remedy}"
     why = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return f"{address}: {constants.ENDPOINT} cannot be asked: {why}; see to the network, then try again"
+    return f"{address}: {constants.ENDPOINT} cannot be reached: {why}; check the network, then try again"

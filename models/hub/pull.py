@@ -46,9 +46,11 @@ def pull(address: Address, out: Path, console: Console, digest: str | None = Non
     """
     check_name(out)
     if digest is not None and not _DIGEST.fullmatch(digest):
-        raise HubError(f"{digest!r} is no digest: sha256: and 64 hexadecimal digits, as `vitrine verify` prints it")
+        raise HubError(
+            f"{digest!r} is not a digest: give sha256: and 64 hexadecimal digits, as `vitrine verify` prints them"
+        )
     if out.exists() or out.is_symlink():
-        raise HubError(f"{out} exists; a bundle is never changed, choose another place")
+        raise HubError(f"{out} already exists, and a bundle is never changed; choose another place")
     prepare_folder(out.parent)
     disable_progress_bars()  # ours is told below
     snapshot = _download(address, MANIFEST).parent
@@ -56,7 +58,7 @@ def pull(address: Address, out: Path, console: Console, digest: str | None = Non
     with _named(snapshot, address):
         manifest, found = read_manifest(snapshot)
     if digest not in (None, found):
-        raise HubError(f"{address} is another bundle than was asked for: its digest is {found}, not {digest}")
+        raise HubError(f"{address} is not the requested bundle: its digest is {found}, not {digest}")
     pinned = Address(address.repository, commit)
     _check_room(pinned, manifest.files, out.parent)
     files = _download_all(pinned, manifest.files, console)
@@ -65,10 +67,10 @@ def pull(address: Address, out: Path, console: Console, digest: str | None = Non
         for name, file in {MANIFEST: snapshot / MANIFEST, **files}.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, partial / name)
-        with _named(partial, address, f"; the copy in {snapshot} is no better: delete it, and pull again"):
+        with _named(partial, address, f"; the copy in {snapshot} is damaged, too: delete it, and pull again"):
             bundle = open_bundle(partial)
         if bundle.digest != found:
-            raise HubError(f"{snapshot / MANIFEST} was changed meanwhile; pull again")
+            raise HubError(f"{snapshot / MANIFEST} was changed in the meantime; pull again")
         move_folder(partial, out, last=MANIFEST)
     return replace(bundle, path=out.resolve())
 
@@ -79,8 +81,8 @@ def _download(address: Address, name: str) -> Path:
         return download(address, name)
     except RemoteEntryNotFoundError as error:
         if name == MANIFEST:
-            raise HubError(f"{address} is no bundle: it has no {MANIFEST}") from error
-        raise HubError(f"{address} has no {name}, which its {MANIFEST} lists; its owner has to push it") from error
+            raise HubError(f"{address} is not a bundle: it has no {MANIFEST}") from error
+        raise HubError(f"{address} has no {name}, which its {MANIFEST} lists; its owner must push it") from error
 
 
 def _download_all(address: Address, entries: Mapping[str, FileEntry], console: Console) -> dict[str, Path]:
@@ -113,8 +115,8 @@ def _check_room(address: Address, entries: Mapping[str, FileEntry], folder: Path
             free = shutil.disk_usage(place).free
             if free < needed:
                 raise HubError(
-                    f"{place} has no room: {address} takes {needed / 1e6:,.1f} MB there, "
-                    f"{free / 1e6:,.1f} MB are free (the cache, HF_HUB_CACHE, is {cache})"
+                    f"{place} has too little space: {address} needs {needed / 1e6:,.1f} MB there, but only "
+                    f"{free / 1e6:,.1f} MB are free; free some space (the cache, HF_HUB_CACHE, is {cache})"
                 )
 
 

@@ -41,7 +41,10 @@ def repository_files(bundle: Bundle, address: Address | None = None) -> dict[str
     Raises `HubError` if the bundle has a file of its own where the hub wants another.
     """
     if taken := sorted({CARD, ATTRIBUTES} & bundle.manifest.files.keys()):
-        raise HubError(f"{bundle.path} has a file {taken[0]} of its own, which on the hub is the model card's or git's")
+        raise HubError(
+            f"{bundle.path} has its own file {taken[0]}, but on the hub this name is used by the model card or git; "
+            f"rename the file"
+        )
     return {
         ATTRIBUTES: _attributes(bundle).encode(),
         CARD: _card(bundle, address).encode(),
@@ -55,7 +58,7 @@ def write_folder(bundle: Bundle, out: Path, address: Address | None = None) -> N
     `FileError`."""
     check_name(out)
     if out.exists() or out.is_symlink():
-        raise HubError(f"{out} exists; choose another place")
+        raise HubError(f"{out} already exists; choose another place")
     files = repository_files(bundle, address)
     prepare_folder(out.parent)
     with naming(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=".bundle-") as scratch:

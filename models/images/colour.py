@@ -26,7 +26,10 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
         image, mask = _upper_bits(image)
     elif image.mode not in _READ:
         kind = {"I": "whole numbers of 32 bits", "F": "fractions"}.get(image.mode, f"{image.mode} colours")
-        message = f"the {image.format} image holds {kind}; save it as RGB or grey, with 8 or 16 bits a channel"
+        message = (
+            f"the {image.format} image has {kind}, which are not supported; save it as RGB or grey, with 8 or "
+            f"16 bits per channel"
+        )
         raise ImageError("unsupported_image", message)
     elif image.has_transparency_data:
         image = _with_alpha(image)

@@ -70,7 +70,7 @@ class Note(NamedTuple):
     message: str
 
 
-_MADE_WHITE = Note(TRANSPARENT, "The image has transparent parts; they were taken as white.")
+_MADE_WHITE = Note(TRANSPARENT, "The image has transparent parts; they were treated as white.")
 
 
 class Picture(NamedTuple):
@@ -92,7 +92,7 @@ def decode(data: bytes, limits: ImageLimits) -> Picture:
         raise ImageError("invalid_image", "the image is empty (0 bytes)")
     format = format_of(data)
     if format is None:
-        raise ImageError("unsupported_image", f"this is no image in a supported format ({FORMATS})")
+        raise ImageError("unsupported_image", f"this is not an image in a supported format ({FORMATS})")
     prepare(format)
     has_end = True
     if format == "JPEG":
@@ -115,11 +115,14 @@ def decode(data: bytes, limits: ImageLimits) -> Picture:
         raise ImageError("invalid_image", f"the {format} image is damaged or incomplete") from error
     notes = []
     if not has_end:
-        notes.append(Note(WITHOUT_END, "The JPEG image has no end marker; all of its pixels are there."))
+        notes.append(Note(WITHOUT_END, "The JPEG image has no end marker, but all of its pixels are present."))
     if scale > 1:
         half = {2: "half", 4: "a quarter", 8: "an eighth"}[scale]
         notes.append(
-            Note(REDUCED, f"The JPEG image has {size[0] * size[1]:,} pixels; it was read at {half} its sides.")
+            Note(
+                REDUCED,
+                f"The JPEG image has {size[0] * size[1]:,} pixels; it was read at {half} of its width and height.",
+            )
         )
     if was_transparent:
         notes.append(_MADE_WHITE)
@@ -165,8 +168,8 @@ def _check_size(size: tuple[int, int], format: str, limits: ImageLimits) -> None
     if max(width, height) > limits.side or width * height > pixels:
         raise ImageError(
             "image_too_large",
-            f"the image has {width:,} x {height:,} pixels; allowed are {limits.side:,} a side and {pixels:,} in "
-            "all; make it smaller first",
+            f"the image has {width:,} x {height:,} pixels; at most {limits.side:,} per side and {pixels:,} in total "
+            f"are allowed; make it smaller first",
         )
 
 

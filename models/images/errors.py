@@ -37,4 +37,4 @@ class ImageError(VitrineError):  # no ValueError: Pillow raises these for damage
 
 
 def too_costly(message: str) -> ImageError:
-    return ImageError("image_too_costly", f"{message}; save it anew, without its metadata")
+    return ImageError("image_too_costly", f"{message}; save it again, without its metadata")

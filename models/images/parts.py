@@ -54,7 +54,7 @@ class CountedFile(io.BytesIO):
         elif self._format == "JPEG" and self._marker in _TABLES:
             self._tables_left -= len(part)
             if self._tables_left < 0:
-                raise too_costly("the JPEG image has too many bytes of tables")
+                raise too_costly("the JPEG image has tables that are too large")
         return part
 
 
@@ -62,7 +62,10 @@ def check_opened(image: Image.Image) -> None:
     """Check what Pillow knows once it has read an image's header. Raises `ImageError` image_too_costly."""
     pixels = image.width * image.height
     if pixels > MAX_RUN_LENGTH_PIXELS and any(tile[0] == "bmp_rle" for tile in getattr(image, "tile", ())):
-        message = f"the BMP image is stored in runs and has {pixels:,} pixels; allowed are {MAX_RUN_LENGTH_PIXELS:,}"
+        message = (
+            f"the BMP image is run-length encoded and has {pixels:,} pixels; at most {MAX_RUN_LENGTH_PIXELS:,} "
+            f"are allowed"
+        )
         raise too_costly(message)
 
 
@@ -70,4 +73,4 @@ def check_exif(image: Image.Image) -> None:
     """Check the size of an image's Exif block before it is read. Raises `ImageError` image_too_costly."""
     size = len(image.info.get("exif") or b"") or len(image.info.get(_RAW_EXIF) or "") // 2
     if size > MAX_EXIF_BYTES:
-        raise too_costly(f"the {image.format} image has {size:,} bytes of Exif; allowed are {MAX_EXIF_BYTES:,}")
+        raise too_costly(f"the {image.format} image has {size:,} bytes of Exif; at most {MAX_EXIF_BYTES:,} are allowed")

@@ -30,7 +30,7 @@ def by_class(files: Files) -> tuple[tuple[str, ...], Files]:
         with os.scandir(files.root) as entries:
             empty = {entry.name for entry in entries if entry.is_dir() and not is_litter(entry.name)} - set(folders)
     except OSError as error:  # it could be listed a moment ago
-        skipped.warnings.append(f"{display(files.root)} cannot be read any more: {reason(error)}")
+        skipped.warnings.append(f"{display(files.root)} can no longer be read: {reason(error)}")
         empty = set()
     for name in sorted(empty):
         skipped.add(Reason.EMPTY, name)

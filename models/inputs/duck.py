@@ -43,7 +43,7 @@ def readable(path: Path) -> Iterator[str]:
         elif DESCRIPTORS.is_dir():  # DuckDB takes text alone
             yield f"{DESCRIPTORS}/{file.fileno()}"
         else:
-            raise Unreadable("its name is no UTF-8, which DuckDB cannot read here; rename it")
+            raise Unreadable("its name is not UTF-8, and DuckDB cannot read such names here; rename it")
 
 
 def _is_text(name: str) -> bool:

@@ -44,7 +44,7 @@ def read_head(path: str | os.PathLike[str], size: int = HEAD) -> bytes:
 
 def too_large(size: int, largest: int = LARGEST) -> Unreadable:
     """The error of a file, member or row of so many bytes."""
-    return Unreadable(errno.EFBIG, f"it has {size:,} bytes, more than the {largest:,} that an image may have")
+    return Unreadable(errno.EFBIG, f"it has {size:,} bytes, but an image may have at most {largest:,}")
 
 
 def reason(error: OSError) -> str:

@@ -19,8 +19,8 @@ def read_list(file: Path) -> list[str]:
     content = _read(file, "the list")
     if b"\0" in content:
         raise InputError(
-            f"{printable(file)} is no list, tar or Parquet file: "
-            "give a text file (UTF-8) with the path of an image a line"
+            f"{printable(file)} is not a list, tar or Parquet file; give a text file (UTF-8) with one image path per "
+            f"line"
         )
     return [os.fsdecode(line) for line in _lines(content)]
 
@@ -53,10 +53,10 @@ def distinct(labels: Sequence[str], where: str) -> tuple[str, ...]:
         if not label:
             raise InputError(f"{where}: a label has no letters")
         if label in seen:
-            raise InputError(f"{where}: labels must differ from one another, and {label[:100]!r} is there twice")
+            raise InputError(f"{where}: labels must differ from one another, but {label[:100]!r} is given twice")
         seen[label] = None
     if not seen:
-        raise InputError(f"{where}: there are no labels; give one a line")
+        raise InputError(f"{where}: there are no labels; give one label per line")
     return tuple(seen)
 
 
@@ -74,4 +74,4 @@ def _lines(content: bytes) -> list[bytes]:
 
 
 def _not_text(file: Path, what: str) -> str:
-    return f"the file of {what} {printable(file)} is no text in UTF-8; save it as UTF-8, one a line"
+    return f"the file of {what} {printable(file)} is not UTF-8 text; save it as UTF-8, one per line"

@@ -47,17 +47,16 @@ def open_inputs(inputs: str, column: str | None = None, skip_broken: bool = Fals
         elif any(what is Kind.TAR for what in kinds.values()):
             source = Shards(_all_of(Kind.TAR, kinds, shown, skipped), skipped, skip_broken)
         elif missing := [path for path in paths if not os.path.lexists(path)]:
-            stands = f"; {shown} stands for {len(paths):,}" if len(paths) > 1 else ""
+            stands = f"; {shown} matches {len(paths):,} files" if len(paths) > 1 else ""
             raise InputError(
-                f"{printable(missing[0])} is no folder and no file{stands}; "
-                "give a folder, a list, or images, tars or Parquet files"
+                f"{printable(missing[0])} does not exist{stands}; give a folder, a list, or image, tar or Parquet files"
             )
         elif len(paths) == 1 and kinds[paths[0]] is not Kind.IMAGE:
             source = Files("list", paths[0].parent, read_list(paths[0]), skipped)
         else:
             source = Files("files", Path.cwd(), _images(kinds, skipped), skipped)
     if column is not None and not isinstance(source, ParquetFiles):
-        raise InputError(f"--column is for Parquet files, and {shown} is none")
+        raise InputError(f"--column can only be used with Parquet files, and {shown} is not one")
     if not len(source):
         raise InputError(". ".join([f"{shown} has no images", *skipped.lines()]))
     return source
@@ -72,8 +71,8 @@ def _folder(root: Path, column: str | None, skipped: Skipped, skip_broken: bool)
         return Files("folder", root, found.images, skipped)
     if found.tars and found.tables:
         raise InputError(
-            f"{printable(root)} has no images, but both tars and Parquet files, {printable(found.tars[0])} and "
-            f"{printable(found.tables[0])}; give one kind: '{printable(root)}/**/*.tar'"
+            f"{printable(root)} has no images but both tar and Parquet files, {printable(found.tars[0])} and "
+            f"{printable(found.tables[0])}; choose one kind: '{printable(root)}/**/*.tar'"
         )
     if found.tars:
         return Shards([root / path for path in found.tars], skipped, skip_broken)
@@ -88,7 +87,8 @@ def _all_of(what: Kind, kinds: dict[Path, Kind], shown: str, skipped: Skipped) -
             skipped.add(Reason.LITTER if found is Kind.LITTER else Reason.OTHER, str(path))
         elif found is not what:
             raise InputError(
-                f"{shown} stands for files of several kinds, {printable(chosen[0])} and {printable(path)}; give one"
+                f"{shown} matches files of several kinds, {printable(chosen[0])} and {printable(path)}; give files of "
+                f"one kind"
             )
     return chosen
 

@@ -163,8 +163,8 @@ class _Pass:
 def broken(file: Path, error: Exception) -> InputError:
     """The one sentence about a Parquet file that cannot be read."""
     return InputError(
-        f"{printable(file)} is no readable Parquet file: {_said(error)}. "
-        "Make or fetch it again, or go past it with --skip-broken-shards"
+        f"{printable(file)} is not a readable Parquet file: {_said(error)}. Write or download it again, or skip it "
+        f"with --skip-broken-shards"
     )
 
 
@@ -183,7 +183,7 @@ def _open(path: Path, title: str, column: str | None) -> Table:
         [(total,)] = database.execute("SELECT num_rows FROM parquet_file_metadata(?)", [name]).fetchall()
     rows = [count for (count,) in groups]
     if min(rows, default=0) < 0 or sum(rows) != total:
-        raise Unreadable(f"its metadata are damaged: {total:,} rows in row groups of {sum(rows):,}")
+        raise Unreadable(f"its metadata are damaged: it has {total:,} rows, but its row groups have {sum(rows):,}")
     types = {column_name: kind for column_name, kind, *_ in described}
     return Table(path, title, _bytes_and_path(path, types, column), [0, *itertools.accumulate(rows)])
 
@@ -195,8 +195,8 @@ def _bytes_and_path(file: Path, types: Mapping[str, str], column: str | None) ->
         byte_columns = [name for name, kind in types.items() if "BLOB" in kind]
         column = "image" if "image" in types else byte_columns[0] if len(byte_columns) == 1 else None
     if column is None or column not in types:
-        what = "which column has the images?" if column is None else f"there is no column {column!r}."
-        raise InputError(f"{printable(file)}: {what} Name one with --column; there are {available}")
+        what = "it is not clear which column has the images." if column is None else f"there is no column {column!r}."
+        raise InputError(f"{printable(file)}: {what} Choose one with --column; the columns are {available}")
     quoted, kind = '"' + column.replace('"', '""') + '"', types[column]
     if kind == "BLOB":
         return quoted, "NULL"
@@ -204,7 +204,9 @@ def _bytes_and_path(file: Path, types: Mapping[str, str], column: str | None) ->
         return "NULL", quoted
     if kind.startswith("STRUCT(") and "bytes BLOB" in kind.replace('"', ""):
         return f"{quoted}.bytes", f"{quoted}.path" if "path VARCHAR" in kind.replace('"', "") else "NULL"
-    raise InputError(f"{printable(file)}: column {column!r} is {kind}, neither bytes nor paths; there are {available}")
+    raise InputError(
+        f"{printable(file)}: column {column!r} is {kind}, neither bytes nor paths; the columns are {available}"
+    )
 
 
 def _content(folder: Path, content: bytes | None, path: str | None) -> bytes:
@@ -215,5 +217,5 @@ def _content(folder: Path, content: bytes | None, path: str | None) -> bytes:
     if path is None:
         raise MissingImage("the row has neither bytes nor a path")
     if "\0" in path:
-        raise Unreadable("the row's path is none")
+        raise Unreadable("the row's path is not valid")
     return read_file(folder / path)

@@ -128,6 +128,6 @@ def read_at(shard: Path, offset: int, size: int) -> bytes:
         while len(pieces) < size:
             piece = os.pread(file.fileno(), size - len(pieces), offset + len(pieces))
             if not piece:
-                raise Unreadable(f"{shard.name} ends within it: the file was changed since it was listed")
+                raise Unreadable(f"{shard.name} ends inside it: the file has changed since it was listed")
             pieces += piece
     return pieces

@@ -117,5 +117,5 @@ class ShardReader:
 def broken(shard: Path, error: ShardError) -> InputError:
     """The one sentence about a tar that cannot be read."""
     return InputError(
-        f"{printable(shard)} is no readable tar file: {error}. {error.remedy}, or go past it with --skip-broken-shards"
+        f"{printable(shard)} is not a readable tar file: {error}. {error.remedy}, or skip it with --skip-broken-shards"
     )

@@ -36,7 +36,7 @@ class ShardError(Exception):
     remedy: what to do.
     """
 
-    def __init__(self, message: str, remedy: str = "Make or fetch it again") -> None:
+    def __init__(self, message: str, remedy: str = "Write or download it again") -> None:
         super().__init__(message)
         self.remedy = remedy
 
@@ -52,7 +52,7 @@ def open_stream(shard: Path) -> Stream:
     for start, (what, remedy) in REFUSED.items():
         if head.startswith(start):
             file.close()
-            raise ShardError(f"it is {what}, which is not read", remedy)
+            raise ShardError(f"it is {what}, which is not supported", remedy)
     return Stream(file, next((name for start, name in COMPRESSIONS.items() if head.startswith(start)), ""))
 
 

@@ -74,13 +74,13 @@ class Tar:
             if not block.strip(b"\0"):
                 continue  # end blocks; another tar may follow
             if len(block) < BLOCK:
-                raise ShardError(f"it is cut short: the header at byte {header:,} is not whole")
+                raise ShardError(f"it is cut short: the header at byte {header:,} is incomplete")
             if not _is_header(block):
                 if header == 0:
-                    raise ShardError("it is no tar file")
+                    raise ShardError("it is not a tar file")
                 raise ShardError(
                     f"it is damaged: at byte {header:,} there is neither a member's header nor the end"
-                    + (", but something else behind zeros" if previous == _ZERO else "")
+                    + (", but something else after zeros" if previous == _ZERO else "")
                 )
             kind = block[156:157]
             size = 0 if kind in _WITHOUT_DATA else _number(block[124:136], header)
@@ -100,14 +100,14 @@ class Tar:
             yield member
             self._finish(header, member.offset, size)
         if extended:
-            raise ShardError("it is cut short behind an extended header")
+            raise ShardError("it is cut short after an extended header")
         if not stream.position:
             raise ShardError("it is empty")
         self.ended = not last.strip(b"\0")
 
     def no_end(self, title: str) -> str:
         """The warning about a tar that has no end blocks."""
-        return f"{title} has no end blocks: its last member is whole, but more may have been cut off"
+        return f"{title} has no end blocks: its last member is complete, but more may have been cut off"
 
     def _header(self, header: int, size: int) -> bytes:
         """The content of an extended header."""
@@ -199,7 +199,7 @@ def _records(content: bytes, header: int) -> dict[str, bytes]:
         end = at + int(digits) if space and digits.isdigit() else 0
         key, equals, value = content[at + len(digits) + 1 : end - 1].partition(b"=")
         if not at < end <= len(content) or not equals or content[end - 1 : end] != b"\n":
-            raise ShardError(f"it is damaged: the extended header at byte {header:,} is none")
+            raise ShardError(f"it is damaged: the extended header at byte {header:,} is not a valid one")
         records[key.decode(errors="replace")] = value.rstrip(b"\0")
         at = end
     return records

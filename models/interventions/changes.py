@@ -112,10 +112,10 @@ class _Draft:
         at = self._tokens(item, name)
         layers = self.network.layers
         if item.layer is not None and item.layer >= layers:
-            raise InterventionError(f"{name}: there are layers 0 to {layers - 1}, not {item.layer}")
+            raise InterventionError(f"{name}: there is no layer {item.layer}, only layers 0 to {layers - 1}")
         if self.mode == "direct" and not (at[0] and at.sum() == 1) and item.tokens is not None:
             raise InterventionError(
-                f"{name}: in direct mode only [CLS] (`tokens: cls`) is changed; `mode: rerun` has all"
+                f"{name}: `mode: direct` changes only [CLS] (`tokens: cls`); `mode: rerun` can change all tokens"
             )
         factor = 0.0 if item.value is None else item.value
         if item.index is not None:
@@ -125,7 +125,9 @@ class _Draft:
         elif item.head is not None:
             self._claim(("head", item.layer, item.head), at, name)
             if item.head >= self.network.heads:
-                raise InterventionError(f"{name}: there are heads 0 to {self.network.heads - 1}, not {item.head}")
+                raise InterventionError(
+                    f"{name}: there is no head {item.head}, only heads 0 to {self.network.heads - 1}"
+                )
             self.heads[item.layer, item.head, at] = factor
         elif item.row in ("attention", "mlp"):
             self._claim((item.row, item.layer), at, name)
@@ -166,7 +168,7 @@ class _Draft:
         if isinstance(where, str):
             at[{"all": slice(None), "cls": slice(1), "patches": slice(1, None)}[where]] = True
         elif max(where) >= self.tokens:
-            raise InterventionError(f"{name}: there are tokens 0 to {self.tokens - 1}, not {max(where)}")
+            raise InterventionError(f"{name}: there is no token {max(where)}, only tokens 0 to {self.tokens - 1}")
         else:
             at[list(where)] = True
         return at
@@ -175,16 +177,16 @@ class _Draft:
         """Raise `InterventionError` if this is changed already at one of these tokens."""
         before = self.changed.get(what)
         if before is not None and (twice := np.flatnonzero(before & at)).size:
-            raise InterventionError(f"{name} changes what an earlier one changes, at token {twice[0]}")
+            raise InterventionError(f"{name} changes the same as an earlier one, at token {twice[0]}; keep one of them")
         self.changed[what] = at if before is None else before | at
 
     def _feature(self, item: Intervention, at: NDArray[np.bool_], factor: float, name: str) -> None:
         assert item.layer is not None
         assert item.index is not None
         if self.dictionary not in (None, item.dictionary):
-            raise InterventionError(f"{name}: features of the CLT and of residual SAEs cannot be changed at once")
+            raise InterventionError(f"{name}: features of the CLT and of residual SAEs cannot be changed together")
         if self.mode == "direct" and item.dictionary == "residual":
-            raise InterventionError(f"{name}: features of residual SAEs are changed in `mode: rerun` alone")
+            raise InterventionError(f"{name}: features of residual SAEs can be changed only in `mode: rerun`")
         count = self.network.features(item.dictionary, item.layer)
         if not count and item.dictionary == "clt":
             raise self._no_features(name)
@@ -207,7 +209,7 @@ class _Draft:
         assert item.vector is not None
         if len(item.vector) != self.network.width:
             raise InterventionError(
-                f"{name}: the stream has {self.network.width} components, and the vector has {len(item.vector)}"
+                f"{name}: the stream has {self.network.width} components, but the vector has {len(item.vector)}"
             )
         self.projections.append((item, at))
 
@@ -221,7 +223,7 @@ class _Draft:
             self.clt[item.layer] = factor
             return
         if self.dictionary == "residual":
-            raise InterventionError(f"{name}: features of the CLT and of residual SAEs cannot be changed at once")
+            raise InterventionError(f"{name}: features of the CLT and of residual SAEs cannot be changed together")
         self.dictionary = "clt"
         for index in range(self.network.features("clt", item.layer)):
             self._claim(("feature", item.layer, index), at, name)
@@ -235,15 +237,15 @@ class _Draft:
             raise self._no_features(name)
         if self.mode == "rerun":
             raise InterventionError(
-                f"{name}: nothing in the running network computes the row {item.row}; `mode: direct` changes it"
+                f"{name}: the running network does not compute the row {item.row}; use `mode: direct` to change it"
             )
         self._claim((item.row,), at, name)
         self.others[item.row] = factor
 
     def _no_features(self, name: str) -> InterventionError:
         return InterventionError(
-            f"{name}: this bundle has no CLT, and so neither features nor rows clt and error; the rows attention, mlp, "
-            "prior and bias and the heads can be changed; `vitrine train` makes a CLT"
+            f"{name}: this bundle has no CLT, so it has neither features nor the rows clt and error; change the rows "
+            f"attention, mlp, prior and bias, or heads, or train a CLT with `vitrine train`"
         )
 
     def _of_feature(self, layer: int, index: int) -> tuple[Array, Array]:
@@ -277,7 +279,9 @@ def _bases(
             wanted = np.stack([_put_in(projections[number][0], units[number], place, network) for number in chosen])
             offset = basis @ np.linalg.pinv(rows, rcond=PARALLEL) @ wanted  # [r, 2] at [CLS] and at patches
             if not np.allclose(rows @ basis.T @ offset, wanted, rtol=1e-4, atol=1e-4):
-                raise InterventionError("projections along one direction at the same tokens put in different values")
+                raise InterventionError(
+                    "projections along the same direction at the same tokens set different values; keep one of them"
+                )
             places += [place] * len(basis)
             directions.append(basis)
             gains.append(np.broadcast_to(-at.astype(np.float32), (len(basis), len(types))))

@@ -59,7 +59,8 @@ def changed(parts: Decomposition, changes: Changes, tables: Tables) -> Decomposi
         return parts
     if parts.components is None:
         raise InterventionError(
-            "this bundle is older than interventions: export it again, so that its vision graph gives components"
+            "this bundle was exported before there were interventions, so its vision graph does not give components: "
+            "export it again"
         )
     before, rows = (_with_edit(parts, table.astype(np.float64)) for table in (parts.components, parts.rows))
     factors, (written, indices, values) = _factors(parts, changes), _features(parts, changes, tables)
@@ -81,7 +82,7 @@ def changed(parts: Decomposition, changes: Changes, tables: Tables) -> Decomposi
     z = ((parts.embedding.astype(np.float64) * parts.norm - beta) * parts.sigma + folded[0]) / sigma + beta
     norm = float(np.linalg.norm(z))
     if norm < LEAST_LEFT * parts.norm:
-        raise InterventionError("these interventions leave nothing of the image: change less")
+        raise InterventionError("these interventions remove everything that depends on the image: change less")
 
     scale, constant = parts.sigma * parts.norm / (sigma * norm), np.zeros_like(rows)
     constant[parts.bias_row] = beta  # part of the bias row, but not of the residual
@@ -120,8 +121,8 @@ def _factors(parts: Decomposition, changes: Changes) -> Array:
     mlp = changes.mlp[:, 0]
     if parts.has_features and (layers := np.flatnonzero(mlp != 1).tolist()):
         raise InterventionError(
-            f"the row mlp of layer {layers[0]} is no part of the ledger, which has its features and the error: "
-            "`mode: rerun` changes it"
+            f"the row mlp of layer {layers[0]} is not part of the ledger, which has the rows `clt` and `error` "
+            f"instead: use `mode: rerun` to change it"
         )
     factors = np.ones(parts.error_row + 2)
     factors[0] = changes.prior
@@ -159,8 +160,8 @@ def _heads(parts: Decomposition, changes: Changes) -> Array | float:
         return 0.0
     if parts.details is None or parts.details.head_components is None:
         raise InterventionError(
-            "this bundle is older than interventions on heads: export it again, so that its vision graph gives what "
-            "each head writes"
+            "this bundle was exported before there were interventions on heads, so its vision graph does not give "
+            "what each head writes: export it again"
         )
     of_heads: Array = np.einsum("lh,lhd->ld", less, parts.details.head_components.astype(np.float64))
     return of_heads

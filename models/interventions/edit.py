@@ -53,7 +53,7 @@ class Condition(BaseModel):
         default=None, gt=0, description="|activation| at [CLS] of any of the edit's features"
     )
     moves_logit: float | None = Field(
-        default=None, gt=0, description="by how much the edit changes the lead of the plain top-1 over its runner-up"
+        default=None, gt=0, description="by how much the edit changes the lead of the unedited top-1 over its runner-up"
     )
     changes_prediction: Literal[True] | None = Field(default=None, description="the edit changes the top-1")
 
@@ -61,7 +61,7 @@ class Condition(BaseModel):
     def _one(self) -> Self:
         if len(named := self.model_dump(exclude_none=True)) != 1:
             names = ", ".join(type(self).model_fields)
-            raise ValueError(f"name one of {names}; here are {', '.join(named) or 'none'}")
+            raise ValueError(f"give exactly one of {names}, not {', '.join(named) or 'none'}")
         return self
 
     @property
@@ -97,7 +97,7 @@ class Edit(BaseModel):
     def _condition_can_be_told(self) -> Self:
         features = [item for item in self.interventions if item.index is not None and item.dictionary == "clt"]
         if self.condition is not None and not self.condition.compares and not features:
-            raise ValueError("`activation_at_least` is of features of the CLT, and this edit changes none")
+            raise ValueError("`activation_at_least` requires features of the CLT, but this edit changes none")
         return self
 
     @property
@@ -140,7 +140,9 @@ def create(
     except (ValueError, RecursionError) as error:  # evidence that is no JSON in UTF-8
         raise EditError(f"edit {name[:100]!r}: {error}") from error
     if size > MAX_BYTES:
-        raise EditError(f"edit {name!r} would have {size:,} bytes, and at most {MAX_BYTES:,} are taken: less evidence")
+        raise EditError(
+            f"edit {name!r} would have {size:,} bytes, but at most {MAX_BYTES:,} are accepted; give less evidence"
+        )
     return edit
 
 
@@ -148,8 +150,8 @@ def check_edit_name(name: str) -> None:
     """Raise `EditError` for a name that cannot be."""
     if name == NONE or not _NAME.fullmatch(name):
         raise EditError(
-            f"{name[:100]!r}: an edit's name has small letters, digits, '.', '_' and '-', at most 64 of them, and is "
-            f"not {NONE!r}, which says that there is to be no edit"
+            f"{name[:100]!r}: the name of an edit must consist of at most 64 lower-case letters, digits, '.', '_' and "
+            f"'-', and must not be {NONE!r}, which means no edit"
         )
 
 
@@ -167,13 +169,13 @@ def parse_edit(file: Path, stream: BinaryIO) -> Edit:
     read."""
     raw = stream.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
-        raise EditError(f"{file} is larger than {MAX_BYTES:,} bytes: that is no edit")
+        raise EditError(f"{file} is larger than {MAX_BYTES:,} bytes, too large for an edit")
     try:
         fields = json.loads(raw.decode(), parse_constant=_refuse_constant, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
-        raise EditError(f"{file} is no JSON: {error}") from error
+        raise EditError(f"{file} is not JSON: {error}") from error
     if not isinstance(fields, dict) or "format" not in fields:
-        raise EditError(f"{file} is no edit: it has no `format`")
+        raise EditError(f"{file} is not an edit: it has no `format`")
     if fields["format"] != FORMAT:
         raise EditError(f"{file} has the format {fields['format']!r:.40}; this version of Vitrine reads {FORMAT}")
     try:
@@ -184,7 +186,9 @@ def parse_edit(file: Path, stream: BinaryIO) -> Edit:
     except (ValueError, RecursionError) as error:
         raise EditError(f"{file}: {error}") from error
     if edit.digest != digest:
-        raise EditError(f"{file} was changed after it was made: its digest is another; make it anew, or restore it")
+        raise EditError(
+            f"{file} was changed after it was made: its digest does not match; make it again, or restore it"
+        )
     if file.stem != edit.name:
         raise EditError(f"{file} is the edit {edit.name!r}: name the file {edit.name}.json")
     return edit
@@ -193,7 +197,7 @@ def parse_edit(file: Path, stream: BinaryIO) -> Edit:
 def check_signature(edit: Edit, key: bytes) -> None:
     """Raise `EditError` unless the edit is signed by this key."""
     if edit.signature is None:
-        raise EditError(f"edit {edit.name!r} is not signed; `vitrine edit create --key-file` signs one")
+        raise EditError(f"edit {edit.name!r} is not signed; sign it with `vitrine edit create --key-file`")
     if not hmac.compare_digest(edit.signature, _signature(edit.digest, key)):
         raise EditError(f"edit {edit.name!r} is signed by another key")
 
@@ -207,8 +211,8 @@ def read_key(file: Path) -> bytes:
         raise EditError(f"the key file {file} cannot be read: {error}") from error
     if not MIN_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
         raise EditError(
-            f"the key file {file} must have {MIN_KEY_BYTES} to {MAX_KEY_BYTES:,} bytes, such as `openssl rand -hex 32` "
-            "writes"
+            f"the key file {file} must have {MIN_KEY_BYTES} to {MAX_KEY_BYTES:,} bytes, for example from `openssl "
+            f"rand -hex 32`"
         )
     return key
 
@@ -237,12 +241,12 @@ def _problem(error: ValidationError) -> str:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Two readers may take another of two values of the same name."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name is given twice")
     return fields

@@ -47,8 +47,8 @@ def changes_of(edit: Edit, bundle: Bundle, network: Network) -> Changes:
     """An edit as arrays. Raises `EditError` if it was made for another bundle, or changes what this one has not."""
     if edit.graphs != graphs_digest(bundle.manifest, edit.of_residual):
         raise EditError(
-            f"edit {edit.name!r} was made for another bundle than {bundle.manifest.name!r} at {bundle.path}, whose "
-            "features may mean something else; make it anew for this one with `vitrine edit create`"
+            f"edit {edit.name!r} was made for a different bundle, not for {bundle.manifest.name!r} at {bundle.path}, "
+            f"whose features may mean something else; make it again for this bundle with `vitrine edit create`"
         )
     try:
         return resolve(edit.interventions, network, edit.mode)
@@ -61,7 +61,7 @@ def add_edits(bundle: Bundle, edits: Mapping[str, Edit], out: Path) -> Bundle:
     `FileError`."""
     check_name(out)
     if out.exists():
-        raise EditError(f"{out} exists; a bundle is never changed, choose another place")
+        raise EditError(f"{out} already exists, and a bundle is never changed; choose another place")
     prepare_folder(out.parent)
     with naming(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=".bundle-") as scratch:
         partial = Path(scratch) / out.name

@@ -82,6 +82,6 @@ class BundleNetwork:
 
     def _no_average(self, what: str) -> InterventionError:
         return InterventionError(
-            f"the bundle {self.bundle.manifest.name!r} has no mean {what}: it was exported without images; "
-            "use `to: zero`, or export it again with some"
+            f"the bundle {self.bundle.manifest.name!r} has no mean {what}, because it was exported without images; "
+            f"use `to: zero`, or export it again with images"
         )

@@ -46,7 +46,7 @@ def parse(text: str) -> Intervention:
 def _fields(words: list[str]) -> dict[str, Any]:
     """Raises `ValueError`."""
     if len(words) < 2 or words[0] not in get_args(Op):
-        raise ValueError(f"begin with one of {', '.join(get_args(Op))}, and what of")
+        raise ValueError(f"begin with one of {', '.join(get_args(Op))}, and then what to change")
     op, *rest = words
     fields: dict[str, Any] = {"op": op} | _thing(rest)
     for word in rest:
@@ -55,7 +55,7 @@ def _fields(words: list[str]) -> dict[str, Any]:
         elif "value" not in fields:
             name, value = "value", float(word)
         else:
-            raise ValueError(f"{word!r} is one word too many")
+            raise ValueError(f"{word!r} is not expected")
         fields[name] = value
     return fields
 

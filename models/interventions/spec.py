@@ -41,25 +41,25 @@ class Intervention(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     op: Op
-    layer: int | None = Field(default=None, ge=0, strict=True, description="of the feature, row or head")
-    index: int | None = Field(default=None, ge=0, strict=True, description="of a feature")
-    dictionary: Dictionary = Field(default="clt", description="whose feature")
+    layer: int | None = Field(default=None, ge=0, strict=True, description="layer of the feature, row or head")
+    index: int | None = Field(default=None, ge=0, strict=True, description="index of a feature")
+    dictionary: Dictionary = Field(default="clt", description="dictionary of the feature")
     row: Row | None = Field(default=None, description="a row of the ledger; prior, bias and error have no layer")
-    head: int | None = Field(default=None, ge=0, strict=True, description="of the layer's attention")
+    head: int | None = Field(default=None, ge=0, strict=True, description="head of the layer's attention")
     vector: Annotated[tuple[Number, ...], Field(min_length=1, max_length=MAX_WIDTH)] | None = Field(
         default=None, description="a direction of the stream, of any length, for `project`"
     )
     tokens: Tokens | None = Field(
-        default=None, description="where: all, cls, patches or numbers (0: [CLS]); default: features all, else cls"
+        default=None, description="where: all, cls, patches or numbers (0: [CLS]); default: all for features, else cls"
     )
     to: Literal["zero", "mean"] = Field(
-        default="zero", description="what `ablate` and `project` put in: nothing, or the average picture's"
+        default="zero", description="what `ablate` and `project` replace it by: zero, or the average picture's value"
     )
     value: Number | None = Field(
-        default=None, description="of `scale` (a factor), `set`, and what `project` puts in along the direction"
+        default=None, description="for `scale` (a factor), for `set`, and for `project` (the value along the direction)"
     )
     direction: Literal["decoder", "encoder"] = Field(
-        default="decoder", description="of `project`: what the feature writes, or what it reads"
+        default="decoder", description="for `project`: the direction that the feature writes, or the one that it reads"
     )
 
     @model_validator(mode="after")
@@ -67,35 +67,37 @@ class Intervention(BaseModel):
         named = [name for name in ("index", "row", "head", "vector") if getattr(self, name) is not None]
         if len(named) != 1:
             raise ValueError(
-                f"name one of index (a feature), row, head and vector; here are {', '.join(named) or 'none'}"
+                f"give exactly one of index (a feature), row, head and vector, not {', '.join(named) or 'none'}"
             )
         if self.row is None or self.row in ROWS_OF_A_LAYER:
             if self.layer is None:
-                raise ValueError(f"a {self.row or 'feature, head or vector'} needs its layer")
+                raise ValueError(f"a {self.row or 'feature, head or vector'} requires a layer")
         elif self.layer is not None:
             raise ValueError(f"the row {self.row} has no layer")
         if self.vector is not None:
             if self.op != "project":
-                raise ValueError(f"{self.op} is not of vectors; `project` takes one out, or puts in a `value`")
+                raise ValueError(
+                    f"{self.op} cannot be used with a vector; `project` removes it, or sets it to a `value`"
+                )
             if not any(self.vector):
                 raise ValueError("a vector of zeros has no direction")
         elif self.index is None:
             if self.op in ("set", "project"):
-                raise ValueError(f"{self.op} is of features; rows and heads can be ablated or scaled")
+                raise ValueError(f"{self.op} can only be used with features; rows and heads can be ablated or scaled")
             if self.to == "mean":
-                raise ValueError("`to: mean` is of features, whose means the bundle has")
+                raise ValueError("`to: mean` can only be used with features, whose means the bundle has")
         if self.index is None and self.dictionary != "clt":
-            raise ValueError("`dictionary` is of features")
+            raise ValueError("`dictionary` can only be used with features")
         if self.op in ("scale", "set") and self.value is None:
-            raise ValueError(f"{self.op} needs a value")
+            raise ValueError(f"{self.op} requires a value")
         if self.op == "ablate" and self.value is not None:
             raise ValueError("ablate takes no value")
         if self.to == "mean" and self.op in ("scale", "set"):
-            raise ValueError("`to` is of ablate and project")
+            raise ValueError("`to` can only be used with ablate and project")
         if self.to == "mean" and self.value is not None:
-            raise ValueError("give `to: mean` or a value")
+            raise ValueError("give `to: mean` or a value, not both")
         if self.direction == "encoder" and (self.op != "project" or self.index is None):
-            raise ValueError("`direction` is of features that are projected")
+            raise ValueError("`direction` can only be used with features that are projected")
         return self
 
     @property

@@ -50,8 +50,9 @@ def needs_precise_kernels() -> bool:
     if _is_right(session_options(precise=True)):
         return True
     raise ProductError(
-        f"ONNX Runtime {onnxruntime.__version__} multiplies bytes wrongly on this processor: a sum that is known came "
-        "out otherwise, also with the option that should mend it. No graph of a bundle would be right here"
+        f"ONNX Runtime {onnxruntime.__version__} multiplies bytes wrongly on this processor: a known sum came out "
+        f"wrong, even with the option that should correct it. No graph of a bundle would be right here; use another "
+        f"processor or another version of ONNX Runtime"
     )
 
 

@@ -62,14 +62,17 @@ def label_notices(labels: Sequence[str], readings: Sequence[LabelReading], conte
     pairs, notices = list(dict(zip(labels, readings, strict=True)).items()), []
     if cut := [label for label, reading in pairs if reading.is_cut]:
         verb = "is" if len(cut) == 1 else "are"
-        says = f"{_named(cut)} {verb} cut: this CLIP reads {context} tokens of a text. Shorten it, or its template."
+        says = (
+            f"{_named(cut)} {verb} cut: this CLIP reads only {context} tokens of a text. Shorten the label or its "
+            f"template."
+        )
         notices.append(_notice("labels_cut", says, cut))
     groups: dict[bytes, list[str]] = {}
     for label, reading in pairs:
         groups.setdefault(reading.tokens, []).append(label)
     same = [group for group in groups.values() if len(group) > 1]
     for group in same[:GROUPS]:
-        says = f"{_named(group)} are one and the same text to this CLIP: their order means nothing. Keep one."
+        says = f"{_named(group)} are the same text to this CLIP, so their order means nothing. Keep one of them."
         notices.append(_notice("labels_same", says, group))
     if rest := [label for group in same[GROUPS:] for label in group]:
         more = len(same) - GROUPS
@@ -78,8 +81,8 @@ def label_notices(labels: Sequence[str], readings: Sequence[LabelReading], conte
         )
         notices.append(_notice("labels_same", says, rest))
     if unknown := [label for label, reading in pairs if reading.is_unknown]:
-        says = f"This CLIP has neither a word nor a letter for {_named(unknown)}: the logit says nothing of what is "
-        notices.append(_notice("labels_unknown", f"{says}meant. Use other words.", unknown))
+        says = f"This CLIP's vocabulary has nothing for {_named(unknown)}, so the logit says nothing about "
+        notices.append(_notice("labels_unknown", f"{says}the meaning. Use other words.", unknown))
     return tuple(notices)
 
 

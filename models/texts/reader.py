@@ -44,10 +44,10 @@ class TextReader:
         self._written: dict[str, int] = {}
         self._ends = tokenizer.encode("").ids  # what every text has
         if written and (len(self._ends) != 2 or tokenizer.pre_tokenizer is None):
-            raise ValueError("the tokenizer does not divide texts into pieces between two special tokens")
+            raise ValueError("the tokenizer does not split texts into pieces between two special tokens")
         for token in written:
             if (number := tokenizer.token_to_id(token)) is None:
-                raise ValueError(f"{token[:100]!r} is no token of the tokenizer's")
+                raise ValueError(f"{token[:100]!r} is not a token of the tokenizer")
             self._written[token] = number
         added = (number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special)
         unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")

@@ -56,7 +56,7 @@ class Notice(BaseModel):
 
     code: str = Field(description="labels_… or image_…; service/README.md lists all codes", examples=["labels_same"])
     message: str = Field(
-        examples=['"Cat" and "cat" are one and the same text to this CLIP: their order means nothing. Keep one.']
+        examples=['"Cat" and "cat" are the same text to this CLIP, so their order means nothing. Keep one of them.']
     )
     labels: list[str] | None = Field(
         default=None, description="the labels that the warning is about, if it is about labels"

@@ -28,4 +28,4 @@ def test_none_of_the_labels_or_all_of_them_reach_a_threshold(run, bundle):
 def test_one_without_the_other_is_refused_in_a_sentence(run, options):
     refused = run(*options)
     assert refused.exit_code == 2
-    assert "go together" in refused.output
+    assert "give --scoring independent and --threshold together" in " ".join(refused.output.replace("│", " ").split())

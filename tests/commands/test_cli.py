@@ -211,7 +211,7 @@ def test_verify_names_a_damaged_file(refused, damaged, name):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    assert f"{name} does not have the manifest's sha256" in refused("verify", damaged)
+    assert f"{name} does not have the sha256 of the manifest" in refused("verify", damaged)
 
 
 def test_verify_names_a_truncated_and_a_missing_file(refused, damaged):
@@ -231,9 +231,9 @@ def test_verify_refuses_a_manifest_that_is_none(refused, damaged, manifest):
 
 
 def test_verify_refuses_what_is_no_bundle(refused, photo, tmp_path):
-    assert "no directory" in refused("verify", photo)
-    assert "no directory" in refused("verify", tmp_path / "nowhere")
-    assert "is no bundle" in refused("verify", tmp_path)
+    assert "not a directory" in refused("verify", photo)
+    assert "not a directory" in refused("verify", tmp_path / "nowhere")
+    assert "is not a bundle" in refused("verify", tmp_path)
 
 
 def reseal(path):
@@ -285,7 +285,7 @@ def test_bulk_writes_tables_and_resumes(run, refused, photo, tmp_path):
     assert "has no images" in refused("bulk", tmp_path / "empty", "--out", tmp_path / "other")
 
 
-SAME = '"Cat" and "cat" are one and the same text to this CLIP'
+SAME = '"Cat" and "cat" are the same text to this CLIP'
 
 
 def test_commands_warn_of_labels_or_refuse_them(run, refused, photo, tmp_path):
@@ -312,11 +312,14 @@ def test_bulk_says_what_was_left_out_and_fails_if_nothing_was_answered(run, refu
     assert f"no image of {folder} was answered" in message
     shutil.copy(photo, folder / "a.png")
     output = run("bulk", folder, "--out", tmp_path / "other").output
-    assert "errors: 1 unsupported_image\nleft out, no images by their names: 1 (a.txt)\n1 rows and 1 errors" in output
+    assert (
+        "errors: 1 unsupported_image\nleft out, not images, judging by their names: 1 (a.txt)\n1 rows and 1 errors"
+        in output
+    )
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         tar.add(photo, "a.png")
     shards = ("bulk", tmp_path / "{0,1}.tar", "--out", tmp_path / "shards")
-    assert "1.tar is no readable tar file: No such file or directory" in refused(*shards)
+    assert "1.tar is not a readable tar file: No such file or directory" in refused(*shards)
     output = run(*shards, "--skip-broken-shards").output
     assert "left out, damaged or missing: 1 (1.tar: No such file or directory)\n1 rows and 0 errors" in output
 
@@ -372,7 +375,7 @@ def test_circuits_of_one_image_and_of_many_are_drawn(run, photo, tmp_path):
     assert [group["influence"] for group in mean["groups"]] == sorted(
         (group["influence"] for group in mean["groups"]), reverse=True
     )
-    assert "stands for 3" in run(*asked, "--graph", tmp_path / "x.json").output
+    assert "has 3 images" in run(*asked, "--graph", tmp_path / "x.json").output
     assert not (tmp_path / "x.json").exists()
 
 
@@ -442,7 +445,7 @@ def test_a_signal_is_one_sentence_and_a_status(run, monkeypatch, number, status)
     monkeypatch.setattr("vitrine.training.recipes.catalogue.print_list", told)
     result = run("recipes")
     assert result.exit_code == status
-    assert result.stderr.startswith(f"stopped by {number.name}: nothing unfinished is left behind")
+    assert result.stderr.startswith(f"stopped by {number.name}: no unfinished files are left")
     assert result.stderr.count("\n") == 1
 
 
@@ -500,7 +503,7 @@ def test_attribute_takes_a_bundle(run, photo, bundle_path, monkeypatch):
 def test_attribute_refuses_what_is_no_image(refused, tmp_path):
     text = tmp_path / "notes.txt"
     text.write_text("no image")
-    assert "no image in a supported format" in refused("attribute", text)
+    assert "not an image in a supported format" in refused("attribute", text)
     text.write_text("")
     assert "empty" in refused("attribute", text)
 
@@ -535,7 +538,7 @@ def test_labels_are_given_in_one_way(run, refused, photo, tmp_path, command):
     both = run(command, *arguments, "--labels", "cat", "--labels-file", tmp_path / "names.txt")
     assert both.exit_code == 2
     assert "give --labels or --labels-file, not both" in both.output
-    assert "'cat' is there twice" in refused(command, *arguments, "--labels-file", tmp_path / "names.txt")
+    assert "'cat' is given twice" in refused(command, *arguments, "--labels-file", tmp_path / "names.txt")
     assert "--labels: a label has no letters" in refused(command, *arguments, "--labels", "cat,,dog")
     assert not (tmp_path / "out").exists()
 

@@ -43,9 +43,9 @@ def test_an_edit_is_written_with_its_evidence(run, bundle, data_root, table, tmp
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--out", "No.json"), "small letters"),
-        (("--out", "no.json", "--columns", "image=a"), "--columns and --splits are of --groups"),
-        (("--out", "no.json", "--by", "cue"), "needs the cue in words"),
+        (("--out", "No.json"), "lower-case letters"),
+        (("--out", "no.json", "--columns", "image=a"), "--columns and --splits require --groups"),
+        (("--out", "no.json", "--by", "cue"), "requires the cue in words"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(run, bundle, data_root, tmp_path, monkeypatch, arguments, said):

@@ -98,12 +98,12 @@ def test_what_cannot_be_made_is_refused(tmp_path, layer_1):
     assert "layer 1 of clt has features 0 to 63, not 64" in create("no-mat", *one, *made, code=1)
     assert "interventions.0: " in create("no-mat", "--edit", '{"op": "ablate"}', *made, code=1)
     assert "interventions: " in create("no-mat", *made, code=1)
-    assert "give --out, for a file, or --into" in create("no-mat", *one, code=2)
-    assert "is no JSON" in create("no-mat", "--edit", "ablate", *made, code=2)
+    assert "give either --out, to write a file, or --into" in create("no-mat", *one, code=2)
+    assert "is not JSON" in create("no-mat", "--edit", "ablate", *made, code=2)
     assert "moves_logit" in create("no-mat", *one, "--when", "moves=1", *made, code=2)
     assert "name the file no-mat.json" in create("no-mat", *one, "--out", tmp_path / "other.json", code=2)
     assert not list(tmp_path.glob("*mat*"))
-    assert "no edit 'nowhere'; there are: none" in run("edit", "show", "nowhere", code=1)
+    assert "no edit 'nowhere'; available: none" in run("edit", "show", "nowhere", code=1)
 
 
 @pytest.mark.parametrize("command", ["create", "show", "list", "verify"])

@@ -76,7 +76,7 @@ def photo(tmp_path, draw):
 def test_it_says_what_there_is_and_what_is_left_out(exported):
     output, bundle = exported
     assert "int8 and fp16 are left out: there are no --images" in output
-    assert "no CLT: accounts have the MLPs' rows, and no features" in output
+    assert "no CLT: accounts have the MLPs' rows but no features" in output
     assert "interventions: direct and rerun" in output
     assert (bundle.manifest.name, bundle.manifest.precisions) == ("hf-hub-tiny-clip-its-own", ("fp32",))
     assert bundle.manifest.text.labels == tuple(LABELS)
@@ -145,10 +145,10 @@ def test_labels_are_imagenets_and_variants_are_checked_on_images(run, hub, data_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give a CLT's --checkpoint, a --clip, or a --bundle"),
-        (("--clip", NAME, "--checkpoint", "runs/x"), "give a CLT's --checkpoint, a --clip, or a --bundle"),
-        (("--checkpoint", "runs/x", "--weights", "openai"), "--weights, --quick-gelu and --images are of --clip"),
-        (("--clip", NAME, "--residual", "runs/x"), "--residual is added to a bundle of the CLIP"),
+        ((), "give one of --checkpoint (a CLT), --clip, and --bundle"),
+        (("--clip", NAME, "--checkpoint", "runs/x"), "give one of --checkpoint (a CLT), --clip, and --bundle"),
+        (("--checkpoint", "runs/x", "--weights", "openai"), "--weights, --quick-gelu and --images require --clip"),
+        (("--clip", NAME, "--residual", "runs/x"), "--residual cannot be used with --clip"),
         (("--clip", NAME, "--images", "nowhere"), "nowhere"),
     ],
 )
@@ -159,10 +159,10 @@ def test_wrong_use_is_refused(refused, hub, tmp_path, arguments, message):
 def test_the_size_is_said_first_and_wrong_weights_are_refused(refused, hub, tmp_path):
     said = refused("export", "--clip", "ViT-B-32", "--weights", "nobody", "--out", tmp_path / "out")
     assert said.startswith("ViT-B-32: 151 million parameters, so 605 MB of weights to download unless")
-    assert "weights 'nobody' are neither a file nor a tag of open_clip's" in said
+    assert "weights 'nobody' are neither a file nor one of open_clip's tags" in said
     said = refused("export", "--clip", "ViT-B-32", "--out", tmp_path / "out")
     assert "'VIT-B32'; did you mean ViT-B-32?" in refused("export", "--clip", "VIT-B32", "--out", tmp_path / "out")
-    assert "error: ViT-B-32 needs `weights`: a tag of open_clip's, or a file; tags for ViT-B-32: openai, " in said
+    assert "error: ViT-B-32 needs `weights`: one of open_clip's tags, or a file; tags for ViT-B-32: openai, " in said
 
 
 def test_the_activation_of_a_file_must_be_known_or_said(refused, hub, write_clip, make_clip, data_root, tmp_path):
@@ -171,7 +171,7 @@ def test_the_activation_of_a_file_must_be_known_or_said(refused, hub, write_clip
     said = refused(*command, "ViT-B-32")
     assert said.startswith("ViT-B-32: 151 million parameters, so a bundle of up to 650 MB loading ViT-B-32 ")
     assert "error: nothing in" in said
-    assert said.endswith("name ViT-B-32-quickgelu, or say quick_gelu = false (--no-quick-gelu) if it was GELU")
+    assert said.endswith("give the name ViT-B-32-quickgelu, for GELU set quick_gelu = false (--no-quick-gelu)")
     said = refused(*command, "ViT-B-32-quickgelu", "--no-quick-gelu")
     assert "error: ViT-B-32-quickgelu has QuickGELU, `quick_gelu` says GELU" in said
     paths = {key: path.relative_to(data_root).as_posix() for key, path in (("config", config), ("weights", file))}
@@ -180,7 +180,7 @@ def test_the_activation_of_a_file_must_be_known_or_said(refused, hub, write_clip
 
 
 def test_nothing_is_overwritten(refused, hub, tmp_path):
-    assert "exists; a bundle is never changed" in refused("export", "--clip", NAME, "--out", tmp_path)
+    assert "already exists, and a bundle is never changed" in refused("export", "--clip", NAME, "--out", tmp_path)
 
 
 def test_images_of_which_none_can_be_read_are_refused(refused, hub, tmp_path):

@@ -40,7 +40,7 @@ def test_a_bundle_goes_to_a_hub_and_comes_back_also_without_a_network(run, tmp_p
         assert f"--digest {bundle.digest}" in output
         wrong = "sha256:" + "0" * 64
         code, output = run("pull", address, "--out", "other", "--digest", wrong, HF_ENDPOINT=hub.url)
-        assert (code, output.startswith(f"error: {address} is another bundle")) == (1, True), output
+        assert (code, output.startswith(f"error: {address} is not the requested bundle")) == (1, True), output
     assert open_bundle(tmp_path / "pulled").digest == open_bundle(tmp_path / "repository").digest == bundle.digest
     offline = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
     code, output = run("pull", address, "--out", "again", "--digest", bundle.digest, **offline)

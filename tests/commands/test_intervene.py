@@ -53,7 +53,7 @@ def test_a_counterfactual_is_printed_with_the_way_there(run):
     [
         ([], "give --edit, --edits or --counterfactual"),
         (["--edit", "remove 1/2"], "begin with one of"),
-        (["--edit", "ablate 9/2"], "there are layers 0 to 2, not 9"),
+        (["--edit", "ablate 9/2"], "there is no layer 9, only layers 0 to 2"),
         (["--counterfactual", "unicorn"], "not among the labels"),
         (["--counterfactual", "cat", "--edit", "ablate 1/2"], "cannot be used together"),
     ],

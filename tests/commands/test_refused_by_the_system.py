@@ -15,7 +15,7 @@ from faults import everything
 from vitrine.commands import app
 
 LIGHT = os.environ.get("VITRINE_LIGHT_PYTHON", sys.executable)
-UNREADABLE = os.fsdecode(b"a\xff")  # a name that is no UTF-8
+UNREADABLE = os.fsdecode(b"a\xff")  # a name that is not UTF-8
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ WRITERS = ["attribute --svg", "attribute --html", "attribute --graph", "bulk", "
 WRITERS += ["train", "evaluate", "export", "cards"]
 
 
-REASONS = ("Not a directory", "File exists", "no UTF-8", "File name too long")
+REASONS = ("Not a directory", "File exists", "not UTF-8", "File name too long")
 
 
 @pytest.mark.parametrize("command", WRITERS)
@@ -105,10 +105,13 @@ def test_a_bundle_whose_name_is_no_utf_8(tmp_path, bundle_path, command):
     for name in (UNREADABLE, "link"):
         result = CliRunner().invoke(app, [*command, str(tmp_path / name)])
         assert result.exit_code == 1
-        assert result.stderr == f"error: {tmp_path}/a\\xff has a name that is no UTF-8; rename it, or choose another\n"
+        assert result.stderr == f"error: {tmp_path}/a\\xff has a name that is not UTF-8; rename it, or choose another\n"
 
 
-FULL = "error: standard output: No space left on device; make room there and start again, or write elsewhere\n"
+FULL = (
+    "error: standard output: No space left on device; free some space there and start again, or write to another "
+    "place\n"
+)
 
 
 @pytest.mark.parametrize("words", ["verify {bundle}", "--help", "bulk --help", "serve --bundle {bundle}"])

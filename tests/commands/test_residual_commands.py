@@ -38,10 +38,10 @@ def test_export_adds_them_to_a_copy_of_a_bundle(run, bundle, sae_checkpoint, cli
 def test_export_says_what_goes_together(run, bundle, sae_checkpoint, checkpoint, data_root, tmp_path):
     out = ("--out", tmp_path / "new", "--data-root", data_root)
     for arguments, said in (
-        ((), "a CLT's --checkpoint, a --clip, or a --bundle"),
-        (("--checkpoint", checkpoint, "--bundle", bundle.path), "a CLT's --checkpoint, a --clip, or a --bundle"),
-        (("--bundle", bundle.path), "--bundle goes with --residual and --out alone"),
-        (("--bundle", bundle.path, "--residual", sae_checkpoint, "--labels", "a"), "--bundle goes with"),
+        ((), "give one of --checkpoint (a CLT), --clip, and"),
+        (("--checkpoint", checkpoint, "--bundle", bundle.path), "give one of --checkpoint (a CLT), --clip, and"),
+        (("--bundle", bundle.path), "--bundle requires --residual, and takes no labels"),
+        (("--bundle", bundle.path, "--residual", sae_checkpoint, "--labels", "a"), "--bundle requires --residual"),
         (("--bundle", bundle.path, "--residual", checkpoint), "residual SAEs are needed here"),
         (("--checkpoint", sae_checkpoint), "a Cross-Layer Transcoder is needed here"),
     ):

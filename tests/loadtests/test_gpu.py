@@ -80,12 +80,12 @@ def test_each_step_costs_only_itself(record, command, tmp_path):
     assert steps_of(record) == {
         "bad": ("failed", [{"n": 3}], "KeyError: what"),
         "lacking": ("skipped", [], "captum is not installed"),
-        "hanging": ("failed", [{"n": 4}], "it did not end within its 3 s"),
-        "good after bad": ("skipped", [], "it needs the step bad, which is not done"),
+        "hanging": ("failed", [{"n": 4}], "it did not end within 3 s"),
+        "good after bad": ("skipped", [], "it requires the step bad, which is not done"),
         "good": ("done", [{"n": 1}, {"n": 2}], None),
         "good at last": ("out of time", [], steps_of(record)["good at last"][2]),
     }
-    assert steps_of(record)["good at last"][2].endswith("s were left, and it takes at least 1000")
+    assert steps_of(record)["good at last"][2].endswith("s were left, but it takes at least 1000 s")
     log = (tmp_path / "hanging.log").read_text()
     assert log.startswith("begun "), "it had started a process of its own session"
     assert not psutil.pid_exists(int(log.split()[1])) or psutil.Process(int(log.split()[1])).status() == "zombie"
@@ -127,9 +127,9 @@ def test_what_is_written_is_whole_at_every_moment(record, command, tmp_path, mon
 @pytest.mark.parametrize(
     ("machine", "provider", "message"),
     [
-        (MACHINE, "cpu", "measured with provider cuda, and here it is cpu"),
-        (MACHINE | {"gpu": "Two"}, "cuda", "measured with gpu One, and here it is Two"),
-        (MACHINE | {"driver": "5"}, "cuda", "measured with driver nothing, and here it is 5"),
+        (MACHINE, "cpu", "measured with provider cuda, but here it is cpu"),
+        (MACHINE | {"gpu": "Two"}, "cuda", "measured with gpu One, but here it is Two"),
+        (MACHINE | {"driver": "5"}, "cuda", "measured with driver nothing, but here it is 5"),
     ],
 )
 def test_rows_of_two_machines_are_not_mixed(record, command, tmp_path, machine, provider, message):
@@ -217,9 +217,9 @@ def test_the_script_installs_what_constraints_and_pyproject_have():
 
 def test_without_a_gpu_it_says_so(monkeypatch):
     monkeypatch.setattr(gpu, "machine", lambda: {})
-    with pytest.raises(typer.BadParameter, match="no GPU here; --cpu"):
+    with pytest.raises(typer.BadParameter, match="no GPU here; use --cpu"):
         gpu.main(cpu=False, only=None, table=None)
-    with pytest.raises(typer.BadParameter, match="'parity' is none of doctor, parity-demo"):
+    with pytest.raises(typer.BadParameter, match="'parity' is not one of doctor, parity-demo"):
         gpu.main(cpu=False, only=["parity"], table=None)
 
 

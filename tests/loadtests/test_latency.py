@@ -78,7 +78,7 @@ def run(tmp_path, *options):
 def test_a_short_run_writes_rows_and_a_report(tmp_path):
     finished = run(tmp_path, "--rate", "30", "--mix", "mixed")
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-3000:]
-    assert "ms of processor time in the service, an answer" in finished.stdout
+    assert "ms of processor time in the service per answer" in finished.stdout
     rows = read_rows(tmp_path / "rows.csv")
     assert {row.status for row in rows} == {200}
     assert {row.offered for row in rows} == {6}

@@ -28,7 +28,7 @@ def test_the_first_signal_raises_and_the_next_is_the_systems(number, status):
         assert {signal.getsignal(other) for other in SIGNALS} == {signal.SIG_DFL}
     assert stopped.value.status == status
     assert str(stopped.value) == (
-        f"stopped by {number.name}: nothing unfinished is left behind; the same command starts again"
+        f"stopped by {number.name}: no unfinished files are left; run the same command to start again"
     )
 
 

@@ -121,7 +121,7 @@ LONG = pytest.param(f'{{"format": 2, "{"x" * 9_999}": 1}}', id="long")
 def test_invalid_meta_is_refused(save, content):
     checkpoint = save(7)
     (checkpoint / "checkpoint.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"checkpoint.json is not one of Vitrine's: [^\n]{1,240}$"):
+    with pytest.raises(CheckpointError, match=r"checkpoint.json was not written by Vitrine: [^\n]{1,240}$"):
         read_meta(checkpoint)
 
 

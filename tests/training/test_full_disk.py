@@ -167,7 +167,9 @@ def test_shared_memory_is_full(numbers, monkeypatch, free):
     assert len(list(load(numbers(4), batches, workers=0))) == 2
     if free:
         assert len(list(load(numbers(4), batches, workers=1))) == 2
-    with pytest.raises(DataError, match=r"^/dev/shm has 0\.\d MB free, and a batch has 0\.0 MB: .* `workers = 0`$"):
+    with pytest.raises(
+        DataError, match=r"^/dev/shm has 0\.\d MB free, but a batch needs 0\.0 MB, since .* `workers = 0`$"
+    ):
         list(load(numbers(4), batches, workers=2))
 
 

@@ -66,7 +66,7 @@ def build_cards(
     `DataError` and `VocabularyError`; `FileError`.
     """
     if out.exists():
-        raise CardsBuildError(f"{out} is there already; a bundle is never changed, give another --out")
+        raise CardsBuildError(f"{out} already exists, and a bundle is never changed; choose another --out")
     dictionary, meta = open_dictionary(checkpoint, clip, bundle)
     words = read_vocabulary(options.vocabulary, bundle.manifest.text.labels)
     section, transform = meta.recipe.data, clip.transform()
@@ -80,7 +80,7 @@ def build_cards(
     prepare_folder(work)
     target = work / "bundle"
     folder, key = CARDS[dictionary.name], _key(weights_file(checkpoint, meta), orders, options)
-    with Progress(console) as progress, advising("the same command goes on with the images that are left"):
+    with Progress(console) as progress, advising("run the same command again to continue with the remaining images"):
         survey, album = _survey(clip, dictionary, bundle, orders, work, options, key, progress)
         for data, _ in orders:
             data.print_broken(console)

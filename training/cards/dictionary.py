@@ -105,10 +105,11 @@ def open_dictionary(checkpoint: Path, clip: Clip, bundle: Bundle) -> tuple[Dicti
     else:
         what, dictionary = "residual SAEs", SaeFeatures(load_residual_saes(checkpoint)[0].to(device))
     if dictionary.name == "clt" and not bundle.manifest.has_features:
-        raise CardsBuildError(f"cards are of features: {bundle.manifest.why_no_features}")
+        raise CardsBuildError(f"cards describe features: {bundle.manifest.why_no_features}")
     if bundle.manifest.clip.sha256 != clip.sha256 or not dictionary.is_in(bundle):
         raise CardsBuildError(
-            f"{bundle.path} was not exported from this checkpoint: it has another CLIP, or not this very {what}"
+            f"{bundle.path} was not exported from this checkpoint: the CLIP or the {what} do not match; give the "
+            "bundle that was"
         )
     return dictionary, meta
 

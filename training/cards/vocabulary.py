@@ -70,7 +70,7 @@ def read_vocabulary(sources: Sequence[str], labels: Sequence[str]) -> list[str]:
     for source in sources:
         words |= dict.fromkeys(named[source] if source in named else _read(Path(source)))
     if len(words) < 2:
-        raise VocabularyError(f"{', '.join(sources)}: {len(words)} words; a label must be chosen from two at least")
+        raise VocabularyError(f"{', '.join(sources)}: {len(words)} words; a label must be chosen from at least two")
     return list(words)
 
 
@@ -89,5 +89,5 @@ def _read(file: Path) -> list[str]:
     try:
         lines = [line.partition("#")[0].strip() for line in read_names(file, "words")]
     except InputError as error:
-        raise VocabularyError(f"vocabulary {file}: {error}; a file, or one of {', '.join(NAMED)}") from error
+        raise VocabularyError(f"vocabulary {file}: {error}; give a file, or one of {', '.join(NAMED)}") from error
     return [line for line in lines if line]

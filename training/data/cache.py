@@ -81,7 +81,7 @@ class ActivationCache:
             with written(self._path(chunk)) as partial:
                 save_file(named, partial, {"broken": json.dumps(dict(broken))})
         except FileError as error:
-            raise CacheError(f"{error}, or leave `cache` out of [training]") from error
+            raise CacheError(f"{error}, or remove `cache` from [training]") from error
         return [x.float() for x in rounded]
 
     def _path(self, chunk: int) -> Path:
@@ -96,7 +96,7 @@ class ActivationCache:
             with safe_open(self._path(chunk), "pt") as file:
                 slices = [file.get_slice(name) for name in table_names(self.kind)]
                 json.loads(file.metadata()["broken"])
-                problem = "" if all((x.get_shape(), x.get_dtype()) == expected for x in slices) else "another shape"
+                problem = "" if all((x.get_shape(), x.get_dtype()) == expected for x in slices) else "a different shape"
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             problem = str(error)
         if problem:
@@ -140,8 +140,8 @@ def open_cache(
         needed = cache_bytes(kind, plan, clip.tower, dtype) - used
         if needed > free:
             raise CacheError(
-                f"{folder} needs {needed / 1e9:,.1f} GB more for the activations, the disk has {free / 1e9:,.1f} GB "
-                "free; make room, take bfloat16, or leave `cache` out of [training]"
+                f"{folder} needs {needed / 1e9:,.1f} GB more for the activations, but the disk has {free / 1e9:,.1f} "
+                f"GB free; free some space, use bfloat16, or remove `cache` from [training]"
             )
         with written(file, shared=True) as partial:
             partial.write_text(json.dumps(fingerprint, indent=2), encoding="utf-8")
@@ -177,4 +177,6 @@ def _listed(source: Source) -> dict[str, Any]:
 def _check_fingerprint(folder: Path, stored: Any, expected: dict[str, Any]) -> None:
     fields = stored if isinstance(stored, dict) else {}
     if other := [key for key in {**expected, **fields} if fields.get(key) != expected.get(key)]:
-        raise CacheError(f"{folder} holds activations of another {', '.join(other)}; delete it or choose another --out")
+        raise CacheError(
+            f"{folder} holds activations made with a different {', '.join(other)}; delete it or choose another --out"
+        )

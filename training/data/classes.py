@@ -42,15 +42,16 @@ def labels_for(data: Images, labels: Sequence[str] | None) -> tuple[str, ...]:
     if labels is None:
         if unknown := unknown_ids(data.classes):
             raise DataError(
-                f"{data.title}: {_some(unknown)}: WordNet ids of none of ImageNet's 1,000 classes; give each a label "
-                f'in data.classes, as {{ "{unknown[0]}" = "..." }}'
+                f"{data.title}: {_some(unknown)}: WordNet ids that are not among ImageNet's 1,000 classes; give each "
+                f'a label in data.classes, such as {{ "{unknown[0]}" = "..." }}'
             )
         return tuple(dict.fromkeys(data.classes))
     if unknown := sorted(set(data.classes) - set(labels)):
         raise DataError(
-            f"{data.title}: classes that are none of the labels: {_some(unknown)}. Add them to the labels, or say "
-            f'in data.classes which label each has, as {{ "{printable(unknown[0], 40)}" = "{printable(labels[0], 40)}" '
-            '}; if these folders are no classes, { kind = "folder", path = ..., classes = false }'
+            f"{data.title}: classes that are not among the labels: {_some(unknown)}. Add them to the labels, or give "
+            f"each class a label in data.classes, such as "
+            f'{{ "{printable(unknown[0], 40)}" = "{printable(labels[0], 40)}" }}; if these folders are not classes, '
+            f'use {{ kind = "folder", path = ..., classes = false }}'
         )
     return tuple(labels)
 
@@ -65,14 +66,14 @@ def check_classes(section: DataSection, labels: Sequence[str], *sources: Images)
     for name, label in (section.classes or {}).items():
         if name not in found:
             near = difflib.get_close_matches(name, found, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "their classes are the names of their folders"
+            hint = f"did you mean {near[0]!r}?" if near else "the classes are the names of the folders"
             where = " or ".join(dict.fromkeys(data.title for data in sources))
-            raise DataError(f"data.classes: {printable(name)!r} is no class of {where}; {hint}")
+            raise DataError(f"data.classes: {printable(name)!r} is not a class of {where}; {hint}")
         if has_labels and label not in labels:
             near = difflib.get_close_matches(label, labels, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise DataError(
-                f"data.classes: {printable(label)!r}, of {printable(name)!r}, is no label of the recipe{hint}"
+                f"data.classes: {printable(label)!r}, given for {printable(name)!r}, is not a label of the recipe{hint}"
             )
 
 

@@ -25,7 +25,7 @@ class ClassFolders:
         try:
             found = walk(root, skipped)
         except InputError as error:
-            remedy = "" if root.exists() else "; --data-root, or VITRINE_DATA, is what a recipe's paths are relative to"
+            remedy = "" if root.exists() else "; a recipe's paths are relative to --data-root or VITRINE_DATA"
             raise DataError(f"no images under {self.title}: {error}{remedy}") from error
         for path in (*found.tars, *found.tables):
             skipped.add(Reason.BESIDE, path)
@@ -38,7 +38,11 @@ class ClassFolders:
         self.skipped = files.skipped
         self._indices = {name: index for index, name in enumerate(self.classes)}
         if not self.classes:
-            self.unlabelled = "its images lie in no folders of classes" if has_classes else "the recipe says so"
+            self.unlabelled = (
+                "its images are not in folders named after classes"
+                if has_classes
+                else "the recipe sets classes = false"
+            )
 
     def __len__(self) -> int:
         return len(self.paths)

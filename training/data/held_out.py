@@ -42,13 +42,14 @@ class HeldOut:
         """What cannot be measured on these images, and what it takes: a sentence for each reason."""
         if not self.labels:
             return [
-                "there are no labels, so nothing is predicted: how often a prediction stays when MLPs are replaced, or "
-                "source layers left out, is not measured; give `labels` or `labels_file` in [data], or --labels-file"
+                "there are no labels, so nothing is predicted, and it cannot be measured how often predictions stay "
+                "the same when MLPs are replaced or source layers left out; give `labels` or `labels_file` in [data], "
+                "or --labels-file"
             ]
         if not self.has_classes:
             return [
-                f"{self.data.title} has no classes, so no prediction is right or wrong: agreement with CLIP's own "
-                "predictions is measured, accuracies and retrieval are not"
+                f"{self.data.title} has no classes, so predictions cannot be checked: agreement with CLIP's own "
+                f"predictions is measured, but not accuracies and retrieval"
             ]
         return []
 
@@ -89,7 +90,7 @@ def held_out(
     labels = labels_for(data, labels if labels is not None else recipe_labels(section, data_root))
     order = _drawn(len(data), images, seed)
     if len(order) < 2:
-        raise DataError(f"{len(order)} images of {data.title} are too few to measure anything; two are the least")
+        raise DataError(f"{len(order)} images of {data.title} are too few to measure anything; at least two are needed")
     label_of_class = torch.tensor([labels.index(name) for name in data.classes], dtype=torch.int64)
     return HeldOut(data, tuple(order), labels, label_of_class, seed, **options)
 

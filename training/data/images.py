@@ -107,7 +107,10 @@ class Images(Dataset[tuple[Tensor, int]]):
             return None
         count = len(self.broken)
         said = f"names and reasons: {names_in}" if names_in else "; ".join(islice(self.broken, 3)) + "; …" * (count > 3)
-        return f"{self.title}: {count:,} of {len(self):,} images could not be read, and the next ones stood in: {said}"
+        return (
+            f"{self.title}: {count:,} of {len(self):,} images could not be read and were replaced by the next ones: "
+            f"{said}"
+        )
 
     def print_broken(self, console: Console, names_in: Path | None = None) -> None:
         """Print `broken_line`, if there is one."""
@@ -118,8 +121,8 @@ class Images(Dataset[tuple[Tensor, int]]):
         """Raises `DataError` if the images have no classes."""
         if not self.classes:
             raise DataError(
-                f"{self.title}: classes are needed here, and {self.listing.unlabelled}; give images with classes, or, "
-                "for shards, `classes`: a text file with one class name a line"
+                f"{self.title}: classes are needed here, but {self.listing.unlabelled}; give images with classes, or "
+                f"for shards `classes`, a text file with one class name per line"
             )
 
     @property
@@ -135,9 +138,9 @@ class Images(Dataset[tuple[Tensor, int]]):
         if count > allowed:
             first = "; ".join(f"{name}: {reason}" for name, reason in islice(self.broken.items(), 3))
             raise DataError(
-                f"{self.title}: {count} of {len(self):,} images cannot be read, {allowed} may "
-                f"(max_broken = {self.max_broken}): {first}{'; ...' if count > 3 else ''}. "
-                "Mend or remove them, or raise max_broken"
+                f"{self.title}: {count} of {len(self):,} images cannot be read, but at most {allowed} are allowed "
+                f"(max_broken = "
+                f"{self.max_broken}): {first}{'; ...' if count > 3 else ''}. Fix or remove them, or raise max_broken"
             )
 
     def _decode(self, index: int) -> _Sample:
@@ -212,8 +215,9 @@ def _no_shared_memory(size: int) -> str:
     if free > worker.num_workers * (size + _PAGES):
         return ""
     return (
-        f"{SHARED} has {free / 1e6:,.1f} MB free, and a batch has {size / 1e6:,.1f} MB: the processes that decode "
-        "images hand them over there; make room (in a container: --shm-size=1g), take smaller batches, or `workers = 0`"
+        f"{SHARED} has {free / 1e6:,.1f} MB free, but a batch needs {size / 1e6:,.1f} MB, since processes that decode "
+        "images pass them on there; free some space (in a container: --shm-size=1g), use smaller batches, or set "
+        "`workers = 0`"
     )
 
 
@@ -247,7 +251,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.mixed_images % self.images_per_step:
-            raise ValueError(f"mixed_images = {self.mixed_images} is no multiple of {self.images_per_step}")
+            raise ValueError(f"mixed_images = {self.mixed_images} is not a multiple of {self.images_per_step}")
         if self.images < self.images_per_step:
             raise DataError(
                 f"the data have {self.images} images, fewer than one step's {self.images_per_step}: "
@@ -282,7 +286,7 @@ class Plan:
     def share(self, chunk: int, rank: int = 0, world: int = 1) -> list[list[int]]:
         """The images of a chunk that a process forwards, in batches of images_per_step / world, rounded up."""
         if world > self.images_per_step:
-            raise DataError(f"images_per_step = {self.images_per_step} cannot be shared out to {world} processes")
+            raise DataError(f"images_per_step = {self.images_per_step} cannot be divided among {world} processes")
         images, size = self.chunk(chunk)[rank::world], -(-self.images_per_step // world)
         return [images[start : start + size] for start in range(0, len(images), size)]
 

@@ -114,8 +114,8 @@ class _Torchvision:
 def _torchvision(source: TorchvisionSource, data_root: Path) -> _Torchvision | ClassFolders:
     if source.name not in TORCHVISION:
         near = difflib.get_close_matches(source.name, TORCHVISION, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(TORCHVISION)}"
-        raise DataError(f"{source.name} is none of torchvision's classification sets; {hint}")
+        hint = f"did you mean {near[0]}?" if near else f"known sets: {', '.join(TORCHVISION)}"
+        raise DataError(f"{source.name} is not one of torchvision's classification sets; {hint}")
     if (folder := data_root / source.name.lower() / source.split).is_dir():
         return _with_spaces(ClassFolders(folder))  # the same images as class folders, without a download
     dataset = getattr(torchvision.datasets, source.name)
@@ -131,8 +131,8 @@ def _torchvision(source: TorchvisionSource, data_root: Path) -> _Torchvision | C
         return _with_spaces(_Torchvision(dataset(str(data_root), download=True, **options), title))
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"{title} is not in {data_root} and cannot be downloaded: {error}; "
-            f"put there what torchvision would have put there, or class folders into {folder}"
+            f"{title} is not in {data_root} and cannot be downloaded: {error}; put torchvision's files there "
+            f"yourself, or folders of classes into {folder}"
         ) from error
 
 
@@ -146,7 +146,7 @@ def _split_of(saved: Any, source: HuggingFaceSource) -> Any:
     """The split of what `save_to_disk` wrote: one by name of several, or the only one."""
     splits = saved if isinstance(saved, dict) else {str(saved.split or source.split): saved}
     if source.split not in splits:
-        raise DataError(f"{source.id} has no split {source.split!r}, as it was saved; it has {', '.join(splits)}")
+        raise DataError(f"{source.id} was saved without split {source.split!r}; it has {', '.join(splits)}")
     return splits[source.split]
 
 
@@ -172,7 +172,7 @@ class _HuggingFace:
                 rows = datasets.load_dataset(str(folder) if folder.exists() else source.id, split=source.split)
         except Exception as error:  # a damaged file makes code of theirs fail anywhere
             raise DataError(
-                f"{self.title} cannot be loaded, neither as the folder {folder} nor from the Hugging Face hub: {error}"
+                f"{self.title} can be loaded neither from the folder {folder} nor from the Hugging Face hub: {error}"
             ) from error
         if is_saved:
             rows = _split_of(rows, source)
@@ -181,14 +181,14 @@ class _HuggingFace:
             if column not in rows.column_names:
                 raise DataError(f"{self.title} has no column {column!r}; it has {', '.join(rows.column_names)}")
         if not isinstance(rows.features[source.image], datasets.Image):
-            raise DataError(f"{self.title}: column {source.image!r} is no image but {rows.features[source.image]}")
+            raise DataError(f"{self.title}: column {source.image!r} is not an image but {rows.features[source.image]}")
         self.rows = rows.cast_column(source.image, datasets.Image(decode=False))
         self.numbers = list(range(len(rows)))
         self.classes, self.class_indices = (), [0] * len(rows)
         if source.label in rows.column_names:
             self._read_classes(rows, source.label)
         else:
-            self.unlabelled = f"it has no column {source.label!r} but {', '.join(rows.column_names)}"
+            self.unlabelled = f"it has no column {source.label!r}, only {', '.join(rows.column_names)}"
 
     def _read_classes(self, rows: Any, column: str) -> None:
         import datasets
@@ -211,7 +211,7 @@ class _HuggingFace:
         else:
             self.classes, self.class_indices = number_classes(labels)
         if labels and min(self.class_indices) < 0:  # the hub marks withheld labels of a test split this way
-            self.unlabelled = f"its column {column!r} has none in this split (-1)"
+            self.unlabelled = f"its column {column!r} has no classes in this split (-1)"
             self.classes, self.class_indices = (), [0] * len(labels)
 
     def __len__(self) -> int:

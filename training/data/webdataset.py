@@ -79,7 +79,7 @@ class WebDataset:
         shard, sample = found[number]
         value = repr(sample.text) if sample.number is None else sample.number
         return (
-            f"{display(shard)}: {display(sample.key)} is of class {value}, which is none of the {len(names)} classes "
+            f"{display(shard)}: {display(sample.key)} has class {value}, which is not one of the {len(names)} classes "
             f"of {classes}"
         )
 
@@ -114,13 +114,17 @@ def _labels(samples: Sequence[Sample], names: tuple[str, ...] | None) -> tuple[t
     if not samples:
         return (), [], ""
     if without:
-        reason = _of(len(without), samples, f"neither .cls (an index) nor .txt (a class name), as {without[0].key!r}")
+        reason = _of(
+            len(without), samples, f"neither .cls (an index) nor .txt (a class name), such as {without[0].key!r}"
+        )
     elif texts and len(texts) < len(samples):
-        reason = _of(len(texts), samples, "no .cls but only .txt, and the others have .cls")
+        reason = _of(len(texts), samples, "only .txt, while the others have .cls")
     elif odd:
-        reason = _of(len(odd), samples, f"a .cls that is no index of a class, as {odd[0].key!r}: {odd[0].number!r:.40}")
+        reason = _of(
+            len(odd), samples, f"a .cls that is not the index of a class, such as {odd[0].key!r}: {odd[0].number!r:.40}"
+        )
     elif texts and names is None and 2 * len(set(texts)) > len(texts):
-        reason = f"its {len(texts):,} texts are captions and no classes: {len(set(texts)):,} of them differ"
+        reason = f"its {len(texts):,} texts are captions, not classes: {len(set(texts)):,} of them differ"
     elif texts:
         classes, indices = number_classes(texts, names)
         return classes, indices, ""

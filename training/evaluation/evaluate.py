@@ -206,13 +206,13 @@ def describe(metrics: Metrics, replaced: str = "every MLP") -> list[str]:
     ]
     if m.replacement_all_agreement is not None and m.replacement_cls_agreement is not None:
         lines.append(
-            f"the same top-1 as CLIP with {replaced} replaced {m.replacement_all_agreement:.1%}, at [CLS] alone "
-            f"{m.replacement_cls_agreement:.1%}"
+            f"same top-1 as CLIP: {m.replacement_all_agreement:.1%} with {replaced} replaced, "
+            f"{m.replacement_cls_agreement:.1%} with them replaced only at [CLS]"
         )
     if m.zero_shot_top1 is not None and m.replacement_all_top1 is not None and m.replacement_cls_top1 is not None:
         lines.append(
-            f"zero-shot top-1 {m.zero_shot_top1:.1%}; with {replaced} replaced {m.replacement_all_top1:.1%}, at [CLS] "
-            f"alone {m.replacement_cls_top1:.1%}"
+            f"zero-shot top-1: {m.zero_shot_top1:.1%}; {m.replacement_all_top1:.1%} with {replaced} replaced, "
+            f"{m.replacement_cls_top1:.1%} with them replaced only at [CLS]"
         )
     return lines
 
@@ -223,9 +223,9 @@ def cls_warning(metrics: Metrics, recipe: Recipe) -> str | None:
     if not isinstance(recipe, CltRecipe) or r2 is None or worst is None or r2 >= LEAST_CLS:
         return None
     return (
-        f"R² at [CLS], the token that answers are about, is {r2:.2f} (worst layer {worst:.2f}), and below "
-        f"{LEAST_CLS} errors are most of what an account has: train longer, give [CLS] a larger clt.k_cls, begin with "
-        'training.start = "neurons", or weigh [CLS] more (training.cls_weight)'
+        f"R² at [CLS], the token that answers explain, is {r2:.2f} (worst layer {worst:.2f}); below {LEAST_CLS} an "
+        "account consists mostly of errors: train longer, use a larger clt.k_cls or training.cls_weight, or set "
+        'training.start = "neurons"'
     )
 
 

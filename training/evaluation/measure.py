@@ -178,7 +178,7 @@ def _centre(
     means = mean_contributions(clt, kept.means)
     task = progress.task("centred contributions", len(images), "images")
     others = replace(images, indices=images.indices[kept.images :])
-    computed = _coded(clip, clt, others, progress, "codes again") if len(others) else ()
+    computed = _coded(clip, clt, others, progress, "second pass over the codes") if len(others) else ()
     for codes, is_cls in chain(kept.batches, ((codes, is_cls) for _, codes, is_cls, _ in computed)):
         for target, decoder in enumerate(clt.decoders):
             parts = decoder.contributions(codes)

@@ -23,8 +23,8 @@ class Cue(Section):
     """What is drawn. Sizes are shares of the photo's shorter side, so that they are the same at every resolution."""
 
     kind: Kind = Field(description="mat: one colour; stripes: a mat of diagonal stripes; corner: a square; word: text")
-    colour: Colour = Field(description="of the mat, the stripes, the corner, or the word's ground")
-    text: str = Field(default="", description="of a word")
+    colour: Colour = Field(description="colour of the mat, the stripes, the corner, or the word's background")
+    text: str = Field(default="", description="the word")
 
     def draw(self, image: Image.Image) -> Image.Image:
         """The photo with the cue: RGB, of the same size."""

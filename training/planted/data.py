@@ -49,14 +49,14 @@ class PlantedData(Section):
 
     seed: int = 0
     train: Source = Field(description="photos to train on")
-    test: Source = Field(description="photos to find a repair on and to measure it on")
+    test: Source = Field(description="photos to find and to measure a repair on")
     kind: Kind = "mat"
-    colour: Colour | None = Field(default=None, description="default: one of eight")
-    classes: tuple[str, str] | None = Field(default=None, description="the first goes with the cue")
+    colour: Colour | None = Field(default=None, description="default: one of eight, chosen by the seed")
+    classes: tuple[str, str] | None = Field(default=None, description="two classes; the cue goes with the first")
     correlation: float = Field(default=0.95, gt=0.5, le=1, description="share of the first class that has the cue")
-    train_images: PositiveInt = Field(default=1000, description="of each class")
+    train_images: PositiveInt = Field(default=1000, description="number of images of each class")
     group_images: PositiveInt = Field(
-        default=125, description="of each class, with and without the cue, in val and test"
+        default=125, description="number of images of each class, with and without the cue, in val and in test"
     )
 
 
@@ -88,9 +88,12 @@ def plan(settings: PlantedData, classes: Sequence[str], alike: NDArray[np.floati
     """
     generator = _random(settings.seed, 0)
     if len(set(classes)) < 2:
-        raise DataError("a cue is planted between two classes: give a folder of class folders")
+        raise DataError(
+            "a cue is planted between two classes, but the images have fewer; give a folder with one subfolder per "
+            "class"
+        )
     if settings.classes and (unknown := set(settings.classes) - set(classes)):
-        raise DataError(f"no class {', '.join(sorted(unknown))}; there are {', '.join(classes)}")
+        raise DataError(f"no class {', '.join(sorted(unknown))}; the classes are {', '.join(classes)}")
     pairs = np.sort(alike[np.triu_indices(len(classes), 1)])
     least = pairs[-max(1, len(pairs) // 3)]
     first, second = generator.permutation(len(classes))[:2]
@@ -108,7 +111,7 @@ def write_data(settings: PlantedData, planted: Planted, data_root: Path, size: t
     """
     train, test = (open_images(source, data_root, as_it_is).listing for source in (settings.train, settings.test))
     if train.classes != test.classes:
-        raise DataError(f"{test.title} has other classes than {train.title}: {', '.join(test.classes)}")
+        raise DataError(f"{test.title} and {train.title} have different classes: {', '.join(test.classes)}")
     half = 2 * settings.group_images
     few = min(CALIBRATION, half)
     to_train = _photos(train, planted.classes, settings.train_images, size, _random(settings.seed, 1))
@@ -171,7 +174,7 @@ def _photos(
                 found[label].append(ImageOps.fit(picture.image, size[::-1], Image.Resampling.BICUBIC))
     for label, photos in found.items():
         if len(photos) < count:
-            raise DataError(f"{listing.title} has {len(photos)} readable images of {label}, and {count} are needed")
+            raise DataError(f"{listing.title} has {len(photos)} readable images of {label}, but {count} are needed")
     return found
 
 

@@ -34,7 +34,7 @@ CONFIG, WEIGHTS = "planted-clip.json", "model.safetensors"
 class FineTuning(Section):
     """How strongly."""
 
-    blocks: PositiveInt = Field(default=6, description="so many of the last blocks are trained, or all there are")
+    blocks: PositiveInt = Field(default=6, description="number of last blocks that are trained, at most all")
     epochs: PositiveInt = 4
     images_per_step: PositiveInt = 64
     learning_rate: PositiveFloat = 3e-4
@@ -91,7 +91,10 @@ def save(model: nn.Module, clip: Clip, folder: Path) -> Clip:
     """
     config = open_clip.get_model_config(clip.name)
     if config is None:
-        raise ClipError(f"{clip.name} brings its own configuration; give a CLIP by open_clip's name or by a file")
+        raise ClipError(
+            f"{clip.name} has its own configuration, which cannot be fine-tuned here; give a CLIP by open_clip's name "
+            f"or by a file"
+        )
     if any(isinstance(module, open_clip.transformer.QuickGELU) for module in model.modules()):
         config["quick_gelu"] = True
     prepare_folder(folder)
@@ -100,7 +103,7 @@ def save(model: nn.Module, clip: Clip, folder: Path) -> Clip:
         save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, partial)
     loaded = load_clip(None, str(folder / WEIGHTS), folder / CONFIG)
     if loaded.preprocess != clip.preprocess:
-        raise ClipError(f"{clip.name} prepares images as no weights from a file are: {clip.preprocess}")
+        raise ClipError(f"{clip.name} prepares images in a way that weights from a file cannot have: {clip.preprocess}")
     return loaded
 
 

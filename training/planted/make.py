@@ -100,7 +100,7 @@ def read_record(out: Path) -> Record:
         with naming(out / RECORD):
             return Record.model_validate_json((out / RECORD).read_bytes())
     except ValidationError as error:
-        raise CheckpointError(f"{out / RECORD} is none of Vitrine's: {first_problem(error)}") from error
+        raise CheckpointError(f"{out / RECORD} was not written by Vitrine: {first_problem(error)}") from error
 
 
 def load_planted(out: Path) -> Clip:
@@ -136,7 +136,7 @@ def _begun(recipe: PlantedRecipe, clip: Clip, data_root: Path, out: Path) -> Rec
     if (out / RECORD).exists():
         record = read_record(out)
         if record.recipe != recipe:
-            raise CheckpointError(f"{out} holds what another recipe made; choose an empty folder")
+            raise CheckpointError(f"{out} was made with another recipe; give the same one, or choose an empty folder")
         return record
     classes = tuple(dict.fromkeys(open_images(recipe.data.train, data_root, as_it_is).classes))
     labels = embeddings(clip, recipe, classes)

@@ -37,7 +37,7 @@ class PlantedRecipe(Section):
     clip: ClipSection
     templates: tuple[Template, ...] = Field(min_length=1)
     data: PlantedData
-    fine_tuning: FineTuning | None = Field(default=None, description="none: the cue is in val and test alone")
+    fine_tuning: FineTuning | None = Field(default=None, description="none: the cue is only in val and test")
     clt: CltSection
     training: CltTrainingSection = CltTrainingSection()
     residual: ResidualSection | None = None

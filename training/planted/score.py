@@ -111,10 +111,10 @@ def read_proposal(file: Path) -> Proposal:
             read_file(file)
         )
     except ValidationError as error:
-        raise ProposalError(f"{file} is no list of interventions: {first_problem(error)}") from error
+        raise ProposalError(f"{file} is not a list of interventions: {first_problem(error)}") from error
     proposal = found if isinstance(found, Proposal) else Proposal(interventions=found)
     if proposal.condition is not None and not proposal.condition.compares:
-        raise ProposalError(f"{file} has a condition on activations: only those on predictions are scored")
+        raise ProposalError(f"{file} has a condition on activations, but only conditions on predictions can be scored")
     return proposal
 
 

@@ -41,7 +41,7 @@ def sine_cosine_positions(rows: int, columns: int, width: int) -> Tensor:
     """[rows * columns, width], row by row: half of the dimensions encode the row, half the column."""
     if width % 4:
         raise RecipeError(
-            f"model.vision_cfg.width = {width} must be a multiple of 4: sine and cosine of row and column"
+            f"model.vision_cfg.width = {width} must be a multiple of 4, for sine and cosine of row and column"
         )
     frequencies = 10_000.0 ** -(torch.arange(width // 4) / (width // 4))
 

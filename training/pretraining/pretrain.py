@@ -74,10 +74,10 @@ def pretrain(recipe: PretrainRecipe, data_root: Path, out: Path, console: Consol
     """
     settings, size = recipe.training, recipe.model.vision_cfg["image_size"]
     if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out} is no folder; choose another place")
+        raise CheckpointError(f"{out} is not a folder; choose another --out")
     done = _completed_epochs(recipe, out)
     if len(done) == settings.epochs:
-        console.print(f"{out} holds all {settings.epochs} epochs")
+        console.print(f"{out} is complete: all {settings.epochs} epochs are done")
         return out / WEIGHTS
     val = open_images(recipe.data.val, data_root, _pixels(size))
     val.require_classes()
@@ -85,7 +85,7 @@ def pretrain(recipe: PretrainRecipe, data_root: Path, out: Path, console: Consol
     run = _Run(recipe, steps_per_epoch=len(train) // settings.images_per_step)
     if done:
         run.restore(load_tensors(out / _state(len(done))), len(done))
-        console.print(f"taking up {out} after epoch {len(done)} of {settings.epochs}")
+        console.print(f"resuming {out} after epoch {len(done)} of {settings.epochs}")
     prepare_folder(out)
     write_text(out / f"{recipe.name}.json", recipe.model.model_dump_json(indent=2))
     for epoch in range(len(done), settings.epochs):
@@ -93,7 +93,7 @@ def pretrain(recipe: PretrainRecipe, data_root: Path, out: Path, console: Consol
         order = BatchSampler(RandomSampler(train), settings.images_per_step, drop_last=True)
         batches = load(train, order, settings.workers)
         title = f"epoch {epoch + 1}/{settings.epochs}"
-        with advising(f"the same command goes on after epoch {epoch} of {settings.epochs}"):
+        with advising(f"run the same command again to continue after epoch {epoch} of {settings.epochs}"):
             losses = [run.step(*batch) for batch in track(batches, title, run.steps_per_epoch, console, "steps")]
             done.append(EpochResult(loss=sum(losses) / len(losses), top1=run.top1(val, console)))
             run.save(out, done)
@@ -223,7 +223,9 @@ def _completed_epochs(recipe: PretrainRecipe, out: Path) -> list[EpochResult]:
         record = Record.model_validate_json((out / RECORD).read_bytes())
     except ValidationError as error:
         problem = first_problem(error)
-        raise CheckpointError(f"{out / RECORD} is none of Vitrine's; choose an empty folder: {problem}") from error
+        raise CheckpointError(
+            f"{out / RECORD} was not written by Vitrine: {problem}; choose an empty folder"
+        ) from error
     if different := differences(record.recipe, recipe):
         raise CheckpointError(
             f"{out} holds a run of another recipe ({'; '.join(different)}): "
@@ -241,7 +243,9 @@ def _build(recipe: PretrainRecipe) -> Any:
     Tower(model.visual)  # raises for architectures without an exact account
     tokenizer = open_clip.SimpleTokenizer()
     if model.vocab_size < tokenizer.vocab_size:
-        raise RecipeError(f"model.text_cfg.vocab_size must be {tokenizer.vocab_size}, open_clip's own tokens")
+        raise RecipeError(
+            f"model.text_cfg.vocab_size must be {tokenizer.vocab_size}, the size of open_clip's own vocabulary"
+        )
     for template in recipe.data.templates:
         for prompt in coloured_prompts(recipe.data.labels, template):
             needed = len(tokenizer.encode(prompt)) + 2  # start and end
@@ -256,9 +260,11 @@ def _training_images(recipe: PretrainRecipe, data_root: Path, classes: tuple[str
     images = open_images(data.train, data_root, lambda image: torch.tensor(background_colour(image)))
     images.require_classes()
     if images.classes != classes:
-        raise RecipeError(f"data.val has other classes ({', '.join(classes)}) than data.train's {images.title}")
+        raise RecipeError(
+            f"data.val and data.train ({images.title}) have different classes; val has {', '.join(classes)}"
+        )
     if len(classes) != len(data.labels):
-        raise RecipeError(f"data.labels has {len(data.labels)} names, {images.title} has {len(classes)} classes")
+        raise RecipeError(f"data.labels has {len(data.labels)} names, but {images.title} has {len(classes)} classes")
     if len(images) < settings.images_per_step:
         raise DataError(
             f"{images.title} has {len(images)} images, fewer than one step's {settings.images_per_step}: "

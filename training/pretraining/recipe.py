@@ -45,13 +45,15 @@ class PretrainTraining(Section):
     patches_dropped: float = Field(
         default=0.5, ge=0, lt=1, description="share of patches left out; a ViT learns nearly as much"
     )
-    all_patches_share: Share = Field(default=0.125, description="last share of the run, which sees every patch")
-    crop_padding: int = Field(default=4, ge=0, description="pixels by which images are shifted at most")
+    all_patches_share: Share = Field(default=0.125, description="last share of the run, in which every patch is used")
+    crop_padding: int = Field(default=4, ge=0, description="largest shift of images, in pixels")
     workers: int = Field(default=1, ge=0, description="processes that decode images")
 
 
 class PretrainRecipe(Section):
-    name: str = Field(pattern=r"^\w[\w.-]*$", description="of the configuration's file, and for open_clip of the model")
+    name: str = Field(
+        pattern=r"^\w[\w.-]*$", description="name of the configuration file, and of the model in open_clip"
+    )
     model: ModelSection
     data: PretrainData
     training: PretrainTraining

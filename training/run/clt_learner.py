@@ -65,8 +65,8 @@ class CltLearner(Learner):
         """As `Learner`."""
         if statistics.keys() != {field.name for field in fields(Normalisation)}:
             raise CheckpointError(
-                f"{checkpoint} was begun by a version of Vitrine that scaled activations in another way; it can be "
-                "evaluated and exported, but not be trained further: choose an empty --out"
+                f"{checkpoint} was begun by a version of Vitrine that scaled activations differently; it can be "
+                f"evaluated and exported, but not trained further: choose an empty --out"
             )
         self.normalisation = Normalisation(**statistics).to(device)
 

@@ -47,16 +47,16 @@ def make_fabric(
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
     if accelerator not in ("auto", "cuda", "cpu"):
-        raise ParallelError(f"accelerator {accelerator!r} is none of auto, cuda, cpu")
+        raise ParallelError(f"accelerator {accelerator!r} is not one of auto, cuda, cpu")
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if accelerator == "cuda" and devices > torch.cuda.device_count():
-        raise ParallelError(f"{devices} GPUs wanted, {torch.cuda.device_count()} found")
+        raise ParallelError(f"--devices is {devices}, but {torch.cuda.device_count()} GPUs were found")
     processes = devices * nodes
     strategy: Strategy | str = "auto"
     if shard:
         if processes == 1:
-            raise ParallelError("parameters can be sharded over two devices or more, not over one")
+            raise ParallelError("weights cannot be sharded on one device; give --devices 2 or more")
         strategy = ModelParallelStrategy(_shard, data_parallel_size=processes, tensor_parallel_size=1)
     elif processes > 1:
         strategy = DDPStrategy()
@@ -80,7 +80,9 @@ def one_report(fabric: Fabric) -> Iterator[None]:
         lost = isinstance(error, torch.distributed.DistError) or re.search(r"Connection (closed|reset)", str(error))
         if fabric.world_size == 1 or not lost:
             raise
-        raise ParallelError(f"process {fabric.global_rank} stops, as another one of this run has ended") from error
+        raise ParallelError(
+            f"process {fabric.global_rank} stops because another process of this run has ended"
+        ) from error
 
 
 def signal_of_any(fabric: Fabric, number: int | None) -> int | None:

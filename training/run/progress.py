@@ -175,14 +175,14 @@ def _wandb(project: str, name: str, out: Path) -> Iterator[Any]:
     except ModuleNotFoundError as error:
         if error.name != "wandb":
             raise
-        raise VitrineError("wandb is not installed: pip install 'vitrine[wandb]', or leave --wandb out") from error
+        raise VitrineError("wandb is not installed: pip install 'vitrine[wandb]', or omit --wandb") from error
     file = out / "wandb-id.txt"
     if not file.exists():
         write_text(file, uuid.uuid4().hex[:12])
     try:
         run = wandb.init(project=project, name=name, dir=str(out), id=file.read_text().strip(), resume="allow")
     except wandb.Error as error:
-        raise VitrineError(f"Weights & Biases refuses: {error}; mend that, or leave --wandb out") from error
+        raise VitrineError(f"Weights & Biases refuses: {error}; fix that, or omit --wandb") from error
     exit_code = 1
     try:
         yield run

@@ -117,7 +117,8 @@ def train(
     if signalled:
         raise Stopped(
             signalled,
-            f"{checkpoint} is written (step {run.done:,} of {run.steps:,}); the same command goes on from there",
+            f"{checkpoint} is written (step {run.done:,} of {run.steps:,}); run the same command again to continue "
+            f"from there",
         )
     if run.done == run.steps and run.meta.metrics.r2 is None and fabric.is_global_zero:
         run.measure(checkpoint)
@@ -163,8 +164,8 @@ class _Run:
         check_classes(data, self.val.labels, self.images, self.val.data)
         if any(phase.prediction_weight for phase in self.learner.later_phases) and not self.val.labels:
             raise RecipeError(
-                "[cascade] needs labels to predict, and val has no classes: give `labels` or `labels_file` in [data], "
-                "or prediction_weight = 0"
+                "[cascade] needs labels to predict, but val has no classes: give `labels` or `labels_file` in [data], "
+                "or set prediction_weight = 0"
             )
         for reason in self.val.left_out:
             self.console.print(f"left out: {reason}", style="yellow", highlight=False, markup=False, soft_wrap=True)
@@ -277,17 +278,18 @@ class _Run:
             compared.append("cascade")
         other = [] if saved.clip_sha256 == current.clip_sha256 else ["the CLIP has other weights"]
         if saved.recipe.kind != kind:
-            other.append(f"its recipe has [{saved.recipe.kind}] and this one [{kind}]")
+            other.append(f"its recipe has [{saved.recipe.kind}], this one has [{kind}]")
             compared = []
         for part in compared:
             other += differences(getattr(saved.recipe, part, None), getattr(current.recipe, part, None), part)
         if saved.train_images != current.train_images:
-            other.append(f"there were {saved.train_images:,} images to train on and are {current.train_images:,}")
+            other.append(f"it had {saved.train_images:,} train images, now there are {current.train_images:,}")
         if (saved.labels or current.labels) != current.labels:
-            other.append("the labels are others")
+            other.append("the labels differ")
         if other:
             raise CheckpointError(
-                f"{checkpoint} is of another run ({'; '.join(other)}): give the same recipe, or choose an empty --out"
+                f"{checkpoint} belongs to another run ({'; '.join(other)}): give the same recipe, or choose an empty "
+                f"--out"
             )
         self.tensors = load_tensors(checkpoint / "state.safetensors")
         self.learner.restore(checkpoint, self.tensors, self.fabric.device)
@@ -295,7 +297,7 @@ class _Run:
         if saved.step == self.steps:  # finished, and possibly evaluated
             self.meta = current.model_copy(update={"metrics": saved.metrics, "val_images": saved.val_images})
         self.done = saved.step
-        self.console.print(f"taking up {checkpoint} at step {self.done:,} of {self.steps:,}")
+        self.console.print(f"resuming {checkpoint} at step {self.done:,} of {self.steps:,}")
 
     def _cache(self) -> ActivationCache | None:
         settings, fabric = self.recipe.training, self.fabric

@@ -46,7 +46,7 @@ def _print_version(wanted: bool) -> None:
     try:
         typer.echo(f"vitrine {version('vitrine')}")
     except PackageNotFoundError:
-        typer.echo("vitrine, a checkout that is not installed")
+        typer.echo("vitrine (a checkout, not installed)")
     raise typer.Exit
 
 
@@ -86,7 +86,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
 EDIT_EXAMPLES: dict[str, tuple[Callable[..., None], str]] = {
     "create": (
         create,
-        'vitrine edit create no-snow --description \'snow is no husky\' --edit \'{"op": "ablate", "layer": 9, '
+        'vitrine edit create no-snow --description \'snow is not a husky\' --edit \'{"op": "ablate", "layer": 9, '
         '"index": 120}\' --images photos --out edits',
     ),
     "show": (show, "vitrine edit show no-snow --edits edits"),
@@ -95,7 +95,11 @@ EDIT_EXAMPLES: dict[str, tuple[Callable[..., None], str]] = {
 }
 for command, example in EXAMPLES.items():
     app.command(epilog=f"Example: {example}")(errors_as_messages(command))
-edit = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Interventions that are kept, served by name.")
+edit = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Make, list and check edits: interventions that are kept in a file and served by name.",
+)
 for name, (command, example) in EDIT_EXAMPLES.items():
     edit.command(name, epilog=f"Example: {example}")(errors_as_messages(command))
 app.add_typer(edit, name="edit")

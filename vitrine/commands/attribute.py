@@ -37,50 +37,57 @@ def attribute(
     label_set: LabelSet = None,
     template: TemplateList = None,
     target: Annotated[list[str] | None, typer.Option(help="Label to explain (repeatable); default: top-1.")] = None,
-    contrast: Annotated[str | None, typer.Option(help="Explain each target rather than this label.")] = None,
-    strict: Annotated[bool, typer.Option(help="Refuse labels that are cut, the same or unknown to the CLIP.")] = False,
-    top_k: Annotated[int, typer.Option(min=1, help="Predictions listed.")] = 5,
+    contrast: Annotated[str | None, typer.Option(help="Explain each target against this label.")] = None,
+    strict: Annotated[
+        bool, typer.Option(help="Refuse labels that this CLIP would cut, cannot distinguish or does not know.")
+    ] = False,
+    top_k: Annotated[int, typer.Option(min=1, help="Number of predictions listed.")] = 5,
     scoring: Annotated[
         Scoring,
-        typer.Option(help="softmax: one of the labels it is; independent: each for itself, so that none may be."),
+        typer.Option(
+            help="softmax: exactly one label fits; independent: each label is scored by itself, so none may fit."
+        ),
     ] = Scoring.softmax,
     threshold: Annotated[
         float | None,
-        typer.Option(min=-1, max=1, help="Of --scoring independent: the cosine that a label must reach."),
+        typer.Option(min=-1, max=1, help="With --scoring independent: the cosine that a label must reach to fit."),
     ] = None,
-    features: Annotated[int, typer.Option(min=0, help="Features listed per layer.")] = 3,
+    features: Annotated[int, typer.Option(min=0, help="Number of features listed per layer.")] = 3,
     sources: Annotated[
         bool,
         typer.Option("--sources", help="Also follow the logit back through attention to the features that made it."),
     ] = False,
-    source_features: Annotated[int, typer.Option(min=0, help="Features listed by --sources, of all layers.")] = 12,
+    source_features: Annotated[
+        int, typer.Option(min=0, help="Number of features listed by --sources, over all layers.")
+    ] = 12,
     baseline: Baseline = SourceBaseline.zero,
-    lens: Annotated[
-        bool, typer.Option("--lens", help="Also list the prediction as it stands after each layer.")
-    ] = False,
+    lens: Annotated[bool, typer.Option("--lens", help="Also list the prediction after each layer.")] = False,
     residual: Annotated[
         bool,
         typer.Option(
-            "--residual", help="Also list what the residual SAEs read after each block, where the bundle has them."
+            "--residual",
+            help="Also list the active features of the residual SAEs after each block, if the bundle has SAEs.",
         ),
     ] = False,
     attention: Annotated[
         str | None,
         typer.Option(
-            help="Also say why a head looks where it does: LAYER/HEAD, LAYER/HEAD/QUERY or LAYER/HEAD/QUERY/KEY. "
-            "Tokens count from 0, which is [CLS] and the default query. Default key: where it looks most."
+            help="Also explain why a head attends where it does: LAYER/HEAD, LAYER/HEAD/QUERY or LAYER/HEAD/QUERY/KEY. "
+            "Tokens are numbered from 0; token 0 is [CLS], the default query. Default key: the one attended to most."
         ),
     ] = None,
     edit: EditName = None,
     bundle: BundlePath = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The service's JSON instead of tables.")] = False,
-    svg: Annotated[Path | None, typer.Option(help="The tables as a picture too, in this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the service's JSON instead of tables.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Also write the tables to this file, as a picture.")] = None,
     html: Annotated[
-        Path | None, typer.Option(help="The account with photo, heat map and cards as one page, in this file.")
+        Path | None, typer.Option(help="Write a page with the account, photo, heat map and cards to this file.")
     ] = None,
     graph: Annotated[
         Path | None,
-        typer.Option(help="The account as circuit-tracer and Neuronpedia read it, NAME.json; features beside it."),
+        typer.Option(
+            help="Write the account for circuit-tracer and Neuronpedia to NAME.json, and its features next to it."
+        ),
     ] = None,
 ) -> None:
     """Predict one image's label and print the account of it, without a server."""
@@ -92,7 +99,7 @@ def attribute(
 
     if (scoring is Scoring.independent) != (threshold is not None):
         raise typer.BadParameter(
-            "--scoring independent and --threshold go together: a label fits whose cosine reaches the threshold",
+            "give --scoring independent and --threshold together: a label fits if its cosine reaches the threshold",
             param_hint="--threshold",
         )
     for file in (svg, html):

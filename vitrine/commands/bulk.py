@@ -30,29 +30,40 @@ from vitrine.models.stopping import advising
 
 def bulk(
     inputs: Annotated[str, typer.Argument(help=INPUTS)],
-    out: Annotated[Path, typer.Option(help="Folder of Parquet parts; a run found there is taken up.")],
-    column: Annotated[str | None, typer.Option(help="Of Parquet inputs: image bytes, or paths.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the Parquet files; a run found there is resumed.")],
+    column: Annotated[
+        str | None, typer.Option(help="With Parquet files: the column of image bytes, or of paths.")
+    ] = None,
     labels: LabelsList = None,
     labels_file: LabelsFile = None,
     label_set: LabelSet = None,
     template: TemplateList = None,
-    strict: Annotated[bool, typer.Option(help="Refuse labels that are cut, the same or unknown to the CLIP.")] = False,
-    top_k: Annotated[int, typer.Option(min=1, help="Predictions listed.")] = 5,
-    features: Annotated[int, typer.Option(min=0, help="Features listed, of all layers together.")] = 5,
+    strict: Annotated[
+        bool, typer.Option(help="Refuse labels that this CLIP would cut, cannot distinguish or does not know.")
+    ] = False,
+    top_k: Annotated[int, typer.Option(min=1, help="Number of predictions listed.")] = 5,
+    features: Annotated[int, typer.Option(min=0, help="Number of features listed, over all layers.")] = 5,
     sources: Annotated[
-        int, typer.Option(min=0, help="Features listed of a source account, of all layers; 0: no such account.")
+        int,
+        typer.Option(
+            min=0, help="Number of features listed of the source account, over all layers; 0: no such account."
+        ),
     ] = 0,
     baseline: Baseline = SourceBaseline.zero,
     edit: EditName = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: VITRINE_BATCH_SIZE.")] = None,
-    part_size: Annotated[int, typer.Option(min=1, help="Images in one Parquet file.")] = 512,
-    ray: Annotated[int, typer.Option(min=0, help="Processes of Ray's (vitrine\\[bulk]); 0: this one alone.")] = 0,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Number of images per batch; default: VITRINE_BATCH_SIZE.")
+    ] = None,
+    part_size: Annotated[int, typer.Option(min=1, help="Number of images in one Parquet file.")] = 512,
+    ray: Annotated[
+        int, typer.Option(min=0, help="Number of Ray processes (vitrine\\[bulk]); 0: only this process.")
+    ] = 0,
     skip_broken_shards: SkipBroken = False,
     bundle: BundlePath = None,
 ) -> None:
-    """Account for many images, without a server: Parquet tables. Run it again to take up a run that was cut off.
+    """Write accounts of many images to Parquet tables, without a server. Run it again to resume an interrupted run.
 
-    At the end it says how many were answered, failed, or left out, and exits with 1 if none was answered.
+    At the end it prints how many images were answered, failed or were left out; it exits with 1 if none was answered.
     """
     from vitrine.models.files.names import printable
     from vitrine.models.inputs.opening import open_inputs
@@ -82,7 +93,7 @@ def bulk(
     if strict:
         refuse(notices, "labels")
     print_warnings((notice.message for notice in notices), console)
-    with advising("the same command goes on with the images that are left"):
+    with advising("run the same command again to continue with the remaining images"):
         summary = run(opened, Work(job, source, out, settings), console, ray)
     if summary.problems:
         codes = ", ".join(f"{count:,} {code}" for code, count in count_by_code(out).items())

@@ -17,32 +17,35 @@ def cards(
         typer.Option(help="A run's folder (its newest checkpoint) or one checkpoint, of a CLT or of residual SAEs."),
     ],
     bundle: Annotated[
-        Path, typer.Option(help="The bundle that was exported from it; cards of its other features stay.")
+        Path, typer.Option(help="The bundle that was exported from it. Cards of its other features are kept.")
     ],
-    out: Annotated[Path, typer.Option(help="The bundle to write, with cards; an interrupted call is taken up.")],
+    out: Annotated[
+        Path, typer.Option(help="The bundle to write, with cards. Run it again to resume an interrupted call.")
+    ],
     data_root: DataRoot = Path("data"),
-    images: Annotated[int, typer.Option(min=2, help="Train images that exemplars are chosen from.")] = 15_000,
+    images: Annotated[int, typer.Option(min=2, help="Number of train images that exemplars are chosen from.")] = 15_000,
     held_out: Annotated[
-        int, typer.Option(min=4, help="Val images: half calibrate the labels, half check them.")
+        int, typer.Option(min=4, help="Number of val images: half calibrate the labels, half check them.")
     ] = 5_000,
     vocabulary: Annotated[
         list[str] | None,
         typer.Option(
-            help="labels, imagenet, colours, textures, or a file with a word a line (repeatable); default: all."
+            help="labels, imagenet, colours, textures, or a file with one word per line (repeatable); default: all."
         ),
     ] = None,
     pictures: Annotated[
-        str, typer.Option(help="thumbnails of the images, means of a feature's exemplars, or none: mind their licence.")
+        str,
+        typer.Option(help="thumbnails of the images (check their licence), means of a feature's exemplars, or none."),
     ] = "thumbnails",
     references: Annotated[
-        int, typer.Option(min=0, help="Images that /v1/similar finds the nearest among, by a CLT's features.")
+        int, typer.Option(min=0, help="Number of images among which /v1/similar searches, by a CLT's features.")
     ] = 2_000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the samples and the random sets that labels must beat.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of images per batch.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Number of processes that decode images.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the samples, and of the random sets that labels must beat.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is a GPU.")] = None,
 ) -> None:
-    """Describe what every feature fires on: labels where they are earned, exemplars, statistics; checked on val."""
+    """Describe what every feature fires on: exemplars, statistics, and a label if val images confirm it."""
     from typing import get_args
 
     import torch
@@ -53,7 +56,7 @@ def cards(
     from vitrine.training.checkpoint import latest, read_meta
 
     if pictures not in get_args(Pictures):
-        raise typer.BadParameter(f"{pictures!r} is none of {', '.join(get_args(Pictures))}", param_hint="--pictures")
+        raise typer.BadParameter(f"{pictures!r} is not one of {', '.join(get_args(Pictures))}", param_hint="--pictures")
     newest, console = latest(checkpoint), new_console()
     clip = load_clip_of(read_meta(newest).recipe, data_root)
     clip.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

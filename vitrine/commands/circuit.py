@@ -36,9 +36,14 @@ class Choice(StrEnum):
 
 def circuit(
     inputs: Annotated[
-        str, typer.Argument(metavar="IMAGE|INPUTS", help=f"One image; or many, for what they have in common. {INPUTS}")
+        str,
+        typer.Argument(
+            metavar="IMAGE|INPUTS", help=f"One image; or many images, to find what they have in common. {INPUTS}"
+        ),
     ],
-    column: Annotated[str | None, typer.Option(help="Of Parquet inputs: image bytes, or paths.")] = None,
+    column: Annotated[
+        str | None, typer.Option(help="With Parquet files: the column of image bytes, or of paths.")
+    ] = None,
     labels: LabelsList = None,
     labels_file: LabelsFile = None,
     target: Annotated[
@@ -46,48 +51,67 @@ def circuit(
         typer.Option(
             "--target",
             "--label",
-            help="Label to explain; default: top-1, of a folder that is named after a label this label.",
+            help="Label to explain; default: the label that the folder of images is named after, else top-1.",
         ),
     ] = None,
-    contrast: Annotated[str | None, typer.Option(help="Explain the target rather than this label.")] = None,
+    contrast: Annotated[str | None, typer.Option(help="Explain the target against this label.")] = None,
     dictionary: Annotated[
         Choice,
-        typer.Option(help="Features of the CLT, or of the residual SAEs, each made by the layer below alone."),
+        typer.Option(
+            help="Use features of the CLT, or of the residual SAEs, each of which depends only on the layer below."
+        ),
     ] = Choice.clt,
     nodes: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Features followed back at most in an image, the most influential first; default: 256 of the CLT's, "
-            "2,048 of residual SAEs'.",
+            help="Largest number of features to follow back in an image, the most influential first; default: 256 for "
+            "the "
+            "CLT, 2,048 for residual SAEs.",
         ),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="For that; what is not reached is told as a share.")] = 5,
-    node_share: Annotated[float, typer.Option(help="Of all influence that the circuit's nodes have.")] = 0.8,
-    edge_share: Annotated[float, typer.Option(help="Of the influence of the edges between them, likewise.")] = 0.98,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            min=0.01,
+            help="Time limit for following features back, in seconds; the share that is not reached is reported.",
+        ),
+    ] = 5,
+    node_share: Annotated[float, typer.Option(help="Share of all influence that the circuit's nodes keep.")] = 0.8,
+    edge_share: Annotated[
+        float, typer.Option(help="Share of the influence of all edges that the circuit's edges keep.")
+    ] = 0.98,
     leaves: Annotated[
-        bool, typer.Option("--leaves", help="Features that were not followed as nodes, too, not only their sums.")
+        bool,
+        typer.Option("--leaves", help="Also list each feature that was not followed back, instead of only their sums."),
     ] = False,
-    groups: Annotated[int, typer.Option(min=1, help="Features listed, each over all tokens.")] = 20,
-    drawn: Annotated[int, typer.Option(min=1, help="Features drawn by --html, likewise.")] = 60,
-    images: Annotated[int | None, typer.Option(min=1, help="Of many, a random sample; default: all.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    groups: Annotated[int, typer.Option(min=1, help="Number of features listed, each summed over all tokens.")] = 20,
+    drawn: Annotated[
+        int, typer.Option(min=1, help="Number of features drawn by --html, each summed over all tokens.")
+    ] = 60,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="With many images: size of a random sample; default: all.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random sample.")] = 0,
     skip_broken_shards: SkipBroken = False,
     bundle: BundlePath = None,
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="Print JSON: the service's answer; of many images, their mean."),
+        typer.Option("--json", help="Print JSON: the service's answer, or for many images their mean."),
     ] = False,
     html: Annotated[
         Path | None,
-        typer.Option(help="The circuit drawn, with photo and cards, in this file; of one image by both dictionaries."),
+        typer.Option(
+            help="Write a page with the drawn circuit and cards to this file; for one image with its photo and both "
+            "dictionaries."
+        ),
     ] = None,
     graph: Annotated[
         Path | None,
-        typer.Option(help="One image's, as circuit-tracer and Neuronpedia read it, in NAME.json."),
+        typer.Option(help="Write the circuit of one image for circuit-tracer and Neuronpedia to NAME.json."),
     ] = None,
 ) -> None:
-    """Print the circuit of a prediction, its attribution graph, pruned and summed over tokens; of many, their mean."""
+    """Print the circuit of a prediction: its attribution graph, pruned and summed over tokens, or a mean of many."""
     from vitrine.models.files.writing import prepare_file, write_text
     from vitrine.models.inputs.opening import open_inputs
     from vitrine.models.inputs.source import Files
@@ -105,7 +129,9 @@ def circuit(
     request, source = validated(CircuitRequest, fields), open_inputs(inputs, column, skip_broken_shards)
     is_one = isinstance(source, Files) and source.kind == "files" and len(source) == 1
     if graph is not None and not is_one:
-        raise typer.BadParameter(f"of one image, and {inputs} stands for {len(source):,}", param_hint="--graph")
+        raise typer.BadParameter(
+            f"can only be used with one image, but {inputs} has {len(source):,} images", param_hint="--graph"
+        )
     for file in (html, graph):
         if file is not None:
             prepare_file(file)

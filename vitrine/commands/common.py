@@ -46,25 +46,30 @@ DataRoot = Annotated[
 ]
 PLAIN: dict[str, Any] = {"soft_wrap": True, "highlight": False, "markup": False}  # a line for whoever reads lines
 INPUTS = (
-    "A folder, of images or else of tars or Parquet files; a list (text file); an image, a tar, a Parquet file, or a "
-    "pattern of several: 'x-{000..003}.tar', 'photos/**/*.jpg'."
+    "A folder of images, of tar files or of Parquet files; a text file that lists images, one path per line; one "
+    "image, tar or Parquet file; or a pattern for several of them: 'x-{000..003}.tar', 'photos/**/*.jpg'."
 )
 SkipBroken = Annotated[
-    bool, typer.Option("--skip-broken-shards", help="Name tars and Parquet files that are damaged or missing; go on.")
+    bool,
+    typer.Option(
+        "--skip-broken-shards", help="Report tar and Parquet files that are damaged or missing, and continue."
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="A key of the recipe given anew, its value as TOML has it: training.learning_rate=1e-3 (repeatable).",
+        help="Override a key of the recipe; the value is TOML: training.learning_rate=1e-3 (repeatable).",
     ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Short for --set training.seed=…")]
-LabelsList = Annotated[str | None, typer.Option("--labels", help="Comma-separated; default: the bundle's labels.")]
+LabelsList = Annotated[str | None, typer.Option("--labels", help="Comma-separated labels; default: the bundle's.")]
 LabelsFile = Annotated[
     Path | None,
-    typer.Option("--labels-file", help="Instead of --labels: a text file with a label a line, commas and all."),
+    typer.Option(
+        "--labels-file", help="Instead of --labels: a text file with one label per line; labels may contain commas."
+    ),
 ]
 BundlePath = Annotated[
     Path | None,
@@ -79,16 +84,19 @@ EditName = Annotated[
     str | None,
     typer.Option(
         "--edit",
-        help="An edit, by its name; default: VITRINE_EDIT; none: CLIP as it is.",
+        help="Name of the edit to apply; default: VITRINE_EDIT. none: CLIP unmodified.",
         autocompletion=completing.edits,
     ),
 ]
 LabelSet = Annotated[
     str | None,
-    typer.Option("--label-set", help="A named label set instead.", autocompletion=completing.label_sets),
+    typer.Option(
+        "--label-set", help="Instead of --labels: the name of a label set.", autocompletion=completing.label_sets
+    ),
 ]
 TemplateList = Annotated[
-    list[str] | None, typer.Option("--template", help="Sentence with {} (repeatable); default: the bundle's.")
+    list[str] | None,
+    typer.Option("--template", help="Sentence with {} for the label (repeatable); default: the bundle's."),
 ]
 
 
@@ -98,7 +106,8 @@ class SourceBaseline(StrEnum):
 
 
 Baseline = Annotated[
-    SourceBaseline, typer.Option(help="Of --sources; mean: what this picture has that the average one has not.")
+    SourceBaseline,
+    typer.Option(help="With --sources: zero, or mean, which explains how this image differs from the average one."),
 ]
 
 
@@ -130,7 +139,7 @@ def errors_as_messages(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _failure(message: str, status: int = 1) -> SystemExit:
-    with suppress(OSError):  # nobody to tell
+    with suppress(OSError):  # nobody reads it
         typer.secho(message if status > 1 else f"error: {message}", fg="red", err=True)
     return SystemExit(status)
 
@@ -173,10 +182,10 @@ def print_warnings(messages: Iterable[str], console: Console) -> None:
 def print_bundle(bundle: Bundle, console: Console) -> None:
     manifest, shape = bundle.manifest, bundle.manifest.shape
     console.print(f"{manifest.name} {bundle.digest[:19]}…  {bundle.path}", style="bold", **PLAIN)
-    clt = "no CLT: accounts have the MLPs' rows, and no features"
+    clt = "no CLT: accounts have the MLPs' rows but no features"
     if manifest.data is not None:
         clt = (
-            f"CLT {shape.features:,} features a layer, at most {shape.k} active ({manifest.sparsifier}); "
+            f"CLT {shape.features:,} features per layer, at most {shape.k} active ({manifest.sparsifier}); "
             f"trained on {manifest.data.name}"
         )
     console.print(
@@ -187,11 +196,11 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
     if manifest.residual is not None:
         counts = sorted({f"{count:,}" for count in manifest.residual.features}, key=len)
         console.print(
-            f"  residual SAEs: {', '.join(counts)} features a layer; {manifest.residual.bytes / 1e6:.1f} MB", **PLAIN
+            f"  residual SAEs: {', '.join(counts)} features per layer; {manifest.residual.bytes / 1e6:.1f} MB", **PLAIN
         )
     has_direct = bundle.encoders is not None or not manifest.has_features
     modes = ["direct"] * has_direct + ["rerun"] * bundle.has_rerun
-    console.print(f"  interventions: {' and '.join(modes) or 'none, which a new export has'}", **PLAIN)
+    console.print(f"  interventions: {' and '.join(modes) or 'none; export the CLIP again to have them'}", **PLAIN)
     for of, cards in (("", manifest.cards), (" of residual SAEs", manifest.residual_cards)):
         if cards is None:
             continue
@@ -200,8 +209,8 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
             ""
             if quality.auroc_share is None
             else (
-                f"; of {quality.measured:,} checked on held-out images {quality.auroc_share:.1%} tell when they fire "
-                f"({quality.auroc_share_shuffled:.1%} shuffled)"
+                f"; of {quality.measured:,} labels checked on held-out images {quality.auroc_share:.1%} predict when "
+                f"the feature fires ({quality.auroc_share_shuffled:.1%} of shuffled labels)"
             )
         )
         console.print(f"  cards: {quality.labelled:,} features{of} have a label{checked}", **PLAIN)

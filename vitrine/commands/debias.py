@@ -1,4 +1,4 @@
-"""`vitrine debias`: a spurious cue found, and an edit proposed that takes it out."""
+"""`vitrine debias`: finds a spurious cue and proposes an edit that removes it."""
 
 from __future__ import annotations
 
@@ -33,45 +33,60 @@ class By(StrEnum):
 
 
 def debias(
-    data: Annotated[Path, typer.Option(help="Folder of the images; without --groups it has one folder a label.")],
-    out: Annotated[Path, typer.Option(help="The proposed edit, NAME.json.")],
+    data: Annotated[
+        Path, typer.Option(help="Folder of the images; without --groups it must have one subfolder per label.")
+    ],
+    out: Annotated[Path, typer.Option(help="File for the proposed edit, NAME.json.")],
     groups: Annotated[
-        Path | None, typer.Option(help="CSV of images with label and group, as Waterbirds' metadata.csv.")
+        Path | None, typer.Option(help="CSV table of images with label and group, like Waterbirds' metadata.csv.")
     ] = None,
     columns: Annotated[
-        str | None, typer.Option(help="Of --groups: image=NAME,label=NAME,group=NAME,split=NAME, as far as needed.")
+        str | None,
+        typer.Option(
+            help="With --groups: names of its columns, where they differ: image=NAME,label=NAME,group=NAME,split=NAME."
+        ),
     ] = None,
     splits: Annotated[
         str | None,
-        typer.Option(help="Two values of its column of splits, FIND,HELD_OUT; default: val,test, or drawn halves."),
+        typer.Option(
+            help="With --groups: two values of its split column, FIND,HELD_OUT; default: val,test, or random halves."
+        ),
     ] = None,
     labels: LabelsList = None,
     labels_file: LabelsFile = None,
     template: Annotated[
-        list[str] | None, typer.Option(help="Sentence with {} (repeatable); default: the bundle's.")
+        list[str] | None, typer.Option(help="Sentence with {} for the label (repeatable); default: the bundle's.")
     ] = None,
-    cue: Annotated[list[str] | None, typer.Option(help="The cue in words: 'a red background' (repeatable).")] = None,
-    other: Annotated[list[str] | None, typer.Option(help="What is there instead: 'a green background'.")] = None,
-    joint: Annotated[str, typer.Option(help="A prompt of label and cue.")] = "{label} with {cue}",
+    cue: Annotated[
+        list[str] | None, typer.Option(help="The cue in words, such as 'a red background' (repeatable).")
+    ] = None,
+    other: Annotated[
+        list[str] | None,
+        typer.Option(help="What other images have instead of the cue, such as 'a green background' (repeatable)."),
+    ] = None,
+    joint: Annotated[str, typer.Option(help="Prompt that combines label and cue.")] = "{label} with {cue}",
     by: Annotated[
         By | None,
-        typer.Option(help="How groups are found; default: by the table's column, else the cue, else the errors."),
+        typer.Option(help="How groups are found; default: by the table's column, else by the cue, else by the errors."),
     ] = None,
     op: Annotated[
-        list[str] | None, typer.Option(help="An edit to try, as the printed trials name it (repeatable); default: all.")
+        list[str] | None,
+        typer.Option(help="Name of an edit to try, as in the printed trials (repeatable); default: all."),
     ] = None,
-    cap: Annotated[float, typer.Option(min=0, max=100, help="Points of average accuracy that an edit may cost.")] = 1.0,
-    description: Annotated[str | None, typer.Option(help="Of the edit; default: what was found.")] = None,
-    seed: Annotated[int, typer.Option(help="Of drawn halves, resamples and random features.")] = 0,
-    report: Annotated[Path | None, typer.Option(help="All figures, as JSON.")] = None,
-    html: Annotated[Path | None, typer.Option(help="What is printed, as a page.")] = None,
+    cap: Annotated[
+        float, typer.Option(min=0, max=100, help="Percentage points of average accuracy that an edit may cost.")
+    ] = 1.0,
+    description: Annotated[str | None, typer.Option(help="Description of the edit; default: what was found.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random halves, resamples and random features.")] = 0,
+    report: Annotated[Path | None, typer.Option(help="Write all figures to this file, as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the printed tables to this file, as a page.")] = None,
     bundle: BundlePath = None,
 ) -> None:
-    """Find what a CLIP goes by beside the label, and propose an edit that takes it out, with evidence.
+    """Find a spurious cue that a CLIP uses as well as the label, propose an edit that removes it, and measure the edit.
 
-    Features are ranked by how many logits they move with the group rather than with the label; and a direction is found
-    in which the groups differ. The edit is chosen on one half of the images, and everything said of it is measured on
-    the other. Nothing is trained.
+    Features are ranked by how many logits they move with the group rather than with the label, and a direction is found
+    in which the groups differ. The edit is chosen on one half of the images, and all its figures are measured on the
+    other half. Nothing is trained.
     """
 
     from vitrine.models.bundle.manifest import graphs_digest
@@ -98,7 +113,7 @@ def debias(
     default: Choice = "table" if len(examples.group_names) > 1 else "cue" if cue else "errors"
     chosen_by = by.value if by else default
     if chosen_by == "cue" and not cue:
-        raise typer.BadParameter("--by cue needs the cue in words", param_hint="--cue")
+        raise typer.BadParameter("--by cue requires the cue in words", param_hint="--cue")
     question = Question(
         templates=tuple(template or opened.manifest.text.templates),
         by=chosen_by,
@@ -126,7 +141,7 @@ def debias(
         print_report(found, page)
         write_text(html, page.export_html())
     if found.mode is None:
-        raise DebiasError("no edit was better than none on the finding half; --report has all that was tried")
+        raise DebiasError("no edit was better than none on the finding half; see --report for all trials")
     made = create(
         out.stem,
         description or found.description,
@@ -145,7 +160,7 @@ def _ops(asked: list[str] | None) -> tuple[str, ...]:
 
     for name in asked or ():
         if name not in EDITS:
-            raise typer.BadParameter(f"{name!r} is none of {'; '.join(EDITS)}", param_hint="--op")
+            raise typer.BadParameter(f"{name!r} is not one of {'; '.join(EDITS)}", param_hint="--op")
     return tuple(asked or EDITS)
 
 
@@ -158,7 +173,7 @@ def _examples(
 
     if groups is None:
         if columns is not None or splits is not None:
-            raise typer.BadParameter("--columns and --splits are of --groups")
+            raise typer.BadParameter("--columns and --splits require --groups")
         return of_folders(data, labels, seed)
     halves = None
     if splits is not None:

@@ -8,7 +8,7 @@ from vitrine.commands.common import BundlePath, new_console, open_bundle_or_defa
 
 
 def doctor(bundle: BundlePath = None) -> None:
-    """What the service would run on with the present settings, and why; then one inference to prove it."""
+    """Print what the service would use with the current settings, and why; then run one inference to check it."""
     import numpy as np
     import onnxruntime
     from rich import box
@@ -27,7 +27,7 @@ def doctor(bundle: BundlePath = None) -> None:
     engine = Engine(opened, settings)
     runtime = engine.runtime
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("what", "is", "because"):
+    for heading in ("what", "value", "reason"):
         table.add_column(heading, overflow="fold")
     (processors, why), (memory, why_memory) = available_processors(), memory_limit()
     rows = [
@@ -39,8 +39,8 @@ def doctor(bundle: BundlePath = None) -> None:
         ("int8 instructions", int8_instructions() or "none", "/proc/cpuinfo"),
         (
             "byte products",
-            "by slower kernels" if needs_precise_kernels() else "exact",
-            "a product with a known sum; ONNX Runtime's usual kernels are tried first",
+            "slower kernels" if needs_precise_kernels() else "exact",
+            "checked by a product with a known sum; ONNX Runtime's usual kernels are tried first",
         ),
         ("processors", str(processors), why),
         ("memory", f"{memory / 2**30:.1f} GiB", why_memory),

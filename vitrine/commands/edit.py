@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 KeyFile = Annotated[
     Path | None,
-    typer.Option("--key-file", envvar="VITRINE_EDIT_KEY_FILE", help="The secret key that edits are signed by."),
+    typer.Option("--key-file", envvar="VITRINE_EDIT_KEY_FILE", help="File with the secret key that signs edits."),
 ]
 Edits = Annotated[
-    Path | None, typer.Option("--edits", envvar="VITRINE_EDITS", help="A folder of edits, beside the bundle's own.")
+    Path | None,
+    typer.Option("--edits", envvar="VITRINE_EDITS", help="Folder of edits, in addition to the bundle's own."),
 ]
 CONDITIONS = "activation_at_least=X, moves_logit=X or changes_prediction"
 
@@ -42,29 +43,34 @@ class Mode(StrEnum):
 
 
 def create(
-    name: Annotated[str, typer.Argument(help="By which requests ask for it.")],
-    description: Annotated[str, typer.Option(help="What it takes out, and why.")],
+    name: Annotated[str, typer.Argument(help="The name that requests use.")],
+    description: Annotated[str, typer.Option(help="What the edit removes, and why.")],
     edit: Annotated[
         list[str] | None,
-        typer.Option(help="An intervention as JSON (repeatable), as in the example."),
+        typer.Option(help="An intervention as JSON (repeatable); see the example."),
     ] = None,
-    interventions: Annotated[Path | None, typer.Option(help="A file with a JSON list of them.")] = None,
+    interventions: Annotated[Path | None, typer.Option(help="A file with a JSON list of interventions.")] = None,
     mode: Annotated[
-        Mode, typer.Option(help="direct: in [CLS]'s final residual; rerun: in the running network.")
+        Mode, typer.Option(help="direct: change the final residual at [CLS]; rerun: change the running network.")
     ] = Mode.direct,
     when: Annotated[
-        str | None, typer.Option(help=f"Only for images that meet a condition: {CONDITIONS}; default: for all.")
+        str | None, typer.Option(help=f"Apply it only to images that meet a condition: {CONDITIONS}; default: to all.")
     ] = None,
-    evidence: Annotated[Path | None, typer.Option(help="A file with a JSON object to keep beside it.")] = None,
+    evidence: Annotated[
+        Path | None, typer.Option(help="A file with a JSON object to keep in the edit as its evidence.")
+    ] = None,
     images: Annotated[
-        str | None, typer.Option(help=f"Measure its effect on these and keep that, too. {INPUTS}")
+        str | None, typer.Option(help=f"Measure the edit's effect on these images and keep it in the edit. {INPUTS}")
     ] = None,
     labels: Annotated[
-        str | None, typer.Option(help="Of --images, comma-separated; default: the folders' names, or the bundle's.")
+        str | None,
+        typer.Option(
+            help="With --images: comma-separated labels; default: the folders' names, or the bundle's labels."
+        ),
     ] = None,
     labels_file: LabelsFile = None,
-    out: Annotated[Path | None, typer.Option(help="File to write, NAME.json, or the folder for it.")] = None,
-    into: Annotated[Path | None, typer.Option(help="Bundle to write: this one with the edit.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write, NAME.json, or its folder.")] = None,
+    into: Annotated[Path | None, typer.Option(help="Bundle to write: a copy of --bundle with the edit.")] = None,
     key_file: KeyFile = None,
     bundle: BundlePath = None,
 ) -> None:
@@ -77,12 +83,12 @@ def create(
     from vitrine.models.interventions.network import BundleNetwork
 
     if (out is None) == (into is None):
-        raise typer.BadParameter("give --out, for a file, or --into, for a bundle")
+        raise typer.BadParameter("give either --out, to write a file, or --into, to write a bundle")
     chosen = [_json(text, "--edit") for text in edit or []]
     if interventions is not None:
         listed = _json(interventions.read_text(encoding="utf-8"), str(interventions))
         if not isinstance(listed, list):
-            raise typer.BadParameter(f"{interventions} is no JSON list", param_hint="--interventions")
+            raise typer.BadParameter(f"{interventions} is not a JSON list", param_hint="--interventions")
         chosen += listed
     if out is not None:
         out = out / f"{name}.json" if out.is_dir() else out
@@ -113,13 +119,13 @@ def show(
     edits: Edits = None,
     bundle: BundlePath = None,
 ) -> None:
-    """Print an edit as it is written, with its evidence."""
+    """Print the text of an edit's file, with its evidence."""
     (found,) = _found([name], open_bundle_or_default(bundle), edits)
     typer.echo(found.text(), nl=False)
 
 
 def list_edits(edits: Edits = None, bundle: BundlePath = None) -> None:
-    """List the edits that requests may name: the bundle's, and those of the folder."""
+    """List the edits that requests can use: those in the bundle and those in the --edits folder."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -144,7 +150,7 @@ def verify(
     edits: Edits = None,
     bundle: BundlePath = None,
 ) -> None:
-    """Check edits: that they are as they were made, fit the bundle, and, with a key, are signed by it."""
+    """Check that edits are unchanged, fit the bundle and, with --key-file, are signed by this key."""
     from vitrine.models.interventions.edit import check_signature, read_key
     from vitrine.models.interventions.edit_files import changes_of
     from vitrine.models.interventions.network import BundleNetwork
@@ -156,8 +162,12 @@ def verify(
             check_signature(one, key)
         changes_of(one, opened, BundleNetwork(opened))
         console.print(f"{one.name} {one.digest}", **PLAIN)
-    signed = "" if key is None else ", and signed by the key"
-    console.print(f"{len(found)} as made, of {opened.manifest.name}{signed}", style="green", **PLAIN)
+    signed = "" if key is None else ", signed by the key"
+    console.print(
+        f"{len(found)} {'edit' if len(found) == 1 else 'edits'} unchanged, for {opened.manifest.name}{signed}",
+        style="green",
+        **PLAIN,
+    )
 
 
 def _found(names: list[str] | None, bundle: Bundle, folder: Path | None) -> list[Edit]:
@@ -171,7 +181,8 @@ def _found(names: list[str] | None, bundle: Bundle, folder: Path | None) -> list
     found = []
     for name in names:
         if name not in named and not name.endswith(".json"):
-            raise EditError(f"no edit {name!r}; there are: {', '.join(named) or 'none'}; files end in .json")
+            known = ", ".join(named) or "none"
+            raise EditError(f"no edit {name!r}; available: {known}; the name of a file must end in .json")
         found.append(named[name] if name in named else read_edit(Path(name)))
     return found
 
@@ -213,11 +224,11 @@ def _condition(text: str | None) -> Condition | None:
         return Condition.model_validate({name: value if given else True})
     except ValidationError as error:
         problem = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise typer.BadParameter(f"{text!r}: {problem}; there are {CONDITIONS}", param_hint="--when") from error
+        raise typer.BadParameter(f"{text!r}: {problem}; conditions are {CONDITIONS}", param_hint="--when") from error
 
 
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise typer.BadParameter(f"{text[:80]!r} is no JSON: {error}", param_hint=where) from error
+        raise typer.BadParameter(f"{text[:80]!r} is not JSON: {error}", param_hint=where) from error

@@ -1,4 +1,4 @@
-"""`vitrine evaluate`: how well a CLT stands in for the MLPs, or SAEs for the stream, as tables and a report."""
+"""`vitrine evaluate`: how well a CLT replaces the MLPs, or SAEs the stream, as tables and a report."""
 
 from __future__ import annotations
 
@@ -24,38 +24,40 @@ def evaluate(
         typer.Option(help="Folder for results.json and report.html; default: evaluation/ in the checkpoint."),
     ] = None,
     images: Annotated[
-        int | None, typer.Option(min=2, help="A random sample of so many val images; default: all.")
+        int | None, typer.Option(min=2, help="Number of val images, drawn at random; default: all.")
     ] = None,
-    labels: Annotated[str | None, typer.Option(help="Comma-separated; default: the recipe's labels.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Comma-separated labels; default: the recipe's.")] = None,
     labels_file: LabelsFile = None,
     baseline: Annotated[
-        Path | None, typer.Option(help="Another run on the same CLIP to compare with: per-layer transcoders.")
+        Path | None,
+        typer.Option(help="For a CLT: another run on the same CLIP to compare with, such as per-layer transcoders."),
     ] = None,
     beside: Annotated[
         Path | None,
-        typer.Option(
-            help="Of residual SAEs: a run of a Cross-Layer Transcoder on the same CLIP, to be set beside them."
-        ),
+        typer.Option(help="For residual SAEs: a run of a Cross-Layer Transcoder on the same CLIP, to compare with."),
     ] = None,
     curves: Annotated[
         int,
-        typer.Option(min=0, help="Images whose features are deleted and inserted, as several accounts rank them."),
+        typer.Option(
+            min=0,
+            help="Number of images for the deletion and insertion curves of several feature rankings; 0: no curves.",
+        ),
     ] = 24,
     medians: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Of residual SAEs: train images whose medians stand in for deleted features (the paper's: 1,024).",
+            help="For residual SAEs: number of train images whose medians replace deleted features (the paper: 1,024).",
         ),
     ] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 50,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the sample, the bootstrap and the random orders.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of images per batch.")] = 50,
+    workers: Annotated[int, typer.Option(min=0, help="Number of processes that decode images.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the sample, the bootstrap and the random orders.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is a GPU.")] = None,
 ) -> None:
-    """Measure a CLT, or residual SAEs, as its paper does, on val images: results.json, tables, and a report.
+    """Measure a CLT, or residual SAEs, on val images as its paper does: results.json, tables, and a report.
 
-    Of residual SAEs --baseline has no use, of a CLT --medians and --beside.
+    --baseline can only be used with a CLT; --beside and --medians only with residual SAEs.
     """
     import torch
 
@@ -72,9 +74,13 @@ def evaluate(
     meta, console = read_meta(newest), new_console()
     recipe = meta.recipe
     if other and isinstance(recipe, ResidualSaeRecipe):
-        raise typer.BadParameter("residual SAEs are compared by --beside", param_hint="--baseline")
+        raise typer.BadParameter(
+            "residual SAEs cannot be compared with a baseline; use --beside", param_hint="--baseline"
+        )
     if beside and not isinstance(recipe, ResidualSaeRecipe):
-        raise typer.BadParameter("it is set beside residual SAEs: give those as --checkpoint", param_hint="--beside")
+        raise typer.BadParameter(
+            "--checkpoint must be a run of residual SAEs, to compare with this CLT", param_hint="--beside"
+        )
     out = out or newest / "evaluation"
     prepare_folder(out)
     clip = load_clip_of(recipe, data_root)

@@ -1,4 +1,4 @@
-"""`vitrine export`: CLIP and CLT as a bundle, or CLIP alone; residual SAEs beside them or added to a bundle."""
+"""`vitrine export`: CLIP and CLT as a bundle, or only CLIP; residual SAEs with them or added to a bundle."""
 
 from __future__ import annotations
 
@@ -28,71 +28,79 @@ if TYPE_CHECKING:
 def export(
     out: Annotated[Path, typer.Option(help="The bundle to write; must not exist.")],
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A CLT's run (its newest checkpoint) or one checkpoint; or --clip or --bundle.")
+        Path | None,
+        typer.Option(help="A CLT's run (its newest checkpoint) or one checkpoint; or give --clip or --bundle."),
     ] = None,
     clip: Annotated[
         str | None,
         typer.Option(
-            help="In place of --checkpoint a CLIP alone, without features: open_clip's name (ViT-B-32), "
-            "hf-hub:org/model, or local-dir:folder."
+            help="Instead of --checkpoint: only a CLIP, without features: open_clip's name (ViT-B-32), "
+            "hf-hub:org/model, "
+            "or local-dir:folder."
         ),
     ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
-            help="Of --clip: open_clip's tag (openai), or a file: OpenAI's .pt, safetensors, a state dict, or a "
-            "checkpoint of training with one."
+            help="With --clip: open_clip's tag (openai), or a file: OpenAI's .pt, safetensors, a state dict, or a "
+            "training checkpoint that contains one."
         ),
     ] = None,
     quick_gelu: Annotated[
         bool | None,
         typer.Option(
-            help="Of --weights, a file: trained with QuickGELU, as OpenAI's were, or with GELU; to be said where "
-            "neither the file nor the name (ViT-B-32-quickgelu) does.",
+            help="With a file of --weights: trained with QuickGELU, like OpenAI's, or with GELU; required if "
+            "neither the file nor the name (ViT-B-32-quickgelu) shows it.",
             show_default=False,
         ),
     ] = None,
     images: Annotated[
         str | None,
         typer.Option(
-            help="Of --clip: what int8 and fp16 must agree with float32 on; without them they are left out. " + INPUTS
+            help="With --clip: images on which int8 and fp16 must agree with float32; without images, the bundle has "
+            "only float32. " + INPUTS
         ),
     ] = None,
     residual: Annotated[
-        Path | None, typer.Option(help="A run, or one checkpoint, of residual SAEs for the same CLIP, to be added.")
+        Path | None,
+        typer.Option(help="A run, or one checkpoint, of residual SAEs for the same CLIP, to add to the bundle."),
     ] = None,
     bundle: Annotated[
         Path | None,
         typer.Option(
-            help="Copy this bundle and add --residual, in place of --checkpoint; its cards of SAEs are left out."
+            help="Instead of --checkpoint: copy this bundle and add --residual; its cards of SAEs are left out."
         ),
     ] = None,
     data_root: DataRoot = Path("data"),
     labels: Annotated[
         str | None,
-        typer.Option(help="Of the bundle, comma-separated; default: those of the run; of --clip, ImageNet's classes."),
+        typer.Option(
+            help="The bundle's labels, comma-separated; default: those of the run, or with --clip ImageNet's classes."
+        ),
     ] = None,
     labels_file: LabelsFile = None,
     label_sets: Annotated[
-        Path | None, typer.Option(help='Folder of NAME.json, {"labels": [...]}: named label sets for the bundle.')
+        Path | None, typer.Option(help='Folder of label sets for the bundle: files NAME.json with {"labels": [...]}.')
     ] = None,
     calibration_images: Annotated[
         int,
         typer.Option(
             min=2,
-            help="Val images, or --images, on which int8 and fp16 must agree with float32; val images' average is the "
-            "baseline.",
+            help="Number of val images, or of --images, on which int8 and fp16 must agree with float32; the average of "
+            "the val images becomes the baseline.",
         ),
     ] = 512,
 ) -> None:
-    """Write CLIP, CLT and residual SAEs as a bundle, checked against torch."""
+    """Write CLIP, CLT and residual SAEs as a bundle, and check its graphs against torch."""
     if [checkpoint, clip, bundle].count(None) != 2:
-        raise typer.BadParameter("give a CLT's --checkpoint, a --clip, or a --bundle that --residual is added to")
+        raise typer.BadParameter("give one of --checkpoint (a CLT), --clip, and --bundle (with --residual to add)")
     if clip is None and (weights is not None or images is not None or quick_gelu is not None):
-        raise typer.BadParameter("--weights, --quick-gelu and --images are of --clip")
+        raise typer.BadParameter("--weights, --quick-gelu and --images require --clip")
     if clip is not None:
         if residual is not None:
-            raise typer.BadParameter("--residual is added to a bundle of the CLIP: export it first, then use --bundle")
+            raise typer.BadParameter(
+                "--residual cannot be used with --clip: export the CLIP first, then use --bundle with --residual"
+            )
         names = chosen_labels(labels, labels_file)
         print_bundle(
             _alone(clip, weights, quick_gelu, out, names, label_sets, images, calibration_images), new_console()
@@ -100,7 +108,9 @@ def export(
         return
     if checkpoint is None:
         if residual is None or labels is not None or labels_file is not None or label_sets is not None:
-            raise typer.BadParameter("--bundle goes with --residual and --out alone: the rest is the bundle's own")
+            raise typer.BadParameter(
+                "--bundle requires --residual, and takes no labels: the copy keeps the bundle's own"
+            )
         assert bundle is not None
         console = new_console()
         print_bundle(_added(bundle, residual, out, data_root, console), console)
@@ -152,7 +162,7 @@ def _alone(
 
     _announce(name, weights, console)
     with Progress(console) as progress:
-        progress.begin(f"loading {name}" + ("" if _is_file(weights) else ", downloading it if it is not there yet"))
+        progress.begin(f"loading {name}" + ("" if _is_file(weights) else ", downloading it if necessary"))
         clip = load_clip(name, weights, quick_gelu=quick_gelu)
         pixels = read_images(inputs, count, clip, log, progress) if inputs is not None else []
         return export_clip(clip, out, labels, named, pixels, log, progress)
@@ -192,5 +202,5 @@ def _added(bundle: Path, residual: Path, out: Path, data_root: Path, console: Co
     with Progress(console) as progress:
         progress.begin("loading the CLIP")
         clip = load_clip_of(read_meta(latest(residual)).recipe, data_root)
-        progress.begin("residual SAEs, and the check of their graphs against torch")
+        progress.begin("exporting residual SAEs, and checking their graphs against torch")
         return add_residual(open_bundle(bundle), clip, residual_export(residual, clip), out)

@@ -40,27 +40,30 @@ def intervene(
         ),
     ] = None,
     edits: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A file with a JSON list of changes, made first.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="A file with a JSON list of changes, applied before --edit."),
     ] = None,
     mode: Annotated[
-        Mode, typer.Option(help="direct: in [CLS]'s final residual; rerun: in the running network.")
+        Mode, typer.Option(help="direct: change the final residual at [CLS]; rerun: change the running network.")
     ] = Mode.direct,
     counterfactual: Annotated[
-        str | None, typer.Option(help="Instead: what would have to go for this label to come first.")
+        str | None, typer.Option(help="Instead of changes: find what must be removed so that this label comes first.")
     ] = None,
-    of: Annotated[Of, typer.Option(help="Of --counterfactual: what may go.")] = Of.features,
-    members: Annotated[int, typer.Option(min=1, help="Of --counterfactual: how many may go.")] = 32,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Of --counterfactual: for the search.")] = 10,
+    of: Annotated[Of, typer.Option(help="With --counterfactual: what may be removed.")] = Of.features,
+    members: Annotated[int, typer.Option(min=1, help="With --counterfactual: how many may be removed.")] = 32,
+    seconds: Annotated[
+        float, typer.Option(min=0.01, help="With --counterfactual: time limit of the search, in seconds.")
+    ] = 10,
     labels: LabelsList = None,
     labels_file: LabelsFile = None,
     target: Annotated[list[str] | None, typer.Option(help="Label to explain (repeatable); default: top-1.")] = None,
-    contrast: Annotated[str | None, typer.Option(help="Explain each target rather than this label.")] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Predictions listed.")] = 5,
-    features: Annotated[int, typer.Option(min=0, help="Features listed whose contribution changes.")] = 10,
+    contrast: Annotated[str | None, typer.Option(help="Explain each target against this label.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Number of predictions listed.")] = 5,
+    features: Annotated[int, typer.Option(min=0, help="Number of features listed whose contribution changes.")] = 10,
     bundle: BundlePath = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The service's JSON instead of tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the service's JSON instead of tables.")] = False,
 ) -> None:
-    """Print a prediction before and after changes, and the difference by row; or what another label would need."""
+    """Print a prediction before and after changes, with differences by row; or find what another label would need."""
     from vitrine.models.interventions.short_form import parse
     from vitrine.service.exports.account import intervention_for
     from vitrine.service.exports.intervention import print_intervention
@@ -92,5 +95,5 @@ def _listed(file: Path) -> list[Any]:
     except ValueError as error:
         raise typer.BadParameter(f"{file} is not JSON: {error}", param_hint="--edits") from error
     if not isinstance(listed, list):
-        raise typer.BadParameter(f"{file} is no JSON list", param_hint="--edits")
+        raise typer.BadParameter(f"{file} is not a JSON list", param_hint="--edits")
     return listed

@@ -1,4 +1,4 @@
-"""`vitrine planted`: a CLIP with a spurious cue that is known, and how well a repair is aimed at it."""
+"""`vitrine planted`: a CLIP with a known spurious cue, and how well a repair targets it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import typer
 
 from vitrine.commands.common import DataRoot, errors_as_messages, load_clip_of, new_console
 
-planted = typer.Typer(
-    no_args_is_help=True, help="A CLIP with a planted cue, to measure repairs on: make it, score them."
-)
+planted = typer.Typer(no_args_is_help=True, help="Make a CLIP with a planted cue, and score repairs on it.")
 
 
 def make(
-    recipe: Annotated[Path, typer.Option(help="Recipe (TOML), see training/planted/.")],
-    out: Annotated[Path, typer.Option(help="Folder to make; what is there already is kept.")],
-    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's: other classes, colour and photos.")] = None,
+    recipe: Annotated[Path, typer.Option(help="Recipe (TOML); see training/planted/.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; finished parts found there are kept.")],
+    seed: Annotated[
+        int | None, typer.Option(help="Override the recipe's seed, for other classes, colour and photos.")
+    ] = None,
     data_root: DataRoot = Path("data"),
-    twin: Annotated[bool, typer.Option(help="Also fine-tune the unplanted twin, the measure of repairs.")] = True,
+    twin: Annotated[
+        bool, typer.Option(help="Also fine-tune the same CLIP without the cue (the twin), to measure repairs against.")
+    ] = True,
 ) -> None:
-    """Fine-tune a CLIP so that it takes a cue for a class; write its data, groups, dictionaries and bundle."""
+    """Fine-tune a CLIP so that it confuses a cue with a class; write its data, groups, dictionaries and bundle."""
     from vitrine.commands.export import export
     from vitrine.training.planted.make import make as run
     from vitrine.training.planted.make import measure_twin
@@ -51,13 +53,14 @@ def make(
 
 
 def score(
-    folder: Annotated[Path, typer.Option("--planted", help="What `vitrine planted make` made.")],
+    folder: Annotated[Path, typer.Option("--planted", help="Folder that `vitrine planted make` wrote.")],
     proposal: Annotated[
-        Path | None, typer.Option(help="Interventions as JSON, the most wanted first; without it the truth is printed.")
+        Path | None,
+        typer.Option(help="Interventions as JSON, the most important first; without it the true features are printed."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say which features carry the cue; where a proposal has them, and what it does to the groups of unseen images."""
+    """Print which features carry the cue, how a proposal ranks them, and its effect on the groups of unseen images."""
     from vitrine.training.planted.score import Benchmark, read_proposal
 
     benchmark, console = Benchmark(folder), new_console()
@@ -77,9 +80,12 @@ def score(
     if json:
         print(result.model_dump_json(indent=1))
         return
-    rank = f"the first of the cue's is number {result.first_rank}" if result.first_rank else "none is the cue's"
+    rank = (
+        f"the first that carries the cue is number {result.first_rank}" if result.first_rank else "none carries the cue"
+    )
     console.print(
-        f"{result.interventions} changes: {rank}; {result.found} of the first ten, by chance {result.expected:.2f}",
+        f"{result.interventions} changes: {rank}; {result.found} of the first ten carry it (by chance "
+        f"{result.expected:.2f})",
         highlight=False,
     )
     for what, was, now, changed in (
@@ -89,7 +95,7 @@ def score(
         interval = f"[{changed.low:+.1%}, {changed.high:+.1%}]"
         console.print(f"{what}: {was.value:.1%} -> {now.value:.1%}, {changed.value:+.1%} {interval}", highlight=False)
     if result.closed is not None:
-        console.print(f"share of the gap to the unplanted twin: {result.closed:.0%}", highlight=False)
+        console.print(f"share of the gap to the unplanted twin that is closed: {result.closed:.0%}", highlight=False)
 
 
 planted.command(

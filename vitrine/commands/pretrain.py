@@ -11,13 +11,13 @@ from vitrine.commands.common import DataRoot, Seed, Settings, chosen_settings, n
 
 
 def pretrain(
-    recipe: Annotated[Path, typer.Option(help="Recipe (TOML) of a CLIP, see training/recipes/clip/.")],
-    out: Annotated[Path, typer.Option(help="Folder of the CLIP; a run found there is taken up.")],
+    recipe: Annotated[Path, typer.Option(help="Recipe (TOML) of a CLIP; see training/recipes/clip/.")],
+    out: Annotated[Path, typer.Option(help="Folder for the CLIP; a run found there is resumed.")],
     data_root: DataRoot = Path("data"),
     settings: Settings = None,
     seed: Seed = None,
 ) -> None:
-    """Train a small CLIP from scratch, for the demo; resumes by itself."""
+    """Train a small CLIP from scratch, for the demo; an interrupted run is resumed."""
     from vitrine.training.pretraining.recipe import PretrainRecipe
     from vitrine.training.recipes.reading import read_toml
 

@@ -14,9 +14,9 @@ def pull(
     address: Annotated[
         str, typer.Argument(help="hf-hub:org/name, or hf-hub:org/name@revision (a branch, tag, commit).")
     ],
-    out: Annotated[Path, typer.Option(help="Bundle directory to write; appears when it is whole and verified.")],
+    out: Annotated[Path, typer.Option(help="Bundle directory to write; it appears once it is complete and verified.")],
     digest: Annotated[
-        str | None, typer.Option(help="sha256:… that the bundle must have; default: whatever is there is taken.")
+        str | None, typer.Option(help="Digest (sha256:…) that the bundle must have; default: any.")
     ] = None,
 ) -> None:
     """Download a bundle from the Hugging Face hub and check every file's sha256."""
@@ -26,8 +26,8 @@ def pull(
     console = new_console()
     bundle = run(parse_address(address), out, console, digest)
     print_bundle(bundle, console)
-    asked = "" if digest is None else ", and the digest as asked"
-    console.print(f"all files as the manifest says{asked}", style="green")
+    asked = "" if digest is None else ", and the digest matches --digest"
+    console.print(f"all files match the manifest{asked}", style="green")
     if digest is None:
-        plain = f"to be sure of the same bundle another time: --digest {bundle.digest}"
+        plain = f"to get exactly this bundle again: --digest {bundle.digest}"
         console.print(plain, soft_wrap=True, highlight=False)

@@ -14,19 +14,20 @@ from vitrine.commands.common import new_console
 def push(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.", autocompletion=completing.bundles)],
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write: what the repository has, for git or `hf upload`.")
+        Path | None, typer.Option(help="Folder to write with the repository's files, for git or `hf upload`.")
     ] = None,
     to: Annotated[
-        str | None, typer.Option(help="hf-hub:org/name\\[@branch] to upload to; made, and private, if it is not there.")
+        str | None,
+        typer.Option(help="Upload to hf-hub:org/name\\[@branch]; a private repository is created if there is none."),
     ] = None,
 ) -> None:
-    """Check a bundle and write it as a repository of the hub: with a model card and git's attributes; or upload it."""
+    """Check a bundle and write it as a repository of the hub, with a model card and .gitattributes; or upload it."""
     from vitrine.models.bundle.bundle import open_bundle
     from vitrine.models.hub.address import parse_address
     from vitrine.models.hub.push import upload, write_folder
 
     if out is None and to is None:
-        raise typer.BadParameter("give --out, for a folder, or --to, for the hub, or both")
+        raise typer.BadParameter("give --out (a folder), --to (the hub), or both")
     address = parse_address(to) if to is not None else None
     opened, console = open_bundle(bundle), new_console()
     if out is not None:

@@ -1,4 +1,4 @@
-"""`vitrine recipes`: what comes with Vitrine, and what it would cost to train."""
+"""`vitrine recipes`: the recipes that come with Vitrine, and what it would cost to train them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from vitrine.commands.common import DataRoot, new_console
 def recipes(
     name: Annotated[
         str | None,
-        typer.Argument(help="One in detail: a shipped one's name, or a TOML file.", autocompletion=completing.recipes),
+        typer.Argument(
+            help="Show one recipe in detail: the name of a shipped recipe, or a TOML file.",
+            autocompletion=completing.recipes,
+        ),
     ] = None,
     data_root: DataRoot = Path("data"),
-    share: Annotated[float, typer.Option(min=0.01, max=1, help="Of a GPU's peaks that a run reaches.")] = 0.4,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+    share: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of a GPU's peak speed that a run is assumed to reach.")
+    ] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """List the recipes that come with Vitrine: parameters, memory, FLOPs and hours on named GPUs, as estimates."""
+    """List the recipes that come with Vitrine, with estimated parameters, memory, FLOPs, and hours on common GPUs."""
     import json
 
     from vitrine.training.recipes.catalogue import describe, find_recipe, print_list, print_one, shipped

@@ -20,20 +20,26 @@ from vitrine.commands.common import (
 
 def replay(
     inputs: Annotated[
-        str, typer.Argument(help=f"{INPUTS} If it is a folder with one folder of images a label, accuracies, too.")
+        str, typer.Argument(help=f"{INPUTS} A folder with one subfolder per label also gives accuracies.")
     ],
-    column: Annotated[str | None, typer.Option(help="Of Parquet inputs: image bytes, or paths.")] = None,
+    column: Annotated[
+        str | None, typer.Option(help="With Parquet files: the column of image bytes, or of paths.")
+    ] = None,
     labels: Annotated[
-        str | None, typer.Option(help="Comma-separated; default: the names of the folders, or the bundle's labels.")
+        str | None,
+        typer.Option(help="Comma-separated labels; default: the names of the subfolders, or the bundle's labels."),
     ] = None,
     labels_file: LabelsFile = None,
     bundle: BundlePath = None,
-    images: Annotated[int | None, typer.Option(min=1, help="A random sample of so many; default: all.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here, with C's matrix.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Number of images, drawn at random; default: all.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random sample.")] = 0,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the figures, and the matrix of projection scores, to this file."),
+    ] = None,
     skip_broken_shards: SkipBroken = False,
 ) -> None:
-    """Predict images with CLIP's MLPs replaced by the bundle's features: how well do these stand for those, there?"""
+    """Predict images with CLIP's MLPs replaced by the bundle's features, to see how well the features do."""
     from vitrine.models.files.writing import prepare_file, write_text
     from vitrine.models.inputs.opening import open_inputs
     from vitrine.models.progress import track

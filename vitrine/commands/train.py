@@ -22,24 +22,32 @@ from vitrine.models.stopping import advising
 
 def train(
     recipe: Annotated[
-        str, typer.Option(help="A recipe's name (see vitrine recipes), or its file.", autocompletion=completing.recipes)
+        str,
+        typer.Option(help="Name of a recipe (see vitrine recipes), or its file.", autocompletion=completing.recipes),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the run; a run found there is taken up.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; a run found there is resumed.")],
     data_root: DataRoot = Path("data"),
     settings: Settings = None,
     seed: Seed = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps, with a checkpoint.")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many steps, and write a checkpoint.")
+    ] = None,
     devices: Annotated[
-        int, typer.Option(min=1, help="GPUs (or CPU processes). On several machines start this with torchrun.")
+        int,
+        typer.Option(
+            min=1, help="Number of GPUs (or CPU processes). On several machines, start this command with torchrun."
+        ),
     ] = 1,
     shard: Annotated[
-        bool, typer.Option(help="Share weights out over the devices, for dictionaries too large for one.")
+        bool, typer.Option(help="Shard the weights across the devices, for dictionaries too large for one.")
     ] = False,
     accelerator: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     skip_broken_shards: SkipBroken = False,
-    wandb: Annotated[str | None, typer.Option(help="Log to this Weights & Biases project, too.")] = None,
+    wandb: Annotated[str | None, typer.Option(help="Also log to this Weights & Biases project.")] = None,
 ) -> None:
-    """Train a CLT, or residual SAEs, on a CLIP's activations; resumes by itself. Curves: tensorboard --logdir OUT."""
+    """Train a CLT, or residual SAEs, on a CLIP's activations; an interrupted run is resumed.
+
+    To see curves: tensorboard --logdir OUT."""
     from vitrine.training.recipes.catalogue import find_recipe
     from vitrine.training.recipes.reading import load_recipe
     from vitrine.training.recipes.reading import skip_broken_shards as skipping
@@ -52,7 +60,10 @@ def train(
 
     fabric = make_fabric(devices, shard, loaded.training.precision, accelerator)
     fabric.launch()
-    with one_report(fabric), advising("the same command goes on from the last checkpoint, if there is one"):
+    with (
+        one_report(fabric),
+        advising("run the same command again to continue from the last checkpoint, if there is one"),
+    ):
         checkpoint = run(
             loaded,
             load_clip_of(loaded, data_root),

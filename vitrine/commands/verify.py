@@ -1,4 +1,4 @@
-"""`vitrine verify`: whether a bundle is sound, and its precisions right on this machine."""
+"""`vitrine verify`: whether a bundle is sound, and its precisions agree on this machine."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ class Choice(StrEnum):
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory.", autocompletion=completing.bundles)],
     precision: Annotated[
-        Choice | None, typer.Option(help="Also measure how well it agrees with float32 on this machine.")
+        Choice | None, typer.Option(help="Also measure how well this precision agrees with float32 on this machine.")
     ] = None,
     images: Annotated[
-        str | None, typer.Option(help=f"To measure it on; default: drawn pictures, which tell less. {INPUTS}")
+        str | None,
+        typer.Option(help=f"Images to measure it on; default: generated pictures, which are a weaker test. {INPUTS}"),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the agreement here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the agreement to this file.")] = None,
 ) -> None:
     """Check a bundle: every file's sha256, that its graphs run, and that the account adds up."""
     from vitrine.models.files.writing import prepare_file, write_text
@@ -38,12 +39,12 @@ def verify(
     from vitrine.service.operations.settings import load_settings
 
     if precision is None and (images is not None or json_file is not None):
-        raise typer.BadParameter("--images and --json are of --precision")
+        raise typer.BadParameter("--images and --json require --precision")
     if json_file is not None:
         prepare_file(json_file)
     opened, console = run(bundle), new_console()
     print_bundle(opened, console)
-    console.print("all files as the manifest says; the graphs run and their rows add up", style="green")
+    console.print("all files match the manifest; the graphs run and their rows add up", style="green")
     if precision is None:
         return
     inputs = open_inputs(images) if images is not None else None

@@ -89,7 +89,7 @@ def test_flipped_byte_is_refused(copied, name):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(BundleError, match=f"{name} does not have the manifest's sha256"):
+    with pytest.raises(BundleError, match=f"{name} does not have the sha256 of the manifest"):
         open_bundle(copied)
 
 
@@ -105,7 +105,7 @@ def test_truncated_file_is_refused(copied, name):
     file = copied / name
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(BundleError, match=f"{name} has {size - 1:,} bytes, the manifest says {size:,}"):
+    with pytest.raises(BundleError, match=f"{name} has {size - 1:,} bytes, but the manifest says {size:,}"):
         open_bundle(copied)
 
 
@@ -134,14 +134,14 @@ def test_other_format_version_is_refused(copied, edit, version):
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "..\\outside"])
 def test_file_names_that_leave_the_bundle_are_refused(copied, edit, name):
     edit(lambda manifest: manifest["files"].update({name: manifest["files"]["fold.npy"]}))
-    with pytest.raises(BundleError, match="leaves the bundle"):
+    with pytest.raises(BundleError, match="points outside the bundle"):
         open_bundle(copied)
 
 
 @pytest.mark.parametrize("name", ["", ".", "a//b", "./fold.npy", "a/", "a\nb", "a\0b"])
 def test_file_names_that_are_no_plain_paths_are_refused(copied, edit, name):
     edit(lambda manifest: manifest["files"].update({name: manifest["files"]["fold.npy"]}))
-    with pytest.raises(BundleError, match="is no plain path"):
+    with pytest.raises(BundleError, match="is not a plain path"):
         open_bundle(copied)
 
 
@@ -151,7 +151,7 @@ def test_file_names_that_are_no_plain_paths_are_refused(copied, edit, name):
         (lambda m: m.update(colour="red"), "colour: Extra inputs"),
         (lambda m: m["shape"].update(colour="red"), "shape.colour: Extra inputs"),
         (lambda m: m["shape"].pop("k"), "shape.k: Field required"),
-        (lambda m: m["shape"].update(k=0), "shape: Value error, features is 64, k is 0: without a CLT both are 0"),
+        (lambda m: m["shape"].update(k=0), "shape: Value error, features is 64, k is 0: without a CLT both must be 0"),
         (lambda m: m["shape"].update(k_cls=[]), "shape: Value error, k_cls has 0 numbers for 3 layers"),
         (lambda m: m["shape"].update(k_patches=[8, 8]), "shape: Value error, k_patches has 2 numbers for 3 layers"),
         (lambda m: m.update(sparsifier="magic"), "sparsifier: Input should be 'relu_topk', 'abs_topk', "),
@@ -172,14 +172,14 @@ def test_manifest_that_is_none_is_refused(copied, content):
 
 
 def test_empty_directory_is_no_bundle(tmp_path):
-    with pytest.raises(BundleError, match=r"manifest.json is missing: .* is no bundle"):
+    with pytest.raises(BundleError, match=r"manifest.json is missing: .* is not a bundle"):
         open_bundle(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["nothing", "a-file"])
 def test_only_directories_are_bundles(tmp_path, name):
     (tmp_path / "a-file").touch()
-    with pytest.raises(BundleError, match=f"{name} is no directory"):
+    with pytest.raises(BundleError, match=f"{name} is not a directory"):
         open_bundle(tmp_path / name)
 
 
@@ -246,11 +246,11 @@ def test_manifest_says_what_the_clt_is(any_bundle, exported_clt):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({}, ["relu_topk; active features a token and layer:\n  8 on [CLS], 8 on patches", "cross-layer: each"]),
+        ({}, ["relu_topk; active features per token and layer:\n  8 on [CLS], 8 on patches", "cross-layer: each"]),
         ({"k_cls": (2, 4, 8)}, ["2, 4, 8 (by layer) on [CLS], 8 on patches"]),
         ({"k_cls": None, "k_patches": None}, ["8 on [CLS], 8 on patches"]),  # written before there were budgets
         ({"k_patches": (3, 3, 3), "k_cls": (1, 1, 1)}, ["1 on [CLS], 3 on patches"]),
-        ({"cross_layer": False}, ["per-layer: each writes to the MLP output of its own layer alone"]),
+        ({"cross_layer": False}, ["per-layer: each writes to the MLP output of its own layer only"]),
     ],
 )
 def test_model_card_says_what_the_clt_is(bundle, changes, said):
@@ -270,7 +270,7 @@ def test_model_card_names_the_first_of_many_labels(bundle):
 
 def test_model_card_says_that_thresholds_hold_budgets_on_average(any_bundle):
     sparsifier, k = any_bundle.manifest.sparsifier, any_bundle.manifest.shape.k
-    on_average = f"{sparsifier}; active features a token and layer on average (at most {k} as served):"
+    on_average = f"{sparsifier}; active features per token and layer on average (at most {k} when served):"
     assert (on_average in model_card(any_bundle.manifest)) == (sparsifier in ("jumprelu", "batch_topk"))
 
 

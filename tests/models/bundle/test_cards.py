@@ -175,18 +175,21 @@ WRONG = {
     "score NaN": (column("label_score", float("nan")), "not finite"),
     "frequency missing": (column("frequency_cls", None), "missing or not finite"),
     "quantile infinite": (column("quantiles", [0, 1, 2, 3, float("inf")]), "not finite"),
-    "two quantiles": (column("quantiles", [0.0, 1.0]), "values that are none"),
-    "no such reading": (column("read_at", "nose"), "values that are none"),
-    "a feature twice": (column("index", 4), "features that are there twice"),
-    "a feature beyond": (column("index", 64, row=191), "features that do not exist"),
+    "two quantiles": (column("quantiles", [0.0, 1.0]), "invalid values"),
+    "no such reading": (column("read_at", "nose"), "invalid values"),
+    "a feature twice": (column("index", 4), "features that are listed twice"),
+    "a feature that does not exist": (column("index", 64, row=191), "features that do not exist"),
     "activation NaN": (column("exemplars", [EXEMPLAR | {"activation": float("nan")}]), "exemplars that are not finite"),
     "no such image": (column("exemplars", [EXEMPLAR | {"image": 999}]), "exemplars .* no image"),
     "coactive beyond": (column("coactive", [COACTIVE | {"layer": 3}]), "coactive features that do not exist"),
     "coactive NaN": (column("coactive", [COACTIVE | {"jaccard": float("nan")}]), "coactive features .* not finite"),
     "no exemplars": (without_column, "exemplars"),
-    "a reference image missing": (without_image, "images.parquet has reference images too few: 1"),
+    "a reference image missing": (without_image, "images.parquet has too few reference images, missing: 1"),
     "code NaN": (references(values=float("nan")), "references.npz has values that are not finite"),
-    "code of a feature beyond": (references(indices=64), "references.npz names a feature beyond"),
+    "code of a feature that does not exist": (
+        references(indices=64),
+        "references.npz names a feature that does not exist",
+    ),
 }
 
 

@@ -66,7 +66,7 @@ def test_tags_are_downloaded_once_with_their_activation_and_preprocessing(filled
     assert filled.downloads() == [SAFE, "weights.bin"]
     load_clip("small", "gelu")
     assert filled.downloads() == [SAFE, "weights.bin"]
-    with pytest.raises(ClipError, match=r"^small quick is of QuickGELU; leave `quick_gelu` out$"):
+    with pytest.raises(ClipError, match=r"^small quick was trained with QuickGELU; omit `quick_gelu`$"):
         load_clip("small", "quick", quick_gelu=False)
 
 
@@ -79,12 +79,12 @@ def test_a_model_of_the_hub_and_without_a_network(filled, plain, monkeypatch):
         assert loaded.preprocess["resize_mode"] == "squash"
         assert (len(filled.requests) == asked) == offline
     for name, weights in ((MODEL, "gelu"), (f"{MODEL}@main", None)):
-        assert "leave" in refused(name, weights)
+        assert "omit" in refused(name, weights)
 
 
 def test_without_a_network_and_not_in_the_cache(filled, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    remedy = f"is not in the cache {constants.HF_HUB_CACHE}, at least not all of it, and HF_HUB_OFFLINE forbids"
+    remedy = f"is missing or incomplete in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids"
     assert refused().startswith(f"small gelu: hf-hub:org/small {remedy}")
     assert refused(MODEL, None).startswith(f"{MODEL} {remedy}")
 
@@ -93,7 +93,7 @@ def test_a_model_whose_weights_are_not_in_the_cache_is_not_random(filled, monkey
     load_clip(MODEL, None)
     next(Path(constants.HF_HUB_CACHE).glob(f"models--org--model/snapshots/*/{SAFE}")).unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "at least not all of it, and HF_HUB_OFFLINE forbids" in refused(MODEL, None)
+    assert "missing or incomplete in the cache" in refused(MODEL, None)
 
 
 def test_a_hub_that_cannot_be_reached_is_not_needed_for_what_is_in_the_cache(filled, monkeypatch):
@@ -101,17 +101,17 @@ def test_a_hub_that_cannot_be_reached_is_not_needed_for_what_is_in_the_cache(fil
     ask_nobody(monkeypatch)
     assert load_clip("small", "quick").weights == "quick"
     assert re.match(
-        r"small gelu: hf-hub:org/small: http://127\.0\.0\.1:9 cannot be asked: .*; see to the net", refused()
+        r"small gelu: hf-hub:org/small: http://127\.0\.0\.1:9 cannot be reached: .*; check the net", refused()
     )
 
 
 @pytest.mark.parametrize(
     ("code", "problem"),
     [((403, "GatedRepo"), r"is gated: ask its owner for access on the hub, then log in .* HF_TOKEN"),
-     ((401, "RepoNotFound"), r"the hub has no such repository, or you may not see it; .* HF_TOKEN"),
+     ((401, "RepoNotFound"), r"the hub has no such repository, or you have no access to it; .* HF_TOKEN"),
      ((403, ""), r"answers 403 .*HF_TOKEN"),
      ((503, ""), r"answers 503"),
-     ((404, "EntryNotFound"), rf"is no CLIP of open_clip's: it has no {SAFE} and no open_clip_pytorch_model\.bin")],
+     ((404, "EntryNotFound"), rf"is not a CLIP for open_clip: it has no {SAFE} and no open_clip_pytorch_model\.bin")],
 )  # fmt: skip
 def test_weights_that_the_hub_does_not_give(filled, monkeypatch, code, problem):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -121,18 +121,18 @@ def test_weights_that_the_hub_does_not_give(filled, monkeypatch, code, problem):
 
 
 def test_a_repository_that_is_not_there(hub):
-    assert "hf-hub:org/small: the hub has no such repository, or you may not see it" in refused()
+    assert "hf-hub:org/small: the hub has no such repository, or you have no access to it" in refused()
     assert refused(MODEL, None).startswith(f"{MODEL}: the hub has no such repository")
     hub.commit("org/model", {"config.json": b"{}"})
-    assert refused(MODEL, None) == f"{MODEL} is no CLIP of open_clip's: it has no open_clip_config.json"
-    assert "is no address of a hub: write hf-hub:org/name" in refused("hf-hub:model", None)
+    assert refused(MODEL, None) == f"{MODEL} is not a CLIP for open_clip: it has no open_clip_config.json"
+    assert "is not the address of a repository: write hf-hub:org/name" in refused("hf-hub:model", None)
 
 
 def test_a_download_that_breaks_off_leaves_nothing_and_can_be_taken_up(filled, monkeypatch, plain):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     filled.cut = {SAFE}
     assert re.match(
-        r"small gelu: hf-hub:org/small: .* cannot be asked: .*; see to the network, then try again", refused()
+        r"small gelu: hf-hub:org/small: .* cannot be reached: .*; check the network, then try again", refused()
     )
     assert not blobs()
     filled.cut = set()
@@ -146,7 +146,7 @@ def test_a_file_in_the_cache_that_is_damaged(filled, plain, change):
     blob.write_bytes(change(blob.read_bytes()))
     message = refused()
     assert re.match(
-        rf"small gelu: \S+/{SAFE} is damaged, as its sha256 tells; remove {blob}, and start again$", message
+        rf"small gelu: \S+/{SAFE} is damaged, its sha256 is wrong; delete {blob}, and start again$", message
     )
     blob.unlink()
     assert load_clip("small", "gelu").sha256 == plain.sha256
@@ -158,7 +158,7 @@ def test_a_cache_without_links_whose_file_is_not_whole(filled):
     file = next(Path(constants.HF_HUB_CACHE).glob(f"*/snapshots/*/{SAFE}"))
     file.unlink()
     file.write_bytes(blob.read_bytes()[:-400])
-    assert re.search(rf"{file} is damaged, or not all there \(.*\); remove {file}, and start again$", refused())
+    assert re.search(rf"{file} is damaged or incomplete \(.*\); delete {file}, and start again$", refused())
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
@@ -167,7 +167,7 @@ def test_no_room_for_a_download_names_the_folder(filled, monkeypatch, code):
     message = refused()
     assert message.startswith(f"small gelu: {constants.HF_HUB_CACHE} cannot be written: ")
     assert message.endswith(
-        "make room there and start again, or write elsewhere (HF_HUB_CACHE says where the cache is)"
+        "free some space there and start again, or write to another place (HF_HUB_CACHE sets where the cache is)"
     )
 
 
@@ -192,7 +192,7 @@ def test_a_model_that_does_not_fit_its_configuration_is_no_page(filled, write_cl
     hub_files = {"open_clip_config.json": json.dumps(content).encode(), SAFE: other.read_bytes()}
     filled.commit("org/model", hub_files)
     assert re.match(
-        rf"open_clip cannot load {MODEL}: Error.*size mismatch for visual.*lines more", refused(MODEL, None)
+        rf"open_clip cannot load {MODEL}: Error.*size mismatch for visual.*more lines", refused(MODEL, None)
     )
     filled.commit("org/model", hub_files | {"open_clip_config.json": b'{"model_cfg": {"embed_dim": 3}}'})
     assert refused(MODEL, None).startswith(f"open_clip cannot load {MODEL}: ")

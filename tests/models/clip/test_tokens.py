@@ -171,7 +171,7 @@ def test_what_cannot_be_reproduced_is_refused_by_name(make, named):
 
 @pytest.mark.parametrize(
     ("attribute", "value", "named"),
-    [("clean_fn", str.title, "cleans texts by"), ("pat", open_clip.tokenizer.re.compile(r"\w+"), "divides texts by")],
+    [("clean_fn", str.title, "cleans texts by"), ("pat", open_clip.tokenizer.re.compile(r"\w+"), "splits texts by")],
 )
 def test_changes_of_open_clip_are_noticed(attribute, value, named):
     tokenizer = SimpleTokenizer()

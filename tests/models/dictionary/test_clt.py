@@ -132,8 +132,8 @@ def test_budgets_are_those_of_layer_and_token_type(random_clt, random_tokens, cr
     [
         ((2, 2), (2, 2, 2), "k has 2 numbers for 3 layers"),
         ((2, 2, 2), (2,), "k_cls has 1 numbers for 3 layers"),
-        ((2, 0, 2), (2, 2, 2), "k = 0 and k_cls = 2 must lie between 1 and the number of features, 7"),
-        ((2, 2, 2), (2, 8, 2), "k = 2 and k_cls = 8 must lie between 1 and the number of features, 7"),
+        ((2, 0, 2), (2, 2, 2), "k = 0 and k_cls = 2 must be between 1 and the number of features, 7"),
+        ((2, 2, 2), (2, 8, 2), "k = 2 and k_cls = 8 must be between 1 and the number of features, 7"),
     ],
 )
 def test_impossible_budgets_are_refused(k, k_cls, problem):

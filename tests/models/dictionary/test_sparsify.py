@@ -220,7 +220,7 @@ def test_places_of_cls(kind, places):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("k", "k_cls"), [(0, 1), (1, 0), (5, 1), (1, 5), (-1, 2)])
 def test_impossible_budgets_are_refused(kind, k, k_cls):
-    with pytest.raises(ValueError, match=f"k = {k} and k_cls = {k_cls} must lie between 1 and .* features, 4"):
+    with pytest.raises(ValueError, match=f"k = {k} and k_cls = {k_cls} must be between 1 and .* features, 4"):
         make_sparsifier(kind, 4, k, k_cls)
 
 

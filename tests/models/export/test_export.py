@@ -72,7 +72,7 @@ def test_what_other_outputs_need_cannot_be_left_to_a_request():
             half = x + 1
             return half * 2, half
 
-    with pytest.raises(ExportError, match="half cannot be left to a request: the other outputs need it"):
+    with pytest.raises(ExportError, match="half cannot be made optional: other outputs need it"):
         onnx_file.to_onnx(Doubled(), {"x": torch.rand(2, 3)}, ["y"], ["half"], "asked")
 
 
@@ -309,7 +309,7 @@ def test_directions_that_are_halves_are_stored_once(tmp_path):
 
 
 def test_existing_destination_is_refused(clip, clt, cls_mean, provenance, bundle):
-    with pytest.raises(ExportError, match="exists; a bundle is never changed"):
+    with pytest.raises(ExportError, match="already exists, and a bundle is never changed"):
         export_bundle(clip, clt, cls_mean, provenance, bundle.path)
     assert open_bundle(bundle.path) == bundle
 
@@ -334,7 +334,7 @@ def test_failed_check_leaves_nothing_behind(clip, make_clt, cls_mean, provenance
 def test_labels_that_the_clip_cannot_tell_apart_are_reported(clip, provenance):
     reader = convert_tokenizer(clip.tokenizer).reader()
     sets = {"pets": NamedLabels(labels=("Dog", "dog")), "trees": NamedLabels(labels=("oak", "elm"))}
-    says = "are one and the same text to this CLIP: their order means nothing. Keep one."
+    says = "are the same text to this CLIP, so their order means nothing. Keep one of them."
     assert list(export._label_warnings(reader, provenance, sets)) == [f'label set pets: "Dog" and "dog" {says}']
     twins = replace(provenance, labels=["Cat", "cat"])
     assert list(export._label_warnings(reader, twins, {})) == [f'"Cat" and "cat" {says}']

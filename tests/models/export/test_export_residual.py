@@ -71,7 +71,7 @@ def test_a_transposed_tensor_is_read_from_the_other_model(tmp_path):
 
 def test_a_bundle_lacks_nothing_that_its_manifest_names(with_residual, tmp_path):
     for change, said in (
-        ({"features": (48,)}, "residual.features has 1 numbers; 3 layers have 2 SAEs"),
+        ({"features": (48,)}, "residual.features has 1 numbers, but 3 layers have 2 SAEs"),
         ({}, f"does not list {residual_file(1)}"),
     ):
         copy = shutil.copytree(with_residual.path, tmp_path / "copy")

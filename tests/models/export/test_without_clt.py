@@ -224,8 +224,8 @@ def test_a_variant_is_checked_by_labels_and_rows(clip, provenance, make_pixels, 
 @pytest.mark.parametrize(
     ("field", "value", "problem"),
     [
-        ("sparsifier", "relu_topk", "sparsifier: it is of the CLT's features: it is given, and there are none"),
-        ("cards", "those of carded", "cards: there is no CLT"),
+        ("sparsifier", "relu_topk", "sparsifier describes the CLT's features: it is given, but there are no features"),
+        ("cards", "those of carded", "cards are given, but there is no CLT"),
     ],
 )
 def test_a_manifest_has_nothing_of_a_clt_that_there_is_not(plain_bundle, carded, field, value, problem):
@@ -237,7 +237,7 @@ def test_a_manifest_has_nothing_of_a_clt_that_there_is_not(plain_bundle, carded,
 def test_a_manifest_lacks_nothing_of_the_clt_that_there_is(bundle):
     fields = bundle.manifest.model_dump()
     for name in ("sparsifier", "data"):
-        with pytest.raises(ValidationError, match=f"{name}: it is of the CLT's features: it is missing"):
+        with pytest.raises(ValidationError, match=f"{name} describes the CLT's features: it is missing"):
             Manifest.model_validate(fields | {name: None})
-    with pytest.raises(ValidationError, match="without a CLT both are 0"):
+    with pytest.raises(ValidationError, match="without a CLT both must be 0"):
         Manifest.model_validate(fields | {"shape": fields["shape"] | {"features": 0}})

@@ -34,7 +34,7 @@ def test_what_the_file_system_did_not_refuse_is_none(error):
 
 def test_what_the_system_says_more_is_kept():
     error = FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
-    assert sentence(error) == "No usable temporary directory found in ['/tmp']; see to the path"
+    assert sentence(error) == "No usable temporary directory found in ['/tmp']; check the path"
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,6 @@ def test_our_own_errors_say_more():
 
 def test_names_that_are_no_utf_8():
     check_name(Path("/tmp/größe/寿司"))
-    with pytest.raises(FileError, match=r"^/tmp/a\\xffb has a name that is no UTF-8; rename it"):
+    with pytest.raises(FileError, match=r"^/tmp/a\\xffb has a name that is not UTF-8; rename it"):
         check_name(Path(os.fsdecode(b"/tmp/a\xffb")))
     assert display(b"/tmp/\xc3\xa4\xfe") == "/tmp/ä\\xfe"

@@ -226,5 +226,5 @@ def test_a_folder_is_tried_before_the_work(tmp_path, monkeypatch):
     prepare_folder(tmp_path / "new" / "deep")
     assert everything(tmp_path) == {}
     fail(monkeypatch, os, "open", errno.EROFS, lambda path, *_: str(path).startswith(str(tmp_path)))
-    with pytest.raises(FileError, match="Read-only file system; write elsewhere"):
+    with pytest.raises(FileError, match="Read-only file system; write to another place"):
         prepare_folder(tmp_path)

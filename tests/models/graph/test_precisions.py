@@ -199,6 +199,6 @@ def test_manifest_that_promises_a_variant_must_have_it(gated):
 
 
 def test_variant_without_images_to_check_it_on_is_refused(clip, clt, cls_mean, provenance, tmp_path):
-    with pytest.raises(ExportError, match="fp16 must be checked against float32: give images for it"):
+    with pytest.raises(ExportError, match="fp16 must be checked against float32, but there are no images; give some"):
         export_bundle(clip, clt, cls_mean, provenance, tmp_path / "out", variants=("fp16",))
     assert not (tmp_path / "out").exists()

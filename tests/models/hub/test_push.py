@@ -112,9 +112,9 @@ def test_a_bundle_that_changed_since_it_was_verified_is_not_pushed(hub, tmp_path
 
     opened = open_bundle(shutil.copytree(bundle_path, tmp_path / "copy"))
     (opened.path / "fold.npy").write_bytes(b"x")
-    with pytest.raises(BundleError, match="was changed since it was verified"):
+    with pytest.raises(BundleError, match="has changed since it was verified"):
         upload(opened, TINY)
-    with pytest.raises(BundleError, match="was changed since it was verified"):
+    with pytest.raises(BundleError, match="has changed since it was verified"):
         write_folder(opened, tmp_path / "repository")
     assert {path.name for path in tmp_path.iterdir()} == {"copy"}
     assert not hub.files("org/tiny")
@@ -125,5 +125,5 @@ def test_a_bundle_with_a_file_of_the_hubs_is_refused(tmp_path, bundle, bundle_pa
 
     shutil.copytree(bundle_path, tmp_path / "copy")
     (tmp_path / "copy" / name).write_text("mine")
-    with pytest.raises(HubError, match=f"has a file {name} of its own"):
+    with pytest.raises(HubError, match=f"has its own file {name}"):
         write_folder(seal(tmp_path / "copy", bundle.manifest), tmp_path / "repository")

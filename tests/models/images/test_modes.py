@@ -187,7 +187,9 @@ def test_pnm_of_every_depth(largest):
 )
 def test_numbers_without_a_white_are_refused(encode, dtype, what):
     data = encode(Image.fromarray(np.full((4, 4), 3).astype(dtype)), "TIFF")
-    with pytest.raises(ImageError, match=f"the TIFF image holds {what}; save it as RGB or grey") as caught:
+    with pytest.raises(
+        ImageError, match=f"the TIFF image has {what}, which are not supported; save it as RGB or grey"
+    ) as caught:
         decode(data, LIMITS)
     assert caught.value.code == "unsupported_image"
 

@@ -117,7 +117,7 @@ def test_a_file_of_very_many_parts_is_refused_soon(case):
         decode(data, LIMITS)
     assert time.process_time() - start < SECONDS
     assert caught.value.code == "image_too_costly"
-    assert "save it anew" in caught.value.message
+    assert "save it again" in caught.value.message
 
 
 FRAMES = [Image.new("L", (16, 16), level) for level in range(200)]
@@ -155,7 +155,7 @@ def test_the_number_of_parts_alone_is_not_enough(monkeypatch):
     monkeypatch.setattr(parts, "MAX_READS", {})
     monkeypatch.setattr(parts, "FEW_READS", 10**9)
     for case in ("Exif segments", "quantization tables"):
-        with pytest.raises(ImageError, match="too many"):
+        with pytest.raises(ImageError, match=r"too many|too large"):
             decode(COSTLY[case](), LIMITS)
 
 

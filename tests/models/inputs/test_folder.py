@@ -1,4 +1,4 @@
-"""Folders: links, loops, litter, names without an extension, and what is no regular file."""
+"""Folders: links, loops, litter, names without an extension, and what is not a regular file."""
 
 import os
 import socket
@@ -64,8 +64,8 @@ def test_links_are_followed_and_what_is_no_image_is_counted_and_named(tmp_path):
     found = walk(root, skipped)
     assert found.images == ["a.jpg", "b.JPG", "deep/er/c.png", "file.jpg", "gone.jpg", "link/linked.jpg"]
     assert skipped.lines() == [
-        "left out, hidden, or some system's own: 4 (._a.jpg; .hidden; @eaDir and 1 more)",
-        "left out, no images by their names: 5 (film.mp4; w.txt; x.txt and 2 more)",
+        "left out, hidden files, or files of an operating system: 4 (._a.jpg; .hidden; @eaDir and 1 more)",
+        "left out, not images, judging by their names: 5 (film.mp4; w.txt; x.txt and 2 more)",
     ]
     contents = dict(names_and_contents(open_inputs(str(root))))
     assert isinstance(contents.pop("gone.jpg"), FileNotFoundError)
@@ -124,7 +124,7 @@ def test_what_is_no_regular_file_is_named_and_nothing_waits_for_it(tmp_path, mon
             open_regular(tmp_path / name)
     (tmp_path / "list.txt").write_text("pipe.jpg\na.jpg\n.\n")
     problems = [str(content) for _, content in names_and_contents(open_inputs(str(tmp_path / "list.txt")))]
-    assert [" no regular file" in problem for problem in problems] == [True, False, True]
+    assert [" not a regular file" in problem for problem in problems] == [True, False, True]
 
 
 def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
@@ -147,7 +147,7 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
 def test_files_are_read_up_to_a_size(tmp_path):
     make(tmp_path, "a.jpg", content=b"x" * 100)
     assert read_file(tmp_path / "a.jpg", 100) == b"x" * 100
-    with pytest.raises(Unreadable, match="it has 100 bytes, more than the 99 that an image may have"):
+    with pytest.raises(Unreadable, match="it has 100 bytes, but an image may have at most 99"):
         read_file(tmp_path / "a.jpg", 99)
     assert b"Linux" in read_file("/proc/version")  # its size is 0
 

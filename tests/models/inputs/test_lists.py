@@ -24,12 +24,12 @@ def test_labels_of_a_file(tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "names.txt: there are no labels; give one a line"),
+        (b"", "names.txt: there are no labels; give one label per line"),
         (b"\xef\xbb\xbf \n\n", "names.txt: there are no labels"),
-        (b"cat\ndog\ncat \n", "names.txt: labels must differ from one another, and 'cat' is there twice"),
-        ("cat\n".encode("utf-16"), "the file of labels .*names.txt is no text in UTF-8; save it as UTF-8"),
-        ("cat\n".encode("utf-16-be"), "is no text in UTF-8"),
-        ("grün\n".encode("latin-1"), "is no text in UTF-8"),
+        (b"cat\ndog\ncat \n", "names.txt: labels must differ from one another, but 'cat' is given twice"),
+        ("cat\n".encode("utf-16"), "the file of labels .*names.txt is not UTF-8 text; save it as UTF-8"),
+        ("cat\n".encode("utf-16-be"), "is not UTF-8 text"),
+        ("grün\n".encode("latin-1"), "is not UTF-8 text"),
         (None, "the file of labels .*names.txt cannot be read: No such file"),
     ],
 )

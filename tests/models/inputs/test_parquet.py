@@ -101,7 +101,7 @@ def test_damaged_and_missing_files_end_the_run_or_are_named(tmp_path):
     write(tmp_path / "0.parquet")
     (tmp_path / "1.parquet").write_bytes(b"PAR1 and nothing else")
     pattern = str(tmp_path / "{0..2}.parquet")
-    with pytest.raises(InputError, match=r"1\.parquet is no readable Parquet file: .* --skip-broken-shards"):
+    with pytest.raises(InputError, match=r"1\.parquet is not a readable Parquet file: .* --skip-broken-shards"):
         open_inputs(pattern)
     source = open_inputs(pattern, skip_broken=True)
     assert (len(source), source.skipped.counts) == (10, {Reason.BROKEN: 2})
@@ -119,7 +119,7 @@ def test_a_file_whose_pages_are_damaged(tmp_path, skip_broken, queries):
     (tmp_path / "x.parquet").write_bytes(content)
     source = open_inputs(str(tmp_path / "x.parquet"), skip_broken=skip_broken)
     if not skip_broken:
-        with pytest.raises(InputError, match=r"x\.parquet is no readable Parquet file: "):
+        with pytest.raises(InputError, match=r"x\.parquet is not a readable Parquet file: "):
             names_and_contents(source)
         return
     contents = [content for _, content in names_and_contents(source)]

@@ -92,7 +92,7 @@ def test_a_tar_without_its_end_is_read_with_a_warning(tmp_path):
     source = open_inputs(str(tmp_path / "x.tar"))
     assert len(names_and_contents(source)) == 2
     assert source.skipped.lines() == [
-        "x.tar has no end blocks: its last member is whole, but more may have been cut off"
+        "x.tar has no end blocks: its last member is complete, but more may have been cut off"
     ]
 
 
@@ -135,12 +135,14 @@ def test_damaged_and_missing_tars_end_the_run_or_are_named(tmp_path):
     (tmp_path / "0.tar").write_bytes(tar_bytes(("1.jpg", JPEG)))
     (tmp_path / "1.tar").write_bytes(tar_bytes(("._x", b"x"), ("1.jpg", JPEG))[:1100])
     pattern = str(tmp_path / "{0..2}.tar")
-    with pytest.raises(InputError, match=r"1\.tar is no readable tar file: it is cut short: .* --skip-broken-shards"):
+    with pytest.raises(
+        InputError, match=r"1\.tar is not a readable tar file: it is cut short: .* --skip-broken-shards"
+    ):
         open_inputs(pattern)
     source = open_inputs(pattern, skip_broken=True)
     assert names_and_contents(source) == [("0.tar/1.jpg", JPEG)]
     assert source.skipped.lines() == [
-        "left out, damaged or missing: 2 (1.tar: it is cut short: the header at byte 1,024 is not whole; "
+        "left out, damaged or missing: 2 (1.tar: it is cut short: the header at byte 1,024 is incomplete; "
         "2.tar: No such file or directory)"
     ]
     with pytest.raises(InputError, match=r"has no images\. left out, damaged or missing: 2"):
@@ -156,7 +158,7 @@ def test_what_is_damaged_after_it_was_listed(tmp_path, skip_broken):
     (tmp_path / "0.tgz").write_bytes(gzip.compress(tar_bytes(*members))[:60])
     (tmp_path / "1.tar").write_bytes(tar_bytes(*members)[:1500])
     if not skip_broken:
-        with pytest.raises(InputError, match=r"0\.tgz is no readable tar file: it is cut short"):
+        with pytest.raises(InputError, match=r"0\.tgz is not a readable tar file: it is cut short"):
             names_and_contents(source)
     contents = [content for _, content in names_and_contents(source, 4 if not skip_broken else 0)]
     assert contents[-4] == JPEG

@@ -55,7 +55,7 @@ def test_sentences_name_a_few_labels_on_one_line(reader):
     named = (
         f'"{labels[0][:28]}…{labels[0][-12:]}", "b��[31mb{"cd " * 6}cd…{"cd " * 4}", "{words[0][:28]}…{words[0][-12:]}"'
     )
-    says = "are cut: this CLIP reads 16 tokens of a text. Shorten it, or its template."
+    says = "are cut: this CLIP reads only 16 tokens of a text. Shorten the label or its template."
     assert cut.message == f"{named} and 199 more {says}"
     assert cut.labels == tuple(labels[:LISTED])
 
@@ -66,7 +66,7 @@ def test_many_groups_are_counted(reader):
     notices = notices_of(reader, labels, ["{}"])
     assert len(notices) == GROUPS + 1
     assert notices[0].message == (
-        '"tench" and "TENCH" are one and the same text to this CLIP: their order means nothing. Keep one.'
+        '"tench" and "TENCH" are the same text to this CLIP, so their order means nothing. Keep one of them.'
     )
     assert notices[-1].message.endswith(" and 3 more are in 3 more groups of labels that are the same text.")
     assert notices[-1].labels == tuple(labels[-6:])

@@ -46,7 +46,7 @@ def test_a_token_may_be_read_as_zero():
 
 
 def test_written_tokens_that_are_none_are_refused():
-    with pytest.raises(ValueError, match="'<mask>' is no token"):
+    with pytest.raises(ValueError, match="'<mask>' is not a token"):
         TextReader(words(), "lower", ["<mask>"])
     plain = words()
     plain.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])

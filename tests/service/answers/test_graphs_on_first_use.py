@@ -101,5 +101,5 @@ def test_files_changed_since_they_were_verified_are_not_opened(with_residual, tm
     bundle = open_bundle(shutil.copytree(with_residual.path, tmp_path / "copy"))
     engine = Engine(bundle, Settings(bundle=bundle.path))
     replace_file(bundle.path / RESIDUAL_TRACE, (bundle.path / RESIDUAL_TRACE).read_bytes())
-    with pytest.raises(BundleError, match=f"{RESIDUAL_TRACE} was changed since it was verified"):
+    with pytest.raises(BundleError, match=f"{RESIDUAL_TRACE} has changed since it was verified"):
         engine.residual.open()

@@ -81,5 +81,5 @@ def test_files_replaced_after_they_were_verified_are_not_loaded(bundle_path, tmp
         path = copy(bundle_path, tmp_path / name)
         bundle = open_bundle(path)
         replace_file(path / name, (path / name).read_bytes())  # the same bytes: not what was verified all the same
-        with pytest.raises(BundleError, match=f"{name} was changed since it was verified"):
+        with pytest.raises(BundleError, match=f"{name} has changed since it was verified"):
             LabelEncoder(Engine(bundle, Settings(bundle=path)), 10)

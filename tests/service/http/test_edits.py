@@ -321,7 +321,7 @@ def test_a_reload_under_load_never_mixes_and_every_answer_and_line_names_the_edi
         await app.state.serving.reload()
         second = await ask(client, "classify", image)
         (folder / "usual.json").write_text("{}")
-        with pytest.raises(EditError, match=r"usual\.json is no edit"):  # what is in service stays
+        with pytest.raises(EditError, match=r"usual\.json is not an edit"):  # what is in service stays
             await app.state.serving.reload()
         assert (await ask(client, "classify", image))["edit"] == second["edit"]
         write(folder, versions[0])

@@ -169,7 +169,7 @@ def test_refusals_are_sentences(loaded, picture, tmp_path):
             loaded.explain(picture(), **options)
         assert sentence.lstrip("^") in str(refused.value)
         assert str(refused.value).startswith("features: ") or not sentence.startswith("^")
-    with pytest.raises(ServiceError, match=r"image 1: .*no image in a supported format"):
+    with pytest.raises(ServiceError, match=r"image 1: .*not an image in a supported format"):
         loaded.explain([picture(), b"text", picture()])
     with pytest.raises(FileNotFoundError) as missing:
         loaded.explain([tmp_path / "none.png"])

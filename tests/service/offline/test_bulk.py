@@ -280,25 +280,31 @@ def test_what_cannot_be_read(photos, tmp_path):
         with pytest.raises(InputError, match=message):
             open_inputs(str(source), column)
 
-    refused(tmp_path / "nowhere", "is no folder and no file")
+    refused(tmp_path / "nowhere", "does not exist")
     refused(tmp_path, "has no images")
-    refused(photos, "--column is for Parquet files", "image")
+    refused(photos, "--column can only be used with Parquet files", "image")
     (tmp_path / "x-0.tar").write_bytes(b"no tar at all" * 200)
-    refused(tmp_path / "x-{0..1}.tar", r"x-0\.tar is no readable tar file: it is no tar file\. Make or fetch it again")
-    refused(tmp_path / "x-0.tar", "is no readable tar file")
+    refused(
+        tmp_path / "x-{0..1}.tar",
+        r"x-0\.tar is not a readable tar file: it is not a tar file\. Write or download it again",
+    )
+    refused(tmp_path / "x-0.tar", "is not a readable tar file")
     shard = write_shards(photos, tmp_path, None)[0].parent / "x-000.tar"
     shard.write_bytes(shard.read_bytes()[: 512 * 4])
-    refused(shard, "is no readable tar file: it is cut short in the member that begins at byte")
-    refused(shard.with_name("x-{009..010}.tar"), r"x-009\.tar is no readable tar file: No such file or directory")
+    refused(shard, "is not a readable tar file: it is cut short in the member that begins at byte")
+    refused(shard.with_name("x-{009..010}.tar"), r"x-009\.tar is not a readable tar file: No such file or directory")
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
-    refused(tmp_path / "x.parquet", "is no readable Parquet file")
+    refused(tmp_path / "x.parquet", "is not a readable Parquet file")
     with duckdb.connect() as database:
         database.sql("SELECT 1 AS number, ''::BLOB AS a, ''::BLOB AS b").write_parquet(str(tmp_path / "x.parquet"))
-    refused(tmp_path / "x.parquet", r"which column has the images\? .* there are number \(INTEGER\), a \(BLOB\)")
+    refused(
+        tmp_path / "x.parquet",
+        r"it is not clear which column has the images\. .* there are number \(INTEGER\), a \(BLOB\)",
+    )
     refused(tmp_path / "x.parquet", "there is no column 'c'", "c")
     refused(tmp_path / "x.parquet", "column 'number' is INTEGER, neither bytes nor paths", "number")
     (tmp_path / "list.txt").write_bytes(b"\xff\xfe\x00")
-    refused(tmp_path / "list.txt", "is no list")
+    refused(tmp_path / "list.txt", "is not a list")
 
 
 def test_a_resume_with_other_options_is_refused(start, photos, found, tmp_path, carded):

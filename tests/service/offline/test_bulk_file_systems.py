@@ -75,7 +75,7 @@ def test_every_step_of_writing_may_fail(run, work, monkeypatch, call, number):
     calls = []
     with monkeypatch.context() as patch:
         fail(patch, os, call, errno.EDQUOT, lambda *_: calls.append(call) or len(calls) == number)
-        with pytest.raises(FileError, match="cannot be written: Disk quota exceeded; make room"):
+        with pytest.raises(FileError, match="cannot be written: Disk quota exceeded; free some space"):
             run()
     assert everything(work.out).keys() < set(DONE)
     run()
@@ -147,7 +147,7 @@ def test_two_jobs_cannot_begin_one_folder_without_locks(work, monkeypatch):
         ({"flock": "ENOLCK", "fsync": "EINVAL", "link": "EPERM"}, 0, "without locks"),
         ({"fsync": "ENOSPC:when=3+"}, 1, "_errors/part-000001.parquet cannot be written: No space left on device"),
         ({"rename": "EXDEV"}, 1, "part-000000.parquet cannot be written: Invalid cross-device link; this file system"),
-        ({"mkdir": "EROFS"}, 1, "out cannot be written: Read-only file system; write elsewhere"),
+        ({"mkdir": "EROFS"}, 1, "out cannot be written: Read-only file system; write to another place"),
     ],
 )
 def test_the_command_under_strace(run_python, light_python, photos, bundle_path, tmp_path, faults, code, said):

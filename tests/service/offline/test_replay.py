@@ -151,10 +151,10 @@ def test_broken_images_are_named_and_left_out(engine, data_root, tmp_path, capsy
     output = capsys.readouterr().out
     assert "errors: 2 invalid_image (blue triangle/broken.png: the PNG image's header is damaged; red" in output
     for line in (
-        "left out, hidden, or some system's own: 1 (green square/.hidden)",
-        "left out, no images by their names: 1 (red circle/notes.txt)",
-        "left out, images beside the folders of labels: 1 (beside.png)",
-        "left out, folders without images beside those of labels: 1 (no label)",
+        "left out, hidden files, or files of an operating system: 1 (green square/.hidden)",
+        "left out, not images, judging by their names: 1 (red circle/notes.txt)",
+        "left out, images outside the folders of labels: 1 (beside.png)",
+        "left out, folders without images, next to the folders of labels: 1 (no label)",
     ):
         assert line in output
 

@@ -202,5 +202,5 @@ def test_what_browsers_show_otherwise_is_drawn_anew(answer, encode, bundle):
 
 
 def test_a_file_that_is_not_an_image_is_refused(answer, bundle):
-    with pytest.raises(ImageError, match=r"no image in a supported format \(JPEG, PNG, WEBP, GIF, BMP"):
+    with pytest.raises(ImageError, match=r"not an image in a supported format \(JPEG, PNG, WEBP, GIF, BMP"):
         draw_page(answer, b"text", {}, bundle.manifest.preprocessing)

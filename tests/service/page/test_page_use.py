@@ -204,7 +204,7 @@ def test_features_of_the_stream_open_their_cards_where_there_are_any(page, photo
 
 def test_a_file_that_is_not_an_image_is_reported_in_a_sentence(page, photo):
     page.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"not a picture"})
-    expect(page.locator("#error")).to_contain_text("no image in a supported format (JPEG, PNG, WEBP, GIF, BMP,")
+    expect(page.locator("#error")).to_contain_text("not an image in a supported format (JPEG, PNG, WEBP, GIF, BMP,")
     assert page.locator("#answer").is_hidden()
     upload(page, photo)
     expect(page.locator("#error")).to_be_empty()

@@ -55,7 +55,7 @@ def test_the_command(checkpoint, bundle_path, data_root, tmp_path):
     assert "features have a label" in result.output
     assert not (tmp_path / "out.partial").exists()
     again = CliRunner().invoke(app, [str(a) for a in [*arguments, "--out", tmp_path / "out", *options]])
-    assert (again.exit_code, "is there already" in again.output) == (1, True)
+    assert (again.exit_code, "already exists" in again.output) == (1, True)
     wrong = CliRunner().invoke(app, [str(a) for a in [*arguments, "--out", "x", "--pictures", "all"]])
     assert wrong.exit_code == 2
 
@@ -132,7 +132,9 @@ def test_an_interrupted_call_is_resumed_to_the_same_bundle(build, tmp_path, monk
     with pytest.raises(KeyboardInterrupt) as ended:
         build(batch_size=8)
     if how == "told":
-        assert str(ended.value) == "stopped by SIGTERM: the same command goes on with the images that are left"
+        assert (
+            str(ended.value) == "stopped by SIGTERM: run the same command again to continue with the remaining images"
+        )
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial" / STATE).exists()
     monkeypatch.setattr(Survey, "add", lambda self, *batch: (seen.append(len(batch[-1])), add(self, *batch)))

@@ -142,7 +142,7 @@ def test_what_was_not_exported_from_the_checkpoint_is_refused(
     summary = with_residual.manifest.residual
     budget = with_residual.manifest.model_copy(update={"residual": summary.model_copy(update={"k": (8, 8)})})
     for other in (bundle, replace(with_residual, manifest=budget)):
-        with pytest.raises(CardsBuildError, match="not this very residual SAEs"):
+        with pytest.raises(CardsBuildError, match="the residual SAEs do not match"):
             build_cards(clip, sae_checkpoint, other, data_root, tmp_path / "out", OPTIONS, QUIET)
     assert not list(tmp_path.iterdir())
 
@@ -151,7 +151,7 @@ def test_there_are_no_cards_without_saes(carded_residual, bundle, tmp_path):
     manifest = bundle.manifest.model_copy(update={"residual_cards": carded_residual.manifest.residual_cards})
     path = tmp_path / "copy"
     path.mkdir()
-    with pytest.raises(BundleError, match="residual_cards: there are no residual SAEs"):
+    with pytest.raises(BundleError, match="residual_cards are given, but there are no residual SAEs"):
         seal(path, manifest)
 
 

@@ -74,7 +74,7 @@ def test_streams_are_cached_by_themselves(clip, data_root, tmp_path):
     assert 0 < size - cache_bytes(Residuals, plan, clip.tower, "float32") < 2 * 1024
     for kind, folder in ((Activations, "cache"), (Residuals, "other")):
         open_cache(Activations, tmp_path / "other", "float32", **arguments)
-        with pytest.raises(CacheError, match="activations of another tensors"):
+        with pytest.raises(CacheError, match="activations made with a different tensors"):
             open_cache(kind, tmp_path / folder, "float32", **arguments)
 
 
@@ -192,7 +192,7 @@ def test_files_that_vanish_are_computed_again(numbers, marking_tower, start, tmp
 def test_cache_of_another_run_is_refused(start, tmp_path, changes, name):
     start()
     start(plan=replace(PLAN, epochs=9))  # a longer run has the same chunks
-    with pytest.raises(CacheError, match=rf"^{tmp_path}/cache holds activations of another {name}; delete it"):
+    with pytest.raises(CacheError, match=rf"^{tmp_path}/cache holds activations made with a different {name}; delete"):
         start(**changes)
 
 
@@ -201,14 +201,14 @@ def test_cache_of_another_run_is_refused(start, tmp_path, changes, name):
 )
 def test_cache_of_another_clip_is_refused(start, marking_clip, change, name):
     start()
-    with pytest.raises(CacheError, match=f"another {name};"):
+    with pytest.raises(CacheError, match=f"a different {name};"):
         start(clip=SimpleNamespace(**vars(marking_clip) | change))
 
 
 def test_cache_of_another_version_is_refused(start, monkeypatch):
     start()
     monkeypatch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
-    with pytest.raises(CacheError, match="another format;"):
+    with pytest.raises(CacheError, match="a different format;"):
         start()
 
 
@@ -233,7 +233,7 @@ def test_full_disk_is_reported_beforehand(numbers, marking_tower, start, monkeyp
 
     needed = cache_bytes(Activations, PLAN, marking_tower, "float32")
     free(needed - 1)
-    with pytest.raises(CacheError, match="make room, take bfloat16, or leave `cache` out"):
+    with pytest.raises(CacheError, match="free some space, use bfloat16, or remove `cache`"):
         start()
     free(needed)
     run(marking_tower, numbers(23), cache=start())

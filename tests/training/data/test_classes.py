@@ -70,13 +70,19 @@ def test_labels_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, r"n00005787: WordNet ids of none of ImageNet's 1,000 classes; .* as { \"n00005787\" = "),
-        ({"labels": ("dog",)}, r"none of the labels: cat, n00005787. Add .* as { \"cat\" = \"dog\" }; .*= false"),
-        ({"classes": {"n00005787": "se"}, "labels": ("sea", "cat")}, "none of the labels: se."),
-        ({"classes": {"n00005787": "sea", "cot": "cat"}}, "data.classes: 'cot' is no class of .*; did you mean 'cat'?"),
+        ({}, r"n00005787: WordNet ids that are not among ImageNet's 1,000 classes; .* as { \"n00005787\" = "),
+        (
+            {"labels": ("dog",)},
+            r"not among the labels: cat, n00005787. Add .* such as { \"cat\" = \"dog\" }; .*= false",
+        ),
+        ({"classes": {"n00005787": "se"}, "labels": ("sea", "cat")}, "not among the labels: se."),
+        (
+            {"classes": {"n00005787": "sea", "cot": "cat"}},
+            "data.classes: 'cot' is not a class of .*; did you mean 'cat'?",
+        ),
         (
             {"classes": {"n00005787": "sea", "9": "cat"}},
-            "'9' is no class of .*; their classes are the names of",
+            "'9' is not a class of .*; the classes are the names of",
         ),
         ({"labels_file": "none.txt"}, "data.labels_file: the file of labels .*none.txt cannot be read"),
     ],
@@ -94,6 +100,8 @@ def test_a_label_that_is_none_of_the_recipes(tmp_path):
     folders(tmp_path / "train", n9=1)
     data = section(classes={"n9": "my dgo"}, labels=("cat", "my dog"))
     train = open_images(FolderSource(kind="folder", path="train"), tmp_path, CLIP.transform(), classes=data.classes)
-    with pytest.raises(DataError, match="'my dgo', of 'n9', is no label of the recipe; did you mean 'my dog'"):
+    with pytest.raises(
+        DataError, match="'my dgo', given for 'n9', is not a label of the recipe; did you mean 'my dog'"
+    ):
         check_classes(data, data.labels, train)
     check_classes(section(classes={"n9": "my dgo"}), ("cat",), train)  # val's classes are no list that must hold it

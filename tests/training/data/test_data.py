@@ -56,10 +56,29 @@ def test_how_many_images_may_be_broken(numbers, max_broken, count, allowed):
 @pytest.mark.parametrize(
     ("broken", "max_broken", "message"),
     [
-        ({2}, 0, "1 of 10 images cannot be read, 0 may (max_broken = 0): number 2: OSError: torn. Mend"),
-        ({2, 3}, 0.1, "2 of 10 images cannot be read, 1 may (max_broken = 0.1): number 2: OSError: torn; number 3"),
-        (range(10), 0.5, "6 of 10 images cannot be read, 5 may (max_broken = 0.5): number 0: OSError: torn; number 1"),
-        (range(10), 1, "10 of 10 images cannot be read, 9 may (max_broken = 1): number 0: OSError: torn; number 1"),
+        (
+            {2},
+            0,
+            "1 of 10 images cannot be read, but at most 0 are allowed (max_broken = 0): number 2: OSError: torn. Fix",
+        ),
+        (
+            {2, 3},
+            0.1,
+            "2 of 10 images cannot be read, but at most 1 are allowed (max_broken = 0.1): number 2: OSError: torn; "
+            "number 3",
+        ),
+        (
+            range(10),
+            0.5,
+            "6 of 10 images cannot be read, but at most 5 are allowed (max_broken = 0.5): number 0: OSError: torn; "
+            "number 1",
+        ),
+        (
+            range(10),
+            1,
+            "10 of 10 images cannot be read, but at most 9 are allowed (max_broken = 1): number 0: OSError: torn; "
+            "number 1",
+        ),
     ],
 )
 def test_more_broken_images_than_may_be_end_the_run(numbers, broken, max_broken, message):
@@ -80,7 +99,9 @@ def test_too_many_broken_images_are_reported_by_a_worker_process_too(numbers):
         values(numbers(10, broken={0, 1}, max_broken=0.1), [[0]], workers=1)
     except DataError as error:
         message = str(error)
-    assert message.startswith("numbers: 2 of 10 images cannot be read, 1 may (max_broken = 0.1): number 0: OSError")
+    assert message.startswith(
+        "numbers: 2 of 10 images cannot be read, but at most 1 are allowed (max_broken = 0.1): number 0: OSError"
+    )
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16"])
@@ -248,7 +269,7 @@ def test_shapes_of_a_plan():
 def test_plans_that_cannot_be_are_refused():
     with pytest.raises(DataError, match="the data have 3 images, fewer than one step's 4"):
         Plan(3, 4, 4, 0, 1)
-    with pytest.raises(ValueError, match="no multiple"):
+    with pytest.raises(ValueError, match="not a multiple"):
         Plan(30, 4, 6, 0, 1)
-    with pytest.raises(DataError, match="images_per_step = 4 cannot be shared out to 5 processes"):
+    with pytest.raises(DataError, match="images_per_step = 4 cannot be divided among 5 processes"):
         Plan(30, 4, 8, 0, 1).share(0, 0, 5)

@@ -24,7 +24,7 @@ from vitrine.training.recipes.image_sources import FolderSource, HuggingFaceSour
 from vitrine.training.recipes.recipe import DataSection
 
 NO_IMAGE = b"no image"
-NO_FORMAT = f"this is no image in a supported format ({FORMATS})"
+NO_FORMAT = f"this is not an image in a supported format ({FORMATS})"
 
 
 def colour(image):
@@ -142,11 +142,11 @@ def test_failed_download_is_reported(tmp_path, no_network):
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("CIFAR-100", "did you mean CIFAR100?"), ("Cityscapes", "known are CIFAR10, CIFAR100")]
+    ("name", "hint"), [("CIFAR-100", "did you mean CIFAR100?"), ("Cityscapes", "known sets: CIFAR10, CIFAR100")]
 )
 def test_unknown_torchvision_set_is_refused(tmp_path, name, hint):
     source = TorchvisionSource(kind="torchvision", name=name, split="train")
-    message = re.escape(f"{name} is none of torchvision's classification sets; {hint}")
+    message = re.escape(f"{name} is not one of torchvision's classification sets; {hint}")
     with pytest.raises(DataError, match=f"^{message}"):
         open_images(source, tmp_path, colour)
 
@@ -213,7 +213,7 @@ def test_what_save_to_disk_wrote(tmp_path):
     datasets.DatasetDict({"train": rows, "val": rows.select([1])}).save_to_disk(tmp_path / "both")
     assert reds(open_images(hub(), tmp_path, colour)) == [(1, 1), (2, 0)]
     assert reds(open_images(hub(id="both", split="val"), tmp_path, colour)) == [(2, 0)]
-    with pytest.raises(DataError, match=r"^both has no split 'test', as it was saved; it has train, val$"):
+    with pytest.raises(DataError, match=r"^both was saved without split 'test'; it has train, val$"):
         open_images(hub(id="both", split="test"), tmp_path, colour)
 
 
@@ -282,10 +282,10 @@ def test_class_of_a_detection_set_is_the_largest_objects(tmp_path, boxes, layout
     [
         ({"image": "picture"}, r"hub\[train\] has no column 'picture'; it has image, label, text"),
         ({"label": "class"}, r"hub\[train\] has no column 'class'; it has image, label, text"),
-        ({"image": "text"}, r"hub\[train\]: column 'text' is no image"),
+        ({"image": "text"}, r"hub\[train\]: column 'text' is not an image"),
         ({"label": "boxes"}, r"hub\[train\]: column 'boxes' has no category"),
-        ({"split": "test"}, r"hub\[test\] cannot be loaded"),
-        ({"id": "nobody/nothing"}, r"nobody/nothing\[train\] cannot be loaded, neither as the folder .* nor from the"),
+        ({"split": "test"}, r"hub\[test\] can be loaded neither"),
+        ({"id": "nobody/nothing"}, r"nobody/nothing\[train\] can be loaded neither from the folder .* nor from the"),
     ],
 )
 def test_hugging_face_sets_that_cannot_be_used(tmp_path, changes, message):
@@ -309,8 +309,8 @@ def test_hugging_face_images_without_classes(tmp_path):
     features = {"image": datasets.Image(), "withheld": datasets.ClassLabel(names=["ant"])}
     parquet(tmp_path, {"image": embedded(1, 2), "withheld": [-1, 0]}, features)
     for source, reason in (
-        (hub(), "it has no column 'label' but image, withheld"),
-        (hub(label="withheld"), "its column 'withheld' has none in this split (-1)"),
+        (hub(), "it has no column 'label', only image, withheld"),
+        (hub(label="withheld"), "its column 'withheld' has no classes in this split (-1)"),
     ):
         images = open_images(source, tmp_path, colour)
         assert (images.classes, reds(images)) == ((), [(1, 0), (2, 0)])
@@ -381,11 +381,14 @@ def test_broken_image_in_a_shard(tmp_path):
     ("files", "why"),
     [
         ({"1.png": b"", "2.png": b"", "2.cls": b"0"}, "1 of 2 samples have neither .cls (an index) nor .txt"),
-        ({"1.png": b"", "1.cls": b"cat"}, "1 of 1 samples have a .cls that is no index of a class, as '1': 'cat'"),
-        ({"1.png": b"", "1.cls": b"0", "2.png": b"", "2.txt": b"a"}, "1 of 2 samples have no .cls but only .txt"),
+        (
+            {"1.png": b"", "1.cls": b"cat"},
+            "1 of 1 samples have a .cls that is not the index of a class, such as '1': 'cat'",
+        ),
+        ({"1.png": b"", "1.cls": b"0", "2.png": b"", "2.txt": b"a"}, "1 of 2 samples have only .txt"),
         (
             {"1.png": b"", "1.txt": b"a car", "2.png": b"", "2.txt": b"a dog"},
-            "its 2 texts are captions and no classes: 2 of them differ",
+            "its 2 texts are captions, not classes: 2 of them differ",
         ),
     ],
 )
@@ -406,8 +409,8 @@ def test_shards_without_classes_are_images_to_train_on(tmp_path, files, why):
 @pytest.mark.parametrize(
     ("files", "classes", "message"),
     [
-        ({"1.png": b"", "1.cls": b"2"}, "ant\nbee", "x.tar: 1 is of class 2, which is none of the 2 classes of names"),
-        ({"1.png": b"", "1.txt": b"cat"}, "ant", "x.tar: 1 is of class 'cat', which is none of the 1 classes"),
+        ({"1.png": b"", "1.cls": b"2"}, "ant\nbee", "x.tar: 1 has class 2, which is not one of the 2 classes of names"),
+        ({"1.png": b"", "1.txt": b"cat"}, "ant", "x.tar: 1 has class 'cat', which is not one of the 1 classes"),
         ({"1.txt": b"cat"}, None, r"no images in .*x.tar. left out, samples without an image: 1 \(x.tar/1\)"),
     ],
 )
@@ -426,15 +429,15 @@ def test_a_folder_of_images_alone_has_no_classes(tmp_path):
     images = open_images(source, tmp_path, colour)
     assert (images.classes, reds(images)) == ((), [(10, 0), (11, 0)])
     assert images.summary() == [
-        f"{tmp_path}/flat: 2 images without classes: its images lie in no folders of classes",
-        "left out, no images by their names: 1 (notes.txt)",
+        f"{tmp_path}/flat: 2 images without classes: its images are not in folders named after classes",
+        "left out, not images, judging by their names: 1 (notes.txt)",
     ]
     section = DataSection(name="x", train=source, val=source, labels=("cat",))
     images = held_out(section, tmp_path, SimpleNamespace(transform=lambda: colour), workers=0)
     (batch,) = images.batches()
     assert (batch[1].tolist(), images.labels) == ([-1, -1], ("cat",))
     (reason,) = images.left_out
-    assert "flat has no classes, so no prediction is right or wrong" in reason
+    assert "flat has no classes, so predictions cannot be checked" in reason
 
 
 def test_folders_that_are_no_classes(tmp_path):
@@ -443,7 +446,7 @@ def test_folders_that_are_no_classes(tmp_path):
     Image.new("RGB", (4, 4), (40, 0, 0)).save(tmp_path / "photos/top.png")
     images = open_images(FolderSource(kind="folder", path="photos", classes=False), tmp_path, colour)
     assert (images.classes, reds(images)) == ((), [(40, 0), (20, 0), (30, 0), (10, 0)])
-    assert images.summary() == [f"{tmp_path}/photos: 4 images without classes: the recipe says so"]
+    assert images.summary() == [f"{tmp_path}/photos: 4 images without classes: the recipe sets classes = false"]
 
 
 def test_links_to_folders_are_classes_and_names_are_any_bytes(tmp_path):
@@ -457,7 +460,7 @@ def test_links_to_folders_are_classes_and_names_are_any_bytes(tmp_path):
     assert reds(images) == [(1, 0), (3, 1), (2, 2), (1, 0)]  # the broken one gives way to the next
     assert list(images.broken) == [rf"{tmp_path}/train/cat/\xff.png"]
     assert images.summary()[1:] == [
-        "left out, folders that lead back to themselves, or that links reach too often: 1 (cat/up)"
+        "left out, folders that contain themselves, or that too many links lead to: 1 (cat/up)"
     ]
 
 
@@ -479,9 +482,9 @@ def test_one_image_of_a_sample_is_taken_and_the_others_are_named(tmp_path):
     assert reds(images) == [(1, 0), (2, 1), (3, 1)]
     assert images.summary() == [
         f"{tmp_path}/x.tar: 3 images in 2 classes",
-        "left out, no images, classes or texts of samples: 1 (x.tar/c.json)",
-        "left out, hidden, or some system's own: 1 (x.tar/._c.png)",
-        "left out, further images of a sample that has one: 2 (x.tar/b.depth.png; x.tar/c.two.png)",
+        "left out, not images, classes or texts of samples: 1 (x.tar/c.json)",
+        "left out, hidden files, or files of an operating system: 1 (x.tar/._c.png)",
+        "left out, additional images of a sample: 2 (x.tar/b.depth.png; x.tar/c.two.png)",
     ]
 
 
@@ -504,7 +507,7 @@ def test_unreadable_shard_is_named(tmp_path, kind):
             pass
     elif kind != "missing":
         path.write_bytes((tmp_path / "shards/00.tar").read_bytes()[: int(kind.removeprefix("cut at "))])
-    with pytest.raises(DataError, match=f"^{path} is no readable tar file"):
+    with pytest.raises(DataError, match=f"^{path} is not a readable tar file"):
         open_images(shards(), tmp_path, colour)
     source = shards().model_copy(update={"skip_broken": True})
     images = open_images(source, tmp_path, colour)

@@ -92,4 +92,4 @@ def test_a_clt_is_no_place_for_beside(checkpoint, data_root):
     arguments = ["evaluate", "--checkpoint", checkpoint, "--beside", checkpoint, "--data-root", data_root]
     done = CliRunner().invoke(app, [*map(str, arguments)])
     assert done.exit_code == 2
-    assert "give those as" in done.stderr
+    assert "must be a run of residual SAEs" in done.stderr

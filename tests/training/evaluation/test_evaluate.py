@@ -251,7 +251,7 @@ def test_labels_default_to_the_datas_own(recipe, data_root, clip, images):
 
 
 def test_classes_that_are_no_labels_are_refused(recipe, data_root, clip):
-    with pytest.raises(DataError, match="none of the labels: red circle"):
+    with pytest.raises(DataError, match="not among the labels: red circle"):
         held_out(recipe.data.model_copy(update={"labels": ("green square", "blue triangle")}), data_root, clip)
 
 
@@ -476,5 +476,6 @@ def test_a_clt_that_explains_cls_worse_than_half_is_warned_of(recipe):
     assert cls_warning(Metrics(r2_cls=0.5, r2_cls_worst=-3), recipe) is None
     assert cls_warning(Metrics(), recipe) is None, "unfinished"
     assert cls_warning(Metrics(r2_cls=-0.65, r2_cls_worst=-9), recipe).startswith(
-        "R² at [CLS], the token that answers are about, is -0.65 (worst layer -9.00), and below 0.5 errors are most of"
+        "R² at [CLS], the token that answers explain, is -0.65 (worst layer -9.00); below 0.5 an account consists "
+        "mostly of"
     )

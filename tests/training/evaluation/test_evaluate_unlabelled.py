@@ -66,7 +66,7 @@ def test_without_labels_nothing_is_predicted(found):
     ("name", "said", "sections"),
     [
         ("classes", "", {"replacement", "faithfulness", "retrieval"}),
-        ("labels", "has no classes, so no prediction is right or wrong", {"replacement", "faithfulness"}),
+        ("labels", "has no classes, so predictions cannot be checked", {"replacement", "faithfulness"}),
         ("nothing", "there are no labels, so nothing is predicted", set()),
     ],
 )

@@ -140,4 +140,4 @@ def test_commands_that_need_a_clt_say_so(sae_checkpoint, data_root, tmp_path):
     export = ["export", "--checkpoint", sae_checkpoint[0], "--out", tmp_path / "bundle", "--data-root", data_root]
     done = CliRunner().invoke(app, [*map(str, export)])
     assert done.exit_code == 1
-    assert "has residual SAEs, and a Cross-Layer Transcoder is needed here" in done.stderr.replace("\n", " ")
+    assert "has residual SAEs, but a Cross-Layer Transcoder is needed here" in done.stderr.replace("\n", " ")

@@ -90,7 +90,7 @@ def test_classes_are_drawn_among_the_pairs_most_alike():
 def test_refusals(data_root, tmp_path):
     with pytest.raises(DataError, match=r"readable images of .+ 99 are needed"):
         write_data(SETTINGS.model_copy(update={"train_images": 99}), PLANTED, data_root, (32, 32), tmp_path)
-    with pytest.raises(DataError, match="no class dog; there are"):
+    with pytest.raises(DataError, match="no class dog; the classes are"):
         plan(SETTINGS.model_copy(update={"classes": ("cat", "dog")}), ("cat", "bird"), np.eye(2))
     with pytest.raises(DataError, match="between two classes"):
         plan(SETTINGS, ("cat",), np.eye(1))

@@ -88,7 +88,7 @@ def test_what_is_there_is_kept(made, recipe, clip, data_root, tmp_path):
     make(recipe, clip, data_root, copy, QUIET)
     assert {path: path.read_bytes() for path in copy.rglob("*.safetensors")} == files
     other = recipe.model_copy(update={"name": "other"})
-    with pytest.raises(CheckpointError, match="what another recipe made"):
+    with pytest.raises(CheckpointError, match="was made with another recipe"):
         make(other, clip, data_root, copy, QUIET)
 
 
@@ -134,7 +134,7 @@ def test_a_proposal_is_scored(benchmark, made):
         read_proposal(file)
 
     file.write_text('[{"op": "ablate"}]')
-    with pytest.raises(ProposalError, match="no list of interventions"):
+    with pytest.raises(ProposalError, match="not a list of interventions"):
         read_proposal(file)
 
 
@@ -171,7 +171,7 @@ def test_the_commands(made, data_root, tmp_path, monkeypatch):
     run = CliRunner().invoke
     result = run(app, ["planted", "make", *arguments, "--seed", "5"])
     assert result.exit_code == 1
-    assert "what another recipe made" in result.output
+    assert "was made with another recipe" in result.output
     result = run(app, ["planted", "make", *arguments, "--seed", "0"])
     assert result.exit_code == 0, result.output
     assert "twin: worst group" in result.output

@@ -276,14 +276,14 @@ def test_failure_is_reported_there(tmp_path, remote):
 
 def test_refusal_is_reported_before_anything_is_shown(tmp_path, remote):
     remote.refuse, screen = "no API key", io.StringIO()
-    with pytest.raises(VitrineError, match="Weights & Biases refuses: no API key; mend that, or leave --wandb out"):
+    with pytest.raises(VitrineError, match="Weights & Biases refuses: no API key; fix that, or omit --wandb"):
         run_steps(tmp_path, 0, 5, console=Console(file=screen), wandb_project="vitrine")
     assert screen.getvalue() == ""
 
 
 def test_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if not installed
-    with pytest.raises(VitrineError, match=r"pip install 'vitrine\[wandb\]', or leave --wandb out"):
+    with pytest.raises(VitrineError, match=r"pip install 'vitrine\[wandb\]', or omit --wandb"):
         run_steps(tmp_path, 0, 5, wandb_project="vitrine")
 
 

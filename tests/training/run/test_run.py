@@ -55,7 +55,7 @@ def straight(recipe, clip, data_root, tmp_path_factory):
 
 def test_a_run_warns_of_labels_and_of_a_tokenizer_that_no_bundle_can_have(clip):
     warnings = run_module._label_warnings(clip, ["Cat", "cat"], ["a {}"])
-    assert [text.partition(" are one")[0] for text in warnings] == ['"Cat" and "cat"']
+    assert [text.partition(" are the same")[0] for text in warnings] == ['"Cat" and "cat"']
     (warning,) = run_module._label_warnings(replace(clip, tokenizer=object()), ["cat"], ["a {}"])
     assert warning == "cannot convert a tokenizer of type object. No bundle can be exported"
 
@@ -192,7 +192,7 @@ def test_a_signal_ends_a_run_after_the_step_in_hand(start, straight, tmp_path, m
             start(tmp_path)
     saved = tmp_path / "step-00000008"
     assert str(stopped.value) == (
-        f"stopped by SIGTERM: {saved} is written (step 8 of 24); the same command goes on from there"
+        f"stopped by SIGTERM: {saved} is written (step 8 of 24); run the same command again to continue from there"
     )
     assert stopped.value.status == 143
     assert signal.getsignal(signal.SIGTERM) is before
@@ -221,7 +221,7 @@ def test_processes_that_are_told_to_stop_say_how_to_go_on(recipe_path, data_root
     last = said.strip().splitlines()[-1]
     assert last == (
         f"stopped by SIGTERM: {latest(tmp_path)} is written (step {_step(tmp_path):,} of 6,000); "
-        "the same command goes on from there"
+        "run the same command again to continue from there"
     )
     assert "Traceback" not in said
 
@@ -241,7 +241,7 @@ def test_broken_images_are_named(start, recipe, tmp_path, data_root, clip):
     said = io.StringIO()
     checkpoint = train(recipe, clip, root, tmp_path / "run", Console(file=said))
     assert list(read_meta(checkpoint).broken) == [str(broken)]
-    assert f"1 of 48 images could not be read, and the next ones stood in: names and reasons: {checkpoint}" in (
+    assert f"1 of 48 images could not be read and were replaced by the next ones: names and reasons: {checkpoint}" in (
         said.getvalue()
     )
     with pytest.raises(DataError, match=broken.name):
@@ -327,7 +327,7 @@ def test_folder_of_another_run_is_refused_by_what_differs(straight, start, recip
     others = {
         "training.learning_rate is 0.01 there and 0.5 here": {"recipe": change(recipe, "training", learning_rate=0.5)},
         "clt.k is 8 there and 4 here": {"recipe": change(recipe, "clt", k=(4,))},
-        'data.train.path is "train" there and "val" here; there were 48 images to train on and are 12': {
+        'data.train.path is "train" there and "val" here; it had 48 train images, now there are 12': {
             "recipe": change(recipe, "data", train=recipe.data.val)
         },
         "the CLIP has other weights": {"clip": replace(clip, sha256="0" * 64)},
@@ -337,7 +337,7 @@ def test_folder_of_another_run_is_refused_by_what_differs(straight, start, recip
         with pytest.raises(CheckpointError) as refused:
             start(straight, **changes)
         assert str(refused.value) == (
-            f"{before} is of another run ({different}): give the same recipe, or choose an empty --out"
+            f"{before} belongs to another run ({different}): give the same recipe, or choose an empty --out"
         )
     assert latest(straight) == before
     assert read_meta(before).recipe == recipe

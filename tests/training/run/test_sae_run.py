@@ -120,18 +120,18 @@ def test_every_kind_of_run_can_be_resumed(start, write, straight, tmp_path, vari
 
 
 def test_checkpoints_of_the_other_kind_are_refused_by_what_they_are(straight, checkpoint):
-    with pytest.raises(CheckpointError, match=f"{straight} has residual SAEs, and a Cross-Layer Transcoder is needed"):
+    with pytest.raises(CheckpointError, match=f"{straight} has residual SAEs, but a Cross-Layer Transcoder is needed"):
         load_clt(straight)
-    with pytest.raises(CheckpointError, match="has a Cross-Layer Transcoder, and residual SAEs are needed"):
+    with pytest.raises(CheckpointError, match="has a Cross-Layer Transcoder, but residual SAEs are needed"):
         load_residual_saes(checkpoint)
 
 
 def test_folder_of_another_run_is_refused(straight, start, write, recipe_path):
     for named, path in {
         r"residual_sae\.k is \[6, 8\] there and 5 here": write(("k = [6, 8]", "k = 5")),
-        r"its recipe has \[residual_sae\] and this one \[clt\]\)": recipe_path,
+        r"its recipe has \[residual_sae\], this one has \[clt\]\)": recipe_path,
     }.items():
-        with pytest.raises(CheckpointError, match=rf"is of another run \({named}.*choose an empty --out"):
+        with pytest.raises(CheckpointError, match=rf"belongs to another run \({named}.*choose an empty --out"):
             start(straight.parent, path)
 
 

@@ -69,7 +69,7 @@ def test_a_run_on_images_alone(root, tmp_path, monkeypatch):
     assert all(cascade["top1"] is None and cascade["agreement"] for cascade in figures["cascades"])
 
     export = ("export", *checkpoint, *data, "--out", tmp_path / "bundle")
-    assert "trained without labels, and a bundle needs some" in run(*export, exits=1)
+    assert "trained without labels, but a bundle needs default labels" in run(*export, exits=1)
     exported = []  # what is written is tests/models/export's concern
 
     def export_bundle(clip, clt, cls_mean, provenance, *others):
@@ -115,5 +115,5 @@ def test_a_run_is_not_taken_up_with_other_labels(root, clip, recipe_of, tmp_path
     (root / "some.txt").write_text("cat\ndog\n")
     train(recipe, clip, root, tmp_path / "run", Console(quiet=True), max_steps=1)
     (root / "some.txt").write_text("dog\ncat\n")
-    with pytest.raises(CheckpointError, match=r"is of another run \(the labels are others\): .*choose an empty --out"):
+    with pytest.raises(CheckpointError, match=r"belongs to another run \(the labels differ\): .*choose an empty --out"):
         train(recipe, clip, root, tmp_path / "run", Console(quiet=True), max_steps=1)
