@@ -215,7 +215,7 @@ def _sentence_problem(error: Exception) -> str:
     try:
         message.encode()
     except UnicodeEncodeError:
-        return "message is no text"
+        return "the message is not a text"
     return "no message" if not message else "endless message" if len(message) > LONGEST_MESSAGE else ""
 
 

@@ -33,7 +33,7 @@
   let loaded = null; // the picture whose photo is on the screen
   let shown = null; // the answer that is on the screen: {found, wanted, request, listed}
   let question = null; // of the answer that is shown, for what else is asked about it
-  let running = null; // AbortController of the request in hand
+  let running = null; // AbortController of the running request
 
   document.body.append(Vitrine.waterfall.hatching());
   Vitrine.picking.listen(

@@ -7,7 +7,7 @@
   /**
    * @param {Object[]} predictions the API's
    * @param {string} target the label that is explained now
-   * @param {function(string): ?function()} onExplain what a label's button does; null: it is no button
+   * @param {function(string): ?function()} onExplain what a label's button does; null: not a button
    * @param {?Object} verdict the API's, of independent scoring
    * @param {?number} count of the labels, if it is known
    * @returns {HTMLElement[]}

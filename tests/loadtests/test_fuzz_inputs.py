@@ -62,7 +62,7 @@ def test_what_it_looks_for_is_noticed(files, monkeypatch):
         raise fuzz_inputs.VitrineError("\udcff")
 
     plant(monkeypatch, unprintable)
-    assert judge("labels", good, folder).outcome == "message is no text"
+    assert judge("labels", good, folder).outcome == "the message is not a text"
 
 
 class Process:
