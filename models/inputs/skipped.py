@@ -24,7 +24,7 @@ class Reason(Enum):
     SPARSE = "stored with holes (sparse), which is not supported"
     BROKEN = "damaged or missing"
     NO_LABEL = "images outside the folders of labels"
-    EMPTY = "folders without images, next to the folders of labels"
+    EMPTY = "folders of labels without images (add images, or remove the folders)"
     NO_PICTURE = "samples without an image"
     EXTRA = "additional images of a sample"
     NO_SAMPLE = "not images, classes or texts of samples"

@@ -154,7 +154,7 @@ def test_broken_images_are_named_and_left_out(engine, data_root, tmp_path, capsy
         "left out, hidden files, or files of an operating system: 1 (green square/.hidden)",
         "left out, not images, judging by their names: 1 (red circle/notes.txt)",
         "left out, images outside the folders of labels: 1 (beside.png)",
-        "left out, folders without images, next to the folders of labels: 1 (no label)",
+        "left out, folders of labels without images (add images, or remove the folders): 1 (no label)",
     ):
         assert line in output
 
