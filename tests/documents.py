@@ -53,6 +53,16 @@ def fences(*languages):
     return [fence for fence in found if fence.language in languages]
 
 
+def table(path, *header):
+    """The rows of a document's table with this header, as lists of cells."""
+    lines, rows = (ROOT / path).read_text().splitlines(), []
+    for line in lines[lines.index(f"| {' | '.join(header)} |") + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return rows
+
+
 def shown_answer(text):
     """An answer as a document shows it, with `…` for what is left out; a part of one, if it has no braces."""
     whole = text if text.startswith("{") else f"{{{text}, {MORE}}}"

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from documents import table
 from vitrine.models.errors import VitrineError
 from vitrine.training.run import progress
 from vitrine.training.run.progress import StepMetrics, track_progress
 
 QUIET = Console(quiet=True)
+FIELD = re.compile(r"`(\w+)`").findall
 
 
 def metrics(step, **changes):
@@ -68,6 +71,14 @@ def test_r2_under_replacement_has_a_name_of_its_own(tmp_path):
     assert not {"r2", "r2_cls"} & last.keys()
     assert {"r2_replaced", "r2_replaced_cls", "r2_replaced/layer_01"} < curves(tmp_path).keys()
     assert "r2" not in curves(tmp_path)
+
+
+def test_its_fields_are_the_readmes(tmp_path):
+    with track_progress(tmp_path, 0, 2, QUIET, first=True, wandb_project=None, name="test") as report:
+        report.add(1, metrics(1), 100)
+        report.add(2, metrics(2, replaced=True), 100)
+    shown = {name for cell, _ in table("training/README.md", "field of `log.jsonl`", "what") for name in FIELD(cell)}
+    assert shown == {field for line in log(tmp_path) for field in line}
 
 
 def test_log_is_cut_at_the_checkpoint(tmp_path):
