@@ -55,7 +55,9 @@ def test_a_bundle_from_elsewhere_is_measured_here(exported, monkeypatch):
     assert len(measured) == 2
     assert 0.99 < measured[0] < 1
     Engine(exported("another", 2.0), INT8.model_copy(update={"precision": "fp32"}))
-    with pytest.raises(EngineError, match=r"vision.int8.onnx is wrong on this machine: .* and 2.0000 where it was exp"):
+    with pytest.raises(
+        EngineError, match=r"vision.int8.onnx is wrong on this machine: .* and had 2.0000 where it was exp"
+    ):
         Engine(exported("another", 2.0), INT8)
 
 

@@ -145,5 +145,5 @@ def test_verify_notices_other_tensors(bundle, monkeypatch):
         return parts
 
     monkeypatch.setattr(RerunGraphs, "run", shifted)
-    with pytest.raises(BundleError, match=r"rows of rerun\.onnx miss"):
+    with pytest.raises(BundleError, match=r"rows of rerun\.onnx differ"):
         verify(bundle.path)

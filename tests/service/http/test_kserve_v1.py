@@ -116,7 +116,7 @@ def test_another_model_is_not_found(server, picture):
     for verb in ("predict", "explain"):
         response = server.http.post(f"/v1/models/resnet:{verb}", json={"instances": [text(picture())]})
         assert response.status_code == 404
-        assert response.json()["error"].startswith("model_not_found: there is no model 'resnet'")
+        assert response.json()["error"].startswith("model_not_found: there is no model named 'resnet'")
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT"])

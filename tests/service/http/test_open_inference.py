@@ -194,7 +194,7 @@ def test_errors_are_the_protocols(server, name, body, status, says):
 
 
 def test_the_client_shows_them(client, name, picture):
-    with pytest.raises(InferenceServerException, match="model_not_found: there is no model 'resnet'"):
+    with pytest.raises(InferenceServerException, match="model_not_found: there is no model named 'resnet'"):
         client.infer("resnet", [tensor("image", [picture()])])
     with pytest.raises(InferenceServerException, match="has no version '7'"):
         client.infer(name, [tensor("image", [picture()])], model_version="7")
