@@ -17,6 +17,7 @@ from vitrine.models.bundle.manifest import patch_grid
 from vitrine.service.answers.answer_size import check_answer_size
 from vitrine.service.answers.attributor import Attributor
 from vitrine.service.answers.explain import check_explain, predict
+from vitrine.service.answers.notices import to_notices, unlike_labels
 from vitrine.service.answers.residual import check_residual
 from vitrine.service.answers.sources import directions
 from vitrine.service.answers.texts import Texts
@@ -86,7 +87,7 @@ async def answer_circuit(
     return CircuitResponse(
         request_id=request_id,
         model=attributor.model,
-        warnings=inferred.warnings,
+        warnings=[*inferred.warnings, *to_notices(image=unlike_labels(bundle.manifest.text.fit, predictions))],
         dictionary=request.dictionary,
         predictions=predictions,
         target=request.target or labels.labels[top1],

@@ -16,6 +16,7 @@ from vitrine.models.bundle.layout import Dictionary
 from vitrine.models.errors import VitrineError
 from vitrine.service.answers.attribute import answer_attribute
 from vitrine.service.answers.attributor import Attributor
+from vitrine.service.answers.circuit import answer_circuit
 from vitrine.service.answers.classify import answer_classify
 from vitrine.service.answers.embed import embed
 from vitrine.service.answers.features import card
@@ -28,6 +29,7 @@ from vitrine.service.library import images as given_images
 from vitrine.service.library.account import Account
 from vitrine.service.library.images import Given, ImageLike
 from vitrine.service.library.options import (
+    CircuitOptions,
     ClassifyOptions,
     ExplainOptions,
     InterveneOptions,
@@ -38,6 +40,7 @@ from vitrine.service.library.runner import Runner
 from vitrine.service.operations.settings import Settings
 from vitrine.service.schemas.attribute import AttributeRequest, AttributeResponse
 from vitrine.service.schemas.base import AnswerShape
+from vitrine.service.schemas.circuit import CircuitRequest, CircuitResponse
 from vitrine.service.schemas.classify import ClassifyRequest, ClassifyResponse
 from vitrine.service.schemas.embed import EmbedRequest
 from vitrine.service.schemas.features import CardResponse
@@ -192,6 +195,24 @@ class Explainer:
 
         async def one(attributor: Attributor, image: Given) -> InterveneResponse:
             return _noted(await answer_intervene(attributor, image.content, request, IDENTITY), image)
+
+        return self._ask(images, one)
+
+    @overload
+    def circuit(self, images: ImageLike, **options: Unpack[CircuitOptions]) -> CircuitResponse: ...  # type: ignore[overload-overlap]
+    @overload
+    def circuit(self, images: Iterable[ImageLike], **options: Unpack[CircuitOptions]) -> list[CircuitResponse]: ...
+    def circuit(
+        self, images: ImageLike | Iterable[ImageLike], **options: Unpack[CircuitOptions]
+    ) -> CircuitResponse | list[CircuitResponse]:
+        """Which features produced the features that produced a logit, as `POST /v1/circuit` answers; or a list of them.
+
+        A circuit takes seconds; several are made one after another. Raises what `explain` raises.
+        """
+        request = request_of(CircuitRequest, options)
+
+        async def one(attributor: Attributor, image: Given) -> CircuitResponse:
+            return _noted(await answer_circuit(attributor, image.content, request, IDENTITY), image)
 
         return self._ask(images, one)
 

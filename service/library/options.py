@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 
 from pydantic import BaseModel
 
+from vitrine.models.bundle.layout import Dictionary
 from vitrine.models.interventions.short_form import parse
 from vitrine.models.interventions.spec import Mode
 from vitrine.service.errors import ServiceError
@@ -59,6 +60,19 @@ class InterveneOptions(LabelOptions, _Explain, total=False):
     variants: Sequence[Sequence[str | Mapping[str, Any]]] | None
     counterfactual: str | Mapping[str, Any] | None
     mode: Mode
+
+
+class CircuitOptions(LabelOptions, total=False):
+    """The fields of `POST /v1/circuit`."""
+
+    dictionary: Dictionary
+    target: str | None  # default: the top-1
+    contrast: str | None
+    nodes: int | None  # maximum number of features to follow back
+    seconds: float
+    node_share: float
+    edge_share: float
+    leaves: bool
 
 
 def request_of(shape: type[Shape], options: Mapping[str, Any]) -> Shape:

@@ -13,15 +13,17 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from pydantic import BaseModel
 
 import vitrine
 from common import ROOT
 from vitrine.service.errors import ServiceError
 from vitrine.service.library.images import NoImageError
-from vitrine.service.library.options import ClassifyOptions, ExplainOptions, InterveneOptions, names
+from vitrine.service.library.options import CircuitOptions, ClassifyOptions, ExplainOptions, InterveneOptions, names
 from vitrine.service.library.runner import ClosedError
 from vitrine.service.operations.settings import SettingsError
 from vitrine.service.schemas.attribute import AttributeRequest
+from vitrine.service.schemas.circuit import CircuitRequest
 from vitrine.service.schemas.classify import ClassifyRequest
 from vitrine.service.schemas.intervene import InterveneRequest
 
@@ -30,6 +32,8 @@ LABELS = ["cat", "dog", "frog"]
 
 def said(answer):
     """An answer without what differs from one to the next."""
+    if isinstance(answer, BaseModel):
+        answer = json.loads(answer.model_dump_json())
     fields = answer if isinstance(answer, dict) else json.loads(answer.to_json())
     return {name: value for name, value in fields.items() if name not in ("request_id", "timings_ms", "model")}
 
@@ -90,6 +94,15 @@ def test_embeddings_give_the_cosines(loaded, picture):
     (found,) = loaded.classify(files[:1], labels=["cat", "dog"], templates=["{}"])
     cosines = {one.label: one.cosine for one in found.predictions}
     assert [cosines["cat"], cosines["dog"]] == pytest.approx(list(texts @ images[0]), abs=1e-5)
+
+
+def test_circuits_are_the_commands(loaded, photo, carded, run_command):
+    options = ["--labels", ",".join(LABELS), "--label", "cat", "--contrast", "dog", "--nodes", "20"]
+    expected = said(json.loads(run_command("circuit", photo, *options, "--bundle", carded.path, "--json")))
+    asked = {"labels": LABELS, "target": "cat", "contrast": "dog", "nodes": 20}
+    assert said(loaded.circuit(photo, **asked)) == expected
+    several = loaded.circuit([photo, photo], **asked)
+    assert [said(one) for one in several] == [said(loaded.circuit(photo, **asked))] * 2
 
 
 def test_interventions_and_cards(loaded, picture):
@@ -187,7 +200,12 @@ def test_refusals_are_sentences(loaded, picture, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "request_shape"),
-    [(ExplainOptions, AttributeRequest), (ClassifyOptions, ClassifyRequest), (InterveneOptions, InterveneRequest)],
+    [
+        (ExplainOptions, AttributeRequest),
+        (ClassifyOptions, ClassifyRequest),
+        (InterveneOptions, InterveneRequest),
+        (CircuitOptions, CircuitRequest),
+    ],
 )
 def test_options_are_the_fields_of_the_requests(options, request_shape):
     outer, inner = names(request_shape)
