@@ -28,8 +28,9 @@ def unlike_labels(fit: LabelFit | None, predictions: Sequence[Prediction]) -> tu
     best = max(prediction.cosine for prediction in predictions)
     if fit is None or best >= fit.low_cosine:
         return ()
+    shown = round(best, 2) + 0  # no "-0.00"
     says = (
-        f"Perhaps none of the labels fits this image: the best one has a cosine of {best:.2f}. With the bundle's own "
+        f"Perhaps none of the labels fits this image: the best one has a cosine of {shown:.2f}. With the bundle's own "
         f"labels, {1 - FIT_SHARE:.0%} of {fit.images:,} images have at least {fit.low_cosine:.2f}."
     )
     return (Note(UNLIKE, says),)

@@ -69,3 +69,8 @@ def test_the_best_label_decides(cosines, is_said):
     fit = LabelFit(images=FIT_IMAGES, low_cosine=0.2)
     assert [note.code for note in unlike_labels(fit, predictions)] == [UNLIKE] * is_said
     assert unlike_labels(None, predictions) == ()
+
+
+def test_a_cosine_just_below_0_has_no_sign():
+    (note,) = unlike_labels(LabelFit(images=FIT_IMAGES, low_cosine=0.2), [SimpleNamespace(cosine=-0.001)])
+    assert "a cosine of 0.00." in note.message
