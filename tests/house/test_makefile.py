@@ -1,4 +1,4 @@
-"""`make serve CLIP=…`: the commands that it comes to, without running them."""
+"""`make serve`, with a CLIP or for a GPU: the commands that it comes to, without running them."""
 
 import subprocess
 
@@ -39,3 +39,12 @@ def test_without_a_clip_only_the_light_environment_is_needed():
     commands = dry_run()
     assert ".venv-dev" not in commands
     assert "--bundle" not in commands
+
+
+@pytest.mark.parametrize("runtime", ["cpu", "gpu"])
+def test_for_a_gpu_cudas_libraries_are_installed_and_its_provider_used(runtime):
+    """In an environment that is not there yet: `--always-make` prints how it is made."""
+    commands = dry_run(f"RUNTIME={runtime}", "--always-make")
+    assert f"--editable '.[{runtime}]'" in commands
+    assert ("'onnxruntime-gpu[cuda,cudnn]'" in commands) == (runtime == "gpu")
+    assert ("VITRINE_PROVIDER=${VITRINE_PROVIDER:-cuda}" in commands) == (runtime == "gpu")
