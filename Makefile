@@ -2,8 +2,8 @@
 PYTHON ?= python3
 # cpu, or gpu on a machine with NVIDIA's driver: `make serve RUNTIME=gpu` also installs CUDA's libraries, as the image does
 RUNTIME ?= cpu
-CUDA = $(if $(filter gpu,$(RUNTIME)),'onnxruntime-gpu[cuda,cudnn]')
-PROVIDER = $(if $(filter gpu,$(RUNTIME)),VITRINE_PROVIDER=$${VITRINE_PROVIDER:-cuda})
+CUDA_gpu = 'onnxruntime-gpu[cuda,cudnn]'
+PROVIDER_gpu = VITRINE_PROVIDER=$${VITRINE_PROVIDER:-cuda}
 PORT ?= 3000
 # `make serve CLIP=ViT-B-32/openai`: an open_clip CLIP, NAME/TAG or hf-hub:ORG/MODEL, exported once. IMAGES: a folder on
 # which int8 must agree with float32, else there is no int8; LABELS: a file with one label per line, else ImageNet's classes.
@@ -47,7 +47,7 @@ serve: $(if $(CLIP),announce) .venv/installed $(PHOTO) $(if $(CLIP),clip-bundle)
 	@echo
 	@echo "  curl --retry 9 --retry-connrefused -F image=@$(PHOTO) http://127.0.0.1:$(PORT)/v1/attribute"
 	@echo
-	@$(PROVIDER) VITRINE_LOG_FORMAT=$${VITRINE_LOG_FORMAT:-text} .venv/bin/vitrine serve --port $(PORT) $(if $(CLIP),--bundle $(CLIP_BUNDLE))
+	@$(PROVIDER_$(RUNTIME)) VITRINE_LOG_FORMAT=$${VITRINE_LOG_FORMAT:-text} .venv/bin/vitrine serve --port $(PORT) $(if $(CLIP),--bundle $(CLIP_BUNDLE))
 
 announce:
 	@test -e $(CLIP_BUNDLE) || { \
@@ -106,7 +106,7 @@ demo: .venv-dev/installed
 # The service's environment: no torch.
 .venv/installed: pyproject.toml constraints.txt vitrine/__main__.py
 	$(PYTHON) -m venv .venv
-	.venv/bin/python $(PIP) --editable '.[$(RUNTIME)]' $(CUDA)
+	.venv/bin/python $(PIP) --editable '.[$(RUNTIME)]' $(CUDA_$(RUNTIME))
 	@touch $@
 
 # Training, export and tests: everything.
