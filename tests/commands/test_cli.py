@@ -186,7 +186,7 @@ def test_verify_measures_a_precision_on_images(run, refused, bundle, data_root, 
     assert (report["here"]["images"], report["here"]["top1"], report["here"]["top_features"]) == (4, 1, 1)
     assert report["here"]["ledger_cosine"] == pytest.approx(1, abs=1e-5)  # by other kernels, the same sums
     assert "100.0%" in result.output
-    assert "has no int8: only fp32" in refused("verify", bundle.path, "--precision", "int8")
+    assert "has no int8; it has fp32" in refused("verify", bundle.path, "--precision", "int8")
     assert run("verify", bundle.path, "--images", data_root).exit_code == 2  # of what precision?
 
 
@@ -577,10 +577,11 @@ def test_serve_starts_nothing_with_a_damaged_bundle(refused, damaged):
 
 @pytest.mark.usefixtures("remembered_conversions")
 def test_from_recipe_to_answer(run, recipe_path, data_root, photo, tmp_path):
-    runs, bundle = tmp_path / "run", tmp_path / "bundle"
-    trained = run("train", "--recipe", recipe_path, "--data-root", data_root, "--out", runs, "--max-steps", "3")
+    runs, bundle, recipe = tmp_path / "run", tmp_path / "bundle", tmp_path / "float32.toml"
+    recipe.write_text(f"{recipe_path.read_text()}\n[bundle]\nvariants = []\n")
+    trained = run("train", "--recipe", recipe, "--data-root", data_root, "--out", runs, "--max-steps", "3")
     assert (trained.exit_code, "checkpoint" in trained.output) == (0, True)
-    trained = run("train", "--recipe", recipe_path, "--data-root", data_root, "--out", runs)
+    trained = run("train", "--recipe", recipe, "--data-root", data_root, "--out", runs)
     assert (trained.exit_code, "checkpoint" in trained.output) == (0, True)
     exported = run("export", "--checkpoint", runs, "--data-root", data_root, "--out", bundle)
     assert exported.exit_code == 0

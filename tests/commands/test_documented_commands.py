@@ -95,6 +95,7 @@ def run_line(folder, checkpoint, monkeypatch):
         "VITRINE_DATA": "data",
         "VITRINE_LABEL_SETS": "label-sets",
         "VITRINE_PRECISION": "fp32",
+        "VITRINE_MAX_CIRCUIT_NODES": "64",  # so that a circuit takes less time
         "COLUMNS": "120",
     }
     for name, value in settings.items():

@@ -89,7 +89,7 @@ def test_an_edit_is_written_into_a_new_bundle_and_used_by_name(tmp_path, layer_1
     assert logits["plain"] != logits["edited"]
     assert duckdb.sql(f"SELECT edited FROM '{tmp_path / 'edited'}/*.parquet'").fetchall() == 4 * [(True,)]
     refused = run("bulk", photos, "--out", tmp_path / "edited", "--bundle", opened.path, code=1)
-    assert "edit was no-mat and is None" in refused
+    assert "edit was no-mat and is now None" in refused
 
 
 def test_what_cannot_be_made_is_refused(tmp_path, layer_1):

@@ -90,7 +90,7 @@ def test_no_room_for_outputs(words, no_room, tmp_path, command):
     assert result.exit_code == 1
     (message,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert str(tmp_path) in message
-    assert "File too large; the file system, or `ulimit -f`, has no room" in message
+    assert "File too large; the file system, or `ulimit -f`, allows no larger files" in message
     assert not out.is_file()  # nothing that is half written
 
 

@@ -193,5 +193,5 @@ def test_layers_that_do_not_exist_are_refused(clip, clt, make_pixels, window):
 
 def test_a_clt_of_another_tower_is_refused(make_clip, clip, clt):
     other = make_clip(vision_cfg={"layers": 2})
-    with pytest.raises(ValueError, match="the tower 2 of 32"):
+    with pytest.raises(ValueError, match="but the tower has 2 of 32"):
         Replacement(other.tower, clt)

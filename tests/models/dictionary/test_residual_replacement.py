@@ -76,7 +76,7 @@ def test_mixed_takes_the_chosen_tokens():
 
 
 def test_what_does_not_fit_is_refused(model, clip, make_pixels):
-    with pytest.raises(ValueError, match="no window of 2 SAEs"):
+    with pytest.raises(ValueError, match="is not a window of 2 SAEs"):
         model(make_pixels(1), range(1, 3))
-    with pytest.raises(ValueError, match="1 SAEs of width 32, the tower has 3 blocks"):
+    with pytest.raises(ValueError, match="1 SAEs of width 32, but the tower has 3 blocks"):
         ResidualReplacement(clip.tower, ResidualSaes(SaeArchitecture(32, (8,), (1,), (1,))))

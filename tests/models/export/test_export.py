@@ -316,7 +316,7 @@ def test_existing_destination_is_refused(clip, clt, cls_mean, provenance, bundle
 
 def test_clt_of_another_tower_is_refused(make_clip, clt):
     other = make_clip(vision_cfg={"layers": 2})
-    with pytest.raises(ValueError, match="the CLT has 3 layers of width 32, the tower 2 of 32"):
+    with pytest.raises(ValueError, match="the CLT has 3 layers of width 32, but the tower has 2 of 32"):
         AttributionGraph(other.tower, clt, torch.zeros(3, 32), torch.float32)
 
 

@@ -259,7 +259,7 @@ def test_what_cannot_be_answered_with_an_edit_is_refused_and_its_line_names_the_
 
 WRONG = {
     "missing": ({"edit": "nowhere"}, (), "VITRINE_EDIT=nowhere: there is no such edit; the edits are: usual"),
-    "of another bundle": ({}, ("other",), "edit 'other' was made for another bundle"),
+    "of another bundle": ({}, ("other",), "edit 'other' was made for a different bundle"),
     "tampered": ({}, ("tampered",), r"tampered\.json was changed after it was made"),
     "not signed": ({"edit_key_file": "key"}, (), "edit 'usual' is not signed"),
     "no key": ({"edit_key_file": "nowhere"}, (), "nowhere cannot be read"),

@@ -217,7 +217,7 @@ def test_a_search_keeps_to_its_bounds(server, picture):
         ({"variants": []}, "variants"),
         (
             {"edits": [{"op": "ablate", "row": "bias"}], "counterfactual": "red circle"},
-            "one of edits and counterfactual",
+            "edits and counterfactual cannot be used together",
         ),
         ({"counterfactual": "unicorn"}, "not among the labels"),
         ({"counterfactual": {"label": LABELS[0], "of": "patches", "members": 1_000}}, "at most 256"),

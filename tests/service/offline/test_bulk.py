@@ -299,7 +299,7 @@ def test_what_cannot_be_read(photos, tmp_path):
         database.sql("SELECT 1 AS number, ''::BLOB AS a, ''::BLOB AS b").write_parquet(str(tmp_path / "x.parquet"))
     refused(
         tmp_path / "x.parquet",
-        r"it is not clear which column has the images\. .* there are number \(INTEGER\), a \(BLOB\)",
+        r"it is not clear which column has the images\. .* the columns are number \(INTEGER\), a \(BLOB\)",
     )
     refused(tmp_path / "x.parquet", "there is no column 'c'", "c")
     refused(tmp_path / "x.parquet", "column 'number' is INTEGER, neither bytes nor paths", "number")

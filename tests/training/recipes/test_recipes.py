@@ -219,7 +219,7 @@ def test_the_cascade_differs_from_its_cell_in_that_phase_alone():
         (
             '"green square"',
             '"red circle "',
-            "data: Value error, labels: labels must differ from one another, and 'red c",
+            "data: Value error, labels: labels must differ from one another, but 'red c",
         ),
         ("[clt]", "[data.classes]\nn999 = 3\n\n[clt]", "data.classes.n999: Input should be a valid string"),
     ],

@@ -77,7 +77,7 @@ def test_its_fields_are_the_readmes(tmp_path):
     with track_progress(tmp_path, 0, 2, QUIET, first=True, wandb_project=None, name="test") as report:
         report.add(1, metrics(1), 100)
         report.add(2, metrics(2, replaced=True), 100)
-    shown = {name for cell, _ in table("training/README.md", "field of `log.jsonl`", "what") for name in FIELD(cell)}
+    shown = {name for cell, _ in table("training/README.md", "field of `log.jsonl`", "meaning") for name in FIELD(cell)}
     assert shown == {field for line in log(tmp_path) for field in line}
 
 
