@@ -93,6 +93,16 @@ def test_help_names_every_command(run):
     assert all(command in result.output for command in COMMANDS)
 
 
+@pytest.mark.parametrize("command", ["debias", "train"])
+def test_paragraphs_of_help_are_not_broken_where_the_source_is(run, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "1000")
+    described = run(command, "--help").output.partition("╭")[0].strip().splitlines()
+    assert "Usage" in described[0]
+    paragraphs = [line for line in described[1:] if line.strip()]
+    assert len(paragraphs) == 2
+    assert all(line.rstrip().endswith(".") for line in paragraphs)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_commands_help_has_an_example(run, command):
     result = run(command, "--help")

@@ -12,7 +12,7 @@ from vitrine.commands.attribute import attribute
 from vitrine.commands.bulk import bulk
 from vitrine.commands.cards import cards
 from vitrine.commands.circuit import circuit
-from vitrine.commands.common import errors_as_messages
+from vitrine.commands.common import errors_as_messages, help_of
 from vitrine.commands.debias import debias
 from vitrine.commands.doctor import doctor
 from vitrine.commands.edit import create, list_edits, show
@@ -94,14 +94,14 @@ EDIT_EXAMPLES: dict[str, tuple[Callable[..., None], str]] = {
     "verify": (verify_edits, "vitrine edit verify edits/no-snow.json --key-file key --bundle bundles/b32"),
 }
 for command, example in EXAMPLES.items():
-    app.command(epilog=f"Example: {example}")(errors_as_messages(command))
+    app.command(help=help_of(command), epilog=f"Example: {example}")(errors_as_messages(command))
 edit = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     help="Make, list and check edits: interventions that are kept in a file and served by name.",
 )
 for name, (command, example) in EDIT_EXAMPLES.items():
-    edit.command(name, epilog=f"Example: {example}")(errors_as_messages(command))
+    edit.command(name, help=help_of(command), epilog=f"Example: {example}")(errors_as_messages(command))
 app.add_typer(edit, name="edit")
 app.add_typer(planted, name="planted")
 

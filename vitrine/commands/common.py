@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -109,6 +110,12 @@ Baseline = Annotated[
     SourceBaseline,
     typer.Option(help="With --sources: zero, or mean, which explains how this image differs from the average one."),
 ]
+
+
+def help_of(command: Callable[..., None]) -> str:
+    """Its docstring by paragraphs, whose lines the terminal breaks anew: the source's own breaks would stay."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def errors_as_messages(command: Callable[..., None]) -> Callable[..., None]:

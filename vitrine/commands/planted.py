@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vitrine.commands.common import DataRoot, errors_as_messages, load_clip_of, new_console
+from vitrine.commands.common import DataRoot, errors_as_messages, help_of, load_clip_of, new_console
 
 planted = typer.Typer(no_args_is_help=True, help="Make a CLIP with a planted cue, and score repairs on it.")
 
@@ -99,9 +99,10 @@ def score(
 
 
 planted.command(
+    help=help_of(make),
     epilog="Example: vitrine planted make --recipe training/planted/planted-demo.toml --seed 1 --data-root data "
-    "--out planted/seed-1"
+    "--out planted/seed-1",
 )(errors_as_messages(make))
-planted.command(epilog="Example: vitrine planted score --planted planted/seed-1 --proposal edit.json")(
-    errors_as_messages(score)
-)
+planted.command(
+    help=help_of(score), epilog="Example: vitrine planted score --planted planted/seed-1 --proposal edit.json"
+)(errors_as_messages(score))
