@@ -586,6 +586,7 @@ def test_serve_starts_nothing_with_a_damaged_bundle(refused, damaged):
 
 
 @pytest.mark.usefixtures("remembered_conversions")
+@pytest.mark.usefixtures("remembered_conversions")
 def test_from_recipe_to_answer(run, recipe_path, data_root, photo, tmp_path):
     runs, bundle, recipe = tmp_path / "run", tmp_path / "bundle", tmp_path / "float32.toml"
     recipe.write_text(f"{recipe_path.read_text()}\n[bundle]\nvariants = []\n")
