@@ -93,16 +93,21 @@ QUICK: dict[str, Any] = {
     "vision_cfg": {"image_size": 64, "patch_size": 8, "layers": 4, "width": 256, "head_width": 64},
     "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
+TINY: dict[str, Any] = QUICK | {
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 2, "width": 64, "head_width": 32}
+}
 
 
 class Shape(StrEnum):
-    """Shape of a CLIP: open_clip's ViT-B-32 and ViT-B-16, and a small one."""
+    """Shape of a CLIP: open_clip's ViT-B-32 and ViT-B-16, and two small ones."""
 
+    TINY = "tiny"
     QUICK = "quick"
     B32 = "b32"
     B16 = "b16"
 
 
+SMALL = {Shape.TINY: TINY, Shape.QUICK: QUICK}
 LOGIT_SCALE, STEPS = 100.0, 50
 
 
@@ -152,7 +157,7 @@ def load(shape: Shape) -> Any:
     """open_clip's model of this shape, with random weights."""
     torch.manual_seed(0)
     logging.disable(logging.WARNING)  # open_clip warns that there are no weights
-    model = open_clip.CLIP(**QUICK) if shape == Shape.QUICK else open_clip.create_model(f"ViT-B-{shape[1:]}")
+    model = open_clip.CLIP(**SMALL[shape]) if shape in SMALL else open_clip.create_model(f"ViT-B-{shape[1:]}")
     return model.eval().requires_grad_(False)
 
 

@@ -18,7 +18,7 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from engine import QUICK, Shape, load
+from engine import SMALL, Shape, load
 from vitrine.models.bundle.bundle import Bundle
 from vitrine.models.bundle.layout import Variant
 from vitrine.models.bundle.manifest import Data, Metrics
@@ -38,8 +38,9 @@ def write_bundle(
     with tempfile.TemporaryDirectory() as scratch:
         weights, config = Path(scratch) / "random.safetensors", Path(scratch) / f"{shape}.json"
         save_file({name: tensor.contiguous() for name, tensor in load(shape).state_dict().items()}, weights)
-        config.write_text(json.dumps(QUICK))
-        name = None if shape == Shape.QUICK else f"ViT-B-{shape[1:]}"
+        name = None if shape in SMALL else f"ViT-B-{shape[1:]}"
+        if name is None:
+            config.write_text(json.dumps(SMALL[shape]))
         clip = load_clip(name, str(weights), None if name else config, quick_gelu=False)
     logging.disable(logging.NOTSET)  # `load` has silenced warnings
     layers, width = clip.tower.layers, clip.tower.width

@@ -154,7 +154,7 @@ def main(
 ) -> None:
     """Time interventions compared with plain CLIP. Example: python loadtests/rerun.py --shape b32 --pairs 20"""
     if quick:
-        shape, features, k, pairs = Shape.QUICK, 256, 8, min(pairs, 2)
+        shape, features, k, pairs = Shape.TINY, 64, 8, min(pairs, 2)
     threads = threads or available_processors()[0]
     plain, folder = plain_graphs(cache, shape), cache / f"{shape}-{features}-{k}-rerun"
     if not (folder / f"{RERUN}.data").exists():

@@ -110,7 +110,7 @@ def main(
 ) -> None:
     """Time source accounts compared with plain CLIP. Example: python loadtests/sources.py --shape b32 --pairs 20"""
     if quick:
-        shape, features, k, pairs = Shape.QUICK, 256, 8, min(pairs, 2)
+        shape, features, k, pairs = Shape.TINY, 64, 8, min(pairs, 2)
     threads = threads or available_processors()[0]
     plain = plain_graphs(cache, shape)
     folder = cache / f"{shape}-{features}-{k}-sources"
