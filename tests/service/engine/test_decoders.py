@@ -39,9 +39,20 @@ def decoding(count=1, seconds=30.0, limits=LIMITS, preprocessing=PREPROCESSING):
         yield running
 
 
+OTHERS = set()
+
+
+@pytest.fixture(autouse=True)
+def processes_of_others():
+    """Those that were there before: a bundle that is loaded for many tests has decoders of its own."""
+    OTHERS.clear()
+    OTHERS.update(psutil.Process().children())
+
+
 def processes():
     """The decoder processes of this test."""
-    return [process for process in psutil.Process().children() if "decoder" in " ".join(process.cmdline())]
+    own = [process for process in psutil.Process().children() if process not in OTHERS]
+    return [process for process in own if "decoder" in " ".join(process.cmdline())]
 
 
 def restarts(reason):
