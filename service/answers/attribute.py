@@ -169,8 +169,7 @@ async def attribute_image(
             attention = await attention_account(attributor, inferred.pixels, trace, explain.attention)
     residual = await _residual(attributor, inferred, explain, timings) if explain.residual else None
     _observe(explanations, fidelity)
-    fit = attributor.bundle.manifest.text.fit if judged is None else None
-    notes = (*inferred.notes, *unlike_labels(fit, predictions))
+    notes = (*inferred.notes, *unlike_labels(attributor.bundle.manifest.text.fit, predictions, judged))
     attribution = Attribution(
         edit=inferred.edit,
         warnings=to_notices(image=notes),

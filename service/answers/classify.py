@@ -62,8 +62,8 @@ async def classify(
         with timed_stage("predict", timings):
             predictions = await attributor.in_thread(predict, *of, request.top_k, scoring)
         judged = verdict(*of, scoring)
-        fit = attributor.bundle.manifest.text.fit if judged is None else None
-        notices = to_notices(inferred.labels.notices, (*inferred.notes, *unlike_labels(fit, predictions)))
+        notes = (*inferred.notes, *unlike_labels(attributor.bundle.manifest.text.fit, predictions, judged))
+        notices = to_notices(inferred.labels.notices, notes)
         return Classified(predictions, judged, inferred, notices, timings)
 
     with attributor.admit(len(images)), attributor.taking_turns():

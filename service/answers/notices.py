@@ -9,7 +9,7 @@ from vitrine.models.images.decode import Note
 from vitrine.models.texts.labels import LabelNotice
 from vitrine.service.errors import ServiceError
 from vitrine.service.schemas.base import DETAILS, Notice
-from vitrine.service.schemas.classify import Prediction
+from vitrine.service.schemas.classify import Prediction, Verdict
 
 UNLIKE = "image_unlike_labels"
 
@@ -20,13 +20,15 @@ def to_notices(labels: Sequence[LabelNotice] = (), image: Sequence[Note] = ()) -
     return [*of_labels, *(Notice(code=code, message=message) for code, message in image)]
 
 
-def unlike_labels(fit: LabelFit | None, predictions: Sequence[Prediction]) -> tuple[Note, ...]:
+def unlike_labels(
+    fit: LabelFit | None, predictions: Sequence[Prediction], judged: Verdict | None = None
+) -> tuple[Note, ...]:
     """A note if the best label fits the image worse than the bundle's own labels fit nearly all of its images.
 
-    fit: of the bundle's manifest; predictions: of a softmax, which names a best label for any image.
+    fit: of the bundle's manifest; judged: whether the image fits a label was asked for, and needs no note.
     """
     best = max(prediction.cosine for prediction in predictions)
-    if fit is None or best >= fit.low_cosine:
+    if judged is not None or fit is None or best >= fit.low_cosine:
         return ()
     shown = round(best, 2) + 0  # no "-0.00"
     says = (

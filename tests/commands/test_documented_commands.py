@@ -111,7 +111,8 @@ def run_line(folder, checkpoint, monkeypatch):
         if "--out answers" in line:  # lines that are alternatives
             shutil.rmtree("answers", ignore_errors=True)
         words = shlex.split(line[program.end() :].replace("NAME", "sketched"), comments=True)
-        words, _, output = (words, None, None) if ">" not in words else (words[: words.index(">")], ">", words[-1])
+        output = words[-1] if ">" in words else None
+        words = words[: words.index(">")] if output else words
         with pytest.MonkeyPatch.context() as patch:
             for variable in re.findall(r"(\w+)=(\S+)(?= .*vitrine)", program[0]):
                 patch.setenv(*variable)
